@@ -1,0 +1,4 @@
+"""Sampler: temperature, top-k, top-p, and noise keyed by seed and position."""
+
+
+class Sampler: ...
