@@ -1,0 +1,8 @@
+"""pyspec: language models that generate faster without changing what they say."""
+
+from pyspec.models import load
+from pyspec.ops import backend
+from pyspec.trees import DraftTree
+
+__version__ = "0.1.0"
+__all__ = ["DraftTree", "backend", "load"]

@@ -1,0 +1,150 @@
+"""How an op is found: one schema, several implementations, torch's own dispatch by device.
+
+Schemas and fakes are defined here, in Python, once. The compiled library only implements them for CPU
+tensors and Triton for CUDA tensors, so an install without a compiler works on the reference, slowly,
+and says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+_LIBRARY = torch.library.Library("pyspec", "DEF")
+_COMPILED_PATH = Path(__file__).parent.parent / "lib" / "libpyspec_cpu.so"
+_BACKENDS = ("reference", "compiled", "triton")
+_OPS: dict[str, Op] = {}
+_forced: str | None = None
+
+
+@functools.cache
+def compiled_library() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled CPU library and where it is, or None and the reason."""
+    if not _COMPILED_PATH.exists():
+        return None, f"{_COMPILED_PATH.name} was not built (no C++ compiler at install, or an isolated build without torch)"
+    try:
+        library = ctypes.CDLL(str(_COMPILED_PATH))
+        torch.ops.load_library(str(_COMPILED_PATH))
+    except OSError as error:  # load_library hides the reason that dlopen gave, CDLL shows it
+        return None, f"{_COMPILED_PATH.name} does not load: {error}"
+    library.pyspec_isa_name.restype = ctypes.c_char_p
+    library.pyspec_isa_reason.restype = ctypes.c_char_p
+    return library, str(_COMPILED_PATH)
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """None where Triton can be imported, else why not."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    return None
+
+
+class Op:
+    """One op of torch.ops.pyspec: its overload, its reference, and which backend serves which device.
+
+    Args:
+        name: the op's name in every folder.
+        schema: arguments and results in torch's schema language, without the name.
+        reference: plain PyTorch with the schema's arguments; the specification.
+        fake: shapes and dtypes of the results, for tracing.
+        triton: loads and returns the Triton launcher; called on first use on a CUDA tensor.
+    """
+
+    def __init__(self, name: str, schema: str, reference: Callable, fake: Callable, triton: Callable | None = None):
+        self.name = name
+        self.reference = reference
+        self._triton = triton
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        torch.library.register_fake(f"pyspec::{name}", fake, lib=_LIBRARY)
+        self.compiled = compiled_library()[0] is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"pyspec::{name}", "CPU"
+        )
+        if not self.compiled:
+            _LIBRARY.impl(name, self._slow_reference, "CPU")
+        _LIBRARY.impl(name, self._on_cuda, "CUDA")
+        self.overload = getattr(torch.ops.pyspec, name).default
+        _OPS[name] = self
+
+    def __call__(self, *args):
+        if _forced is not None:
+            return self._forced_call(*args)
+        return self.overload(*args)
+
+    def _slow_reference(self, *args):
+        _warn_slow(compiled_library()[1])
+        return self.reference(*args)
+
+    def _on_cuda(self, *args):
+        if self._triton is None or _triton_reason() is not None:
+            _warn_slow(_triton_reason() or f"{self.name} has no GPU kernel")
+            return self.reference(*args)
+        return self._triton()(*args)
+
+    def _forced_call(self, *args):
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        if _forced == "reference":
+            return self.reference(*args)
+        name, reason = self.backend_for(device)
+        if name != _forced:
+            raise RuntimeError(f"backend {_forced!r} was asked for but {self.name} on {device} has {name!r}: {reason}")
+        return self.overload(*args)
+
+    def backend_for(self, device: str) -> tuple[str, str]:
+        """The backend that serves a device type, and why."""
+        if device == "cpu":
+            library, where = compiled_library()
+            if self.compiled:
+                return "compiled", f"{library.pyspec_isa_name().decode()}: {library.pyspec_isa_reason().decode()}"
+            return "reference", where if library is None else "the compiled library does not have it"
+        if self._triton is None:
+            return "reference", "no GPU kernel"
+        missing = _triton_reason()
+        return ("reference", missing) if missing else ("triton", "tensor cores do the work")
+
+
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    warnings.warn(f"pyspec runs on its slow reference implementation: {reason}", RuntimeWarning, stacklevel=4)
+
+
+def backends() -> list[dict[str, str]]:
+    """Which implementation serves each op on each device: op, device, backend and reason."""
+    rows = []
+    for op in _OPS.values():
+        for device in ("cpu", "cuda"):
+            name, reason = op.backend_for(device)
+            rows.append({"op": op.name, "device": device, "backend": name, "reason": reason})
+    return rows
+
+
+def _checked_backend(name: str | None, where: str) -> str | None:
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(_BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Asks for one backend ("reference", "compiled" or "triton"); an op that lacks it raises RuntimeError.
+
+    The environment variable PYSPEC_BACKEND does the same for a whole process.
+    """
+    global _forced
+    previous, _forced = _forced, _checked_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+_forced = _checked_backend(os.environ.get("PYSPEC_BACKEND") or None, "PYSPEC_BACKEND")

@@ -1,0 +1,78 @@
+"""merge_attention: two attentions over disjoint keys become the attention over both.
+
+With s the log-sum-exp of each part and m = max(s_a, s_b),
+
+    out = (out_a e^(s_a - m) + out_b e^(s_b - m)) / (e^(s_a - m) + e^(s_b - m)),    lse = m + log(e^(s_a - m) + e^(s_b - m)).
+
+A part that saw no key has lse -inf and weight 0; when both saw none the result is 0 and -inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op
+
+__all__ = ["merge_attention", "merge_attention_reference"]
+
+
+def merge_attention_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, in fp32."""
+    largest = torch.maximum(lse_a, lse_b)
+    shift = torch.where(largest == -torch.inf, 0.0, largest)
+    weight_a, weight_b = (lse_a - shift).exp(), (lse_b - shift).exp()
+    total = weight_a + weight_b
+    # A part without keys may hold anything, NaN included: it is left out, not multiplied by 0.
+    part_a = torch.where(weight_a[..., None] == 0, 0.0, out_a.float()) * weight_a[..., None]
+    part_b = torch.where(weight_b[..., None] == 0, 0.0, out_b.float()) * weight_b[..., None]
+    out = (part_a + part_b) / torch.where(total == 0, 1.0, total)[..., None]
+    return torch.empty_like(out_a).copy_(out), shift + total.log()
+
+
+def _fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(out_a), torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+
+
+def _triton():
+    from pyspec.kernels.merge_attention import merge_attention as launch
+
+    return launch
+
+
+_OP = Op(
+    "merge_attention",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
+    merge_attention_reference,
+    _fake,
+    _triton,
+)
+
+
+def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges two attentions of the same queries over disjoint sets of keys.
+
+    Args:
+        out_a, out_b: [..., D] fp32, fp16 or bf16, one dtype and shape.
+        lse_a, lse_b: [...] fp32, natural log-sum-exp of each part's scores; -inf where a part saw no key.
+
+    Returns:
+        out [..., D] like out_a, and its lse [...] fp32. Both parts empty: 0 and -inf.
+
+    Raises:
+        TypeError: a dtype is not supported or the two differ.
+        ValueError: shapes do not fit, or tensors are on different devices.
+    """
+    if out_a.dtype not in (torch.float32, torch.float16, torch.bfloat16) or out_b.dtype != out_a.dtype:
+        raise TypeError(f"out_a and out_b must share a dtype of float32, float16 or bfloat16, got {out_a.dtype} and {out_b.dtype}")
+    if out_a.dim() < 1 or out_b.shape != out_a.shape:
+        raise ValueError(f"out_b must have the shape of out_a {tuple(out_a.shape)}, got {tuple(out_b.shape)}")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if lse.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {lse.dtype}")
+        if lse.shape != out_a.shape[:-1]:
+            raise ValueError(f"{name} must have shape {tuple(out_a.shape[:-1])}, got {tuple(lse.shape)}")
+    for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
+        if tensor.device != out_a.device:
+            raise ValueError(f"{name} must be on {out_a.device} like out_a, got {tensor.device}")
+    return _OP(out_a, lse_a, out_b, lse_b)

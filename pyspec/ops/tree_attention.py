@@ -1,0 +1,176 @@
+"""tree_attention: every node of a draft tree attends to the committed prefix and to its own ancestors.
+
+For node t of a sequence with n committed keys, with A(t) its ancestors and itself,
+
+    out[t] = sum over j in prefix + A(t) of softmax(scale * q[t] . k[j]) v[j].
+
+The tree's keys lie at slots n .. n + T - 1 in node order; their positions are n + depth. A sliding window
+counts positions, so two siblings see equally far back.
+
+The kernels obey the row rule: out[t] has the same bits as plain decoding (T = 1) of the path to t. A key at
+position p always falls in tile p // 64; tiles that the prefix fills are shared by all rows, later ones are
+gathered per row by depth; tiles are folded in order, in chunks of 8 tiles that are then merged in order. See
+docs/tree_attention.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op
+
+__all__ = ["HEAD_DIMS", "tree_attention", "tree_attention_reference"]
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+def tree_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    prefix_lens: Tensor,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    block_table: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
+    if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
+        k = k[block_table.long()].transpose(1, 2).flatten(2, 3)
+        v = v[block_table.long()].transpose(1, 2).flatten(2, 3)
+    (batch, heads, nodes, head_dim), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
+
+    index = torch.arange(nodes, device=q.device)
+    is_ancestor = (ancestor_bits[:, :, index // 32] >> (index % 32)) & 1 == 1  # [B, T, T]
+    depth = is_ancestor.sum(-1) - 1  # [B, T]; -1 for padding
+    prefix_lens = prefix_lens.long()
+
+    node_of_slot = torch.arange(slots, device=q.device) - prefix_lens[:, None]  # [B, S]; negative in the prefix
+    in_tree = (node_of_slot >= 0) & (node_of_slot < nodes)
+    node = node_of_slot.clamp(0, nodes - 1)
+    is_node_visible = is_ancestor.gather(2, node[:, None].expand(-1, nodes, -1)) & in_tree[:, None]
+    is_prefix_visible = (node_of_slot < 0)[:, None] & (depth >= 0)[..., None]
+    visible = is_prefix_visible | is_node_visible  # [B, T, S]
+    if window is not None:
+        node_depth = depth.gather(1, node)
+        slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
+        visible &= depth[..., None] - slot_depth[:, None] < window
+
+    visible = visible[:, None, None]
+    grouped_q = q.float().unflatten(1, (kv_heads, heads // kv_heads))
+    scores = torch.einsum("bhgtd,bhsd->bhgts", grouped_q, k.float()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(visible, (scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp(), 0.0)
+    seen = visible.any(2).any(1)[:, 0, :, None]  # values that no row may see could be NaN
+    values = torch.where(seen[:, None], v.float(), 0.0)
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+    return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
+
+
+def _fake(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _triton():
+    from pyspec.kernels.tree_attention import tree_attention as launch
+
+    return launch
+
+
+_OP = Op(
+    "tree_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor ancestor_bits, Tensor prefix_lens, float scale, float? softcap, "
+    "int? window, Tensor? block_table) -> (Tensor, Tensor)",
+    tree_attention_reference,
+    _fake,
+    _triton,
+)
+
+
+def _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.stride(3) != 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
+    batch, heads, nodes, head_dim = q.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q must have a head_dim of {HEAD_DIMS}, got {head_dim}")
+    if nodes < 1:
+        raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[3] != head_dim:
+        raise ValueError(f"k must have head_dim {head_dim} like q, got shape {tuple(k.shape)}")
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"k must have a number of heads that divides the {heads} of q, got {k.shape[1]}")
+    words = (nodes + 31) // 32
+    integers = [("ancestor_bits", ancestor_bits, (batch, nodes, words)), ("prefix_lens", prefix_lens, (batch,))]
+    if block_table is not None:
+        integers.append(("block_table", block_table, (batch, block_table.shape[-1])))
+    elif k.shape[0] != batch:
+        raise ValueError(f"k must have batch {batch} like q, got shape {tuple(k.shape)}")
+    for name, tensor, shape in integers:
+        if tensor.dtype != torch.int32:
+            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    for name, tensor in (("k", k), ("v", v), *(entry[:2] for entry in integers)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    prefix_lens: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+    block_table: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a draft tree's nodes to the committed prefix and to their own ancestors.
+
+    Args:
+        q: [B, Hq, T, D] fp32, fp16 or bf16; D in HEAD_DIMS; any strides with a contiguous last dimension.
+        k, v: [B, Hkv, S, D] with the tree's keys at slots n .. n + T - 1, or pages [P, Hkv, page, D] with a
+            block_table. Hq % Hkv == 0.
+        ancestor_bits: [B, T, ceil(T / 32)] int32; bit j of row i is set iff j is i or an ancestor of i
+            (DraftTree.ancestor_bits). A smaller tree is padded with zero rows, which give 0 and lse -inf.
+        prefix_lens: [B] int32, committed keys n of each sequence.
+        scale: factor of the scores, 1 / sqrt(D) by default.
+        softcap: scores become softcap * tanh(scores / softcap).
+        window: only keys less than this many positions back are visible; a node's position is n + depth.
+        block_table: [B, pages] int32, the pages of each sequence in order.
+        return_lse: also return the natural log-sum-exp of the scores.
+
+    Returns:
+        out like q; with return_lse also lse [B, Hq, T] fp32. Sums are kept in fp32.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument.
+        RuntimeError: on the CPU, when prefix_lens or block_table point outside k.
+    """
+    _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,57 @@
+"""Builds the two compiled parts with CMake and ninja: the op library and the host module.
+
+The op library needs torch's headers. In an isolated build torch is not importable; then only the host
+module is built and the ops run on their references (use --no-build-isolation to get them).
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once; its targets land in the package."""
+
+    def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        torch = importlib.util.find_spec("torch")
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "TORCH_DIR": Path(torch.origin).parent if torch else "",
+            "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
+        }
+        subprocess.run(
+            ["cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items())],
+            check=True,
+        )
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        subprocess.run(["cmake", "--build", work, "--parallel", jobs], check=True)
+
+
+setup(
+    packages=[
+        "pyspec",
+        "pyspec.acceptance",
+        "pyspec.caches",
+        "pyspec.drafting",
+        "pyspec.kernels",
+        "pyspec.models",
+        "pyspec.ops",
+    ],
+    package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
+    ext_modules=[Extension("pyspec._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
