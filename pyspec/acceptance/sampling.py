@@ -1,4 +1,143 @@
-"""Sampler: temperature, top-k, top-p, and noise keyed by seed and position."""
+"""Sampler: one token from logits, with noise that depends on the seed and the position alone.
+
+A draw is a Gumbel-max: argmax over tokens of logit / temperature + gumbel(seed, position, token). The noise
+comes from a counter (Philox), not from a stream that earlier draws advance, so the token at a position is the
+same however many drafts were tried before it. Temperature 0 is plain argmax.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+import numpy as np
+import torch
+
+__all__ = ["InvalidLogits", "Sampler"]
 
 
-class Sampler: ...
+class InvalidLogits(ValueError):
+    """Logits that are no law: NaN, +inf, or nothing but -inf. `node` is set where they belong to a tree."""
+
+    def __init__(self, reason: str, node: int | None = None):
+        super().__init__(reason)
+        self.node = node
+
+
+class Sampler:
+    """Draws tokens; warps logits by temperature, then top-k, then top-p.
+
+    Args:
+        temperature: finite, >= 0; 0 is greedy (the lowest token on ties), whatever top_k and top_p are.
+        top_k: keep the k most likely tokens; 0 keeps all. Among equal logits the lower token is kept first.
+        top_p: keep the fewest most likely tokens whose mass reaches top_p, in (0, 1]; 1 keeps all.
+        seed: integer in [0, 2**64); None takes one from the operating system. `self.seed` holds the one in use.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range.
+    """
+
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None):
+        for name, value in (("temperature", temperature), ("top_p", top_p)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        for name, value in (("top_k", top_k), ("seed", 0 if seed is None else seed)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+        if top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 keeps all tokens), got {top_k}")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        self.temperature = float(temperature)
+        self.top_k = top_k
+        self.top_p = float(top_p)
+        self.seed = secrets.randbits(32) if seed is None else seed
+
+    def draw(self, logits: torch.Tensor, position: int) -> int:
+        """The token at a position of the text.
+
+        Args:
+            logits: [V] float32, on any device.
+            position: index of the drawn token in the text, prompt included; the key of its noise.
+
+        Raises:
+            InvalidLogits: if the logits are no law.
+        """
+        row = _row(logits)
+        if self.temperature == 0:
+            return _argmax(row)
+        tokens, scores = self._warp(row)
+        # argmax takes the first of equal scores, and tokens are in ascending order
+        return int(tokens[np.argmax(scores + self._gumbel(tokens, position))])
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """[V] float64: the law that draw follows, from [V] float32 logits."""
+        row = _row(logits)
+        law = np.zeros(len(row))
+        if self.temperature == 0:
+            law[_argmax(row)] = 1.0
+        else:
+            tokens, scores = self._warp(row)
+            weights = np.exp(scores)
+            law[tokens] = weights / weights.sum()
+        return torch.from_numpy(law)
+
+    def _warp(self, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The kept tokens, ascending, and their scores: logits / temperature, shifted so that the best is 0."""
+        best = row[_argmax(row)]
+        # subtract before dividing: a tiny temperature must give -inf for the others, not inf - inf
+        scores = row.astype(np.float64)
+        scores -= best
+        with np.errstate(over="ignore"):
+            scores /= self.temperature
+        tokens = np.arange(len(row))
+        if 0 < self.top_k < len(row):
+            kept = _largest(scores, self.top_k, np.partition(scores, -self.top_k)[-self.top_k])
+            tokens, scores = tokens[kept], scores[kept]
+        if self.top_p < 1:
+            weights = np.exp(scores)
+            weights /= weights.sum()
+            # tokens this unlikely weigh less than 1 - top_p together, so the others hold the nucleus: sort only those
+            descending = -np.sort(-weights[weights >= (1 - self.top_p) / len(weights)])
+            size = min(int(np.searchsorted(np.cumsum(descending), self.top_p)) + 1, len(descending))
+            kept = _largest(weights, size, descending[size - 1])
+            tokens, scores = tokens[kept], scores[kept]
+        return tokens, scores
+
+    def _gumbel(self, tokens: np.ndarray, position: int) -> np.ndarray:
+        """Gumbel noise of some tokens (ascending) at a position, float64."""
+        # raw bits, because numpy keeps those stable between versions and its distributions not; token i has word i,
+        # so nothing past the last kept token needs to be made
+        bits = np.random.Philox(key=self.seed, counter=[0, 0, position, 0]).random_raw(int(tokens[-1]) + 1)
+        if len(tokens) < len(bits):
+            bits = bits[tokens]
+        # 52 bits and a half are exact in float64, so the uniform is never 0 or 1 and both logarithms are finite
+        noise = (bits >> np.uint64(12)) + 0.5
+        noise *= 2.0**-52
+        for _ in range(2):  # -log(-log(uniform))
+            np.log(noise, out=noise)
+            np.negative(noise, out=noise)
+        return noise
+
+
+def _row(logits: torch.Tensor) -> np.ndarray:
+    if logits.dim() != 1 or logits.dtype != torch.float32:
+        raise ValueError(f"logits must be [V] float32, got {tuple(logits.shape)} {logits.dtype}")
+    return logits.detach().cpu().numpy()
+
+
+def _argmax(row: np.ndarray) -> int:
+    token = int(np.argmax(row))  # numpy promises the first of equal values, and the first NaN if there is one
+    if math.isfinite(row[token]):
+        return token
+    raise InvalidLogits("all -inf" if row[token] == -math.inf else "NaN" if math.isnan(row[token]) else "+inf")
+
+
+def _largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
+    """Indices, ascending, of the `count` largest values, the last of which is threshold; the first of equal values."""
+    above, equal = np.flatnonzero(values > threshold), np.flatnonzero(values == threshold)
+    return np.sort(np.concatenate((above, equal[: count - len(above)])))

@@ -1,0 +1,50 @@
+"""Exact acceptance: draw the target's own token at a node, and follow it while the tree holds it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from pyspec.acceptance import Accepted
+from pyspec.acceptance.sampling import InvalidLogits, Sampler
+from pyspec.trees import DraftTree
+
+__all__ = ["ExactAcceptance"]
+
+
+class ExactAcceptance:
+    """What plain decoding would have drawn, whatever the drafts are.
+
+    Exact for every tree that was chosen without looking at the target's noise, drafts that were sampled
+    included; with sampled drafts a rule that uses their law q would keep more of them.
+    """
+
+    law: Literal["exact"] = "exact"
+
+    def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
+        """The longest path that the target's own draws follow, and the draw after it.
+
+        Args:
+            tree: T nodes.
+            logits: [T, V] float32.
+            sampler: gives the target's draw at a node.
+            position: that of the token which the root's logits predict.
+
+        Raises:
+            InvalidLogits: with the node whose logits are NaN or otherwise no law, if the walk comes to it.
+        """
+        child_of: dict[tuple[int, int], int] = {}
+        for node, edge in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
+            child_of.setdefault(edge, node)
+        path, node = [], 0
+        while True:
+            path.append(node)
+            try:
+                token = sampler.draw(logits[node], position + len(path) - 1)
+            except InvalidLogits as error:
+                raise InvalidLogits(str(error), node) from error
+            child = child_of.get((node, token))
+            if child is None:
+                return Accepted(path, token)
+            node = child
