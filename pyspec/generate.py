@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from operator import index
+from typing import NamedTuple
 
 import torch
 
@@ -186,8 +187,8 @@ def _prefill(model, sequences, rule, sampler, budget, stats) -> None:
     for sequence, logits in zip(sequences, after_prompts, strict=True):
         with _timed(stats, "accept"):
             tree = DraftTree.chain(sequence.context[-1:])
-            emitted, _ = sequence.accept(tree, logits[None], rule, sampler)
-        sequence.emit(emitted)
+            said = sequence.accept(tree, logits[None], rule, sampler)
+        sequence.emit(said)
 
 
 def _round(model, sequences, rule, sampler, budget, stats) -> None:
@@ -207,18 +208,27 @@ def _round(model, sequences, rule, sampler, budget, stats) -> None:
     for index in active:
         sequence = sequences[index]
         with _timed(stats, "accept"):
-            emitted, paths[index] = sequence.accept(trees[index], logits[index], rule, sampler)
-        kept = sequence.emit(emitted)
+            said = sequence.accept(trees[index], logits[index], rule, sampler)
+        kept = sequence.emit(said)
+        paths[index] = said.path
         stats.nodes += len(trees[index])
-        if kept:
-            stats.accepted_lengths += [0] * (kept + 1 - len(stats.accepted_lengths))
-            stats.accepted_lengths[kept] += 1
+        stats.accepted_lengths += [0] * (kept + 1 - len(stats.accepted_lengths))
+        stats.accepted_lengths[kept] += 1
     with _timed(stats, "commit"):
         model.commit([path if sequence.going else None for sequence, path in zip(sequences, paths, strict=True)])
     with _timed(stats, "draft"):
         for index in active:
-            if sequences[index].drafter is not None and paths[index] is not None:
-                sequences[index].drafter.observe(trees[index], logits[index], paths[index])
+            sequence = sequences[index]
+            if sequence.drafter is not None and sequence.error is None:
+                sequence.drafter.observe(trees[index], logits[index], paths[index])
+
+
+class _Said(NamedTuple):
+    """One round of one sequence."""
+
+    tokens: list[int]
+    path: list[int]  # accepted nodes, root included
+    error: str | None = None
 
 
 @dataclass
@@ -259,20 +269,19 @@ class _Sequence:
             raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tokens}")
         return tree
 
-    def accept(self, tree, logits, rule, sampler) -> tuple[list[int], list[int] | None]:
-        """The tokens that the round says, and the accepted path; none and None where the logits are no law."""
+    def accept(self, tree: DraftTree, logits: torch.Tensor, rule: AcceptanceRule, sampler: Sampler) -> _Said:
+        tokens = tree.tokens.tolist()
         try:
             path, next_token = rule.accept(tree, logits, sampler, len(self.context))
         except InvalidLogits as invalid:
-            self.error = self._describe(invalid, tree)
-            self.finish("error")
-            return [], None
-        tokens = tree.tokens.tolist()
-        return [*(tokens[node] for node in path[1:]), next_token], path
+            # the drafts up to that node were accepted, as plain decoding would have said them before it failed
+            return _Said([tokens[node] for node in invalid.path[1:]], invalid.path, self._describe(invalid, tree))
+        return _Said([*(tokens[node] for node in path[1:]), next_token], path)
 
-    def emit(self, tokens: Sequence[int]) -> int:
+    def emit(self, said: _Said) -> int:
         """Adds tokens up to the one that ends the text, and streams; returns how many were added."""
-        for added, token in enumerate(tokens, start=1):
+        before = len(self.context)
+        for token in said.tokens:
             self.context.append(token)
             if token in self.model.eos_tokens:
                 self.finish("eos")
@@ -283,9 +292,13 @@ class _Sequence:
             if self.going and len(self.context) >= self.limit:
                 self.finish("length")
             if not self.going:
-                return added
-        self._show()
-        return len(tokens)
+                break
+        if self.going and said.error is not None:
+            self.error = said.error
+            self.finish("error")
+        if self.going:
+            self._show()
+        return len(self.context) - before
 
     def finish(self, reason: str) -> None:
         self.finish_reason = reason
@@ -298,7 +311,7 @@ class _Sequence:
             self.stream(piece)
 
     def _describe(self, invalid: InvalidLogits, tree: DraftTree) -> str:
-        node = invalid.node or 0
+        node = invalid.path[-1]
         token, depth = int(tree.tokens[node]), int(tree.depths[node])
         spelled = "" if self.model.tokenizer is None else f" {self.model.tokenizer.token_bytes(token)!r}"
         return (
@@ -337,14 +350,14 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     """Whether tokens is a batch, and its prompts."""
-    if isinstance(tokens, torch.Tensor):
+    if hasattr(tokens, "tolist"):  # a tensor or an array
         tokens = tokens.tolist()
     batched = len(tokens) > 0 and not isinstance(tokens, str) and isinstance(tokens[0], Sequence)
     try:
-        prompts = [[index(token) for token in prompt] for prompt in (tokens if batched else [tokens])]
+        prompts = [[operator.index(token) for token in prompt] for prompt in (tokens if batched else [tokens])]
     except TypeError:
         raise TypeError(
-            f"tokens must be token ids or lists of them (model.tokenizer.encode turns text into ids), got {tokens!r:.80}"
+            f"tokens must be token ids, or lists of them for a batch (tokenizer.encode makes them), got {tokens!r:.80}"
         ) from None
     for number, prompt in enumerate(prompts):
         name = f"tokens[{number}]" if batched else "tokens"

@@ -32,7 +32,7 @@ class ExactAcceptance:
             position: that of the token which the root's logits predict.
 
         Raises:
-            InvalidLogits: with the node whose logits are NaN or otherwise no law, if the walk comes to it.
+            InvalidLogits: with the path to the node whose logits are NaN or otherwise no law, if the walk comes to one.
         """
         child_of: dict[tuple[int, int], int] = {}
         for node, edge in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
@@ -43,7 +43,7 @@ class ExactAcceptance:
             try:
                 token = sampler.draw(logits[node], position + len(path) - 1)
             except InvalidLogits as error:
-                raise InvalidLogits(str(error), node) from error
+                raise InvalidLogits(str(error), path) from error
             child = child_of.get((node, token))
             if child is None:
                 return Accepted(path, token)

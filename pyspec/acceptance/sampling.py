@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,11 +18,14 @@ __all__ = ["InvalidLogits", "Sampler"]
 
 
 class InvalidLogits(ValueError):
-    """Logits that are no law: NaN, +inf, or nothing but -inf. `node` is set where they belong to a tree."""
+    """Logits that are no law: NaN, +inf, or nothing but -inf.
 
-    def __init__(self, reason: str, node: int | None = None):
+    From an acceptance rule, `path` leads from the root to the node that they belong to.
+    """
+
+    def __init__(self, reason: str, path: Sequence[int] = (0,)):
         super().__init__(reason)
-        self.node = node
+        self.path = list(path)
 
 
 class Sampler:

@@ -148,7 +148,7 @@ def test_invalid_logits_name_the_node_and_only_where_the_walk_comes():
     logits[2, 1] = torch.nan
     with pytest.raises(InvalidLogits, match="NaN") as error:
         ExactAcceptance().accept(tree, logits, Sampler(), 0)
-    assert error.value.node == 2
+    assert error.value.path == [0, 2]
 
 
 def test_names():

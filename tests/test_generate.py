@@ -1,0 +1,488 @@
+import json
+import random
+
+import pytest
+import torch
+from fake_runner import EOS, WORDS, FakeRunner, FakeTokenizer, ScriptedRunner
+
+from pyspec.generate import generate
+from pyspec.text import TextStream
+from pyspec.trees import DraftTree
+
+PROMPT = list(b"once upon a time")
+SAMPLED = dict(temperature=0.9, seed=11)
+
+
+class Drafts:
+    """Base of the drafters here: no state, and what it saw is kept for the tests."""
+
+    proposal = "deterministic"
+
+    def __init__(self):
+        self.started, self.observed = [], []
+
+    def start(self, prompt):
+        self.started.append(list(prompt))
+        return self
+
+    def observe(self, tree, logits, path):
+        assert logits.shape == (len(tree), FakeRunner.vocab_size)
+        self.observed.append((tree, list(path)))
+
+
+class Oracle(Drafts):
+    """A chain of what the model says greedily."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def propose(self, context, budget):
+        said = list(context)
+        while len(said) < len(context) + budget - 1:
+            said.append(int(self.model.logits(said).argmax()))
+        return DraftTree.chain(said[len(context) - 1 :])
+
+
+class AlwaysWrong(Oracle):
+    def propose(self, context, budget):
+        wrong = (int(self.model.logits(context).argmax()) + 1) % FakeRunner.vocab_size
+        return DraftTree.chain([context[-1]] + [wrong] * (budget - 1))
+
+
+class RandomTrees(Drafts):
+    """Trees of any shape, with likely tokens, some of them twice below one parent."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.random = random.Random(seed)
+
+    def propose(self, context, budget):
+        nodes = self.random.randint(1, budget)
+        parents = [-1] + [self.random.randrange(node) for node in range(1, nodes)]
+        return DraftTree([context[-1]] + [self.random.randrange(97, 123) for _ in parents[1:]], parents)
+
+
+class OracleTrees(Oracle):
+    """The greedy chain, hidden between wrong branches."""
+
+    def propose(self, context, budget):
+        tokens, parents, tip, said = [context[-1]], [-1], 0, list(context)
+        while len(tokens) + 2 <= budget:
+            said.append(int(self.model.logits(said).argmax()))
+            tokens += [(said[-1] + 1) % 100, said[-1]]
+            parents += [tip, tip]
+            tip = len(tokens) - 1
+        return DraftTree(tokens, parents)
+
+
+def drafters(model):
+    return [Oracle(model), AlwaysWrong(model), RandomTrees(), OracleTrees(model)]
+
+
+# ---- the text is the model's own
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED, dict(temperature=1.5, top_k=5, top_p=0.9, seed=3)])
+@pytest.mark.parametrize("budget", [1, 2, 7, 40])
+def test_any_drafter_and_budget_give_the_plain_text(settings, budget):
+    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=60, **settings)
+    assert len(plain.tokens) == 60
+    for drafter in drafters(FakeRunner()):
+        result = generate(FakeRunner(), PROMPT, drafter=drafter, budget=budget, max_new_tokens=60, **settings)
+        assert (result.tokens, result.text, result.finish_reason) == (plain.tokens, plain.text, "length")
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+def test_a_batch_gives_each_prompt_its_own_text(settings):
+    prompts = [PROMPT, list(b"a"), list(b"in a hole in the ground there lived"), PROMPT[:5]]
+    model = FakeRunner()
+    batch = generate(model, prompts, drafter=RandomTrees(), budget=12, max_new_tokens=40, **settings)
+    for prompt, tokens, text in zip(prompts, batch.tokens, batch.text, strict=True):
+        alone = generate(FakeRunner(), prompt, drafter=None, max_new_tokens=40, **settings)
+        assert (tokens, text) == (alone.tokens, alone.text)
+    assert batch.finish_reason == ["length"] * 4 and batch.error == [None] * 4
+    assert batch.stats.new_tokens == 160
+
+
+def test_finished_sequences_of_a_batch_sit_out():
+    class EndsByPrompt(FakeRunner):
+        def logits(self, context):
+            logits = super().logits(context)
+            logits[EOS] = 30.0 if len(context) >= 10 * context[0] else -30.0
+            return logits
+
+    model = EndsByPrompt()
+    sat_out = []
+    verify = model.verify
+    model.verify = lambda trees: sat_out.append([tree is None for tree in trees]) or verify(trees)
+    result = generate(model, [[1, 97], [2, 97], [3, 97]], drafter=Oracle(model), budget=4, max_new_tokens=100)
+    assert [len(tokens) for tokens in result.tokens] == [9, 19, 29]
+    assert result.finish_reason == ["eos"] * 3
+    assert sat_out[0] == [False] * 3 and sat_out[-1] == [True, True, False]
+
+
+def test_without_a_seed_the_stats_tell_which_one_was_taken():
+    first = generate(FakeRunner(), PROMPT, drafter=None, temperature=1.0, max_new_tokens=30)
+    again = generate(FakeRunner(), PROMPT, drafter=None, temperature=1.0, max_new_tokens=30, seed=first.stats.seed)
+    other = generate(FakeRunner(), PROMPT, drafter=None, temperature=1.0, max_new_tokens=30)
+    assert first.tokens == again.tokens != other.tokens
+
+
+# ---- what drafters get
+
+
+def test_drafters_read_the_prompt_and_every_round():
+    model = FakeRunner()
+    drafter = Oracle(model)
+    result = generate(model, PROMPT, drafter=drafter, budget=5, max_new_tokens=21)
+    assert drafter.started == [PROMPT]
+    chains = [seen for seen in drafter.observed if len(seen[1]) == len(seen[0])][:4]
+    assert sum((tree.tokens.tolist() for tree, _ in chains), []) == PROMPT
+    rounds = drafter.observed[4:]
+    assert len(rounds) == result.stats.rounds == 4
+    assert all(path == [0, 1, 2, 3, 4] for _, path in rounds)
+
+
+@pytest.mark.parametrize(
+    "tree, words",
+    [
+        (DraftTree.chain([0] * 9), "at most 8 nodes"),
+        (DraftTree.chain([7, 97]), "below token 7"),
+        (None, "outside of"),
+    ],
+)
+def test_a_drafter_that_breaks_its_contract_is_named(tree, words):
+    class Broken(Drafts):
+        def propose(self, context, budget):
+            return tree or DraftTree.chain([context[-1], FakeRunner.vocab_size])
+
+    with pytest.raises(ValueError, match=f"drafter.*{words}"):
+        generate(FakeRunner(), PROMPT, drafter=Broken(), budget=8)
+
+
+# ---- where a text ends
+
+
+@pytest.mark.parametrize("budget", [1, 3, 16])
+@pytest.mark.parametrize("limit", [1, 2, 9, 10])
+def test_max_new_tokens_is_exact(budget, limit):
+    model = FakeRunner()
+    result = generate(model, PROMPT, drafter=Oracle(model), budget=budget, max_new_tokens=limit)
+    assert len(result.tokens) == limit and result.finish_reason == "length"
+
+
+def test_a_text_ends_at_the_models_context():
+    model = FakeRunner()
+    model.context_length = 30
+    result = generate(model, PROMPT, drafter=Oracle(model), budget=16, max_new_tokens=1000)
+    assert len(PROMPT) + len(result.tokens) == 30 and result.finish_reason == "length"
+
+
+def test_end_token_inside_an_accepted_path():
+    model = ScriptedRunner([*b"abc", EOS, *b"never said"])
+    result = generate(model, [65], drafter=Oracle(model), budget=16)
+    assert result.tokens == [*b"abc", EOS]
+    assert (result.text, result.finish_reason) == ("abc", "eos")
+    assert result.stats.rounds == 1 and result.stats.accepted_lengths == [0, 0, 0, 1]
+
+
+def test_end_token_first():
+    result = generate(ScriptedRunner([]), [65], drafter=None)
+    assert (result.tokens, result.text, result.finish_reason, result.stats.rounds) == ([EOS], "", "eos", 0)
+
+
+def word(text):
+    return 256 + WORDS.index(text)
+
+
+@pytest.mark.parametrize("budget", [1, 4, 16])
+@pytest.mark.parametrize(
+    "script, stop, text",
+    [
+        (b"one two three", "two", "one "),
+        ([*b"it", word(b" the"), *b"re is"], "here", "it t"),  # begins inside a token and ends in another
+        ([*b"a", word(b"\n\n"), *b"b"], "\n", "a"),  # ends inside a token
+        ([*b"go ", word(b"st"), word(b"op!"), *b" on"], ("halt", "stop"), "go "),
+        (b"ababac", "abac", "ab"),  # a false start that overlaps the real one
+        (b"xyz", "nothing", "xyz"),
+        (b"abcdef", ("cdef", "de"), "abc"),  # the one that is complete first
+    ],
+)
+def test_stop_strings(script, stop, text, budget):
+    model = ScriptedRunner(script)
+    pieces = []
+    result = generate(model, [65], drafter=Oracle(model), budget=budget, stop=stop, stream=pieces.append)
+    assert result.text == "".join(pieces) == text
+    assert result.finish_reason == ("stop" if text != "xyz" else "eos")
+
+
+def test_tokens_of_a_stopped_text_end_with_the_stop_string():
+    model = ScriptedRunner(b"one two three")
+    for budget in (1, 16):
+        assert generate(model, [65], drafter=Oracle(model), budget=budget, stop="two").tokens == list(b"one two")
+
+
+# ---- streaming
+
+
+def test_streaming_never_splits_a_character_nor_shows_part_of_a_stop_string():
+    tree = [word(b"\xf0\x9f"), word(b"\x8c\xb3")]
+    model = ScriptedRunner([*b"a ", *tree, *"é".encode(), *b" st", *b"ep ", word(b"st"), *b"op!"])
+    pieces = []
+    result = generate(model, [65], drafter=None, stop="stop", stream=pieces.append)
+    assert result.text == "a 🌳é step " == "".join(pieces)
+    assert pieces == ["a", " ", "🌳", "é", " ", "ste", "p", " "]
+
+
+def test_text_that_ends_inside_a_character():
+    model = ScriptedRunner([*b"ok", word(b"\xf0\x9f"), *b"more"])
+    pieces = []
+    result = generate(model, [65], drafter=None, max_new_tokens=3, stream=pieces.append)
+    assert result.text == "".join(pieces) == "ok\ufffd"
+
+
+def test_streaming_a_batch_names_the_prompt():
+    pieces = {0: "", 1: ""}
+
+    def stream(index, piece):
+        pieces[index] += piece
+
+    result = generate(FakeRunner(), [PROMPT, PROMPT[:3]], drafter=RandomTrees(), max_new_tokens=20, stream=stream)
+    assert [pieces[0], pieces[1]] == result.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_are_always_beginnings_of_the_final_text(seed):
+    chooser = random.Random(seed)
+    alphabet = "ab🌳é"
+    text = "".join(chooser.choice(alphabet) for _ in range(60))
+    stop = ["".join(chooser.choice(alphabet) for _ in range(chooser.randint(2, 5))) for _ in range(2)]
+    stream, shown = TextStream(FakeTokenizer(), stop), ""
+    for byte in text.encode():
+        stream.push(byte)
+        shown += stream.take()
+        if stream.stopped:
+            break
+    stream.finish()
+    shown += stream.take()
+    first = min((text.find(each) + len(each), text.find(each)) if each in text else (99, 99) for each in stop)
+    assert shown == stream.text
+    assert all(each not in shown for each in stop)
+    assert len(shown) <= first[0] and text.startswith(shown)
+    assert stream.stopped == (first != (99, 99))
+
+
+# ---- interruption and errors
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_interruption_in_the_stream_keeps_the_text(calls):
+    pieces = []
+
+    def stream(piece):
+        pieces.append(piece)
+        if len(pieces) >= calls:
+            raise KeyboardInterrupt
+
+    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=30)
+    model = FakeRunner()
+    result = generate(model, PROMPT, drafter=Oracle(model), budget=4, max_new_tokens=30, stream=stream)
+    assert result.finish_reason == "interrupted"
+    assert 0 < len(result.tokens) < 30
+    assert plain.tokens[: len(result.tokens)] == result.tokens and plain.text.startswith(result.text)
+    assert result.stats.total_seconds > 0
+
+
+@pytest.mark.parametrize("call, tokens", [("prefill", 0), ("verify", 1), ("commit", 5)])
+def test_interruption_in_the_runner_keeps_the_text(call, tokens):
+    model = FakeRunner()
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    setattr(model, call, interrupted)
+    result = generate(model, PROMPT, drafter=Oracle(FakeRunner()), budget=4)
+    assert (len(result.tokens), result.finish_reason) == (tokens, "interrupted")
+    assert len(result.text) == tokens
+
+
+def test_interruption_shows_what_was_held_back():
+    model = ScriptedRunner(b"go st")
+    pieces = []
+
+    def verify(trees):
+        if model.verified == 4:
+            raise KeyboardInterrupt
+        return ScriptedRunner.verify(model, trees)
+
+    model.verify = verify
+    result = generate(model, [65], drafter=None, stop="stop", stream=pieces.append)
+    assert result.text == "go st" == "".join(pieces)
+
+
+class NotANumber(FakeRunner):
+    """NaN logits after so many tokens of context."""
+
+    def __init__(self, at, value=torch.nan, **settings):
+        super().__init__(**settings)
+        self.at, self.value = at, value
+
+    def logits(self, context):
+        logits = super().logits(context)
+        if len(context) == self.at:
+            logits[5] = self.value
+        return logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nan_names_the_node_and_keeps_the_text(temperature):
+    settings = dict(temperature=temperature, seed=5)
+    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=20, **settings)
+    model = NotANumber(len(PROMPT) + 3)
+    result = generate(model, PROMPT, drafter=None, max_new_tokens=20, **settings)
+    assert (result.tokens, result.text) == (plain.tokens[:3], plain.text[:3])
+    assert result.finish_reason == "error"
+    token = plain.tokens[2]
+    assert f"node 0 (depth 0, position {len(PROMPT) + 2}, token {token} {bytes([token])!r}) are NaN" in result.error
+
+
+def test_nan_inside_a_tree_names_the_node_and_gives_the_plain_text():
+    model = NotANumber(len(PROMPT) + 3)
+    plain = generate(model, PROMPT, drafter=None)
+    result = generate(model, PROMPT, drafter=Oracle(FakeRunner()), budget=8)
+    assert "node 2 (depth 2," in result.error and "are NaN" in result.error
+    assert (result.tokens, result.text) == (plain.tokens, plain.text) and len(plain.tokens) == 3
+
+
+def test_nan_off_the_path_changes_nothing():
+    class NanAfterZ(FakeRunner):
+        def logits(self, context):
+            logits = super().logits(context)
+            return logits * torch.nan if context[-1] == 250 else logits
+
+    class DraftsZ(Drafts):
+        def propose(self, context, budget):
+            return DraftTree([context[-1], 250], [-1, 0])
+
+    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=12)
+    assert generate(NanAfterZ(), PROMPT, drafter=DraftsZ(), max_new_tokens=12).tokens == plain.tokens
+
+
+def test_nan_after_the_prompt_and_in_a_batch():
+    model = NotANumber(len(PROMPT))
+    result = generate(model, [PROMPT, PROMPT[:3]], drafter=None, max_new_tokens=5)
+    assert result.finish_reason == ["error", "length"]
+    assert result.tokens[0] == [] and len(result.tokens[1]) == 5
+    assert f"position {len(PROMPT) - 1}," in result.error[0] and result.error[1] is None
+
+
+# ---- figures
+
+
+def test_stats_add_up():
+    model = FakeRunner()
+    drafter = OracleTrees(model)
+    result = generate(model, [PROMPT, PROMPT[:4]], drafter=drafter, budget=9, **SAMPLED)
+    stats = result.stats
+    lengths = stats.accepted_lengths
+    assert stats.new_tokens == 512 == 2 + sum(length * count for length, count in enumerate(lengths))
+    assert stats.rounds == model.verified
+    assert stats.mean_accepted_length == pytest.approx(510 / sum(lengths))
+    assert stats.mean_accepted_length == pytest.approx(1 + sum(stats.acceptance_by_depth))
+    assert 1 < stats.mean_accepted_length < 5
+    assert stats.acceptance_by_depth == sorted(stats.acceptance_by_depth, reverse=True)
+    parts = [stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.accept_seconds]
+    assert min(parts) > 0 and sum(parts) + stats.commit_seconds <= stats.total_seconds
+    assert stats.tokens_per_second == pytest.approx(510 / (stats.total_seconds - stats.prefill_seconds))
+    assert stats.tokens_per_second_with_prefill == pytest.approx(512 / stats.total_seconds)
+    assert json.loads(json.dumps(stats.to_dict()))["mean_accepted_length"] == stats.mean_accepted_length
+
+
+def test_plain_decoding_accepts_one_token_a_round():
+    stats = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=20).stats
+    assert (stats.rounds, stats.nodes, stats.mean_accepted_length, stats.acceptance_by_depth) == (19, 19, 1.0, [])
+
+
+def test_perfect_drafts_fill_every_round():
+    model = FakeRunner()
+    stats = generate(model, PROMPT, drafter=Oracle(model), budget=5, max_new_tokens=21).stats
+    assert (stats.rounds, stats.mean_accepted_length, stats.acceptance_by_depth) == (4, 5.0, [1.0] * 4)
+
+
+def test_one_token_needs_no_round():
+    stats = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=1).stats
+    assert (stats.rounds, stats.mean_accepted_length, stats.tokens_per_second) == (0, 0.0, 0.0)
+
+
+# ---- models without a tokenizer, shapes of the input
+
+
+def test_without_a_tokenizer_there_are_tokens_and_no_text():
+    result = generate(FakeRunner(tokenizer=False), PROMPT, drafter=None, max_new_tokens=5)
+    assert len(result.tokens) == 5 and result.text is None
+    assert generate(FakeRunner(tokenizer=False), [PROMPT], drafter=None, max_new_tokens=5).text is None
+
+
+def test_tensors_and_tuples_are_prompts_too():
+    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=5)
+    for tokens in (tuple(PROMPT), torch.tensor(PROMPT)):
+        assert generate(FakeRunner(), tokens, drafter=None, max_new_tokens=5).tokens == plain.tokens
+    batch = generate(FakeRunner(), torch.tensor([PROMPT, PROMPT]), drafter=None, max_new_tokens=5)
+    assert batch.tokens == [plain.tokens] * 2
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "settings, error, words",
+    [
+        (dict(tokens=[]), ValueError, "tokens must not be empty"),
+        (dict(tokens=[PROMPT, []]), ValueError, r"tokens\[1\] must not be empty"),
+        (dict(tokens="text"), TypeError, "token ids"),
+        (dict(tokens=["text"]), TypeError, "token ids"),
+        (dict(tokens=[1.5]), TypeError, "token ids"),
+        (dict(tokens=[0, FakeRunner.vocab_size]), ValueError, "vocabulary"),
+        (dict(tokens=[-1]), ValueError, "vocabulary"),
+        (dict(tokens=[97] * 4096), ValueError, "context of 4096 tokens, got 4096"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=-5), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=10**12), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=1.0), TypeError, "max_new_tokens"),
+        (dict(budget=0), ValueError, r"budget must be in \[1, 4096\], got 0"),
+        (dict(budget=5000), ValueError, "budget"),
+        (dict(budget=True), TypeError, "budget"),
+        (dict(stop=""), ValueError, "stop"),
+        (dict(stop=["a", ""]), ValueError, "stop"),
+        (dict(stop=[3]), ValueError, "stop"),
+        (dict(temperature=-1), ValueError, "temperature"),
+        (dict(top_p=0), ValueError, "top_p"),
+        (dict(acceptance="lossy"), ValueError, "acceptance"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(settings, error, words):
+    model = FakeRunner()
+    model.prefill = None
+    arguments = dict(tokens=PROMPT, drafter=None) | settings
+    with pytest.raises(error, match=words):
+        generate(model, **arguments)
+
+
+def test_text_arguments_need_a_tokenizer():
+    for settings in (dict(stop="x"), dict(stream=print)):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}.*tokenizer"):
+            generate(FakeRunner(tokenizer=False), PROMPT, drafter=None, **settings)
+
+
+def test_an_unknown_drafter_is_named():
+    with pytest.raises(ValueError, match="'medium'"):
+        generate(FakeRunner(), PROMPT, drafter="medium")
+
+
+@pytest.mark.parametrize("name", ["lookup", "recycling", "merged"])
+@pytest.mark.parametrize("settings", [{}, SAMPLED])
+def test_named_drafters_give_the_plain_text(name, settings):
+    plain = generate(FakeRunner(), PROMPT * 3, drafter=None, max_new_tokens=80, **settings)
+    result = generate(FakeRunner(), PROMPT * 3, drafter=name, max_new_tokens=80, **settings)
+    assert result.tokens == plain.tokens
