@@ -57,8 +57,14 @@ class Runner(Protocol):
         ...
 
 
-def load(source: str, *, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Runner:
+def load(
+    source: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Runner:
     """Loads a model: "demo", a GGUF file, a local Hugging Face folder or a hub id. See models/loading.py."""
     from pyspec.models.loading import load as load_source
 
-    return load_source(source, dtype=dtype, device=device)
+    return load_source(source, dtype=dtype, device=device, progress=progress)

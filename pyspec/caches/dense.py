@@ -1,0 +1,69 @@
+"""DenseCache: keys and values of every layer in one allocation, a row of slots for each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseCache"]
+
+
+class DenseCache:
+    """Keys and values [layers, 2, B, Hkv, capacity, D] of B sequences, each with its own length.
+
+    The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
+    Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
+
+    Args:
+        layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1.
+        dtype, device: of the keys and values.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.capacity = capacity
+        self.lengths = [0] * sequences
+        self._keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and the values of a layer, each [B, Hkv, capacity, D], as views."""
+        return self._keys_values[layer].unbind(0)
+
+    def check_room(self, sequence: int, count: int) -> None:
+        """Raises ValueError unless count more slots fit behind a sequence's committed ones."""
+        if self.lengths[sequence] + count > self.capacity:
+            raise ValueError(
+                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} slots committed "
+                f"and needs {count} more: prefill with a larger capacity"
+            )
+
+    def write(self, layer: int, sequence: int, keys_values: Tensor) -> None:
+        """Writes keys and values [T, 2, Hkv, D] of one layer to the slots behind the committed ones."""
+        start = self.lengths[sequence]
+        self._keys_values[layer, :, sequence, :, start : start + len(keys_values)] = keys_values.permute(1, 2, 0, 3)
+
+    def commit(self, sequence: int, path: Sequence[int]) -> None:
+        """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
+        start = self.lengths[sequence]
+        in_place = 0
+        while in_place < len(path) and path[in_place] == in_place:
+            in_place += 1
+        if moved := path[in_place:]:
+            slots = self._keys_values[:, :, sequence, :, start:]
+            # index_select copies, so rows may move onto slots that other rows still have to be read from
+            kept = slots.index_select(3, torch.tensor(moved, device=slots.device))
+            slots[..., in_place : len(path), :] = kept
+        self.lengths[sequence] += len(path)

