@@ -76,7 +76,8 @@ class Sampler:
             return _argmax(row)
         tokens, scores = self._warp(row)
         # argmax takes the first of equal scores, and tokens are in ascending order
-        return int(tokens[np.argmax(scores + self._gumbel(tokens, position))])
+        scores += self._gumbel(tokens, position)
+        return int(tokens[np.argmax(scores)])
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """[V] float64: the law that draw follows, from [V] float32 logits."""
@@ -120,9 +121,11 @@ class Sampler:
         if len(tokens) < len(bits):
             bits = bits[tokens]
         # 52 bits and a half are exact in float64, so the uniform is never 0 or 1 and both logarithms are finite
-        noise = (bits >> np.uint64(12)) + 0.5
+        bits >>= np.uint64(12)
+        noise = bits.astype(np.float64)
+        noise += 0.5
         noise *= 2.0**-52
-        for _ in range(2):  # -log(-log(uniform))
+        for _ in range(2):  # -log(-log(uniform)), in place: fresh memory costs as much as a logarithm here
             np.log(noise, out=noise)
             np.negative(noise, out=noise)
         return noise

@@ -1,0 +1,7 @@
+"""python -m pyspec"""
+
+import sys
+
+from pyspec.cli import main
+
+sys.exit(main())
