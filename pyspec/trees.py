@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
+import numpy as np
 import torch
 
 __all__ = ["DraftTree"]
+
+
+def reference_tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """depths [T] and ancestor_bits [T, ceil(T / 32)], both int32, of parents [T] int32; see DraftTree."""
+    if parents[0] != -1:
+        raise ValueError(f"parents[0] must be -1 (the root), got {parents[0]}")
+    depths, rows = [0], [1]
+    for node, parent in enumerate(parents[1:].tolist(), start=1):
+        if not 0 <= parent < node:
+            raise ValueError(f"parents[{node}] must be in [0, {node}), parents before children, got {parent}")
+        depths.append(depths[parent] + 1)
+        rows.append(rows[parent] | 1 << node)
+    words = (len(rows) + 31) // 32
+    packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
+    bits = np.frombuffer(bytearray(packed), dtype="<i4").reshape(len(rows), words)
+    return np.array(depths, np.int32), bits
+
+
+try:
+    from pyspec._host import tree_layout
+except ImportError:  # a package without its compiled parts; pyspec.drafting warns about it
+    tree_layout = reference_tree_layout
 
 
 class DraftTree:
@@ -25,18 +47,25 @@ class DraftTree:
         ValueError: if the tree is empty, sizes differ, or a parent does not come before its child.
     """
 
-    __slots__ = ("tokens", "parents", "q", "__dict__")
+    __slots__ = ("tokens", "parents", "q", "depths", "ancestor_bits")
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    q: torch.Tensor | None
+    depths: torch.Tensor  # [T] int32: 0 for the root, one more than the parent's elsewhere
+    ancestor_bits: torch.Tensor  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
 
     def __init__(self, tokens, parents, q: torch.Tensor | None = None):
-        self.tokens = torch.as_tensor(tokens, dtype=torch.int64)
-        self.parents = torch.as_tensor(parents, dtype=torch.int32)
+        self.tokens = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
+        self.parents = torch.as_tensor(parents, dtype=torch.int32, device="cpu")
         self.q = q
         if self.tokens.dim() != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
             raise ValueError(
                 f"tokens and parents must be 1-D, of one length and not empty, got shapes "
                 f"{tuple(self.tokens.shape)} and {tuple(self.parents.shape)}"
             )
-        self._check_topological()
+        depths, bits = tree_layout(self.parents.contiguous().numpy())
+        self.depths, self.ancestor_bits = torch.from_numpy(depths), torch.from_numpy(bits)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> DraftTree:
@@ -48,32 +77,6 @@ class DraftTree:
 
     def __repr__(self) -> str:
         return f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
-
-    def _check_topological(self) -> None:
-        parents = self.parents.tolist()
-        if parents[0] != -1:
-            raise ValueError(f"parents[0] must be -1 (the root), got {parents[0]}")
-        for node, parent in enumerate(parents[1:], start=1):
-            if not 0 <= parent < node:
-                raise ValueError(f"parents[{node}] must be in [0, {node}), parents before children, got {parent}")
-
-    @cached_property
-    def depths(self) -> torch.Tensor:
-        """[T] int32: 0 for the root, one more than the parent's elsewhere."""
-        depths = [0]
-        for parent in self.parents.tolist()[1:]:
-            depths.append(depths[parent] + 1)
-        return torch.tensor(depths, dtype=torch.int32)
-
-    @cached_property
-    def ancestor_bits(self) -> torch.Tensor:
-        """[T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i."""
-        rows: list[int] = []
-        for node, parent in enumerate(self.parents.tolist()):
-            rows.append((rows[parent] if parent >= 0 else 0) | 1 << node)
-        words = (len(rows) + 31) // 32
-        packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
-        return torch.frombuffer(bytearray(packed), dtype=torch.int32).view(len(rows), words)
 
     def children(self, node: int) -> list[int]:
         """The children of a node, in index order."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from pyspec.trees import DraftTree
 
-__all__ = ["Drafter"]
+if TYPE_CHECKING:
+    from pyspec.models import Runner
+
+__all__ = ["Drafter", "drafter_from_name"]
 
 
 class Drafter(Protocol):
@@ -32,3 +35,24 @@ class Drafter(Protocol):
     def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
         """What the target said: [T, V] fp32 logits of every node, and the accepted path (root included)."""
         ...
+
+
+def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
+    """The drafter that a name stands for: "lookup", "recycling" or "merged". A drafter or None is returned as it is.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if not isinstance(drafter, str):
+        return drafter
+    from pyspec.drafting.lookup import LookupDrafter
+    from pyspec.drafting.merged import MergedDrafter
+    from pyspec.drafting.recycling import RecyclingDrafter
+
+    if drafter == "lookup":
+        return LookupDrafter(runner.vocab_size)
+    if drafter == "recycling":
+        return RecyclingDrafter(runner.vocab_size, runner.fingerprint)
+    if drafter == "merged":
+        return MergedDrafter(runner.vocab_size, runner.fingerprint)
+    raise ValueError(f'drafter must be "lookup", "recycling", "merged", a Drafter or None, got {drafter!r}')

@@ -1,0 +1,132 @@
+// pyspec._host: structures that live on the host. pyspec/drafting/reference.py is the same in plain Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "adjacency.h"
+#include "growth.h"
+#include "ngram_index.h"
+#include "top_tokens.h"
+#include "tree.h"
+
+namespace py = pybind11;
+using namespace pyspec;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+Array<T> array_of(const std::vector<T>& values) {
+  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// A writable view of memory that owner keeps alive.
+template <typename T>
+Array<T> view_of(std::vector<T>& values, std::vector<py::ssize_t> shape, py::handle owner) {
+  return Array<T>(std::move(shape), values.data(), owner);
+}
+
+py::tuple layout(const Array<int32_t>& parents) {
+  const auto nodes = static_cast<int>(parents.size());
+  if (parents.ndim() != 1 || nodes == 0) throw std::invalid_argument("parents must be 1-D and not empty");
+  Array<int32_t> depths(nodes);
+  Array<int32_t> bits({nodes, bit_words(nodes)});
+  std::fill_n(bits.mutable_data(), bits.size(), 0);
+  tree_layout(parents.data(), nodes, depths.mutable_data(), reinterpret_cast<uint32_t*>(bits.mutable_data()));
+  return py::make_tuple(depths, bits);
+}
+
+py::tuple top(const Array<float>& logits) {
+  if (logits.ndim() != 2) throw std::invalid_argument("logits must be [nodes, vocabulary]");
+  const py::ssize_t nodes = logits.shape(0), vocab = logits.shape(1);
+  Array<int32_t> tokens({nodes, py::ssize_t{kTop}});
+  Array<float> values({nodes, py::ssize_t{kTop}});
+  const float* rows = logits.data();
+  int32_t* token = tokens.mutable_data();
+  float* value = values.mutable_data();
+  {
+    py::gil_scoped_release release;
+    for (py::ssize_t node = 0; node < nodes; ++node) {
+      top_tokens(rows + node * vocab, vocab, token + node * kTop, value + node * kTop);
+    }
+  }
+  return py::make_tuple(tokens, values);
+}
+
+void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& top_tokens,
+            const Array<float>& top_logits) {
+  const py::ssize_t nodes = tokens.size();
+  if (top_tokens.size() != nodes * kTop || top_logits.size() != nodes * kTop) {
+    throw std::invalid_argument("top_tokens and top_logits must be [nodes, 8], one row for each of tokens");
+  }
+  for (py::ssize_t node = 0; node < nodes; ++node) {
+    if (tokens.at(node) < 0 || tokens.at(node) >= adjacency.vocab) {
+      throw std::invalid_argument("tokens[" + std::to_string(node) + "] is outside the vocabulary");
+    }
+  }
+  adjacency.update(tokens.data(), top_tokens.data(), top_logits.data(), nodes);
+}
+
+void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
+           const Array<int64_t>& cells, const Array<int32_t>& top_tokens) {
+  const py::ssize_t nodes = tokens.size();
+  if (parents.size() != nodes || cells.size() != nodes || top_tokens.size() != nodes * kTop) {
+    throw std::invalid_argument("tokens, parents, cells and the rows of top_tokens must be equally many");
+  }
+  for (py::ssize_t node = 1; node < nodes; ++node) {
+    estimates.learn(cells.data()[node], top_tokens.data()[parents.data()[node] * kTop] == tokens.data()[node]);
+  }
+}
+
+py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& estimates,
+                    const std::vector<int32_t>& recent, int budget) {
+  if (static_cast<int>(sources.size()) != estimates.sources() || recent.empty() || budget < 1) {
+    throw std::invalid_argument("grow needs as many sources as the estimates know, a token and a budget");
+  }
+  const GrownTree tree = grow(sources, estimates, recent, budget);
+  return py::make_tuple(array_of(tree.tokens), array_of(tree.parents), array_of(tree.cells));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, module) {
+  module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
+  module.def("tree_layout", &layout, py::arg("parents").noconvert());
+  module.def("top_tokens", &top, py::arg("logits").noconvert());
+  module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"), py::arg("budget"));
+
+  py::class_<Source>(module, "Source").def("priors", &Source::priors);
+  py::class_<NgramIndex, Source>(module, "NgramIndex")
+      .def(py::init<>())
+      .def("extend", &NgramIndex::extend, py::arg("tokens"))
+      .def("__len__", &NgramIndex::size);
+  py::class_<Adjacency, Source>(module, "Adjacency")
+      .def(py::init<int64_t>(), py::arg("vocab_size"))
+      .def_property_readonly_static("level_count", [](py::object) { return Adjacency::kLevels; })
+      .def("update", &update, py::arg("tokens"), py::arg("top_tokens"), py::arg("top_logits"))
+      .def_property_readonly("successors",
+                             [](py::object self) {
+                               auto& adjacency = self.cast<Adjacency&>();
+                               return view_of(adjacency.successors, {adjacency.vocab, kTop}, self);
+                             })
+      .def_property_readonly("levels", [](py::object self) {
+        auto& adjacency = self.cast<Adjacency&>();
+        return view_of(adjacency.levels, {adjacency.vocab, kTop}, self);
+      });
+  py::class_<Estimates>(module, "Estimates")
+      .def(py::init<std::vector<std::vector<double>>, double>(), py::arg("priors"), py::arg("smoothing"))
+      .def("learn", &learn, py::arg("tokens"), py::arg("parents"), py::arg("cells"), py::arg("top_tokens"))
+      .def_property_readonly("hits",
+                             [](py::object self) {
+                               auto& hits = self.cast<Estimates&>().hits;
+                               return view_of(hits, {static_cast<py::ssize_t>(hits.size())}, self);
+                             })
+      .def_property_readonly("trials", [](py::object self) {
+        auto& trials = self.cast<Estimates&>().trials;
+        return view_of(trials, {static_cast<py::ssize_t>(trials.size())}, self);
+      });
+}

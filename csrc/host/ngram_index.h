@@ -1,0 +1,107 @@
+// Prompt lookup: what followed earlier occurrences of the newest tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "growth.h"
+
+namespace pyspec {
+
+// One sequence's n-grams, n = 1..kMaxOrder, each with the tokens that followed it. A key is the hash of the n-gram;
+// two n-grams that share one cost a bad guess, never a wrong text.
+class NgramIndex : public Source {
+ public:
+  static constexpr int kMaxOrder = 6;
+  static constexpr int kMaxCount = 3;   // counts from here on are one kind
+  static constexpr size_t kMaxOffers = 8;  // of one n-gram
+
+  int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
+
+  std::vector<double> priors() const override {
+    constexpr double kTrust[kMaxOrder] = {0.3, 0.5, 0.65, 0.75, 0.8, 0.85};
+    std::vector<double> priors{0};
+    for (int order = 0; order < kMaxOrder; ++order) {
+      for (int count = 1; count <= kMaxCount; ++count) {
+        for (int others = 0; others <= kMaxCount; ++others) {
+          priors.insert(priors.end(), 2, kTrust[order] * count / (count + others + 1));
+        }
+      }
+    }
+    return priors;
+  }
+
+  // Makes each token a follower of the n-grams before it.
+  void extend(const std::vector<int32_t>& tokens) {
+    for (const int32_t token : tokens) {
+      uint64_t key = 0;
+      for (int order = 1; order <= std::min<int64_t>(kMaxOrder, size()); ++order) {
+        key = longer(key, tokens_[tokens_.size() - order]);
+        followers_[key].add(token);
+      }
+      tokens_.push_back(token);
+    }
+  }
+
+  // Longest match first; a shorter one adds only tokens that no longer one offered.
+  void offer(const int32_t* recent, int64_t length, std::vector<Offer>& offers) const override {
+    const Followers* matches[kMaxOrder];
+    int longest = 0;
+    uint64_t key = 0;
+    while (longest < std::min<int64_t>(kMaxOrder, length)) {
+      key = longer(key, recent[length - 1 - longest]);
+      const auto found = followers_.find(key);
+      if (found == followers_.end()) break;
+      matches[longest++] = &found->second;
+    }
+    for (int order = longest; order > 0; --order) {
+      const Followers& match = *matches[order - 1];
+      const size_t kept = std::min(kMaxOffers, match.ranked.size());
+      for (size_t rank = 0; rank < kept; ++rank) {
+        const Follower follower = match.ranked[rank];
+        const auto same = [&](const Offer& offer) { return offer.token == follower.token; };
+        if (std::any_of(offers.begin(), offers.end(), same)) continue;
+        const int count = std::min(follower.count, kMaxCount);
+        const int others = std::min(match.total - follower.count, kMaxCount);
+        const int kind = ((order - 1) * kMaxCount + count - 1) * (kMaxCount + 1) + others;
+        offers.push_back({follower.token, 1 + kind * 2 + (follower.token == match.latest)});
+      }
+    }
+  }
+
+ private:
+  struct Follower {
+    int32_t token;
+    int32_t count;
+  };
+
+  // What followed one n-gram: the most frequent first, then the most recent.
+  struct Followers {
+    std::vector<Follower> ranked;
+    int32_t total = 0;
+    int32_t latest = -1;
+
+    void add(int32_t token) {
+      const auto same = [&](const Follower& follower) { return follower.token == token; };
+      auto found = std::find_if(ranked.begin(), ranked.end(), same);
+      if (found == ranked.end()) found = ranked.insert(found, {token, 0});
+      ++found->count;
+      const auto passed = [&](const Follower& follower) { return follower.count <= found->count; };
+      std::rotate(std::find_if(ranked.begin(), found, passed), found, found + 1);
+      ++total;
+      latest = token;
+    }
+  };
+
+  static uint64_t longer(uint64_t key, int32_t earlier) {
+    key = (key ^ (static_cast<uint64_t>(earlier) + 1)) * 0x9E3779B97F4A7C15ull;
+    return key ^ (key >> 29);
+  }
+
+  std::vector<int32_t> tokens_;
+  std::unordered_map<uint64_t, Followers> followers_;
+};
+
+}  // namespace pyspec

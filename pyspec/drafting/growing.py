@@ -1,0 +1,125 @@
+"""What the tree drafters share: growth from sources, and learning from what the target said."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pyspec.drafting.engine import engine
+from pyspec.trees import DraftTree
+
+__all__ = ["GrowingDrafter"]
+
+LARGEST_BUDGET = 4096
+LONGEST_MATCH = 6  # tokens that a source looks back on
+SMOOTHING = 8.0  # trials that a prior is worth
+
+
+class GrowingDrafter:
+    """Base of the drafters whose trees grow best-first from sources.
+
+    A source says what may follow a path; the chance that the target agrees is learned from every verified edge, for
+    each kind of offer, and shared by all sequences. The tree takes the node most likely to be accepted next, until the
+    budget is used, so a sure guess makes it deep and an open question makes it wide.
+
+    Args:
+        vocab_size: tokens of the target.
+        lookup: take what followed earlier occurrences of the newest tokens as a source.
+        recycling: take what the target last thought could follow a token as a source.
+    """
+
+    proposal = "deterministic"
+
+    def __init__(self, vocab_size: int, *, lookup: bool, recycling: bool):
+        self.vocab_size = vocab_size
+        self._index = engine().NgramIndex() if lookup else None
+        self._adjacency = engine().Adjacency(vocab_size) if recycling else None
+        self._estimates = engine().Estimates([source.priors() for source in self._sources()], SMOOTHING)
+        self._read = 0  # tokens of the context seen so far
+        self._proposed: tuple[DraftTree, np.ndarray] | None = None  # with the cell of each edge
+
+    def start(self, prompt: Sequence[int]) -> GrowingDrafter:
+        """A drafter for one new sequence; what was learned from others is shared with it.
+
+        Raises:
+            ValueError: if a token is outside the vocabulary.
+        """
+        drafter = copy.copy(self)
+        drafter._index = None if self._index is None else engine().NgramIndex()
+        drafter._read, drafter._proposed = 0, None
+        drafter._read_context(prompt)
+        return drafter
+
+    def propose(self, context: Sequence[int], budget: int) -> DraftTree:
+        """A tree of at most budget nodes below context[-1]; fewer where nothing more is known.
+
+        Args:
+            context: all tokens so far; it only ever grows.
+            budget: nodes, root included, in [1, 4096].
+
+        Raises:
+            ValueError: if the context is empty, shrank or has a token outside the vocabulary, or for a bad budget.
+            TypeError: if budget is not an integer.
+        """
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise TypeError(f"budget must be an int, got {budget!r}")
+        if not 1 <= budget <= LARGEST_BUDGET:
+            raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
+        if not len(context):
+            raise ValueError("context must have at least one token, got none")
+        self._read_context(context)
+        recent = list(context[-LONGEST_MATCH:])
+        tokens, parents, cells = engine().grow(self._sources(), self._estimates, recent, budget)
+        tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents))
+        self._proposed = (tree, cells)
+        return tree
+
+    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+        """Learns from what the target said after every node of a tree, accepted or not.
+
+        Args:
+            tree: the last proposed tree, or a chain of prompt tokens.
+            logits: [T, vocab_size] floating point.
+            path: not needed: a rejected node teaches as much as an accepted one.
+
+        Raises:
+            ValueError: if the shape of logits or a token does not fit; nothing is learned then.
+        """
+        if logits.shape != (len(tree), self.vocab_size):
+            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
+        proposed, cells = self._proposed or (None, None)
+        if tree is not proposed and self._adjacency is None:
+            return
+        top_tokens, top_logits = _top_tokens(logits)
+        tokens = tree.tokens.numpy()
+        if self._adjacency is not None:
+            self._adjacency.update(tokens, top_tokens, top_logits)
+        if tree is proposed:
+            self._estimates.learn(tokens, tree.parents.numpy(), cells, top_tokens)
+
+    def _sources(self) -> list:
+        return [source for source in (self._index, self._adjacency) if source is not None]
+
+    def _read_context(self, context: Sequence[int]) -> None:
+        if len(context) < self._read:
+            raise ValueError(f"context only grows, but it has {len(context)} tokens after {self._read}")
+        new = [operator.index(token) for token in context[self._read :]]
+        if new and not (min(new) >= 0 and max(new) < self.vocab_size):
+            raise ValueError(f"context tokens must be in [0, {self.vocab_size}), got {min(new)} to {max(new)}")
+        if self._index is not None:
+            self._index.extend(new)
+        self._read = len(context)
+
+
+def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
+    logits = logits.detach().float()
+    if logits.device.type != "cpu":
+        logits, tokens = logits.topk(min(8, logits.shape[1]))
+        places, logits = engine().top_tokens(logits.cpu().numpy())
+        return np.where(places < 0, -1, np.take_along_axis(tokens.int().cpu().numpy(), places.clip(0), 1)), logits
+    return engine().top_tokens(logits.contiguous().numpy())

@@ -1,0 +1,172 @@
+"""The host module's drafting structures in plain Python: what it falls back to, and is tested against."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["Adjacency", "Estimates", "NgramIndex", "grow", "top_tokens"]
+
+TOP = 8
+
+
+def top_tokens(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 best tokens of each row: ([T, 8] int32, their [T, 8] float32 logits), best first.
+
+    Among equals the lower token comes first; -1 and -inf where a row has fewer than 8 tokens above -inf, which NaN
+    counts as.
+    """
+    tokens = np.full((len(logits), TOP), -1, np.int32)
+    values = np.full((len(logits), TOP), -np.inf, np.float32)
+    for node, row in enumerate(logits):
+        row = np.where(np.isnan(row), -np.inf, row)
+        worst = np.partition(row, -TOP)[-TOP] if len(row) > TOP else -np.inf
+        (best,) = np.nonzero((row >= worst) & (row > -np.inf))
+        best = best[np.argsort(-row[best], kind="stable")][:TOP]
+        tokens[node, : len(best)] = best
+        values[node, : len(best)] = row[best]
+    return tokens, values
+
+
+class NgramIndex:
+    """Prompt lookup: what followed earlier occurrences of the newest tokens."""
+
+    MAX_ORDER = 6
+    MAX_COUNT = 3
+    MAX_OFFERS = 8
+    TRUST = (0.3, 0.5, 0.65, 0.75, 0.8, 0.85)  # by order
+
+    def __init__(self):
+        self._tokens: list[int] = []
+        self._followers: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}  # token: (count, last position)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def priors(self) -> list[float]:
+        counts, others = range(1, self.MAX_COUNT + 1), range(self.MAX_COUNT + 1)
+        return [0.0] + [
+            trust * count / (count + other + 1)
+            for trust, count, other, _ in itertools.product(self.TRUST, counts, others, (False, True))
+        ]
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            position = len(self._tokens)
+            for order in range(1, min(self.MAX_ORDER, position) + 1):
+                followers = self._followers.setdefault(tuple(self._tokens[position - order :]), {})
+                followers[token] = (followers.get(token, (0, 0))[0] + 1, position)
+            self._tokens.append(token)
+
+    def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
+        offers: dict[int, int] = {}
+        for order in range(min(self.MAX_ORDER, len(recent)), 0, -1):
+            followers = self._followers.get(tuple(recent[len(recent) - order :]), {})
+            total = sum(count for count, _ in followers.values())
+            latest = max((last for _, last in followers.values()), default=0)
+            ranked = sorted(followers.items(), key=lambda item: item[1], reverse=True)
+            for token, (count, last) in ranked[: self.MAX_OFFERS]:
+                kind = (order - 1) * self.MAX_COUNT + min(count, self.MAX_COUNT) - 1
+                kind = kind * (self.MAX_COUNT + 1) + min(total - count, self.MAX_COUNT)
+                offers.setdefault(token, 1 + kind * 2 + (last == latest))
+        return list(offers.items())
+
+
+class Adjacency:
+    """Token Recycling: what the target last thought could follow a token, and how sure it was."""
+
+    RANKS = 3
+    ABOVE = (0.95, 0.85, 0.7, 0.5, 0.35, 0.22, 0.13, 0.07, 0.03)
+    PRIORS = (0.6, 0.55, 0.45, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03, 0.015)  # by level
+    level_count = len(PRIORS)
+
+    def __init__(self, vocab_size: int):
+        self.successors = np.full((vocab_size, TOP), -1, np.int32)
+        self.levels = np.zeros((vocab_size, TOP), np.uint8)
+
+    def priors(self) -> list[float]:
+        return [0.0, *self.PRIORS * self.RANKS]
+
+    def update(self, tokens: np.ndarray, top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
+        for node, token in enumerate(tokens.tolist()):
+            if not 0 <= token < len(self.successors):
+                raise ValueError(f"tokens[{node}] is outside the vocabulary")
+        for token, successors, logits in zip(tokens.tolist(), top_tokens, top_logits.tolist(), strict=True):
+            weights = [math.exp(logit - logits[0]) for logit in logits]
+            total = sum(weights)
+            self.successors[token] = successors
+            self.levels[token] = [self._level(weight / total) for weight in weights]
+
+    def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
+        offers = []
+        successors, levels = self.successors[recent[-1]].tolist(), self.levels[recent[-1]].tolist()
+        for rank, (token, level) in enumerate(zip(successors, levels, strict=True)):
+            if token < 0:
+                break
+            offers.append((token, 1 + min(rank, self.RANKS - 1) * self.level_count + level))
+        return offers
+
+    def _level(self, share: float) -> int:
+        return next((level for level, above in enumerate(self.ABOVE) if share > above), len(self.ABOVE))
+
+
+class Estimates:
+    """How often offers of each kind turned out to be what the target said; see csrc/host/growth.h."""
+
+    def __init__(self, priors: Sequence[Sequence[float]], smoothing: float):
+        self.priors = priors
+        self.smoothing = smoothing
+        self.strides = [math.prod(len(prior) for prior in priors[:source]) for source in range(len(priors))]
+        self.hits = np.zeros(math.prod(len(prior) for prior in priors))
+        self.trials = np.zeros_like(self.hits)
+
+    def rate(self, cell: int) -> float:
+        missed, offering = 1.0, self._offering(cell)
+        for source, alone in offering:
+            missed *= 1 - self._smoothed(alone, self.priors[source][alone // self.strides[source]])
+        return 1 - missed if len(offering) == 1 else self._smoothed(cell, 1 - missed)
+
+    def learn(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, top_tokens: np.ndarray) -> None:
+        for token, parent, cell in list(zip(tokens.tolist(), parents.tolist(), cells.tolist(), strict=True))[1:]:
+            offering = self._offering(cell)
+            for counted in [alone for _, alone in offering] + [cell] * (len(offering) > 1):
+                self.hits[counted] += int(top_tokens[parent, 0]) == token
+                self.trials[counted] += 1
+
+    def _offering(self, cell: int) -> list[tuple[int, int]]:
+        features = [cell // stride % len(prior) for stride, prior in zip(self.strides, self.priors, strict=True)]
+        return [(source, feature * self.strides[source]) for source, feature in enumerate(features) if feature]
+
+    def _smoothed(self, cell: int, prior: float) -> float:
+        return (float(self.hits[cell]) + self.smoothing * prior) / (float(self.trials[cell]) + self.smoothing)
+
+
+def grow(
+    sources: Sequence[NgramIndex | Adjacency], estimates: Estimates, recent: Sequence[int], budget: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A tree below recent[-1], best node first: tokens int64, parents int32 and each edge's cell int64."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    cells: list[int] = []
+    paths: list[list[int]] = []
+    candidates = [(-1.0, 0, recent[-1], -1, 0)]
+    discovered = 1
+    while candidates and len(tokens) < budget:
+        negated, _, token, parent, cell = heapq.heappop(candidates)
+        node = len(tokens)
+        tokens.append(token)
+        parents.append(parent)
+        cells.append(cell)
+        paths.append(paths[parent] + [token] if node else [])
+        children: dict[int, int] = {}
+        for source, stride in zip(sources, estimates.strides, strict=True):
+            for child, feature in source.offer([*recent, *paths[node]]):
+                children[child] = children.get(child, 0) + feature * stride
+        for child, cell in children.items():
+            heapq.heappush(candidates, (negated * estimates.rate(cell), discovered, child, node, cell))
+            discovered += 1
+    return np.array(tokens, np.int64), np.array(parents, np.int32), np.array(cells, np.int64)

@@ -1,0 +1,98 @@
+"""The host module does exactly what its plain-Python twin does."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyspec.drafting import reference
+
+host = pytest.importorskip("pyspec._host")
+
+VOCAB = 7  # few tokens, so that n-grams come back
+
+
+def both(name, *arguments):
+    return [getattr(module, name)(*arguments) for module in (host, reference)]
+
+
+@given(
+    st.integers(1, 200).flatmap(
+        lambda vocab: st.lists(
+            st.lists(
+                st.one_of(st.integers(-3, 3).map(float), st.floats(width=32)),
+                min_size=vocab,
+                max_size=vocab,
+            ),
+            min_size=1,
+            max_size=3,
+        )
+    )
+)
+@settings(max_examples=50)
+def test_top_tokens(rows):
+    (tokens, logits), (expected_tokens, expected_logits) = both("top_tokens", np.array(rows, np.float32))
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_array_equal(logits, expected_logits)
+
+
+def test_top_tokens_of_a_large_row():
+    logits = np.random.default_rng(0).normal(size=(4, 10_007)).astype(np.float32)
+    logits[1, 5:9_000:7] = 9.0  # ties across blocks
+    logits[2, ::3] = np.nan
+    logits[3] = -np.inf
+    (tokens, values), (expected_tokens, expected_values) = both("top_tokens", logits)
+    np.testing.assert_array_equal(tokens, expected_tokens)
+    np.testing.assert_array_equal(values, expected_values)
+    np.testing.assert_array_equal(tokens[0], np.argsort(-logits[0])[:8])
+    assert tokens[1].tolist() == list(range(5, 61, 7)) and tokens[3].tolist() == [-1] * 8
+
+
+@pytest.mark.parametrize("kinds", [("NgramIndex",), ("Adjacency",), ("NgramIndex", "Adjacency")])
+@given(
+    walk=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60),
+    rounds=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 4)), min_size=1, max_size=6),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60)
+def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
+    random = np.random.default_rng(seed)
+    sides = []
+    for module in (host, reference):
+        sources = [module.NgramIndex() if kind == "NgramIndex" else module.Adjacency(VOCAB) for kind in kinds]
+        sides.append((module, sources, module.Estimates([source.priors() for source in sources], 4.0)))
+    assert sides[0][2].hits.shape == sides[1][2].hits.shape
+
+    fresh = list(walk)
+    for budget, steps in rounds:
+        logits = random.normal(scale=3, size=(budget, VOCAB)).astype(np.float32)
+        grown = []
+        for module, sources, estimates in sides:
+            for source in sources:
+                if isinstance(source, module.NgramIndex):
+                    source.extend(fresh)
+            tokens, parents, cells = module.grow(sources, estimates, walk[-6:], budget)
+            top_tokens, top_logits = module.top_tokens(logits[: len(tokens)])
+            for source in sources:
+                if isinstance(source, module.Adjacency):
+                    source.update(tokens, top_tokens, top_logits)
+            estimates.learn(tokens, parents, cells, top_tokens)
+            grown.append((tokens.tolist(), parents.tolist(), cells.tolist()))
+        assert grown[0] == grown[1]
+        fresh = random.integers(0, VOCAB, steps).tolist()
+        walk = walk + fresh
+    for name in ("hits", "trials"):
+        np.testing.assert_array_equal(getattr(sides[0][2], name), getattr(sides[1][2], name))
+    for ours, theirs in zip(sides[0][1], sides[1][1], strict=True):
+        assert ours.priors() == theirs.priors()
+        if "Adjacency" in type(ours).__name__:
+            np.testing.assert_array_equal(ours.successors, theirs.successors)
+            np.testing.assert_array_equal(ours.levels, theirs.levels)
+
+
+def test_an_update_outside_the_vocabulary_changes_nothing():
+    for module in (host, reference):
+        adjacency = module.Adjacency(VOCAB)
+        with pytest.raises(ValueError, match=r"tokens\[1\] is outside the vocabulary"):
+            adjacency.update(np.array([0, VOCAB]), np.zeros((2, 8), np.int32), np.zeros((2, 8), np.float32))
+        assert (adjacency.successors == -1).all()
