@@ -27,11 +27,11 @@ def merge_attention_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b
     part_a = torch.where(weight_a[..., None] == 0, 0.0, out_a.float()) * weight_a[..., None]
     part_b = torch.where(weight_b[..., None] == 0, 0.0, out_b.float()) * weight_b[..., None]
     out = (part_a + part_b) / torch.where(total == 0, 1.0, total)[..., None]
-    return torch.empty_like(out_a).copy_(out), shift + total.log()
+    return out.to(out_a.dtype).contiguous(), shift + total.log()
 
 
 def _fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(out_a), torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
 def _triton():
@@ -57,7 +57,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         lse_a, lse_b: [...] fp32, natural log-sum-exp of each part's scores; -inf where a part saw no key.
 
     Returns:
-        out [..., D] like out_a, and its lse [...] fp32. Both parts empty: 0 and -inf.
+        out [..., D] of the dtype of out_a, and its lse [...] fp32, both contiguous. Both parts empty: 0 and -inf.
 
     Raises:
         TypeError: a dtype is not supported or the two differ.

@@ -60,6 +60,7 @@ def tree_attention_reference(
         slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
         visible &= depth[..., None] - slot_depth[:, None] < window
 
+    seen = visible.any(1)  # [B, S]; a value that no row may see could be NaN
     visible = visible[:, None, None]
     grouped_q = q.float().unflatten(1, (kv_heads, heads // kv_heads))
     scores = torch.einsum("bhgtd,bhsd->bhgts", grouped_q, k.float()) * scale
@@ -67,9 +68,8 @@ def tree_attention_reference(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
-    weights = torch.where(visible, (scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None]).exp(), 0.0)
-    seen = visible.any(2).any(1)[:, 0, :, None]  # values that no row may see could be NaN
-    values = torch.where(seen[:, None], v.float(), 0.0)
+    weights = torch.where(visible, scores.softmax(-1), 0.0)
+    values = torch.where(seen[:, None, :, None], v.float(), 0.0)
     out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
     return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
 

@@ -1,0 +1,58 @@
+// What every CPU binding needs: the instruction set in use, torch's threads, and checks that keep a direct
+// caller of torch.ops.pyspec.* from reading outside a tensor.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+
+#include "params/common.h"
+
+// Declares a kernel's entry point for every instruction set and a table to pick from.
+#if PYSPEC_X86
+#define PYSPEC_KERNEL_TABLE(name, Params)               \
+  extern "C" void name##_portable(const Params&);       \
+  extern "C" void name##_avx2(const Params&);           \
+  extern "C" void name##_avx512(const Params&);         \
+  extern "C" void name##_avx512_bf16(const Params&);    \
+  extern "C" void name##_amx_bf16(const Params&);       \
+  static void (*const name##_table[])(const Params&) = {name##_portable, name##_avx2, name##_avx512, \
+                                                        name##_avx512_bf16, name##_amx_bf16}
+#else
+#define PYSPEC_KERNEL_TABLE(name, Params)         \
+  extern "C" void name##_portable(const Params&); \
+  static void (*const name##_table[])(const Params&) = {name##_portable}
+#endif
+
+namespace pyspec {
+
+// Index into a kernel table: the best this processor has, or what the environment variable PYSPEC_ISA names.
+// Throws where the processor does not have that.
+int instruction_set();
+
+// Runs on torch's own threads; each takes the next item when it is done with one.
+void parallel_for(int64_t items, ParallelBody body, void* context);
+
+// A buffer of the calling thread that only grows, 64-byte aligned: a workspace is not worth page faults a call.
+float* workspace(int64_t floats);
+
+inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return Element::kFloat32;
+    case torch::headeronly::ScalarType::Half:
+      return Element::kFloat16;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+  return Element::kFloat32;
+}
+
+}  // namespace pyspec

@@ -1,0 +1,190 @@
+// panel: C[m][lane] = C[m][lane] * alpha[lane] + sum over steps of A[m][step] . B[step][lane].
+//
+// The one matrix product that attention on the CPU needs, twice: scores (m = key, step = channel) and values
+// (m = channel, step = key). Query rows are the lanes, so keys and values are read where they lie, one broadcast
+// at a time, and no lane's sum depends on how many lanes there are: the row rule holds by construction.
+// A step is one fp32, or a pair of bf16 where the instruction set multiplies pairs.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace {
+
+// A in memory: byte strides between rows m and between steps.
+struct PanelA {
+  const char* data;
+  int64_t row, step;
+};
+
+#if PYSPEC_HAS_AVX512
+constexpr int kPanelRows = 8, kPanelBlocks = 2;
+#elif PYSPEC_HAS_X86_VECTORS
+constexpr int kPanelRows = 4, kPanelBlocks = 1;
+#else
+constexpr int kPanelRows = 2, kPanelBlocks = 1;
+#endif
+
+template <bool kPairs>
+PYSPEC_INLINE F16 dot_step(F16 a, F16 b, F16 c) {
+#if PYSPEC_HAS_BF16_DOT
+  if constexpr (kPairs) return pair_dot(a, b, c);
+#endif
+  return fma(a, b, c);
+}
+
+// rows is rounded up to kPanelRows: C and A must reach that far. alpha null starts C at zero.
+template <bool kPairs, int kBlocks>
+PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
+                         int64_t c_block, const F16* alpha) {
+  for (int64_t first = 0; first < rows; first += kPanelRows) {
+    F16 sum[kPanelRows][kBlocks];
+    for (int m = 0; m < kPanelRows; ++m)
+      for (int j = 0; j < kBlocks; ++j)
+        sum[m][j] = alpha ? mul(load(c + j * c_block + (first + m) * 16), alpha[j]) : set1(0.0f);
+    const char* row = a.data + first * a.row;
+    for (int64_t i = 0; i < steps; ++i) {
+      F16 lanes[kBlocks];
+      for (int j = 0; j < kBlocks; ++j) lanes[j] = load(b + j * b_block + i * 16);
+      for (int m = 0; m < kPanelRows; ++m) {
+        F16 value = broadcast(row + m * a.row + i * a.step);
+        for (int j = 0; j < kBlocks; ++j) sum[m][j] = dot_step<kPairs>(value, lanes[j], sum[m][j]);
+      }
+    }
+    for (int m = 0; m < kPanelRows; ++m)
+      for (int j = 0; j < kBlocks; ++j) store(c + j * c_block + (first + m) * 16, sum[m][j]);
+  }
+}
+
+#if PYSPEC_HAS_AMX
+// The same product by tiles of 16 x 16 sums and 16 pairs a step. Every tile register is 16 rows of 64 bytes.
+struct TileConfig {
+  TileConfig() {
+    alignas(64) uint8_t config[64] = {1};
+    for (int tile = 0; tile < 8; ++tile) {
+      config[16 + 2 * tile] = 64;
+      config[48 + tile] = 16;
+    }
+    _tile_loadconfig(config);
+  }
+  ~TileConfig() { _tile_release(); }
+};
+
+// C (zeroed, or continued) is 16 * kTilesA rows by kBlocks blocks; steps counts groups of 16 pairs.
+template <int kTilesA, int kBlocks>
+PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c, int64_t c_block,
+                              bool continued) {
+#define PYSPEC_EACH_C(do)                       \
+  do(0, 0, 0);                                  \
+  if constexpr (kBlocks > 1) do(1, 0, 1);       \
+  if constexpr (kTilesA > 1) do(2, 1, 0);       \
+  if constexpr (kTilesA > 1 && kBlocks > 1) do(3, 1, 1)
+#define PYSPEC_LOAD_C(tile, m, j) _tile_loadd(tile, c + j * c_block + m * 256, 64)
+#define PYSPEC_ZERO_C(tile, m, j) _tile_zero(tile)
+#define PYSPEC_STORE_C(tile, m, j) _tile_stored(tile, c + j * c_block + m * 256, 64)
+  if (continued) {
+    PYSPEC_EACH_C(PYSPEC_LOAD_C);
+  } else {
+    PYSPEC_EACH_C(PYSPEC_ZERO_C);
+  }
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_loadd(4, a.data + i * 64, a.row);
+    _tile_loadd(6, b + i * 256, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kBlocks > 1) {
+      _tile_loadd(7, b + b_block + i * 256, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (kTilesA > 1) {
+      _tile_loadd(5, a.data + 16 * a.row + i * 64, a.row);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (kBlocks > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  PYSPEC_EACH_C(PYSPEC_STORE_C);
+#undef PYSPEC_EACH_C
+#undef PYSPEC_LOAD_C
+#undef PYSPEC_ZERO_C
+#undef PYSPEC_STORE_C
+}
+
+// rows is rounded up to 16.
+template <int kBlocks>
+PYSPEC_INLINE void tile_panel_rows(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
+                                   int64_t c_block, bool continued) {
+  int64_t first = 0;
+  for (; first + 16 < rows; first += 32) {
+    tile_panel<2, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block, continued);
+  }
+  if (first < rows) {
+    tile_panel<1, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block, continued);
+  }
+}
+#endif
+
+#if PYSPEC_HAS_BF16_DOT
+// Rows of keys, two at a time, woven into pairs: out[pair][d] = (row 2 * pair, row 2 * pair + 1)[d].
+PYSPEC_INLINE void interleave_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d, uint32_t* out) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const char *first = rows + 2 * i * row_bytes, *second = first + row_bytes;
+    for (int64_t c = 0; c < d; c += 16) {
+      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 2 * c)));
+      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + 2 * c)));
+      _mm512_storeu_si512(out + i * d + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+#endif
+
+#if PYSPEC_HAS_AMX
+// 16 x 16 dwords transposed in registers.
+PYSPEC_INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// The pairs of interleave_pairs with channels as rows: out[d][pair], 32 pairs a row. d is a multiple of 32 and pairs of 16.
+PYSPEC_INLINE void transpose_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d, uint32_t* out) {
+  for (int64_t p = 0; p < pairs; p += 16) {
+    for (int64_t c = 0; c < d; c += 32) {
+      __m512i low[16], high[16];
+      for (int i = 0; i < 16; ++i) {
+        const char* first = rows + 2 * (p + i) * row_bytes + 2 * c;
+        __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(first + row_bytes);
+        low[i] = _mm512_unpacklo_epi16(a, b);
+        high[i] = _mm512_unpackhi_epi16(a, b);
+      }
+      transpose16(low);
+      transpose16(high);
+      // Within 128 bits, unpacklo took channels 0..3 of 8 and unpackhi channels 4..7.
+      for (int i = 0; i < 16; ++i) {
+        int64_t channel = c + i / 4 * 8 + i % 4;
+        _mm512_storeu_si512(out + channel * 32 + p, low[i]);
+        _mm512_storeu_si512(out + (channel + 4) * 32 + p, high[i]);
+      }
+    }
+  }
+}
+#endif
+
+}  // namespace
