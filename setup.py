@@ -33,12 +33,15 @@ class CMakeBuild(build_ext):
             "TORCH_DIR": Path(torch.origin).parent if torch else "",
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
         }
+        # cmake and ninja may be installed beside this Python without being on PATH.
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items())],
             check=True,
+            env=environment,
         )
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
-        subprocess.run(["cmake", "--build", work, "--parallel", jobs], check=True)
+        subprocess.run(["cmake", "--build", work, "--parallel", jobs], check=True, env=environment)
 
 
 setup(

@@ -31,36 +31,41 @@ void check_reach(const pyspec::TreeAttentionParams& p, int64_t pages, int64_t sl
     if (!p.block_table) continue;
     for (int64_t page = 0; page * p.page < n + reach; ++page) {
       int64_t index = p.block_table[b * p.block_table_stride + page];
-      STD_TORCH_CHECK(index >= 0 && index < pages, "block_table[", b, "][", page, "] is ", index, ", k has ", pages,
-                      " pages");
+      STD_TORCH_CHECK(index >= 0 && index < pages, "block_table[", b, "][", page, "] is ", index, ", k has ",
+                      pages, " pages");
     }
   }
 }
 
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                          const Tensor& ancestor_bits, const Tensor& prefix_lens, double scale,
-                                          std::optional<double> softcap, std::optional<int64_t> window,
-                                          std::optional<Tensor> block_table) {
+                                          const Tensor& ancestor_bits, const Tensor& prefix_lens,
+                                          double scale, std::optional<double> softcap,
+                                          std::optional<int64_t> window, std::optional<Tensor> block_table) {
   auto int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 dimensions");
   pyspec::TreeAttentionParams p{};
   p.element = pyspec::element_of(q, "q");
-  p.batch = q.size(0), p.heads = q.size(1), p.nodes = q.size(2), p.head_dim = q.size(3), p.kv_heads = k.size(1);
+  p.batch = q.size(0), p.heads = q.size(1), p.nodes = q.size(2), p.head_dim = q.size(3),
+  p.kv_heads = k.size(1);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "q, k and v must have one dtype");
-  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= 256, "q must have a head_dim of at most 256 "
-                  "that is a multiple of 16, got ", p.head_dim);
+  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= 256,
+                  "q must have a head_dim of at most 256 "
+                  "that is a multiple of 16, got ",
+                  p.head_dim);
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k.size(i) == v.size(i), "v must have the shape of k");
   STD_TORCH_CHECK(k.size(3) == p.head_dim, "k must have the head_dim of q");
-  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "k must have a number of heads that divides q's");
+  STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0,
+                  "k must have a number of heads that divides q's");
   STD_TORCH_CHECK(q.stride(3) == 1 && k.stride(3) == 1 && v.stride(3) == 1,
                   "q, k and v must have a contiguous last dimension");
   STD_TORCH_CHECK(ancestor_bits.scalar_type() == int32 && ancestor_bits.dim() == 3 &&
                       ancestor_bits.size(0) == p.batch && ancestor_bits.size(1) == p.nodes &&
                       ancestor_bits.size(2) == (p.nodes + 31) / 32,
                   "ancestor_bits must be int32 [batch, nodes, ceil(nodes / 32)]");
-  STD_TORCH_CHECK(prefix_lens.scalar_type() == int32 && prefix_lens.dim() == 1 && prefix_lens.size(0) == p.batch,
-                  "prefix_lens must be int32 [batch]");
+  STD_TORCH_CHECK(
+      prefix_lens.scalar_type() == int32 && prefix_lens.dim() == 1 && prefix_lens.size(0) == p.batch,
+      "prefix_lens must be int32 [batch]");
   STD_TORCH_CHECK(block_table || k.size(0) == p.batch, "k must have the batch of q");
 
   Tensor bits = torch::stable::contiguous(ancestor_bits), lengths = torch::stable::contiguous(prefix_lens);
@@ -77,9 +82,9 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   int64_t slots = k.size(2);
   std::optional<Tensor> table;
   if (block_table) {
-    STD_TORCH_CHECK(block_table->scalar_type() == int32 && block_table->dim() == 2 &&
-                        block_table->size(0) == p.batch,
-                    "block_table must be int32 [batch, pages]");
+    STD_TORCH_CHECK(
+        block_table->scalar_type() == int32 && block_table->dim() == 2 && block_table->size(0) == p.batch,
+        "block_table must be int32 [batch, pages]");
     table = torch::stable::contiguous(*block_table);
     p.block_table = static_cast<const int32_t*>(table->data_ptr());
     p.block_table_stride = table->size(1);

@@ -1,7 +1,8 @@
 // merge_attention on the CPU: a weighted mean of two rows. Bound by memory; the weights are two exps a row.
 // A side whose weight is 0 is left out rather than multiplied: it may hold NaN.
-#include "cpu/simd.h"
 #include "params/merge_attention.h"
+
+#include "cpu/simd.h"
 
 namespace {
 
@@ -10,8 +11,10 @@ void merge(const pyspec::MergeAttentionParams& p) {
   for (int64_t row = 0; row < p.rows; ++row) {
     float a = p.lse_a[row], b = p.lse_b[row], largest = a > b || a != a ? a : b;
     float safe = largest == -kInfinity ? 0.0f : largest;
-    float weight_a = __builtin_expf(a - safe), weight_b = __builtin_expf(b - safe), total = weight_a + weight_b;
-    float share_a = total == 0.0f ? 0.0f : weight_a / total, share_b = total == 0.0f ? 0.0f : weight_b / total;
+    float weight_a = __builtin_expf(a - safe), weight_b = __builtin_expf(b - safe),
+          total = weight_a + weight_b;
+    float share_a = total == 0.0f ? 0.0f : weight_a / total,
+          share_b = total == 0.0f ? 0.0f : weight_b / total;
     const Storage* from_a = static_cast<const Storage*>(p.out_a) + row * p.head_dim;
     const Storage* from_b = static_cast<const Storage*>(p.out_b) + row * p.head_dim;
     Storage* to = static_cast<Storage*>(p.out) + row * p.head_dim;

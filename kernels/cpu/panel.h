@@ -1,9 +1,9 @@
 // panel: C[m][lane] = C[m][lane] * alpha[lane] + sum over steps of A[m][step] . B[step][lane].
 //
 // The one matrix product that attention on the CPU needs, twice: scores (m = key, step = channel) and values
-// (m = channel, step = key). Query rows are the lanes, so keys and values are read where they lie, one broadcast
-// at a time, and no lane's sum depends on how many lanes there are: the row rule holds by construction.
-// A step is one fp32, or a pair of bf16 where the instruction set multiplies pairs.
+// (m = channel, step = key). Query rows are the lanes, so keys and values are read where they lie, one
+// broadcast at a time, and no lane's sum depends on how many lanes there are: the row rule holds by
+// construction. A step is one fp32, or a pair of bf16 where the instruction set multiplies pairs.
 #pragma once
 
 #include "cpu/simd.h"
@@ -71,13 +71,16 @@ struct TileConfig {
 
 // C (zeroed, or continued) is 16 * kTilesA rows by kBlocks blocks; steps counts groups of 16 pairs.
 template <int kTilesA, int kBlocks>
-PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c, int64_t c_block,
-                              bool continued) {
-#define PYSPEC_EACH_C(do)                       \
-  do(0, 0, 0);                                  \
-  if constexpr (kBlocks > 1) do(1, 0, 1);       \
-  if constexpr (kTilesA > 1) do(2, 1, 0);       \
-  if constexpr (kTilesA > 1 && kBlocks > 1) do(3, 1, 1)
+PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,
+                              int64_t c_block, bool continued) {
+#define PYSPEC_EACH_C(do)                      \
+  do (0, 0, 0);                                \
+  if constexpr (kBlocks > 1) do                \
+      (1, 0, 1);                               \
+  if constexpr (kTilesA > 1) do                \
+      (2, 1, 0);                               \
+  if constexpr (kTilesA > 1 && kBlocks > 1) do \
+    (3, 1, 1)
 #define PYSPEC_LOAD_C(tile, m, j) _tile_loadd(tile, c + j * c_block + m * 256, 64)
 #define PYSPEC_ZERO_C(tile, m, j) _tile_zero(tile)
 #define PYSPEC_STORE_C(tile, m, j) _tile_stored(tile, c + j * c_block + m * 256, 64)
@@ -109,26 +112,31 @@ PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t
 
 // rows is rounded up to 16.
 template <int kBlocks>
-PYSPEC_INLINE void tile_panel_rows(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
-                                   int64_t c_block, bool continued) {
+PYSPEC_INLINE void tile_panel_rows(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps,
+                                   float* c, int64_t c_block, bool continued) {
   int64_t first = 0;
   for (; first + 16 < rows; first += 32) {
-    tile_panel<2, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block, continued);
+    tile_panel<2, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block,
+                           continued);
   }
   if (first < rows) {
-    tile_panel<1, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block, continued);
+    tile_panel<1, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block,
+                           continued);
   }
 }
 #endif
 
 #if PYSPEC_HAS_BF16_DOT
 // Rows of keys, two at a time, woven into pairs: out[pair][d] = (row 2 * pair, row 2 * pair + 1)[d].
-PYSPEC_INLINE void interleave_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d, uint32_t* out) {
+PYSPEC_INLINE void interleave_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d,
+                                    uint32_t* out) {
   for (int64_t i = 0; i < pairs; ++i) {
     const char *first = rows + 2 * i * row_bytes, *second = first + row_bytes;
     for (int64_t c = 0; c < d; c += 16) {
-      __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 2 * c)));
-      __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + 2 * c)));
+      __m512i low =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 2 * c)));
+      __m512i high =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + 2 * c)));
       _mm512_storeu_si512(out + i * d + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
@@ -163,24 +171,25 @@ PYSPEC_INLINE void transpose16(__m512i r[16]) {
   }
 }
 
-// The pairs of interleave_pairs with channels as rows: out[d][pair], 32 pairs a row. d is a multiple of 32 and pairs of 16.
-PYSPEC_INLINE void transpose_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d, uint32_t* out) {
+// The pairs of interleave_pairs with channels as rows: out[d][pair], 32 pairs a row. d is a multiple of 32
+// and pairs of 16.
+PYSPEC_INLINE void transpose_pairs(const char* rows, int64_t row_bytes, int64_t pairs, int64_t d,
+                                   uint32_t* out) {
   for (int64_t p = 0; p < pairs; p += 16) {
     for (int64_t c = 0; c < d; c += 32) {
-      __m512i low[16], high[16];
-      for (int i = 0; i < 16; ++i) {
-        const char* first = rows + 2 * (p + i) * row_bytes + 2 * c;
-        __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(first + row_bytes);
-        low[i] = _mm512_unpacklo_epi16(a, b);
-        high[i] = _mm512_unpackhi_epi16(a, b);
-      }
-      transpose16(low);
-      transpose16(high);
-      // Within 128 bits, unpacklo took channels 0..3 of 8 and unpackhi channels 4..7.
-      for (int i = 0; i < 16; ++i) {
-        int64_t channel = c + i / 4 * 8 + i % 4;
-        _mm512_storeu_si512(out + channel * 32 + p, low[i]);
-        _mm512_storeu_si512(out + (channel + 4) * 32 + p, high[i]);
+      // Within 128 bits, unpacklo takes channels 0..3 of 8 and unpackhi channels 4..7.
+      for (int half = 0; half < 2; ++half) {
+        __m512i woven[16];
+        for (int i = 0; i < 16; ++i) {
+          const char* first = rows + 2 * (p + i) * row_bytes + 2 * c;
+          __m512i a = _mm512_loadu_si512(first), b = _mm512_loadu_si512(first + row_bytes);
+          woven[i] = half ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
+        }
+        transpose16(woven);
+        for (int i = 0; i < 16; ++i) {
+          int64_t channel = c + i / 4 * 8 + i % 4 + 4 * half;
+          _mm512_storeu_si512(out + channel * 32 + p, woven[i]);
+        }
       }
     }
   }

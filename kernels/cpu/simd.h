@@ -1,5 +1,6 @@
-// Sixteen floats as one value, on every instruction set. Everything is in an unnamed namespace: this header is
-// compiled once per instruction set, and a shared inline function would be merged by the linker into one copy.
+// Sixteen floats as one value, on every instruction set. Everything is in an unnamed namespace: this header
+// is compiled once per instruction set, and a shared inline function would be merged by the linker into one
+// copy.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,15 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 
 // exp2 on [-0.5, 0.5], degree 6 (coefficients of the Cephes library).
-constexpr float kExp2[] = {1.535336188e-4f, 1.339887440e-3f, 9.618437357e-3f, 5.550332471e-2f,
-                           2.402264791e-1f, 6.931472028e-1f, 1.0f};
+constexpr float kExp2[] = {1.535336188e-4f,
+                           1.339887440e-3f,
+                           9.618437357e-3f,
+                           5.550332471e-2f,
+                           2.402264791e-1f,
+                           6.931472028e-1f,
+                           1.0f};
+// The same to 3e-6, for weights that are rounded to bf16.
+constexpr float kExp2Short[] = {9.58285e-3f, 5.590643e-2f, 2.4024099e-1f, 6.9312419e-1f, 1.0f};
 
 #if PYSPEC_HAS_AVX512
 
@@ -49,11 +57,12 @@ PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) == 0xffff; }
-PYSPEC_INLINE F16 exp2(F16 x) {
+template <int kTerms>
+PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
   x = max(set1(-200.0f), x);
   F16 n{_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  F16 r = sub(x, n), p = set1(kExp2[0]);
-  for (int i = 1; i < 7; ++i) p = fma(p, r, set1(kExp2[i]));
+  F16 r = sub(x, n), p = set1(series[0]);
+  for (int i = 1; i < kTerms; ++i) p = fma(p, r, set1(series[i]));
   return {_mm512_scalef_ps(p.v, n.v)};
 }
 
@@ -91,12 +100,13 @@ PYSPEC_INLINE __m256 power_of_two(__m256 n) {
   __m256i exponent = _mm256_max_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(-127));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(exponent, _mm256_set1_epi32(127)), 23));
 }
-PYSPEC_INLINE F16 exp2(F16 x) {
+template <int kTerms>
+PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
   x = max(set1(-200.0f), x);
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   F16 n{_mm256_round_ps(x.lo, kNearest), _mm256_round_ps(x.hi, kNearest)};
-  F16 r = sub(x, n), p = set1(kExp2[0]);
-  for (int i = 1; i < 7; ++i) p = fma(p, r, set1(kExp2[i]));
+  F16 r = sub(x, n), p = set1(series[0]);
+  for (int i = 1; i < kTerms; ++i) p = fma(p, r, set1(series[i]));
   return mul(p, {power_of_two(n.lo), power_of_two(n.hi)});
 }
 
@@ -105,8 +115,8 @@ PYSPEC_INLINE F16 exp2(F16 x) {
 struct F16 {
   float v[16];
 };
-#define PYSPEC_EACH(expression) \
-  F16 result;                   \
+#define PYSPEC_EACH(expression)                            \
+  F16 result;                                              \
   for (int i = 0; i < 16; ++i) result.v[i] = (expression); \
   return result
 PYSPEC_INLINE F16 load(const void* p) {
@@ -122,17 +132,20 @@ PYSPEC_INLINE F16 mul(F16 a, F16 b) { PYSPEC_EACH(a.v[i] * b.v[i]); }
 PYSPEC_INLINE F16 div(F16 a, F16 b) { PYSPEC_EACH(a.v[i] / b.v[i]); }
 PYSPEC_INLINE F16 fma(F16 a, F16 b, F16 c) { PYSPEC_EACH(a.v[i] * b.v[i] + c.v[i]); }
 PYSPEC_INLINE F16 max(F16 a, F16 b) { PYSPEC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) { PYSPEC_EACH(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]); }
+PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
+  PYSPEC_EACH(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+}
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) {
   int equal = 0;
   for (int i = 0; i < 16; ++i) equal += a.v[i] == b.v[i];
   return equal == 16;
 }
-PYSPEC_INLINE float exp2_lane(float x) {
+template <int kTerms>
+PYSPEC_INLINE float exp2_lane(float x, const float (&series)[kTerms]) {
   x = -200.0f > x ? -200.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  float shifted = x + kRound, r = x - (shifted - kRound), p = kExp2[0];
-  for (int i = 1; i < 7; ++i) p = p * r + kExp2[i];
+  float shifted = x + kRound, r = x - (shifted - kRound), p = series[0];
+  for (int i = 1; i < kTerms; ++i) p = p * r + series[i];
   int32_t bits, offset = 0x4b400000;
   std::memcpy(&bits, &shifted, 4);
   int32_t n = bits - offset;
@@ -142,10 +155,15 @@ PYSPEC_INLINE float exp2_lane(float x) {
   std::memcpy(&power, &power_bits, 4);
   return p * power;
 }
-PYSPEC_INLINE F16 exp2(F16 x) { PYSPEC_EACH(exp2_lane(x.v[i])); }
+template <int kTerms>
+PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
+  PYSPEC_EACH(exp2_lane(x.v[i], series));
+}
 #undef PYSPEC_EACH
 
 #endif
+
+PYSPEC_INLINE F16 exp2(F16 x) { return exp2(x, kExp2); }
 
 PYSPEC_INLINE F16 broadcast(const char* p) {
   float a;

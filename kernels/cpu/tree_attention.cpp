@@ -1,14 +1,15 @@
 // tree_attention on the CPU: flash attention with query rows as vector lanes.
 //
-// Two phases. Prefix: one item per (sequence, KV head, chunk of 8 key tiles) folds the tiles that the prefix fills
-// into the online-softmax state of every row; keys and values are streamed once, all rows of the group share them.
-// Tail: one item per (sequence, KV head, 16 rows) merges the chunks in order, then for each node gathers the rest
-// of the prefix and the node's ancestors by depth, so that a row sees the tiles of plain decoding, bit for bit.
-// Few rows are bound by reading K and V; many rows by multiply-adds (AMX: by exp2).
+// Two phases. Prefix: one item per (sequence, KV head, chunk of 8 key tiles) folds the tiles that the prefix
+// fills into the online-softmax state of every row; keys and values are streamed once, all rows of the group
+// share them. Tail: one item per (sequence, KV head, 16 rows) merges the chunks in order, then for each node
+// gathers the rest of the prefix and the node's ancestors by depth, so that a row sees the tiles of plain
+// decoding, bit for bit. Few rows are bound by reading K and V; many rows by multiply-adds (AMX: by exp2).
+#include "params/tree_attention.h"
+
 #include <new>
 
 #include "cpu/panel.h"
-#include "params/tree_attention.h"
 
 namespace {
 
@@ -34,15 +35,15 @@ struct State {
   void copy(const State& other, int64_t head_dim) {
     std::memcpy(max, other.max, pyspec::state_floats(head_dim) * sizeof(float));
   }
-  // Appends the keys of other, which come after those of this.
-  void merge(const State& other, int64_t head_dim) {
+  // The keys of this, then those of other; result may be this.
+  void merge(const State& other, int64_t head_dim, State result) const {
     F16 mine = load(max), theirs = load(other.max), largest = ::max(mine, theirs);
     F16 safe = where_less(set1(-kInfinity), largest, largest, set1(0.0f));
     F16 weight = exp2(sub(mine, safe)), other_weight = exp2(sub(theirs, safe));
-    store(max, largest);
+    store(result.max, largest);
     for (int64_t i = 0; i <= head_dim; ++i) {
-      float* at = sum + i * kLanes;
-      store(at, fma(load(other.sum + i * kLanes), other_weight, mul(load(at), weight)));
+      F16 scaled = mul(load(sum + i * kLanes), weight);
+      store(result.sum + i * kLanes, fma(load(other.sum + i * kLanes), other_weight, scaled));
     }
   }
 };
@@ -53,13 +54,29 @@ struct Tile {
   int64_t count;
 };
 
+// Rows that the next tile will read: hardware does not see a tile's end coming, so a slice is asked for at a
+// time.
+struct Ahead {
+  const char *k = nullptr, *v = nullptr;
+  int64_t k_row = 0, v_row = 0, row_bytes = 0, first = kTile;
+
+  void fetch(int64_t rows) {
+    for (int64_t end = first + rows < kTile ? first + rows : kTile; first < end; ++first) {
+      for (int64_t i = 0; i < row_bytes; i += 64) {
+        __builtin_prefetch(k + first * k_row + i, 0, 2);
+        __builtin_prefetch(v + first * v_row + i, 0, 2);
+      }
+    }
+  }
+};
+
 struct Scratch {
   alignas(64) float scores[2][kTile][kLanes];
   alignas(64) float weights[2][kTile][kLanes];  // fp32, or bf16 pairs in the first 32 rows
   alignas(64) float k[kTile][kMaxHeadDim];      // staged rows, fp32 or bf16
   alignas(64) float v[kTile][kMaxHeadDim];
   alignas(64) uint32_t v_pairs[kTile / 2 * kMaxHeadDim];
-  alignas(64) float states[2][(kMaxHeadDim + 2) * kLanes];
+  alignas(64) float states[3][(kMaxHeadDim + 2) * kLanes];
   alignas(64) float lowest[kLanes];
 };
 
@@ -96,7 +113,8 @@ struct Kernel {
     return queries + (sequence_head * layout.blocks + block) * pyspec::query_floats(d);
   }
   State chunk_state(int64_t sequence_head, int64_t chunk, int64_t block) const {
-    return chunk_states + ((sequence_head * max_chunks + chunk) * layout.blocks + block) * pyspec::state_floats(d);
+    return chunk_states +
+           ((sequence_head * max_chunks + chunk) * layout.blocks + block) * pyspec::state_floats(d);
   }
   const char* row(const void* base, const int64_t* strides, int64_t b, int64_t h, int64_t slot) const {
     int64_t page = b, within = slot;
@@ -163,7 +181,8 @@ struct Kernel {
   }
 
   // Pairs beyond count must hold zeros, not what was there: 0 * NaN is NaN.
-  Tile finish_tile(Scratch& s, const char* k, int64_t k_row, const char* v, int64_t v_row, int64_t count) const {
+  Tile finish_tile(Scratch& s, const char* k, int64_t k_row, const char* v, int64_t v_row,
+                   int64_t count) const {
 #if PYSPEC_HAS_BF16_DOT
     if constexpr (kPairs) {
       int64_t pairs = kAmx ? pyspec::ceil_div(count, 32) * 16 : pyspec::ceil_div(count, 2);
@@ -181,11 +200,25 @@ struct Kernel {
     return {{k, k_row, 4}, {v, 4, v_row}, count};
   }
 
+  bool one_page(int64_t first, int64_t last) const {
+    return !p.block_table || first / p.page == last / p.page;
+  }
+
+  Ahead ahead(int64_t b, int64_t h, int64_t tile) const {
+    int64_t first = tile * kTile;
+    if (!one_page(first, first + kTile - 1)) return {};
+    return {row(p.k, p.k_strides, b, h, first),
+            row(p.v, p.v_strides, b, h, first),
+            static_cast<int64_t>(p.k_strides[2] * sizeof(Storage)),
+            static_cast<int64_t>(p.v_strides[2] * sizeof(Storage)),
+            static_cast<int64_t>(d * sizeof(Storage)),
+            0};
+  }
+
   // A tile that the prefix fills. Values below visible_from (of the earliest node) are outside every window.
   Tile prefix_tile(Scratch& s, int64_t b, int64_t h, int64_t tile, int64_t visible_from) const {
     int64_t first = tile * kTile, last = first + kTile - 1;
-    bool one_page = !p.block_table || first / p.page == last / p.page;
-    if (kDirect && one_page && visible_from <= first) {
+    if (kDirect && one_page(first, last) && visible_from <= first) {
       return finish_tile(s, row(p.k, p.k_strides, b, h, first), p.k_strides[2] * sizeof(Storage),
                          row(p.v, p.v_strides, b, h, first), p.v_strides[2] * sizeof(Storage), kTile);
     }
@@ -206,11 +239,22 @@ struct Kernel {
 
   // ==== the fold: one tile into the states of kBlocks blocks ====
 
-  // Scores to weights; returns what the state must be scaled by. lowest: first visible key of each lane, or null.
+  // body(j, j % 4): four independent sums hide the latency of an add, in an order that only count decides.
+  template <class Body>
+  static PYSPEC_INLINE void in_four_chains(int64_t count, Body body) {
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) body(j, 0), body(j + 1, 1), body(j + 2, 2), body(j + 3, 3);
+    if (j < count) body(j, 0);
+    if (j + 1 < count) body(j + 1, 1);
+    if (j + 2 < count) body(j + 2, 2);
+  }
+
+  // Scores to weights; returns what the state must be scaled by. lowest: first visible key of each lane, or
+  // null.
   PYSPEC_INLINE F16 softmax(float (*scores)[kLanes], float (*weights)[kLanes], int64_t count, State state,
                             const float* lowest) const {
     F16 largest[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
-    for (int64_t j = 0; j < count; ++j) {
+    auto score = [&](int64_t j, int chain) {
       F16 x = mul(load(scores[j]), set1(score_scale));
       if (p.softcap > 0) {  // cap * tanh(x / cap) in units of log2; tanh(y) = 1 - 2 / (1 + e^2y)
         F16 y = mul(x, set1(-2 * kLog2E / p.softcap));
@@ -219,32 +263,30 @@ struct Kernel {
       }
       if (lowest) x = where_less(set1(static_cast<float>(j)), load(lowest), set1(-kInfinity), x);
       store(scores[j], x);
-      largest[j % 4] = max(x, largest[j % 4]);
-    }
+      largest[chain] = max(x, largest[chain]);
+    };
+    in_four_chains(count, score);
     F16 before = load(state.max);
     F16 now = max(max(max(largest[0], largest[1]), max(largest[2], largest[3])), before);
     F16 safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
     F16 alpha = exp2(sub(before, safe));
     F16 sums[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
-    auto weight = [&](int64_t j) {
-      F16 x = exp2(sub(load(scores[j]), safe));
-      sums[j % 4] = add(sums[j % 4], x);
-      return x;
+    auto weight = [&](int64_t j, int chain) {
+      F16 x = sub(load(scores[j]), safe);
+      x = kPairs ? exp2(x, kExp2Short) : exp2(x);
+      sums[chain] = add(sums[chain], x);
+      store(kPairs ? scores[j] : weights[j], x);
     };
+    in_four_chains(count, weight);
 #if PYSPEC_HAS_BF16_DOT
     if constexpr (kPairs) {
-      int64_t j = 0;
-      for (; j + 1 < count; j += 2) {
-        F16 first = weight(j), second = weight(j + 1);
-        store(weights[j / 2], pair(first, second));
-      }
-      if (j < count) store(weights[j / 2], pair(weight(j), set1(0.0f)));
-      for (int64_t i = pyspec::ceil_div(count, 2); kAmx && i % 16; ++i) store(weights[i], set1(0.0f));
-    } else
-#endif
-    {
-      for (int64_t j = 0; j < count; ++j) store(weights[j], weight(j));
+      if (count % 2) store(scores[count], set1(0.0f));
+      int64_t pairs = pyspec::ceil_div(count, 2);
+      for (int64_t i = 0; i < pairs; ++i)
+        store(weights[i], pair(load(scores[2 * i]), load(scores[2 * i + 1])));
+      for (int64_t i = pairs; kAmx && i % 16; ++i) store(weights[i], set1(0.0f));
     }
+#endif
     store(state.max, now);
     store(state.sum, fma(load(state.sum), alpha, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
     return alpha;
@@ -258,12 +300,13 @@ struct Kernel {
     constexpr int64_t kScoreBlock = kTile * kLanes;
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
-      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock, false);
+      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,
+                               false);
     } else
 #endif
     {
-      panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores, kScoreBlock,
-                             nullptr);
+      panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores,
+                             kScoreBlock, nullptr);
     }
     F16 alpha[kBlocks];
     for (int j = 0; j < kBlocks; ++j) {
@@ -279,14 +322,14 @@ struct Kernel {
           store(at, mul(load(at), alpha[j]));
         }
       }
-      tile_panel_rows<kBlocks>(tile.v, d, weights, kScoreBlock, pyspec::ceil_div(tile.count, 32), state.values,
-                               state_block, true);
+      tile_panel_rows<kBlocks>(tile.v, d, weights, kScoreBlock, pyspec::ceil_div(tile.count, 32),
+                               state.values, state_block, true);
     } else
 #endif
     {
       int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
-      panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values, state_block,
-                             alpha);
+      panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values,
+                             state_block, alpha);
     }
   }
 
@@ -300,7 +343,8 @@ struct Kernel {
     bool any = false;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       int64_t from = kTile;
-      if (layout.used(block, lane, p.nodes)) from = visible_from(b, depth(b, layout.node(block, lane))) - tile * kTile;
+      if (layout.used(block, lane, p.nodes))
+        from = visible_from(b, depth(b, layout.node(block, lane))) - tile * kTile;
       from = from < 0 ? 0 : from > kTile ? kTile : from;
       lowest[lane] = static_cast<float>(from);
       any |= from < kTile;
@@ -329,18 +373,25 @@ struct Kernel {
       if (p.window && visible_from(b, p.nodes) > tile * kTile) {
         for (int64_t block = 0; block < layout.blocks; ++block) {
           if (!lane_windows(b, block, tile, s.lowest)) continue;
-          fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), s.lowest, s);
+          fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), s.lowest,
+                  s);
         }
         continue;
       }
+      Ahead next = tile + 1 < end ? ahead(b, h, tile + 1) : Ahead{};
+      int64_t slice = pyspec::ceil_div(2 * kTile, layout.blocks + 1);
       int64_t block = 0;
       if constexpr (kAmx || kPanelBlocks == 2) {
         for (; block + 1 < layout.blocks; block += 2) {
-          fold<2>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr, s);
+          next.fetch(slice);
+          fold<2>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
+                  s);
         }
       }
       for (; block < layout.blocks; ++block) {
-        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr, s);
+        next.fetch(slice);
+        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
+                s);
       }
     }
   }
@@ -355,11 +406,11 @@ struct Kernel {
     TileConfig config;
 #endif
     Scratch& s = scratch();
-    State merged(s.states[0]), open(s.states[1]);
-    alignas(64) float merged_prefix[(kMaxHeadDim + 2) * kLanes];
-    State before(merged_prefix);
+    State before(s.states[0]), merged(s.states[1]), open(s.states[2]);
     before.clear(d);
-    for (int64_t chunk = 0; chunk < whole_chunks; ++chunk) before.merge(chunk_state(sequence_head, chunk, block), d);
+    for (int64_t chunk = 0; chunk < whole_chunks; ++chunk) {
+      before.merge(chunk_state(sequence_head, chunk, block), d, before);
+    }
 
     int64_t staged_tile_index = -1;
     int64_t first_node = layout.first_node(block), end_node = first_node + layout.nodes_per_block;
@@ -370,7 +421,7 @@ struct Kernel {
         write(b, h, block, node, nullptr);
         continue;
       }
-      merged.copy(before, d);
+      State closed = before;  // the chunks before the open one
       if (whole_tiles % kChunkTiles) {
         open.copy(chunk_state(sequence_head, whole_chunks, block), d);
       } else {
@@ -381,7 +432,8 @@ struct Kernel {
       int64_t from = visible_from(b, node_depth), keys = prefix + node_depth + 1;
       for (int64_t tile = whole_tiles; tile * kTile < keys; ++tile) {
         if (tile > whole_tiles && tile % kChunkTiles == 0) {
-          merged.merge(open, d);
+          closed.merge(open, d, merged);
+          closed = merged;
           open.clear(d);
         }
         int64_t first = tile * kTile, count = keys - first < kTile ? keys - first : kTile;
@@ -408,7 +460,7 @@ struct Kernel {
           fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, s.lowest, s);
         }
       }
-      merged.merge(open, d);
+      closed.merge(open, d, merged);
       write(b, h, block, node, &merged);
     }
   }
@@ -422,7 +474,8 @@ struct Kernel {
                      node * p.out_strides[2];
       float sum = state ? state->sum[lane] : 0.0f;
       float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-      for (int64_t i = 0; i < d; ++i) from_float(state ? state->values[i * kLanes + lane] * factor : 0.0f, out + i);
+      for (int64_t i = 0; i < d; ++i)
+        from_float(state ? state->values[i * kLanes + lane] * factor : 0.0f, out + i);
       p.lse[(b * p.heads + head) * p.nodes + node] =
           sum == 0.0f ? -kInfinity : (state->max[lane] + __builtin_log2f(sum)) * kLn2;
     }

@@ -7,7 +7,8 @@ namespace pyspec {
 
 enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-// Runs body(context, item) for item in [0, items), in any order and on any threads. The caller brings the threads.
+// Runs body(context, item) for item in [0, items), in any order and on any threads. The caller brings the
+// threads.
 using ParallelBody = void (*)(void* context, int64_t item);
 using ParallelFor = void (*)(int64_t items, ParallelBody body, void* context);
 

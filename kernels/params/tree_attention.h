@@ -6,9 +6,9 @@
 namespace pyspec {
 
 struct TreeAttentionParams {
-  const void* q;                 // [batch, heads, nodes, head_dim]
-  const void* k;                 // [batch, kv_heads, slots, head_dim], or pages [pages, kv_heads, page, head_dim]
-  const void* v;                 // like k
+  const void* q;  // [batch, heads, nodes, head_dim]
+  const void* k;  // [batch, kv_heads, slots, head_dim], or pages [pages, kv_heads, page, head_dim]
+  const void* v;  // like k
   const int32_t* ancestor_bits;  // [batch, nodes, ceil(nodes / 32)], contiguous
   const int32_t* prefix_lens;    // [batch]
   const int32_t* block_table;    // [batch, pages of a sequence], contiguous, or null

@@ -28,7 +28,10 @@ _forced: str | None = None
 def compiled_library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled CPU library and where it is, or None and the reason."""
     if not _COMPILED_PATH.exists():
-        return None, f"{_COMPILED_PATH.name} was not built (no C++ compiler at install, or an isolated build without torch)"
+        return (
+            None,
+            f"{_COMPILED_PATH.name} was not built (no C++ compiler at install, or an isolated build without torch)",
+        )
     try:
         library = ctypes.CDLL(str(_COMPILED_PATH))
         torch.ops.load_library(str(_COMPILED_PATH))

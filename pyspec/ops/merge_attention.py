@@ -64,7 +64,9 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         ValueError: shapes do not fit, or tensors are on different devices.
     """
     if out_a.dtype not in (torch.float32, torch.float16, torch.bfloat16) or out_b.dtype != out_a.dtype:
-        raise TypeError(f"out_a and out_b must share a dtype of float32, float16 or bfloat16, got {out_a.dtype} and {out_b.dtype}")
+        raise TypeError(
+            f"out_a and out_b must share a dtype of float32, float16 or bfloat16, got {out_a.dtype} and {out_b.dtype}"
+        )
     if out_a.dim() < 1 or out_b.shape != out_a.shape:
         raise ValueError(f"out_b must have the shape of out_a {tuple(out_a.shape)}, got {tuple(out_b.shape)}")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):

