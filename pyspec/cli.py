@@ -130,6 +130,12 @@ def _add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens
 
 
 def _generation_settings(arguments: argparse.Namespace) -> dict:
+    """The settings of generate, checked before a model is loaded for them."""
+    from pyspec.acceptance.sampling import Sampler
+    from pyspec.generate import check_limits
+
+    check_limits(arguments.budget, arguments.max_new_tokens)
+    Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     names = ("budget", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
@@ -141,6 +147,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
     if arguments.drafter_state is not None:
         _check_state(arguments)
+    settings = _generation_settings(arguments) | {"stop": arguments.stop}
     console = _console()
     model = _load(arguments, console)
     from pyspec.drafting import drafter_from_name
@@ -150,7 +157,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     drafter = None if arguments.drafter == "none" else drafter_from_name(arguments.drafter, model)
     if arguments.drafter_state is not None and arguments.drafter_state.exists():
         drafter.load(arguments.drafter_state)
-    settings = _generation_settings(arguments) | {"stop": arguments.stop}
 
     stream = None if arguments.json else _write
     result = generate(model, tokens, drafter=drafter, stream=stream, **settings)
@@ -211,8 +217,8 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
 
 def _show_figures(console, arguments, tokens, result, plain) -> None:
     stats = result.stats
-    table = _table("", "tokens/s", "speed-up", "tokens a round", "draft", "verify", "accept", "commit")
-    rows = [(f"{arguments.drafter}, {arguments.budget} nodes" if arguments.drafter != "none" else "plain", stats)]
+    table = _table("", "tokens/s", "speed-up", "tokens/round", *PHASES)
+    rows = [("plain" if arguments.drafter == "none" else arguments.drafter, stats)]
     if plain is not None:
         rows.append(("plain", plain.stats))
     for name, figures in rows:
@@ -248,6 +254,9 @@ def _check_state(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> int:
     prompts = _read_bench_prompts(arguments)
+    settings = _generation_settings(arguments)
+    if settings["seed"] is None:
+        settings["seed"] = 0  # one for all runs, or there would be nothing to compare
     console = _console()
     model = _load(arguments, console)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -255,16 +264,13 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyspec.drafting import drafter_from_name
     from pyspec.generate import generate
 
-    settings = _generation_settings(arguments)
-    if settings["seed"] is None:
-        settings["seed"] = 0  # one for all runs, or there would be nothing to compare
     names = list(dict.fromkeys(arguments.drafter or ("lookup", "recycling", "merged")))
     # one drafter for all prompts, as a server would keep it
     drafters = {"plain": None} | {name: drafter_from_name(name, model) for name in names}
     tokens = [_prompt_tokens(model, text, arguments.raw) for _, text in prompts]
     runs = {name: [] for name in drafters}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("prompts", total=len(prompts) * len(drafters))
         generate(model, tokens[0], drafter=None, max_new_tokens=4)  # the first call of a kernel is not its speed
         for prompt in tokens:
@@ -284,7 +290,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         report |= {"drafters": rows, "prompts": [_bench_prompt(i, prompts, runs) for i in range(len(prompts))]}
         print(json.dumps(report, ensure_ascii=False))
         return 0
-    table = _table("", "tokens/s", "speed-up", "tokens a round", "draft share", "same as plain")
+    table = _table("", "tokens/s", "speed-up", "tokens/round", "draft share", "same as plain")
     for row in rows:
         table.add_row(
             row["drafter"],
@@ -482,7 +488,7 @@ def _load(arguments: argparse.Namespace, console):
 def _progress_of(console, description: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

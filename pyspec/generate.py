@@ -13,12 +13,12 @@ import torch
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.drafting import Drafter
+from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.models import Runner
 from pyspec.text import TextStream
 from pyspec.trees import DraftTree
 
-__all__ = ["Generation", "Stats", "generate"]
+__all__ = ["Generation", "Stats", "check_limits", "generate"]
 
 LARGEST_BUDGET = 4096
 MOST_NEW_TOKENS = 2**24
@@ -139,11 +139,10 @@ def generate(
     stop = _stop_strings(stop, model)
     if stream is not None and model.tokenizer is None:
         raise ValueError("stream needs text, and this model has no tokenizer")
-    _check_integer("budget", budget, LARGEST_BUDGET)
-    _check_integer("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)
+    check_limits(budget, max_new_tokens)
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
-    shared_drafter = _drafter(drafter, model)
+    shared_drafter = drafter_from_name(drafter, model)
 
     stats = Stats(seed=sampler.seed)
     sequences = [
@@ -385,16 +384,13 @@ def _stop_strings(stop: str | Sequence[str], model: Runner) -> tuple[str, ...]:
     return stop
 
 
-def _check_integer(name: str, value: int, largest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not 1 <= value <= largest:
-        raise ValueError(f"{name} must be in [1, {largest}], got {value}")
-
-
-def _drafter(drafter: str | Drafter | None, model: Runner) -> Drafter | None:
-    if not isinstance(drafter, str):
-        return drafter
-    from pyspec.drafting import drafter_from_name
-
-    return drafter_from_name(drafter, model)
+def check_limits(budget: int, max_new_tokens: int) -> None:
+    """Raises TypeError or ValueError for a budget or a number of new tokens that generate does not take."""
+    for name, value, largest in (
+        ("budget", budget, LARGEST_BUDGET),
+        ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if not 1 <= value <= largest:
+            raise ValueError(f"{name} must be in [1, {largest}], got {value}")

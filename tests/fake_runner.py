@@ -13,16 +13,16 @@ EOS = 256 + len(WORDS)
 class FakeTokenizer:
     """Bytes, a few longer pieces (two of them halves of a character), and an end token."""
 
-    has_chat_template = False
+    chat_template = "a template"
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         return list(text.encode())
+
+    def chat(self, messages):
+        return self.encode("".join(f"{message['role']}: {message['content']}\n" for message in messages))
 
     def token_bytes(self, token):
         return bytes([token]) if token < 256 else WORDS[token - 256] if token < EOS else b"<end>"
-
-    def decode(self, tokens):
-        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
 
 class FakeRunner:

@@ -116,10 +116,19 @@ def test_finished_sequences_of_a_batch_sit_out():
     sat_out = []
     verify = model.verify
     model.verify = lambda trees: sat_out.append([tree is None for tree in trees]) or verify(trees)
+    commits, commit = [], model.commit
+    model.commit = lambda paths: commits.append(paths) or commit(paths)
     result = generate(model, [[1, 97], [2, 97], [3, 97]], drafter=Oracle(model), budget=4, max_new_tokens=100)
     assert [len(tokens) for tokens in result.tokens] == [9, 19, 29]
     assert result.finish_reason == ["eos"] * 3
+    assert commits[-1] == [None] * 3 and [path is None for path in commits[-2]] == [True, True, False]
     assert sat_out[0] == [False] * 3 and sat_out[-1] == [True, True, False]
+
+
+def test_a_text_can_be_resumed():
+    whole = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=30, **SAMPLED).tokens
+    rest = generate(FakeRunner(), PROMPT + whole[:10], drafter=None, max_new_tokens=20, **SAMPLED).tokens
+    assert whole[10:] == rest  # noise belongs to a position in the text, not to a step of a call
 
 
 def test_without_a_seed_the_stats_tell_which_one_was_taken():
@@ -207,6 +216,7 @@ def word(text):
         (b"ababac", "abac", "ab"),  # a false start that overlaps the real one
         (b"xyz", "nothing", "xyz"),
         (b"abcdef", ("cdef", "de"), "abc"),  # the one that is complete first
+        ([*b"a", word(b" the"), *b"b"], ("he", " th"), "a"),  # both in one token: the one that begins first
     ],
 )
 def test_stop_strings(script, stop, text, budget):
@@ -319,6 +329,19 @@ def test_interruption_shows_what_was_held_back():
     model.verify = verify
     result = generate(model, [65], drafter=None, stop="stop", stream=pieces.append)
     assert result.text == "go st" == "".join(pieces)
+
+
+def test_a_second_interruption_does_not_lose_the_text():
+    def stream(piece):
+        raise KeyboardInterrupt
+
+    result = generate(ScriptedRunner([*b"go", word(b" the")]), [65], drafter=None, stop="go there", stream=stream)
+    assert result.text == "go the" and result.finish_reason == "eos"
+
+    model = ScriptedRunner(b"go on")
+    model.verify = lambda trees: stream("")
+    result = generate(model, [65], drafter=None, stop="go there", stream=stream)
+    assert (result.text, result.finish_reason) == ("g", "interrupted")
 
 
 class NotANumber(FakeRunner):

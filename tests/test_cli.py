@@ -1,0 +1,364 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fake_runner import FakeRunner, ScriptedRunner
+
+import pyspec
+from pyspec.cli import main
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """Makes every command load a fake model; the fixture's `loads` are what was asked for."""
+    runner = FakeRunner()
+    runner.loads = []
+
+    def load(source, *, dtype=None, progress=None):
+        runner.loads.append((source, dtype))
+        progress(1, 2)
+        progress(2, 2)
+        return runner
+
+    monkeypatch.setattr(pyspec, "load", load)
+    return runner
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout, stderr of a command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as exit:  # argparse
+        code = exit.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+# ---- generate
+
+
+def test_generate_streams_the_text_and_ends_with_figures(model, capsys):
+    code, out, err = run(capsys, "generate", "hello", "--max-new-tokens", 40)
+    expected = pyspec_text(model, "user: hello\n", 40)
+    assert (code, out) == (0, expected + "\n")
+    for word in ("tokens/s", "speed-up", "tokens/round", "draft", "verify", "accept", "commit", "merged", "plain"):
+        assert word in err
+    assert "plain decoding says the same 40 tokens" in err and "40 new tokens" in err and "length" in err
+    assert "seed" not in err  # greedy
+
+
+def pyspec_text(model, prompt, max_new_tokens):
+    from pyspec.generate import generate
+
+    return generate(model, list(prompt.encode()), drafter=None, max_new_tokens=max_new_tokens).text
+
+
+def test_generate_json_is_all_there_is_on_stdout(model, capsys):
+    code, out, _ = run(capsys, "generate", "hello", "--json", "--max-new-tokens", 30, "--temperature", 0.8, "--seed", 5)
+    report = json.loads(out)
+    assert code == 0
+    assert report["finish_reason"] == "length" and len(report["tokens"]) == 30 and report["error"] is None
+    assert report["prompt_tokens"] == len(b"user: hello\n")
+    assert report["stats"]["seed"] == report["plain"]["stats"]["seed"] == 5
+    assert report["stats"]["mean_accepted_length"] >= 1 == report["plain"]["stats"]["mean_accepted_length"]
+    assert report["plain"]["equal"] is True and report["plain"]["first_difference"] is None
+
+
+def test_generate_passes_every_setting_on(model, capsys, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the prompt")
+    threads = torch.get_num_threads()
+    try:
+        code, out, _ = run(
+            capsys, "generate", "--file", prompt, "--raw", "--json", "--drafter", "lookup", "--budget", 4, "--top-k", 3,
+            "--top-p", 0.9, "--temperature", 1.2, "--seed", 9, "--max-new-tokens", 20, "--dtype", "bf16",
+            "--threads", 1, "--model", "some/model", "--no-compare",
+        )  # fmt: skip
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    from pyspec.generate import generate
+
+    settings = dict(top_k=3, top_p=0.9, temperature=1.2, seed=9, max_new_tokens=20)
+    report = json.loads(out)
+    assert code == 0 and model.loads == [("some/model", torch.bfloat16)]
+    assert report["tokens"] == generate(model, list(b"the prompt"), drafter=None, **settings).tokens
+    assert report["plain"] is None and report["drafter"] == "lookup" and report["budget"] == 4
+    assert max(i for i, n in enumerate(report["stats"]["accepted_lengths"]) if n) <= 4
+
+
+def test_generate_reads_standard_input(model, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    _, out, _ = run(capsys, "generate", "-", "--json", "--max-new-tokens", 5, "--drafter", "none")
+    assert json.loads(out)["text"] == pyspec_text(model, "user: hello\n", 5)
+
+
+def test_generate_without_a_chat_template_takes_the_prompt_as_it_is(model, capsys):
+    model.tokenizer.chat_template = None
+    _, out, _ = run(capsys, "generate", "hello", "--json", "--max-new-tokens", 5, "--drafter", "none")
+    assert json.loads(out)["text"] == pyspec_text(model, "hello", 5)
+
+
+def test_generate_stop_strings(model, capsys):
+    text = pyspec_text(model, "user: hello\n", 20)
+    code, out, err = run(capsys, "generate", "hello", "--stop", "never", "--stop", text[7:10])
+    assert code == 0 and out == text[: text.index(text[7:10])] + "\n" and "ended by stop" in err
+
+
+def test_generate_reports_where_plain_decoding_differs(model, capsys, monkeypatch):
+    def lying(trees):  # what a runner does whose rows depend on the number of rows
+        logits = FakeRunner.verify(model, trees)
+        if len(trees[0]) == 1 and model.verified > 20:
+            logits[0][0] = torch.eye(model.vocab_size)[110] * 90
+        return logits
+
+    monkeypatch.setattr(model, "verify", lying)
+    code, _, err = run(capsys, "generate", "hello", "--max-new-tokens", 40)
+    assert code == 0 and "plain decoding says something else from token" in err
+
+
+def test_generate_keeps_what_the_drafter_learned(model, capsys, tmp_path):
+    state = tmp_path / "state.npz"
+    arguments = ("generate", "hello", "--drafter", "recycling", "--drafter-state", state, "--json", "--no-compare")
+    reports = [json.loads(run(capsys, *arguments)[1]) for _ in range(2)]
+    assert state.exists() and reports[0]["tokens"] == reports[1]["tokens"]
+    assert reports[1]["stats"]["rounds"] < reports[0]["stats"]["rounds"]
+
+    model.fingerprint = "another"
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == "" and "fingerprint" in err and "another" in err
+
+
+def test_nan_is_a_failure_that_keeps_the_text(model, capsys, monkeypatch):
+    logits = model.logits
+    nan = torch.full((model.vocab_size,), torch.nan)
+    monkeypatch.setattr(model, "logits", lambda context: nan if len(context) > 20 else logits(context))
+    code, out, err = run(capsys, "generate", "hello")
+    assert code == 1 and len(out.strip()) == 9 and "are NaN" in err.splitlines()[-1]
+
+
+# ---- Ctrl-C
+
+
+def test_interruption_prints_the_text_so_far(model, capsys, monkeypatch):
+    def verify(trees):
+        if model.verified == 5:
+            raise KeyboardInterrupt
+        return FakeRunner.verify(model, trees)
+
+    monkeypatch.setattr(model, "verify", verify)
+    code, out, err = run(capsys, "generate", "hello", "--drafter", "none")
+    assert code == 130 and len(out.strip()) == 6 and "ended by interrupted" in err
+
+    model.verified = 0
+    code, out, _ = run(capsys, "generate", "hello", "--drafter", "none", "--json")
+    assert code == 130 and len(json.loads(out)["text"]) == 6
+
+
+def test_interruption_while_loading(capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pyspec, "load", load)
+    code, out, err = run(capsys, "generate", "hello")
+    assert (code, out, err) == (130, "", "pyspec: interrupted\n")
+
+
+def test_a_real_signal_in_a_real_process():
+    script = """
+import sys, time, pyspec
+sys.path.insert(0, sys.argv[1])
+from fake_runner import FakeRunner
+class Slow(FakeRunner):
+    def verify(self, trees):
+        time.sleep(0.02)
+        return super().verify(trees)
+pyspec.load = lambda *args, **kwargs: Slow()
+from pyspec.cli import main
+sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(TESTS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+    )
+    first = process.stdout.read(3)  # the text is streaming
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(first) == 3 and out.endswith(b"\n")
+    assert b"interrupted" in err and b"Traceback" not in err
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["generate"], "required"),
+        (["generate", ""], "prompt is empty"),
+        (["generate", "  \n"], "prompt is empty"),
+        (["generate", "--file", "/nowhere/prompt"], "/nowhere/prompt"),
+        (["generate", "x", "--budget", "0"], "budget"),
+        (["generate", "x", "--budget", "many"], "--budget"),
+        (["generate", "x", "--max-new-tokens", "-1"], "max_new_tokens"),
+        (["generate", "x", "--temperature", "-1"], "temperature"),
+        (["generate", "x", "--temperature", "nan"], "temperature"),
+        (["generate", "x", "--top-p", "2"], "top_p"),
+        (["generate", "x", "--seed", "-1"], "seed"),
+        (["generate", "x", "--stop", ""], "stop"),
+        (["generate", "x", "--threads", "0"], "--threads"),
+        (["generate", "x", "--drafter", "medium"], "--drafter"),
+        (["generate", "x", "--dtype", "int8"], "--dtype"),
+        (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),
+        (["generate", "x", "--drafter-state", "/nowhere/file"], "/nowhere"),
+        (["generate", "x" * 5000], "context"),
+        (["bench", "--limit", "0"], "--limit"),
+        (["bench", "--prompts", "/nowhere/prompts"], "/nowhere/prompts"),
+        (["nothing"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_exits_with_2_and_one_line(model, capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    last = err.splitlines()[-1]
+    assert words in last and "Traceback" not in err
+    if "error: " not in last:  # argparse shows the usage before its own
+        assert len(err.splitlines()) == 1
+
+
+def test_an_unknown_model_is_bad_input(capsys):
+    code, out, err = run(capsys, "generate", "x", "--model", "/nowhere/model.gguf")
+    assert code == 2 and out == "" and "/nowhere/model.gguf" in err
+
+
+def test_failures_exit_with_1_and_one_line(capsys, monkeypatch):
+    def load(*args, **kwargs):
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(pyspec, "load", load)
+    assert run(capsys, "generate", "x") == (1, "", "pyspec: RuntimeError: out of luck\n")
+
+
+def test_without_rich_the_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    code, _, err = run(capsys, "generate", "x")
+    assert code == 1 and "pyspec-kernels[hf]" in err
+
+
+def test_a_model_without_a_tokenizer_is_bad_input(model, capsys):
+    model.tokenizer = None
+    code, _, err = run(capsys, "generate", "x")
+    assert code == 2 and "tokenizer" in err
+
+
+# ---- bench
+
+
+def write_prompts(path):
+    lines = [{"category": category, "turns": [f"{category} {index}"]} for category in "ab" for index in range(3)]
+    path.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "alone"}])))
+    return path
+
+
+def test_bench_json(model, capsys, tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    code, out, _ = run(capsys, "bench", "--prompts", prompts, "--limit", 2, "--max-new-tokens", 24, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [prompt["prompt"] for prompt in report["prompts"]] == ["a 0", "a 1", "b 0", "b 1", "alone"]
+    assert [row["drafter"] for row in report["drafters"]] == ["plain", "lookup", "recycling", "merged"]
+    for row in report["drafters"]:
+        assert row["equal"] == 5
+        stats = [prompt["runs"][row["drafter"]]["stats"] for prompt in report["prompts"]]
+        assert all(one["new_tokens"] == 24 for one in stats)
+        rounds = sum(sum(one["accepted_lengths"]) for one in stats)
+        assert row["mean_accepted_length"] == pytest.approx(5 * 23 / rounds)
+        decode = sum(one["decode_seconds"] for one in stats)
+        assert row["tokens_per_second"] == pytest.approx(5 * 23 / decode)
+    plain, *others = report["drafters"]
+    assert plain["speed_up"] == 1.0 and plain["mean_accepted_length"] == 1.0
+    assert others[0]["speed_up"] == pytest.approx(others[0]["tokens_per_second"] / plain["tokens_per_second"])
+
+
+def test_bench_table(model, capsys):
+    code, out, err = run(capsys, "bench", "--drafter", "lookup", "--max-new-tokens", 8, "--temperature", 0.8)
+    assert code == 0 and "4/4" in out and "lookup" in out and "recycling" not in out and "1.00x" in out
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", '{"text": "x"}', '{"turns": []}', '{"prompt": ""}', "[1]", '{"prompt": 3}']
+)
+def test_bench_names_the_bad_line(model, capsys, tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line)
+    code, _, err = run(capsys, "bench", "--prompts", path)
+    assert code == 2 and "line 2" in err and str(path) in err
+
+
+def test_bench_of_an_empty_file(model, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n\n")
+    code, _, err = run(capsys, "bench", "--prompts", path)
+    assert code == 2 and "no prompts" in err
+
+
+# ---- info, help
+
+
+def test_info(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    for word in ("torch", torch.__version__, "tree_attention on cpu", "extras", "demo", "threads"):
+        assert word in out
+
+
+def test_info_json(capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["versions"]["torch"] == torch.__version__
+    assert {"op", "device", "backend", "reason"} == set(report["ops"][0])
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy():
+    script = """
+import sys
+from pyspec.cli import main
+try:
+    main(["--help"])
+finally:
+    print("imported:", {"torch", "rich", "numpy", "transformers"} & set(sys.modules))
+"""
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    start = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert time.perf_counter() - start < 5
+    assert "generate" in result.stdout and result.stdout.endswith("imported: set()\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = f"{sys.executable} -m pyspec info --json | head -c 1"
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
+    assert result.stdout == "{" and "Traceback" not in result.stderr and "Exception" not in result.stderr
+
+
+def test_scripted_text_with_an_emoji(monkeypatch, capsys):
+    runner = ScriptedRunner("grüße 🌳".encode())
+    runner.prompt_length = len(b"user: x\n")
+    monkeypatch.setattr(pyspec, "load", lambda *args, **kwargs: runner)
+    code, out, _ = run(capsys, "generate", "x")
+    assert (code, out) == (0, "grüße 🌳\n")
