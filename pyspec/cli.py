@@ -27,6 +27,13 @@ BENCH_PROMPTS = (
     ("writing", "Write a short letter to a friend about a walk in the mountains."),
 )
 PHASES = ("draft", "verify", "accept", "commit")
+ENDINGS = {
+    "eos": "ended by the model",
+    "stop": "ended by a stop string",
+    "length": "ended at the limit",
+    "interrupted": "interrupted",
+    "error": "ended by an error",
+}
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "accelerate", "llama_cpp"),
@@ -217,21 +224,23 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
 
 def _show_figures(console, arguments, tokens, result, plain) -> None:
     stats = result.stats
-    table = _table("", "tokens/s", "speed-up", "tokens/round", *PHASES)
     rows = [("plain" if arguments.drafter == "none" else arguments.drafter, stats)]
+    columns = ["tokens/s", "tokens/round", *PHASES]
     if plain is not None:
         rows.append(("plain", plain.stats))
+        columns.append("speed-up")
+    table = _table("", *columns)
     for name, figures in rows:
-        speed_up = f"{_ratio(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x" if plain else ""
-        shares = [f"{getattr(figures, f'{phase}_seconds') / figures.decode_seconds:.0%}" for phase in PHASES]
-        table.add_row(
-            name, f"{figures.tokens_per_second:.1f}", speed_up, f"{figures.mean_accepted_length:.2f}", *shares
-        )
+        cells = [name, f"{figures.tokens_per_second:.1f}", f"{figures.mean_accepted_length:.2f}"]
+        cells += [f"{_ratio(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
+        if plain is not None:
+            cells.append(f"{_ratio(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
+        table.add_row(*cells)
     console.print(table)
     seed = f", seed {stats.seed}" if arguments.temperature > 0 else ""
     console.print(
         f"{len(tokens)} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new tokens in "
-        f"{stats.decode_seconds:.2f} s, ended by {result.finish_reason}{seed}",
+        f"{stats.decode_seconds:.2f} s, {ENDINGS[result.finish_reason]}{seed}",
         highlight=False,
     )
     if plain is not None:
