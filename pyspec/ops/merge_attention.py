@@ -2,7 +2,9 @@
 
 With s the log-sum-exp of each part and m = max(s_a, s_b),
 
-    out = (out_a e^(s_a - m) + out_b e^(s_b - m)) / (e^(s_a - m) + e^(s_b - m)),    lse = m + log(e^(s_a - m) + e^(s_b - m)).
+    total = e^(s_a - m) + e^(s_b - m)
+    out = (out_a e^(s_a - m) + out_b e^(s_b - m)) / total
+    lse = m + log(total).
 
 A part that saw no key has lse -inf and weight 0; when both saw none the result is 0 and -inf.
 """

@@ -42,7 +42,7 @@ def tree_attention_reference(
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
         k = k[block_table.long()].transpose(1, 2).flatten(2, 3)
         v = v[block_table.long()].transpose(1, 2).flatten(2, 3)
-    (batch, heads, nodes, head_dim), kv_heads, slots = q.shape, k.shape[1], k.shape[2]
+    heads, nodes, kv_heads, slots = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
 
     index = torch.arange(nodes, device=q.device)
     is_ancestor = (ancestor_bits[:, :, index // 32] >> (index % 32)) & 1 == 1  # [B, T, T]

@@ -1,0 +1,195 @@
+"""How fast is tree_attention, against what a user would call instead?
+
+    python bench/bench_tree_attention.py            a table, bench/results/tree_attention_<device>.{json,png}
+    pytest bench --benchmark-only                   the kernels alone, to compare before and after a change
+
+Peers: torch's scaled_dot_product_attention with the dense mask (boolean, and already turned into a float bias, which
+is its faster form) and FlexAttention compiled with its own block mask. The floor is the larger of the bytes of K and V
+over the measured read bandwidth and the operations over the measured rate of a large matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import measure
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from pyspec import DraftTree
+from pyspec.ops import tree_attention
+
+HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+SHAPES = ((1, 2048), (8, 2048), (16, 4096), (64, 4096))  # nodes, committed keys
+TARGETS = {  # from the project's plan: at least this many times faster than the dense mask
+    (8, 2048, "bfloat16"): 3.0,
+    (8, 2048, "float32"): 3.0,
+    (16, 4096, "bfloat16"): 2.5,
+    (16, 4096, "float32"): 2.5,
+    (64, 4096, "bfloat16"): 1.7,
+}
+
+
+class Problem:
+    """One verification: a random tree of `nodes` over `prefix` committed keys, batch 1."""
+
+    def __init__(self, nodes: int, prefix: int, dtype: torch.dtype, device: str = "cpu"):
+        generator = torch.Generator().manual_seed(nodes + prefix)
+        parents = [-1] + [int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, nodes)]
+        self.nodes, self.prefix, self.dtype = nodes, prefix, dtype
+        self.q = torch.randn(1, HEADS, nodes, HEAD_DIM, generator=generator).to(device, dtype)
+        self.k = torch.randn(1, KV_HEADS, prefix + nodes, HEAD_DIM, generator=generator).to(device, dtype)
+        self.v = torch.randn(1, KV_HEADS, prefix + nodes, HEAD_DIM, generator=generator).to(device, dtype)
+        self.bits = DraftTree([0] * nodes, parents).ancestor_bits[None].to(device)
+        self.prefix_lens = torch.tensor([prefix], dtype=torch.int32, device=device)
+        index = torch.arange(nodes, device=device)
+        self.ancestors = (self.bits[0][:, index // 32] >> (index % 32)) & 1 == 1
+        self.mask = torch.cat([torch.ones(nodes, prefix, dtype=torch.bool, device=device), self.ancestors], 1)
+        self.bias = torch.zeros(self.mask.shape, dtype=dtype, device=device).masked_fill(~self.mask, -torch.inf)
+
+    def pyspec(self) -> torch.Tensor:
+        return tree_attention(self.q, self.k, self.v, self.bits, self.prefix_lens)
+
+    def sdpa(self, mask: torch.Tensor) -> torch.Tensor:
+        return scaled_dot_product_attention(self.q, self.k, self.v, mask, enable_gqa=True)
+
+    def flex(self) -> Callable[[], torch.Tensor]:
+        """FlexAttention compiled for this problem; building the mask is not counted."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        ancestors, prefix, nodes = self.ancestors, self.prefix, self.nodes
+
+        def visible(b, h, row, key):
+            return (key < prefix) | ancestors[row, (key - prefix).clamp(0, nodes - 1)]
+
+        mask = create_block_mask(visible, None, None, nodes, prefix + nodes, device=self.q.device.type)
+        compiled = torch.compile(flex_attention)
+        return lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True)
+
+    def check(self) -> None:
+        """Refuses to time a wrong result."""
+        expected = scaled_dot_product_attention(
+            self.q.double(), self.k.double(), self.v.double(), self.mask, enable_gqa=True
+        )
+        tolerance = 2e-2 if self.dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(self.pyspec().double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("nodes, prefix", SHAPES)
+def test_tree_attention(benchmark, nodes, prefix, dtype):
+    problem = Problem(nodes, prefix, dtype)
+    problem.check()
+    benchmark(problem.pyspec)
+
+
+def run(device: str, with_flex: bool) -> dict:
+    bandwidth = measure.read_bandwidth(device)
+    rows = []
+    for dtype in (torch.bfloat16, torch.float32):
+        rate = measure.multiply_rate(dtype, device)
+        for nodes, prefix in SHAPES:
+            problem = Problem(nodes, prefix, dtype, device)
+            problem.check()
+            calls = {
+                "pyspec": problem.pyspec,
+                "sdpa": lambda p=problem: p.sdpa(p.mask),
+                "sdpa, float mask": lambda p=problem: p.sdpa(p.bias),
+            }
+            if with_flex:
+                try:
+                    calls["flex"] = problem.flex()
+                    calls["flex"]()
+                except Exception as error:  # a peer that cannot run is a result too
+                    print(f"FlexAttention does not run here: {type(error).__name__}: {str(error).splitlines()[0]}")
+                    calls.pop("flex", None)
+            ms = {name: 1e3 * seconds for name, seconds in measure.in_turn(calls).items()}
+            bytes_floor = 1e3 * 2 * problem.k.nbytes / bandwidth
+            rate_floor = 1e3 * 4 * HEADS * nodes * (prefix + nodes) * HEAD_DIM / rate
+            name = str(dtype).removeprefix("torch.")
+            rows.append(
+                {
+                    "dtype": name,
+                    "nodes": nodes,
+                    "prefix": prefix,
+                    "ms": ms,
+                    "floor_ms": max(bytes_floor, rate_floor),
+                    "floor": "bytes" if bytes_floor > rate_floor else "operations",
+                    "target": TARGETS.get((nodes, prefix, name)) if device == "cpu" else None,
+                }
+            )
+            show(rows[-1])
+    return {
+        "machine": measure.machine(),
+        "device": device,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "read_gb_s": bandwidth / 1e9,
+        "rows": rows,
+    }
+
+
+def show(row: dict) -> None:
+    ours = row["ms"]["pyspec"]
+    peers = "  ".join(f"{name} {t:.2f} ({t / ours:.2f}x)" for name, t in row["ms"].items() if name != "pyspec")
+    target = f"  target {row['target']}x" if row["target"] else ""
+    print(
+        f"{row['dtype']:>8} T={row['nodes']:<3} n={row['prefix']:<5} pyspec {ours:.2f} ms  {peers}  "
+        f"floor {row['floor_ms']:.2f} ms by {row['floor']} ({row['floor_ms'] / ours:.0%}){target}",
+        flush=True,
+    )
+
+
+def plot(result: dict, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    machine = result["machine"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=True):
+        rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        peers = [name for name in rows[0]["ms"] if name != "pyspec"]
+        width = 0.8 / len(peers)
+        for i, peer in enumerate(peers):
+            ratios = [row["ms"][peer] / row["ms"]["pyspec"] if peer in row["ms"] else 0 for row in rows]
+            bars = axis.bar([x + i * width for x in range(len(rows))], ratios, width, label=peer)
+            axis.bar_label(bars, fmt="%.1f", fontsize=7)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(
+            [x + 0.4 - width / 2 for x in range(len(rows))], [f"{r['nodes']} nodes\n{r['prefix']} keys" for r in rows]
+        )
+        axis.set_title(dtype)
+    axes[0].set_ylabel("time of the peer over time of tree_attention")
+    axes[0].legend(fontsize=8)
+    where = machine.get("gpu", machine["cpu"]) if result["device"] == "cuda" else machine["cpu"]
+    figure.suptitle(
+        f"tree_attention, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}; {where}, {machine['threads']} threads, "
+        f"torch {machine['torch']}, {machine['date']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--no-flex", action="store_true", help="leave out FlexAttention, which takes minutes to compile"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = run(options.device, not options.no_flex)
+    path = measure.save(f"tree_attention_{options.device}", result)
+    plot(result, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

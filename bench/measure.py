@@ -1,0 +1,71 @@
+"""What every benchmark here shares: timing in turn, floors measured in the same process, and who the machine is."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each call; A B A B ..., so that a machine whose speed drifts is fair to all."""
+    for _ in range(warmup):
+        for call in calls.values():
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def read_bandwidth(device: str = "cpu") -> float:
+    """Bytes a second of one pass over 256 MiB."""
+    data = torch.ones(64 * 2**20, device=device)
+    return data.nbytes / in_turn({"read": data.sum}, repeats=9)["read"]
+
+
+def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """Operations a second of a large matrix product."""
+    a = torch.randn(2048, 2048, device=device).to(dtype)
+    return 2 * 2048**3 / in_turn({"product": lambda: a @ a}, repeats=9)["product"]
+
+
+def machine() -> dict[str, str | int]:
+    """The machine and software that a result was measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    info = {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def save(name: str, result: dict) -> Path:
+    """Writes bench/results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
