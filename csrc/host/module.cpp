@@ -57,18 +57,18 @@ py::tuple top(const Array<float>& logits) {
   return py::make_tuple(tokens, values);
 }
 
-void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& top_tokens,
-            const Array<float>& top_logits) {
+void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents, int64_t previous,
+            const Array<int32_t>& top_tokens, const Array<float>& top_logits) {
   const py::ssize_t nodes = tokens.size();
-  if (top_tokens.size() != nodes * kTop || top_logits.size() != nodes * kTop) {
-    throw std::invalid_argument("top_tokens and top_logits must be [nodes, 8], one row for each of tokens");
+  if (parents.size() != nodes || top_tokens.size() != nodes * kTop || top_logits.size() != nodes * kTop) {
+    throw std::invalid_argument("tokens, parents and the rows of top_tokens and top_logits must be equally many");
   }
   for (py::ssize_t node = 0; node < nodes; ++node) {
     if (tokens.at(node) < 0 || tokens.at(node) >= adjacency.vocab) {
       throw std::invalid_argument("tokens[" + std::to_string(node) + "] is outside the vocabulary");
     }
   }
-  adjacency.update(tokens.data(), top_tokens.data(), top_logits.data(), nodes);
+  adjacency.update(tokens.data(), parents.data(), previous, top_tokens.data(), top_logits.data(), nodes);
 }
 
 void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
@@ -105,17 +105,23 @@ PYBIND11_MODULE(_host, module) {
       .def("extend", &NgramIndex::extend, py::arg("tokens"))
       .def("__len__", &NgramIndex::size);
   py::class_<Adjacency, Source>(module, "Adjacency")
-      .def(py::init<int64_t>(), py::arg("vocab_size"))
+      .def(py::init<int64_t, int>(), py::arg("vocab_size"), py::arg("context"))
       .def_property_readonly_static("level_count", [](py::object) { return Adjacency::kLevels; })
-      .def("update", &update, py::arg("tokens"), py::arg("top_tokens"), py::arg("top_logits"))
+      .def("update", &update, py::arg("tokens"), py::arg("parents"), py::arg("previous"), py::arg("top_tokens"),
+           py::arg("top_logits"))
+      .def_property_readonly("keys",
+                             [](py::object self) {
+                               auto& adjacency = self.cast<Adjacency&>();
+                               return view_of(adjacency.keys, {adjacency.rows}, self);
+                             })
       .def_property_readonly("successors",
                              [](py::object self) {
                                auto& adjacency = self.cast<Adjacency&>();
-                               return view_of(adjacency.successors, {adjacency.vocab, kTop}, self);
+                               return view_of(adjacency.successors, {adjacency.rows, kTop}, self);
                              })
       .def_property_readonly("levels", [](py::object self) {
         auto& adjacency = self.cast<Adjacency&>();
-        return view_of(adjacency.levels, {adjacency.vocab, kTop}, self);
+        return view_of(adjacency.levels, {adjacency.rows, kTop}, self);
       });
   py::class_<Estimates>(module, "Estimates")
       .def(py::init<std::vector<std::vector<double>>, double>(), py::arg("priors"), py::arg("smoothing"))

@@ -21,12 +21,12 @@ class NgramIndex : public Source {
   int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
 
   std::vector<double> priors() const override {
-    constexpr double kTrust[kMaxOrder] = {0.3, 0.5, 0.65, 0.75, 0.8, 0.85};
+    constexpr double kTrust[kMaxOrder] = {0.4, 0.66, 0.78, 0.82, 0.88, 0.97};
     std::vector<double> priors{0};
     for (int order = 0; order < kMaxOrder; ++order) {
       for (int count = 1; count <= kMaxCount; ++count) {
         for (int others = 0; others <= kMaxCount; ++others) {
-          priors.insert(priors.end(), 2, kTrust[order] * count / (count + others + 1));
+          priors.insert(priors.end(), 2, kTrust[order] * count / (count + others + 0.3));
         }
       }
     }

@@ -29,7 +29,7 @@ class GrowingDrafter:
     Args:
         vocab_size: tokens of the target.
         lookup: take what followed earlier occurrences of the newest tokens as a source.
-        recycling: take what the target last thought could follow a token as a source.
+        recycling: take what the target last thought could follow a token, and two tokens, as two sources.
     """
 
     proposal = "deterministic"
@@ -37,10 +37,11 @@ class GrowingDrafter:
     def __init__(self, vocab_size: int, *, lookup: bool, recycling: bool):
         self.vocab_size = vocab_size
         self._index = engine().NgramIndex() if lookup else None
-        self._adjacency = engine().Adjacency(vocab_size) if recycling else None
+        self._adjacencies = [engine().Adjacency(vocab_size, context) for context in (1, 2)] if recycling else []
         self._estimates = engine().Estimates([source.priors() for source in self._sources()], SMOOTHING)
         self._read = 0  # tokens of the context seen so far
-        self._proposed: tuple[DraftTree, np.ndarray] | None = None  # with the cell of each edge
+        # the last tree, the cell of each of its edges, and the token before its root or -1
+        self._proposed: tuple[DraftTree | None, np.ndarray | None, int] = (None, None, -1)
 
     def start(self, prompt: Sequence[int]) -> GrowingDrafter:
         """A drafter for one new sequence; what was learned from others is shared with it.
@@ -50,7 +51,7 @@ class GrowingDrafter:
         """
         drafter = copy.copy(self)
         drafter._index = None if self._index is None else engine().NgramIndex()
-        drafter._read, drafter._proposed = 0, None
+        drafter._read, drafter._proposed = 0, (None, None, -1)
         drafter._read_context(prompt)
         return drafter
 
@@ -75,7 +76,7 @@ class GrowingDrafter:
         recent = list(context[-LONGEST_MATCH:])
         tokens, parents, cells = engine().grow(self._sources(), self._estimates, recent, budget)
         tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents))
-        self._proposed = (tree, cells)
+        self._proposed = (tree, cells, recent[-2] if len(recent) > 1 else -1)
         return tree
 
     def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
@@ -91,18 +92,18 @@ class GrowingDrafter:
         """
         if logits.shape != (len(tree), self.vocab_size):
             raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
-        proposed, cells = self._proposed or (None, None)
-        if tree is not proposed and self._adjacency is None:
+        proposed, cells, previous = self._proposed
+        if tree is not proposed and not self._adjacencies:
             return
         top_tokens, top_logits = _top_tokens(logits)
-        tokens = tree.tokens.numpy()
-        if self._adjacency is not None:
-            self._adjacency.update(tokens, top_tokens, top_logits)
+        tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
+        for adjacency in self._adjacencies:
+            adjacency.update(tokens, parents, previous if tree is proposed else -1, top_tokens, top_logits)
         if tree is proposed:
-            self._estimates.learn(tokens, tree.parents.numpy(), cells, top_tokens)
+            self._estimates.learn(tokens, parents, cells, top_tokens)
 
     def _sources(self) -> list:
-        return [source for source in (self._index, self._adjacency) if source is not None]
+        return ([] if self._index is None else [self._index]) + self._adjacencies
 
     def _read_context(self, context: Sequence[int]) -> None:
         if len(context) < self._read:

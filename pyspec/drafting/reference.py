@@ -38,7 +38,7 @@ class NgramIndex:
     MAX_ORDER = 6
     MAX_COUNT = 3
     MAX_OFFERS = 8
-    TRUST = (0.3, 0.5, 0.65, 0.75, 0.8, 0.85)  # by order
+    TRUST = (0.4, 0.66, 0.78, 0.82, 0.88, 0.97)  # by order
 
     def __init__(self):
         self._tokens: list[int] = []
@@ -50,7 +50,7 @@ class NgramIndex:
     def priors(self) -> list[float]:
         counts, others = range(1, self.MAX_COUNT + 1), range(self.MAX_COUNT + 1)
         return [0.0] + [
-            trust * count / (count + other + 1)
+            trust * count / (count + other + 0.3)
             for trust, count, other, _ in itertools.product(self.TRUST, counts, others, (False, True))
         ]
 
@@ -77,38 +77,69 @@ class NgramIndex:
 
 
 class Adjacency:
-    """Token Recycling: what the target last thought could follow a token, and how sure it was."""
+    """Token Recycling: what the target last thought could follow a token, or two; see csrc/host/adjacency.h."""
 
     RANKS = 3
     ABOVE = (0.95, 0.85, 0.7, 0.5, 0.35, 0.22, 0.13, 0.07, 0.03)
-    PRIORS = (0.6, 0.55, 0.45, 0.35, 0.25, 0.15, 0.1, 0.06, 0.03, 0.015)  # by level
+    PRIORS = (0.68, 0.53, 0.45, 0.38, 0.3, 0.22, 0.16, 0.13, 0.1, 0.09)  # by level
+    PAIR_BITS = 16
     level_count = len(PRIORS)
 
-    def __init__(self, vocab_size: int):
-        self.successors = np.full((vocab_size, TOP), -1, np.int32)
-        self.levels = np.zeros((vocab_size, TOP), np.uint8)
+    def __init__(self, vocab_size: int, context: int):
+        self.vocab_size = vocab_size
+        self.context = context
+        rows = vocab_size if context == 1 else 1 << self.PAIR_BITS
+        self.keys = np.full(rows, -1, np.int64)
+        self.successors = np.full((rows, TOP), -1, np.int32)
+        self.levels = np.zeros((rows, TOP), np.uint8)
 
     def priors(self) -> list[float]:
         return [0.0, *self.PRIORS * self.RANKS]
 
-    def update(self, tokens: np.ndarray, top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
-        for node, token in enumerate(tokens.tolist()):
-            if not 0 <= token < len(self.successors):
+    def update(
+        self,
+        tokens: np.ndarray,
+        parents: np.ndarray,
+        previous: int,
+        top_tokens: np.ndarray,
+        top_logits: np.ndarray,
+    ) -> None:
+        tokens = tokens.tolist()
+        for node, token in enumerate(tokens):
+            if not 0 <= token < self.vocab_size:
                 raise ValueError(f"tokens[{node}] is outside the vocabulary")
-        for token, successors, logits in zip(tokens.tolist(), top_tokens, top_logits.tolist(), strict=True):
+        for node, (parent, logits) in enumerate(zip(parents.tolist(), top_logits.tolist(), strict=True)):
+            key = self._key(tokens[parent] if node else previous, tokens[node])
+            if key < 0:
+                continue
+            row = self._row(key)
             weights = [math.exp(logit - logits[0]) for logit in logits]
             total = sum(weights)
-            self.successors[token] = successors
-            self.levels[token] = [self._level(weight / total) for weight in weights]
+            self.keys[row] = key
+            self.successors[row] = top_tokens[node]
+            self.levels[row] = [self._level(weight / total) for weight in weights]
 
     def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
+        key = self._key(recent[-2] if len(recent) > 1 else -1, recent[-1])
+        if key < 0 or self.keys[self._row(key)] != key:
+            return []
         offers = []
-        successors, levels = self.successors[recent[-1]].tolist(), self.levels[recent[-1]].tolist()
+        successors, levels = self.successors[self._row(key)].tolist(), self.levels[self._row(key)].tolist()
         for rank, (token, level) in enumerate(zip(successors, levels, strict=True)):
             if token < 0:
                 break
             offers.append((token, 1 + min(rank, self.RANKS - 1) * self.level_count + level))
         return offers
+
+    def _key(self, previous: int, token: int) -> int:
+        if self.context == 1:
+            return token
+        return -1 if previous < 0 else previous * self.vocab_size + token
+
+    def _row(self, key: int) -> int:
+        if self.context == 1:
+            return key
+        return (key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> (64 - self.PAIR_BITS)
 
     def _level(self, share: float) -> int:
         return next((level for level, above in enumerate(self.ABOVE) if share > above), len(self.ABOVE))

@@ -36,9 +36,8 @@ def test_children_are_the_best_tokens_best_first():
 
 
 def test_paths_go_on_through_known_tokens():
-    tree = taught({1: [2], 2: [3], 3: [1]}).propose([1], 6)
-    chain = [node for node in range(len(tree)) if tree.depths[node] == 3]
-    assert any(tree.tokens[node] == 1 for node in chain)
+    tree = taught({1: [2], 2: [3], 3: [1]}).propose([1], 16)
+    assert any(tree.tokens[node] == 1 for node in range(1, len(tree)) if tree.depths[node] == 3)
 
 
 def test_unknown_tokens_propose_nothing():
@@ -50,6 +49,15 @@ def test_the_last_word_on_a_token_wins_also_inside_one_tree():
     made = drafter()
     made.observe(DraftTree([1, 1], [-1, 0]), torch.cat([logits_for([2]), logits_for([3])]), [0])
     assert made.propose([1], 2).tokens.tolist() == [1, 3]
+
+
+def test_two_tokens_know_better_than_one():
+    made = drafter()
+    chain = DraftTree.chain([1, 2, 3, 2])
+    made.observe(chain, torch.cat([logits_for([29]), logits_for([10]), logits_for([29]), logits_for([20])]), [0])
+    for context, token in [([1, 2], 10), ([3, 2], 20)]:
+        tree = made.start(context).propose(context, 3)
+        assert token in tree.tokens[1:].tolist()
 
 
 def test_rejected_nodes_teach_too():
@@ -109,10 +117,11 @@ def damaged(path, **changes):
     [
         (dict(format_version=99), "format_version 99.*needs 1"),
         (dict(fingerprint=None), "fingerprint None"),
-        (dict(successors=None), "no successors"),
-        (dict(successors=np.zeros((VOCAB, 7), np.int32)), r"no successors of shape \[30, 8\]"),
-        (dict(successors=np.full((VOCAB, 8), VOCAB, np.int32)), "outside the vocabulary"),
-        (dict(levels=np.full((VOCAB, 8), 200, np.uint8)), "levels are out of range"),
+        (dict(successors_1=None), "no successors_1"),
+        (dict(successors_1=np.zeros((VOCAB, 7), np.int32)), r"no successors_1 of shape \[30, 8\]"),
+        (dict(successors_1=np.full((VOCAB, 8), VOCAB, np.int32)), r"successors_1 must be in \[-1, 30\)"),
+        (dict(successors_2=np.full((65536, 8), VOCAB, np.int32)), r"successors_2 must be in \[-1, 30\)"),
+        (dict(levels_1=np.full((VOCAB, 8), 200, np.uint8)), r"levels_1 must be in \[0, 10\)"),
     ],
 )
 def test_a_file_that_does_not_fit_changes_nothing(tmp_path, changes, words):

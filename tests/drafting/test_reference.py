@@ -48,7 +48,7 @@ def test_top_tokens_of_a_large_row():
     assert tokens[1].tolist() == list(range(5, 61, 7)) and tokens[3].tolist() == [-1] * 8
 
 
-@pytest.mark.parametrize("kinds", [("NgramIndex",), ("Adjacency",), ("NgramIndex", "Adjacency")])
+@pytest.mark.parametrize("kinds", [("lookup",), ("token",), ("pair",), ("lookup", "token", "pair")])
 @given(
     walk=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=60),
     rounds=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 4)), min_size=1, max_size=6),
@@ -59,7 +59,8 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
     random = np.random.default_rng(seed)
     sides = []
     for module in (host, reference):
-        sources = [module.NgramIndex() if kind == "NgramIndex" else module.Adjacency(VOCAB) for kind in kinds]
+        made = {"lookup": module.NgramIndex(), "token": module.Adjacency(VOCAB, 1), "pair": module.Adjacency(VOCAB, 2)}
+        sources = [made[kind] for kind in kinds]
         sides.append((module, sources, module.Estimates([source.priors() for source in sources], 4.0)))
     assert sides[0][2].hits.shape == sides[1][2].hits.shape
 
@@ -75,7 +76,7 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
             top_tokens, top_logits = module.top_tokens(logits[: len(tokens)])
             for source in sources:
                 if isinstance(source, module.Adjacency):
-                    source.update(tokens, top_tokens, top_logits)
+                    source.update(tokens, parents, ([-1] + walk)[-2], top_tokens, top_logits)
             estimates.learn(tokens, parents, cells, top_tokens)
             grown.append((tokens.tolist(), parents.tolist(), cells.tolist()))
         assert grown[0] == grown[1]
@@ -86,13 +87,26 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
     for ours, theirs in zip(sides[0][1], sides[1][1], strict=True):
         assert ours.priors() == theirs.priors()
         if "Adjacency" in type(ours).__name__:
-            np.testing.assert_array_equal(ours.successors, theirs.successors)
-            np.testing.assert_array_equal(ours.levels, theirs.levels)
+            for name in ("keys", "successors", "levels"):
+                np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
 def test_an_update_outside_the_vocabulary_changes_nothing():
     for module in (host, reference):
-        adjacency = module.Adjacency(VOCAB)
+        adjacency = module.Adjacency(VOCAB, 1)
+        tokens, parents = np.array([0, VOCAB]), np.array([-1, 0], np.int32)
         with pytest.raises(ValueError, match=r"tokens\[1\] is outside the vocabulary"):
-            adjacency.update(np.array([0, VOCAB]), np.zeros((2, 8), np.int32), np.zeros((2, 8), np.float32))
-        assert (adjacency.successors == -1).all()
+            adjacency.update(tokens, parents, -1, np.zeros((2, 8), np.int32), np.zeros((2, 8), np.float32))
+        assert (adjacency.keys == -1).all() and (adjacency.successors == -1).all()
+
+
+def test_pairs_of_tokens_share_rows_alike():
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 1000, 120_000)  # more pairs than rows
+    parents = np.arange(-1, len(tokens) - 1, dtype=np.int32)
+    top_tokens = random.integers(0, 1000, (len(tokens), 8)).astype(np.int32)
+    tables = both("Adjacency", 1000, 2)
+    for table in tables:
+        table.update(tokens, parents, -1, top_tokens, np.zeros((len(tokens), 8), np.float32))
+    np.testing.assert_array_equal(tables[0].keys, tables[1].keys)
+    np.testing.assert_array_equal(tables[0].successors, tables[1].successors)
