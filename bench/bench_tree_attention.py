@@ -65,7 +65,8 @@ class Problem:
             return (key < prefix) | ancestors[row, (key - prefix).clamp(0, nodes - 1)]
 
         mask = create_block_mask(visible, None, None, nodes, prefix + nodes, device=self.q.device.type)
-        compiled = torch.compile(flex_attention)
+        torch.compiler.reset()  # a second shape would be compiled with dynamic sizes, which the CPU backend cannot
+        compiled = torch.compile(flex_attention, dynamic=False)
         return lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True)
 
     def check(self) -> None:

@@ -436,10 +436,10 @@ def _missing_modules(modules: Sequence[str]) -> str:
 
 
 def _demo_model() -> str:
-    from pyspec.models.loading import _demo_file
+    from pyspec.models.loading import demo_file
 
     try:
-        return str(_demo_file())
+        return str(demo_file())
     except FileNotFoundError as error:
         return f"not found: {error}"
 

@@ -65,7 +65,7 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 def _resolve(source: str | Path) -> Path:
     """The file or folder of a source, downloaded where it is a hub id."""
     if source == "demo":
-        return _demo_file()
+        return demo_file()
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -82,7 +82,7 @@ def _resolve(source: str | Path) -> Path:
     return _download(str(source))
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
     """The GGUF file inside the installed package, which is never imported: that would need llama.cpp."""
     try:
         files = importlib.metadata.files(DEMO_PACKAGE) or []
