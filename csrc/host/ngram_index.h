@@ -10,20 +10,22 @@
 
 namespace pyspec {
 
-// One sequence's n-grams, n = 1..kMaxOrder, each with the tokens that followed it. A key is the hash of the n-gram;
-// two n-grams that share one cost a bad guess, never a wrong text.
+// One sequence's n-grams, n = 0..kMaxOrder, each with the tokens that followed it. Every token follows the empty
+// n-gram, so where nothing matches, the frequent tokens are offered. A key is the hash of the n-gram; two n-grams
+// that share one cost a bad guess, never a wrong text.
 class NgramIndex : public Source {
  public:
   static constexpr int kMaxOrder = 6;
-  static constexpr int kMaxCount = 3;   // counts from here on are one kind
-  static constexpr size_t kMaxOffers = 8;  // of one n-gram
+  static constexpr int kMaxCount = 3;  // counts from here on are one kind
+  static constexpr size_t kMaxOffers = 16;
+  static constexpr size_t kMaxFollowers = 64;  // of one n-gram; bounds the cost of a token
 
   int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
 
   std::vector<double> priors() const override {
-    constexpr double kTrust[kMaxOrder] = {0.4, 0.66, 0.78, 0.82, 0.88, 0.97};
+    constexpr double kTrust[kMaxOrder + 1] = {0.08, 0.4, 0.66, 0.78, 0.82, 0.88, 0.97};
     std::vector<double> priors{0};
-    for (int order = 0; order < kMaxOrder; ++order) {
+    for (int order = 0; order <= kMaxOrder; ++order) {
       for (int count = 1; count <= kMaxCount; ++count) {
         for (int others = 0; others <= kMaxCount; ++others) {
           priors.insert(priors.end(), 2, kTrust[order] * count / (count + others + 0.3));
@@ -37,6 +39,7 @@ class NgramIndex : public Source {
   void extend(const std::vector<int32_t>& tokens) {
     for (const int32_t token : tokens) {
       uint64_t key = 0;
+      followers_[key].add(token);
       for (int order = 1; order <= std::min<int64_t>(kMaxOrder, size()); ++order) {
         key = longer(key, tokens_[tokens_.size() - order]);
         followers_[key].add(token);
@@ -47,17 +50,18 @@ class NgramIndex : public Source {
 
   // Longest match first; a shorter one adds only tokens that no longer one offered.
   void offer(const int32_t* recent, int64_t length, std::vector<Offer>& offers) const override {
-    const Followers* matches[kMaxOrder];
-    int longest = 0;
+    const Followers* matches[kMaxOrder + 1];
+    int found = 0;
     uint64_t key = 0;
-    while (longest < std::min<int64_t>(kMaxOrder, length)) {
-      key = longer(key, recent[length - 1 - longest]);
-      const auto found = followers_.find(key);
-      if (found == followers_.end()) break;
-      matches[longest++] = &found->second;
+    while (found <= kMaxOrder) {
+      const auto match = followers_.find(key);
+      if (match == followers_.end()) break;
+      matches[found++] = &match->second;
+      if (found > length) break;
+      key = longer(key, recent[length - found]);
     }
-    for (int order = longest; order > 0; --order) {
-      const Followers& match = *matches[order - 1];
+    for (int order = found - 1; order >= 0; --order) {
+      const Followers& match = *matches[order];
       const size_t kept = std::min(kMaxOffers, match.ranked.size());
       for (size_t rank = 0; rank < kept; ++rank) {
         const Follower follower = match.ranked[rank];
@@ -65,7 +69,7 @@ class NgramIndex : public Source {
         if (std::any_of(offers.begin(), offers.end(), same)) continue;
         const int count = std::min(follower.count, kMaxCount);
         const int others = std::min(match.total - follower.count, kMaxCount);
-        const int kind = ((order - 1) * kMaxCount + count - 1) * (kMaxCount + 1) + others;
+        const int kind = (order * kMaxCount + count - 1) * (kMaxCount + 1) + others;
         offers.push_back({follower.token, 1 + kind * 2 + (follower.token == match.latest)});
       }
     }
@@ -86,7 +90,10 @@ class NgramIndex : public Source {
     void add(int32_t token) {
       const auto same = [&](const Follower& follower) { return follower.token == token; };
       auto found = std::find_if(ranked.begin(), ranked.end(), same);
-      if (found == ranked.end()) found = ranked.insert(found, {token, 0});
+      if (found == ranked.end()) {
+        if (ranked.size() == kMaxFollowers) ranked.pop_back();
+        found = ranked.insert(ranked.end(), {token, 0});
+      }
       ++found->count;
       const auto passed = [&](const Follower& follower) { return follower.count <= found->count; };
       std::rotate(std::find_if(ranked.begin(), found, passed), found, found + 1);

@@ -16,7 +16,7 @@ __all__ = ["GrowingDrafter"]
 
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 6  # tokens that a source looks back on
-SMOOTHING = 8.0  # trials that a prior is worth
+SMOOTHING = 16.0  # trials that a prior is worth
 
 
 class GrowingDrafter:

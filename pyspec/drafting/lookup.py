@@ -10,7 +10,8 @@ __all__ = ["LookupDrafter"]
 class LookupDrafter(GrowingDrafter):
     """Continues as the same words were continued before, in this sequence.
 
-    All matches become one tree: longer ones first, then the more frequent, then the more recent.
+    All matches become one tree: longer ones first, then the more frequent, then the more recent. Where nothing
+    matches, the sequence's frequent tokens are tried.
     """
 
     def __init__(self, vocab_size: int):

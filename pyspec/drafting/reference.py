@@ -33,16 +33,18 @@ def top_tokens(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class NgramIndex:
-    """Prompt lookup: what followed earlier occurrences of the newest tokens."""
+    """Prompt lookup: what followed earlier occurrences of the newest tokens; see csrc/host/ngram_index.h."""
 
     MAX_ORDER = 6
     MAX_COUNT = 3
-    MAX_OFFERS = 8
-    TRUST = (0.4, 0.66, 0.78, 0.82, 0.88, 0.97)  # by order
+    MAX_OFFERS = 16
+    MAX_FOLLOWERS = 64
+    TRUST = (0.08, 0.4, 0.66, 0.78, 0.82, 0.88, 0.97)  # by order
 
     def __init__(self):
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], dict[int, tuple[int, int]]] = {}  # token: (count, last position)
+        self._totals: dict[tuple[int, ...], tuple[int, int]] = {}  # count of all, and the latest follower
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -57,22 +59,27 @@ class NgramIndex:
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             position = len(self._tokens)
-            for order in range(1, min(self.MAX_ORDER, position) + 1):
-                followers = self._followers.setdefault(tuple(self._tokens[position - order :]), {})
+            for order in range(min(self.MAX_ORDER, position) + 1):
+                ngram = tuple(self._tokens[position - order :])
+                followers = self._followers.setdefault(ngram, {})
+                if token not in followers and len(followers) == self.MAX_FOLLOWERS:
+                    del followers[min(followers, key=followers.__getitem__)]
                 followers[token] = (followers.get(token, (0, 0))[0] + 1, position)
+                self._totals[ngram] = (self._totals.get(ngram, (0, 0))[0] + 1, token)
             self._tokens.append(token)
 
     def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
         offers: dict[int, int] = {}
-        for order in range(min(self.MAX_ORDER, len(recent)), 0, -1):
-            followers = self._followers.get(tuple(recent[len(recent) - order :]), {})
-            total = sum(count for count, _ in followers.values())
-            latest = max((last for _, last in followers.values()), default=0)
-            ranked = sorted(followers.items(), key=lambda item: item[1], reverse=True)
-            for token, (count, last) in ranked[: self.MAX_OFFERS]:
-                kind = (order - 1) * self.MAX_COUNT + min(count, self.MAX_COUNT) - 1
+        for order in range(min(self.MAX_ORDER, len(recent)), -1, -1):
+            ngram = tuple(recent[len(recent) - order :])
+            if ngram not in self._followers:
+                continue
+            total, latest = self._totals[ngram]
+            ranked = sorted(self._followers[ngram].items(), key=lambda item: item[1], reverse=True)
+            for token, (count, _) in ranked[: self.MAX_OFFERS]:
+                kind = order * self.MAX_COUNT + min(count, self.MAX_COUNT) - 1
                 kind = kind * (self.MAX_COUNT + 1) + min(total - count, self.MAX_COUNT)
-                offers.setdefault(token, 1 + kind * 2 + (last == latest))
+                offers.setdefault(token, 1 + kind * 2 + (token == latest))
         return list(offers.items())
 
 

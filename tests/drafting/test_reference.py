@@ -110,3 +110,19 @@ def test_pairs_of_tokens_share_rows_alike():
         table.update(tokens, parents, -1, top_tokens, np.zeros((len(tokens), 8), np.float32))
     np.testing.assert_array_equal(tables[0].keys, tables[1].keys)
     np.testing.assert_array_equal(tables[0].successors, tables[1].successors)
+
+
+def test_a_token_with_many_followers_keeps_the_frequent_and_the_recent():
+    random = np.random.default_rng(0)
+    context = [7] * 3
+    for _ in range(300):
+        context += [0, int(random.integers(1, 150) if random.random() < 0.7 else random.integers(150, 170))]
+    context.append(0)
+    trees = []
+    for module in (host, reference):
+        index = module.NgramIndex()
+        index.extend(context)
+        estimates = module.Estimates([index.priors()], 16.0)
+        trees.append([values.tolist() for values in module.grow([index], estimates, context[-6:], 100)])
+    assert trees[0] == trees[1]
+    assert reference.NgramIndex.MAX_FOLLOWERS < 150
