@@ -93,7 +93,7 @@ class Tokenizer:
         except KeyError as error:
             raise ValueError(f"{path} is incomplete: it has no metadata {error}") from None
         tokenizers = _tokenizers()
-        for wanted, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        for wanted, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
             named = [text for text, type in zip(texts, types, strict=True) if type == wanted]
             backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in named])
 
