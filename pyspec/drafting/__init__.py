@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -37,8 +38,14 @@ class Drafter(Protocol):
         ...
 
 
+_kept: WeakKeyDictionary[Runner, dict[str, Drafter]] = WeakKeyDictionary()
+
+
 def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
     """The drafter that a name stands for: "lookup", "recycling" or "merged". A drafter or None is returned as it is.
+
+    A runner's drafter of a name is made once and lives as long as the runner, so that each request starts from what
+    the earlier ones taught. Make one yourself (say, MergedDrafter) to start from nothing.
 
     Raises:
         ValueError: for an unknown name.
@@ -49,10 +56,14 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
     from pyspec.drafting.merged import MergedDrafter
     from pyspec.drafting.recycling import RecyclingDrafter
 
-    if drafter == "lookup":
-        return LookupDrafter(runner.vocab_size)
-    if drafter == "recycling":
-        return RecyclingDrafter(runner.vocab_size, runner.fingerprint)
-    if drafter == "merged":
-        return MergedDrafter(runner.vocab_size, runner.fingerprint)
-    raise ValueError(f'drafter must be "lookup", "recycling", "merged", a Drafter or None, got {drafter!r}')
+    makers = {
+        "lookup": lambda: LookupDrafter(runner.vocab_size),
+        "recycling": lambda: RecyclingDrafter(runner.vocab_size, runner.fingerprint),
+        "merged": lambda: MergedDrafter(runner.vocab_size, runner.fingerprint),
+    }
+    if drafter not in makers:
+        raise ValueError(f'drafter must be "lookup", "recycling", "merged", a Drafter or None, got {drafter!r}')
+    kept = _kept.setdefault(runner, {})
+    if drafter not in kept:
+        kept[drafter] = makers[drafter]()
+    return kept[drafter]

@@ -15,7 +15,7 @@ from pyspec.trees import DraftTree
 __all__ = ["GrowingDrafter"]
 
 LARGEST_BUDGET = 4096
-LONGEST_MATCH = 6  # tokens that a source looks back on
+LONGEST_MATCH = 6  # tokens that a source looks back on: NgramIndex's longest n-gram
 SMOOTHING = 16.0  # trials that a prior is worth
 
 

@@ -164,6 +164,13 @@ def test_names():
         drafter_from_name("magic", Runner())
 
 
+def test_requests_to_one_runner_share_a_drafter():
+    runner = Runner()
+    assert drafter_from_name("merged", runner) is drafter_from_name("merged", runner)
+    assert drafter_from_name("merged", runner) is not drafter_from_name("recycling", runner)
+    assert drafter_from_name("merged", runner) is not drafter_from_name("merged", Runner())
+
+
 def test_without_the_compiled_module_drafting_says_so_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspec._host", None)
     monkeypatch.delattr("pyspec._host", raising=False)
