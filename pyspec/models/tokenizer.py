@@ -129,7 +129,7 @@ class Tokenizer:
         elif any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json")):
             import transformers  # only its slow tokenizers read these files
 
-            backend = transformers.AutoTokenizer.from_pretrained(folder).backend_tokenizer
+            return cls.from_transformers(transformers.AutoTokenizer.from_pretrained(folder))
         else:
             return None
         settings = folder / "tokenizer_config.json"
@@ -144,14 +144,31 @@ class Tokenizer:
             template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
         if (folder / "chat_template.jinja").is_file():
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls._from_backend(backend, template, named_tokens)
+
+    @classmethod
+    def from_transformers(cls, tokenizer) -> Tokenizer:
+        """The tokenizer inside a fast tokenizer of transformers.
+
+        Raises:
+            ValueError: it is not a fast one.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"tokenizer must be a fast tokenizer of transformers, got {type(tokenizer).__name__}")
+        named_tokens = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+        return cls._from_backend(backend, tokenizer.chat_template, named_tokens)
+
+    @classmethod
+    def _from_backend(cls, backend, chat_template: str | None, named_tokens: dict[str, str]) -> Tokenizer:
         eos = backend.token_to_id(named_tokens.get("eos_token", ""))
         with_special, without = (backend.encode("a", add_special_tokens=special).ids for special in (True, False))
         return cls(
             backend,
-            byte_level='"ByteLevel"' in str(backend.decoder) or "ByteLevel" in repr(backend.decoder),
+            byte_level="ByteLevel" in repr(backend.decoder),
             bos=with_special[0] if with_special[:1] != without[:1] else None,
             eos=() if eos is None else (eos,),
-            chat_template=template,
+            chat_template=chat_template,
             named_tokens=named_tokens,
         )
 
