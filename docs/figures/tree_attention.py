@@ -50,7 +50,7 @@ def draw_mask(axis) -> None:
     axis.set_ylim(-len(PARENTS), 0.9)
     axis.set_xticks([])
     axis.tick_params(length=0, labelsize=8)
-    axis.set_title("what each node sees: the prefix and its ancestors (the op is given the right part, as bits)", fontsize=9)
+    axis.set_title("what each node sees (the op is given the right part, as bits)", fontsize=9)
     for side in axis.spines.values():
         side.set_visible(False)
 
@@ -60,14 +60,15 @@ def draw_row(axis) -> None:
     for position, slot in enumerate(slots):
         colour = PREFIX_COLOUR if slot < PREFIX else ROW_COLOUR
         axis.add_patch(Rectangle((position, 0), 1, 1, facecolor=colour, edgecolor="0.8"))
-        axis.text(position + 0.5, 0.5, slot if slot < PREFIX else f"n+{slot - PREFIX}", ha="center", va="center", fontsize=7)
+        label = slot if slot < PREFIX else f"n+{slot - PREFIX}"
+        axis.text(position + 0.5, 0.5, label, ha="center", va="center", fontsize=7)
     for tile in range(-(-len(slots) // TILE)):
         shared = (tile + 1) * TILE <= PREFIX
         axis.add_patch(Rectangle((tile * TILE, 0), TILE, 1, fill=False, edgecolor="black", linewidth=1.8))
         label = f"tile {tile}: {'shared by all rows' if shared else 'gathered for this row'}"
         axis.text(tile * TILE + TILE / 2, -0.35, label, ha="center", fontsize=8)
     axis.set_title(
-        f"the row of node {SHOWN}, by position (tiles of {TILE} here, 64 in the kernels): the sequence of plain decoding",
+        f"node {SHOWN} by position: the sequence of plain decoding (tiles of {TILE} here, 64 in the kernels)",
         fontsize=9,
     )
     axis.set_xlim(-0.1, 16.1)
