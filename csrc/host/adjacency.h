@@ -10,10 +10,10 @@
 
 namespace pyspec {
 
-// Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling",
-// arXiv 2408.08696: a row of successors for each token. Beyond the paper, each successor carries a level of how
-// sure the target was of it, and a second table has its rows by the last two tokens: kPairRows of them, by hash, the
-// newest pair evicting the one before it.
+// Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token
+// Recycling", arXiv 2408.08696: a row of successors for each token. Beyond the paper, each successor carries
+// a level of how sure the target was of it, and a second table has its rows by the last two tokens: kPairRows
+// of them, by hash, the newest pair evicting the one before it.
 class Adjacency : public Source {
  public:
   static constexpr int kLevels = 10;
@@ -37,8 +37,9 @@ class Adjacency : public Source {
     return priors;
   }
 
-  // tokens, parents [nodes] of a tree; previous is the token before the root, -1 if there is none; top_tokens,
-  // top_logits [nodes, kTop], best first, token -1 where there is none. The last node of a key wins.
+  // tokens, parents [nodes] of a tree; previous is the token before the root, -1 if there is none;
+  // top_tokens, top_logits [nodes, kTop], best first, token -1 where there is none. The last node of a key
+  // wins.
   void update(const int64_t* tokens, const int32_t* parents, int64_t previous, const int32_t* top_tokens,
               const float* top_logits, int64_t nodes) {
     for (int64_t node = 0; node < nodes; ++node) {

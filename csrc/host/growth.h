@@ -18,7 +18,8 @@ struct Offer {
 class Source {
  public:
   virtual ~Source() = default;
-  // For each feature, how often such an offer is right as far as is known beforehand; priors()[0] is not used.
+  // For each feature, how often such an offer is right as far as is known beforehand; priors()[0] is not
+  // used.
   virtual std::vector<double> priors() const = 0;
   // Appends what may follow the tokens in recent [length], the newest last; no token twice.
   virtual void offer(const int32_t* recent, int64_t length, std::vector<Offer>& offers) const = 0;
@@ -27,8 +28,8 @@ class Source {
 // How often offers of each kind turned out to be what the target said.
 //
 // A cell is one combination of the sources' features, feature 0 of a source meaning that it did not offer the
-// token. Cells where one source alone offered are smoothed towards that feature's prior; the other cells towards the
-// chance that at least one of several independent offers is right.
+// token. Cells where one source alone offered are smoothed towards that feature's prior; the other cells
+// towards the chance that at least one of several independent offers is right.
 class Estimates {
  public:
   Estimates(std::vector<std::vector<double>> priors, double smoothing)
@@ -94,8 +95,8 @@ struct GrownTree {
   std::vector<int64_t> cells;  // of the edge above each node
 };
 
-// Grows a tree below recent's newest token: the node most likely to be on the accepted path comes next, until there
-// are budget nodes or nothing is offered. The same token offered by several sources is one node.
+// Grows a tree below recent's newest token: the node most likely to be on the accepted path comes next, until
+// there are budget nodes or nothing is offered. The same token offered by several sources is one node.
 inline GrownTree grow(const std::vector<const Source*>& sources, const Estimates& estimates,
                       const std::vector<int32_t>& recent, int budget) {
   struct Candidate {
@@ -146,7 +147,8 @@ inline GrownTree grow(const std::vector<const Source*>& sources, const Estimates
       }
     }
     for (const Child& child : children) {
-      candidates.push({best.probability * estimates.rate(child.cell), discovered++, child.token, node, child.cell});
+      candidates.push(
+          {best.probability * estimates.rate(child.cell), discovered++, child.token, node, child.cell});
     }
   }
   return tree;

@@ -57,11 +57,12 @@ py::tuple top(const Array<float>& logits) {
   return py::make_tuple(tokens, values);
 }
 
-void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents, int64_t previous,
-            const Array<int32_t>& top_tokens, const Array<float>& top_logits) {
+void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents,
+            int64_t previous, const Array<int32_t>& top_tokens, const Array<float>& top_logits) {
   const py::ssize_t nodes = tokens.size();
   if (parents.size() != nodes || top_tokens.size() != nodes * kTop || top_logits.size() != nodes * kTop) {
-    throw std::invalid_argument("tokens, parents and the rows of top_tokens and top_logits must be equally many");
+    throw std::invalid_argument(
+        "tokens, parents and the rows of top_tokens and top_logits must be equally many");
   }
   for (py::ssize_t node = 0; node < nodes; ++node) {
     if (tokens.at(node) < 0 || tokens.at(node) >= adjacency.vocab) {
@@ -78,7 +79,8 @@ void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32
     throw std::invalid_argument("tokens, parents, cells and the rows of top_tokens must be equally many");
   }
   for (py::ssize_t node = 1; node < nodes; ++node) {
-    estimates.learn(cells.data()[node], top_tokens.data()[parents.data()[node] * kTop] == tokens.data()[node]);
+    estimates.learn(cells.data()[node],
+                    top_tokens.data()[parents.data()[node] * kTop] == tokens.data()[node]);
   }
 }
 
@@ -97,7 +99,8 @@ PYBIND11_MODULE(_host, module) {
   module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
   module.def("tree_layout", &layout, py::arg("parents").noconvert());
   module.def("top_tokens", &top, py::arg("logits").noconvert());
-  module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"), py::arg("budget"));
+  module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
+             py::arg("budget"));
 
   py::class_<Source>(module, "Source").def("priors", &Source::priors);
   py::class_<NgramIndex, Source>(module, "NgramIndex")
@@ -107,8 +110,8 @@ PYBIND11_MODULE(_host, module) {
   py::class_<Adjacency, Source>(module, "Adjacency")
       .def(py::init<int64_t, int>(), py::arg("vocab_size"), py::arg("context"))
       .def_property_readonly_static("level_count", [](py::object) { return Adjacency::kLevels; })
-      .def("update", &update, py::arg("tokens"), py::arg("parents"), py::arg("previous"), py::arg("top_tokens"),
-           py::arg("top_logits"))
+      .def("update", &update, py::arg("tokens"), py::arg("parents"), py::arg("previous"),
+           py::arg("top_tokens"), py::arg("top_logits"))
       .def_property_readonly("keys",
                              [](py::object self) {
                                auto& adjacency = self.cast<Adjacency&>();

@@ -10,9 +10,9 @@
 
 namespace pyspec {
 
-// One sequence's n-grams, n = 0..kMaxOrder, each with the tokens that followed it. Every token follows the empty
-// n-gram, so where nothing matches, the frequent tokens are offered. A key is the hash of the n-gram; two n-grams
-// that share one cost a bad guess, never a wrong text.
+// One sequence's n-grams, n = 0..kMaxOrder, each with the tokens that followed it. Every token follows the
+// empty n-gram, so where nothing matches, the frequent tokens are offered. A key is the hash of the n-gram;
+// two n-grams that share one cost a bad guess, never a wrong text.
 class NgramIndex : public Source {
  public:
   static constexpr int kMaxOrder = 6;

@@ -8,10 +8,9 @@ namespace pyspec {
 
 constexpr int kTop = 8;
 
-// row [vocab] -> tokens [kTop], logits [kTop], best first, lower token first among equals; -1 and -inf where the
-// row has fewer than kTop tokens above -inf (NaN counts as -inf).
-// Reading the row is the cost: a block is only looked into when some element beats the kTop-th best so far,
-// which is rare after the first few blocks.
+// row [vocab] -> tokens [kTop], logits [kTop], best first, lower token first among equals; -1 and -inf where
+// the row has fewer than kTop tokens above -inf (NaN counts as -inf). Reading the row is the cost: a block is
+// only looked into when some element beats the kTop-th best so far, which is rare after the first few blocks.
 inline void top_tokens(const float* row, int64_t vocab, int32_t* tokens, float* logits) {
   constexpr int kBlock = 64;
   for (int rank = 0; rank < kTop; ++rank) {
