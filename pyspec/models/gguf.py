@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyspec.models.llama import LlamaConfig, RopeScaling, Unsupported
 
-__all__ = ["ARCHITECTURES", "GGUFFile", "llama_config"]
+__all__ = ["ARCHITECTURES", "GGUFCheckpoint", "GGUFFile", "llama_config"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 BLOCK_ELEMENTS = 2**22  # dequantised at a time, so that the fp32 values of a large tensor never exist together
@@ -61,8 +61,8 @@ class GGUFFile:
         self._at = 4
         try:
             self._read_header()
-        except (struct.error, IndexError, UnicodeDecodeError, MemoryError) as error:
-            raise ValueError(f"{path} is truncated or corrupt: its header ends early ({error})") from None
+        except (struct.error, LookupError, OverflowError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or corrupt: its header cannot be read ({error})") from None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -96,6 +96,8 @@ class GGUFFile:
             self.metadata[key] = self._value(self._scalar("I"))
         described = [self._tensor_description() for _ in range(tensors)]
         alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"{self.path} is corrupt: its general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
         self._tensors = {}
         for name, shape, kind, offset in described:
@@ -180,26 +182,25 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
             f"{file.path} has architecture {architecture!r}, supported in GGUF files are {', '.join(ARCHITECTURES)}"
         )
 
-    def value(key: str, *default):
-        try:
-            return (
-                file.metadata.get(f"{architecture}.{key}", *default)
-                if default
-                else file.metadata[f"{architecture}.{key}"]
-            )
-        except KeyError:
-            raise ValueError(f"{file.path} is incomplete: it has no metadata {architecture}.{key}") from None
+    def value(key: str, default=None, types: type | tuple[type, ...] = int):
+        found = file.metadata.get(f"{architecture}.{key}", default)
+        if found is None:
+            raise ValueError(f"{file.path} is incomplete: it has no metadata {architecture}.{key}")
+        if isinstance(found, list):
+            raise Unsupported(f"{file.path} has a {key} for each layer, which is not supported")
+        if not isinstance(found, types) or (types is int and found < 0):
+            raise ValueError(f"{file.path} is corrupt: its {architecture}.{key} is {found!r}")
+        return found
 
-    heads = value("attention.head_count")
-    hidden = value("embedding_length")
-    layers = value("block_count")
-    head_dim = value("attention.key_length", hidden // heads)
+    shapes = file.shapes
+    hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
+    if f"blk.{layers - 1}.attn_norm.weight" not in shapes:  # before anything is made for so many layers
+        raise ValueError(f"{file.path} has no tensor blk.{layers - 1}.attn_norm.weight, for {layers} layers")
+    head_dim = value("attention.key_length", hidden // max(1, heads))
     if value("rope.dimension_count", head_dim) != head_dim:
         raise Unsupported(f"{file.path} rotates only part of each head, which is not supported")
     if value("expert_count", 0):
         raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
-    shapes = file.shapes
-    window = value("attention.sliding_window", None)
     return LlamaConfig(
         architecture=architecture,
         vocab_size=shapes.get("token_embd.weight", (0,))[0],
@@ -210,51 +211,55 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
         kv_heads=value("attention.head_count_kv", heads),
         head_dim=head_dim,
         context_length=value("context_length"),
-        norm_epsilon=value("attention.layer_norm_rms_epsilon"),
-        rope_base=value("rope.freq_base", 10000.0),
-        rope_scaling=_rope_scaling(file, value),
-        windows=(window or None,) * layers,
+        norm_epsilon=value("attention.layer_norm_rms_epsilon", types=float),
+        rope_base=value("rope.freq_base", 10000.0, types=float),
+        rope_scaling=_rope_scaling(file, value, head_dim),
+        windows=(value("attention.sliding_window", 0) or None,) * layers,
         qkv_bias="blk.0.attn_q.bias" in shapes,
         output_bias="blk.0.attn_output.bias" in shapes,
         tied_embedding="output.weight" not in shapes,
     )
 
 
-def _rope_scaling(file: GGUFFile, value) -> RopeScaling | None:
-    if "rope_freqs.weight" in file.shapes:
+def _rope_scaling(file: GGUFFile, value: Callable, head_dim: int) -> RopeScaling | None:
+    if (shape := file.shapes.get("rope_freqs.weight")) is not None:
+        if shape != (head_dim // 2,):
+            raise ValueError(f"{file.path}: tensor rope_freqs.weight must have shape {(head_dim // 2,)}, got {shape}")
         return RopeScaling("table", table=tuple(torch.cat(list(file.rows("rope_freqs.weight"))).tolist()))
-    kind = value("rope.scaling.type", "none")
+    kind = value("rope.scaling.type", "none", types=str)
     if kind == "none":
         return None
     if kind == "linear":
-        return RopeScaling("linear", factor=value("rope.scaling.factor"))
+        return RopeScaling("linear", factor=value("rope.scaling.factor", types=float))
     raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear and llama3")
 
 
-def checkpoint_tensors(
-    file: GGUFFile, config: LlamaConfig
-) -> Iterator[tuple[str, tuple[int, ...], Iterator[tuple[Tensor, Tensor]]]]:
-    """Name in Hugging Face's terms, shape, and blocks of (row numbers, rows) of every tensor but rope_freqs."""
-    for name, shape in file.shapes.items():
-        if name == "rope_freqs.weight":
-            continue
-        yield hugging_face_name(name), shape, _placed_rows(file, name, config)
+class GGUFCheckpoint:
+    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, and `blocks` of one."""
+
+    def __init__(self, file: GGUFFile, config: LlamaConfig):
+        self._file = file
+        self._config = config
+        self._names = {_hugging_face_name(name): name for name in file.shapes if name != "rope_freqs.weight"}
+        self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Row numbers and the fp32 values of these rows."""
+        original = self._names[name]
+        order = torch.arange(self.shapes[name][0])
+        if self._config.architecture == "llama" and original.split(".")[2:3] in (["attn_q"], ["attn_k"]):
+            # llama.cpp rotates neighbours, so its files have the two halves of each head interleaved
+            order = order.view(-1, 2, self._config.head_dim // 2).transpose(1, 2).flatten()
+        start = 0
+        for rows in self._file.rows(original):
+            yield order[start : start + len(rows)], rows
+            start += len(rows)
 
 
-def hugging_face_name(name: str) -> str:
+def _hugging_face_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
-    if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2)
-        return f"model.layers.{layer}.{_NAMES.get(part, part)}.{kind}"
-    return f"{_GLOBAL_NAMES.get(stem, stem)}.{kind}"
-
-
-def _placed_rows(file: GGUFFile, name: str, config: LlamaConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    order = torch.arange(file.shapes[name][0])
-    if config.architecture == "llama" and (".attn_q." in name or ".attn_k." in name):
-        # llama.cpp rotates neighbours, so its files have the two halves of each head interleaved
-        order = order.view(-1, 2, config.head_dim // 2).transpose(1, 2).flatten()
-    start = 0
-    for rows in file.rows(name):
-        yield order[start : start + len(rows)], rows
-        start += len(rows)
+    if not stem.startswith("blk."):
+        return f"{_GLOBAL_NAMES.get(stem, stem)}.{kind}"
+    _, layer, part = (stem + ".").split(".", 2)
+    part = part.rstrip(".")
+    return f"model.layers.{layer}.{_NAMES.get(part, part)}.{kind}"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyspec.models.llama import LlamaConfig, RopeScaling, Unsupported
 
-__all__ = ["ARCHITECTURES", "checkpoint_tensors", "llama_config", "read_json"]
+__all__ = ["ARCHITECTURES", "SafetensorsCheckpoint", "llama_config", "read_json"]
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
@@ -94,25 +94,37 @@ def _windows(architecture: str, config: dict, layers: int) -> tuple[int | None, 
     return (None,) * first + (window,) * (layers - first)
 
 
-def checkpoint_tensors(folder: Path) -> tuple[int, Iterator[tuple[str, tuple[int, ...], Tensor]]]:
-    """The number of tensors of a folder's safetensors, and their name, shape and values one by one.
+class SafetensorsCheckpoint:
+    """The tensors of a folder's safetensors, whole or in shards: `shapes` of all, and `blocks` of one.
 
     Raises:
         FileNotFoundError: there are no safetensors.
-        ValueError: a file is truncated, corrupt or missing.
+        ValueError: a file is truncated, corrupt or missing, or has a tensor that another has too.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+
+    def __init__(self, folder: Path):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            for file in files:
+                if not file.is_file():
+                    raise ValueError(f"{index} names {file.name}, which is missing")
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{folder} has no .safetensors files")
+        self._shards = {}
         for file in files:
-            if not file.is_file():
-                raise ValueError(f"{index} names {file.name}, which is missing")
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no .safetensors files")
-    opened = [_open(file) for file in files]
-    return sum(len(shard.keys()) for shard in opened), _tensors(opened)
+            shard = _open(file)
+            for name in shard.keys():  # noqa: SIM118, a safetensors shard does not iterate
+                if name in self._shards:
+                    raise ValueError(f"{file} has tensor {name}, which another file has too")
+                self._shards[name] = shard
+        self.shapes = {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
+
+    def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """All rows as a slice, and their values."""
+        yield slice(None), self._shards[name].get_tensor(name)
 
 
 def _open(file: Path):
@@ -124,10 +136,3 @@ def _open(file: Path):
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or corrupt: {error}") from None
-
-
-def _tensors(shards: list) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-    for shard in shards:
-        for name in shard.keys():  # noqa: SIM118, a safetensors shard does not iterate
-            tensor = shard.get_tensor(name)
-            yield name, tuple(tensor.shape), tensor

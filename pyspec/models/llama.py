@@ -69,6 +69,9 @@ class LlamaConfig:
     def __post_init__(self):
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.layers)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.head_dim not in HEAD_DIMS:
             raise Unsupported(f"head_dim {self.head_dim} of {self.architecture}: supported are {HEAD_DIMS}")
         if self.heads % self.kv_heads:

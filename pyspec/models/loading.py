@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pyspec.models.llama import LlamaRunner, LlamaWeights, Unsupported
+from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights, Unsupported
 
 __all__ = ["load"]
 
@@ -113,20 +112,18 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LlamaRunner:
-    from pyspec.models.gguf import GGUFFile, checkpoint_tensors, llama_config
+    from pyspec.models.gguf import GGUFCheckpoint, GGUFFile, llama_config
     from pyspec.models.tokenizer import Tokenizer
 
     file = GGUFFile(path)
     config = llama_config(file)
     tokenizer = Tokenizer.from_gguf(file.metadata, path) if "tokenizer.ggml.model" in file.metadata else None
-    weights = LlamaWeights.empty(config, dtype, device)
-    tensors = ((name, shape, blocks) for name, shape, blocks in checkpoint_tensors(file, config))
-    _fill(weights.named(config), tensors, len(file.shapes), path, progress)
+    weights = _read_weights(GGUFCheckpoint(file, config), config, path, dtype, device, progress)
     return LlamaRunner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else ())
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None):
-    from pyspec.models.huggingface import checkpoint_tensors, llama_config, read_json
+    from pyspec.models.huggingface import SafetensorsCheckpoint, llama_config, read_json
     from pyspec.models.tokenizer import Tokenizer
 
     if not (folder / "config.json").is_file():
@@ -139,10 +136,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
 
         return load_folder(folder, description, dtype, device, str(reason))
     tokenizer = Tokenizer.from_folder(folder)
-    count, tensors = checkpoint_tensors(folder)
-    weights = LlamaWeights.empty(config, dtype, device)
-    blocks = ((name, shape, [(None, tensor)]) for name, shape, tensor in tensors)
-    _fill(weights.named(config), blocks, count, folder, progress)
+    weights = _read_weights(SafetensorsCheckpoint(folder), config, folder, dtype, device, progress)
     return LlamaRunner(config, weights, tokenizer, eos_tokens(folder, tokenizer))
 
 
@@ -157,34 +151,29 @@ def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
     return frozenset(tokens)
 
 
-def _fill(
-    destinations: dict[str, Tensor],
-    tensors: Iterable[tuple[str, tuple[int, ...], Iterable[tuple[Tensor | None, Tensor]]]],
-    count: int,
-    path: Path,
-    progress: Progress | None,
-) -> None:
-    """Copies each tensor to its place, in the place's dtype; blocks are (row numbers or None for all, rows)."""
-    missing = dict(destinations)
-    for done, (name, shape, blocks) in enumerate(tensors, start=1):
-        place = missing.pop(name, None)
-        if place is None:
-            if name in destinations:
-                raise ValueError(f"{path} has tensor {name} twice")
-            # copies of what is computed or tied
-            if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
-                raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")
-        elif tuple(place.shape) != shape:
-            raise ValueError(f"{path}: tensor {name} must have shape {tuple(place.shape)}, got {shape}")
-        else:
-            for rows, values in blocks:
-                if rows is None:
-                    place.copy_(values)
-                else:
-                    place[rows.to(place.device)] = values.to(place)
+def _read_weights(
+    checkpoint, config: LlamaConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> LlamaWeights:
+    """Weights from a checkpoint, each tensor read straight to its place; names and shapes are checked before."""
+    expected = LlamaWeights.empty(config, dtype, torch.device("meta")).named(config)
+    _check_tensors(checkpoint.shapes, {name: tuple(place.shape) for name, place in expected.items()}, path)
+    weights = LlamaWeights.empty(config, dtype, device)
+    for done, (name, place) in enumerate(weights.named(config).items(), start=1):
+        for rows, values in checkpoint.blocks(name):
+            place[rows] = values.to(device, dtype=place.dtype)
         if progress is not None:
-            progress(done, count)
-    if missing:
-        names = sorted(missing)
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(f"{path} has no tensor {', '.join(names[:5])}{more}")
+            progress(done, len(expected))
+    return weights
+
+
+def _check_tensors(shapes: dict[str, tuple], expected: dict[str, tuple], path: Path) -> None:
+    """Raises ValueError naming the tensors that are missing, have another shape or are unknown."""
+    if missing := sorted(expected.keys() - shapes.keys()):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{path} has no tensor {', '.join(missing[:5])}{more}")
+    for name, shape in shapes.items():
+        if name in expected:
+            if shape != expected[name]:
+                raise ValueError(f"{path}: tensor {name} must have shape {expected[name]}, got {shape}")
+        elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # computed, or tied to another
+            raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")

@@ -179,22 +179,22 @@ class TransformersRunner:
 
     def _check_obeys_mask(self) -> None:
         """Raises ValueError if a node of a tree does not see exactly its ancestors, at its own position."""
-        root, left, right, leaf = (token % self.vocab_size for token in (11, 22, 33, 44))
-        chains = [self._after([root, token, leaf]) for token in (left, right)]
-        self.prefill([[root]], capacity=8)
-        in_tree = self.verify([DraftTree([right, left, left, leaf], [-1, 0, 0, 2])])[0][3]
-        in_chain = self._after([root, right, left, leaf])
-        # what another token in the context changes, as the measure of what must not change
-        scale = (chains[0] - chains[1]).abs().mean()
+        first, second, third, other = (token % self.vocab_size for token in (11, 22, 33, 44))
+        expected, changed = (self._last_logits([first, token, second, third]) for token in (second, other))
+        self.prefill([[first]], capacity=8)
+        # the path root - 2 - 3 is the same text; node 1 is beside it
+        in_tree = self.verify([DraftTree([second, other, second, third], [-1, 0, 0, 2])])[0][3]
+        # another token in the text is the measure of what a token that is not in it may change
+        scale = (changed - expected).abs().mean()
         self._slots = self._verified = None
         self._lengths = []
-        if not (in_tree - in_chain).abs().mean() <= 0.25 * scale:
+        if not (in_tree - expected).abs().mean() <= 0.25 * scale:
             raise ValueError(
                 f"{type(self.model).__name__} is not supported: it does not attend as its attention mask and "
                 f"position_ids tell; {SUPPORTED}"
             )
 
-    def _after(self, tokens: list[int]) -> Tensor:
+    def _last_logits(self, tokens: list[int]) -> Tensor:
         return self.prefill([tokens], capacity=8)[0]
 
 

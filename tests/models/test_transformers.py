@@ -1,0 +1,201 @@
+import inspect
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pyspec import DraftTree, load
+from pyspec.models.transformers import TransformersRunner
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 101
+NEW_TOKENS = 16
+_SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_OLD_SHAPE = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 96}
+SUPPORTED = {
+    "GPT2": _OLD_SHAPE,
+    "GPTNeoX": _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 96},
+    "OPT": _SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 96},
+    "Phi": _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 96},
+    "Qwen3": _SHAPE | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1},
+    "Falcon": _SHAPE | {"alibi": False},
+}
+REFUSED = {
+    "Mamba": (_SHAPE, "recurrent state"),
+    "Bloom": ({"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "positions cannot be given"),
+    "Falcon": (_SHAPE | {"alibi": True}, "positions cannot be given"),
+    "Gemma2": (_SHAPE | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1}, "do not keep the keys"),
+    "GPTNeo": (
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 2,
+         "attention_types": [[["global", "local"], 1]]},
+        "do not keep the keys",
+    ),
+}  # fmt: skip
+
+
+def tiny_model(family, options):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**options)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def greedy(model, prompt):
+    """transformers' own greedy continuation."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+
+def speculate(runner, prompts, expected):
+    """Greedy continuations by trees whose later branch is the right one, partly."""
+    said = [[int(logits.argmax())] for logits in runner.prefill(prompts, capacity=64)]
+    while min(map(len, said)) < NEW_TOKENS:
+        trees = []
+        for tokens, right in zip(said, expected, strict=True):
+            a, b = (right + [0, 0])[len(tokens) : len(tokens) + 2] if len(tokens) < NEW_TOKENS else (0, 0)
+            wrong = (b + 1) % VOCABULARY
+            tree = DraftTree([tokens[-1], (a + 1) % VOCABULARY, a, b, wrong, b], [-1, 0, 0, 1, 2, 2])
+            trees.append(tree if len(tokens) < NEW_TOKENS else None)
+        logits, paths = runner.verify(trees), []
+        for tokens, tree, rows in zip(said, trees, logits, strict=True):
+            if tree is None:
+                paths.append(None)
+                continue
+            path = [0]
+            while True:
+                tokens.append(int(rows[path[-1]].argmax()))
+                following = [node for node in tree.children(path[-1]) if int(tree.tokens[node]) == tokens[-1]]
+                if not following:
+                    break
+                path.append(following[-1])
+            paths.append(path)
+        runner.commit(paths)
+    return [tokens[:NEW_TOKENS] for tokens in said]
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_greedy_text_is_that_of_generate(family):
+    model = tiny_model(family, SUPPORTED[family])
+    runner = TransformersRunner(model)
+    for prompts in ([[5, 6, 7]], [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [50]]):
+        expected = [greedy(model, prompt) for prompt in prompts]
+        assert speculate(runner, prompts, expected) == expected
+
+
+def test_prompts_are_read_in_chunks_and_observed(monkeypatch):
+    model = tiny_model("GPT2", SUPPORTED["GPT2"])
+    runner = TransformersRunner(model)
+    monkeypatch.setattr("pyspec.models.transformers.PREFILL_CHUNK", 4)
+    prompts = [list(range(1, 11)), [7]]
+    pieces = [[], []]
+    last = runner.prefill(prompts, observe=lambda b, chain, logits: pieces[b].append(logits))
+    assert [len(chunks) for chunks in pieces] == [3, 1]
+    for prompt, chunks, logits in zip(prompts, pieces, last, strict=True):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(torch.cat(chunks), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(logits, expected[-1], atol=1e-5, rtol=1e-4)
+
+
+def test_verify_reads_only():
+    runner = TransformersRunner(tiny_model("GPTNeoX", SUPPORTED["GPTNeoX"]))
+    runner.prefill([[1, 2, 3], [4]], capacity=32)
+    tree = DraftTree([5, 6, 7], [-1, 0, 0])
+    first = runner.verify([None, tree])
+    runner.verify([DraftTree.chain([9] * 8), DraftTree.chain([8] * 5)])
+    again = runner.verify([None, tree])
+    assert first[0] is None and torch.equal(first[1], again[1])
+    assert runner.lengths() == [3, 1]
+
+
+def test_a_live_model_brings_its_tokenizer_and_end_tokens():
+    import tokenizers
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    model = tiny_model("GPT2", SUPPORTED["GPT2"] | {"eos_token_id": 4})
+    runner = TransformersRunner(model, fast, eos_tokens=[9])
+    assert runner.eos_tokens == {2, 4, 9}
+    assert runner.tokenizer.encode("abba") == [0, 1, 1, 0]
+    assert runner.vocab_size == VOCABULARY and runner.context_length == 96
+    assert runner.fingerprint.startswith("gpt2-")
+    with pytest.raises(ValueError, match="fast tokenizer"):
+        TransformersRunner(model, object())
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_models_without_a_croppable_cache_are_refused_by_name(family):
+    options, reason = REFUSED[family]
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM is not supported: .*{reason}.*; supported are Llama"):
+        TransformersRunner(tiny_model(family, options))
+
+
+def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
+    model = tiny_model("GPT2", SUPPORTED["GPT2"])
+    forward = model.forward
+
+    def causal_by_slot(attention_mask=None, position_ids=None, **inputs):
+        return forward(position_ids=position_ids, **inputs)
+
+    causal_by_slot.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", causal_by_slot)
+    with pytest.raises(ValueError, match="does not attend as its attention mask"):
+        TransformersRunner(model)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing():
+    runner = TransformersRunner(tiny_model("GPT2", SUPPORTED["GPT2"]))
+    with pytest.raises(RuntimeError, match="call prefill first"):
+        runner.verify([DraftTree.chain([1])])
+    runner.prefill([[1, 2, 3]], capacity=8)
+    for prompts, options, message in (
+        ([[]], {}, "is empty"),
+        ([[1] * 97], {}, "97 tokens, the model's context is 96"),
+        ([[VOCABULARY]], {}, "must hold token ids"),
+        ([[1, 2]], {"capacity": 1}, "capacity must be at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            runner.prefill(prompts, **options)
+    with pytest.raises(ValueError, match="capacity is 8"):
+        runner.verify([DraftTree.chain([1] * 6)])
+    runner.verify([DraftTree.chain([1, 2])])
+    with pytest.raises(ValueError, match=r"paths\[0\] must"):
+        runner.commit([[1]])
+    assert runner.lengths() == [3]
+    runner.prefill([[1] * 95])
+    with pytest.raises(ValueError, match="reaches position 96, the model's context is 96"):
+        runner.verify([DraftTree.chain([1, 2])])
+    assert runner.verify([DraftTree.chain([1])])[0].shape == (1, VOCABULARY)
+
+
+def test_folders_of_other_architectures_run_through_transformers(tmp_path):
+    model = tiny_model("GPT2", SUPPORTED["GPT2"])
+    model.save_pretrained(tmp_path)
+    runner = load(str(tmp_path), dtype=torch.float32, device="cpu")
+    assert isinstance(runner, TransformersRunner) and runner.dtype == torch.float32
+    expected = [greedy(model, [5, 6, 7])]
+    assert speculate(runner, [[5, 6, 7]], expected) == expected
+
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: values for name, values in tensors.items() if "h.1.mlp.c_fc.weight" not in name}, file)
+    with pytest.raises(ValueError, match=r"has no tensor transformer\.h\.1\.mlp\.c_fc\.weight"):
+        load(str(tmp_path), device="cpu")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        load(str(tmp_path), device="cpu")
+
+
+def test_llamas_that_the_native_runner_lacks_run_through_transformers(tmp_path):
+    options = _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 96}  # heads of 16
+    model = tiny_model("Llama", options)
+    model.save_pretrained(tmp_path)
+    runner = load(str(tmp_path), dtype=torch.float32, device="cpu")
+    assert isinstance(runner, TransformersRunner)
+    expected = [greedy(model, [5, 6, 7])]
+    assert speculate(runner, [[5, 6, 7]], expected) == expected
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
