@@ -1,0 +1,299 @@
+"""The engines of the benchmarks: pyspec, and what one would use instead, on the same weights and token ids."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pyspec.drafting.lookup import LookupDrafter
+from pyspec.drafting.merged import MergedDrafter
+from pyspec.drafting.recycling import RecyclingDrafter
+from pyspec.generate import generate
+from pyspec.models.llama import LlamaRunner
+from pyspec.models.loading import demo_file
+
+LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
+PHASES = ("draft", "verify", "accept", "commit")
+DRAFTERS = {
+    "merged": lambda model: MergedDrafter(model.vocab_size, model.fingerprint),
+    "lookup": lambda model: LookupDrafter(model.vocab_size),
+    "recycling": lambda model: RecyclingDrafter(model.vocab_size, model.fingerprint),
+}
+
+
+@dataclass
+class Run:
+    """One prompt, continued by one engine. Decoding begins when the prefill has given its token."""
+
+    tokens: list[int]  # new tokens, the end token included
+    total_seconds: float
+    decode_seconds: float
+    decode_tokens: int  # new tokens without those that came with the prefill
+    rounds: int  # calls of the model in decoding
+    phase_seconds: dict[str, float] = field(default_factory=dict)  # pyspec's own
+
+
+class Engine(Protocol):
+    def restart(self) -> None:
+        """Forgets what earlier prompts taught."""
+        ...
+
+    def run(self, prompt: list[int], new_tokens: int) -> Run:
+        """Continues a prompt greedily, up to the end token or new_tokens."""
+        ...
+
+
+class Pyspec:
+    """pyspec.generate; a drafter keeps what it learns from prompt to prompt, as in a server."""
+
+    def __init__(self, model: LlamaRunner, drafter: str | None, budget: int):
+        self._model, self._name, self._budget = model, drafter, budget
+        self.restart()
+
+    def restart(self) -> None:
+        # made here, because a drafter that generate looks up by its name already knows the warm-up's prompt
+        self._drafter = None if self._name is None else DRAFTERS[self._name](self._model)
+
+    def run(self, prompt: list[int], new_tokens: int) -> Run:
+        start = time.perf_counter()
+        generation = generate(
+            self._model, prompt, drafter=self._drafter, budget=self._budget, max_new_tokens=new_tokens
+        )
+        total = time.perf_counter() - start
+        if generation.finish_reason == "interrupted":
+            raise KeyboardInterrupt
+        if generation.error is not None:
+            raise RuntimeError(generation.error)
+        stats = generation.stats
+        return Run(
+            tokens=generation.tokens,
+            total_seconds=total,
+            decode_seconds=stats.decode_seconds,
+            decode_tokens=len(generation.tokens) - 1,
+            rounds=stats.rounds,
+            phase_seconds={phase: getattr(stats, f"{phase}_seconds") for phase in PHASES},
+        )
+
+
+class Transformers:
+    """transformers' generate on a dense model of the same weights, with its prompt lookup if lookup_tokens is set."""
+
+    def __init__(self, dense_model, eos_tokens: Sequence[int], lookup_tokens: int | None = None):
+        self._model = dense_model
+        self._settings = {"do_sample": False, "eos_token_id": sorted(eos_tokens), "pad_token_id": min(eos_tokens)}
+        if lookup_tokens is not None:
+            self._settings["prompt_lookup_num_tokens"] = lookup_tokens
+
+    def restart(self) -> None:
+        pass
+
+    def run(self, prompt: list[int], new_tokens: int) -> Run:
+        ends: list[tuple[float, int]] = []  # of each call of the model: when, and tokens so far
+
+        def clock(input_ids, scores, **_):
+            ends.append((time.perf_counter(), input_ids.shape[1]))
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        input_ids = torch.tensor([prompt])
+        start = time.perf_counter()
+        output = self._model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=new_tokens,
+            stopping_criteria=[clock],
+            **self._settings,
+        )
+        end = time.perf_counter()
+        first_time, first_length = ends[0]
+        return Run(
+            tokens=output[0, len(prompt) :].tolist(),
+            total_seconds=end - start,
+            decode_seconds=end - first_time,
+            decode_tokens=output.shape[1] - first_length,
+            rounds=len(ends) - 1,
+        )
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python's generate, with its prompt lookup if lookup_tokens is set."""
+
+    def __init__(
+        self, file: Path, context: int, eos_tokens: Sequence[int], threads: int, lookup_tokens: int | None = None
+    ):
+        import llama_cpp
+
+        self._eos_tokens = eos_tokens
+        self._drafts = None if lookup_tokens is None else _counting_lookup(lookup_tokens)
+        self._llama = llama_cpp.Llama(
+            str(file),
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            draft_model=self._drafts,
+            # it needs and sets this itself, but then makes too small a buffer for prompts longer than a batch
+            logits_all=self._drafts is not None,
+            verbose=False,
+        )
+
+    def restart(self) -> None:
+        pass
+
+    def run(self, prompt: list[int], new_tokens: int) -> Run:
+        self._llama.reset()  # or the cached template of the prompt before would shorten the prefill
+        if self._drafts is not None:
+            self._drafts.calls = 0
+        tokens: list[int] = []
+        start = time.perf_counter()
+        for token in self._llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            if not tokens:
+                first = time.perf_counter()
+            tokens.append(token)
+            if len(tokens) == new_tokens or token in self._eos_tokens:
+                break
+        end = time.perf_counter()
+        return Run(
+            tokens=tokens,
+            total_seconds=end - start,
+            decode_seconds=end - first,
+            decode_tokens=len(tokens) - 1,
+            rounds=len(tokens) - 1 if self._drafts is None else self._drafts.calls,
+        )
+
+
+def _counting_lookup(lookup_tokens: int):
+    """llama-cpp-python's prompt lookup, which counts its calls: one before each call of the model."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    class CountingLookup(LlamaPromptLookupDecoding):
+        calls = 0
+
+        def __call__(self, input_ids, /, **settings):
+            self.calls += 1
+            return super().__call__(input_ids, **settings)
+
+    return CountingLookup(num_pred_tokens=lookup_tokens)
+
+
+def engines(
+    model: LlamaRunner, drafters: Sequence[str], budget: int, context: int, threads: int
+) -> tuple[dict[str, Engine], dict[str, str]]:
+    """All engines by name, and the reasons for those that are missing.
+
+    Args:
+        model: the demo model; its weights and dtype are what the peers get.
+        drafters: pyspec's, each beside plain decoding.
+        budget: tree nodes a round.
+        context: tokens that the longest prompt and its continuation need, drafts included.
+        threads: of llama.cpp; torch's are a setting of the process.
+    """
+    found: dict[str, Engine] = {"pyspec plain": Pyspec(model, None, budget)}
+    found |= {f"pyspec {name}": Pyspec(model, name, budget) for name in drafters}
+    missing: dict[str, str] = {}
+    peers = {
+        "transformers": lambda: _transformers_engines(model),
+        "llama.cpp": lambda: _llama_cpp_engines(model, context, threads),
+    }
+    for name, make in peers.items():
+        try:
+            plain, lookup = make()
+        except Exception as error:  # a peer that cannot run is a result too
+            missing |= dict.fromkeys((name, f"{name} lookup"), f"{type(error).__name__}: {error}")
+        else:
+            found |= {name: plain, f"{name} lookup": lookup}
+    return found, missing
+
+
+def _transformers_engines(model: LlamaRunner) -> tuple[Engine, Engine]:
+    dense_model = dense_transformers(model)
+    return Transformers(dense_model, model.eos_tokens), Transformers(dense_model, model.eos_tokens, LOOKUP_TOKENS)
+
+
+def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> tuple[Engine, Engine]:
+    settings = (llama_cpp_file(model.dtype), context, model.eos_tokens, threads)
+    return LlamaCpp(*settings), LlamaCpp(*settings, LOOKUP_TOKENS)
+
+
+def dense_transformers(model: LlamaRunner):
+    """transformers' own Llama model with a copy of a runner's weights, in its dtype.
+
+    transformers would load the GGUF file too, but keeps its weights packed, which is another precision and slower.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = model.config
+    if config.architecture != "llama" or config.rope_scaling is not None:
+        raise ValueError(f"only a llama model without rope scaling is described here, got {config}")
+    description = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.context_length,
+        rms_norm_eps=config.norm_epsilon,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_base},
+        attention_bias=config.qkv_bias,
+        tie_word_embeddings=config.tied_embedding,
+        dtype=model.dtype,
+    )
+    dense_model = LlamaForCausalLM(description).to(model.dtype).eval()
+    result = dense_model.load_state_dict(model.weights.named(config), strict=False)
+    # the one tensor that a checkpoint may leave out is the head that is the embedding itself
+    if result.unexpected_keys or set(result.missing_keys) - ({"lm_head.weight"} if config.tied_embedding else set()):
+        raise ValueError(f"the weights do not fit transformers' Llama model: {result}")
+    return dense_model
+
+
+@torch.inference_mode()
+def logits_along(dense_model, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+    """[len(tokens), V] fp32: a transformers model's logits for each of the tokens, given all that come before it."""
+    input_ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    return dense_model(input_ids, use_cache=False, logits_to_keep=len(tokens)).logits[0].float()
+
+
+def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:
+    """Index of the first token in which two texts differ, None where they are equal."""
+    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
+        if token != other:
+            return index
+    return None if len(tokens) == len(others) else min(len(tokens), len(others))
+
+
+def llama_cpp_file(dtype: torch.dtype) -> Path:
+    """The demo model requantised by llama.cpp to dtype, made once and kept in the user's cache."""
+    import llama_cpp
+
+    kinds = {torch.bfloat16: llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, torch.float32: llama_cpp.LLAMA_FTYPE_ALL_F32}
+    if dtype not in kinds:
+        raise ValueError(f"llama.cpp is asked for bfloat16 or float32, got {dtype}")
+    source = demo_file()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
+    file = cache / f"{source.stem}.{str(dtype).removeprefix('torch.')}.gguf"
+    if file.exists():
+        return file
+    cache.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.allow_requantize = True
+    parameters.ftype = kinds[dtype]
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints a line for every tensor
+    try:
+        failed = llama_cpp.llama_model_quantize(
+            str(source).encode(), str(unfinished).encode(), ctypes.byref(parameters)
+        )
+        if failed:
+            raise RuntimeError(f"llama.cpp could not requantise {source}: error {failed}")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file
