@@ -1,0 +1,152 @@
+"""The benchmarks' own arithmetic, on models of a few parameters: they must notice a token that differs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "bench"), str(ROOT / "tests")]  # the benchmarks are scripts, not a package
+
+import equality  # noqa: E402
+import peers  # noqa: E402
+import prompts  # noqa: E402
+from fake_runner import FakeRunner  # noqa: E402
+from peers import DRAFTERS, PHASES, Pyspec, Run  # noqa: E402
+
+PROMPT = list(b"a tree is a tree is a tree")
+
+
+class DrawnApart(FakeRunner):
+    """A runner that breaks the promise: in a tree of several nodes its logits are others than alone."""
+
+    def _tree_logits(self, committed, tree):
+        logits = super()._tree_logits(committed, tree)
+        if len(tree) > 1:
+            logits[:, 99] += 40.0
+        return logits
+
+
+@pytest.fixture(scope="module")
+def generate_bench():
+    import generate
+
+    return generate
+
+
+def run(tokens, seconds=1.0, prefill=0.5, rounds=None):
+    decoded = len(tokens) - 1
+    return Run(list(tokens), seconds + prefill, seconds, decoded, rounds or decoded, dict.fromkeys(PHASES, seconds / 4))
+
+
+def test_prompts_cover_every_category():
+    assert len(prompts.by_category()) == 13
+    assert len(prompts.first_of_each_category(5)) == 65
+    assert len({prompt.category for prompt in prompts.across_categories(13)}) == 13
+    assert len({prompt.question_id for prompt in prompts.across_categories(50)}) == 50
+
+
+@pytest.mark.parametrize("sampling", [{}, *equality.SAMPLED.values()], ids=str)
+def test_equal_tokens_are_found_equal(sampling):
+    model = FakeRunner()
+    drafters = {name: make(model) for name, make in DRAFTERS.items()}
+    tokens, found = equality.check_drafters(model, PROMPT, drafters, 40, 8, **sampling)
+    assert len(tokens) == 40
+    assert found == dict.fromkeys(DRAFTERS, {"difference": None, "drift": 0.0})
+
+
+def test_a_different_token_is_found_and_described():
+    model = DrawnApart()
+    tokens, found = equality.check_drafters(model, PROMPT, {"merged": DRAFTERS["merged"](model)}, 20, 8)
+    difference = found["merged"]["difference"]
+    place = difference["place"]
+    assert difference["plain_token"] == tokens[place] != difference["drafted_token"] == 99
+    assert difference["drift"] == pytest.approx(40.0)
+    assert difference["plain_logits"][0] >= difference["plain_logits"][1]
+    assert difference["drafted_logits"][0] < difference["drafted_logits"][1]
+    line = {"kind": "greedy", "question_id": 1, "new_tokens": 20, "drafters": found}
+    assert equality.failures(equality.summary([line])) == 1
+
+
+def test_only_near_ties_may_differ_from_the_reference():
+    drafters = {"merged": {"difference": None, "drift": 0.0}}
+    line = {"kind": "greedy", "question_id": 1, "new_tokens": 3, "drafters": drafters}
+    for gap, failed in ((5e-5, 0), (2e-4, 1)):
+        line["reference"] = {"differences": [{"place": 2, "gap": gap}], "near_ties": 1 - failed}
+        kinds = equality.summary([line])
+        assert equality.failures(kinds) == failed
+        assert kinds["greedy"]["reference"]["largest_gap"] == gap
+
+
+def test_finished_prompts_are_kept_until_something_changes(tmp_path):
+    path = tmp_path / "finished.jsonl"
+    equality.Finished(path, {"pyspec": "1"}).add({"kind": "greedy", "question_id": 7})
+    with path.open("a") as file:
+        file.write('{"kind": "gre')  # the run was killed here
+    again = equality.Finished(path, {"pyspec": "1"})
+    assert again.has("greedy", 7) and not again.has("greedy", 8)
+    again.add({"kind": "greedy", "question_id": 8})
+    assert [json.loads(line).get("question_id") for line in path.read_text().splitlines()] == [None, 7, 8]
+    assert not equality.Finished(path, {"pyspec": "2"}).lines
+
+
+def test_a_restarted_drafter_knows_nothing():
+    engine = Pyspec(FakeRunner(), "recycling", 8)
+    first = engine.run(PROMPT, 40)
+    assert first.tokens == Pyspec(FakeRunner(), None, 1).run(PROMPT, 40).tokens
+    assert engine.run(PROMPT, 40).rounds < first.rounds  # it has seen this text
+    engine.restart()
+    assert engine.run(PROMPT, 40).rounds == first.rounds
+
+
+def test_transformers_gets_the_same_model():
+    pytest.importorskip("transformers")
+    from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights
+
+    config = LlamaConfig("llama", 128, 96, 160, 2, 4, 2, 64, 128, 1e-5, 10000.0, tied_embedding=True)
+    weights = LlamaWeights.empty(config, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for tensor in weights.named(config).values():
+        tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.2, generator=generator)
+    model = LlamaRunner(config, weights, eos_tokens=(3,))
+    plain = Pyspec(model, None, 1).run(PROMPT[:9], 24)
+    dense_model = peers.dense_transformers(model)
+    for lookup_tokens in (None, 4):
+        theirs = peers.Transformers(dense_model, model.eos_tokens, lookup_tokens).run(PROMPT[:9], 24)
+        assert theirs.tokens == plain.tokens
+        assert 0 < theirs.decode_seconds < theirs.total_seconds
+        assert theirs.rounds <= theirs.decode_tokens < len(theirs.tokens)
+
+    found = equality.check_reference(dense_model, PROMPT[:9], plain.tokens)
+    assert found == {"differences": [], "near_ties": 0}
+    wrong = [*plain.tokens[:5], plain.tokens[5] + 1, *plain.tokens[6:]]
+    assert equality.check_reference(dense_model, PROMPT[:9], wrong)["differences"][0]["place"] == 5
+
+
+def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
+    questions = prompts.first_of_each_category(1)[:2]
+    runs = {
+        "pyspec plain": [run(range(11)), run(range(31), seconds=3.0)],
+        "pyspec merged": [run(range(11), seconds=0.5, rounds=5), run([*range(30), 99], rounds=15)],
+        "transformers": [run(range(11), seconds=2.0), run(range(31), seconds=6.0)],
+    }
+    report = generate_bench.report(questions, [[1, 2], [3]], runs)
+    merged = report["engines"]["pyspec merged"]
+    assert merged["tokens_per_second"] == pytest.approx(40 / 1.5)
+    assert merged["tokens_per_second_end_to_end"] == pytest.approx(42 / 2.5)
+    assert merged["tokens_per_round"] == 2.0
+    assert merged["phase_shares"]["verify"] == pytest.approx(0.25)
+    assert merged["over transformers"]["tokens_per_second"] == pytest.approx(8 / 1.5)
+    assert merged["over pyspec plain"]["tokens_per_second"] == pytest.approx(4 / 1.5)
+    assert (merged["equal_to_plain"], merged["median_first_difference"]) == (1, 30)
+    second = report["categories"][questions[1].category]["pyspec merged"]
+    assert (second["tokens_per_second"], second["equal_to_plain"]) == (pytest.approx(30.0), 0)
+
+    pytest.importorskip("rich")
+    result = {"machine": generate_bench.machine(), "dtype": "bf16", "new_tokens": 30, **report}
+    generate_bench.show(result | {"missing": {"llama.cpp": "ImportError: no such package"}})
+    shown = capsys.readouterr().out
+    assert "missing: llama.cpp (ImportError: no such package)" in shown
+    assert "5.33x transformers (goal 2.5)" in shown
