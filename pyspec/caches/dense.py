@@ -15,6 +15,7 @@ class DenseCache:
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
+    `layers` holds each layer's keys and values, [B, Hkv, capacity, D], as views.
 
     Args:
         layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1.
@@ -34,13 +35,7 @@ class DenseCache:
         self.capacity = capacity
         self.lengths = [0] * sequences
         self._keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and the values of a layer, each [B, Hkv, capacity, D], as views."""
-        return self._keys_values[layer].unbind(0)
+        self.layers = [tuple(layer.unbind(0)) for layer in self._keys_values]
 
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless count more slots fit behind a sequence's committed ones."""
@@ -50,10 +45,11 @@ class DenseCache:
                 f"and needs {count} more: prefill with a larger capacity"
             )
 
-    def write(self, layer: int, sequence: int, keys_values: Tensor) -> None:
-        """Writes keys and values [T, 2, Hkv, D] of one layer to the slots behind the committed ones."""
+    def free_slots(self, sequence: int, count: int) -> tuple[Tensor, ...]:
+        """For each layer the count slots behind a sequence's committed ones, [count, 2, Hkv, D], as views."""
         start = self.lengths[sequence]
-        self._keys_values[layer, :, sequence, :, start : start + len(keys_values)] = keys_values.permute(1, 2, 0, 3)
+        slots = self._keys_values[:, :, sequence, :, start : start + count]
+        return slots.permute(0, 3, 1, 2, 4).unbind(0)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""

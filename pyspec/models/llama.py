@@ -23,6 +23,7 @@ from pyspec.trees import DraftTree
 __all__ = ["LayerWeights", "LlamaConfig", "LlamaRunner", "LlamaWeights", "RopeScaling", "Unsupported"]
 
 PREFILL_CHUNK = 256
+LOGITS_BLOCK = 16
 
 
 class Unsupported(ValueError):
@@ -255,7 +256,7 @@ class LlamaRunner:
             ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
         """
         cache = self._cache
-        check_trees(trees, None if cache is None else len(cache), self.vocab_size)
+        check_trees(trees, None if cache is None else len(cache.lengths), self.vocab_size)
         active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
         if not active:
             self._verified = list(trees)
@@ -309,7 +310,11 @@ class LlamaRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits = linear(hidden, self.weights.head)
-        return torch.empty(logits.shape, dtype=torch.float32, device=self.device).copy_(logits)
+        out = torch.empty(logits.shape, dtype=torch.float32, device=self.device)
+        # linear gives columns on the CPU: turned a few rows at a time, they stay in the processor's cache
+        for rows, place in zip(logits.split(LOGITS_BLOCK), out.split(LOGITS_BLOCK), strict=True):
+            place.copy_(rows)
+        return out
 
     def _extend_rope(self, positions: int) -> None:
         """Makes the table of cosines and sines, [2, positions, 1, D] fp32, long enough."""
@@ -340,6 +345,7 @@ class _PromptChunk:
         self.tokens = torch.tensor(chunk, device=device)
         self.positions = torch.arange(start, self.end)
         self.masks = {window: self._mask(window, device) for window in set(windows)}
+        self.slots = cache.free_slots(sequence, len(chunk))
 
     def _mask(self, window: int | None, device: torch.device) -> Tensor | None:
         """[n, end] of what each token sees, or None where plain causal attention is the same."""
@@ -351,8 +357,8 @@ class _PromptChunk:
 
     def attend(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
         """[n, Hq, D] from q [n, Hq, D], after writing keys and values [n, 2, Hkv, D] to the cache."""
-        self.cache.write(layer, self.sequence, keys_values)
-        k, v = (part[self.sequence, None, :, : self.end] for part in self.cache.layer(layer))
+        self.slots[layer].copy_(keys_values)
+        k, v = (part[self.sequence, None, :, : self.end] for part in self.cache.layers[layer])
         mask = self.masks[self.windows[layer]]
         out = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -372,11 +378,11 @@ class _PackedTrees:
         device: torch.device,
     ):
         self.cache = cache
-        self.active = active
         self.windows = windows
         packed = [trees[sequence] for sequence in active]
         lengths = [cache.lengths[sequence] for sequence in active]
         self.sizes = [len(tree) for tree in packed]
+        self.slots = [cache.free_slots(sequence, size) for sequence, size in zip(active, self.sizes, strict=True)]
         self.tokens = torch.cat([tree.tokens for tree in packed]).to(device)
         self.positions = torch.cat([tree.depths + n for tree, n in zip(packed, lengths, strict=True)])
         self.prefix_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
@@ -394,14 +400,14 @@ class _PackedTrees:
 
     def attend(self, layer: int, q: Tensor, keys_values: Tensor) -> Tensor:
         """[R, Hq, D] from q [R, Hq, D], after writing keys and values [R, 2, Hkv, D] to the cache."""
-        for sequence, part in zip(self.active, keys_values.split(self.sizes), strict=True):
-            self.cache.write(layer, sequence, part)
+        for slots, part in zip(self.slots, keys_values.split(self.sizes), strict=True):
+            slots[layer].copy_(part)
         if self.is_node is None:
             padded = q.unflatten(0, (len(self.sizes), -1))
         else:
             padded = q.new_zeros(*self.is_node.shape, *q.shape[1:])
             padded[self.is_node] = q
-        k, v = self.cache.layer(layer)
+        k, v = self.cache.layers[layer]
         out = tree_attention(
             padded.transpose(1, 2),
             k,
