@@ -1,3 +1,4 @@
+import inspect
 import json
 import random
 
@@ -11,9 +12,10 @@ TRAINING_TEXT = [
     "The quick brown fox jumps over the lazy dog, doesn't it? They'LL say we've 12345 or 67 reasons.\n\n  Well...",
     "def f(x):\n    return x ** 2  # naïve façade — “quoted” 東京 こんにちは привет мир 🎉🎉 ½ ٣٤٥",
     "  leading, trailing  \t tabs\r\nand lines\n",
-] * 30
+] * 30 + inspect.getsource(random).splitlines(keepends=True)  # enough for merges that compete
 TEXTS = [
     *TRAINING_TEXT[:3],
+    *TRAINING_TEXT[100:300],
     "",
     " ",
     "   a",
@@ -58,7 +60,7 @@ def train(kind):
         backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
         special, alphabet = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))], []
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=special, initial_alphabet=alphabet, show_progress=False, limit_alphabet=330
+        vocab_size=1500, special_tokens=special, initial_alphabet=alphabet, show_progress=False, limit_alphabet=330
     )
     backend.train_from_iterator(TRAINING_TEXT, trainer)
     model = json.loads(backend.to_str())["model"]
@@ -117,13 +119,8 @@ def test_tokens_are_those_of_llama_cpp(vocabulary):
     model = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     for text in TEXTS + random_texts(200):
         for special in (False, True):
-            expected = model.tokenize(text.encode(), add_bos=True, special=special)
-            if tokenizer._bos is None:
-                assert expected[:1] != [0] or special
-            # llama.cpp puts a second token for the beginning before one that the text names
-            assert tokenizer._encode(text, special) == model.tokenize(text.encode(), add_bos=False, special=special), (
-                text
-            )
+            expected = model.tokenize(text.encode(), add_bos=False, special=special)
+            assert tokenizer._encode(text, special) == expected, text
     assert (tokenizer._bos is not None) == model._model.add_bos_token()
 
 
