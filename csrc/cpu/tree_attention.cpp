@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
       prefix_lens.scalar_type() == int32 && prefix_lens.dim() == 1 && prefix_lens.size(0) == p.batch,
       "prefix_lens must be int32 [batch]");
   STD_TORCH_CHECK(block_table || k.size(0) == p.batch, "k must have the batch of q");
+  STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
 
   Tensor bits = torch::stable::contiguous(ancestor_bits), lengths = torch::stable::contiguous(prefix_lens);
   Tensor out = torch::stable::empty_like(q);

@@ -22,6 +22,7 @@
 #endif
 
 #define PYSPEC_INLINE inline __attribute__((always_inline))
+#define PYSPEC_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 

@@ -54,22 +54,6 @@ struct Tile {
   int64_t count;
 };
 
-// Rows that the next tile will read: hardware does not see a tile's end coming, so a slice is asked for at a
-// time.
-struct Ahead {
-  const char *k = nullptr, *v = nullptr;
-  int64_t k_row = 0, v_row = 0, row_bytes = 0, first = kTile;
-
-  void fetch(int64_t rows) {
-    for (int64_t end = first + rows < kTile ? first + rows : kTile; first < end; ++first) {
-      for (int64_t i = 0; i < row_bytes; i += 64) {
-        __builtin_prefetch(k + first * k_row + i, 0, 2);
-        __builtin_prefetch(v + first * v_row + i, 0, 2);
-      }
-    }
-  }
-};
-
 struct Scratch {
   alignas(64) float scores[2][kTile][kLanes];
   alignas(64) float weights[2][kTile][kLanes];  // fp32, or bf16 pairs in the first 32 rows
@@ -93,8 +77,8 @@ struct Kernel {
 
   const TreeAttentionParams& p;
   LaneLayout layout;
-  int64_t d, steps;  // steps: dwords of a query row
-  float score_scale;
+  int64_t d, steps;    // steps: dwords of a query row
+  float score_factor;  // from what softmax() reads to units of log2
   float* queries;
   float* chunk_states;
   int64_t max_chunks;
@@ -104,7 +88,7 @@ struct Kernel {
         layout(params),
         d(params.head_dim),
         steps(kPairs ? d / 2 : d),
-        score_scale(params.softcap > 0 ? params.scale : params.scale * kLog2E),
+        score_factor(params.softcap > 0 ? kLog2E : params.scale * kLog2E),
         queries(params.workspace),
         chunk_states(queries + p.batch * p.kv_heads * layout.blocks * pyspec::query_floats(d)),
         max_chunks(pyspec::chunks(params.longest_prefix)) {}
@@ -204,15 +188,20 @@ struct Kernel {
     return !p.block_table || first / p.page == last / p.page;
   }
 
+  // The rows of a tile, spread over the fold of the tile before it; nothing where they are not in one page.
   Ahead ahead(int64_t b, int64_t h, int64_t tile) const {
     int64_t first = tile * kTile;
     if (!one_page(first, first + kTile - 1)) return {};
-    return {row(p.k, p.k_strides, b, h, first),
-            row(p.v, p.v_strides, b, h, first),
-            static_cast<int64_t>(p.k_strides[2] * sizeof(Storage)),
-            static_cast<int64_t>(p.v_strides[2] * sizeof(Storage)),
-            static_cast<int64_t>(d * sizeof(Storage)),
-            0};
+    Ahead next;
+    next.rows[0] = row(p.k, p.k_strides, b, h, first);
+    next.rows[1] = row(p.v, p.v_strides, b, h, first);
+    next.strides[0] = p.k_strides[2] * sizeof(Storage);
+    next.strides[1] = p.v_strides[2] * sizeof(Storage);
+    next.row_bytes = d * sizeof(Storage);
+    next.left = kTile;
+    // About 32 calls a block; see softmax() and the panels.
+    next.lines_a_call = pyspec::ceil_div(kTile * pyspec::ceil_div(next.row_bytes, 64), 32 * layout.blocks);
+    return next;
   }
 
   // A tile that the prefix fills. Values below visible_from (of the earliest node) are outside every window.
@@ -239,79 +228,92 @@ struct Kernel {
 
   // ==== the fold: one tile into the states of kBlocks blocks ====
 
-  // body(j, j % 4): four independent sums hide the latency of an add, in an order that only count decides.
-  template <class Body>
-  static PYSPEC_INLINE void in_four_chains(int64_t count, Body body) {
-    int64_t j = 0;
-    for (; j + 4 <= count; j += 4) body(j, 0), body(j + 1, 1), body(j + 2, 2), body(j + 3, 3);
-    if (j < count) body(j, 0);
-    if (j + 1 < count) body(j + 1, 1);
-    if (j + 2 < count) body(j + 2, 2);
-  }
-
   // Scores to weights; returns what the state must be scaled by. lowest: first visible key of each lane, or
-  // null.
+  // null. Four independent sums hide the latency of an add, in an order that only count decides.
   PYSPEC_INLINE F16 softmax(float (*scores)[kLanes], float (*weights)[kLanes], int64_t count, State state,
-                            const float* lowest) const {
+                            const float* lowest, Ahead& ahead) const {
+    if (p.softcap > 0 || lowest) restrict_scores(scores, count, lowest);
     F16 largest[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
-    auto score = [&](int64_t j, int chain) {
-      F16 x = mul(load(scores[j]), set1(score_scale));
-      if (p.softcap > 0) {  // cap * tanh(x / cap) in units of log2; tanh(y) = 1 - 2 / (1 + e^2y)
-        F16 y = mul(x, set1(-2 * kLog2E / p.softcap));
-        F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), y)));
-        x = mul(sub(set1(1.0f), div(set1(2.0f), add(set1(1.0f), e))), set1(p.softcap * kLog2E));
-      }
-      if (lowest) x = where_less(set1(static_cast<float>(j)), load(lowest), set1(-kInfinity), x);
-      store(scores[j], x);
-      largest[chain] = max(x, largest[chain]);
-    };
-    in_four_chains(count, score);
-    F16 before = load(state.max);
-    F16 now = max(max(max(largest[0], largest[1]), max(largest[2], largest[3])), before);
-    F16 safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
-    F16 alpha = exp2(sub(before, safe));
-    F16 sums[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
-    auto weight = [&](int64_t j, int chain) {
-      F16 x = sub(load(scores[j]), safe);
-      x = kPairs ? exp2(x, kExp2Short) : exp2(x);
-      sums[chain] = add(sums[chain], x);
-      store(kPairs ? scores[j] : weights[j], x);
-    };
-    in_four_chains(count, weight);
-#if PYSPEC_HAS_BF16_DOT
-    if constexpr (kPairs) {
-      if (count % 2) store(scores[count], set1(0.0f));
-      int64_t pairs = pyspec::ceil_div(count, 2);
-      for (int64_t i = 0; i < pairs; ++i)
-        store(weights[i], pair(load(scores[2 * i]), load(scores[2 * i + 1])));
-      for (int64_t i = pairs; kAmx && i % 16; ++i) store(weights[i], set1(0.0f));
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+      for (int i = 0; i < 4; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
+      ahead.advance();
     }
+    for (int i = 0; j + i < count; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
+    F16 factor = set1(score_factor), before = load(state.max);
+    F16 in_tile = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+    F16 now = max(mul(in_tile, factor), before);
+    F16 safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
+    F16 alpha = exp2(sub(before, safe)), minus_safe = sub(set1(0.0f), safe);
+
+    F16 sums[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+    auto weigh_four = [&](int64_t first, int live) PYSPEC_INLINE_LAMBDA {
+      F16 x[4];
+      for (int i = 0; i < 4; ++i) {
+        if (i >= live) {
+          x[i] = set1(0.0f);
+          continue;
+        }
+        F16 exponent = fma(load(scores[first + i]), factor, minus_safe);
+        x[i] = kPairs ? exp2(exponent, kExp2Short) : exp2(exponent);
+        sums[i] = add(sums[i], x[i]);
+        if constexpr (!kPairs) store(weights[first + i], x[i]);
+      }
+#if PYSPEC_HAS_BF16_DOT
+      if constexpr (kPairs) {
+        store(weights[first / 2], pair(x[0], x[1]));
+        store(weights[first / 2 + 1], pair(x[2], x[3]));
+      }
 #endif
+    };
+    for (j = 0; j + 4 <= count; j += 4) {
+      weigh_four(j, 4);
+      ahead.advance();
+    }
+    if (j < count) weigh_four(j, static_cast<int>(count - j));
+    if constexpr (kAmx) {
+      for (int64_t i = pyspec::ceil_div(count, 4) * 2; i % 16; ++i) store(weights[i], set1(0.0f));
+    }
     store(state.max, now);
     store(state.sum, fma(load(state.sum), alpha, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
     return alpha;
   }
 
+  // The cap, c tanh(x / c) with tanh(y) = 1 - 2 / (1 + e^2y), and the window.
+  void restrict_scores(float (*scores)[kLanes], int64_t count, const float* lowest) const {
+    for (int64_t j = 0; j < count; ++j) {
+      F16 x = load(scores[j]);
+      if (p.softcap > 0) {
+        F16 minus_2y = mul(x, set1(-2 * kLog2E * p.scale / p.softcap));
+        F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), minus_2y)));
+        x = mul(sub(set1(1.0f), div(set1(2.0f), add(set1(1.0f), e))), set1(p.softcap));
+      }
+      if (lowest) x = where_less(set1(static_cast<float>(j)), load(lowest), set1(-kInfinity), x);
+      store(scores[j], x);
+    }
+  }
+
   template <int kBlocks>
-  void fold(const Tile& tile, const float* query, State state, const float* lowest, Scratch& s) const {
+  void fold(const Tile& tile, const float* query, State state, const float* lowest, Scratch& s,
+            Ahead& ahead) const {
     int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
     float* scores = &s.scores[0][0][0];
     float* weights = &s.weights[0][0][0];
     constexpr int64_t kScoreBlock = kTile * kLanes;
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
-      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,
-                               false);
+      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock, false,
+                               ahead);
     } else
 #endif
     {
       panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores,
-                             kScoreBlock, nullptr);
+                             kScoreBlock, nullptr, ahead);
     }
     F16 alpha[kBlocks];
     for (int j = 0; j < kBlocks; ++j) {
       alpha[j] = softmax(s.scores[j], s.weights[j], tile.count, state.max + j * state_block,
-                         lowest ? lowest + j * kLanes : nullptr);
+                         lowest ? lowest + j * kLanes : nullptr, ahead);
     }
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
@@ -323,13 +325,13 @@ struct Kernel {
         }
       }
       tile_panel_rows<kBlocks>(tile.v, d, weights, kScoreBlock, pyspec::ceil_div(tile.count, 32),
-                               state.values, state_block, true);
+                               state.values, state_block, true, ahead);
     } else
 #endif
     {
       int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
       panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values,
-                             state_block, alpha);
+                             state_block, alpha, ahead);
     }
   }
 
@@ -369,29 +371,26 @@ struct Kernel {
     for (int64_t tile = first; tile < end; ++tile) {
       if ((tile + 1) * kTile <= earliest) continue;
       Tile keys = prefix_tile(s, b, h, tile, earliest);
+      Ahead next = tile + 1 < end ? ahead(b, h, tile + 1) : Ahead{};
       // Every depth is below the number of nodes, so a tile past that is inside every window.
       if (p.window && visible_from(b, p.nodes) > tile * kTile) {
         for (int64_t block = 0; block < layout.blocks; ++block) {
           if (!lane_windows(b, block, tile, s.lowest)) continue;
           fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), s.lowest,
-                  s);
+                  s, next);
         }
         continue;
       }
-      Ahead next = tile + 1 < end ? ahead(b, h, tile + 1) : Ahead{};
-      int64_t slice = pyspec::ceil_div(2 * kTile, layout.blocks + 1);
       int64_t block = 0;
       if constexpr (kAmx || kPanelBlocks == 2) {
         for (; block + 1 < layout.blocks; block += 2) {
-          next.fetch(slice);
           fold<2>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
-                  s);
+                  s, next);
         }
       }
       for (; block < layout.blocks; ++block) {
-        next.fetch(slice);
-        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
-                s);
+        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr, s,
+                next);
       }
     }
   }
@@ -406,6 +405,7 @@ struct Kernel {
     TileConfig config;
 #endif
     Scratch& s = scratch();
+    Ahead nothing;
     State before(s.states[0]), merged(s.states[1]), open(s.states[2]);
     before.clear(d);
     for (int64_t chunk = 0; chunk < whole_chunks; ++chunk) {
@@ -450,14 +450,14 @@ struct Kernel {
         }
         staged_tile_index = tile;
         if (from <= first) {
-          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, nullptr, s);
+          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, nullptr, s, nothing);
         } else if (from < first + count) {
           for (int64_t lane = 0; lane < kLanes; ++lane) s.lowest[lane] = static_cast<float>(from - first);
           for (int64_t j = 0; j < from - first; ++j) {
             std::memset(static_cast<void*>(staged_v(s, j)), 0, d * sizeof(Compute));
           }
           staged_tile_index = -1;
-          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, s.lowest, s);
+          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, s.lowest, s, nothing);
         }
       }
       closed.merge(open, d, merged);

@@ -94,7 +94,7 @@ _OP = Op(
 )
 
 
-def _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table) -> None:
+def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
             raise TypeError(
@@ -129,6 +129,8 @@ def _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table) ->
     for name, tensor in (("k", k), ("v", v), *(entry[:2] for entry in integers)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if window is not None and window < 1:
@@ -157,7 +159,7 @@ def tree_attention(
         ancestor_bits: [B, T, ceil(T / 32)] int32; bit j of row i is set iff j is i or an ancestor of i
             (DraftTree.ancestor_bits). A smaller tree is padded with zero rows, which give 0 and lse -inf.
         prefix_lens: [B] int32, committed keys n of each sequence.
-        scale: factor of the scores, 1 / sqrt(D) by default.
+        scale: factor of the scores, positive; 1 / sqrt(D) by default.
         softcap: scores become softcap * tanh(scores / softcap).
         window: only keys less than this many positions back are visible; a node's position is n + depth.
         block_table: [B, pages] int32, the pages of each sequence in order.
@@ -171,7 +173,7 @@ def tree_attention(
         ValueError: a shape, stride, device or option does not fit; the message names the argument.
         RuntimeError: on the CPU, when prefix_lens or block_table point outside k.
     """
-    _check(q, k, v, ancestor_bits, prefix_lens, softcap, window, block_table)
+    _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
