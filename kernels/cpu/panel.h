@@ -16,25 +16,6 @@ struct PanelA {
   int64_t row, step;
 };
 
-// What will be read next, asked for a few lines at a time between the multiplies: a burst of prefetches would
-// wait for memory itself.
-struct Ahead {
-  const char* rows[2] = {};  // of keys and of values
-  int64_t strides[2] = {}, row_bytes = 0, at = 0;
-  int64_t left = 0, lines_a_call = 0;
-
-  PYSPEC_INLINE void advance() {
-    for (int64_t i = 0; i < lines_a_call && left > 0; ++i) {
-      __builtin_prefetch(rows[0] + at, 0, 2);
-      __builtin_prefetch(rows[1] + at, 0, 2);
-      at += 64;
-      if (at < row_bytes) continue;
-      at = 0, --left;
-      rows[0] += strides[0], rows[1] += strides[1];
-    }
-  }
-};
-
 #if PYSPEC_HAS_AVX512
 constexpr int kPanelRows = 8, kPanelBlocks = 2;
 #elif PYSPEC_HAS_X86_VECTORS
@@ -54,9 +35,8 @@ PYSPEC_INLINE F16 dot_step(F16 a, F16 b, F16 c) {
 // rows is rounded up to kPanelRows: C and A must reach that far. alpha null starts C at zero.
 template <bool kPairs, int kBlocks>
 PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
-                         int64_t c_block, const F16* alpha, Ahead& ahead) {
+                         int64_t c_block, const F16* alpha) {
   for (int64_t first = 0; first < rows; first += kPanelRows) {
-    ahead.advance();
     F16 sum[kPanelRows][kBlocks];
     for (int m = 0; m < kPanelRows; ++m)
       for (int j = 0; j < kBlocks; ++j)
@@ -92,7 +72,7 @@ struct TileConfig {
 // C (zeroed, or continued) is 16 * kTilesA rows by kBlocks blocks; steps counts groups of 16 pairs.
 template <int kTilesA, int kBlocks>
 PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,
-                              int64_t c_block, bool continued, Ahead& ahead) {
+                              int64_t c_block, bool continued) {
 #define PYSPEC_EACH_C(do)                      \
   do (0, 0, 0);                                \
   if constexpr (kBlocks > 1) do                \
@@ -110,7 +90,6 @@ PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t
     PYSPEC_EACH_C(PYSPEC_ZERO_C);
   }
   for (int64_t i = 0; i < steps; ++i) {
-    ahead.advance();
     _tile_loadd(4, a.data + i * 64, a.row);
     _tile_loadd(6, b + i * 256, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -134,15 +113,15 @@ PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t
 // rows is rounded up to 16.
 template <int kBlocks>
 PYSPEC_INLINE void tile_panel_rows(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps,
-                                   float* c, int64_t c_block, bool continued, Ahead& ahead) {
+                                   float* c, int64_t c_block, bool continued) {
   int64_t first = 0;
   for (; first + 16 < rows; first += 32) {
     tile_panel<2, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block,
-                           continued, ahead);
+                           continued);
   }
   if (first < rows) {
     tile_panel<1, kBlocks>({a.data + first * a.row, a.row, 4}, b, b_block, steps, c + first * 16, c_block,
-                           continued, ahead);
+                           continued);
   }
 }
 #endif

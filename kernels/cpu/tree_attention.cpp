@@ -188,22 +188,6 @@ struct Kernel {
     return !p.block_table || first / p.page == last / p.page;
   }
 
-  // The rows of a tile, spread over the fold of the tile before it; nothing where they are not in one page.
-  Ahead ahead(int64_t b, int64_t h, int64_t tile) const {
-    int64_t first = tile * kTile;
-    if (!one_page(first, first + kTile - 1)) return {};
-    Ahead next;
-    next.rows[0] = row(p.k, p.k_strides, b, h, first);
-    next.rows[1] = row(p.v, p.v_strides, b, h, first);
-    next.strides[0] = p.k_strides[2] * sizeof(Storage);
-    next.strides[1] = p.v_strides[2] * sizeof(Storage);
-    next.row_bytes = d * sizeof(Storage);
-    next.left = kTile;
-    // About 32 calls a block; see softmax() and the panels.
-    next.lines_a_call = pyspec::ceil_div(kTile * pyspec::ceil_div(next.row_bytes, 64), 32 * layout.blocks);
-    return next;
-  }
-
   // A tile that the prefix fills. Values below visible_from (of the earliest node) are outside every window.
   Tile prefix_tile(Scratch& s, int64_t b, int64_t h, int64_t tile, int64_t visible_from) const {
     int64_t first = tile * kTile, last = first + kTile - 1;
@@ -231,13 +215,12 @@ struct Kernel {
   // Scores to weights; returns what the state must be scaled by. lowest: first visible key of each lane, or
   // null. Four independent sums hide the latency of an add, in an order that only count decides.
   PYSPEC_INLINE F16 softmax(float (*scores)[kLanes], float (*weights)[kLanes], int64_t count, State state,
-                            const float* lowest, Ahead& ahead) const {
+                            const float* lowest) const {
     if (p.softcap > 0 || lowest) restrict_scores(scores, count, lowest);
     F16 largest[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
       for (int i = 0; i < 4; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
-      ahead.advance();
     }
     for (int i = 0; j + i < count; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
     F16 factor = set1(score_factor), before = load(state.max);
@@ -268,7 +251,6 @@ struct Kernel {
     };
     for (j = 0; j + 4 <= count; j += 4) {
       weigh_four(j, 4);
-      ahead.advance();
     }
     if (j < count) weigh_four(j, static_cast<int>(count - j));
     if constexpr (kAmx) {
@@ -294,26 +276,25 @@ struct Kernel {
   }
 
   template <int kBlocks>
-  void fold(const Tile& tile, const float* query, State state, const float* lowest, Scratch& s,
-            Ahead& ahead) const {
+  void fold(const Tile& tile, const float* query, State state, const float* lowest, Scratch& s) const {
     int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
     float* scores = &s.scores[0][0][0];
     float* weights = &s.weights[0][0][0];
     constexpr int64_t kScoreBlock = kTile * kLanes;
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
-      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock, false,
-                               ahead);
+      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,
+                               false);
     } else
 #endif
     {
       panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores,
-                             kScoreBlock, nullptr, ahead);
+                             kScoreBlock, nullptr);
     }
     F16 alpha[kBlocks];
     for (int j = 0; j < kBlocks; ++j) {
       alpha[j] = softmax(s.scores[j], s.weights[j], tile.count, state.max + j * state_block,
-                         lowest ? lowest + j * kLanes : nullptr, ahead);
+                         lowest ? lowest + j * kLanes : nullptr);
     }
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
@@ -325,13 +306,13 @@ struct Kernel {
         }
       }
       tile_panel_rows<kBlocks>(tile.v, d, weights, kScoreBlock, pyspec::ceil_div(tile.count, 32),
-                               state.values, state_block, true, ahead);
+                               state.values, state_block, true);
     } else
 #endif
     {
       int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
       panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values,
-                             state_block, alpha, ahead);
+                             state_block, alpha);
     }
   }
 
@@ -371,13 +352,12 @@ struct Kernel {
     for (int64_t tile = first; tile < end; ++tile) {
       if ((tile + 1) * kTile <= earliest) continue;
       Tile keys = prefix_tile(s, b, h, tile, earliest);
-      Ahead next = tile + 1 < end ? ahead(b, h, tile + 1) : Ahead{};
       // Every depth is below the number of nodes, so a tile past that is inside every window.
       if (p.window && visible_from(b, p.nodes) > tile * kTile) {
         for (int64_t block = 0; block < layout.blocks; ++block) {
           if (!lane_windows(b, block, tile, s.lowest)) continue;
           fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), s.lowest,
-                  s, next);
+                  s);
         }
         continue;
       }
@@ -385,12 +365,12 @@ struct Kernel {
       if constexpr (kAmx || kPanelBlocks == 2) {
         for (; block + 1 < layout.blocks; block += 2) {
           fold<2>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
-                  s, next);
+                  s);
         }
       }
       for (; block < layout.blocks; ++block) {
-        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr, s,
-                next);
+        fold<1>(keys, query_block(sequence_head, block), chunk_state(sequence_head, chunk, block), nullptr,
+                s);
       }
     }
   }
@@ -405,7 +385,6 @@ struct Kernel {
     TileConfig config;
 #endif
     Scratch& s = scratch();
-    Ahead nothing;
     State before(s.states[0]), merged(s.states[1]), open(s.states[2]);
     before.clear(d);
     for (int64_t chunk = 0; chunk < whole_chunks; ++chunk) {
@@ -450,14 +429,14 @@ struct Kernel {
         }
         staged_tile_index = tile;
         if (from <= first) {
-          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, nullptr, s, nothing);
+          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, nullptr, s);
         } else if (from < first + count) {
           for (int64_t lane = 0; lane < kLanes; ++lane) s.lowest[lane] = static_cast<float>(from - first);
           for (int64_t j = 0; j < from - first; ++j) {
             std::memset(static_cast<void*>(staged_v(s, j)), 0, d * sizeof(Compute));
           }
           staged_tile_index = -1;
-          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, s.lowest, s, nothing);
+          fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, s.lowest, s);
         }
       }
       closed.merge(open, d, merged);
