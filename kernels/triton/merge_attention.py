@@ -37,8 +37,8 @@ def merge_kernel(
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     weight_a, weight_b = tl.exp(a - shift), tl.exp(b - shift)
     total = weight_a + weight_b
-    tl.store(lse + row, shift + tl.log(total), mask=used)
-    divisor = tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # both empty: 0 and -inf
+    tl.store(lse + row, largest + tl.log(total), mask=used)
     for first in tl.static_range(0, HEAD_DIM, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         offsets = row[:, None] * HEAD_DIM + column[None, :]
@@ -46,7 +46,7 @@ def merge_kernel(
         # A part without weight may hold anything, NaN included: it is not even loaded.
         part_a = tl.load(out_a + offsets, mask=mask & (weight_a != 0.0)[:, None], other=0.0).to(tl.float32)
         part_b = tl.load(out_b + offsets, mask=mask & (weight_b != 0.0)[:, None], other=0.0).to(tl.float32)
-        merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / divisor
+        merged = (part_a * weight_a[:, None] + part_b * weight_b[:, None]) / total[:, None]
         tl.store(out + offsets, merged.to(out.dtype.element_ty), mask=mask)
 
 

@@ -337,24 +337,26 @@ def tail_kernel(
         largest, total, weighted = merge(largest, total, weighted, open_largest, open_total, open_weighted)
         open_largest, open_total, open_weighted = empty_state(BLOCK_D)
 
-    row = weighted / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
+    row = (weighted / total[:, None]).to(out.dtype.element_ty)
     dims = tl.arange(0, BLOCK_D)
     out += batch.to(tl.int64) * stride_out_batch + node.to(tl.int64) * stride_out_node
     offsets = heads.to(tl.int64)[:, None] * stride_out_head + dims[None, :]
-    tl.store(out + offsets, row.to(out.dtype.element_ty), mask=used[:, None] & (dims < HEAD_DIM)[None, :])
-    log_sum = (largest + tl.log2(total)) * LN_2
-    tl.store(lse + (batch.to(tl.int64) * KV_HEADS * GROUP + heads) * nodes + node, log_sum, mask=used)
+    tl.store(out + offsets, row, mask=used[:, None] & (dims < HEAD_DIM)[None, :])
+    rows = (batch.to(tl.int64) * KV_HEADS * GROUP + heads) * nodes + node
+    tl.store(lse + rows, (largest + tl.log2(total)) * LN_2, mask=used)
 
 
 # ==== launch ====
 
 
-def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> dict:
-    """Options of both kernels. Nothing else may change them, the number of nodes least of all: the row rule."""
+def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[dict, dict]:
+    """Options of the prefix and the tail kernel. The number of nodes must never change them: the row rule."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    buffers = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # tiles of keys and values in flight
-    stages = 1 + buffers * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
-    return {"num_warps": max(4, row_bytes // 64), "num_stages": stages, "enable_fp_fusion": False}
+    both = {"num_warps": max(4, row_bytes // 64), "enable_fp_fusion": False}
+    tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, in flight in 96 KB
+    stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
+    return {**both, "num_stages": stages}, {**both, "num_stages": 2}
 
 
 def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):
@@ -387,12 +389,12 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "WORDS": ancestor_bits.shape[2],
         "PAGE": None if block_table is None else k.shape[2],
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
-        **compile_options(head_dim, q.dtype, block_table is not None),
     }
+    prefix_options, tail_options = compile_options(head_dim, q.dtype, block_table is not None)
     with torch.cuda.device_of(q):
         if chunks:
             grid = (triton.cdiv(nodes * group, ROWS.value), chunks, batch * kv_heads)
-            prefix_kernel[grid](*inputs, *numbers, *strides, **constants)
+            prefix_kernel[grid](*inputs, *numbers, *strides, **constants, **prefix_options)
         grid = (nodes * triton.cdiv(group, ROWS.value), kv_heads, batch)
-        tail_kernel[grid](*inputs, out, lse, *numbers, *strides, *out.stride()[:3], **constants)
+        tail_kernel[grid](*inputs, out, lse, *numbers, *strides, *out.stride()[:3], **constants, **tail_options)
     return out, lse

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed for this platform"
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the process")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU instead")
 def test_kernels_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(Path(__file__).parent)]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
     assert " passed" in result.stdout

@@ -1,0 +1,142 @@
+"""The Triton kernels compiled ahead of time for three GPU generations: registers, spills, tensor cores, layouts.
+
+No GPU is needed: Triton compiles for a named target and brings ptxas and cuobjdump.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed for this platform")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pyspec.kernels import merge_attention, tree_attention  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+KERNELS = [tree_attention.prefix_kernel, tree_attention.tail_kernel]
+ARCHITECTURES = [80, 90, 100]
+SHARED_LIMIT = 99 * 1024  # bytes a block may have on every GPU since Ampere
+REGISTER_LIMIT = {"prefix_kernel": 128, "tail_kernel": 168}
+# The hot loop spills nothing. ptxas may park a value of the tail's epilogue, stored before its loops.
+STACK_LIMIT = {"prefix_kernel": 0, "tail_kernel": 16}
+ELEMENT = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+
+
+def compile_kernel(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False, options=False, aligned=True):
+    """The kernel as the launcher compiles it. options: with a window and a softcap; aligned: strides of 16s."""
+    index = KERNELS.index(kernel)
+    constants = {
+        "KV_HEADS": 8,
+        "GROUP": 4,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "WORDS": (nodes + 31) // 32,
+        "PAGE": 16 if is_paged else None,
+        "UPCAST": False,
+    }
+    if not is_paged:
+        constants["block_table"] = None
+    if not options:
+        constants["softcap"] = constants["window"] = None
+    types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")}
+    types |= {name: "*i32" for name in ("ancestor_bits", "prefix_lens", "block_table")}
+    types |= {name: "*fp32" for name in ("chunk_largest", "chunk_total", "chunk_weighted", "lse")}
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("stride") and aligned)
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    compile_options = tree_attention.compile_options(head_dim, dtype, is_paged)[index]
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compile_options)
+
+
+def resources(compiled, folder: Path) -> dict[str, int]:
+    """What cuobjdump says: REG, STACK, SHARED, LOCAL."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def check_resources(compiled, kernel, folder: Path):
+    used = resources(compiled, folder)
+    assert used["REG"] <= REGISTER_LIMIT[kernel.__name__]
+    assert used["STACK"] <= STACK_LIMIT[kernel.__name__] and used["LOCAL"] == 0
+    assert compiled.metadata.shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_fits_the_machine(kernel, dtype, head_dim, architecture, tmp_path):
+    compiled = compile_kernel(kernel, architecture, dtype, head_dim)
+    check_resources(compiled, kernel, tmp_path)
+    tensor_core_steps = len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32", compiled.asm["ptx"]))
+    # Four warps share two products of 16 * 64 * head_dim; fp32 is not rounded to tensor-core formats.
+    expected = 2 * 64 * head_dim // (8 * 16) // 4 if dtype == torch.bfloat16 else 0
+    assert tensor_core_steps == expected
+    assert "tf32" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+def test_fits_with_pages_and_options(kernel, tmp_path):
+    compiled = compile_kernel(kernel, 90, torch.bfloat16, 128, nodes=64, is_paged=True, options=True)
+    check_resources(compiled, kernel, tmp_path)
+
+
+def arithmetic(compiled) -> list[str]:
+    """The floating-point dots and reductions with the layouts that fix their order of summation."""
+    text = compiled.asm["ttgir"]
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.(?:blocked|nvidia_mma|linear)<.*>)$", text, re.M))
+    found = []
+    for line in re.findall(r"^.*tt\.dot .*$|^ *}\) : \(tensor<.*xf32.*$", text, re.M):
+        operation = re.sub(r" loc\(.*", "", line).split(" : ")[-1]
+        found.append(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), operation))
+    return found
+
+
+@pytest.mark.parametrize(
+    "architecture, dtype, head_dim",
+    [(80, torch.bfloat16, 64), (90, torch.bfloat16, 128), (100, torch.bfloat16, 128), (90, torch.float32, 128)],
+    ids=str,
+)
+def test_every_variant_sums_in_one_order(architecture, dtype, head_dim):
+    """The row rule on a GPU: a tile is folded alike in both kernels, whatever the number of nodes and the strides."""
+    expected = arithmetic(compile_kernel(tree_attention.prefix_kernel, architecture, dtype, head_dim))
+    assert len(expected) == 4  # keys, largest, total, values
+    variants = [
+        {},
+        {"nodes": 1, "aligned": False},
+        {"nodes": 64, "is_paged": True},
+        {"nodes": 64, "options": True, "aligned": False},
+    ]
+    for kernel in KERNELS:
+        for variant in variants:
+            compiled = compile_kernel(kernel, architecture, dtype, head_dim, **variant)
+            assert arithmetic(compiled) == expected, (kernel.__name__, variant)
+            # Multiply-adds are never contracted, so the same expression rounds alike in both.
+            assert not re.search(r"\b(mul|add|sub)\.f32", compiled.asm["ptx"])
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+def test_merge_attention_compiles(dtype, tmp_path):
+    kernel = merge_attention.merge_kernel
+    signature = dict.fromkeys(kernel.arg_names, ELEMENT[dtype]) | {"rows": "i32", "HEAD_DIM": "constexpr"}
+    signature |= {"lse_a": "*fp32", "lse_b": "*fp32", "lse": "*fp32"}
+    source = ASTSource(kernel, signature, {"HEAD_DIM": 80})
+    for architecture in ARCHITECTURES:
+        target = GPUTarget("cuda", architecture, 32)
+        used = resources(triton.compile(source, target=target, options={"enable_fp_fusion": False}), tmp_path)
+        assert used["REG"] <= 128 and used["STACK"] == 0
