@@ -1,6 +1,6 @@
 // tree_attention on the CPU: flash attention with query rows as vector lanes.
 //
-// Two phases. Prefix: one item per (sequence, KV head, chunk of 8 key tiles) folds the tiles that the prefix
+// Two phases. Prefix: one item per (sequence, KV head, chunk of key tiles) folds the tiles that the prefix
 // fills into the online-softmax state of every row; keys and values are streamed once, all rows of the group
 // share them. Tail: one item per (sequence, KV head, 16 rows) merges the chunks in order, then for each node
 // gathers the rest of the prefix and the node's ancestors by depth, so that a row sees the tiles of plain

@@ -35,7 +35,7 @@ namespace {  // compiled once per instruction set, so never shared between objec
 // The row rule lives in these two numbers: a key at position p is always in tile p / kTile, and tiles are
 // folded in order within chunks of kChunkTiles, whose results are merged in order.
 constexpr int64_t kTile = 64;
-constexpr int64_t kChunkTiles = 8;
+constexpr int64_t kChunkTiles = 16;
 // Query rows (node x head of the group) are worked on in blocks of this many lanes.
 constexpr int64_t kLanes = 16;
 

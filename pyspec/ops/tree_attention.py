@@ -9,7 +9,7 @@ counts positions, so two siblings see equally far back.
 
 The kernels obey the row rule: out[t] has the same bits as plain decoding (T = 1) of the path to t. A key at
 position p always falls in tile p // 64; tiles that the prefix fills are shared by all rows, later ones are
-gathered per row by depth; tiles are folded in order, in chunks of 8 tiles that are then merged in order. See
+gathered per row by depth; tiles are folded in order, in chunks of fixed size that are then merged in order. See
 docs/tree_attention.md.
 """
 
