@@ -6,6 +6,7 @@ module is built and the ops run on their references (use --no-build-isolation to
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,13 @@ class CMakeBuild(build_ext):
         )
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         subprocess.run(["cmake", "--build", work, "--parallel", jobs], check=True, env=environment)
+
+    def copy_extensions_to_source(self) -> None:
+        """For builds in place and editable installs, where setuptools itself copies only the host module."""
+        super().copy_extensions_to_source()
+        library = Path(self.build_lib) / "pyspec" / "lib"
+        if library.exists():
+            shutil.copytree(library, ROOT / "pyspec" / "lib", dirs_exist_ok=True)
 
 
 setup(
