@@ -197,7 +197,7 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
     )
     first = process.stdout.read(3)  # the text is streaming
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert len(first) == 3 and out.endswith(b"\n")
     assert b"interrupted" in err and b"Traceback" not in err
