@@ -17,6 +17,11 @@ from pyspec.cli import main
 TESTS = Path(__file__).parent
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C and its children inherit that: CI may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def model(monkeypatch):
     """Makes every command load a fake model; the fixture's `loads` are what was asked for."""
@@ -194,6 +199,7 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        preexec_fn=_heed_interrupts,
     )
     first = process.stdout.read(3)  # the text is streaming
     process.send_signal(signal.SIGINT)
