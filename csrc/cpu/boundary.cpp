@@ -18,7 +18,7 @@ namespace pyspec {
 namespace {
 
 // In the order of the kernel tables, worst first.
-const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"};
 
 #if PYSPEC_X86
 bool amx_granted() {
@@ -38,8 +38,9 @@ int best_instruction_set() {
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!avx512) return 1;
-  if (!__builtin_cpu_supports("avx512bf16")) return 2;
-  return amx_granted() ? 4 : 3;
+  if (!__builtin_cpu_supports("avx512vnni")) return 2;
+  if (!__builtin_cpu_supports("avx512bf16")) return 3;
+  return amx_granted() ? 5 : 4;
 }
 #else
 int best_instruction_set() { return 0; }

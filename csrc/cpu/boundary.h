@@ -12,16 +12,19 @@
 #include <tuple>
 
 #include "params/common.h"
+#include "params/linear.h"
 
 // Declares a kernel's entry point for every instruction set and a table to pick from.
 #if PYSPEC_X86
-#define PYSPEC_KERNEL_TABLE(name, Params)                                                            \
-  extern "C" void name##_portable(const Params&);                                                    \
-  extern "C" void name##_avx2(const Params&);                                                        \
-  extern "C" void name##_avx512(const Params&);                                                      \
-  extern "C" void name##_avx512_bf16(const Params&);                                                 \
-  extern "C" void name##_amx_bf16(const Params&);                                                    \
-  static void (*const name##_table[])(const Params&) = {name##_portable, name##_avx2, name##_avx512, \
+#define PYSPEC_KERNEL_TABLE(name, Params)                                              \
+  extern "C" void name##_portable(const Params&);                                      \
+  extern "C" void name##_avx2(const Params&);                                          \
+  extern "C" void name##_avx512(const Params&);                                        \
+  extern "C" void name##_avx512_vnni(const Params&);                                   \
+  extern "C" void name##_avx512_bf16(const Params&);                                   \
+  extern "C" void name##_amx_bf16(const Params&);                                      \
+  static void (*const name##_table[])(const Params&) = {name##_portable,    name##_avx2,        \
+                                                        name##_avx512,      name##_avx512_vnni, \
                                                         name##_avx512_bf16, name##_amx_bf16}
 #else
 #define PYSPEC_KERNEL_TABLE(name, Params)         \
@@ -37,6 +40,9 @@ int instruction_set();
 
 // Runs on torch's own threads; each takes the next item when it is done with one.
 void parallel_for(int64_t items, ParallelBody body, void* context);
+
+// Format and data of a packed weight, checked against p.inputs and p.outputs.
+void set_weight(LinearParams& p, const torch::stable::Tensor& weight);
 
 // A buffer of the calling thread that only grows, 64-byte aligned: a workspace is not worth page faults a
 // call.

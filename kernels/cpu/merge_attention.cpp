@@ -29,10 +29,7 @@ void merge(const pyspec::MergeAttentionParams& p) {
 
 }  // namespace
 
-#define PYSPEC_NAME_(name, isa) name##_##isa
-#define PYSPEC_NAME(name, isa) PYSPEC_NAME_(name, isa)
-
-extern "C" void PYSPEC_NAME(pyspec_merge_attention, PYSPEC_ISA)(const pyspec::MergeAttentionParams& p) {
+extern "C" void PYSPEC_ENTRY(pyspec_merge_attention)(const pyspec::MergeAttentionParams& p) {
   switch (p.element) {
     case pyspec::Element::kFloat32:
       return merge<float>(p);

@@ -13,7 +13,10 @@
 #if PYSPEC_ISA_avx512_bf16 || PYSPEC_HAS_AMX
 #define PYSPEC_HAS_BF16_DOT 1
 #endif
-#if PYSPEC_ISA_avx512 || PYSPEC_HAS_BF16_DOT
+#if PYSPEC_ISA_avx512_vnni || PYSPEC_HAS_BF16_DOT  // every processor with bf16 products has the int8 ones
+#define PYSPEC_HAS_INT8_DOT 1
+#endif
+#if PYSPEC_ISA_avx512 || PYSPEC_HAS_INT8_DOT
 #define PYSPEC_HAS_AVX512 1
 #endif
 #if PYSPEC_HAS_AVX512 || PYSPEC_ISA_avx2
@@ -21,12 +24,22 @@
 #define PYSPEC_HAS_X86_VECTORS 1
 #endif
 
+// A kernel's entry point: PYSPEC_ENTRY(pyspec_topk) is pyspec_topk_avx2 in the object file for AVX2.
+#define PYSPEC_ENTRY_(name, isa) name##_##isa
+#define PYSPEC_ENTRY_OF(name, isa) PYSPEC_ENTRY_(name, isa)
+#define PYSPEC_ENTRY(name) PYSPEC_ENTRY_OF(name, PYSPEC_ISA)
+
 #define PYSPEC_INLINE inline __attribute__((always_inline))
 #define PYSPEC_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+#if PYSPEC_HAS_AVX512
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
 
 // exp2 on [-0.5, 0.5], degree 6 (coefficients of the Cephes library).
 constexpr float kExp2[] = {1.535336188e-4f,
@@ -278,6 +291,129 @@ PYSPEC_INLINE void convert_row(const Storage* from, float* to, int64_t n) {
 template <>
 PYSPEC_INLINE void convert_row<float>(const float* from, float* to, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));
+}
+
+// ==== sixteen values of storage at a time ====
+
+PYSPEC_INLINE F16 load_as_float(const float* p) { return load(p); }
+PYSPEC_INLINE void store_as(float* p, F16 a) { store(p, a); }
+
+template <class Storage>
+PYSPEC_INLINE F16 load_as_float(const Storage* p) {
+#if PYSPEC_HAS_AVX512
+  __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (std::is_same_v<Storage, Float16>) return {_mm512_cvtph_ps(bits)};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+#else
+  float values[16];
+  convert_row(p, values, 16);
+  return load(values);
+#endif
+}
+
+template <class Storage>
+PYSPEC_INLINE void store_as(Storage* p, F16 a) {
+#if PYSPEC_HAS_BF16_DOT
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+    return;
+  }
+#endif
+  float values[16];
+  store(values, a);
+  for (int i = 0; i < 16; ++i) from_float(values[i], p + i);
+}
+
+// 16 pairs of bf16: the first of each, and the second.
+PYSPEC_INLINE void load_pairs(const void* p, F16& first, F16& second) {
+#if PYSPEC_HAS_AVX512
+  __m512i pairs = _mm512_loadu_si512(p);
+  first = {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))};
+  second = {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m256i* halves = static_cast<const __m256i*>(p);
+  __m256i lo = _mm256_loadu_si256(halves), hi = _mm256_loadu_si256(halves + 1);
+  __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  first = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  second = {_mm256_castsi256_ps(_mm256_and_si256(lo, high_half)),
+            _mm256_castsi256_ps(_mm256_and_si256(hi, high_half))};
+#else
+  for (int i = 0; i < 16; ++i) {
+    uint32_t pair, low, high;
+    std::memcpy(&pair, static_cast<const char*>(p) + 4 * i, 4);
+    low = pair << 16, high = pair & 0xffff0000u;
+    std::memcpy(&first.v[i], &low, 4), std::memcpy(&second.v[i], &high, 4);
+  }
+#endif
+}
+
+// ==== products of bytes: sixteen sums of four, exact in 32 bits ====
+//
+// Weights are stored as unsigned bytes, weight + 128, because the instruction that sums four products wants
+// one unsigned factor. start_dot takes away what the 128 adds; without that instruction weights are signed.
+
+#if PYSPEC_HAS_AVX512
+struct I16 {
+  __m512i v;
+};
+PYSPEC_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+#elif PYSPEC_HAS_X86_VECTORS
+struct I16 {
+  __m256i lo, hi;
+};
+PYSPEC_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+#else
+struct I16 {
+  int32_t v[16];
+};
+PYSPEC_INLINE F16 to_float(I16 a) {
+  F16 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = static_cast<float>(a.v[i]);
+  return result;
+}
+#endif
+
+// x_sum: of the signed bytes that the dot products will take.
+PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_set1_epi32(-128 * x_sum)};
+#else
+  (void)x_sum;
+  return I16();
+#endif
+}
+
+// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[i].
+PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(four))};
+#elif PYSPEC_HAS_AVX512
+  // |weight| * (x with weight's sign): at most 2 * 128 * 127 a pair, so 16 bits hold it
+  __m512i w = _mm512_xor_si512(_mm512_loadu_si512(weights), _mm512_set1_epi8(-128));
+  __m512i values = _mm512_set1_epi32(four);
+  values = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(w), _mm512_setzero_si512(), values);
+  __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), values);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m256i* halves = reinterpret_cast<const __m256i*>(weights);
+  __m256i values = _mm256_set1_epi32(four), flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  __m256i lo = _mm256_xor_si256(_mm256_loadu_si256(halves), flip);
+  __m256i hi = _mm256_xor_si256(_mm256_loadu_si256(halves + 1), flip);
+  __m256i low_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(values, lo));
+  __m256i high_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(values, hi));
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(low_pairs, ones)),
+          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(high_pairs, ones))};
+#else
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      int32_t weight = static_cast<uint8_t>(weights[lane * 4 + i]) - 128;
+      sum.v[lane] += weight * static_cast<int8_t>(x[i]);
+    }
+  }
+  return sum;
+#endif
 }
 
 }  // namespace

@@ -477,10 +477,7 @@ struct Kernel {
 
 }  // namespace
 
-#define PYSPEC_NAME_(name, isa) name##_##isa
-#define PYSPEC_NAME(name, isa) PYSPEC_NAME_(name, isa)
-
-extern "C" void PYSPEC_NAME(pyspec_tree_attention, PYSPEC_ISA)(const TreeAttentionParams& p) {
+extern "C" void PYSPEC_ENTRY(pyspec_tree_attention)(const TreeAttentionParams& p) {
   switch (p.element) {
     case pyspec::Element::kFloat32:
       return Kernel<float, float, false>(p).run();

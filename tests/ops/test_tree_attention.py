@@ -26,7 +26,7 @@ def available_instruction_sets() -> list[str]:
     one = torch.zeros(1, 1, 1, 64)
     bits, lens = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     found = []
-    for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"):
+    for name in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"):
         os.environ["PYSPEC_ISA"] = name
         try:
             tree_attention(one, one, one, bits, lens)

@@ -1,0 +1,64 @@
+#include "params/linear.h"
+
+#include "boundary.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+PYSPEC_KERNEL_TABLE(pyspec_linear, pyspec::LinearParams);
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs,
+              torch::headeronly::ScalarType out_dtype) {
+  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) == 1),
+                  "x must be [rows, inputs] with a contiguous last dimension");
+  pyspec::LinearParams p{};
+  p.rows = x.size(0), p.inputs = x.size(1), p.outputs = outputs;
+  p.x_element = pyspec::element_of(x, "x"), p.x_stride = x.stride(0);
+  pyspec::set_weight(p, weight);
+  STD_TORCH_CHECK(p.format == pyspec::WeightFormat::kInt8 || weight.scalar_type() == x.scalar_type(),
+                  "weight must be int8 or have the dtype of x");
+  std::optional<Tensor> biases;
+  if (bias) {
+    STD_TORCH_CHECK(bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->dim() == 1 &&
+                        bias->size(0) == outputs,
+                    "bias must be float32 [outputs]");
+    biases = torch::stable::contiguous(*bias);
+    p.bias = static_cast<const float*>(biases->data_ptr());
+  }
+  Tensor out = torch::stable::new_empty(x, {p.rows, outputs}, out_dtype);
+  p.out_element = pyspec::element_of(out, "out");
+  p.x = x.data_ptr(), p.out = out.data_ptr(), p.out_stride = outputs;
+  p.parallel_for = pyspec::parallel_for;
+  p.workspace = pyspec::workspace((pyspec::workspace_bytes(p) + 3) / 4);
+  if (p.rows * outputs > 0) pyspec_linear_table[pyspec::instruction_set()](p);
+  return out;
+}
+
+}  // namespace
+
+void pyspec::set_weight(LinearParams& p, const Tensor& weight) {
+  switch (weight.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      p.format = WeightFormat::kFloat32;
+      break;
+    case torch::headeronly::ScalarType::Half:
+      p.format = WeightFormat::kFloat16;
+      break;
+    case torch::headeronly::ScalarType::BFloat16:
+      p.format = WeightFormat::kBFloat16;
+      break;
+    case torch::headeronly::ScalarType::Byte:
+      p.format = WeightFormat::kInt8;
+      break;
+    default:
+      STD_TORCH_CHECK(false, "weight must be packed: float32, float16, bfloat16 or uint8 (of int8)");
+  }
+  STD_TORCH_CHECK(weight.is_contiguous() && p.outputs > 0 && p.inputs > 0, "weight must be contiguous and not empty");
+  int64_t bytes = weight.numel() * weight.element_size(), expected = panels(p.outputs) * panel_bytes(p.format, p.inputs);
+  STD_TORCH_CHECK(bytes == expected, "weight must be packed for ", p.outputs, " outputs and ", p.inputs,
+                  " inputs, which takes ", expected, " bytes, got ", bytes);
+  p.weight = weight.data_ptr();
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }

@@ -1,0 +1,231 @@
+"""linear: x times a weight transposed, for the few rows of a draft tree, at the price of reading the weight.
+
+    out[r, n] = sum over k of x[r, k] weight[n, k] + bias[n]
+
+Every row has the same bits in every call, whatever rows are beside it: each output is summed over the inputs in
+one order, for one row or a thousand. There is no number of rows from which another product takes over.
+
+Weights are packed once (`pack_weight`), on the CPU into panels of 32 outputs, so that one row of outputs is one
+stream of memory (kernels/params/linear.h). int8 weights have a scale for every 32 inputs; x is then rounded to
+8 bits in the same groups, so that products are exact integers:
+
+    out[r, n] = sum over groups g of s_x[r, g] s_w[n, g] sum over k in g of x8[r, k] w8[n, k]
+
+with s_x = max |x| / 127 in the group, which is the arithmetic of llama.cpp's Q8_0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.ops._library import Op
+
+__all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
+
+FORMAT_VERSION = 1  # of kernels/params/linear.h
+PANEL = 32  # outputs
+GROUP = 32  # inputs that share a scale
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [outputs, inputs] in the layout that `linear` reads.
+
+    data: on the CPU panels of 32 outputs, elsewhere rows; uint8 for int8 weights, else of the weight's dtype.
+    """
+
+    data: Tensor
+    outputs: int
+    inputs: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, float16, bfloat16 or int8."""
+        return torch.int8 if self.data.dtype == torch.uint8 else self.data.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def rows(self, index: Tensor) -> Tensor:
+        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int64."""
+        if self.data.dim() == 2:
+            return _unpack_rows(self.data[index], self.inputs)
+        panel, lane = index // PANEL, index % PANEL
+        if self.data.dtype != torch.uint8:
+            return self.data[panel, :, lane].flatten(1)[:, : self.inputs].float()
+        scales, integers = _split_groups(self.data[panel])  # [n, G, 32], [n, G, 8, 32, 4]
+        places = torch.arange(len(index), device=index.device)
+        values = integers[places, :, :, lane].flatten(2) * scales[places, :, lane, None]
+        return values.flatten(1)[:, : self.inputs]
+
+    def unpack(self) -> Tensor:
+        """[outputs, inputs] fp32."""
+        return _unpack(self.data, self.outputs, self.inputs)
+
+
+def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+    """Packs a weight for `linear`, once, at load.
+
+    Args:
+        weight: [outputs, inputs] fp32, fp16 or bf16.
+        dtype: of the packed values: float32, float16, bfloat16, int8, or None for the weight's own.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: weight is not a matrix, is empty, or (int8) a value is too large for a scale in fp16.
+    """
+    dtype = dtype or weight.dtype
+    if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8):
+        raise TypeError(f"weight must be float32, float16 or bfloat16, or become int8, got {weight.dtype} to {dtype}")
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight must be [outputs, inputs] and not empty, got shape {tuple(weight.shape)}")
+    outputs, inputs = weight.shape
+    in_panels = weight.device.type == "cpu"
+    if in_panels:
+        weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
+    if dtype == torch.int8:
+        data = _pack_int8(weight, in_panels)
+    elif not in_panels:
+        data = weight.to(dtype).contiguous()
+    elif dtype == torch.bfloat16:
+        pairs = F.pad(weight.to(dtype), (0, inputs % 2)).unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL))
+        data = pairs.transpose(1, 2).contiguous()
+    else:
+        data = weight.to(dtype).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    return PackedWeight(data, outputs, inputs)
+
+
+def _pack_int8(weight: Tensor, in_panels: bool) -> Tensor:
+    weight = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [N, G, 32]
+    scales = (weight.abs().amax(-1) / 127).half()
+    if not scales.isfinite().all():
+        raise ValueError(f"weight must be at most {65504 * 127:.3g} for int8, got {weight.abs().max().item():.3g}")
+    inverse = torch.where(scales > 0, 1 / scales.float(), 0)
+    integers = (weight * inverse[..., None]).round_().clamp_(-127, 127)
+    if not in_panels:
+        # the scales of a row, filled up to 16 bytes, then its integers
+        scale_bytes = F.pad(scales.contiguous().view(torch.uint8), (0, -2 * scales.shape[1] % 16))
+        return torch.cat((scale_bytes, integers.to(torch.int8).flatten(1).view(torch.uint8)), 1)
+    integers = (integers + 128).to(torch.uint8)
+    integers = integers.unflatten(2, (-1, 4)).unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1, 4)  # [P, G, 8, 32, 4]
+    scales = scales.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
+    return torch.cat((scales, integers.flatten(2)), 2)
+
+
+def _split_groups(panels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [..., G, 32] and integers [..., G, 8, 32, 4], fp32, of int8 panels [..., G, 1088]."""
+    scales = panels[..., : 2 * PANEL].contiguous().view(torch.float16).float()
+    return scales, panels[..., 2 * PANEL :].unflatten(-1, (-1, PANEL, 4)).float() - 128
+
+
+def _unpack_rows(data: Tensor, inputs: int) -> Tensor:
+    if data.dtype != torch.uint8:
+        return data.float()
+    groups = (inputs + GROUP - 1) // GROUP
+    start = (2 * groups + 15) // 16 * 16
+    scales = data[:, : 2 * groups].contiguous().view(torch.float16).float()
+    integers = data[:, start:].contiguous().view(torch.int8).float().unflatten(1, (-1, GROUP))
+    return (integers * scales[..., None]).flatten(1)[:, :inputs]
+
+
+def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:
+    if data.dim() == 2:
+        return _unpack_rows(data, inputs)
+    if data.dtype == torch.uint8:
+        scales, integers = _split_groups(data)
+        values = (integers * scales[:, :, None, :, None]).permute(0, 3, 1, 2, 4)  # [P, 32, G, 8, 4]
+    else:
+        values = data.float().transpose(1, 2)  # [P, 32, K] or [P, 32, K / 2, 2]
+    return values.flatten(2).flatten(0, 1)[:outputs, :inputs]
+
+
+def _round_groups(x: Tensor) -> Tensor:
+    """x [R, K] fp32 rounded to 8 bits in groups of 32."""
+    groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1, keepdim=True)
+    top = largest.new_tensor(127.0)  # as a tensor: 127 / x multiplies by the reciprocal of x, which rounds twice
+    factor = torch.where(largest > 0, top / largest, 0)
+    integers = (groups * factor).round()
+    return (integers * (largest / top)).flatten(1)[:, : x.shape[1]]
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, out_dtype: torch.dtype) -> Tensor:
+    """Plain PyTorch, in fp32: x [R, K], a packed weight's data, bias [N] fp32. The specification of the kernels."""
+    values = x.float()
+    if weight.dtype == torch.uint8:
+        values = _round_groups(values)
+    out = values @ _unpack(weight, outputs, x.shape[1]).T
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def _fake(x, weight, bias, outputs, out_dtype) -> Tensor:
+    return x.new_empty((x.shape[0], outputs), dtype=out_dtype)
+
+
+def _triton():
+    from pyspec.kernels.linear import linear as launch
+
+    return launch
+
+
+_OP = Op(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, int outputs, ScalarType out_dtype) -> Tensor",
+    linear_reference,
+    _fake,
+    _triton,
+)
+
+
+def linear(
+    x: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x times weight transposed plus bias; each row has the bits that it has alone.
+
+    Args:
+        x: [..., K] fp32, fp16 or bf16 with a contiguous last dimension.
+        weight: from `pack_weight`; or [N, K], which is packed in every call.
+        bias: [N] floating point.
+        out_dtype: of the result: fp32, fp16 or bf16; x's own by default.
+
+    Returns:
+        [..., N]. Sums are kept in fp32, one chain of multiply-adds over K for each output.
+
+    Raises:
+        TypeError: a dtype is not supported, or weight is neither int8 nor of x's dtype.
+        ValueError: a shape, stride or device does not fit; the message names the argument.
+    """
+    if isinstance(weight, Tensor):
+        weight = pack_weight(weight)
+    out_dtype = out_dtype or x.dtype
+    _check(x, weight, bias, out_dtype)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    bias = None if bias is None else bias.float()
+    out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
+    return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1]) if x.dim() > 1 else out[0]
+
+
+def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    if weight.dtype not in (torch.int8, x.dtype):
+        raise TypeError(f"weight must be int8 or {x.dtype} like x, got {weight.dtype}")
+    if x.dim() < 1 or x.shape[-1] != weight.inputs:
+        raise ValueError(f"x must be [..., {weight.inputs}] for this weight, got shape {tuple(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
+    if weight.data.device != x.device:
+        raise ValueError(f"weight must be on {x.device} like x, got {weight.data.device}")
+    if bias is not None:
+        if not bias.is_floating_point() or tuple(bias.shape) != (weight.outputs,):
+            raise ValueError(f"bias must be floating point [{weight.outputs}], got {bias.dtype} {tuple(bias.shape)}")
+        if bias.device != x.device:
+            raise ValueError(f"bias must be on {x.device} like x, got {bias.device}")
