@@ -39,7 +39,18 @@ EXTRAS = {
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "accelerate", "llama_cpp"),
     "test": ("pytest", "xdist", "hypothesis", "pytest_benchmark"),
 }
-INSTRUCTION_SETS = ("avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_bf16")
+INSTRUCTION_SETS = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vl",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+)
 INSTRUCTION_SETS += ("amx_bf16", "asimd", "bf16", "sve")
 
 

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #if PYSPEC_X86
 #include <cpuid.h>
@@ -81,6 +84,50 @@ void parallel_for(int64_t items, ParallelBody body, void* context) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(context, item);
   });
+}
+
+namespace {
+
+struct Loop {
+  std::atomic<int64_t> next{0}, done{0};
+};
+
+struct Team {
+  Loop* loops;
+  int64_t count;
+};
+
+thread_local Team team{};
+thread_local int64_t team_loop = 0;
+
+void wait_a_little(int64_t turn) {
+#if PYSPEC_X86
+  __builtin_ia32_pause();
+#endif
+  if (turn % 4096 == 4095) std::this_thread::yield();  // more threads than processors
+}
+
+}  // namespace
+
+void run_team(int64_t most_loops, void (*program)(void*), void* context) {
+  std::vector<Loop> loops(most_loops);
+  int64_t threads = torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    Team outer = std::exchange(team, Team{loops.data(), most_loops});
+    int64_t outer_loop = std::exchange(team_loop, 0);
+    program(context);
+    team = outer, team_loop = outer_loop;
+  });
+}
+
+void team_parallel_for(int64_t items, ParallelBody body, void* context) {
+  STD_TORCH_CHECK(team_loop < team.count, "a program of kernels runs more loops than it was said to");
+  Loop& loop = team.loops[team_loop++];
+  int64_t finished = 0;
+  for (int64_t item; (item = loop.next.fetch_add(1, std::memory_order_relaxed)) < items; ++finished)
+    body(context, item);
+  if (finished) loop.done.fetch_add(finished, std::memory_order_release);
+  for (int64_t turn = 0; loop.done.load(std::memory_order_acquire) < items; ++turn) wait_a_little(turn);
 }
 
 float* workspace(int64_t floats) {

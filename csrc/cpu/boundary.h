@@ -16,16 +16,15 @@
 
 // Declares a kernel's entry point for every instruction set and a table to pick from.
 #if PYSPEC_X86
-#define PYSPEC_KERNEL_TABLE(name, Params)                                              \
-  extern "C" void name##_portable(const Params&);                                      \
-  extern "C" void name##_avx2(const Params&);                                          \
-  extern "C" void name##_avx512(const Params&);                                        \
-  extern "C" void name##_avx512_vnni(const Params&);                                   \
-  extern "C" void name##_avx512_bf16(const Params&);                                   \
-  extern "C" void name##_amx_bf16(const Params&);                                      \
-  static void (*const name##_table[])(const Params&) = {name##_portable,    name##_avx2,        \
-                                                        name##_avx512,      name##_avx512_vnni, \
-                                                        name##_avx512_bf16, name##_amx_bf16}
+#define PYSPEC_KERNEL_TABLE(name, Params)                \
+  extern "C" void name##_portable(const Params&);        \
+  extern "C" void name##_avx2(const Params&);            \
+  extern "C" void name##_avx512(const Params&);          \
+  extern "C" void name##_avx512_vnni(const Params&);     \
+  extern "C" void name##_avx512_bf16(const Params&);     \
+  extern "C" void name##_amx_bf16(const Params&);        \
+  static void (*const name##_table[])(const Params&) = { \
+      name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16}
 #else
 #define PYSPEC_KERNEL_TABLE(name, Params)         \
   extern "C" void name##_portable(const Params&); \
@@ -40,6 +39,12 @@ int instruction_set();
 
 // Runs on torch's own threads; each takes the next item when it is done with one.
 void parallel_for(int64_t items, ParallelBody body, void* context);
+
+// Runs a program of kernels on all of torch's threads at once, which saves waking them for every kernel. The
+// kernels' parallel_for is then team_parallel_for: the threads meet there, by spinning. A thread that comes
+// late, or never, holds nobody up. most_loops bounds how many parallel loops the program runs.
+void run_team(int64_t most_loops, void (*program)(void* context), void* context);
+void team_parallel_for(int64_t items, ParallelBody body, void* context);
 
 // Format and data of a packed weight, checked against p.inputs and p.outputs.
 void set_weight(LinearParams& p, const torch::stable::Tensor& weight);
@@ -61,5 +66,7 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
   }
   return Element::kFloat32;
 }
+
+inline int64_t bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 }  // namespace pyspec

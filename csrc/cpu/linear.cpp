@@ -54,8 +54,10 @@ void pyspec::set_weight(LinearParams& p, const Tensor& weight) {
     default:
       STD_TORCH_CHECK(false, "weight must be packed: float32, float16, bfloat16 or uint8 (of int8)");
   }
-  STD_TORCH_CHECK(weight.is_contiguous() && p.outputs > 0 && p.inputs > 0, "weight must be contiguous and not empty");
-  int64_t bytes = weight.numel() * weight.element_size(), expected = panels(p.outputs) * panel_bytes(p.format, p.inputs);
+  STD_TORCH_CHECK(weight.is_contiguous() && p.outputs > 0 && p.inputs > 0,
+                  "weight must be contiguous and not empty");
+  int64_t bytes = weight.numel() * weight.element_size(),
+          expected = panels(p.outputs) * panel_bytes(p.format, p.inputs);
   STD_TORCH_CHECK(bytes == expected, "weight must be packed for ", p.outputs, " outputs and ", p.inputs,
                   " inputs, which takes ", expected, " bytes, got ", bytes);
   p.weight = weight.data_ptr();

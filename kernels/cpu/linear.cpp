@@ -1,11 +1,12 @@
-// linear on the CPU: out[row] = x[row] . weight^T, for the few rows of a tree, at the price of reading the weight.
+// linear on the CPU: out[row] = x[row] . weight^T, for the few rows of a tree, at the price of reading the
+// weight.
 //
 // A panel of 32 outputs is two vectors of sums for each row; inputs are walked in order, one broadcast of x
 // against two vectors of weights, up to kRows rows at a time. So every output is one chain of multiply-adds
 // over the inputs, in the same order for any number of rows: the row rule holds by construction. One row is
 // bound by the bytes of the weight; many rows by multiply-adds, with the panel in the first two caches.
-// int8: x is rounded to 8 bits in groups of 32 inputs too, a group's products are summed as integers, exactly,
-// and groups are added in order in fp32.
+// int8: x is rounded to 8 bits in groups of 32 inputs too, a group's products are summed as integers,
+// exactly, and groups are added in order in fp32.
 #include "params/linear.h"
 
 #include "cpu/simd.h"

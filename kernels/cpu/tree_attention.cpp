@@ -462,14 +462,14 @@ struct Kernel {
 
   void run() const {
     int64_t sequence_heads = p.batch * p.kv_heads;
-    auto pack = [&](int64_t item) { pack_queries(item); };
+    bool few = layout.blocks < 4;  // too little work to wake a thread for
+    auto pack = [&](int64_t item) {
+      if (!few) return pack_queries(item);
+      for (int64_t head = 0; head < sequence_heads; ++head) pack_queries(head);
+    };
     auto chunk = [&](int64_t item) { fold_chunk(item); };
     auto finish = [&](int64_t item) { finish_block(item); };
-    if (layout.blocks < 4) {  // too little work to wake a thread for
-      for (int64_t item = 0; item < sequence_heads; ++item) pack(item);
-    } else {
-      pyspec::parallel(p.parallel_for, sequence_heads, pack);
-    }
+    pyspec::parallel(p.parallel_for, few ? 1 : sequence_heads, pack);
     pyspec::parallel(p.parallel_for, sequence_heads * max_chunks, chunk);
     pyspec::parallel(p.parallel_for, sequence_heads * layout.blocks, finish);
   }

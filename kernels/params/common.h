@@ -7,8 +7,10 @@ namespace pyspec {
 
 enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-// Runs body(context, item) for item in [0, items), in any order and on any threads. The caller brings the
-// threads.
+// Runs body(context, item) once for every item in [0, items), in any order and on any threads, and returns
+// when all are done. The caller brings the threads. Everything that a kernel writes, it writes in such a
+// body: then a whole program of kernels can be run by all threads at once, each of which takes items where it
+// finds them.
 using ParallelBody = void (*)(void* context, int64_t item);
 using ParallelFor = void (*)(int64_t items, ParallelBody body, void* context);
 

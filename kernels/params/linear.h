@@ -3,8 +3,8 @@
 // Format version 1. Outputs come in panels of kPanel; the last panel is filled up with zeros. A panel holds,
 // one after another,
 //   fp32, fp16   [inputs][kPanel]
-//   bf16         [ceil(inputs / 2)][kPanel][2]: the two inputs that one instruction multiplies lie side by side
-//   int8         [ceil(inputs / kGroup)] groups of a scale for each output, fp16 [kPanel], and
+//   bf16         [ceil(inputs / 2)][kPanel][2]: the two inputs that one instruction multiplies lie side by
+//   side int8         [ceil(inputs / kGroup)] groups of a scale for each output, fp16 [kPanel], and
 //                [kGroup / 4][kPanel][4] bytes of weight + 128
 // so that a row of outputs is read as one stream, whatever reads it.
 #pragma once

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 __all__ = ["DenseCache"]
 
@@ -15,7 +14,7 @@ class DenseCache:
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
-    `layers` holds each layer's keys and values, [B, Hkv, capacity, D], as views.
+    `keys_values` is that allocation.
 
     Args:
         layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1.
@@ -34,8 +33,7 @@ class DenseCache:
     ):
         self.capacity = capacity
         self.lengths = [0] * sequences
-        self._keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
-        self.layers = [tuple(layer.unbind(0)) for layer in self._keys_values]
+        self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
 
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless count more slots fit behind a sequence's committed ones."""
@@ -45,12 +43,6 @@ class DenseCache:
                 f"and needs {count} more: prefill with a larger capacity"
             )
 
-    def free_slots(self, sequence: int, count: int) -> tuple[Tensor, ...]:
-        """For each layer the count slots behind a sequence's committed ones, [count, 2, Hkv, D], as views."""
-        start = self.lengths[sequence]
-        slots = self._keys_values[:, :, sequence, :, start : start + count]
-        return slots.permute(0, 3, 1, 2, 4).unbind(0)
-
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
         start = self.lengths[sequence]
@@ -58,7 +50,7 @@ class DenseCache:
         while in_place < len(path) and path[in_place] == in_place:
             in_place += 1
         if moved := path[in_place:]:
-            slots = self._keys_values[:, :, sequence, :, start:]
+            slots = self.keys_values[:, :, sequence, :, start:]
             # index_select copies, so rows may move onto slots that other rows still have to be read from
             kept = slots.index_select(3, torch.tensor(moved, device=slots.device))
             slots[..., in_place : len(path), :] = kept

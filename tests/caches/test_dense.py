@@ -10,8 +10,8 @@ def filled_cache(length, written, sequences=3):
     for b in range(sequences):
         for layer in range(2):
             slots = 1000.0 * layer + 100 * b + torch.arange(length + written)
-            keys_values = torch.stack((slots, -slots), 1)[:, :, None, None].expand(-1, 2, 4, 8)
-            cache.free_slots(b, length + written)[layer].copy_(keys_values)
+            for part, values in zip(cache.keys_values[layer], (slots, -slots), strict=True):
+                part[b, :, : length + written] = values[:, None]
         cache.lengths[b] = length
     return cache
 
@@ -19,25 +19,17 @@ def filled_cache(length, written, sequences=3):
 @pytest.mark.parametrize("path", [[0], [0, 1, 2], [0, 2, 5], [0, 1, 3, 4, 6], [0, 3, 4, 5, 6]])
 def test_commit_keeps_the_path_in_all_layers(path):
     cache = filled_cache(length=4, written=7)
-    before = [cache.layers[layer][0].clone() for layer in range(2)]
+    before = [cache.keys_values[layer, 0].clone() for layer in range(2)]
     cache.commit(1, path)
     assert cache.lengths == [4, 4 + len(path), 4]
     kept = [0, 1, 2, 3, *(4 + node for node in path)]
     for layer in range(2):
-        keys, values = cache.layers[layer]
+        keys, values = cache.keys_values[layer]
         expected = 1000.0 * layer + 100 + torch.tensor(kept)
         assert torch.equal(keys[1, :, : len(kept)], expected[:, None].expand(4, -1, 8))
         assert torch.equal(values[1, :, : len(kept)], -keys[1, :, : len(kept)])
         for other in (0, 2):
             assert torch.equal(keys[other, :, :11], before[layer][other, :, :11])
-
-
-def test_the_layers_are_views_of_one_allocation():
-    cache = filled_cache(2, 1)
-    pointers = {part.untyped_storage().data_ptr() for layer in range(2) for part in cache.layers[layer]}
-    assert len(pointers) == 1
-    keys, _ = cache.layers[1]
-    assert keys.shape == (3, 4, 12, 8) and keys.is_contiguous()
 
 
 def test_room_is_checked_against_the_capacity():

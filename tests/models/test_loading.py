@@ -98,8 +98,19 @@ def test_dtype_and_device_are_as_asked(folder):
     assert runner.dtype == torch.float16 and runner.device.type == "cpu"
     assert runner.weights.layers[0].qkv.dtype == torch.float16
     assert load(str(folder)).dtype in (torch.bfloat16, torch.float32)
-    with pytest.raises(ValueError, match="dtype must be .* got torch.int8"):
-        load_cpu(folder, torch.int8)
+    runner = load_cpu(folder, torch.int8)
+    assert runner.weight_dtype == torch.int8 and runner.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype must be .* got torch.int16"):
+        load_cpu(folder, torch.int16)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_values_that_are_no_numbers_are_named(tmp_path, wrong):
+    model = tiny_model("llama")
+    model.state_dict()["model.layers.1.mlp.up_proj.weight"][3, 5] = wrong
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tensor model.layers.1.mlp.up_proj.weight has values that are NaN or inf"):
+        load_cpu(tmp_path)
 
 
 def test_eos_tokens_come_from_the_generation_config(folder):

@@ -1,0 +1,39 @@
+#include "params/rms_norm.h"
+
+#include "boundary.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
+
+Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor& weight, double epsilon,
+                torch::headeronly::ScalarType out_dtype) {
+  auto float32 = torch::headeronly::ScalarType::Float;
+  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
+                  "hidden must be float32 [rows, size] and contiguous");
+  pyspec::RmsNormParams p{};
+  p.rows = hidden.size(0), p.size = hidden.size(1);
+  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == p.size && weight.scalar_type() == float32,
+                  "weight must be float32 [size]");
+  Tensor weights = torch::stable::contiguous(weight);
+  std::optional<Tensor> deltas;
+  if (delta) {
+    STD_TORCH_CHECK(delta->dim() == 2 && delta->size(0) == p.rows && delta->size(1) == p.size &&
+                        delta->scalar_type() == float32,
+                    "delta must be float32 and have the shape of hidden");
+    deltas = torch::stable::contiguous(*delta);
+    p.delta = static_cast<const float*>(deltas->data_ptr());
+  }
+  Tensor out = torch::stable::new_empty(hidden, {p.rows, p.size}, out_dtype);
+  p.out_element = pyspec::element_of(out, "out");
+  p.hidden = static_cast<float*>(hidden.data_ptr()), p.weight = static_cast<const float*>(weights.data_ptr());
+  p.out = out.data_ptr(), p.epsilon = static_cast<float>(epsilon), p.parallel_for = pyspec::parallel_for;
+  pyspec_rms_norm_table[pyspec::instruction_set()](p);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) { m.impl("rms_norm", TORCH_BOX(&rms_norm)); }

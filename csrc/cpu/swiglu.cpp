@@ -1,0 +1,28 @@
+#include "params/swiglu.h"
+
+#include "boundary.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+PYSPEC_KERNEL_TABLE(pyspec_swiglu, pyspec::SwigluParams);
+
+Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype) {
+  STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.scalar_type() == torch::headeronly::ScalarType::Float &&
+                      gate_up.size(1) % 2 == 0,
+                  "gate_up must be float32 [rows, 2 * size]");
+  Tensor values = torch::stable::contiguous(gate_up);
+  pyspec::SwigluParams p{};
+  p.rows = values.size(0), p.size = values.size(1) / 2;
+  Tensor out = torch::stable::new_empty(values, {p.rows, p.size}, out_dtype);
+  p.out_element = pyspec::element_of(out, "out");
+  p.gate_up = static_cast<const float*>(values.data_ptr()), p.out = out.data_ptr();
+  p.parallel_for = pyspec::parallel_for;
+  pyspec_swiglu_table[pyspec::instruction_set()](p);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }

@@ -1,0 +1,65 @@
+// rms_norm on the CPU: hidden += delta; out = hidden / sqrt(mean(hidden^2) + epsilon) * weight.
+//
+// A row is read twice, from the first cache the second time, and is one item; its squares are summed in one
+// order, so the row rule holds. Nothing here is large: it is one op so that the residual stream is walked
+// once.
+#include "params/rms_norm.h"
+
+#include "cpu/simd.h"
+
+namespace {
+
+using pyspec::RmsNormParams;
+
+// The last values of a row, fewer than 16, with zeros behind them.
+PYSPEC_INLINE F16 load_some(const float* p, int64_t count) {
+  float values[16] = {};
+  std::memcpy(values, p, count * sizeof(float));
+  return load(values);
+}
+PYSPEC_INLINE F16 load_up_to(const float* p, int64_t count) {
+  return count >= 16 ? load(p) : load_some(p, count);
+}
+
+template <class Out>
+void normalise(const RmsNormParams& p, int64_t row) {
+  float* hidden = p.hidden + row * p.size;
+  Out* out = static_cast<Out*>(p.out) + row * p.size;
+  F16 squares = set1(0.0f);
+  for (int64_t i = 0; i < p.size; i += 16) {
+    int64_t count = p.size - i;
+    F16 value = load_up_to(hidden + i, count);
+    if (p.delta) {
+      value = add(value, load_up_to(p.delta + row * p.size + i, count));
+      float values[16];
+      store(values, value);
+      std::memcpy(hidden + i, values, (count < 16 ? count : 16) * sizeof(float));
+    }
+    squares = fma(value, value, squares);
+  }
+  float lanes[16], total = 0;
+  store(lanes, squares);
+  for (float lane : lanes) total += lane;
+  F16 scale = set1(1.0f / __builtin_sqrtf(total / static_cast<float>(p.size) + p.epsilon));
+  for (int64_t i = 0; i < p.size; i += 16) {
+    int64_t count = p.size - i;
+    F16 value = mul(mul(load_up_to(hidden + i, count), scale), load_up_to(p.weight + i, count));
+    if (count >= 16) {
+      store_as(out + i, value);
+      continue;
+    }
+    store(lanes, value);
+    for (int64_t j = 0; j < count; ++j) from_float(lanes[j], out + i + j);
+  }
+}
+
+}  // namespace
+
+extern "C" void PYSPEC_ENTRY(pyspec_rms_norm)(const RmsNormParams& p) {
+  auto row = [&](int64_t index) {
+    if (p.out_element == pyspec::Element::kFloat32) normalise<float>(p, index);
+    if (p.out_element == pyspec::Element::kFloat16) normalise<Float16>(p, index);
+    if (p.out_element == pyspec::Element::kBFloat16) normalise<BFloat16>(p, index);
+  };
+  pyspec::parallel(p.parallel_for, p.rows, row);
+}

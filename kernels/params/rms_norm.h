@@ -1,0 +1,19 @@
+// rms_norm: the residual stream takes a layer's output in and is normalised.
+#pragma once
+
+#include "params/common.h"
+
+namespace pyspec {
+
+struct RmsNormParams {
+  float* hidden;        // [rows, size], contiguous; delta is added in place
+  const float* delta;   // [rows, size], contiguous, or null
+  const float* weight;  // [size]
+  void* out;            // [rows, size], contiguous
+  int64_t rows, size;
+  float epsilon;
+  Element out_element;
+  ParallelFor parallel_for;
+};
+
+}  // namespace pyspec

@@ -1,0 +1,24 @@
+// rotary_write: queries and keys are turned to their positions; keys and values go to their cache slots.
+#pragma once
+
+#include "params/common.h"
+
+namespace pyspec {
+
+struct RotaryWriteParams {
+  const float* qkv;          // [rows, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values
+  const float* cos_sin;      // [positions, 2, head_dim / 2], contiguous: cosines, then sines
+  const int32_t* positions;  // [rows]
+  const int32_t* sequences;  // [rows]
+  const int32_t* slots;      // [rows]
+  void* q;                   // [rows, heads, head_dim], contiguous
+  void* k;                   // [batch, kv_heads, slots, head_dim]
+  void* v;                   // like k
+
+  int64_t k_strides[3], v_strides[3];  // in elements; the last dimension is contiguous
+  int64_t rows, heads, kv_heads, head_dim;
+  Element element;  // of q, k and v
+  ParallelFor parallel_for;
+};
+
+}  // namespace pyspec

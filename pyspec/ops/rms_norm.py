@@ -1,0 +1,77 @@
+"""rms_norm: the residual stream takes a layer's output in and is normalised, in one walk.
+
+hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op, check_out_dtype
+
+__all__ = ["rms_norm", "rms_norm_reference"]
+
+
+def rms_norm_reference(
+    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, out_dtype: torch.dtype
+) -> Tensor:
+    """Plain PyTorch; hidden is changed in place. The specification of the kernels."""
+    if delta is not None:
+        hidden += delta
+    scales = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon)
+    return (hidden * scales * weight).to(out_dtype)
+
+
+def _fake(hidden, delta, weight, epsilon, out_dtype) -> Tensor:
+    return torch.empty_like(hidden, dtype=out_dtype)
+
+
+_OP = Op(
+    "rms_norm",
+    "(Tensor(a!) hidden, Tensor? delta, Tensor weight, float epsilon, ScalarType out_dtype) -> Tensor",
+    rms_norm_reference,
+    _fake,
+)
+
+
+def rms_norm(
+    hidden: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    delta: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Adds delta to hidden in place and returns the root-mean-square norm of the sum.
+
+    Args:
+        hidden: [R, H] fp32 and contiguous: the residual stream; changed where there is a delta.
+        weight: [H] fp32.
+        epsilon: added to the mean of squares.
+        delta: [R, H] fp32 or None.
+        out_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        [R, H] of out_dtype.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+    """
+    if hidden.dim() != 2 or not hidden.is_contiguous():
+        raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
+    for name, tensor, shape in (
+        ("hidden", hidden, hidden.shape),
+        ("weight", weight, hidden.shape[1:]),
+        ("delta", delta, hidden.shape),
+    ):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {tensor.device}")
+    check_out_dtype(out_dtype)
+    return _OP(hidden, delta, weight, epsilon, out_dtype)

@@ -1,0 +1,108 @@
+"""rotary_write: queries and keys are turned to their positions; keys and values go to their cache slots.
+
+A head's first half x and second half y at position p become x cos - y sin and y cos + x sin, with the angles of p.
+The projection is read once, in fp32, and rounded once, to the cache's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op
+
+__all__ = ["rotary_write", "rotary_write_reference"]
+
+
+def rotary_write_reference(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+) -> Tensor:
+    """Plain PyTorch; keys and values are changed in place. The specification of the kernels."""
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    turned, straight = qkv.unflatten(1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
+    cos, sin = cos_sin[positions.long()].unsqueeze(2).unbind(1)  # [R, 1, D / 2]
+    x, y = turned.chunk(2, dim=-1)
+    turned = torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
+    places = sequences.long(), slice(None), slots.long()
+    keys[places] = turned[:, heads:]
+    values[places] = straight.to(values.dtype)
+    return turned[:, :heads].contiguous()
+
+
+def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> Tensor:
+    return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
+
+
+_OP = Op(
+    "rotary_write",
+    "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
+    "Tensor(b!) values, int heads) -> Tensor",
+    rotary_write_reference,
+    _fake,
+)
+
+
+def rotary_write(
+    qkv: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    slots: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    heads: int,
+) -> Tensor:
+    """Turns queries and keys and writes keys and values to a cache.
+
+    Args:
+        qkv: [R, (heads + 2 kv_heads) * D] fp32: queries, keys and values of R rows.
+        cos_sin: [P, 2, D / 2] fp32 and contiguous: cosines and sines of every position.
+        positions: [R] int32 in [0, P).
+        sequences, slots: [R] int32, where each row's key and value go.
+        keys, values: [B, kv_heads, S, D] fp32, fp16 or bf16 with a contiguous last dimension; changed in place.
+        heads: of the queries.
+
+    Returns:
+        [R, heads, D] of the keys' dtype: the turned queries.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+        RuntimeError: on the CPU, when a position, sequence or slot is out of range; nothing is written then.
+    """
+    for name, tensor in (("keys", keys), ("values", values)):
+        if tensor.dim() != 4 or tensor.shape != keys.shape or tensor.stride(3) != 1:
+            raise ValueError(
+                f"{name} must be [batch, kv_heads, slots, head_dim] with a contiguous last dimension, "
+                f"got shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != keys.dtype:
+            raise TypeError(f"{name} must be float32, float16 or bfloat16 and like keys, got {tensor.dtype}")
+    kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    if head_dim % 16 or not 0 < head_dim <= 256:
+        raise ValueError(f"keys must have a head_dim that is a multiple of 16 up to 256, got {head_dim}")
+    rows = qkv.shape[0]
+    expected = [
+        ("qkv", qkv, torch.float32, (rows, (heads + 2 * kv_heads) * head_dim)),
+        ("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], 2, head_dim // 2)),
+        ("positions", positions, torch.int32, (rows,)),
+        ("sequences", sequences, torch.int32, (rows,)),
+        ("slots", slots, torch.int32, (rows,)),
+    ]
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype)[6:]}, got {tensor.dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != keys.device:
+            raise ValueError(f"{name} must be on {keys.device} like keys, got {tensor.device}")
+    if not cos_sin.is_contiguous():
+        raise ValueError(f"cos_sin must be contiguous, got strides {cos_sin.stride()}")
+    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads)

@@ -1,0 +1,45 @@
+"""swiglu: silu(gate) * up, in fp32, rounded once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.ops._library import Op, check_out_dtype
+
+__all__ = ["swiglu", "swiglu_reference"]
+
+
+def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """Plain PyTorch. The specification of the kernels."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(out_dtype)
+
+
+def _fake(gate_up, out_dtype) -> Tensor:
+    return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=out_dtype)
+
+
+_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype) -> Tensor", swiglu_reference, _fake)
+
+
+def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """silu of the first half of the columns times the second half.
+
+    Args:
+        gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them.
+        out_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        [R, size] of out_dtype.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+    """
+    if gate_up.dtype != torch.float32:
+        raise TypeError(f"gate_up must be float32, got {gate_up.dtype}")
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up must be [rows, 2 * size], got shape {tuple(gate_up.shape)}")
+    check_out_dtype(out_dtype)
+    return _OP(gate_up, out_dtype)
