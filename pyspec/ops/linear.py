@@ -87,15 +87,15 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
         raise ValueError(f"weight must be [outputs, inputs] and not empty, got shape {tuple(weight.shape)}")
     outputs, inputs = weight.shape
     in_panels = weight.device.type == "cpu"
-    if in_panels:
+    if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
         data = _pack_int8(weight, in_panels)
     elif not in_panels:
         data = weight.to(dtype).contiguous()
     elif dtype == torch.bfloat16:
-        pairs = F.pad(weight.to(dtype), (0, inputs % 2)).unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL))
-        data = pairs.transpose(1, 2).contiguous()
+        even = F.pad(weight.to(dtype), (0, 1)) if inputs % 2 else weight.to(dtype)
+        data = even.unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     else:
         data = weight.to(dtype).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     return PackedWeight(data, outputs, inputs)
@@ -107,12 +107,12 @@ def _pack_int8(weight: Tensor, in_panels: bool) -> Tensor:
     if not scales.isfinite().all():
         raise ValueError(f"weight must be at most {65504 * 127:.3g} for int8, got {weight.abs().max().item():.3g}")
     inverse = torch.where(scales > 0, 1 / scales.float(), 0)
-    integers = (weight * inverse[..., None]).round_().clamp_(-127, 127)
+    integers = weight.mul(inverse[..., None]).round_().clamp_(-127, 127)
     if not in_panels:
         # the scales of a row, filled up to 16 bytes, then its integers
         scale_bytes = F.pad(scales.contiguous().view(torch.uint8), (0, -2 * scales.shape[1] % 16))
         return torch.cat((scale_bytes, integers.to(torch.int8).flatten(1).view(torch.uint8)), 1)
-    integers = (integers + 128).to(torch.uint8)
+    integers = integers.add_(128).to(torch.uint8)
     integers = integers.unflatten(2, (-1, 4)).unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1, 4)  # [P, G, 8, 32, 4]
     scales = scales.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
     return torch.cat((scales, integers.flatten(2)), 2)
