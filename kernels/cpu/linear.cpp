@@ -20,7 +20,7 @@ using pyspec::WeightFormat;
 
 // How far ahead of its use a panel is asked for: far enough to cross the page that the processor's own
 // prefetching stops at.
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kPrefetchBytes = 4096;
 
 PYSPEC_INLINE void prefetch(const char* p) {
   __builtin_prefetch(p + kPrefetchBytes);

@@ -311,17 +311,52 @@ PYSPEC_INLINE F16 load_as_float(const Storage* p) {
 #endif
 }
 
+#if PYSPEC_HAS_AVX512
+// Rounds to nearest even, as from_float does; the instruction for it would flush subnormal numbers to zero.
+PYSPEC_INLINE __m256i round_to_bfloat16(__m512 values) {
+  __m512i bits = _mm512_castps_si512(values);
+  __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+  __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+  rounded = _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+#elif PYSPEC_HAS_X86_VECTORS
+PYSPEC_INLINE __m256i round_to_bfloat16(__m256 values) {  // in the low halves of 32 bits
+  __m256i bits = _mm256_castps_si256(values);
+  __m256i is_odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(is_odd, _mm256_set1_epi32(0x7fff)));
+  __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+  return _mm256_srli_epi32(rounded, 16);
+}
+#endif
+
 template <class Storage>
 PYSPEC_INLINE void store_as(Storage* p, F16 a) {
-#if PYSPEC_HAS_BF16_DOT
+#if PYSPEC_HAS_AVX512
+  __m256i halves;
   if constexpr (std::is_same_v<Storage, BFloat16>) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
-    return;
+    halves = round_to_bfloat16(a.v);
+  } else {
+    halves = _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-#endif
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i halves;
+  if constexpr (std::is_same_v<Storage, BFloat16>) {
+    __m256i packed = _mm256_packus_epi32(round_to_bfloat16(a.lo), round_to_bfloat16(a.hi));
+    halves = _mm256_permute4x64_epi64(packed, 0xd8);  // packing works within halves of 128 bits
+  } else {
+    halves = _mm256_set_m128i(_mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT),
+                              _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#else
   float values[16];
   store(values, a);
   for (int i = 0; i < 16; ++i) from_float(values[i], p + i);
+#endif
 }
 
 // 16 pairs of bf16: the first of each, and the second.

@@ -13,7 +13,8 @@
 
 namespace {
 
-using pyspec::kChunkTiles;
+using pyspec::chunk_of;
+using pyspec::first_tile;
 using pyspec::kLanes;
 using pyspec::kTile;
 using pyspec::LaneLayout;
@@ -340,9 +341,9 @@ struct Kernel {
   void fold_chunk(int64_t item) const {
     int64_t chunk = item % max_chunks, sequence_head = item / max_chunks;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
-    int64_t end = p.prefix_lens[b] / kTile, first = chunk * kChunkTiles;
+    int64_t end = p.prefix_lens[b] / kTile, first = first_tile(chunk);
     if (first >= end) return;
-    if (end > first + kChunkTiles) end = first + kChunkTiles;
+    if (end > first_tile(chunk + 1)) end = first_tile(chunk + 1);
 #if PYSPEC_HAS_AMX
     TileConfig config;
 #endif
@@ -380,7 +381,7 @@ struct Kernel {
   void finish_block(int64_t item) const {
     int64_t block = item % layout.blocks, sequence_head = item / layout.blocks;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
-    int64_t prefix = p.prefix_lens[b], whole_tiles = prefix / kTile, whole_chunks = whole_tiles / kChunkTiles;
+    int64_t prefix = p.prefix_lens[b], whole_tiles = prefix / kTile, whole_chunks = chunk_of(whole_tiles);
 #if PYSPEC_HAS_AMX
     TileConfig config;
 #endif
@@ -401,7 +402,7 @@ struct Kernel {
         continue;
       }
       State closed = before;  // the chunks before the open one
-      if (whole_tiles % kChunkTiles) {
+      if (whole_tiles > first_tile(whole_chunks)) {
         open.copy(chunk_state(sequence_head, whole_chunks, block), d);
       } else {
         open.clear(d);
@@ -410,7 +411,7 @@ struct Kernel {
       int64_t ancestor = -1;  // index of the ancestor staged last
       int64_t from = visible_from(b, node_depth), keys = prefix + node_depth + 1;
       for (int64_t tile = whole_tiles; tile * kTile < keys; ++tile) {
-        if (tile > whole_tiles && tile % kChunkTiles == 0) {
+        if (tile > whole_tiles && tile == first_tile(chunk_of(tile))) {
           closed.merge(open, d, merged);
           closed = merged;
           open.clear(d);
