@@ -40,7 +40,8 @@ def read_bandwidth(device: str = "cpu") -> float:
 def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large matrix product."""
     a = torch.randn(2048, 2048, device=device).to(dtype)
-    return 2 * 2048**3 / in_turn({"product": lambda: a @ a}, repeats=9)["product"]
+    product = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * 2048**3 / in_turn({"product": lambda: product(a, a)}, repeats=9)["product"]
 
 
 def machine() -> dict[str, str | int]:

@@ -150,7 +150,8 @@ def _round_groups(x: Tensor) -> Tensor:
     groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     top = largest.new_tensor(127.0)  # as a tensor: 127 / x multiplies by the reciprocal of x, which rounds twice
-    factor = torch.where(largest > 0, top / largest, 0)
+    factor = top / largest
+    factor = torch.where(factor < torch.inf, factor, 0)  # of zeros, and of values too small for a reciprocal
     integers = (groups * factor).round()
     return (integers * (largest / top)).flatten(1)[:, : x.shape[1]]
 

@@ -150,3 +150,39 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
     shown = capsys.readouterr().out
     assert "missing: llama.cpp (ImportError: no such package)" in shown
     assert "5.33x transformers (goal 2.5)" in shown
+
+
+def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):
+    import bench_linear
+
+    monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(bench_linear, "ROWS", (1, 3, 64))
+    result = bench_linear.run(repeats=1, layers=1, head=(70, 576))
+    assert [(row["weights"], row["rows"]) for row in result["results"]] == [
+        (weights, rows) for weights in ("bfloat16", "float32", "int8") for rows in (1, 3, 64)
+    ]
+    parameters = 576 * (960 + 576 + 3072 + 1536)
+    for row in result["results"]:
+        value_bytes = {"bfloat16": 2, "float32": 4, "int8": 34 / 32}[row["weights"]]
+        weight_bytes = (parameters + 576 * 96) * value_bytes  # 70 outputs fill three panels
+        assert row["gb_s"] == pytest.approx(weight_bytes / row["ms"]["pyspec"] / 1e6)
+        floors = {"bytes": weight_bytes / 1e6, "operations": 2 * row["rows"] * (parameters + 576 * 70) / 1e8}
+        assert row["floor_ms"] == pytest.approx(max(floors.values())) == pytest.approx(floors[row["floor"]])
+    one, three, _ = result["results"][:3]
+    assert three["one_row_ms"] == one["ms"]["pyspec"]
+    assert set(result["results"][-1]["ms"]) == {"pyspec", "torch float32", "torch bfloat16"}
+    assert "of one row" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    bench_linear.plot(result, tmp_path / "linear.png")
+    assert (tmp_path / "linear.png").stat().st_size > 0
+
+
+def test_linear_times_no_wrong_result(monkeypatch):
+    import bench_linear
+
+    model = bench_linear.Model(torch.float32, layers=1, head=(70, 576))
+    model.check(3)
+    monkeypatch.setattr(bench_linear, "linear", lambda x, weight: x @ weight.unpack().T + len(x) * 1e-3)
+    with pytest.raises(AssertionError):
+        model.check(3)

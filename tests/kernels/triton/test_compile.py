@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed for this 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pyspec.kernels import merge_attention, tree_attention  # noqa: E402
+from pyspec.kernels import linear, merge_attention, tree_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -99,10 +99,13 @@ def test_fits_with_pages_and_options(kernel, tmp_path):
 def arithmetic(compiled) -> list[str]:
     """The floating-point dots and reductions with the layouts that fix their order of summation."""
     text = compiled.asm["ttgir"]
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.(?:blocked|nvidia_mma|linear)<.*>)$", text, re.M))
+    layouts = dict(
+        re.findall(r"^(#\w+) = (#(?:ttg|ttng)\.(?:blocked|nvidia_mma|linear|tensor_memory)\w*<.*>)$", text, re.M)
+    )
     found = []
-    for line in re.findall(r"^.*tt\.dot .*$|^ *}\) : \(tensor<.*xf32.*$", text, re.M):
-        operation = re.sub(r" loc\(.*", "", line).split(" : ")[-1]
+    dots = r"^.*(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*$"
+    for line in re.findall(dots + r"|^ *}\) : \(tensor<.*xf32.*$", text, re.M):
+        operation = re.sub(r" loc\(.*|, mutable", "", line).split(" : ")[-1]
         found.append(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), operation))
     return found
 
@@ -139,4 +142,87 @@ def test_merge_attention_compiles(dtype, tmp_path):
     for architecture in ARCHITECTURES:
         target = GPUTarget("cuda", architecture, 32)
         used = resources(triton.compile(source, target=target, options={"enable_fp_fusion": False}), tmp_path)
+        assert used["REG"] <= 128 and used["STACK"] == 0
+
+
+# ==== linear ====
+
+LINEAR = [linear.float_kernel, linear.int8_kernel]
+TENSOR_CORES = {80: r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", 90: r"wgmma\.mma_async\S*\.bf16", 100: r"tcgen05\.mma\S*f16"}
+
+
+def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True):
+    """As the launcher compiles it; aligned: inputs, outputs and strides of 16s."""
+    is_int8 = kernel is linear.int8_kernel
+    constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype), "IS_WHOLE": is_whole}
+    constants |= {} if is_int8 else {"UPCAST": False}
+    constants |= {} if is_whole else {"bias": None}
+    types = {
+        "x": ELEMENT[x_dtype],
+        "weight": "*i8" if is_int8 else ELEMENT[x_dtype],
+        "scales": "*fp16",
+        "bias": "*fp32",
+    }
+    types["out"] = ELEMENT[x_dtype] if is_whole else "*fp32"
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    # Of 16 bytes: what was packed or allocated; of 16s: sizes and strides.
+    known = {"weight", "scales", "bias", "out"} | ({"x", "outputs", "inputs", "stride_x"} if aligned else set())
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name in known and signature[name] != "constexpr"
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+@pytest.mark.parametrize("kernel", LINEAR, ids=lambda kernel: kernel.__name__)
+def test_linear_fits_the_machine(kernel, dtype, architecture, tmp_path):
+    compiled = compile_linear(kernel, architecture, dtype)
+    used = resources(compiled, tmp_path)
+    assert used["REG"] <= 128 and used["STACK"] == used["LOCAL"] == 0
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    ptx = compiled.asm["ptx"]
+    assert "tf32" not in ptx and "cp.async" in ptx  # the weight is on its way while others are summed
+    if kernel is linear.int8_kernel:
+        assert re.search(r"mma\.sync\S*m16n8k32\S*\.s32\.s8\.s8\.s32", ptx)
+        assert "tt.load" not in compiled.asm["ttgir"]  # scales are copied ahead like the rest
+    else:
+        assert bool(re.search(TENSOR_CORES[architecture], ptx)) == (dtype == torch.bfloat16)
+        expected = 0 if dtype == torch.bfloat16 else 64 * 64 * 16 // 256  # a tile's, of each thread
+        assert len(re.findall(r"fma\.rn\.f32", ptx)) + len(re.findall(r"fma\.rn\.f32x2", ptx)) == expected
+
+
+@pytest.mark.parametrize(
+    "kernel, architecture, dtype",
+    [(linear.float_kernel, architecture, dtype) for architecture in ARCHITECTURES for dtype in ELEMENT]
+    + [(linear.int8_kernel, 90, torch.bfloat16)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_every_variant_of_linear_sums_in_one_order(kernel, architecture, dtype, tmp_path):
+    """Whatever is aligned. A row's place and the splits choose no variant that sums otherwise."""
+    expected = set(arithmetic(compile_linear(kernel, architecture, dtype)))
+    assert len(expected) == (2 if kernel is linear.int8_kernel else 1)  # the dot, and the sum of lanes
+    compiled = compile_linear(kernel, architecture, dtype, is_whole=True, aligned=False)
+    assert set(arithmetic(compiled)) == expected
+    used = resources(compiled, tmp_path)
+    assert used["REG"] <= 224 and used["STACK"] == used["LOCAL"] == 0  # loads of one element in place of copies
+
+
+def test_sum_of_splits_compiles(tmp_path):
+    kernel = linear.sum_kernel
+    signature = {
+        "sums": "*fp32",
+        "bias": "*fp32",
+        "out": "*bf16",
+        "size": "i32",
+        "outputs": "i32",
+        "SPLITS": "constexpr",
+    }
+    source = ASTSource(kernel, signature, {"SPLITS": linear.MOST_SPLITS})
+    for architecture in ARCHITECTURES:
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
+        used = resources(compiled, tmp_path)
         assert used["REG"] <= 128 and used["STACK"] == 0

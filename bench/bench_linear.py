@@ -1,0 +1,194 @@
+"""What does a verify of T rows cost in the linears of the demo model, against the floor and against torch's linear?
+
+    python bench/bench_linear.py                    a table, bench/results/linear_cpu.{json,png}
+    pytest bench --benchmark-only                   the kernels alone, to compare before and after a change
+
+One call is every linear of SmolLM2-135M once, each with its own weight, so that weights come from memory as they do
+in a real step. The peer is torch's linear in the same dtype; int8 weights (with fp32 rows) have none, so theirs are
+fp32 and bf16. The floor is the larger of the packed bytes over the measured read bandwidth and the operations over
+the measured rate of a large matrix product, in the dtype or in fp32, whichever is faster here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import measure
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pyspec.ops.linear import linear, pack_weight
+
+LAYERS = 30
+LAYER = {"qkv": (960, 576), "output": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}  # outputs, inputs
+HEAD = (49152, 576)
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+FORMATS = {  # of the packed weight, and the dtypes of torch's linear beside it
+    torch.bfloat16: (torch.bfloat16,),
+    torch.float32: (torch.float32,),
+    torch.int8: (torch.float32, torch.bfloat16),
+}
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.int8: 5e-2}  # int8 rows are rounded
+
+
+class Model:
+    """The weights of one model's linears in one packed format, and plainly for the peers."""
+
+    def __init__(self, dtype: torch.dtype, layers: int = LAYERS, head: tuple[int, int] = HEAD):
+        generator = torch.Generator().manual_seed(0)
+        self.dtype, self.x_dtype = dtype, torch.float32 if dtype == torch.int8 else dtype
+        self.packed, self.plain = [], {peer: [] for peer in FORMATS[dtype]}
+        for outputs, inputs in (*LAYER.values(),) * layers + (head,):
+            weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(self.x_dtype)
+            self.packed.append(pack_weight(weight, dtype))
+            for peer, weights in self.plain.items():
+                weights.append(weight.to(peer))
+        self.bytes = sum(weight.nbytes for weight in self.packed)
+        self.parameters = sum(weight.outputs * weight.inputs for weight in self.packed)
+
+    def inputs(self, rows: int, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+        """Rows by their width."""
+        generator = torch.Generator().manual_seed(rows)
+        return {k: torch.randn(rows, k, generator=generator).to(dtype) for k in sorted({w.inputs for w in self.packed})}
+
+    def pyspec(self, rows: int) -> Callable[[], None]:
+        x = self.inputs(rows, self.x_dtype)
+
+        def call() -> None:
+            for weight in self.packed:
+                linear(x[weight.inputs], weight)
+
+        return call
+
+    def torch(self, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+        x = self.inputs(rows, dtype)
+
+        def call() -> None:
+            for weight in self.plain[dtype]:
+                F.linear(x[weight.shape[1]], weight)
+
+        return call
+
+    def check(self, rows: int) -> None:
+        """Refuses to time a wrong result, or one that breaks the row rule."""
+        x = self.inputs(rows, self.x_dtype)
+        for weight in self.packed[-len(LAYER) - 1 :]:
+            found = linear(x[weight.inputs], weight)
+            expected = x[weight.inputs].double() @ weight.unpack().double().T
+            torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[self.dtype], rtol=TOLERANCE[self.dtype])
+            assert torch.equal(found[-1:], linear(x[weight.inputs][-1:], weight))
+
+
+@pytest.fixture(scope="module", params=list(FORMATS), ids=str)
+def model(request):
+    return Model(request.param)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_linear(benchmark, model, rows):
+    model.check(rows)
+    benchmark(model.pyspec(rows))
+
+
+def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD) -> dict:
+    bandwidth = measure.read_bandwidth()
+    fp32_rate = measure.multiply_rate(torch.float32)
+    results = []
+    for dtype in FORMATS:
+        rate = max(fp32_rate, measure.multiply_rate(dtype))
+        model = Model(dtype, layers, head)
+        for rows in ROWS:
+            model.check(rows)
+            calls = {"pyspec": model.pyspec(rows)}
+            calls |= {f"torch {name(peer)}": model.torch(rows, peer) for peer in FORMATS[dtype]}
+            ms = {who: 1e3 * seconds for who, seconds in measure.in_turn(calls, repeats, warmup=1).items()}
+            bytes_floor, rate_floor = 1e3 * model.bytes / bandwidth, 1e3 * 2 * model.parameters * rows / rate
+            one_row = results[-1]["one_row_ms"] if rows > 1 else ms["pyspec"]
+            results.append(
+                {
+                    "weights": name(dtype),
+                    "rows": rows,
+                    "ms": ms,
+                    "one_row_ms": one_row,
+                    "gb_s": model.bytes / ms["pyspec"] / 1e6,
+                    "floor_ms": max(bytes_floor, rate_floor),
+                    "floor": "bytes" if bytes_floor > rate_floor else "operations",
+                }
+            )
+            show(results[-1])
+        del model
+    return {
+        "machine": measure.machine(),
+        "layers": layers,
+        "layer": LAYER,
+        "head": head,
+        "repeats": repeats,
+        "read_gb_s": bandwidth / 1e9,
+        "results": results,
+    }
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def show(row: dict) -> None:
+    ours = row["ms"]["pyspec"]
+    peers = "  ".join(f"{who} {t:.1f} ({t / ours:.2f}x)" for who, t in row["ms"].items() if who != "pyspec")
+    print(
+        f"{row['weights']:>8} T={row['rows']:<3} pyspec {ours:7.2f} ms, {ours / row['one_row_ms']:5.2f} of one row, "
+        f"{row['gb_s']:5.1f} GB/s  floor {row['floor_ms']:.2f} ms by {row['floor']} ({row['floor_ms'] / ours:.0%})  "
+        f"{peers}",
+        flush=True,
+    )
+
+
+def plot(result: dict, path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    formats = list(dict.fromkeys(row["weights"] for row in result["results"]))
+    figure, axes = plt.subplots(1, len(formats), figsize=(4.2 * len(formats), 4), sharey=True)
+    for axis, weights in zip(axes, formats, strict=True):
+        rows = [row for row in result["results"] if row["weights"] == weights]
+        counts = [row["rows"] for row in rows]
+        for who in rows[0]["ms"]:
+            width = 2.2 if who == "pyspec" else 1.2
+            axis.plot(counts, [row["ms"][who] for row in rows], marker="o", markersize=3, linewidth=width, label=who)
+        axis.plot(counts, [row["floor_ms"] for row in rows], color="black", linestyle="--", linewidth=1, label="floor")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(counts, counts)
+        axis.grid(alpha=0.3, which="both")
+        axis.set_title(f"{weights} weights")
+        axis.set_xlabel("rows in one verify")
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("ms for all linears of the model")
+    machine = result["machine"]
+    figure.suptitle(
+        f"all linears of SmolLM2-135M; {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"{machine['date']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    result = run(options.repeats)
+    path = measure.save("linear_cpu", result)
+    plot(result, path.with_suffix(".png"))
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

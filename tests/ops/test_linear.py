@@ -1,0 +1,573 @@
+"""linear: packing byte by byte, every backend and instruction set against float64, and the row rule bit for bit."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tree_attention import available_instruction_sets
+
+import pyspec
+from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, pack_weight
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PACKED = (*FLOATS, torch.int8)
+INPUTS = [(dtype, dtype) for dtype in FLOATS] + [(dtype, torch.int8) for dtype in FLOATS]  # of x, of the weight
+SIZES = [(1, 1), (1, 2), (5, 1), (1, 65), (31, 33), (32, 32), (33, 31), (65, 97)]  # outputs, inputs
+KERNELS = available_instruction_sets()
+
+
+@pytest.fixture(params=["reference", *KERNELS])
+def run(request, monkeypatch):
+    """linear on the reference or one instruction set."""
+    if request.param == "reference":
+
+        def call(*args, **options):
+            with pyspec.backend("reference"):
+                return linear(*args, **options)
+
+        return call
+    monkeypatch.setenv("PYSPEC_ISA", request.param)
+    return linear
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, monkeypatch):
+    """Only the kernels, where bits are promised."""
+    monkeypatch.setenv("PYSPEC_ISA", request.param)
+    return linear
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the last bit: -0 is not 0, and a NaN equals itself."""
+    integers = {4: torch.int32, 2: torch.int16}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
+
+
+def assert_same(run, a: torch.Tensor, b: torch.Tensor) -> None:
+    """The same bits from a kernel; the reference promises values."""
+    if run is linear:
+        assert same_bits(a, b)
+    else:
+        torch.testing.assert_close(a, b)
+
+
+def alone(x: torch.Tensor, *args, **options) -> torch.Tensor:
+    """Every row in a call of its own."""
+    return torch.cat([linear(x[i : i + 1], *args, **options) for i in range(len(x))])
+
+
+# ==== float64, in numpy ====
+
+
+def padded_groups(values: np.ndarray) -> np.ndarray:
+    rows, inputs = values.shape
+    return np.pad(values, ((0, 0), (0, -inputs % 32))).reshape(rows, -1, 32)
+
+
+def rounded_weight(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [N, G] fp16 and integers [N, G, 32] of fp32 weights."""
+    groups = padded_groups(weight)
+    scales, integers = np.zeros(groups.shape[:2], np.float16), np.zeros(groups.shape, np.int64)
+    for n, row in enumerate(groups):
+        for g, group in enumerate(row):
+            scales[n, g] = np.abs(group).max() / np.float32(127)
+            if scales[n, g] > 0:
+                inverse = np.float32(1) / np.float32(scales[n, g])
+                integers[n, g] = np.clip(np.rint(group * inverse), -127, 127)
+    return scales, integers
+
+
+def rounded_x(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales [R, G] fp32 and integers [R, G, 32] of fp32 rows."""
+    groups = padded_groups(x)
+    scales, integers = np.zeros(groups.shape[:2], np.float32), np.zeros(groups.shape, np.int64)
+    for r, row in enumerate(groups):
+        for g, group in enumerate(row):
+            largest = np.abs(group).max()
+            scales[r, g] = largest / np.float32(127)
+            if largest > 0:
+                integers[r, g] = np.rint(group * (np.float32(127) / largest))
+    return scales, integers
+
+
+def oracle(x: torch.Tensor, weight: torch.Tensor, packed: torch.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """x times weight as `packed` stores it, and the sum of the products' sizes, which bounds the error."""
+    if packed != torch.int8:
+        a, b = x.double().numpy(), weight.to(packed).double().numpy()
+        return np.einsum("rk,nk->rn", a, b), np.einsum("rk,nk->rn", abs(a), abs(b))
+    x_scales, x_integers = rounded_x(x.float().numpy())
+    w_scales, w_integers = rounded_weight(weight.float().numpy())
+    out = np.zeros((len(x), len(weight)))
+    size = np.zeros_like(out)
+    for g in range(x_scales.shape[1]):
+        scale = x_scales[:, None, g].astype(np.float64) * w_scales[None, :, g].astype(np.float64)
+        out += scale * (x_integers[:, g] @ w_integers[:, g].T)
+        size += scale * (abs(x_integers[:, g]) @ abs(w_integers[:, g]).T)
+    return out, size
+
+
+def assert_close(found: torch.Tensor, expected: np.ndarray, size: np.ndarray, inputs: int) -> None:
+    """A sum of K terms in fp32 is off by at most about K half units of the terms' sizes, whatever its order."""
+    error = np.abs(found.double().numpy() - expected)
+    bound = size * (inputs + 5) * 2.0**-24 + 2.0**-126
+    assert (error <= bound).all(), f"off by {(error / bound).max():.3g} times the bound"
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_matches_float64(run, x_dtype, packed):
+    for outputs, inputs in SIZES:
+        for rows in (1, 2, 7, 9):
+            x, weight = random(rows, inputs, dtype=x_dtype), random(outputs, inputs, seed=1)
+            weight = weight.to(x_dtype)
+            found = run(x, pack_weight(weight, packed), out_dtype=torch.float32)
+            assert found.shape == (rows, outputs)
+            assert_close(found, *oracle(x, weight, packed), inputs)
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(st.data())
+def test_random_shapes(data):
+    rows, outputs, inputs = (data.draw(st.integers(1, most)) for most in (20, 100, 200))
+    x_dtype, packed = data.draw(st.sampled_from(INPUTS))
+    x_size, weight_size = (data.draw(st.sampled_from([1e-3, 1.0, 100.0])) for _ in range(2))
+    seed = data.draw(st.integers(0, 99))
+    x = (random(rows, inputs, seed=seed) * x_size).to(x_dtype)
+    weight = (random(outputs, inputs, seed=seed + 1) * weight_size).to(x_dtype)
+    data_packed = pack_weight(weight, packed)
+    expected = oracle(x, weight, packed)
+    for name in ["reference", *KERNELS]:
+        if name == "reference":
+            found = linear_reference(x, data_packed.data, None, outputs, torch.float32)
+        else:
+            os.environ["PYSPEC_ISA"] = name
+            try:
+                found = linear(x, data_packed, out_dtype=torch.float32)
+                row = data.draw(st.integers(0, rows - 1))
+                assert same_bits(found[row : row + 1], linear(x[row : row + 1], data_packed, out_dtype=torch.float32))
+            finally:
+                del os.environ["PYSPEC_ISA"]
+        assert_close(found, *expected, inputs)
+
+
+@pytest.mark.parametrize("packed", PACKED, ids=str)
+def test_large_shapes(kernel, packed):
+    """The shape of a layer, which crosses caches and threads, and a prompt's worth of rows."""
+    dtype = torch.float32 if packed == torch.int8 else packed
+    x, weight = random(300, 576, dtype=dtype), random(99, 576, dtype=dtype, seed=1)
+    data = pack_weight(weight, packed)
+    found = kernel(x, data, out_dtype=torch.float32)
+    assert_close(found, *oracle(x, weight, packed), 576)
+    for rows in ((0, 1), (297, 298), (299, 300), (13, 50)):
+        assert same_bits(found[slice(*rows)], kernel(x[slice(*rows)], data, out_dtype=torch.float32))
+
+
+# ==== the packed format ====
+
+
+@pytest.mark.parametrize("outputs, inputs", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_float_format(outputs, inputs, dtype):
+    """Place by place as kernels/params/linear.h says, and zeros between."""
+    weight = random(outputs, inputs)
+    packed = pack_weight(weight, dtype)
+    assert (packed.outputs, packed.inputs, packed.dtype) == (outputs, inputs, dtype)
+    steps = inputs + inputs % 2 if dtype == torch.bfloat16 else inputs
+    assert packed.nbytes == (outputs + 31) // 32 * 32 * steps * dtype.itemsize
+    found = packed.data.flatten().clone()
+    rounded = weight.to(dtype)
+    for n in range(outputs):
+        panel, lane = n // 32 * 32 * steps, n % 32
+        for k in range(inputs):
+            step = k // 2 * 64 + lane * 2 + k % 2 if dtype == torch.bfloat16 else k * 32 + lane
+            assert found[panel + step] == rounded[n, k]
+            found[panel + step] = 0
+    assert not found.any()
+    assert torch.equal(packed.unpack(), rounded.float())
+
+
+@pytest.mark.parametrize("outputs, inputs", SIZES)
+def test_int8_format(outputs, inputs):
+    weight = random(outputs, inputs)
+    packed = pack_weight(weight, torch.int8)
+    groups = (inputs + 31) // 32
+    assert (packed.outputs, packed.inputs, packed.dtype) == (outputs, inputs, torch.int8)
+    assert packed.nbytes == (outputs + 31) // 32 * groups * 32 * 34
+    scales, integers = rounded_weight(weight.numpy())
+    data = packed.data.flatten().numpy()
+    for panel in range((outputs + 31) // 32):
+        for g in range(groups):
+            start = (panel * groups + g) * 32 * 34
+            for lane in range(32):
+                n = panel * 32 + lane
+                scale = data[start + 2 * lane : start + 2 * lane + 2].view(np.float16)[0]
+                places = [start + 64 + k // 4 * 128 + lane * 4 + k % 4 for k in range(32)]
+                assert scale == (scales[n, g] if n < outputs else 0)
+                assert (data[places] == (integers[n, g] + 128 if n < outputs else 128)).all()
+    values = (scales[..., None].astype(np.float32) * integers).reshape(outputs, -1)[:, :inputs]
+    assert torch.equal(packed.unpack(), torch.from_numpy(values))
+
+
+@pytest.mark.parametrize("outputs, inputs", SIZES)
+@pytest.mark.parametrize("dtype", PACKED, ids=str)
+def test_rows(outputs, inputs, dtype):
+    packed = pack_weight(random(outputs, inputs), dtype)
+    index = torch.cat((torch.arange(outputs).flip(0), torch.randint(outputs, (40,)), torch.zeros(2, dtype=torch.int64)))
+    found = packed.rows(index)
+    assert found.dtype == torch.float32 and torch.equal(found, packed.unpack()[index])
+    assert packed.rows(index[:0]).shape == (0, inputs)
+
+
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
+def test_packing_takes_any_float_and_any_strides(weight_dtype):
+    weight = random(70, 90, dtype=weight_dtype)
+    assert pack_weight(weight).dtype == weight_dtype
+    for dtype in PACKED:
+        expected = pack_weight(weight, dtype).data
+        wide = random(90, 200, dtype=weight_dtype).T[10:150:2]
+        wide.copy_(weight)
+        assert wide.stride() == (2, 200) and torch.equal(pack_weight(wide, dtype).data, expected)
+        assert torch.equal(pack_weight(weight.float(), dtype).data, expected)
+
+
+@pytest.mark.parametrize("outputs, inputs", SIZES)
+def test_rows_format_of_other_devices(outputs, inputs):
+    """The layout without panels holds the same values; scales are filled up to 16 bytes."""
+    weight = random(outputs, inputs)
+    in_panels = pack_weight(weight, torch.int8)
+    groups = (inputs + 31) // 32
+    in_rows = PackedWeight(_pack_int8(weight, False), outputs, inputs)
+    assert in_rows.data.shape == (outputs, (2 * groups + 15) // 16 * 16 + 32 * groups)
+    assert torch.equal(in_rows.unpack(), in_panels.unpack())
+    index = torch.tensor([outputs - 1, 0])
+    assert torch.equal(in_rows.rows(index), in_panels.rows(index))
+    x = random(3, inputs)
+    found = [linear_reference(x, w.data, None, outputs, torch.float32) for w in (in_rows, in_panels)]
+    assert torch.equal(*found)
+    for dtype in FLOATS:
+        on_meta = pack_weight(weight.to("meta"), dtype)
+        assert on_meta.data.shape == (outputs, inputs) and on_meta.dtype == dtype
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(st.integers(0, 999), st.sampled_from([1e-2, 1.0, 300.0, 1e6]))
+def test_int8_error_is_half_a_step(seed, size):
+    weight = random(33, 75, seed=seed) * size
+    error = F.pad((pack_weight(weight, torch.int8).unpack() - weight).abs(), (0, 21)).unflatten(1, (-1, 32))
+    largest = F.pad(weight.abs(), (0, 21)).unflatten(1, (-1, 32)).amax(-1, keepdim=True)
+    # the scale is rounded to fp16, which widens a step by up to 2^-11
+    assert (error <= largest / 254 * (1 + 2**-10)).all()
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(st.integers(0, 999))
+def test_int8_keeps_what_was_int8(seed):
+    """Scales times integers, the largest of which is 127, as in a Q8_0 file: packing changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    integers = torch.randint(-127, 128, (35, 3, 32), generator=generator)
+    largest = torch.randint(0, 32, (35, 3, 1), generator=generator)
+    integers.scatter_(2, largest, 127 - 254 * torch.randint(0, 2, (35, 3, 1), generator=generator))
+    # every positive fp16, subnormal ones too, whose product with 127 is one
+    bits = torch.randint(1, 0x7C00, (35, 3, 1), generator=generator, dtype=torch.int16)
+    scales = bits.view(torch.float16).float()
+    weight = (scales * integers).flatten(1)
+    packed = pack_weight(weight, torch.int8)
+    assert torch.equal(packed.unpack(), weight)
+    assert torch.equal(pack_weight(packed.unpack(), torch.int8).data, packed.data)
+
+
+def test_int8_of_zeros_and_of_tiny_values():
+    weight = torch.zeros(3, 70)
+    weight[1, 40], weight[2] = 1.0, 1e-9  # a scale of 1e-9 / 127 is 0 in fp16
+    expected = torch.zeros(3, 70)
+    expected[1, 40] = torch.tensor(1 / 127).half().float() * 127
+    assert torch.equal(pack_weight(weight, torch.int8).unpack(), expected)
+
+
+# ==== the row rule ====
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_row_rule(kernel, x_dtype, packed):
+    """T rows have the bits of T calls, for every T, whatever the number of threads."""
+    threads = torch.get_num_threads()
+    x, weight = random(64, 77, dtype=x_dtype), pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    expected = alone(x, weight)
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for rows in range(1, 65, 1 if count == 1 else 9):
+                assert same_bits(kernel(x[:rows], weight), expected[:rows]), rows
+                assert same_bits(kernel(x[-rows:], weight), expected[-rows:]), rows
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("packed", PACKED, ids=str)
+def test_row_rule_with_bias_in_a_real_layer(kernel, packed):
+    dtype = torch.bfloat16 if packed == torch.int8 else packed
+    x, weight = random(11, 1537, dtype=dtype), pack_weight(random(163, 1537, dtype=dtype, seed=1), packed)
+    bias = random(163)
+    for out_dtype in FLOATS:
+        expected = alone(x, weight, bias, out_dtype=out_dtype)
+        order = torch.randperm(11)
+        assert same_bits(kernel(x, weight, bias, out_dtype=out_dtype), expected)
+        assert same_bits(kernel(x[order], weight, bias, out_dtype=out_dtype), expected[order])
+
+
+def test_the_row_rule_is_not_a_matter_of_course():
+    """torch's own linear breaks it on such shapes: the tests above would notice."""
+    x, weight = random(64, 577), random(163, 577, seed=1)
+    together, each = F.linear(x, weight), torch.cat([F.linear(x[i : i + 1], weight) for i in range(64)])
+    torch.testing.assert_close(together, each, atol=1e-4, rtol=1e-4)
+    if same_bits(together, each):
+        pytest.skip("torch's linear keeps a row's bits here")
+    packed = pack_weight(weight)
+    assert not KERNELS or same_bits(linear(x, packed), alone(x, packed))
+
+
+# ==== other values ====
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_a_bad_row_stays_alone(run, x_dtype, packed, value):
+    x, weight = random(9, 77, dtype=x_dtype), pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    clean = run(x, weight)
+    for row in (0, 4, 8):
+        bad = x.clone()
+        bad[row, 76 - row] = value
+        found = run(bad, weight)
+        others = [i for i in range(9) if i != row]
+        assert not found[row].isfinite().any()
+        if packed == torch.int8:  # the group has no scale any more
+            assert found[row].isnan().all()
+        assert_same(run, found[others], clean[others])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_nan_weight_reaches_its_output_only(run, dtype):
+    x, weight = random(9, 77, dtype=dtype), random(45, 77, dtype=dtype, seed=1)
+    x[3] = 0
+    clean = run(x, pack_weight(weight))
+    for output, inputs in ((0, 0), (31, 76), (44, 76)):
+        bad = weight.clone()
+        bad[output, inputs] = torch.nan
+        found = run(x, pack_weight(bad))
+        others = [i for i in range(45) if i != output]
+        assert found[:, output].isnan().all()
+        assert_same(run, found[:, others].contiguous(), clean[:, others].contiguous())
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_nothing_is_left_over_from_another_call(kernel, x_dtype, packed):
+    """Kernels share a buffer: what a larger call wrote there must not be read as this one's padding."""
+    x, weight = random(5, 63, dtype=x_dtype), pack_weight(random(33, 63, dtype=x_dtype, seed=1), packed)
+    expected = kernel(x, weight)
+    kernel(torch.full((40, 200), torch.nan, dtype=x_dtype), pack_weight(torch.ones(3, 200, dtype=x_dtype), packed))
+    assert same_bits(kernel(x, weight), expected)
+
+
+@pytest.mark.parametrize("packed", [torch.float32, torch.int8], ids=str)
+def test_tiny_and_huge_rows(run, packed):
+    """A largest value without a reciprocal in fp32 counts as 0 in int8; nothing becomes infinite on the way."""
+    x = torch.zeros(6, 40)
+    x[1], x[2], x[3], x[4], x[5] = 1e-44, 1e-39, 1e-37, 1e-35, 1e38
+    weight = torch.full((3, 40), 0.01)
+    found = run(x, pack_weight(weight, packed))
+    expected = x.double() @ weight.double().T
+    assert found.isfinite().all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-37 if packed == torch.int8 else 1e-43)
+
+
+# ==== shapes, strides, dtypes ====
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_shapes_and_strides(run, x_dtype, packed):
+    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    x = random(2, 3, 77, dtype=x_dtype)
+    expected = run(x, weight)
+    assert expected.shape == (2, 3, 45) and expected.dtype == x_dtype and expected.is_contiguous()
+    assert_same(run, run(x.flatten(0, 1), weight), expected.flatten(0, 1))
+    assert_same(run, run(x[1, 2], weight), expected[1, 2])
+    wide = random(2, 3, 90, dtype=x_dtype)
+    wide[..., 5:82] = x
+    assert_same(run, run(wide[..., 5:82], weight), expected)
+    assert_same(run, run(wide.flatten(0, 1)[::2, 5:82], weight), expected.flatten(0, 1)[::2].contiguous())
+    swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_same(run, run(swapped, weight), expected)
+    assert_same(run, run(x[0, :1].expand(4, 77), weight), expected[0, :1].expand(4, 45).contiguous())
+    for shape in ((0, 77), (0, 3, 77), (2, 0, 77)):
+        assert run(x.new_empty(shape), weight).shape == (*shape[:-1], 45)
+
+
+def test_one_input_may_have_any_stride(run):
+    x = random(4, 6)
+    weight = pack_weight(random(5, 1, seed=1))
+    assert_same(run, run(x[:, 2:3], weight), run(x[:, 2:3].contiguous(), weight))
+    assert_same(run, run(x.T[:, 2:3], weight), run(x.T[:, 2:3].contiguous(), weight))
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
+def test_bias_and_out_dtype(run, x_dtype, packed):
+    """The fp32 sum, plus the bias in fp32, rounded once."""
+    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    x = random(5, 77, dtype=x_dtype)
+    total = run(x, weight, out_dtype=torch.float32)
+    assert same_bits(run(x, weight), total.to(x_dtype))
+    for out_dtype in FLOATS:
+        assert same_bits(run(x, weight, out_dtype=out_dtype), total.to(out_dtype))
+        for bias_dtype in (*FLOATS, torch.float64):
+            for bias in (random(45, dtype=bias_dtype, seed=2), random(90, dtype=bias_dtype, seed=2)[::2]):
+                found = run(x, weight, bias, out_dtype=out_dtype)
+                assert same_bits(found, (total + bias.float()).to(out_dtype))
+
+
+def test_results_beyond_fp16(run):
+    found = run(torch.full((1, 64), 1e4), pack_weight(torch.tensor([[1.0], [-1.0]]).expand(2, 64)), out_dtype=FLOATS[1])
+    assert found.tolist() == [[torch.inf, -torch.inf]]
+
+
+def test_a_plain_weight_is_packed(run):
+    x, weight = random(5, 77), random(45, 77, seed=1)
+    assert same_bits(run(x, weight), run(x, pack_weight(weight)))
+
+
+# ==== the op as torch sees it ====
+
+
+@pytest.mark.parametrize("x_dtype, packed", INPUTS[:4], ids=str)
+def test_opcheck(x_dtype, packed):
+    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    for bias in (None, random(45)):
+        args = (random(5, 77, dtype=x_dtype), weight.data, bias, 45, torch.float32)
+        torch.library.opcheck(torch.ops.pyspec.linear.default, args)
+
+
+def test_compiles_as_one_graph():
+    def step(x, weight, bias):
+        return linear(x * 2, weight, bias)
+
+    x, weight, bias = random(2, 3, 77), random(45, 77, seed=1), random(45)
+    for packed, backend in ((torch.float32, "inductor"), (torch.int8, "aot_eager")):
+        args = (x, pack_weight(weight, packed), bias)
+        torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=backend)(*args), step(*args))
+
+
+# ==== bad input ====
+
+
+@pytest.mark.parametrize(
+    "error, message, change",
+    [
+        (TypeError, "x must be float32, float16 or bfloat16, got torch.float64", lambda x, w: (x.double(), w)),
+        (TypeError, "weight must be int8 or torch.float16 like x, got torch.float32", lambda x, w: (x.half(), w)),
+        (TypeError, "weight must be float32, float16 or bfloat16", lambda x, w: (x, torch.zeros(45, 77).double())),
+        (ValueError, r"weight must be \[outputs, inputs\] and not empty", lambda x, w: (x, torch.zeros(77))),
+        (ValueError, r"x must be \[..., 77\] for this weight, got shape \(5, 76\)", lambda x, w: (x[:, 1:], w)),
+        (ValueError, r"x must be \[..., 77\] for this weight, got shape \(\)", lambda x, w: (x[0, 0], w)),
+        (ValueError, r"x must be \[..., 77\] for this weight, got shape \(5, 0\)", lambda x, w: (x[:, :0], w)),
+        (ValueError, "x must have a contiguous last dimension", lambda x, w: (x.T.contiguous().T, w)),
+        (ValueError, "weight must be on meta like x, got cpu", lambda x, w: (x.to("meta"), w)),
+        (ValueError, r"bias must be floating point \[45\]", lambda x, w: (x, w, torch.zeros(44))),
+        (ValueError, r"bias must be floating point \[45\]", lambda x, w: (x, w, torch.zeros(1, 45))),
+        (ValueError, r"bias must be floating point \[45\]", lambda x, w: (x, w, torch.zeros(45, dtype=torch.int32))),
+        (ValueError, "bias must be on cpu like x, got meta", lambda x, w: (x, w, torch.zeros(45, device="meta"))),
+    ],
+)
+def test_bad_input_names_the_argument(error, message, change):
+    with pytest.raises(error, match=f"^{message}"):
+        linear(*change(random(5, 77), pack_weight(random(45, 77))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=str)
+def test_bad_out_dtype(dtype):
+    with pytest.raises(TypeError, match=f"^out_dtype must be float32, float16 or bfloat16, got {dtype}"):
+        linear(random(5, 77), pack_weight(random(45, 77)), out_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "error, message, weight, dtype",
+    [
+        (TypeError, "weight must be float32, float16 or bfloat16, or become int8", torch.ones(2, 3).double(), None),
+        (TypeError, "weight must be float32, float16 or bfloat16, or become int8", torch.ones(2, 3).char(), None),
+        (TypeError, ".* got torch.float32 to torch.uint8", torch.ones(2, 3), torch.uint8),
+        (ValueError, r"weight must be \[outputs, inputs\] and not empty, got shape \(3,\)", torch.ones(3), None),
+        (ValueError, r"weight must be .* got shape \(1, 2, 3\)", torch.ones(1, 2, 3), None),
+        (ValueError, r"weight must be .* got shape \(0, 3\)", torch.ones(0, 3), None),
+        (ValueError, r"weight must be .* got shape \(3, 0\)", torch.ones(3, 0), torch.int8),
+        (ValueError, r"weight must be at most 8.32e\+06 for int8, got 9e\+06", torch.full((2, 3), -9e6), torch.int8),
+        (ValueError, "weight must be at most .* got inf", torch.tensor([[1.0, torch.inf]]), torch.int8),
+        (ValueError, "weight must be at most .* got nan", torch.tensor([[1.0, torch.nan]]), torch.int8),
+    ],
+)
+def test_bad_weights_are_not_packed(error, message, weight, dtype):
+    with pytest.raises(error, match=f"^{message}"):
+        pack_weight(weight, dtype)
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
+@pytest.mark.parametrize("packed", PACKED, ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outputs": 65},  # more panels than there are
+        {"outputs": 32},
+        {"outputs": 0},
+        {"outputs": -45},
+        {"outputs": 2**63 - 1},
+        {"outputs": 2**56 + 32},  # its size in bytes is that of one panel, modulo 2^64
+        {"x": lambda x: x[:, :30]},
+        {"x": lambda x: x.repeat(1, 2)},
+        {"x": lambda x: x[:, :0]},
+        {"x": lambda x: x[0]},
+        {"x": lambda x: x[None]},
+        {"x": lambda x: x.T.contiguous().T},
+        {"x": lambda x: x.double()},
+        {"x": lambda x: x.long()},
+        {"weight": lambda w: w[:1]},
+        {"weight": lambda w: w[:0]},
+        {"weight": lambda w: torch.cat((w, w))},
+        {"weight": lambda w: torch.cat((w, w))[::2]},
+        {"weight": lambda w: w.double()},
+        {"weight": lambda w: w.long()},
+        {"bias": torch.zeros(44)},
+        {"bias": torch.zeros(45, 1)},
+        {"bias": torch.zeros(45).half()},
+        {"out_dtype": torch.float64},
+        {"out_dtype": torch.int32},
+    ],
+)
+def test_direct_calls_cannot_read_outside(packed, change):
+    dtype = torch.float32 if packed == torch.int8 else packed
+    args = {
+        "x": random(5, 64, dtype=dtype),
+        "weight": pack_weight(random(45, 64, dtype=dtype), packed).data,
+        "bias": torch.zeros(45),
+        "outputs": 45,
+        "out_dtype": torch.float32,
+    }
+    torch.ops.pyspec.linear(*args.values())
+    for name, value in change.items():
+        args[name] = value(args[name]) if callable(value) else value
+    if "outputs" in change:
+        args["bias"] = None
+    with pytest.raises(RuntimeError):
+        torch.ops.pyspec.linear(*args.values())
+
+
+@pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
+def test_direct_calls_need_one_dtype():
+    for x_dtype in FLOATS:
+        for dtype in set(FLOATS) - {x_dtype}:
+            weight = pack_weight(random(45, 64), dtype).data
+            with pytest.raises(RuntimeError, match="weight must be int8 or have the dtype of x"):
+                torch.ops.pyspec.linear(random(5, 64, dtype=x_dtype), weight, None, 45, torch.float32)
