@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed for this 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pyspec.kernels import merge_attention, tree_attention  # noqa: E402
+from pyspec.kernels import merge_attention, row_statistics, tree_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -140,3 +140,15 @@ def test_merge_attention_compiles(dtype, tmp_path):
         target = GPUTarget("cuda", architecture, 32)
         used = resources(triton.compile(source, target=target, options={"enable_fp_fusion": False}), tmp_path)
         assert used["REG"] <= 128 and used["STACK"] == 0
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+def test_row_statistics_compiles(dtype, tmp_path):
+    kernel = row_statistics.row_statistics_kernel
+    signature = dict.fromkeys(kernel.arg_names, "*fp32") | {"logits": ELEMENT[dtype]}
+    signature |= {"tokens": "*i64", "out_tokens": "*i64", "vocab": "i32", "count": "i32", "stride": "i32"}
+    for architecture in ARCHITECTURES:
+        source = ASTSource(kernel, signature, {})
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=row_statistics.OPTIONS)
+        used = resources(compiled, tmp_path)
+        assert used["REG"] <= 128 and used["STACK"] == 0 and used["LOCAL"] == 0
