@@ -122,16 +122,16 @@ void fold_row(const RowStatisticsParams& p, int64_t row) {
 
   float nan = __builtin_nanf(""), total = sum_lanes(sums.weights), log_total = __builtin_logf(total);
   float log_sum_exp = best.logits[0] + log_total;
-  // Against +inf every weight is 0 or NaN, so the sums do not tell whether the row has NaN.
+  // Where that is not finite, total is NaN or 0 and entropy and probabilities become NaN. Against +inf it is
+  // always NaN, so it does not tell whether the row has NaN.
   if (best.logits[0] == kInfinity) log_sum_exp = has_nan(logits, p.vocab) ? nan : kInfinity;
-  bool is_law = __builtin_fabsf(log_sum_exp) < kInfinity;
   p.log_sum_exp[row] = log_sum_exp;
-  p.entropy[row] = is_law ? log_total - sum_lanes(sums.weighted) / total : nan;
+  p.entropy[row] = log_total - sum_lanes(sums.weighted) / total;
   std::memcpy(p.top_tokens + row * kTop, best.tokens, sizeof best.tokens);
   std::memcpy(p.top_logits + row * kTop, best.logits, sizeof best.logits);
   for (int64_t i = row * p.count; i < (row + 1) * p.count; ++i) {
     int64_t token = p.tokens[i];
-    bool is_known = is_law && token >= 0 && token < p.vocab;
+    bool is_known = token >= 0 && token < p.vocab;
     p.token_probabilities[i] = is_known ? __builtin_expf(to_float(logits[token]) - sums.shift) / total : nan;
   }
 }
