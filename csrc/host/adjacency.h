@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "growth.h"
-#include "top_tokens.h"
+#include "params/row_statistics.h"
 
 namespace pyspec {
 

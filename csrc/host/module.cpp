@@ -8,7 +8,6 @@
 #include "adjacency.h"
 #include "growth.h"
 #include "ngram_index.h"
-#include "top_tokens.h"
 #include "tree.h"
 
 namespace py = pybind11;
@@ -38,23 +37,6 @@ py::tuple layout(const Array<int32_t>& parents) {
   std::fill_n(bits.mutable_data(), bits.size(), 0);
   tree_layout(parents.data(), nodes, depths.mutable_data(), reinterpret_cast<uint32_t*>(bits.mutable_data()));
   return py::make_tuple(depths, bits);
-}
-
-py::tuple top(const Array<float>& logits) {
-  if (logits.ndim() != 2) throw std::invalid_argument("logits must be [nodes, vocabulary]");
-  const py::ssize_t nodes = logits.shape(0), vocab = logits.shape(1);
-  Array<int32_t> tokens({nodes, py::ssize_t{kTop}});
-  Array<float> values({nodes, py::ssize_t{kTop}});
-  const float* rows = logits.data();
-  int32_t* token = tokens.mutable_data();
-  float* value = values.mutable_data();
-  {
-    py::gil_scoped_release release;
-    for (py::ssize_t node = 0; node < nodes; ++node) {
-      top_tokens(rows + node * vocab, vocab, token + node * kTop, value + node * kTop);
-    }
-  }
-  return py::make_tuple(tokens, values);
 }
 
 void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents,
@@ -98,7 +80,6 @@ py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
   module.def("tree_layout", &layout, py::arg("parents").noconvert());
-  module.def("top_tokens", &top, py::arg("logits").noconvert());
   module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
              py::arg("budget"));
 

@@ -70,6 +70,8 @@ PYSPEC_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
+// Bit i is set where lane i of a is less than that of b; not where either is NaN.
+PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) == 0xffff; }
 template <int kTerms>
 PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
@@ -105,6 +107,11 @@ PYSPEC_INLINE F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
+PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) {
+  uint32_t lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ));
+  uint32_t hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ));
+  return lo | hi << 8;
 }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) {
   __m256 both = _mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ));
@@ -148,6 +155,11 @@ PYSPEC_INLINE F16 fma(F16 a, F16 b, F16 c) { PYSPEC_EACH(a.v[i] * b.v[i] + c.v[i
 PYSPEC_INLINE F16 max(F16 a, F16 b) { PYSPEC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   PYSPEC_EACH(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
+}
+PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) {
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= uint32_t{a.v[i] < b.v[i]} << i;
+  return mask;
 }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) {
   int equal = 0;

@@ -33,8 +33,8 @@ struct TreeAttentionParams {
 namespace {  // compiled once per instruction set, so never shared between object files
 
 // The row rule lives in these numbers: a key at position p is always in tile p / kTile, and tiles are
-// folded in order within chunks, whose results are merged in order. A chunk is what one thread folds: the first
-// ones are short, so that a short prefix is shared out too.
+// folded in order within chunks, whose results are merged in order. A chunk is what one thread folds: the
+// first ones are short, so that a short prefix is shared out too.
 constexpr int64_t kTile = 64;
 constexpr int64_t kChunkTiles = 16, kShortChunkTiles = 4, kShortChunks = 4;
 // Query rows (node x head of the group) are worked on in blocks of this many lanes.

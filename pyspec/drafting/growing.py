@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pyspec.drafting.engine import engine
+from pyspec.ops import row_statistics
 from pyspec.trees import DraftTree
 
 __all__ = ["GrowingDrafter"]
@@ -118,9 +119,6 @@ class GrowingDrafter:
 
 def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
-    logits = logits.detach().float()
-    if logits.device.type != "cpu":
-        logits, tokens = logits.topk(min(8, logits.shape[1]))
-        places, logits = engine().top_tokens(logits.cpu().numpy())
-        return np.where(places < 0, -1, np.take_along_axis(tokens.int().cpu().numpy(), places.clip(0), 1)), logits
-    return engine().top_tokens(logits.contiguous().numpy())
+    logits = logits.detach() if logits.dtype != torch.float64 else logits.detach().float()
+    statistics = row_statistics(logits if logits.stride(1) == 1 else logits.contiguous())
+    return statistics.top_tokens.int().cpu().numpy(), statistics.top_logits.cpu().numpy()

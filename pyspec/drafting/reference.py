@@ -9,27 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Adjacency", "Estimates", "NgramIndex", "grow", "top_tokens"]
+from pyspec.ops.row_statistics import TOP
 
-TOP = 8
-
-
-def top_tokens(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 best tokens of each row: ([T, 8] int32, their [T, 8] float32 logits), best first.
-
-    Among equals the lower token comes first; -1 and -inf where a row has fewer than 8 tokens above -inf, which NaN
-    counts as.
-    """
-    tokens = np.full((len(logits), TOP), -1, np.int32)
-    values = np.full((len(logits), TOP), -np.inf, np.float32)
-    for node, row in enumerate(logits):
-        row = np.where(np.isnan(row), -np.inf, row)
-        worst = np.partition(row, -TOP)[-TOP] if len(row) > TOP else -np.inf
-        (best,) = np.nonzero((row >= worst) & (row > -np.inf))
-        best = best[np.argsort(-row[best], kind="stable")][:TOP]
-        tokens[node, : len(best)] = best
-        values[node, : len(best)] = row[best]
-    return tokens, values
+__all__ = ["Adjacency", "Estimates", "NgramIndex", "grow"]
 
 
 class NgramIndex:

@@ -6,11 +6,13 @@ from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
+from pyspec.ops.row_statistics import RowStatistics, row_statistics
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
     "PackedWeight",
+    "RowStatistics",
     "backend",
     "backends",
     "linear",
@@ -19,6 +21,7 @@ __all__ = [
     "pack_weight",
     "rms_norm",
     "rotary_write",
+    "row_statistics",
     "swiglu",
     "tree_attention",
 ]

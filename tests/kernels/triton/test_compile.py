@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed for this 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pyspec.kernels import linear, merge_attention, tree_attention  # noqa: E402
+from pyspec.kernels import linear, merge_attention, row_statistics, tree_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -226,3 +226,15 @@ def test_sum_of_splits_compiles(tmp_path):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 128 and used["STACK"] == 0
+
+
+@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+def test_row_statistics_compiles(dtype, tmp_path):
+    kernel = row_statistics.row_statistics_kernel
+    signature = dict.fromkeys(kernel.arg_names, "*fp32") | {"logits": ELEMENT[dtype]}
+    signature |= {"tokens": "*i64", "out_tokens": "*i64", "vocab": "i32", "count": "i32", "stride": "i32"}
+    for architecture in ARCHITECTURES:
+        source = ASTSource(kernel, signature, {})
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=row_statistics.OPTIONS)
+        used = resources(compiled, tmp_path)
+        assert used["REG"] <= 128 and used["STACK"] == 0 and used["LOCAL"] == 0
