@@ -1,0 +1,72 @@
+"""rms_norm against float64, on every instruction set, and the row rule bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+from test_tree_attention import BACKENDS
+
+import pyspec
+from pyspec.ops import rms_norm
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request, monkeypatch):
+    if request.param != "reference":
+        monkeypatch.setenv("PYSPEC_ISA", request.param)
+        return rms_norm
+
+    def call(*args, **options):
+        with pyspec.backend("reference"):
+            return rms_norm(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 15), (5, 16), (4, 577), (0, 64)])
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_equals_float64(run, rows, size, dtype, has_delta):
+    torch.manual_seed(size)
+    hidden, delta, weight = torch.randn(rows, size) * 5, torch.randn(rows, size), torch.randn(size)
+    total = hidden.double().numpy() + (delta.double().numpy() if has_delta else 0)
+    expected = total / np.sqrt((total**2).mean(1, keepdims=True) + 1e-5) * weight.double().numpy()
+    out = run(hidden, weight, 1e-5, delta=delta if has_delta else None, out_dtype=dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(hidden.double(), torch.from_numpy(total), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        out.double(), torch.from_numpy(expected).reshape(rows, size), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
+    monkeypatch.setenv("PYSPEC_ISA", name)
+    hidden, weight = torch.randn(64, 577), torch.randn(577)
+    hidden[7, 3] = torch.nan  # stays in its row
+    together = rms_norm(hidden, weight, 1e-5, out_dtype=torch.bfloat16)
+    alone = torch.cat([rms_norm(row[None].clone(), weight, 1e-5, out_dtype=torch.bfloat16) for row in hidden])
+    assert torch.equal(together.view(torch.int16), alone.view(torch.int16))
+    assert together.isnan().any(1).tolist() == [row == 7 for row in range(64)]
+
+
+def test_opcheck():
+    args = (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-5, torch.bfloat16)
+    torch.library.opcheck(torch.ops.pyspec.rms_norm.default, args)
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"hidden": torch.zeros(2, 3).double()}, TypeError, "hidden must be float32"),
+        ({"hidden": torch.zeros(3, 2).T}, ValueError, "hidden must be .* contiguous"),
+        ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(3,\), got \(4,\)"),
+        ({"delta": torch.zeros(1, 3)}, ValueError, r"delta must have shape \(2, 3\)"),
+        ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
+    ],
+)
+def test_bad_input_is_named(changed, error, message):
+    arguments = {"hidden": torch.zeros(2, 3), "weight": torch.zeros(3), "epsilon": 1e-5} | changed
+    with pytest.raises(error, match=message):
+        rms_norm(**arguments)

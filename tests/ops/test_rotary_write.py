@@ -1,0 +1,105 @@
+"""rotary_write against complex rotation in float64, and that only the named slots are written."""
+
+import pytest
+import torch
+from test_tree_attention import BACKENDS
+
+import pyspec
+from pyspec.ops import rotary_write
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+HEADS, KV_HEADS, POSITIONS = 4, 2, 50
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request, monkeypatch):
+    if request.param != "reference":
+        monkeypatch.setenv("PYSPEC_ISA", request.param)
+        return rotary_write
+
+    def call(*args, **options):
+        with pyspec.backend("reference"):
+            return rotary_write(*args, **options)
+
+    return call
+
+
+def angles(head_dim):
+    return torch.outer(torch.arange(POSITIONS), 100.0 ** -(torch.arange(head_dim // 2) * 2 / head_dim))
+
+
+def arguments(rows=5, head_dim=64, dtype=torch.float32):
+    torch.manual_seed(head_dim)
+    turned = angles(head_dim)
+    cache = torch.full((2, 3, KV_HEADS, 20, head_dim), 7.0, dtype=dtype)
+    return {
+        "qkv": torch.randn(rows, (HEADS + 2 * KV_HEADS) * head_dim),
+        "cos_sin": torch.stack((turned.cos(), turned.sin()), 1).float(),
+        "positions": torch.randint(0, POSITIONS, (rows,), dtype=torch.int32),
+        "sequences": torch.arange(rows, dtype=torch.int32) % 3,
+        "slots": torch.arange(rows, dtype=torch.int32) * 2,
+        "keys": cache[0],
+        "values": cache[1],
+        "heads": HEADS,
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+def test_equals_a_complex_rotation(run, head_dim, dtype):
+    given = arguments(head_dim=head_dim, dtype=dtype)
+    q = run(**given)
+    heads = given["qkv"].double().unflatten(1, (-1, head_dim))
+    turn = torch.polar(torch.ones(1), angles(head_dim).float())[given["positions"].long(), None].to(torch.complex128)
+    spun = torch.complex(*heads[:, : HEADS + KV_HEADS].chunk(2, -1)) * turn
+    expected = torch.cat((spun.real, spun.imag), -1)
+    close = {"atol": 4 * TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    assert q.shape == (5, HEADS, head_dim) and q.dtype == dtype
+    torch.testing.assert_close(q.double(), expected[:, :HEADS], **close)
+    places = given["sequences"].long(), slice(None), given["slots"].long()
+    torch.testing.assert_close(given["keys"][places].double(), expected[:, HEADS:], **close)
+    torch.testing.assert_close(given["values"][places].double(), heads[:, HEADS + KV_HEADS :], **close)
+    for cache in (given["keys"], given["values"]):  # nothing else was written
+        cache[places] = 7.0
+        assert (cache == 7.0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
+    monkeypatch.setenv("PYSPEC_ISA", name)
+    given = arguments(rows=9)
+    q, keys = rotary_write(**given), given["keys"].clone()
+    for row in range(9):
+        one = given | {name: given[name][row : row + 1] for name in ("qkv", "positions", "sequences", "slots")}
+        assert torch.equal(rotary_write(**one)[0], q[row])
+    assert torch.equal(given["keys"], keys)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pyspec.rotary_write.default, tuple(arguments().values()))
+
+
+@pytest.mark.parametrize(
+    "changed, error, message",
+    [
+        ({"qkv": torch.zeros(5, 8)}, ValueError, "qkv must have shape"),
+        ({"positions": torch.zeros(5, dtype=torch.int64)}, TypeError, "positions must be int32"),
+        ({"slots": torch.zeros(4, dtype=torch.int32)}, ValueError, r"slots must have shape \(5,\)"),
+        ({"values": torch.zeros(3, KV_HEADS, 19, 64)}, ValueError, "values must be"),
+        ({"values": torch.zeros(3, KV_HEADS, 20, 64).half()}, TypeError, "values must be .* like keys"),
+        ({"cos_sin": torch.zeros(50, 2, 31)}, ValueError, "cos_sin must have shape"),
+    ],
+)
+def test_bad_input_is_named(changed, error, message):
+    with pytest.raises(error, match=message):
+        rotary_write(**arguments() | changed)
+
+
+@pytest.mark.skipif(len(BACKENDS) == 1, reason="the reference leaves places to torch's own indexing")
+@pytest.mark.parametrize("name, value", [("positions", POSITIONS), ("sequences", 3), ("slots", 20), ("slots", -1)])
+def test_places_outside_are_refused_before_anything_is_written(name, value):
+    given = arguments()
+    given[name][4] = value
+    with pytest.raises(RuntimeError, match=rf"{name}\[4\] is {value}"):
+        rotary_write(**given)
+    assert (given["keys"] == 7.0).all()

@@ -1,0 +1,60 @@
+"""swiglu against float64, on every instruction set, and the row rule bit for bit."""
+
+import pytest
+import torch
+from test_tree_attention import BACKENDS
+
+import pyspec
+from pyspec.ops import swiglu
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture(params=BACKENDS)
+def run(request, monkeypatch):
+    if request.param != "reference":
+        monkeypatch.setenv("PYSPEC_ISA", request.param)
+        return swiglu
+
+    def call(*args, **options):
+        with pyspec.backend("reference"):
+            return swiglu(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 17), (2, 512), (2, 1100), (0, 8)])
+def test_equals_float64(run, rows, size, dtype):
+    gate_up = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(size)) * 6
+    gate, up = gate_up.double().split(size, 1)
+    expected = gate / (1 + torch.exp(-gate)) * up
+    out = run(gate_up, out_dtype=dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_far_gates(run):
+    gates = torch.tensor([[-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30, torch.nan]])
+    out = run(torch.cat((gates, torch.ones_like(gates)), 1))[0]
+    assert out[:3].abs().max() < 1e-6 and torch.equal(out[3:7], gates[0, 3:7]) and out[7].isnan()
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
+def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
+    monkeypatch.setenv("PYSPEC_ISA", name)
+    gate_up = torch.randn(33, 2 * 577)
+    assert torch.equal(swiglu(gate_up), torch.cat([swiglu(row[None]) for row in gate_up]))
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pyspec.swiglu.default, (torch.randn(3, 20), torch.bfloat16))
+
+
+def test_bad_input_is_named():
+    with pytest.raises(TypeError, match="gate_up must be float32"):
+        swiglu(torch.zeros(1, 2).half())
+    with pytest.raises(ValueError, match=r"gate_up must be \[rows, 2 \* size\], got shape \(1, 3\)"):
+        swiglu(torch.zeros(1, 3))
+    with pytest.raises(TypeError, match="out_dtype must be"):
+        swiglu(torch.zeros(1, 2), out_dtype=torch.float64)
