@@ -18,7 +18,7 @@ from pathlib import Path
 
 # nothing heavy here: `pyspec --help` must answer at once, so torch and rich are imported by the commands
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DRAFTERS = ("merged", "lookup", "recycling", "none")
 BENCH_PROMPTS = (
     ("summary", "Summarise in three sentences why the sky is blue, and then say the same once more in simpler words."),
