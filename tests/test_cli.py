@@ -229,7 +229,7 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         (["generate", "x", "--stop", ""], "stop"),
         (["generate", "x", "--threads", "0"], "--threads"),
         (["generate", "x", "--drafter", "medium"], "--drafter"),
-        (["generate", "x", "--dtype", "int8"], "--dtype"),
+        (["generate", "x", "--dtype", "int4"], "--dtype"),
         (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),
         (["generate", "x", "--drafter-state", "/nowhere/file"], "/nowhere"),
         (["generate", "x" * 5000], "context"),
