@@ -75,8 +75,8 @@ int instruction_set() {
 
 namespace {
 
-// The items of a loop, shared out: every thread has a run of neighbours of its own, so that it reads memory in
-// order, and helps with the others' when that is done.
+// The items of a loop, shared out: every thread has a run of neighbours of its own, so that it reads memory
+// in order, and helps with the others' when that is done.
 struct alignas(64) Run {
   std::atomic<int64_t> taken{0};
 };

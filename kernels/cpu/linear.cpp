@@ -18,14 +18,24 @@ using pyspec::kPanel;
 using pyspec::LinearParams;
 using pyspec::WeightFormat;
 
-// How far ahead of its use a panel is asked for: far enough to cross the page that the processor's own
-// prefetching stops at.
+// Inputs whose weights stay in the first cache while all rows pass over them. A multiple of kGroup.
+constexpr int64_t kBlock = 128;
+constexpr int64_t kTileRows = 64;
+
+// How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
+// processor's own prefetching stops at.
 constexpr int64_t kPrefetchBytes = 4096;
 
-PYSPEC_INLINE void prefetch(const char* p) {
-  __builtin_prefetch(p + kPrefetchBytes);
-  __builtin_prefetch(p + kPrefetchBytes + 64);
-}
+// Weights that will be wanted: every step of the inner loop asks for two lines and goes on by `step` bytes.
+struct Ahead {
+  const char* next;
+  int64_t step;
+  PYSPEC_INLINE void prefetch() {
+    __builtin_prefetch(next);
+    __builtin_prefetch(next + 64);
+    next += step;
+  }
+};
 
 template <class Storage>
 PYSPEC_INLINE void to_floats(const void* x, float* out, int64_t n) {
@@ -38,23 +48,31 @@ PYSPEC_INLINE void to_floats(pyspec::Element element, const void* x, float* out,
   to_floats<BFloat16>(x, out, n);
 }
 
+// The inputs of one block, out of all of them.
+struct Range {
+  int64_t first, last, inputs;
+};
+
 // ==== one struct per format: how a row is prepared, and a panel times kRows prepared rows ====
 
 // fp32 and fp16: a step is one input.
 template <class Storage>
 struct FloatWeight {
-  static constexpr int kMostRows = kVectorRegisters == 32 ? 8 : 2;
+  static constexpr int kMostRows = kVectorRegisters == 32 ? 12 : 2;
+  static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
+  static int64_t offset(int64_t input) { return input * kStepBytes; }
 
   static void prepare(const LinearParams& p, const void* x, char* row) {
     to_floats(p.x_element, x, reinterpret_cast<float*>(row), p.inputs);
   }
 
   template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, int64_t inputs,
-                                     F16 (&sum)[kRows][2]) {
-    const Storage* w = reinterpret_cast<const Storage*>(panel);
-    for (int64_t i = 0; i < inputs; ++i, w += kPanel, x += 4) {
-      prefetch(reinterpret_cast<const char*>(w));
+  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
+                                     Ahead ahead, F16 (&sum)[kRows][2]) {
+    const Storage* w = reinterpret_cast<const Storage*>(panel + offset(range.first));
+    x += range.first * 4;
+    for (int64_t i = range.first; i < range.last; ++i, w += kPanel, x += 4) {
+      ahead.prefetch();
       F16 first = load_as_float(w), second = load_as_float(w + 16);
       for (int r = 0; r < kRows; ++r) {
         F16 value = broadcast(x + r * x_bytes);
@@ -67,7 +85,9 @@ struct FloatWeight {
 
 // bf16: a step is two inputs, multiplied together where there is an instruction for it.
 struct BFloat16Weight {
-  static constexpr int kMostRows = kVectorRegisters == 32 ? 8 : 2;
+  static constexpr int kMostRows = kVectorRegisters == 32 ? 12 : 2;
+  static constexpr int64_t kStepBytes = kPanel * 4;
+  static int64_t offset(int64_t input) { return (input + 1) / 2 * kStepBytes; }
 
   static void prepare(const LinearParams& p, const void* x, char* row) {
 #if PYSPEC_HAS_BF16_DOT
@@ -80,10 +100,11 @@ struct BFloat16Weight {
   }
 
   template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* w, const char* x, int64_t x_bytes, int64_t inputs,
-                                     F16 (&sum)[kRows][2]) {
-    for (int64_t i = 0; i < inputs; i += 2, w += kPanel * 4) {
-      prefetch(w);
+  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
+                                     Ahead ahead, F16 (&sum)[kRows][2]) {
+    const char* w = panel + offset(range.first);
+    for (int64_t i = range.first; i < range.last; i += 2, w += kStepBytes) {
+      ahead.prefetch();
 #if PYSPEC_HAS_BF16_DOT
       F16 first = load(w), second = load(w + 64);
       for (int r = 0; r < kRows; ++r) {
@@ -113,6 +134,8 @@ struct BFloat16Weight {
 struct Int8Weight {
   static constexpr int kMostRows = kVectorRegisters == 32 ? 4 : 1;
   static constexpr int64_t kGroupBytes = kPanel * (2 + kGroup);
+  static constexpr int64_t kStepBytes = kGroupBytes / (kGroup / 4);
+  static int64_t offset(int64_t input) { return pyspec::groups(input) * kGroupBytes; }
 
   static void prepare(const LinearParams& p, const void* x, char* row) {
     int64_t groups = pyspec::groups(p.inputs);
@@ -121,20 +144,27 @@ struct Int8Weight {
     int8_t* integers = reinterpret_cast<int8_t*>(sums + groups);
     int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
     for (int64_t g = 0; g < groups; ++g) {
-      float values[kGroup] = {}, largest = 0;
+      float values[kGroup] = {};
       int64_t first = g * kGroup, count = p.inputs - first < kGroup ? p.inputs - first : kGroup;
       to_floats(p.x_element, static_cast<const char*>(x) + first * x_bytes, values, count);
-      for (float value : values) {
-        float size = __builtin_fabsf(value);
-        largest = size > largest || size != size ? size : largest;  // NaN stays
+      uint32_t bits[kGroup], largest_bits = 0;  // sizes are ordered as their bits are, with NaN above all
+      std::memcpy(bits, values, sizeof(bits));
+      for (uint32_t signed_bits : bits) {
+        uint32_t size = signed_bits & 0x7fffffffu;
+        largest_bits = size > largest_bits ? size : largest_bits;
       }
+      float largest;
+      std::memcpy(&largest, &largest_bits, 4);
       float scale = largest / 127.0f, factor = largest > 0 ? 127.0f / largest : 0.0f;
-      bool finite = largest < kInfinity && factor < kInfinity;
       int32_t sum = 0;
-      for (int64_t i = 0; i < kGroup; ++i) {
-        int32_t integer = finite ? static_cast<int32_t>(__builtin_rintf(values[i] * factor)) : 0;
-        integers[first + i] = static_cast<int8_t>(integer);
-        sum += integer;
+      if (largest < kInfinity && factor < kInfinity) {
+        for (int64_t i = 0; i < kGroup; ++i) {
+          int32_t integer = static_cast<int32_t>(__builtin_rintf(values[i] * factor));
+          integers[first + i] = static_cast<int8_t>(integer);
+          sum += integer;
+        }
+      } else {
+        std::memset(integers + first, 0, kGroup);
       }
       scales[g] = largest < kInfinity ? scale : __builtin_nanf("");
       sums[g] = sum;
@@ -142,10 +172,11 @@ struct Int8Weight {
   }
 
   template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, int64_t inputs,
-                                     F16 (&sum)[kRows][2]) {
-    int64_t groups = pyspec::groups(inputs);
-    for (int64_t g = 0; g < groups; ++g, panel += kGroupBytes) {
+  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
+                                     Ahead ahead, F16 (&sum)[kRows][2]) {
+    int64_t groups = pyspec::groups(range.inputs);
+    panel += offset(range.first);
+    for (int64_t g = range.first / kGroup; g * kGroup < range.last; ++g, panel += kGroupBytes) {
       I16 dots[kRows][2];
       for (int r = 0; r < kRows; ++r) {
         int32_t integers;
@@ -154,7 +185,7 @@ struct Int8Weight {
       }
       for (int64_t i = 0; i < kGroup / 4; ++i) {
         const char* w = panel + kPanel * (2 + i * 4);
-        prefetch(w);
+        ahead.prefetch();
         for (int r = 0; r < kRows; ++r) {
           const char* values = x + r * x_bytes + groups * 8 + g * kGroup + i * 4;
           dots[r][0] = dot4(w, values, dots[r][0]);
@@ -176,42 +207,70 @@ struct Int8Weight {
 // ==== the loops ====
 
 template <class Out>
-PYSPEC_INLINE void store_row(const F16 (&sum)[2], const LinearParams& p, int64_t row, int64_t first) {
+PYSPEC_INLINE void store_row(const float* sums, const LinearParams& p, int64_t row, int64_t first) {
   Out* out = static_cast<Out*>(p.out) + row * p.out_stride + first;
   int64_t count = p.outputs - first < kPanel ? p.outputs - first : kPanel;
-  F16 biased[2] = {sum[0], sum[1]};
-  if (p.bias && count == kPanel) {
-    for (int j = 0; j < 2; ++j) biased[j] = add(sum[j], load(p.bias + first + 16 * j));
-  }
   if (count == kPanel) {
-    store_as(out, biased[0]), store_as(out + 16, biased[1]);
+    for (int64_t i = 0; i < kPanel; i += 16) {
+      F16 sum = load(sums + i);
+      store_as(out + i, p.bias ? add(sum, load(p.bias + first + i)) : sum);
+    }
     return;
   }
-  float values[kPanel];
-  store(values, biased[0]), store(values + 16, biased[1]);
-  for (int64_t i = 0; i < count; ++i) from_float(p.bias ? values[i] + p.bias[first + i] : values[i], out + i);
+  for (int64_t i = 0; i < count; ++i) from_float(p.bias ? sums[i] + p.bias[first + i] : sums[i], out + i);
 }
 
+// One block of inputs for kRows rows: goes on with their sums, [kRows][kPanel].
 template <class Weight, int kRows>
-PYSPEC_INLINE void rows_of_panel(const LinearParams& p, const char* panel, int64_t first_row, int64_t first) {
-  int64_t x_bytes = pyspec::prepared_row_bytes(p);
-  const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
+PYSPEC_INLINE void add_block(const char* panel, const char* x, int64_t x_bytes, Range range, Ahead ahead,
+                             float* sums) {
   F16 sum[kRows][2];
-  for (auto& row : sum) row[0] = row[1] = set1(0.0f);
-  Weight::template multiply<kRows>(panel, x, x_bytes, p.inputs, sum);
   for (int r = 0; r < kRows; ++r) {
-    if (p.out_element == pyspec::Element::kFloat32) store_row<float>(sum[r], p, first_row + r, first);
-    if (p.out_element == pyspec::Element::kFloat16) store_row<Float16>(sum[r], p, first_row + r, first);
-    if (p.out_element == pyspec::Element::kBFloat16) store_row<BFloat16>(sum[r], p, first_row + r, first);
+    for (int j = 0; j < 2; ++j) sum[r][j] = load(sums + r * kPanel + 16 * j);
+  }
+  Weight::template multiply<kRows>(panel, x, x_bytes, range, ahead, sum);
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < 2; ++j) store(sums + r * kPanel + 16 * j, sum[r][j]);
   }
 }
 
-// The last rows, fewer than kMostRows, in a block of their own size.
-template <class Weight, int kRows>
-PYSPEC_INLINE void last_rows(const LinearParams& p, const char* panel, int64_t row, int64_t first) {
-  if constexpr (kRows > 0) {
-    if (p.rows - row == kRows) return rows_of_panel<Weight, kRows>(p, panel, row, first);
-    last_rows<Weight, kRows - 1>(p, panel, row, first);
+template <class Weight, int kMost>
+PYSPEC_INLINE void add_block(int64_t rows, const char* panel, const char* x, int64_t x_bytes, Range range,
+                             Ahead ahead, float* sums) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return add_block<Weight, kMost - 1>(rows, panel, x, x_bytes, range, ahead, sums);
+  }
+  add_block<Weight, kMost>(panel, x, x_bytes, range, ahead, sums);
+}
+
+// A panel times up to kTileRows rows. Rows that need more than one pass take the panel block by block, and
+// each pass over a block asks for its share of the next, so that memory and arithmetic never wait for each
+// other.
+template <class Weight>
+void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, int64_t rows,
+                   int64_t first_output) {
+  alignas(64) float sums[kTileRows * kPanel];
+  std::memset(sums, 0, rows * kPanel * sizeof(float));
+  int64_t x_bytes = pyspec::prepared_row_bytes(p);
+  const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
+  int64_t passes = (rows + Weight::kMostRows - 1) / Weight::kMostRows;
+  int64_t block = passes == 1 ? p.inputs : kBlock;
+  for (int64_t first = 0; first < p.inputs; first += block) {
+    int64_t last = first + block < p.inputs ? first + block : p.inputs;
+    int64_t end = Weight::offset(last), share = (end - Weight::offset(first)) / passes;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
+      if (passes > 1) ahead = {panel + end + pass * share, Weight::kStepBytes / passes};
+      int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
+      add_block<Weight, Weight::kMostRows>(count, panel, x + row * x_bytes, x_bytes, {first, last, p.inputs},
+                                           ahead, sums + row * kPanel);
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = sums + r * kPanel;
+    if (p.out_element == pyspec::Element::kFloat32) store_row<float>(row, p, first_row + r, first_output);
+    if (p.out_element == pyspec::Element::kFloat16) store_row<Float16>(row, p, first_row + r, first_output);
+    if (p.out_element == pyspec::Element::kBFloat16) store_row<BFloat16>(row, p, first_row + r, first_output);
   }
 }
 
@@ -227,10 +286,10 @@ void linear(const LinearParams& p) {
   int64_t panel_bytes = pyspec::panel_bytes(p.format, p.inputs);
   auto panel = [&](int64_t index) {
     const char* data = static_cast<const char*>(p.weight) + index * panel_bytes;
-    constexpr int kMost = Weight::kMostRows;
-    int64_t row = 0;
-    for (; row + kMost <= p.rows; row += kMost) rows_of_panel<Weight, kMost>(p, data, row, index * kPanel);
-    last_rows<Weight, kMost - 1>(p, data, row, index * kPanel);
+    for (int64_t row = 0; row < p.rows; row += kTileRows) {
+      multiply_tile<Weight>(p, data, row, p.rows - row < kTileRows ? p.rows - row : kTileRows,
+                            index * kPanel);
+    }
   };
   pyspec::parallel(p.parallel_for, pyspec::panels(p.outputs), panel);
 }
