@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.models._checks import check_paths, check_prompts, check_trees
+from pyspec.models.huge_pages import HugePages
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.tree_attention import HEAD_DIMS
@@ -25,6 +26,7 @@ from pyspec.trees import DraftTree
 __all__ = ["LayerWeights", "LlamaConfig", "LlamaRunner", "LlamaWeights", "RopeScaling", "Unsupported"]
 
 PREFILL_CHUNK = 128
+MATRICES = ("qkv", "output", "gate_up", "down")  # of a layer, in the order of their use
 
 
 class Unsupported(ValueError):
@@ -157,7 +159,7 @@ class LayerWeights:
 
     def pack(self, dtype: torch.dtype) -> None:
         """Packs the matrices that are not packed yet; each takes the place of its dense form."""
-        for name in ("qkv", "output", "gate_up", "down"):
+        for name in MATRICES:
             setattr(self, name, _packed(getattr(self, name), dtype))
 
 
@@ -209,6 +211,17 @@ class LlamaWeights:
         for layer in self.layers:
             layer.pack(dtype)
 
+    def move_together(self) -> None:
+        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
+        tied = self.embedding is self.head
+        places = [(layer, name) for layer in self.layers for name in MATRICES] + [(self, "head")]
+        buffer = HugePages([getattr(owner, name).data for owner, name in places])
+        for owner, name in places:  # one by one, so that there is never a second copy of all
+            weight = getattr(owner, name)
+            setattr(owner, name, replace(weight, data=buffer.move(weight.data)))
+        if tied:
+            self.embedding = self.head
+
 
 def _packed(matrix: Matrix, dtype: torch.dtype) -> PackedWeight:
     return matrix if isinstance(matrix, PackedWeight) else pack_weight(matrix, dtype)
@@ -241,6 +254,8 @@ class LlamaRunner:
         dtype: torch.dtype | None = None,
     ):
         weights.pack(weights.head.dtype)
+        if weights.norm.device.type == "cpu":
+            weights.move_together()
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
