@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from pyspec.machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -46,14 +47,8 @@ def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
 def machine() -> dict[str, str | int]:
     """The machine and software that a result was measured on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     info = {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -50,8 +50,10 @@ INSTRUCTION_SETS = (
     "avx512_vnni",
     "avx512_bf16",
     "amx_bf16",
+    "asimd",
+    "bf16",
+    "sve",
 )
-INSTRUCTION_SETS += ("amx_bf16", "asimd", "bf16", "sve")
 
 
 class BadInput(Exception):
@@ -124,7 +126,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(command=_bench)
 
     info = commands.add_parser("info", help="what is in use and why", description="Versions, backends and reasons.")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.add_argument(
+        "--costs", action="store_true", help="measure what verifying a tree costs, and what a tree must give to pay"
+    )
+    _add_model_arguments(info)
     info.set_defaults(command=_info)
     return parser
 
@@ -139,12 +144,20 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    parser.add_argument("--budget", type=int, default=16, help="tree nodes a round; default: 16")
+    parser.add_argument(
+        "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
+
+
+def _budget(text: str) -> int | str:
+    if text != "auto" and not text.lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def _generation_settings(arguments: argparse.Namespace) -> dict:
@@ -388,8 +401,11 @@ def _prompts_of_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _info(arguments: argparse.Namespace) -> int:
+    if arguments.costs:
+        return _info_costs(arguments)
     import torch
 
+    from pyspec.machine import cpu_name
     from pyspec.ops import backends
 
     report = {
@@ -397,7 +413,7 @@ def _info(arguments: argparse.Namespace) -> int:
         | {"python": platform.python_version()},
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "instruction_sets": _instruction_sets(),
             "torch_sees": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
@@ -434,6 +450,43 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _info_costs(arguments: argparse.Namespace) -> int:
+    model = _load(arguments, _console())
+    import torch
+
+    from pyspec.costs import CONTEXT, measure_costs
+
+    costs = measure_costs(model)
+    plain, before = costs.seconds[0], (1, costs.seconds[0])
+    rows = []
+    for nodes, seconds in zip(costs.nodes, costs.seconds, strict=True):
+        # the chance that a draft must have so that taking it in makes the round's tokens no dearer
+        chance = None if nodes == 1 else (seconds - before[1]) / (nodes - before[0]) / plain
+        rows.append({"nodes": nodes, "seconds": seconds, "plain_steps": seconds / plain, "chance_to_pay": chance})
+        before = (nodes, seconds)
+    dtype = str(model.weight_dtype if hasattr(model, "weight_dtype") else model.dtype).removeprefix("torch.")
+    report = {"model": arguments.model, "dtype": dtype, "threads": torch.get_num_threads(), "context": CONTEXT}
+    if arguments.json:
+        print(json.dumps(report | {"costs": rows}, ensure_ascii=False))
+        return 0
+    table = _table("nodes", "ms", "pays from", "and a draft more from")
+    for row in rows:
+        chance = "" if row["chance_to_pay"] is None else f"a chance of {row['chance_to_pay']:.0%}"
+        tokens = f"{row['plain_steps']:.2f} tokens a round"
+        table.add_row(str(row["nodes"]), f"{row['seconds'] * 1e3:.1f}", tokens, chance)
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"verifying trees behind {CONTEXT} tokens: {arguments.model}, {dtype}, {report['threads']} threads")
+    console.print(table)
+    best = max(rows, key=lambda row: row["nodes"] / row["plain_steps"])
+    console.print(
+        f"Would it pay? {best['nodes']} right guesses are {best['nodes'] / best['plain_steps']:.1f}x as fast as plain "
+        "decoding, wrong ones only cost. --budget auto takes the drafts that pay, or none."
+    )
+    return 0
+
+
 def _section(title: str, rows) -> None:
     rows = [(str(name), str(value)) for name, value in rows]
     width = max(len(name) for name, _ in rows)
@@ -455,25 +508,13 @@ def _demo_model() -> str:
         return f"not found: {error}"
 
 
-def _cpu_name() -> str:
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _instruction_sets() -> list[str]:
     """Those that a kernel variant may want, of the ones that the processor has."""
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            has = set(line.split())
-            return [name for name in INSTRUCTION_SETS if name in has]
-    return []
+    from pyspec.machine import cpu_fields
 
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    fields = cpu_fields()
+    has = set((fields.get("flags") or fields.get("Features", "")).split())
+    return [name for name in INSTRUCTION_SETS if name in has]
 
 
 def _version(distribution: str) -> str:

@@ -13,6 +13,7 @@ import torch
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
+from pyspec.costs import LARGEST, AutoBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.models import Runner
 from pyspec.text import TextStream
@@ -105,7 +106,7 @@ def generate(
     tokens: Sequence[int] | Sequence[Sequence[int]],
     *,
     drafter: str | Drafter | None = "merged",
-    budget: int = 16,
+    budget: int | str = "auto",
     acceptance: str | AcceptanceRule = "exact",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -124,7 +125,8 @@ def generate(
         model: a runner, from pyspec.load.
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ.
         drafter: "merged", "lookup", "recycling", a drafter, or None for plain decoding.
-        budget: tree nodes a round, in [1, 4096]; the last committed token is one of them.
+        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
+            that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
         acceptance: "exact", or an acceptance rule.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
@@ -143,6 +145,8 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
+    auto = AutoBudget(costs_of(model)) if budget == "auto" and shared_drafter is not None else None
+    largest = LARGEST if budget == "auto" else budget
 
     stats = Stats(seed=sampler.seed)
     sequences = [
@@ -159,9 +163,9 @@ def generate(
     ]
     with _timed(stats, "total"):
         try:
-            _prefill(model, sequences, rule, sampler, budget, stats)
+            _prefill(model, sequences, rule, sampler, largest, stats)
             while any(sequence.going for sequence in sequences):
-                _round(model, sequences, rule, sampler, budget, stats)
+                _round(model, sequences, rule, sampler, largest, auto, stats)
         except KeyboardInterrupt:
             for sequence in sequences:
                 if sequence.going:
@@ -171,7 +175,7 @@ def generate(
     return _generation(sequences, stats, batched)
 
 
-def _prefill(model, sequences, rule, sampler, budget, stats) -> None:
+def _prefill(model, sequences, rule, sampler, largest, stats) -> None:
     """Reads the prompts and draws the first token of each."""
 
     def observe(index: int, chain: DraftTree, logits: torch.Tensor) -> None:
@@ -180,7 +184,7 @@ def _prefill(model, sequences, rule, sampler, budget, stats) -> None:
     with _timed(stats, "prefill"):
         after_prompts = model.prefill(
             [sequence.context for sequence in sequences],
-            capacity=max(sequence.limit for sequence in sequences) + budget,
+            capacity=max(sequence.limit for sequence in sequences) + largest,
             observe=None if sequences[0].drafter is None else observe,
         )
     for sequence, logits in zip(sequences, after_prompts, strict=True):
@@ -190,15 +194,19 @@ def _prefill(model, sequences, rule, sampler, budget, stats) -> None:
         sequence.emit(said)
 
 
-def _round(model, sequences, rule, sampler, budget, stats) -> None:
+def _round(model, sequences, rule, sampler, largest, auto, stats) -> None:
     """One round of every sequence that is still going."""
     active = [index for index, sequence in enumerate(sequences) if sequence.going]
     trees: list = [None] * len(sequences)
     paths: list = [None] * len(sequences)
 
     with _timed(stats, "draft"):
-        for index in active:
-            trees[index] = sequences[index].propose(budget)
+        nodes = largest if auto is None else auto.nodes
+        proposed = [sequences[index].propose(nodes) for index in active]
+        if auto is not None:
+            proposed = auto.cut(proposed)
+        for index, tree in zip(active, proposed, strict=True):
+            trees[index] = tree
     with _timed(stats, "verify"):
         logits = model.verify(trees)
         if model.device.type == "cuda":
@@ -210,6 +218,8 @@ def _round(model, sequences, rule, sampler, budget, stats) -> None:
             said = sequence.accept(trees[index], logits[index], rule, sampler)
         kept = sequence.emit(said)
         paths[index] = said.path
+        if auto is not None:
+            auto.learn(trees[index], said.path)
         stats.nodes += len(trees[index])
         stats.accepted_lengths += [0] * (kept + 1 - len(stats.accepted_lengths))
         stats.accepted_lengths[kept] += 1
@@ -384,13 +394,16 @@ def _stop_strings(stop: str | Sequence[str], model: Runner) -> tuple[str, ...]:
     return stop
 
 
-def check_limits(budget: int, max_new_tokens: int) -> None:
+def check_limits(budget: int | str, max_new_tokens: int) -> None:
     """Raises TypeError or ValueError for a budget or a number of new tokens that generate does not take."""
+    if budget == "auto":
+        budget = LARGEST
     for name, value, largest in (
         ("budget", budget, LARGEST_BUDGET),
         ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS),
     ):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
+            or_auto = ' or "auto"' if name == "budget" else ""
+            raise TypeError(f"{name} must be an integer{or_auto}, got {value!r}")
         if not 1 <= value <= largest:
             raise ValueError(f"{name} must be in [1, {largest}], got {value}")

@@ -42,23 +42,26 @@ class DraftTree:
         tokens: [T] int64, the token of each node.
         parents: [T] int32, the index of each node's parent; -1 for the root, and only there.
         q: [T, V] float32, the distribution each node was sampled from, or None for deterministic drafts.
+        chances: [T] float32, how likely each node is on the accepted path as far as the drafter knows, or None.
 
     Raises:
         ValueError: if the tree is empty, sizes differ, or a parent does not come before its child.
     """
 
-    __slots__ = ("tokens", "parents", "q", "depths", "ancestor_bits")
+    __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits")
 
     tokens: torch.Tensor
     parents: torch.Tensor
     q: torch.Tensor | None
+    chances: torch.Tensor | None
     depths: torch.Tensor  # [T] int32: 0 for the root, one more than the parent's elsewhere
     ancestor_bits: torch.Tensor  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
 
-    def __init__(self, tokens, parents, q: torch.Tensor | None = None):
+    def __init__(self, tokens, parents, q: torch.Tensor | None = None, chances: torch.Tensor | None = None):
         self.tokens = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
         self.parents = torch.as_tensor(parents, dtype=torch.int32, device="cpu")
         self.q = q
+        self.chances = chances
         if self.tokens.dim() != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
             raise ValueError(
                 f"tokens and parents must be 1-D, of one length and not empty, got shapes "
@@ -71,6 +74,16 @@ class DraftTree:
     def chain(cls, tokens: Sequence[int]) -> DraftTree:
         """A tree without branches: each token is the child of the one before it."""
         return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32))
+
+    def first(self, nodes: int) -> DraftTree:
+        """The tree of the first nodes alone."""
+        if nodes >= len(self):
+            return self
+        tree = DraftTree.__new__(DraftTree)  # what was checked before need not be checked again
+        tree.tokens, tree.parents, tree.depths = self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes]
+        tree.q, tree.chances = (None if values is None else values[:nodes] for values in (self.q, self.chances))
+        tree.ancestor_bits = self.ancestor_bits[:nodes, : (nodes + 31) // 32].contiguous()
+        return tree
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -93,6 +93,7 @@ struct GrownTree {
   std::vector<int64_t> tokens;
   std::vector<int32_t> parents;
   std::vector<int64_t> cells;  // of the edge above each node
+  std::vector<float> chances;  // that a node is on the accepted path; never more than an earlier node's
 };
 
 // Grows a tree below recent's newest token: the node most likely to be on the accepted path comes next, until
@@ -128,6 +129,7 @@ inline GrownTree grow(const std::vector<const Source*>& sources, const Estimates
     tree.tokens.push_back(best.token);
     tree.parents.push_back(best.parent);
     tree.cells.push_back(best.cell);
+    tree.chances.push_back(static_cast<float>(best.probability));
     if (node + 1 == budget) break;
 
     path.clear();

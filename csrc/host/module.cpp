@@ -57,12 +57,15 @@ void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int3
 void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
            const Array<int64_t>& cells, const Array<int32_t>& top_tokens) {
   const py::ssize_t nodes = tokens.size();
-  if (parents.size() != nodes || cells.size() != nodes || top_tokens.size() != nodes * kTop) {
-    throw std::invalid_argument("tokens, parents, cells and the rows of top_tokens must be equally many");
+  const py::ssize_t verified = top_tokens.size() / kTop;
+  if (parents.size() != nodes || cells.size() != nodes || verified > nodes || top_tokens.size() % kTop) {
+    throw std::invalid_argument(
+        "tokens, parents and cells must be equally many, and top_tokens have no more rows");
   }
   for (py::ssize_t node = 1; node < nodes; ++node) {
-    estimates.learn(cells.data()[node],
-                    top_tokens.data()[parents.data()[node] * kTop] == tokens.data()[node]);
+    const int32_t parent = parents.data()[node];
+    if (parent >= verified) continue;
+    estimates.learn(cells.data()[node], top_tokens.data()[parent * kTop] == tokens.data()[node]);
   }
 }
 
@@ -72,7 +75,8 @@ py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& 
     throw std::invalid_argument("grow needs as many sources as the estimates know, a token and a budget");
   }
   const GrownTree tree = grow(sources, estimates, recent, budget);
-  return py::make_tuple(array_of(tree.tokens), array_of(tree.parents), array_of(tree.cells));
+  return py::make_tuple(array_of(tree.tokens), array_of(tree.parents), array_of(tree.cells),
+                        array_of(tree.chances));
 }
 
 }  // namespace

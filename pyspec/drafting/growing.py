@@ -75,8 +75,8 @@ class GrowingDrafter:
             raise ValueError("context must have at least one token, got none")
         self._read_context(context)
         recent = list(context[-LONGEST_MATCH:])
-        tokens, parents, cells = engine().grow(self._sources(), self._estimates, recent, budget)
-        tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents))
+        tokens, parents, cells, chances = engine().grow(self._sources(), self._estimates, recent, budget)
+        tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))
         self._proposed = (tree, cells, recent[-2] if len(recent) > 1 else -1)
         return tree
 
@@ -84,7 +84,7 @@ class GrowingDrafter:
         """Learns from what the target said after every node of a tree, accepted or not.
 
         Args:
-            tree: the last proposed tree, or a chain of prompt tokens.
+            tree: the last proposed tree, its first nodes, or a chain of prompt tokens.
             logits: [T, vocab_size] floating point.
             path: not needed: a rejected node teaches as much as an accepted one.
 
@@ -94,14 +94,16 @@ class GrowingDrafter:
         if logits.shape != (len(tree), self.vocab_size):
             raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
         proposed, cells, previous = self._proposed
-        if tree is not proposed and not self._adjacencies:
+        is_proposed = proposed is not None and _begins_with(proposed, tree)
+        if not is_proposed and not self._adjacencies:
             return
         top_tokens, top_logits = _top_tokens(logits)
         tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
         for adjacency in self._adjacencies:
-            adjacency.update(tokens, parents, previous if tree is proposed else -1, top_tokens, top_logits)
-        if tree is proposed:
-            self._estimates.learn(tokens, parents, cells, top_tokens)
+            adjacency.update(tokens, parents, previous if is_proposed else -1, top_tokens, top_logits)
+        if is_proposed:
+            # all of the tree: a node that was left out is still right or wrong where its parent was verified
+            self._estimates.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
 
     def _sources(self) -> list:
         return ([] if self._index is None else [self._index]) + self._adjacencies
@@ -115,6 +117,11 @@ class GrowingDrafter:
         if self._index is not None:
             self._index.extend(new)
         self._read = len(context)
+
+
+def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
+    nodes = len(other)
+    return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
 
 
 def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

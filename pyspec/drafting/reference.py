@@ -152,6 +152,8 @@ class Estimates:
 
     def learn(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, top_tokens: np.ndarray) -> None:
         for token, parent, cell in list(zip(tokens.tolist(), parents.tolist(), cells.tolist(), strict=True))[1:]:
+            if parent >= len(top_tokens):
+                continue
             offering = self._offering(cell)
             for counted in [alone for _, alone in offering] + [cell] * (len(offering) > 1):
                 self.hits[counted] += int(top_tokens[parent, 0]) == token
@@ -167,11 +169,12 @@ class Estimates:
 
 def grow(
     sources: Sequence[NgramIndex | Adjacency], estimates: Estimates, recent: Sequence[int], budget: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A tree below recent[-1], best node first: tokens int64, parents int32 and each edge's cell int64."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """A tree below recent[-1], best node first: tokens int64, parents int32, each edge's cell int64, chances fp32."""
     tokens: list[int] = []
     parents: list[int] = []
     cells: list[int] = []
+    chances: list[float] = []
     paths: list[list[int]] = []
     candidates = [(-1.0, 0, recent[-1], -1, 0)]
     discovered = 1
@@ -181,6 +184,7 @@ def grow(
         tokens.append(token)
         parents.append(parent)
         cells.append(cell)
+        chances.append(-negated)
         paths.append(paths[parent] + [token] if node else [])
         children: dict[int, int] = {}
         for source, stride in zip(sources, estimates.strides, strict=True):
@@ -189,4 +193,9 @@ def grow(
         for child, cell in children.items():
             heapq.heappush(candidates, (negated * estimates.rate(cell), discovered, child, node, cell))
             discovered += 1
-    return np.array(tokens, np.int64), np.array(parents, np.int32), np.array(cells, np.int64)
+    return (
+        np.array(tokens, np.int64),
+        np.array(parents, np.int32),
+        np.array(cells, np.int64),
+        np.array(chances, np.float32),
+    )

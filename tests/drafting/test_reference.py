@@ -42,13 +42,13 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
             for source in sources:
                 if isinstance(source, module.NgramIndex):
                     source.extend(fresh)
-            tokens, parents, cells = module.grow(sources, estimates, walk[-6:], budget)
+            tokens, parents, cells, chances = module.grow(sources, estimates, walk[-6:], budget)
             top_tokens, top_logits = _top_tokens(logits[: len(tokens)])
             for source in sources:
                 if isinstance(source, module.Adjacency):
                     source.update(tokens, parents, ([-1] + walk)[-2], top_tokens, top_logits)
             estimates.learn(tokens, parents, cells, top_tokens)
-            grown.append((tokens.tolist(), parents.tolist(), cells.tolist()))
+            grown.append((tokens.tolist(), parents.tolist(), cells.tolist(), chances.tolist()))
         assert grown[0] == grown[1]
         fresh = random.integers(0, VOCAB, steps).tolist()
         walk = walk + fresh

@@ -1,0 +1,176 @@
+"""What verifying a tree costs on this machine, and so how many draft nodes are worth verifying.
+
+A round gives one token and its accepted drafts, and takes as long as verifying its nodes. The best number of nodes m
+maximises
+
+    (1 + sum of the chances of the first m - 1 drafts) / seconds(m)
+
+over trees that drafters grow best node first. m = 1 is plain decoding, so speculation that does not pay is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyspec.machine import cpu_name
+from pyspec.models import Runner
+from pyspec.ops import backends
+from pyspec.trees import DraftTree
+
+__all__ = ["AutoBudget", "Costs", "costs_of", "measure_costs"]
+
+FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
+CONTEXT = 128  # tokens before the trees that are measured
+SECONDS = 1.5  # that measuring takes
+SIZES = (1, 16, 4, 64, 2, 8, 32)  # any beginning of it spans the range: a slow model gets no further
+TRUST = 8.0  # accepted drafts that the drafter's own word is worth
+MEMORY = 0.98  # of what earlier rounds showed, from round to round
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a verification, measured at some numbers of nodes."""
+
+    nodes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, nodes: np.ndarray | int) -> np.ndarray:
+        """Seconds at any number of nodes: on the lines between those measured, and on the last line beyond."""
+        beyond = max(np.max(nodes), self.nodes[-1] + 1)
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.nodes[-1] - self.nodes[-2])
+        end = self.seconds[-1] + slope * (beyond - self.nodes[-1])
+        return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
+
+
+class AutoBudget:
+    """Cuts the trees of a round to the nodes that pay.
+
+    Drafters state chances for greedy text and are sometimes wrong; what they promised is therefore scaled by what was
+    accepted of it lately.
+    """
+
+    def __init__(self, costs: Costs):
+        self._costs = costs
+        self._seconds: list[float] = []  # by number of nodes
+        self._promised = self._accepted = 0.0
+        self._largest_kept = LARGEST
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that a drafter should propose: twice what was worth it last time, for growing costs time too."""
+        return min(max(2 * self._largest_kept, FEWEST), LARGEST)
+
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """The first nodes of each tree; all of a tree that has no chances."""
+        scale = (self._accepted + TRUST) / (self._promised + TRUST)
+        drafts = []  # (chance, tree) of all that may be left out
+        for index, tree in enumerate(trees):
+            chance = 1.0
+            for stated in [] if tree.chances is None else tree.chances[1:].tolist():
+                chance = min(chance, stated * scale)
+                drafts.append((chance, index))
+        if len(trees) > 1:
+            drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
+        nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
+        while len(self._seconds) <= nodes + len(drafts):
+            self._seconds = self._costs(np.arange(2 * (nodes + len(drafts)))).tolist()
+        tokens = float(len(trees))
+        best, most = 0, tokens / self._seconds[nodes]
+        for taken, (chance, _) in enumerate(drafts, start=1):
+            tokens += chance
+            if tokens / self._seconds[nodes + taken] > most:
+                best, most = taken, tokens / self._seconds[nodes + taken]
+        kept = [len(tree) if tree.chances is None else 1 for tree in trees]
+        for _, index in drafts[:best]:
+            kept[index] += 1
+        self._largest_kept = max(kept)
+        return [tree.first(count) for tree, count in zip(trees, kept, strict=True)]
+
+    def learn(self, tree: DraftTree, path: Sequence[int]) -> None:
+        """How much of a verified tree was accepted."""
+        if tree.chances is not None:
+            self._promised = self._promised * MEMORY + sum(tree.chances[1:].tolist())
+            self._accepted = self._accepted * MEMORY + len(path) - 1
+
+
+def costs_of(model: Runner) -> Costs:
+    """The costs of a model on this machine, measured once and then kept in the user's cache folder.
+
+    The model's batch is lost when they are measured.
+    """
+    try:
+        kept = _read()[_key(model)]
+        return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
+    except (KeyError, TypeError):
+        return measure_costs(model)
+
+
+def measure_costs(model: Runner) -> Costs:
+    """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost."""
+    context = min(CONTEXT, model.context_length - 1)
+    largest = min(LARGEST, model.context_length - context)
+    sizes = [size for size in SIZES if size <= max(2, largest)]
+    model.prefill([[0] * context], capacity=context + max(sizes))
+    best: dict[int, float] = {}
+    deadline = time.perf_counter() + SECONDS
+    _seconds(model, 1)  # the first call of a kernel is not its speed
+    while time.perf_counter() < deadline:
+        for size in sizes:
+            best[size] = min(_seconds(model, size), best.get(size, np.inf))
+            if len(best) > 1 and time.perf_counter() > deadline:
+                break
+    nodes = sorted(best)
+    seconds = np.maximum.accumulate([best[size] for size in nodes])  # noise must not make more nodes cheaper
+    costs = Costs(tuple(nodes), tuple(seconds.tolist()))
+    _write(_key(model), {"nodes": costs.nodes, "seconds": costs.seconds})
+    return costs
+
+
+def _seconds(model: Runner, nodes: int) -> float:
+    # two children a node: neither a chain nor a star
+    tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
+    start = time.perf_counter()
+    model.verify([tree])
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def _key(model: Runner) -> str:
+    on_cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
+    weights = getattr(model, "weight_dtype", model.dtype)
+    return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}"
+
+
+def _file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "pyspec" / "costs.json"
+
+
+def _read() -> dict[str, dict]:
+    try:
+        kept = json.loads(_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _write(key: str, entry: dict) -> None:
+    """Keeps an entry; a folder that cannot be written to only means measuring again."""
+    try:
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        part = _file().with_suffix(f".{os.getpid()}")
+        part.write_text(json.dumps(_read() | {key: entry}, indent=1))
+        part.replace(_file())
+    except OSError:
+        pass
