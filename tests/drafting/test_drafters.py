@@ -98,7 +98,7 @@ def test_only_the_last_proposed_tree_counts_as_a_trial():
     drafter = started("merged")
     assert drafter._estimates.trials.sum() == 0
     stale = drafter.propose(PROMPT, 4)
-    tree = drafter.propose(PROMPT, 4)
+    tree = drafter.propose([*PROMPT, 3], 4)
     drafter.observe(stale, logits_for(stale), [0])
     assert drafter._estimates.trials.sum() == 0
     drafter.observe(tree, logits_for(tree), [0])
@@ -184,3 +184,20 @@ def test_without_the_compiled_module_drafting_says_so_once(monkeypatch):
             assert len(drafter.start(PROMPT).propose(PROMPT, 4)) == 4
     finally:
         engine_module.engine.cache_clear()
+
+
+def test_a_node_that_was_cut_off_counts_where_its_parent_was_verified():
+    drafter = started("lookup")
+    tree = drafter.propose(PROMPT, 40)
+    children = int((tree.parents == 0).sum())
+    assert 1 < children < len(tree) - 1
+    drafter.observe(tree.first(1), logits_for(tree)[:1], [0])
+    assert drafter._estimates.trials.sum() == children
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chances_never_rise_along_a_tree(name):
+    drafter = started(name)
+    drafter.observe(DraftTree.chain(PROMPT), logits_for(DraftTree.chain(PROMPT)), range(len(PROMPT)))
+    chances = drafter.propose(PROMPT, 20).chances
+    assert chances[0] == 1 and (chances.diff() <= 0).all() and (chances > 0).all()
