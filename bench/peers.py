@@ -54,7 +54,7 @@ class Engine(Protocol):
 class Pyspec:
     """pyspec.generate; a drafter keeps what it learns from prompt to prompt, as in a server."""
 
-    def __init__(self, model: LlamaRunner, drafter: str | None, budget: int):
+    def __init__(self, model: LlamaRunner, drafter: str | None, budget: int | str):
         self._model, self._name, self._budget = model, drafter, budget
         self.restart()
 
@@ -183,14 +183,14 @@ def _counting_lookup(lookup_tokens: int):
 
 
 def engines(
-    model: LlamaRunner, drafters: Sequence[str], budget: int, context: int, threads: int
+    model: LlamaRunner, drafters: Sequence[str], budget: int | str, context: int, threads: int
 ) -> tuple[dict[str, Engine], dict[str, str]]:
     """All engines by name, and the reasons for those that are missing.
 
     Args:
         model: the demo model; its weights and dtype are what the peers get.
         drafters: pyspec's, each beside plain decoding.
-        budget: tree nodes a round.
+        budget: tree nodes a round, or "auto".
         context: tokens that the longest prompt and its continuation need, drafts included.
         threads: of llama.cpp; torch's are a setting of the process.
     """
@@ -212,12 +212,14 @@ def engines(
 
 
 def _transformers_engines(model: LlamaRunner) -> tuple[Engine, Engine]:
+    if model.weight_dtype == torch.int8:
+        raise ValueError("transformers has no int8 weights for the CPU")
     dense_model = dense_transformers(model)
     return Transformers(dense_model, model.eos_tokens), Transformers(dense_model, model.eos_tokens, LOOKUP_TOKENS)
 
 
 def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> tuple[Engine, Engine]:
-    settings = (llama_cpp_file(model.dtype), context, model.eos_tokens, threads)
+    settings = (llama_cpp_file(model.weight_dtype), context, model.eos_tokens, threads)
     return LlamaCpp(*settings), LlamaCpp(*settings, LOOKUP_TOKENS)
 
 
@@ -273,9 +275,13 @@ def llama_cpp_file(dtype: torch.dtype) -> Path:
     """The demo model requantised by llama.cpp to dtype, made once and kept in the user's cache."""
     import llama_cpp
 
-    kinds = {torch.bfloat16: llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, torch.float32: llama_cpp.LLAMA_FTYPE_ALL_F32}
+    kinds = {
+        torch.bfloat16: llama_cpp.LLAMA_FTYPE_MOSTLY_BF16,
+        torch.float32: llama_cpp.LLAMA_FTYPE_ALL_F32,
+        torch.int8: llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    }
     if dtype not in kinds:
-        raise ValueError(f"llama.cpp is asked for bfloat16 or float32, got {dtype}")
+        raise ValueError(f"llama.cpp is asked for bfloat16, float32 or int8, got {dtype}")
     source = demo_file()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
     file = cache / f"{source.stem}.{str(dtype).removeprefix('torch.')}.gguf"

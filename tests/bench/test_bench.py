@@ -13,6 +13,7 @@ sys.path += [str(ROOT / "bench"), str(ROOT / "tests")]  # the benchmarks are scr
 import equality  # noqa: E402
 import peers  # noqa: E402
 import prompts  # noqa: E402
+import steps  # noqa: E402
 from fake_runner import FakeRunner  # noqa: E402
 from peers import DRAFTERS, PHASES, Pyspec, Run  # noqa: E402
 
@@ -145,11 +146,14 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
     assert (second["tokens_per_second"], second["equal_to_plain"]) == (pytest.approx(30.0), 0)
 
     pytest.importorskip("rich")
-    result = {"machine": generate_bench.machine(), "dtype": "bf16", "new_tokens": 30, **report}
+    measured = {"floor_seconds": 0.01, "weight_bytes": 2e8, "cache_bytes": 1e7, "bytes_per_second": 2e10}
+    measured |= {"plain_over_floor": 1.5, "overhead_share": 0.03, "multiply_rate_fp32": 2e11}
+    measured |= {name: dict.fromkeys(map(str, steps.SIZES), 1.0) for name in ("seconds", "over_plain")}
+    result = {"machine": generate_bench.machine(), "dtype": "bf16", "new_tokens": 30, "steps": measured, **report}
     generate_bench.show(result | {"missing": {"llama.cpp": "ImportError: no such package"}})
     shown = capsys.readouterr().out
     assert "missing: llama.cpp (ImportError: no such package)" in shown
-    assert "5.33x transformers (goal 2.5)" in shown
+    assert "5.33x transformers (goal 7.0)" in shown and "1.50x that (goal: at most 1.25x)" in shown
 
 
 def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):

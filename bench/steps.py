@@ -1,0 +1,100 @@
+"""What one step costs: the plain step against the bytes it must read, trees against the plain step, Python's share."""
+
+from __future__ import annotations
+
+import time
+
+import measure
+import torch
+
+from pyspec.generate import generate
+from pyspec.models import llama
+from pyspec.trees import DraftTree
+
+CONTEXT = 512  # tokens before the step
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # nodes
+GOALS = {"over the floor": 1.25, 8: 1.2, 16: 1.5, 32: 2.8}  # at most; of bf16, from the project's plan
+OVERHEAD_GOAL = 0.10
+
+
+def steps(model: llama.LlamaRunner, repeats: int = 21) -> dict:
+    """Medians of verify(T) behind CONTEXT tokens, and the floor: bytes of weights and cache over read bandwidth."""
+    model.prefill([[100 + place % 5000 for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
+    layers = model.weights.layers
+    weights = (
+        sum(getattr(layer, name).nbytes for layer in layers for name in llama.MATRICES) + model.weights.head.nbytes
+    )
+    config = model.config
+    cache = 2 * config.layers * config.kv_heads * CONTEXT * config.head_dim * model.dtype.itemsize
+
+    def step(nodes: int):
+        tree = DraftTree([100] * nodes, [(node - 1) // 3 if node else -1 for node in range(nodes)])
+        return lambda: model.verify([tree])
+
+    bandwidth = measure.read_bandwidth()
+    seconds = measure.in_turn({nodes: step(nodes) for nodes in SIZES}, repeats=repeats)
+    bandwidth = max(bandwidth, measure.read_bandwidth())  # it drifts: the better of before and after
+    floor = (weights + cache) / bandwidth
+    return {
+        "context": CONTEXT,
+        "weight_bytes": weights,
+        "cache_bytes": cache,
+        "bytes_per_second": bandwidth,
+        "floor_seconds": floor,
+        "plain_over_floor": seconds[1] / floor,
+        "seconds": {str(nodes): seconds[nodes] for nodes in SIZES},
+        "over_plain": {str(nodes): seconds[nodes] / seconds[1] for nodes in SIZES},
+        "multiply_rate_fp32": measure.multiply_rate(torch.float32),
+        "overhead_share": overhead_share(model),
+    }
+
+
+def overhead_share(model: llama.LlamaRunner, new_tokens: int = 64) -> float:
+    """The share of plain decoding that is not spent inside the ops: Python, dispatch, acceptance, bookkeeping."""
+    inside = 0.0
+
+    def timed(op):
+        def call(*args, **settings):
+            nonlocal inside
+            start = time.perf_counter()
+            result = op(*args, **settings)
+            inside += time.perf_counter() - start
+            return result
+
+        return call
+
+    ops = {name: getattr(llama, name) for name in ("llama_layers", "linear")}
+    prompt = [100 + place for place in range(8)]
+    generate(model, prompt, drafter=None, max_new_tokens=4)
+    try:
+        for name, op in ops.items():
+            setattr(llama, name, timed(op))
+        model.prefill([prompt])
+        prefill = inside
+        stats = generate(model, prompt, drafter=None, max_new_tokens=new_tokens).stats
+    finally:
+        for name, op in ops.items():
+            setattr(llama, name, op)
+    return 1 - (inside - 2 * prefill) / stats.decode_seconds
+
+
+def show(console, found: dict, dtype: str) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"verify behind {CONTEXT} tokens", title_justify="left")
+    for column in ("nodes", "ms", "over the plain step", "goal"):
+        table.add_column(column, justify="right")
+    for nodes in SIZES:
+        goal = f"at most {GOALS[nodes]}x" if dtype == "bf16" and nodes in GOALS else ""
+        cells = (f"{found['seconds'][str(nodes)] * 1e3:.1f}", f"{found['over_plain'][str(nodes)]:.2f}x", goal)
+        table.add_row(str(nodes), *cells)
+    console.print(table)
+    goal = f" (goal: at most {GOALS['over the floor']}x)" if dtype == "bf16" else ""
+    megabytes, rate = (found["weight_bytes"] + found["cache_bytes"]) / 1e6, found["bytes_per_second"] / 1e9
+    console.print(
+        f"floor {found['floor_seconds'] * 1e3:.1f} ms: {megabytes:.0f} MB at {rate:.1f} GB/s; the plain "
+        f"step is {found['plain_over_floor']:.2f}x that{goal}\n"
+        f"Python and dispatch: {found['overhead_share']:.1%} of plain decoding (goal: at most {OVERHEAD_GOAL:.0%}); "
+        f"fp32 products reach {found['multiply_rate_fp32'] / 1e9:.0f} GFLOP/s here"
+    )
