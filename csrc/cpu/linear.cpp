@@ -7,6 +7,7 @@ namespace {
 using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_linear, pyspec::LinearParams);
+PYSPEC_KERNEL_TABLE(pyspec_linear_rows, pyspec::LinearRowsParams);
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t outputs,
               torch::headeronly::ScalarType out_dtype) {
@@ -32,6 +33,24 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.parallel_for = pyspec::parallel_for;
   p.workspace = pyspec::workspace((pyspec::workspace_bytes(p) + 3) / 4);
   if (p.rows * outputs > 0) pyspec_linear_table[pyspec::instruction_set()](p);
+  return out;
+}
+
+Tensor linear_rows(const Tensor& index, const Tensor& weight, int64_t outputs, int64_t inputs) {
+  STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == torch::headeronly::ScalarType::Long,
+                  "index must be int64 [rows]");
+  pyspec::LinearParams packed{};
+  packed.inputs = inputs, packed.outputs = outputs;
+  pyspec::set_weight(packed, weight);
+  Tensor rows = torch::stable::contiguous(index);
+  auto places = static_cast<const int64_t*>(rows.data_ptr());
+  for (int64_t i = 0; i < rows.size(0); ++i) {
+    STD_TORCH_CHECK(places[i] >= 0 && places[i] < outputs, "index must be in [0, ", outputs, "), got ",
+                    places[i], " at ", i);
+  }
+  Tensor out = torch::stable::new_empty(rows, {rows.size(0), inputs}, torch::headeronly::ScalarType::Float);
+  pyspec_linear_rows_table[pyspec::instruction_set()](
+      {packed.weight, places, static_cast<float*>(out.data_ptr()), rows.size(0), inputs, packed.format});
   return out;
 }
 
@@ -63,4 +82,7 @@ void pyspec::set_weight(LinearParams& p, const Tensor& weight) {
   p.weight = weight.data_ptr();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_rows", TORCH_BOX(&linear_rows));
+}

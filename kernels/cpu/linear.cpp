@@ -62,6 +62,12 @@ struct FloatWeight {
   static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
   static int64_t offset(int64_t input) { return input * kStepBytes; }
 
+  static float value(const char* panel, int64_t lane, int64_t input) {
+    float value;
+    to_floats<Storage>(reinterpret_cast<const Storage*>(panel) + input * kPanel + lane, &value, 1);
+    return value;
+  }
+
   static void prepare(const LinearParams& p, const void* x, char* row) {
     to_floats(p.x_element, x, reinterpret_cast<float*>(row), p.inputs);
   }
@@ -88,6 +94,13 @@ struct BFloat16Weight {
   static constexpr int kMostRows = kVectorRegisters == 32 ? 12 : 2;
   static constexpr int64_t kStepBytes = kPanel * 4;
   static int64_t offset(int64_t input) { return (input + 1) / 2 * kStepBytes; }
+
+  static float value(const char* panel, int64_t lane, int64_t input) {
+    float value;
+    int64_t place = (input / 2 * kPanel + lane) * 2 + input % 2;
+    to_floats<BFloat16>(reinterpret_cast<const BFloat16*>(panel) + place, &value, 1);
+    return value;
+  }
 
   static void prepare(const LinearParams& p, const void* x, char* row) {
 #if PYSPEC_HAS_BF16_DOT
@@ -136,6 +149,14 @@ struct Int8Weight {
   static constexpr int64_t kGroupBytes = kPanel * (2 + kGroup);
   static constexpr int64_t kStepBytes = kGroupBytes / (kGroup / 4);
   static int64_t offset(int64_t input) { return pyspec::groups(input) * kGroupBytes; }
+
+  static float value(const char* panel, int64_t lane, int64_t input) {
+    const char* group = panel + input / kGroup * kGroupBytes;
+    float scale;
+    to_floats<Float16>(reinterpret_cast<const Float16*>(group) + lane, &scale, 1);
+    int64_t place = input % kGroup / 4 * kPanel * 4 + lane * 4 + input % 4;
+    return scale * static_cast<float>(static_cast<uint8_t>(group[kPanel * 2 + place]) - 128);
+  }
 
   static void prepare(const LinearParams& p, const void* x, char* row) {
     int64_t groups = pyspec::groups(p.inputs);
@@ -294,7 +315,31 @@ void linear(const LinearParams& p) {
   pyspec::parallel(p.parallel_for, pyspec::panels(p.outputs), panel);
 }
 
+template <class Weight>
+void linear_rows(const pyspec::LinearRowsParams& p) {
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const char* panel =
+        static_cast<const char*>(p.weight) + p.index[row] / kPanel * pyspec::panel_bytes(p.format, p.inputs);
+    for (int64_t i = 0; i < p.inputs; ++i) {
+      p.out[row * p.inputs + i] = Weight::value(panel, p.index[row] % kPanel, i);
+    }
+  }
+}
+
 }  // namespace
+
+extern "C" void PYSPEC_ENTRY(pyspec_linear_rows)(const pyspec::LinearRowsParams& p) {
+  switch (p.format) {
+    case WeightFormat::kFloat32:
+      return linear_rows<FloatWeight<float>>(p);
+    case WeightFormat::kFloat16:
+      return linear_rows<FloatWeight<Float16>>(p);
+    case WeightFormat::kBFloat16:
+      return linear_rows<BFloat16Weight>(p);
+    case WeightFormat::kInt8:
+      return linear_rows<Int8Weight>(p);
+  }
+}
 
 extern "C" void PYSPEC_ENTRY(pyspec_linear)(const LinearParams& p) {
   switch (p.format) {

@@ -29,6 +29,15 @@ struct LinearParams {
   ParallelFor parallel_for;
 };
 
+// Some outputs' weights as they were before packing, as an embedding reads them.
+struct LinearRowsParams {
+  const void* weight;    // packed
+  const int64_t* index;  // [rows], each in [0, outputs)
+  float* out;            // [rows, inputs]
+  int64_t rows, inputs;
+  WeightFormat format;
+};
+
 namespace {  // compiled once per instruction set, so never shared between object files
 
 constexpr int64_t kPanel = 32;

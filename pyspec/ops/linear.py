@@ -53,16 +53,10 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
-        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int64."""
+        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int64, in [0, outputs)."""
         if self.data.dim() == 2:
             return _unpack_rows(self.data[index], self.inputs)
-        panel, lane = index // PANEL, index % PANEL
-        if self.data.dtype != torch.uint8:
-            return self.data[panel, :, lane].flatten(1)[:, : self.inputs].float()
-        scales, integers = _split_groups(self.data[panel])  # [n, G, 32], [n, G, 8, 32, 4]
-        places = torch.arange(len(index), device=index.device)
-        values = integers[places, :, :, lane].flatten(2) * scales[places, :, lane, None]
-        return values.flatten(1)[:, : self.inputs]
+        return _ROWS(index, self.data, self.outputs, self.inputs)
 
     def unpack(self) -> Tensor:
         """[outputs, inputs] fp32."""
@@ -165,6 +159,17 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: in
     return (out if bias is None else out + bias).to(out_dtype)
 
 
+def linear_rows_reference(index: Tensor, weight: Tensor, outputs: int, inputs: int) -> Tensor:
+    """[n, inputs] fp32 of panels: what was packed for the outputs in index [n]."""
+    panel, lane = index // PANEL, index % PANEL
+    if weight.dtype != torch.uint8:
+        return weight[panel, :, lane].flatten(1)[:, :inputs].float()
+    scales, integers = _split_groups(weight[panel])  # [n, G, 32], [n, G, 8, 32, 4]
+    places = torch.arange(len(index), device=index.device)
+    values = integers[places, :, :, lane].flatten(2) * scales[places, :, lane, None]
+    return values.flatten(1)[:, :inputs]
+
+
 def _fake(x, weight, bias, outputs, out_dtype) -> Tensor:
     return x.new_empty((x.shape[0], outputs), dtype=out_dtype)
 
@@ -181,6 +186,14 @@ _OP = Op(
     linear_reference,
     _fake,
     _triton,
+)
+
+
+_ROWS = Op(
+    "linear_rows",
+    "(Tensor index, Tensor weight, int outputs, int inputs) -> Tensor",
+    linear_rows_reference,
+    lambda index, weight, outputs, inputs: index.new_empty((len(index), inputs), dtype=torch.float32),
 )
 
 

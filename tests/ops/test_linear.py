@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_tree_attention import available_instruction_sets
 
 import pyspec
-from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, pack_weight
+from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, linear_rows_reference, pack_weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PACKED = (*FLOATS, torch.int8)
@@ -217,12 +217,21 @@ def test_int8_format(outputs, inputs):
 
 @pytest.mark.parametrize("outputs, inputs", SIZES)
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
-def test_rows(outputs, inputs, dtype):
+def test_rows(kernel, outputs, inputs, dtype):
     packed = pack_weight(random(outputs, inputs), dtype)
     index = torch.cat((torch.arange(outputs).flip(0), torch.randint(outputs, (40,)), torch.zeros(2, dtype=torch.int64)))
     found = packed.rows(index)
     assert found.dtype == torch.float32 and torch.equal(found, packed.unpack()[index])
+    assert torch.equal(found, linear_rows_reference(index, packed.data, outputs, inputs))
     assert packed.rows(index[:0]).shape == (0, inputs)
+    torch.library.opcheck(torch.ops.pyspec.linear_rows.default, (index[::2], packed.data, outputs, inputs))
+
+
+@pytest.mark.parametrize("wrong", [-1, 45, 2**40])
+def test_rows_outside_of_the_weight(wrong):
+    packed = pack_weight(random(45, 77))
+    with pytest.raises(RuntimeError, match=rf"index must be in \[0, 45\), got {wrong} at 1"):
+        packed.rows(torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
