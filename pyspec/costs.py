@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ __all__ = ["AutoBudget", "Costs", "costs_of", "measure_costs"]
 FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
 CONTEXT = 128  # tokens before the trees that are measured
 SECONDS = 1.5  # that measuring takes
-SIZES = (1, 16, 4, 64, 2, 8, 32)  # any beginning of it spans the range: a slow model gets no further
+SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of it spans the range: a slow model gets no further
 TRUST = 8.0  # accepted drafts that the drafter's own word is worth
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
 
@@ -119,16 +120,16 @@ def measure_costs(model: Runner) -> Costs:
     largest = min(LARGEST, model.context_length - context)
     sizes = [size for size in SIZES if size <= max(2, largest)]
     model.prefill([[0] * context], capacity=context + max(sizes))
-    best: dict[int, float] = {}
+    found: dict[int, list[float]] = {size: [] for size in sizes}
     deadline = time.perf_counter() + SECONDS
     _seconds(model, 1)  # the first call of a kernel is not its speed
     while time.perf_counter() < deadline:
-        for size in sizes:
-            best[size] = min(_seconds(model, size), best.get(size, np.inf))
-            if len(best) > 1 and time.perf_counter() > deadline:
+        for size in sizes:  # in turn, and medians: a busy machine is slower for all sizes
+            found[size].append(_seconds(model, size))
+            if size != 1 and time.perf_counter() > deadline:
                 break
-    nodes = sorted(best)
-    seconds = np.maximum.accumulate([best[size] for size in nodes])  # noise must not make more nodes cheaper
+    nodes = sorted(size for size in sizes if found[size])
+    seconds = np.maximum.accumulate([statistics.median(found[size]) for size in nodes])  # more nodes are never cheaper
     costs = Costs(tuple(nodes), tuple(seconds.tolist()))
     _write(_key(model), {"nodes": costs.nodes, "seconds": costs.seconds})
     return costs
