@@ -15,41 +15,23 @@ settings starts it over.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from importlib import metadata
-from pathlib import Path
 
 import measure
 import peers
 import prompts
 import torch
+from recording import record
+from resume import Finished, seconds_a_token, work_through
 
 import pyspec
-from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.generate import generate
 
 SEED = 2024
 SAMPLED = {"temperature 0.8": {"temperature": 0.8}, "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95}}
 LARGEST_TIE = 1e-4  # two logits this close may be ordered either way by two orders of summation
 FINISHED = measure.RESULTS / "equality.jsonl"
-
-
-class RecordingAcceptance:
-    """Exact acceptance that keeps the logits which each token was drawn from."""
-
-    law = "exact"
-
-    def __init__(self):
-        self.logits: list[torch.Tensor] = []
-        self._exact = ExactAcceptance()
-
-    def accept(self, tree, logits, sampler, position):
-        accepted = self._exact.accept(tree, logits, sampler, position)
-        self.logits += logits[accepted.path].cpu().unbind()
-        return accepted
 
 
 def check_drafters(
@@ -61,13 +43,13 @@ def check_drafters(
         Plain decoding's tokens, and {name: {"difference": None or what is known of the first one, "drift": the largest
         difference of a logit up to there}}.
     """
-    plain = RecordingAcceptance()
     settings = {"max_new_tokens": new_tokens, "budget": budget, "seed": SEED, **sampling}
-    expected = _tokens(generate(model, prompt, drafter=None, acceptance=plain, **settings))
+    ((plain,), _) = record(model, [prompt], drafter=None, **settings)
+    expected = plain.tokens
     found = {}
     for name, drafter in drafters.items():
-        drafted = RecordingAcceptance()
-        tokens = _tokens(generate(model, prompt, drafter=drafter, acceptance=drafted, **settings))
+        ((drafted,), _) = record(model, [prompt], drafter=drafter, **settings)
+        tokens = drafted.tokens
         place = peers.first_difference(tokens, expected)
         # logits after a difference follow another text; the ones that made the difference still belong
         shared = min(len(tokens), len(expected)) if place is None else place + 1
@@ -108,14 +90,6 @@ def check_reference(dense_model, prompt: list[int], tokens: Sequence[int]) -> di
         ],
         "near_ties": sum(gap <= LARGEST_TIE for gap in gaps),
     }
-
-
-def _tokens(generation) -> list[int]:
-    if generation.finish_reason == "interrupted":
-        raise KeyboardInterrupt
-    if generation.error is not None:
-        raise RuntimeError(generation.error)
-    return generation.tokens
 
 
 def summary(lines: list[dict]) -> dict:
@@ -174,44 +148,18 @@ def show(kinds: dict[str, dict], lines: list[dict]) -> None:
                 print(f"DIFFERENT: question {line['question_id']}, {line['kind']}, {name}: {difference}")
 
 
-class Finished:
-    """The lines of finished prompts, in a file whose first line says what they were made with."""
-
-    def __init__(self, path: Path, made_with: dict):
-        self._path = path
-        text = path.read_text() if path.exists() else ""
-        # a line that was cut off by the end of the machine or the run is not finished
-        made_before, *lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines() or ["null"])
-        self.lines: list[dict] = lines if made_before == made_with else []
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in (made_with, *self.lines)))
-
-    def has(self, kind: str, question_id: int) -> bool:
-        return any(line["kind"] == kind and line["question_id"] == question_id for line in self.lines)
-
-    def add(self, line: dict) -> None:
-        self.lines.append(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def fingerprint() -> str:
-    """A hash of pyspec's files, compiled ones included, so that no result outlives the code it speaks of."""
-    folder = Path(pyspec.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".so")):
-        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=50, help="for greedy decoding and the reference; default: 50")
-    parser.add_argument("--sampled-prompts", type=int, default=20, help="default: 20")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens of greedy decoding; default: 128")
-    parser.add_argument("--sampled-tokens", type=int, default=64, help="default: 64")
-    parser.add_argument("--budget", type=int, default=16, help="tree nodes a round; default: 16")
-    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument(
+        "--prompts", type=measure.positive, default=50, help="for greedy decoding and the reference; default: 50"
+    )
+    parser.add_argument("--sampled-prompts", type=measure.positive, default=20, help="default: 20")
+    parser.add_argument(
+        "--tokens", type=measure.positive, default=128, help="new tokens of greedy decoding; default: 128"
+    )
+    parser.add_argument("--sampled-tokens", type=measure.positive, default=64, help="default: 64")
+    parser.add_argument("--budget", type=measure.positive, default=16, help="tree nodes a round; default: 16")
+    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
     return parser.parse_args()
 
 
@@ -219,64 +167,46 @@ def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
         model = pyspec.load("demo", dtype=torch.float32)
         dense_model = peers.dense_transformers(model)
         drafters = {name: make(model) for name, make in peers.DRAFTERS.items()}
-    machine = measure.machine() | {"transformers": metadata.version("transformers")}
-    date = machine.pop("date")
-    made_with = {"pyspec": fingerprint(), "tokens": [options.tokens, options.sampled_tokens], "budget": options.budget}
-    finished = Finished(FINISHED, made_with | machine)
+    new_tokens = {"greedy": options.tokens, **dict.fromkeys(SAMPLED, options.sampled_tokens)}
     counts = {"greedy": options.prompts, **dict.fromkeys(SAMPLED, options.sampled_prompts)}
-    work = [(kind, question) for kind, count in counts.items() for question in prompts.across_categories(count)]
-    remaining = [(kind, question) for kind, question in work if not finished.has(kind, question.question_id)]
-    console.print(f"{len(work) - len(remaining)} of {len(work)} prompts finished before, kept in {FINISHED}")
-    if remaining:
-        seconds = seconds_a_token(model, remaining[0][1].tokens(model))
-        tokens = sum(options.tokens if kind == "greedy" else options.sampled_tokens for kind, _ in remaining)
-        # plain decoding, and drafters that are taken to need as long
-        minutes = (1 + len(drafters)) * tokens * seconds / 60
-        console.print(f"at most about {minutes:.0f} minutes at {1 / seconds:.1f} plain tokens a second")
+    questions = {question.question_id: question for question in prompts.across_categories(max(counts.values()))}
+    units = [
+        {"kind": kind, "question_id": question_id}
+        for kind, count in counts.items()
+        for question_id in list(questions)[:count]
+    ]
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("", total=len(remaining))
-        for kind, question in remaining:
-            progress.update(task, description=kind)
-            prompt = question.tokens(model)
-            new_tokens = options.tokens if kind == "greedy" else options.sampled_tokens
-            tokens, found = check_drafters(model, prompt, drafters, new_tokens, options.budget, **SAMPLED.get(kind, {}))
-            line = {"kind": kind, "question_id": question.question_id, "new_tokens": len(tokens), "drafters": found}
-            if kind == "greedy":
-                line["reference"] = check_reference(dense_model, prompt, tokens)
-            finished.add(line)
-            progress.advance(task)
+    def work(unit: dict) -> dict:
+        kind, prompt = unit["kind"], questions[unit["question_id"]].tokens(model)
+        tokens, found = check_drafters(
+            model, prompt, drafters, new_tokens[kind], options.budget, **SAMPLED.get(kind, {})
+        )
+        reference = {"reference": check_reference(dense_model, prompt, tokens)} if kind == "greedy" else {}
+        return {"new_tokens": len(tokens), "drafters": found, **reference}
 
-    wanted = {(kind, question.question_id) for kind, question in work}
-    lines = [line for line in finished.lines if (line["kind"], line["question_id"]) in wanted]
+    def expected_seconds(remaining: list[dict]) -> float:
+        tokens = (1 + len(drafters)) * sum(new_tokens[unit["kind"]] for unit in remaining)
+        return tokens * seconds_a_token(model, next(iter(questions.values())).tokens(model))
+
+    settings = {
+        "tokens": [options.tokens, options.sampled_tokens],
+        "budget": options.budget,
+        "transformers": metadata.version("transformers"),
+    }
+    finished = Finished(FINISHED, settings)
+    lines = work_through(units, finished, work, lambda unit: unit["kind"], expected_seconds, console)
     kinds = summary(lines)
-    path = measure.save("equality", {"machine": machine | {"date": date}, **made_with, "checks": kinds})
+    path = measure.save("equality", {"machine": measure.machine(), **finished.made_with, "checks": kinds})
     show(kinds, lines)
     failed = failures(kinds)
     print(f"{failed} differences" if failed else "no token differs", f"(wrote {path})")
     return 1 if failed else 0
-
-
-def seconds_a_token(model, prompt: list[int]) -> float:
-    """Of plain decoding, after a warm-up."""
-    for new_tokens in (4, 16):
-        stats = generate(model, prompt, drafter=None, max_new_tokens=new_tokens).stats
-    return 1 / stats.tokens_per_second
 
 
 if __name__ == "__main__":

@@ -269,8 +269,8 @@ def machine() -> dict:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=_positive, default=5, help="prompts of each category; default: 5")
-    parser.add_argument("--new-tokens", type=_positive, default=128, help="default: 128")
+    parser.add_argument("--limit", type=measure.positive, default=5, help="prompts of each category; default: 5")
+    parser.add_argument("--new-tokens", type=measure.positive, default=128, help="default: 128")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all engines; default: bf16")
     parser.add_argument(
         "--drafters", nargs="+", choices=peers.DRAFTERS, default=["merged"], help="of pyspec; default: merged"
@@ -278,35 +278,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
-    parser.add_argument("--threads", type=_positive, default=2, help="default: 2")
-    parser.add_argument("--repeats", type=_positive, default=1, help="passes over the prompts; medians are taken")
+    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
+    parser.add_argument(
+        "--repeats", type=measure.positive, default=1, help="passes over the prompts; medians are taken"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parser.parse_args()
 
 
 def _budget(text: str) -> int | str:
-    return text if text == "auto" else _positive(text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return text if text == "auto" else measure.positive(text)
 
 
 def main() -> int:
     options = arguments()
     torch.set_num_threads(options.threads)
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the engines"):
@@ -324,8 +311,7 @@ def main() -> int:
     minutes = options.repeats * expected_seconds(warm, tokens[0], tokens, options.new_tokens) / 60
     console.print(f"{len(tokens)} prompts, {len(engines)} engines: about {minutes:.0f} minutes at the warm-up's speed")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+    with measure.progress(console) as progress:
         task = progress.add_task("", total=options.repeats * len(tokens) * len(engines), completed=-1)
         runs = measure_all(
             engines,

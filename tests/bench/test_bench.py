@@ -1,21 +1,13 @@
 """The benchmarks' own arithmetic, on models of a few parameters: they must notice a token that differs."""
 
-import json
-import sys
-from pathlib import Path
-
+import equality
+import peers
+import prompts
 import pytest
+import steps
 import torch
-
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "bench"), str(ROOT / "tests")]  # the benchmarks are scripts, not a package
-
-import equality  # noqa: E402
-import peers  # noqa: E402
-import prompts  # noqa: E402
-import steps  # noqa: E402
-from fake_runner import FakeRunner  # noqa: E402
-from peers import DRAFTERS, PHASES, Pyspec, Run  # noqa: E402
+from fake_runner import FakeRunner
+from peers import DRAFTERS, PHASES, Pyspec, Run
 
 PROMPT = list(b"a tree is a tree is a tree")
 
@@ -79,18 +71,6 @@ def test_only_near_ties_may_differ_from_the_reference():
         kinds = equality.summary([line])
         assert equality.failures(kinds) == failed
         assert kinds["greedy"]["reference"]["largest_gap"] == gap
-
-
-def test_finished_prompts_are_kept_until_something_changes(tmp_path):
-    path = tmp_path / "finished.jsonl"
-    equality.Finished(path, {"pyspec": "1"}).add({"kind": "greedy", "question_id": 7})
-    with path.open("a") as file:
-        file.write('{"kind": "gre')  # the run was killed here
-    again = equality.Finished(path, {"pyspec": "1"})
-    assert again.has("greedy", 7) and not again.has("greedy", 8)
-    again.add({"kind": "greedy", "question_id": 8})
-    assert [json.loads(line).get("question_id") for line in path.read_text().splitlines()] == [None, 7, 8]
-    assert not equality.Finished(path, {"pyspec": "2"}).lines
 
 
 def test_a_restarted_drafter_knows_nothing():

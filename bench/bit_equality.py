@@ -1,0 +1,282 @@
+"""Are the tokens, and the logits behind them, those of plain decoding, bit for bit?
+
+    python bench/bit_equality.py                    counts, bench/results/bit_equality.json; 1 if anything differs
+    python bench/bit_equality.py --torch-linear     would it notice? a small run with torch's linear; 1 if it would not
+
+Plain greedy decoding of a prompt alone says what is expected: its tokens, and all bits of the logits that each was
+drawn from. Then every drafter with every tree budget continues the prompt alone, and in a batch of three with prompts
+of other lengths. In fp32, bf16 and int8, on Spec-Bench prompts of every category. Every run reads its prompts again.
+
+Three prompts, a dtype and a drafter are one unit of work. Its drafter starts empty, so that a unit can be repeated by
+itself, and keeps what it learns from run to run, so that there are rounds that accept nothing and rounds that accept
+much. Finished units are kept, as JSON lines, so that an interrupted run goes on where it was; a change of pyspec or
+of the settings starts it over. All combinations are done for three prompts before the next three, so that a run that
+was cut short has covered all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from unittest import mock
+
+import measure
+import peers
+import prompts
+import torch
+from recording import Text, record
+from resume import Finished, seconds_a_token, work_through
+
+import pyspec
+from pyspec.ops.llama_layers import llama_layers_reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+BUDGETS = (4, 16, 48)
+BATCH = 3
+COUNTS = ("tokens", "rows", "token_differences", "logit_differences")
+TORCH_LINEAR_TOKENS = 8
+FINISHED = measure.RESULTS / "bit_equality.jsonl"
+
+
+@dataclass
+class Expected:
+    """Tokens, and a hash of the logits that each was drawn from: 64 rows of them would be 12 MB a prompt."""
+
+    tokens: list[int]
+    hashes: list[bytes]
+
+    @classmethod
+    def of(cls, text: Text) -> Expected:
+        return cls(text.tokens, [hash_of(row) for row in text.logits])
+
+
+def hash_of(row: torch.Tensor) -> bytes:
+    """64 bits, which rows that differ in any bit share once in 2^64 times."""
+    return hashlib.blake2b(row.numpy(), digest_size=8).digest()
+
+
+def compare(text: Text, expected: Expected) -> dict:
+    """How many tokens, and how many rows of logits, differ, and the first place of each (None where all are equal)."""
+    place = peers.first_difference(text.tokens, expected.tokens)
+    # logits after a different token follow another text; those which it was drawn from still belong
+    rows = min(len(text.tokens), len(expected.tokens), len(text.tokens) if place is None else place + 1)
+    different_rows = [row for row in range(rows) if hash_of(text.logits[row]) != expected.hashes[row]]
+    return {
+        "tokens": len(text.tokens),
+        "rows": rows,
+        "token_differences": sum(ours != theirs for ours, theirs in zip_longest(text.tokens, expected.tokens)),
+        "logit_differences": len(different_rows),
+        "first_token": place,
+        "first_row": different_rows[0] if different_rows else None,
+    }
+
+
+class Check:
+    """Compares texts with plain decoding, which is done once for each model and prompt.
+
+    Args:
+        models: runners by the name of their dtype.
+        prompts: token ids by question id.
+        new_tokens: of each text.
+    """
+
+    def __init__(self, models: dict, prompts: dict[int, list[int]], new_tokens: int):
+        self._models = models
+        self._prompts = prompts
+        self._new_tokens = new_tokens
+        self._expected: dict[tuple[str, int], Expected] = {}
+
+    def unit(self, unit: dict) -> dict:
+        """Every budget, with each prompt alone and with the batch."""
+        drafter = peers.DRAFTERS[unit["drafter"]](self._models[unit["dtype"]])
+        batches = [*([question_id] for question_id in unit["alone"]), unit["together"]]
+        return {"runs": [self.run(unit["dtype"], drafter, *setting) for setting in product(BUDGETS, batches)]}
+
+    def run(self, dtype: str, drafter, budget: int, question_ids: list[int]) -> dict:
+        """One call of generate, and what is found for each of its texts."""
+        texts, stats = record(
+            self._models[dtype],
+            [self._prompts[question_id] for question_id in question_ids],
+            drafter=drafter,
+            budget=budget,
+            max_new_tokens=self._new_tokens,
+        )
+        found = [
+            compare(text, self._plain(dtype, question_id))
+            for text, question_id in zip(texts, question_ids, strict=True)
+        ]
+        rounds = sum(stats.accepted_lengths)
+        return {"budget": budget, "question_ids": question_ids, "rounds": rounds, "texts": found}
+
+    def _plain(self, dtype: str, question_id: int) -> Expected:
+        key = dtype, question_id
+        if key not in self._expected:
+            prompt, settings = self._prompts[question_id], {"drafter": None, "max_new_tokens": self._new_tokens}
+            ((text,), _) = record(self._models[dtype], [prompt], **settings)
+            self._expected[key] = Expected.of(text)
+        return self._expected[key]
+
+
+def units(question_ids: list[int]) -> list[dict]:
+    """All the work, three prompts after three; the first prompts fill up the last batch."""
+    found = []
+    for start in range(0, len(question_ids), BATCH):
+        alone = question_ids[start : start + BATCH]
+        together = [question_ids[(start + place) % len(question_ids)] for place in range(BATCH)]
+        for dtype, drafter in product(DTYPES, peers.DRAFTERS):
+            found.append({"dtype": dtype, "drafter": drafter, "alone": alone, "together": together})
+    return found
+
+
+@contextmanager
+def torch_linear() -> Iterator[None]:
+    """Models compute with torch's own linear, and layer by layer op by op: the compiled program has ours inside."""
+    dense: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def linear(x, weight, bias=None, *, out_dtype=None):
+        key = weight.data.data_ptr(), x.dtype
+        if key not in dense:
+            dense[key] = weight.unpack().to(x.dtype)
+        out = torch.nn.functional.linear(x, dense[key], bias)
+        return out if out_dtype is None else out.to(out_dtype)
+
+    def llama_layers(*tensors, windows, heads, intermediate, epsilon):
+        return llama_layers_reference(*tensors, windows, heads, intermediate, epsilon)
+
+    # by their full names, because pyspec.ops.llama_layers is the function
+    runner, layers = map(importlib.import_module, ("pyspec.models.llama", "pyspec.ops.llama_layers"))
+    with (
+        mock.patch.object(runner, "linear", linear),
+        mock.patch.object(layers, "linear", linear),
+        mock.patch.object(runner, "llama_layers", llama_layers),
+    ):
+        yield
+
+
+def summary(lines: list[dict]) -> list[dict]:
+    """Counts for each combination of dtype, drafter, budget and batch."""
+    combinations: dict[tuple, dict] = {}
+    for line in lines:
+        for run in line["runs"]:
+            key = {
+                "dtype": line["dtype"],
+                "drafter": line["drafter"],
+                "budget": run["budget"],
+                "batch": len(run["question_ids"]),
+            }
+            counts = combinations.setdefault(
+                tuple(key.values()), {**key, "sequences": 0, "rounds": 0, **dict.fromkeys(COUNTS, 0)}
+            )
+            counts["sequences"] += len(run["texts"])
+            counts["rounds"] += run["rounds"]
+            for text in run["texts"]:
+                for name in COUNTS:
+                    counts[name] += text[name]
+    return list(combinations.values())
+
+
+def total(checks: list[dict]) -> dict[str, int]:
+    return {name: sum(counts[name] for counts in checks) for name in COUNTS}
+
+
+def differences(counts: dict) -> int:
+    return counts["token_differences"] + counts["logit_differences"]
+
+
+def describe(counts: dict) -> str:
+    return (
+        f"{counts['token_differences']} of {counts['tokens']} tokens and "
+        f"{counts['logit_differences']} of {counts['rows']} rows of logits differ"
+    )
+
+
+def show(checks: list[dict], lines: list[dict]) -> None:
+    for counts in checks:
+        name = f"{counts['dtype']}, {counts['drafter']}, budget {counts['budget']}, batch {counts['batch']}"
+        length = counts["tokens"] / counts["rounds"]
+        print(f"{name}: {counts['sequences']} texts, {length:.2f} tokens a round: {describe(counts)}")
+    for line in lines:
+        for run in line["runs"]:
+            for question_id, text in zip(run["question_ids"], run["texts"], strict=True):
+                if differences(text):
+                    print(
+                        f"DIFFERENT: question {question_id} of {run['question_ids']}, {line['dtype']}, "
+                        f"{line['drafter']}, budget {run['budget']}: {describe(text)}, "
+                        f"first token {text['first_token']}, first row {text['first_row']}"
+                    )
+
+
+def would_notice(models: dict, token_ids: dict[int, list[int]], console) -> bool:
+    """Whether a few short texts, alone and in a batch, differ with torch's linear in place of ours."""
+    check, together = Check(models, token_ids, TORCH_LINEAR_TOKENS), list(token_ids)[:BATCH]
+    noticed = False
+    with torch_linear(), measure.progress(console) as progress:
+        for dtype, model in progress.track(models.items(), description="torch's linear"):
+            drafter = peers.DRAFTERS["merged"](model)
+            runs = [check.run(dtype, drafter, TORCH_LINEAR_TOKENS, batch) for batch in (together[:1], together)]
+            counts = total(summary([{"dtype": dtype, "drafter": "merged", "runs": runs}]))
+            console.print(f"{dtype} with torch's linear: {describe(counts)}")
+            noticed |= differences(counts) > 0
+    return noticed
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=measure.positive, default=50, help="default: 50")
+    parser.add_argument("--tokens", type=measure.positive, default=64, help="new tokens of each text; default: 64")
+    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
+    parser.add_argument(
+        "--torch-linear",
+        action="store_true",
+        help="a small run with torch's linear in place of ours, in which something must differ",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("loading the models"):
+        models = {name: pyspec.load("demo", dtype=dtype) for name, dtype in DTYPES.items()}
+    tokenizing = models["fp32"]
+    questions = prompts.across_categories(options.prompts)
+    token_ids = {question.question_id: question.tokens(tokenizing) for question in questions}
+    if options.torch_linear:
+        noticed = would_notice(models, token_ids, console)
+        print("noticed, as it must be" if noticed else "NOT NOTICED: a broken row rule would pass this check")
+        return 0 if noticed else 1
+
+    def expected_seconds(remaining: list[dict]) -> float:
+        rates = {dtype: seconds_a_token(model, next(iter(token_ids.values()))) for dtype, model in models.items()}
+        texts = ((rates[unit["dtype"]], len(unit["alone"]) + len(unit["together"])) for unit in remaining)
+        return len(BUDGETS) * options.tokens * sum(rate * count for rate, count in texts)
+
+    finished = Finished(FINISHED, {"tokens": options.tokens})
+    lines = work_through(
+        units(list(token_ids)),
+        finished,
+        Check(models, token_ids, options.tokens).unit,
+        lambda unit: f"{unit['dtype']} {unit['drafter']}",
+        expected_seconds,
+        console,
+    )
+    checks = summary(lines)
+    counts = total(checks)
+    result = {"prompts": options.prompts, "total": counts, "checks": checks}
+    path = measure.save("bit_equality", {"machine": measure.machine(), **finished.made_with, **result})
+    show(checks, lines)
+    print(f"in all {describe(counts)} (wrote {path})")
+    return 1 if differences(counts) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
