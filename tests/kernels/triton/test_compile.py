@@ -265,7 +265,8 @@ def test_the_small_ops_compile(kernel, tmp_path):
     constants, options = SMALL[kernel]
     types = {name: "*i32" for name in ("positions", "sequences", "slots")}
     types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
-    types |= {name: "*fp32" for name in ("hidden", "delta", "weight", "qkv", "cos_sin", "gate_up")} | {"epsilon": "fp32"}
+    types |= {name: "*fp32" for name in ("hidden", "delta", "weight", "qkv", "cos_sin", "gate_up")}
+    types |= {"epsilon": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     for architecture in ARCHITECTURES:
         source = ASTSource(kernel, signature, constants)

@@ -29,7 +29,9 @@ def arguments(rows, head_dim, heads, kv_heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("rows, head_dim, heads, kv_heads", [(5, 64, 4, 2), (3, 80, 3, 1), (1, 256, 2, 2), (0, 64, 4, 2)])
+@pytest.mark.parametrize(
+    "rows, head_dim, heads, kv_heads", [(5, 64, 4, 2), (3, 80, 3, 1), (1, 256, 2, 2), (0, 64, 4, 2)]
+)
 def test_matches_the_reference(rows, head_dim, heads, kv_heads, dtype):
     expected = arguments(rows, head_dim, heads, kv_heads, dtype)
     found = {name: tensor.to(DEVICE, copy=True) for name, tensor in expected.items()}
