@@ -212,6 +212,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sampled-tokens", type=int, default=64, help="default: 64")
     parser.add_argument("--budget", type=int, default=16, help="tree nodes a round; default: 16")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser.parse_args()
 
 
@@ -230,12 +232,13 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
-        model = pyspec.load("demo", dtype=torch.float32)
+        model = pyspec.load(options.model, dtype=torch.float32, device=options.device)
         dense_model = peers.dense_transformers(model)
         drafters = {name: make(model) for name, make in peers.DRAFTERS.items()}
     machine = measure.machine() | {"transformers": metadata.version("transformers")}
     date = machine.pop("date")
     made_with = {"pyspec": fingerprint(), "tokens": [options.tokens, options.sampled_tokens], "budget": options.budget}
+    made_with |= {"model": model.fingerprint, "device": options.device}
     finished = Finished(FINISHED, made_with | machine)
     counts = {"greedy": options.prompts, **dict.fromkeys(SAMPLED, options.sampled_prompts)}
     work = [(kind, question) for kind, count in counts.items() for question in prompts.across_categories(count)]
@@ -265,7 +268,10 @@ def main() -> int:
     wanted = {(kind, question.question_id) for kind, question in work}
     lines = [line for line in finished.lines if (line["kind"], line["question_id"]) in wanted]
     kinds = summary(lines)
-    path = measure.save("equality", {"machine": machine | {"date": date}, **made_with, "checks": kinds})
+    path = measure.save(
+        measure.on_device("equality", options.device),
+        {"machine": machine | {"date": date}, **made_with, "checks": kinds},
+    )
     show(kinds, lines)
     failed = failures(kinds)
     print(f"{failed} differences" if failed else "no token differs", f"(wrote {path})")

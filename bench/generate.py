@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import measure
 import peers
@@ -176,7 +177,7 @@ def show(result: dict) -> None:
         table.add_row(category, *(f"{row['tokens_per_second']:.1f}" for row in rows.values()))
     console.print(table)
     merged = result["engines"].get("pyspec merged")
-    if merged is not None and result["dtype"] == "bf16":
+    if merged is not None and (result["device"], result["dtype"]) == ("cpu", "bf16"):
         over = merged.get("over transformers", {"tokens_per_second": float("nan")})["tokens_per_second"]
         console.print(
             f"merged drafter: {over:.2f}x transformers (goal {GOALS['speed over transformers']}), "
@@ -186,11 +187,11 @@ def show(result: dict) -> None:
 
 def title(result: dict) -> str:
     machine = result["machine"]
+    where = f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of {machine['cores']} cores"
     return (
-        f"SmolLM2-135M-Instruct, {result['dtype']}, {len(result['prompts'])} Spec-Bench prompts, greedy, "
+        f"{result['model']}, {result['dtype']}, {len(result['prompts'])} Spec-Bench prompts, greedy, "
         f"at most {result['new_tokens']} new tokens\n"
-        f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of {machine['cores']} cores, "
-        f"torch {machine['torch']}, {machine['date']}"
+        f"{machine['gpu'] if result['device'] == 'cuda' else where}, torch {machine['torch']}, {machine['date']}"
     )
 
 
@@ -267,6 +268,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=_positive, default=16, help="tree nodes a round; default: 16")
     parser.add_argument("--threads", type=_positive, default=2, help="default: 2")
     parser.add_argument("--repeats", type=_positive, default=1, help="passes over the prompts; medians are taken")
+    parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all engines; default: cpu")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parser.parse_args()
 
@@ -293,11 +296,12 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the engines"):
-        model = pyspec.load("demo", dtype=DTYPES[options.dtype])
+        model = pyspec.load(options.model, dtype=DTYPES[options.dtype], device=options.device)
         questions = prompts.first_of_each_category(options.limit)
         tokens = [question.tokens(model) for question in questions]
         context = max(map(len, tokens)) + options.new_tokens + peers.LOOKUP_TOKENS + 1
-        engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads)
+        is_demo = options.model == "demo" and options.device == "cpu"
+        engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads, is_demo)
     for name, reason in missing.items():
         console.print(f"[red]missing: {name}[/red] ({reason})")
     with console.status("warming up"):
@@ -319,6 +323,8 @@ def main() -> int:
 
     result = {
         "machine": machine(),
+        "model": "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name,
+        "device": options.device,
         "dtype": options.dtype,
         "budget": options.budget,
         "new_tokens": options.new_tokens,
@@ -326,7 +332,7 @@ def main() -> int:
         "missing": missing,
         **report(questions, tokens, runs),
     }
-    path = measure.save(f"generate_{options.dtype}", result)
+    path = measure.save(measure.on_device(f"generate_{options.dtype}", options.device), result)
     plot(result, path.with_suffix(".png"))
     if options.json:
         print(json.dumps(result))

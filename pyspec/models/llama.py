@@ -315,7 +315,7 @@ class LlamaRunner:
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
                 if self._steps is not None:
-                    hidden = self._steps.alone(chain, sequence)
+                    hidden = self._steps.alone(self._step, chain, sequence)
                 else:
                     hidden = self._forward([chain], [sequence], cache)
                 cache.lengths[sequence] += len(chain)
@@ -342,7 +342,7 @@ class LlamaRunner:
         for sequence in active:
             cache.check_room(sequence, len(trees[sequence]))
         if self._steps is not None:
-            hidden = self._steps.together(trees)
+            hidden = self._steps.together(self._step, trees)
         else:
             hidden = self._forward([trees[sequence] for sequence in active], active, cache)
         self._verified = list(trees)
@@ -378,7 +378,7 @@ class LlamaRunner:
         cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, self.dtype, self.device)
         cache.restart(capacity)
         if self._is_static:
-            self._steps = StaticSteps(self._step, cache, GraphRecorder(self.device))
+            self._steps = StaticSteps(cache, GraphRecorder(self.device))
         return cache
 
     def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache) -> Tensor:

@@ -85,16 +85,17 @@ class StepInputs:
 class StaticSteps:
     """Runs a model's layers over the trees of a batch, with everything that changes on the device.
 
+    A step is a function of (inputs, keys_values [layers, 2, B, kv_heads, S, D]) that gives [B * nodes, hidden] for B
+    sequences by launches that take their sizes from shapes alone. It is passed to every call and not kept, because its
+    model keeps the steps.
+
     Args:
-        step: (inputs, keys_values [layers, 2, B, kv_heads, S, D]) to [B * nodes, hidden] for B sequences: launches
-            that take their sizes from shapes alone.
-        cache: of the batch, with slots_for its capacity. Steps and their graphs know its address and serve no other.
+        cache: of the batch, with slots_for its capacity. Graphs know its address and serve no other.
         record: makes a function that repeats a step's launches, such as GraphRecorder.
     """
 
-    def __init__(self, step: Step, cache: DenseCache, record: Recorder):
+    def __init__(self, cache: DenseCache, record: Recorder):
         self.cache = cache
-        self._step = step
         self._record = record
         self._inputs: dict[int, StepInputs] = {}  # by nodes
         self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}  # by nodes and slots
@@ -104,20 +105,20 @@ class StaticSteps:
         _, _, had, _, slots, _ = self.cache.keys_values.shape
         return had == sequences and slots >= capacity + BUCKETS[-1]
 
-    def alone(self, tree: DraftTree, sequence: int) -> Tensor:
+    def alone(self, step: Step, tree: DraftTree, sequence: int) -> Tensor:
         """[T, hidden] of one tree of any size behind one sequence, launch by launch, without padding."""
         length = self.cache.lengths[sequence]
         inputs = StepInputs(1, len(tree), self.cache.keys_values.device)
         inputs.fill([tree], [length])
         of_sequence = self.cache.keys_values[:, :, sequence : sequence + 1]
-        return self._step(inputs, of_sequence[..., : self._slots(length + len(tree)), :])
+        return step(inputs, of_sequence[..., : self._slots(length + len(tree)), :])
 
-    def together(self, trees: Sequence[DraftTree | None]) -> Tensor:
+    def together(self, step: Step, trees: Sequence[DraftTree | None]) -> Tensor:
         """[R, hidden] of the nodes of all trees, tree after tree, in one replay; None sits out, not all do."""
         active = [(sequence, tree) for sequence, tree in enumerate(trees) if tree is not None]
         largest = max(len(tree) for _, tree in active)
         if largest > BUCKETS[-1]:
-            return torch.cat([self.alone(tree, sequence) for sequence, tree in active])
+            return torch.cat([self.alone(step, tree, sequence) for sequence, tree in active])
         nodes = next(bucket for bucket in BUCKETS if bucket >= largest)
         slots = self._slots(max(self.cache.lengths) + nodes)
         if nodes not in self._inputs:
@@ -126,7 +127,7 @@ class StaticSteps:
         inputs.fill(trees, self.cache.lengths)
         if (nodes, slots) not in self._replays:  # now that the keys of a warm-up go where they belong
             keys_values = self.cache.keys_values[..., :slots, :]
-            self._replays[nodes, slots] = self._record(lambda: self._step(inputs, keys_values))
+            self._replays[nodes, slots] = self._record(lambda: step(inputs, keys_values))
         hidden = self._replays[nodes, slots]().unflatten(0, (len(trees), nodes))
         return torch.cat([hidden[sequence, : len(tree)] for sequence, tree in active])
 

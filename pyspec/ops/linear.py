@@ -53,7 +53,7 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
-        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int64."""
+        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int32 or int64."""
         if self.data.dim() == 2:
             return _unpack_rows(self.data[index], self.inputs)
         panel, lane = index // PANEL, index % PANEL

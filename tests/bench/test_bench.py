@@ -145,7 +145,8 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
     assert (second["tokens_per_second"], second["equal_to_plain"]) == (pytest.approx(30.0), 0)
 
     pytest.importorskip("rich")
-    result = {"machine": generate_bench.machine(), "dtype": "bf16", "new_tokens": 30, **report}
+    settings = {"model": "SmolLM2-135M-Instruct", "device": "cpu", "dtype": "bf16", "new_tokens": 30}
+    result = {"machine": generate_bench.machine(), **settings, **report}
     generate_bench.show(result | {"missing": {"llama.cpp": "ImportError: no such package"}})
     shown = capsys.readouterr().out
     assert "missing: llama.cpp (ImportError: no such package)" in shown
@@ -155,8 +156,8 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
 def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):
     import bench_linear
 
-    monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(bench_linear, "ROWS", (1, 3, 64))
     result = bench_linear.run(repeats=1, layers=1, head=(70, 576))
     assert [(row["weights"], row["rows"]) for row in result["results"]] == [
@@ -186,3 +187,17 @@ def test_linear_times_no_wrong_result(monkeypatch):
     monkeypatch.setattr(bench_linear, "linear", lambda x, weight: x @ weight.unpack().T + len(x) * 1e-3)
     with pytest.raises(AssertionError):
         model.check(3)
+
+
+def test_verify_times_every_size(monkeypatch, capsys):
+    import bench_verify
+
+    monkeypatch.setattr(bench_verify.measure, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench_verify, "SHAPES", {"tiny": (96, 160, 2, 4, 2, 64, 97, True)})
+    monkeypatch.setattr(bench_verify, "NODES", (1, 5))
+    rows = bench_verify.run("tiny", "fp32", "cpu", repeats=1)
+    layer = 96 * 512 + 256 * 96 + 2 * 160 * 96 + 96 * 160
+    moved = 4 * (2 * layer + 96 * 128) + 2 * 2 * 2 * 1000 * 64 * 4  # 97 outputs fill four panels
+    assert [row["nodes"] for row in rows] == [1, 5] and rows[0]["over_one"] == 1
+    assert all(row["floor_ms"] == pytest.approx(moved / 1e6) for row in rows)
+    assert "T=5" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
         with torch.inference_mode():
             for sequence, tree in enumerate(trees):
                 if tree is not None:
-                    expected = runner._logits(runner._steps.alone(tree, sequence))
+                    expected = runner._logits(runner._steps.alone(runner._step, tree, sequence))
                     assert torch.equal(found[sequence], expected), (seed, sequence, len(tree))
                 paths.append(tree and root_path(tree, generator.randrange(len(tree))))
         runner.commit(paths)
