@@ -51,6 +51,7 @@ bench: $(VENV)/ready
 	$(PIP) --no-build-isolation -e '.[bench]'
 	$(BIN)/python bench/bench_tree_attention.py
 	$(BIN)/python bench/bench_linear.py
+	$(BIN)/python bench/bench_verify.py
 	$(BIN)/python bench/generate.py
 
 clean:

@@ -1,12 +1,13 @@
 """What does a verify of T rows cost in the linears of the demo model, against the floor and against torch's linear?
 
-    python bench/bench_linear.py                    a table, bench/results/linear_cpu.{json,png}
+    python bench/bench_linear.py                    a table, bench/results/linear_<device>.{json,png}
     pytest bench --benchmark-only                   the kernels alone, to compare before and after a change
 
 One call is every linear of SmolLM2-135M once, each with its own weight, so that weights come from memory as they do
 in a real step. The peer is torch's linear in the same dtype; int8 weights (with fp32 rows) have none, so theirs are
-fp32 and bf16. The floor is the larger of the packed bytes over the measured read bandwidth and the operations over
-the measured rate of a large matrix product, in the dtype or in fp32, whichever is faster here.
+fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the packed bytes over the measured
+read bandwidth and the operations over the measured rate of a large matrix product, in the dtype or in fp32, whichever
+is faster here.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.int8: 5e-2}  # int
 class Model:
     """The weights of one model's linears in one packed format, and plainly for the peers."""
 
-    def __init__(self, dtype: torch.dtype, layers: int = LAYERS, head: tuple[int, int] = HEAD):
+    def __init__(self, dtype: torch.dtype, layers: int = LAYERS, head: tuple[int, int] = HEAD, device: str = "cpu"):
         generator = torch.Generator().manual_seed(0)
+        self.device = device
         self.dtype, self.x_dtype = dtype, torch.float32 if dtype == torch.int8 else dtype
         self.packed, self.plain = [], {peer: [] for peer in FORMATS[dtype]}
         for outputs, inputs in (*LAYER.values(),) * layers + (head,):
-            weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(self.x_dtype)
+            weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(device, self.x_dtype)
             self.packed.append(pack_weight(weight, dtype))
             for peer, weights in self.plain.items():
                 weights.append(weight.to(peer))
@@ -51,7 +53,8 @@ class Model:
     def inputs(self, rows: int, dtype: torch.dtype) -> dict[int, torch.Tensor]:
         """Rows by their width."""
         generator = torch.Generator().manual_seed(rows)
-        return {k: torch.randn(rows, k, generator=generator).to(dtype) for k in sorted({w.inputs for w in self.packed})}
+        sizes = sorted({weight.inputs for weight in self.packed})
+        return {k: torch.randn(rows, k, generator=generator).to(self.device, dtype) for k in sizes}
 
     def pyspec(self, rows: int) -> Callable[[], None]:
         x = self.inputs(rows, self.x_dtype)
@@ -92,17 +95,18 @@ def test_linear(benchmark, model, rows):
     benchmark(model.pyspec(rows))
 
 
-def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD) -> dict:
-    bandwidth = measure.read_bandwidth()
-    fp32_rate = measure.multiply_rate(torch.float32)
+def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device: str = "cpu") -> dict:
+    bandwidth = measure.read_bandwidth(device)
+    fp32_rate = measure.multiply_rate(torch.float32, device)
     results = []
     for dtype in FORMATS:
-        rate = max(fp32_rate, measure.multiply_rate(dtype))
-        model = Model(dtype, layers, head)
+        rate = max(fp32_rate, measure.multiply_rate(dtype, device))
+        model = Model(dtype, layers, head, device)
         for rows in ROWS:
             model.check(rows)
             calls = {"pyspec": model.pyspec(rows)}
             calls |= {f"torch {name(peer)}": model.torch(rows, peer) for peer in FORMATS[dtype]}
+            calls = {who: measure.replayed(call, device) for who, call in calls.items()}
             ms = {who: 1e3 * seconds for who, seconds in measure.in_turn(calls, repeats, warmup=1).items()}
             bytes_floor, rate_floor = 1e3 * model.bytes / bandwidth, 1e3 * 2 * model.parameters * rows / rate
             one_row = results[-1]["one_row_ms"] if rows > 1 else ms["pyspec"]
@@ -121,6 +125,7 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD) -> dic
         del model
     return {
         "machine": measure.machine(),
+        "device": device,
         "layers": layers,
         "layer": LAYER,
         "head": head,
@@ -169,9 +174,9 @@ def plot(result: dict, path) -> None:
         axis.legend(fontsize=8)
     axes[0].set_ylabel("ms for all linears of the model")
     machine = result["machine"]
+    where = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
     figure.suptitle(
-        f"all linears of SmolLM2-135M; {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{machine['date']}",
+        f"all linears of SmolLM2-135M; {where}, torch {machine['torch']}, {machine['date']}",
         fontsize=9,
     )
     figure.tight_layout()
@@ -182,10 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options.repeats)
-    path = measure.save("linear_cpu", result)
+    result = run(options.repeats, device=options.device)
+    path = measure.save(f"linear_{options.device}", result)
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 

@@ -160,6 +160,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sampled-tokens", type=measure.positive, default=64, help="default: 64")
     parser.add_argument("--budget", type=measure.positive, default=16, help="tree nodes a round; default: 16")
     parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
+    parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     return parser.parse_args()
 
 
@@ -170,7 +172,7 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
-        model = pyspec.load("demo", dtype=torch.float32)
+        model = pyspec.load(options.model, dtype=torch.float32, device=options.device)
         dense_model = peers.dense_transformers(model)
         drafters = {name: make(model) for name, make in peers.DRAFTERS.items()}
     new_tokens = {"greedy": options.tokens, **dict.fromkeys(SAMPLED, options.sampled_tokens)}
@@ -198,11 +200,16 @@ def main() -> int:
         "tokens": [options.tokens, options.sampled_tokens],
         "budget": options.budget,
         "transformers": metadata.version("transformers"),
+        "model": model.fingerprint,
+        "device": options.device,
     }
     finished = Finished(FINISHED, settings)
     lines = work_through(units, finished, work, lambda unit: unit["kind"], expected_seconds, console)
     kinds = summary(lines)
-    path = measure.save("equality", {"machine": measure.machine(), **finished.made_with, "checks": kinds})
+    path = measure.save(
+        measure.on_device("equality", options.device),
+        {"machine": measure.machine(), **finished.made_with, "checks": kinds},
+    )
     show(kinds, lines)
     failed = failures(kinds)
     print(f"{failed} differences" if failed else "no token differs", f"(wrote {path})")

@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import measure
 import peers
@@ -175,9 +176,10 @@ def show(result: dict) -> None:
     for category, rows in result["categories"].items():
         table.add_row(category, *(f"{row['tokens_per_second']:.1f}" for row in rows.values()))
     console.print(table)
-    steps.show(console, result["steps"], result["dtype"])
+    has_goals = result["device"] == "cpu" and result["dtype"] == "bf16"
+    steps.show(console, result["steps"], has_goals)
     merged = result["engines"].get("pyspec merged")
-    if merged is None:
+    if merged is None or not has_goals:
         return
     speed_ups = {
         category: ratio(rows["pyspec merged"]["tokens_per_second"], rows["pyspec plain"]["tokens_per_second"])
@@ -197,11 +199,11 @@ def show(result: dict) -> None:
 
 def title(result: dict) -> str:
     machine = result["machine"]
+    where = f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of {machine['cores']} cores"
     return (
-        f"SmolLM2-135M-Instruct, {result['dtype']}, {len(result['prompts'])} Spec-Bench prompts, greedy, "
+        f"{result['model']}, {result['dtype']}, {len(result['prompts'])} Spec-Bench prompts, greedy, "
         f"at most {result['new_tokens']} new tokens\n"
-        f"{machine['cpu']} ({machine['capability']}), {machine['threads']} threads of {machine['cores']} cores, "
-        f"torch {machine['torch']}, {machine['date']}"
+        f"{machine['gpu'] if result['device'] == 'cuda' else where}, torch {machine['torch']}, {machine['date']}"
     )
 
 
@@ -282,6 +284,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=measure.positive, default=1, help="passes over the prompts; medians are taken"
     )
+    parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all engines; default: cpu")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parser.parse_args()
 
@@ -297,11 +301,12 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the engines"):
-        model = pyspec.load("demo", dtype=DTYPES[options.dtype])
+        model = pyspec.load(options.model, dtype=DTYPES[options.dtype], device=options.device)
         questions = prompts.first_of_each_category(options.limit)
         tokens = [question.tokens(model) for question in questions]
         context = max(map(len, tokens)) + options.new_tokens + peers.LOOKUP_TOKENS + 1
-        engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads)
+        is_demo = options.model == "demo" and options.device == "cpu"
+        engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads, is_demo)
     for name, reason in missing.items():
         console.print(f"[red]missing: {name}[/red] ({reason})")
     with console.status("measuring steps"):
@@ -324,6 +329,8 @@ def main() -> int:
 
     result = {
         "machine": machine(),
+        "model": "SmolLM2-135M-Instruct" if options.model == "demo" else Path(options.model).name,
+        "device": options.device,
         "dtype": options.dtype,
         "budget": options.budget,
         "new_tokens": options.new_tokens,
@@ -332,7 +339,7 @@ def main() -> int:
         "steps": measured_steps,
         **report(questions, tokens, runs),
     }
-    path = measure.save(f"generate_{options.dtype}", result)
+    path = measure.save(measure.on_device(f"generate_{options.dtype}", options.device), result)
     plot(result, path.with_suffix(".png"))
     if options.json:
         print(json.dumps(result))

@@ -33,6 +33,18 @@ def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> d
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def replayed(call: Callable, device: str) -> Callable:
+    """A call as a runner makes it: on a GPU its launches are replayed as a CUDA graph."""
+    if device == "cpu":
+        return call
+    call()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def read_bandwidth(device: str = "cpu") -> float:
     """Bytes a second of one pass over 256 MiB."""
     data = torch.ones(64 * 2**20, device=device)
@@ -81,6 +93,11 @@ def progress(console):
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=console)
+
+
+def on_device(name: str, device: str) -> str:
+    """The name of a result: those of a GPU are told apart."""
+    return name if device == "cpu" else f"{name}_{device}"
 
 
 def save(name: str, result: dict) -> Path:

@@ -99,10 +99,12 @@ class Transformers:
         ends: list[tuple[float, int]] = []  # of each call of the model: when, and tokens so far
 
         def clock(input_ids, scores, **_):
+            if input_ids.is_cuda:
+                torch.cuda.synchronize()
             ends.append((time.perf_counter(), input_ids.shape[1]))
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-        input_ids = torch.tensor([prompt])
+        input_ids = torch.tensor([prompt], device=self._model.device)
         start = time.perf_counter()
         output = self._model.generate(
             input_ids,
@@ -183,24 +185,31 @@ def _counting_lookup(lookup_tokens: int):
 
 
 def engines(
-    model: LlamaRunner, drafters: Sequence[str], budget: int | str, context: int, threads: int
+    model: LlamaRunner,
+    drafters: Sequence[str],
+    budget: int | str,
+    context: int,
+    threads: int,
+    is_demo: bool = True,
 ) -> tuple[dict[str, Engine], dict[str, str]]:
     """All engines by name, and the reasons for those that are missing.
 
     Args:
-        model: the demo model; its weights and dtype are what the peers get.
+        model: its weights, dtype and device are what the peers get.
         drafters: pyspec's, each beside plain decoding.
         budget: tree nodes a round, or "auto".
         context: tokens that the longest prompt and its continuation need, drafts included.
         threads: of llama.cpp; torch's are a setting of the process.
+        is_demo: whether model is the demo model on the CPU, which llama.cpp is asked for.
     """
     found: dict[str, Engine] = {"pyspec plain": Pyspec(model, None, budget)}
     found |= {f"pyspec {name}": Pyspec(model, name, budget) for name in drafters}
     missing: dict[str, str] = {}
     peers = {
         "transformers": lambda: _transformers_engines(model),
-        "llama.cpp": lambda: _llama_cpp_engines(model, context, threads),
     }
+    if is_demo:
+        peers["llama.cpp"] = lambda: _llama_cpp_engines(model, context, threads)
     for name, make in peers.items():
         try:
             plain, lookup = make()
@@ -248,7 +257,7 @@ def dense_transformers(model: LlamaRunner):
         tie_word_embeddings=config.tied_embedding,
         dtype=model.dtype,
     )
-    dense_model = LlamaForCausalLM(description).to(model.dtype).eval()
+    dense_model = LlamaForCausalLM(description).to(model.device, model.dtype).eval()
     result = dense_model.load_state_dict(model.weights.named(config), strict=False)
     # the one tensor that a checkpoint may leave out is the head that is the embedding itself
     if result.unexpected_keys or set(result.missing_keys) - ({"lm_head.weight"} if config.tied_embedding else set()):
@@ -259,7 +268,7 @@ def dense_transformers(model: LlamaRunner):
 @torch.inference_mode()
 def logits_along(dense_model, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
     """[len(tokens), V] fp32: a transformers model's logits for each of the tokens, given all that come before it."""
-    input_ids = torch.tensor([[*prompt, *tokens[:-1]]])
+    input_ids = torch.tensor([[*prompt, *tokens[:-1]]], device=dense_model.device)
     return dense_model(input_ids, use_cache=False, logits_to_keep=len(tokens)).logits[0].float()
 
 

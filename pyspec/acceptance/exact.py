@@ -37,11 +37,12 @@ class ExactAcceptance:
         child_of: dict[tuple[int, int], int] = {}
         for node, edge in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
             child_of.setdefault(edge, node)
+        draw = sampler.draws(logits)
         path, node = [], 0
         while True:
             path.append(node)
             try:
-                token = sampler.draw(logits[node], position + len(path) - 1)
+                token = draw(node, position + len(path) - 1)
             except InvalidLogits as error:
                 raise InvalidLogits(str(error), path) from error
             child = child_of.get((node, token))

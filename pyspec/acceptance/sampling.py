@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
+from pyspec.readback import HostStatistics, read_statistics
+
 __all__ = ["InvalidLogits", "Sampler"]
+
+
+_NO_LAW = {"nan": "NaN", "inf": "+inf", "-inf": "all -inf"}  # by the largest logit, or the sum
 
 
 class InvalidLogits(ValueError):
@@ -79,6 +84,16 @@ class Sampler:
         scores += self._gumbel(tokens, position)
         return int(tokens[np.argmax(scores)])
 
+    def draws(self, logits: torch.Tensor) -> Callable[[int, int], int]:
+        """`draw` for the rows of logits [T, V] float32, as a function of (row, position).
+
+        Greedily on a GPU, the host reads a few numbers of all rows at once; otherwise each drawn row.
+        """
+        if self.temperature == 0 and logits.is_cuda:
+            statistics = read_statistics(logits)
+            return lambda row, position: _best(statistics, row)
+        return lambda row, position: self.draw(logits[row], position)
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """[V] float64: the law that draw follows, from [V] float32 logits."""
         row = _row(logits)
@@ -141,7 +156,15 @@ def _argmax(row: np.ndarray) -> int:
     token = int(np.argmax(row))  # numpy promises the first of equal values, and the first NaN if there is one
     if math.isfinite(row[token]):
         return token
-    raise InvalidLogits("all -inf" if row[token] == -math.inf else "NaN" if math.isnan(row[token]) else "+inf")
+    raise InvalidLogits(_NO_LAW[str(row[token])])
+
+
+def _best(statistics: HostStatistics, row: int) -> int:
+    """_argmax of a row by its statistics."""
+    log_sum_exp = float(statistics.log_sum_exp[row])
+    if math.isfinite(log_sum_exp):
+        return int(statistics.top_tokens[row, 0])
+    raise InvalidLogits(_NO_LAW[str(log_sum_exp)])
 
 
 def _largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:

@@ -17,7 +17,8 @@ class DenseCache:
     `keys_values` is that allocation.
 
     Args:
-        layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1.
+        layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1. `restart` may allow fewer
+            slots than there are.
         dtype, device: of the keys and values.
     """
 
@@ -35,6 +36,11 @@ class DenseCache:
         self.lengths = [0] * sequences
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
 
+    def restart(self, capacity: int) -> None:
+        """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
+        self.lengths = [0] * len(self.lengths)
+        self.capacity = capacity
+
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless count more slots fit behind a sequence's committed ones."""
         if self.lengths[sequence] + count > self.capacity:
@@ -51,7 +57,9 @@ class DenseCache:
             in_place += 1
         if moved := path[in_place:]:
             slots = self.keys_values[:, :, sequence, :, start:]
+            # from pinned memory, so that a GPU reads it when it gets there and nobody waits
+            nodes = torch.tensor(moved, pin_memory=slots.is_cuda).to(slots.device, non_blocking=True)
             # index_select copies, so rows may move onto slots that other rows still have to be read from
-            kept = slots.index_select(3, torch.tensor(moved, device=slots.device))
+            kept = slots.index_select(3, nodes)
             slots[..., in_place : len(path), :] = kept
         self.lengths[sequence] += len(path)

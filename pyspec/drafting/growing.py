@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyspec.drafting.engine import engine
-from pyspec.ops import row_statistics
+from pyspec.readback import read_statistics
 from pyspec.trees import DraftTree
 
 __all__ = ["GrowingDrafter"]
@@ -126,6 +126,6 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
 
 def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
-    logits = logits.detach() if logits.dtype != torch.float64 else logits.detach().float()
-    statistics = row_statistics(logits if logits.stride(1) == 1 else logits.contiguous())
-    return statistics.top_tokens.int().cpu().numpy(), statistics.top_logits.cpu().numpy()
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    statistics = read_statistics(logits if logits.stride(1) == 1 else logits.contiguous())
+    return statistics.top_tokens, statistics.top_logits

@@ -1,7 +1,8 @@
 """LlamaRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense KV cache.
 
-The nodes of all trees of a batch run packed through the layers, [sum of T_b, hidden]. A prompt is read as a chain
-of draft tokens that are all accepted, so prefill is verify and commit, and gives the same bits in any chunks.
+The nodes of all trees of a batch run packed through the layers, [sum of T_b, hidden]; on a GPU they are padded to
+fixed shapes and replayed as a graph (static_steps.py). A prompt is read as a chain of draft tokens that are all
+accepted, so prefill is verify and commit, and gives the same bits in any chunks.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor
 from pyspec.caches.dense import DenseCache
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models.huge_pages import HugePages
+from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
-from pyspec.ops.llama_layers import llama_layers
-from pyspec.ops.tree_attention import HEAD_DIMS
+from pyspec.ops.llama_layers import layers_by_ops, llama_layers
+from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention
+from pyspec.readback import send_statistics
 from pyspec.trees import DraftTree
 
 __all__ = ["LayerWeights", "LlamaConfig", "LlamaRunner", "LlamaWeights", "RopeScaling", "Unsupported"]
@@ -290,6 +293,8 @@ class LlamaRunner:
             self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
         self._cache: DenseCache | None = None
         self._verified: list[DraftTree | None] | None = None
+        self._is_static = self.device.type == "cuda"
+        self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -319,16 +324,15 @@ class LlamaRunner:
         if capacity < longest:
             raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
         self._cache = self._verified = None  # the old batch makes room for the new one
-        config = self.config
-        cache = DenseCache(
-            config.layers, len(tokens), config.kv_heads, capacity, config.head_dim, self.dtype, self.device
-        )
-        self._extend_rope(capacity)
+        cache = self._empty_cache(len(tokens), capacity)
         last_logits = []
         for sequence, prompt in enumerate(tokens):
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
-                hidden = self._forward([chain], [sequence], cache)
+                if self._steps is not None:
+                    hidden = self._steps.alone(self._step, chain, sequence)
+                else:
+                    hidden = self._forward([chain], [sequence], cache)
                 cache.lengths[sequence] += len(chain)
                 if observe is not None:
                     observe(sequence, chain, self._logits(hidden))
@@ -352,10 +356,17 @@ class LlamaRunner:
             return [None] * len(trees)
         for sequence in active:
             cache.check_room(sequence, len(trees[sequence]))
-        hidden = self._forward([trees[sequence] for sequence in active], active, cache)
+        if self._steps is not None:
+            hidden = self._steps.together(self._step, trees)
+        else:
+            hidden = self._forward([trees[sequence] for sequence in active], active, cache)
         self._verified = list(trees)
-        logits = iter(self._logits(hidden).split([len(trees[sequence]) for sequence in active]))
-        return [None if tree is None else next(logits) for tree in trees]
+        logits = self._logits(hidden)
+        parts = logits.split([len(trees[sequence]) for sequence in active])
+        if logits.is_cuda:
+            send_statistics(logits, parts)
+        parts = iter(parts)
+        return [None if tree is None else next(parts) for tree in trees]
 
     @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
@@ -371,14 +382,26 @@ class LlamaRunner:
             if path is not None:
                 self._cache.commit(sequence, path)
 
+    def _empty_cache(self, sequences: int, capacity: int) -> DenseCache:
+        """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
+        if self._steps is not None and self._steps.fits(sequences, capacity):
+            self._steps.cache.restart(capacity)
+            return self._steps.cache
+        self._steps = None  # makes room
+        config, slots = self.config, slots_for(capacity) if self._is_static else capacity
+        self._extend_rope(slots)
+        cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, self.dtype, self.device)
+        cache.restart(capacity)
+        if self._is_static:
+            self._steps = StaticSteps(cache, GraphRecorder(self.device))
+        return cache
+
     def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed."""
         lengths = [cache.lengths[sequence] for sequence in sequences]
         positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
         tokens = [tree.tokens for tree in trees]
-        positions, tokens = (
-            (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.device) for parts in (positions, tokens)
-        )
+        positions, tokens = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (positions, tokens))
         return llama_layers(
             self._embed(tokens),
             self._matrices,
@@ -387,13 +410,39 @@ class LlamaRunner:
             cache.keys_values,
             self._cos_sin,
             positions,
-            [tree.ancestor_bits.to(self.device) for tree in trees],
+            [tree.ancestor_bits for tree in trees],
             sequences,
             lengths,
             windows=self._windows,
             heads=self.config.heads,
             intermediate=self.config.intermediate_size,
             epsilon=self.config.norm_epsilon,
+        )
+
+    def _step(self, inputs: StepInputs, keys_values: Tensor) -> Tensor:
+        """`_forward` for StaticSteps: sizes come from shapes, and what changes from round to round from inputs."""
+        sequences, nodes = inputs.tokens.shape
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q = q.unflatten(0, (sequences, nodes)).transpose(1, 2)
+            window = self._windows[layer] or None
+            mixed = tree_attention(q, k, v, inputs.ancestor_bits, inputs.prefix_lens, window=window)
+            return mixed.transpose(1, 2).flatten(0, 1)
+
+        return layers_by_ops(
+            self._embed(inputs.tokens.flatten()),
+            self._matrices,
+            self._biases,
+            self.weights.norm,
+            keys_values,
+            self._cos_sin,
+            inputs.positions.flatten(),
+            inputs.sequences.flatten(),
+            inputs.slots.flatten(),
+            attend,
+            self.config.heads,
+            self.config.intermediate_size,
+            self.config.norm_epsilon,
         )
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Op:
         if self._triton is None:
             return "reference", "no GPU kernel"
         missing = _triton_reason()
-        return ("reference", missing) if missing else ("triton", "tensor cores do the work")
+        return ("reference", missing) if missing else ("triton", "compiled at first use")
 
 
 def check_out_dtype(out_dtype: torch.dtype) -> None:

@@ -53,10 +53,10 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
-        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] int64, in [0, outputs)."""
+        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] integers in [0, outputs)."""
         if self.data.dim() == 2:
             return _unpack_rows(self.data[index], self.inputs)
-        return _ROWS(index, self.data, self.outputs, self.inputs)
+        return _ROWS(index.long(), self.data, self.outputs, self.inputs)
 
     def unpack(self) -> Tensor:
         """[outputs, inputs] fp32."""

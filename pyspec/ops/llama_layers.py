@@ -1,13 +1,13 @@
 """llama_layers: all layers of a Llama-shaped model for the nodes of some trees, as one call.
 
-What it computes is written below in six ops a layer (`llama_layers_reference`), and that is what runs on a GPU. On
-the CPU the same kernels run as one program on all threads at once (csrc/cpu/llama_layers.cpp), which gives the
-same bits without 200 dispatches a token.
+What it computes is written below in six ops a layer (`layers_by_ops`). On the CPU the same kernels run as one
+program on all threads at once (csrc/cpu/llama_layers.cpp), which gives the same bits without 200 dispatches a
+token; on a GPU the ops run one by one, replayed as a CUDA graph (pyspec/models/static_steps.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +19,50 @@ from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.tree_attention import tree_attention
 
-__all__ = ["llama_layers", "llama_layers_reference"]
+__all__ = ["layers_by_ops", "llama_layers", "llama_layers_reference"]
 
 WEIGHTS = 6  # of a layer: attention_norm, qkv, output, feed_forward_norm, gate_up, down
+
+
+def layers_by_ops(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    last_norm: Tensor,
+    keys_values: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    slots: Tensor,
+    attend: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    heads: int,
+    intermediate: int,
+    epsilon: float,
+) -> Tensor:
+    """The layers, op by op; hidden and keys_values are changed in place.
+
+    Takes what llama_layers takes, but sequences and slots are those of every row, [R] int32, and attention is the
+    caller's: attend(layer, q [R, heads, D], k, v [B, kv_heads, S, D]) gives [R, heads, D].
+    """
+    dtype, size, head_dim = keys_values.dtype, hidden.shape[1], keys_values.shape[-1]
+    qkv_size = (heads + 2 * keys_values.shape[3]) * head_dim
+
+    def project(x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+        bias = None if bias is None or not bias.numel() else bias
+        return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=torch.float32)
+
+    delta = None
+    for layer, (k, v) in enumerate(keys_values.unbind(0)):
+        attention_norm, qkv, output, feed_forward_norm, gate_up, down = weights[WEIGHTS * layer :][:WEIGHTS]
+        qkv_bias, output_bias = biases[2 * layer :][:2] if biases else (None, None)
+        x = rms_norm(hidden, attention_norm, epsilon, delta=delta, out_dtype=dtype)
+        projected = project(x, qkv, qkv_size, qkv_bias)
+        q = rotary_write(projected, cos_sin, positions, sequences, slots, k, v, heads=heads)
+        delta = project(attend(layer, q, k, v).flatten(1), output, size, output_bias)
+        x = rms_norm(hidden, feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
+        x = swiglu(project(x, gate_up, 2 * intermediate), out_dtype=dtype)
+        delta = project(x, down, size)
+    return rms_norm(hidden, last_norm, epsilon, delta=delta, out_dtype=dtype)
 
 
 def llama_layers_reference(
@@ -41,9 +82,7 @@ def llama_layers_reference(
     epsilon: float,
 ) -> Tensor:
     """The layers, op by op; hidden and keys_values are changed in place. The specification of the program."""
-    device, dtype = hidden.device, keys_values.dtype
-    size, head_dim = hidden.shape[1], keys_values.shape[-1]
-    qkv_size = (heads + 2 * keys_values.shape[3]) * head_dim
+    device = hidden.device
     sizes = [len(bits) for bits in ancestor_bits]
     repeats = torch.tensor(sizes, device=device)
     row_sequences = torch.tensor(sequences, dtype=torch.int32, device=device).repeat_interleave(repeats)
@@ -51,33 +90,37 @@ def llama_layers_reference(
     nodes = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in sizes])
     slots = starts.repeat_interleave(repeats) + nodes
 
-    def project(x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-        bias = None if bias is None or not bias.numel() else bias
-        return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=torch.float32)
+    trees = list(zip(sequences, ancestor_bits, starts.split(1), strict=True))
 
-    delta = None
-    for layer, (k, v) in enumerate(keys_values.unbind(0)):
-        attention_norm, qkv, output, feed_forward_norm, gate_up, down = weights[WEIGHTS * layer :][:WEIGHTS]
-        qkv_bias, output_bias = biases[2 * layer :][:2] if biases else (None, None)
-        x = rms_norm(hidden, attention_norm, epsilon, delta=delta, out_dtype=dtype)
-        projected = project(x, qkv, qkv_size, qkv_bias)
-        q = rotary_write(projected, cos_sin, positions, row_sequences, slots, k, v, heads=heads)
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mixed = [
             tree_attention(
                 part.transpose(0, 1)[None],
                 k[sequence, None],
                 v[sequence, None],
                 bits[None],
-                starts[tree, None],
+                start,
                 window=windows[layer] or None,
             )[0].transpose(0, 1)
-            for tree, (part, sequence, bits) in enumerate(zip(q.split(sizes), sequences, ancestor_bits, strict=True))
+            for part, (sequence, bits, start) in zip(q.split(sizes), trees, strict=True)
         ]
-        delta = project(torch.cat(mixed).flatten(1), output, size, output_bias)
-        x = rms_norm(hidden, feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
-        x = swiglu(project(x, gate_up, 2 * intermediate), out_dtype=dtype)
-        delta = project(x, down, size)
-    return rms_norm(hidden, last_norm, epsilon, delta=delta, out_dtype=dtype)
+        return torch.cat(mixed)
+
+    return layers_by_ops(
+        hidden,
+        weights,
+        biases,
+        last_norm,
+        keys_values,
+        cos_sin,
+        positions,
+        row_sequences,
+        slots,
+        attend,
+        heads,
+        intermediate,
+        epsilon,
+    )
 
 
 def _fake(hidden, weights, biases, last_norm, keys_values, *rest) -> Tensor:

@@ -27,11 +27,18 @@ def _fake(hidden, delta, weight, epsilon, out_dtype) -> Tensor:
     return torch.empty_like(hidden, dtype=out_dtype)
 
 
+def _triton():
+    from pyspec.kernels.rms_norm import rms_norm as launch
+
+    return launch
+
+
 _OP = Op(
     "rms_norm",
     "(Tensor(a!) hidden, Tensor? delta, Tensor weight, float epsilon, ScalarType out_dtype) -> Tensor",
     rms_norm_reference,
     _fake,
+    _triton,
 )
 
 

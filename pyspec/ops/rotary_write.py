@@ -40,12 +40,19 @@ def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> Ten
     return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
 
 
+def _triton():
+    from pyspec.kernels.rotary_write import rotary_write as launch
+
+    return launch
+
+
 _OP = Op(
     "rotary_write",
     "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
     "Tensor(b!) values, int heads) -> Tensor",
     rotary_write_reference,
     _fake,
+    _triton,
 )
 
 

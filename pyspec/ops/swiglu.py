@@ -21,7 +21,13 @@ def _fake(gate_up, out_dtype) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=out_dtype)
 
 
-_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype) -> Tensor", swiglu_reference, _fake)
+def _triton():
+    from pyspec.kernels.swiglu import swiglu as launch
+
+    return launch
+
+
+_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype) -> Tensor", swiglu_reference, _fake, _triton)
 
 
 def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor:

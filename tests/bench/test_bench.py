@@ -129,7 +129,8 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
     measured = {"floor_seconds": 0.01, "weight_bytes": 2e8, "cache_bytes": 1e7, "bytes_per_second": 2e10}
     measured |= {"plain_over_floor": 1.5, "overhead_share": 0.03, "multiply_rate_fp32": 2e11}
     measured |= {name: dict.fromkeys(map(str, steps.SIZES), 1.0) for name in ("seconds", "over_plain")}
-    result = {"machine": generate_bench.machine(), "dtype": "bf16", "new_tokens": 30, "steps": measured, **report}
+    settings = {"model": "SmolLM2-135M-Instruct", "device": "cpu", "dtype": "bf16", "new_tokens": 30}
+    result = {"machine": generate_bench.machine(), **settings, "steps": measured, **report}
     generate_bench.show(result | {"missing": {"llama.cpp": "ImportError: no such package"}})
     shown = capsys.readouterr().out
     assert "missing: llama.cpp (ImportError: no such package)" in shown
@@ -139,8 +140,8 @@ def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
 def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):
     import bench_linear
 
-    monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda: 1e9)
-    monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(bench_linear, "ROWS", (1, 3, 64))
     result = bench_linear.run(repeats=1, layers=1, head=(70, 576))
     assert [(row["weights"], row["rows"]) for row in result["results"]] == [
@@ -170,3 +171,22 @@ def test_linear_times_no_wrong_result(monkeypatch):
     monkeypatch.setattr(bench_linear, "linear", lambda x, weight: x @ weight.unpack().T + len(x) * 1e-3)
     with pytest.raises(AssertionError):
         model.check(3)
+
+
+def test_verify_times_every_size(monkeypatch, capsys):
+    import bench_verify
+    from rich.console import Console
+
+    monkeypatch.setattr(steps.measure, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(steps.measure, "multiply_rate", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench_verify, "SHAPES", {"tiny": (96, 160, 2, 4, 2, 64, 97, True)})
+    monkeypatch.setattr(steps, "SIZES", (1, 5))
+    found = bench_verify.run("tiny", "fp32", "cpu", repeats=1)
+    layer = 96 * 512 + 256 * 96 + 2 * 160 * 96 + 96 * 160
+    assert found["weight_bytes"] == 4 * (2 * layer + 96 * 128)  # 97 outputs fill four panels
+    assert found["cache_bytes"] == 2 * 2 * 2 * steps.CONTEXT * 64 * 4
+    assert found["floor_seconds"] == pytest.approx((found["weight_bytes"] + found["cache_bytes"]) / 1e9)
+    assert set(found["seconds"]) == {"1", "5"} and found["over_plain"]["1"] == 1
+    assert 0 < found["overhead_share"] < 1
+    steps.show(Console(), found, True)
+    assert "Python and dispatch" in capsys.readouterr().out

@@ -2,7 +2,8 @@ import importlib
 
 import pytest
 import torch
-from tiny_models import KINDS, VOCABULARY, expected_logits, random_tokens, random_tree, root_path, tiny_model
+from random_llama import VOCABULARY, random_tokens, random_tree, root_path
+from tiny_models import KINDS, expected_logits, tiny_model
 
 import pyspec.models.llama
 from pyspec import DraftTree, load

@@ -6,8 +6,9 @@ import sys
 import gguf
 import pytest
 import torch
+from random_llama import random_tokens
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, expected_logits, random_tokens, tiny_model, write_gguf
+from tiny_models import KINDS, expected_logits, tiny_model, write_gguf
 
 from pyspec import load
 from pyspec.models import loading

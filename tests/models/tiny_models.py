@@ -1,14 +1,10 @@
 """Tiny random models, as transformers makes and saves them."""
 
-import random
-
 import gguf
 import numpy as np
 import torch
+from random_llama import VOCABULARY
 
-from pyspec import DraftTree
-
-VOCABULARY = 97
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -54,26 +50,6 @@ def tiny_model(kind: str):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
     return model
-
-
-def random_tokens(count: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(VOCABULARY) for _ in range(count)]
-
-
-def random_tree(size: int, seed: int = 0) -> DraftTree:
-    generator = random.Random(seed)
-    parents = [-1] + [generator.randrange(max(0, node - 4), node) for node in range(1, size)]
-    return DraftTree(random_tokens(size, seed + 1), parents)
-
-
-def root_path(tree: DraftTree, node: int) -> list[int]:
-    """Nodes from the root to a node, both included."""
-    path, parents = [], tree.parents.tolist()
-    while node >= 0:
-        path.append(node)
-        node = parents[node]
-    return path[::-1]
 
 
 @torch.inference_mode()

@@ -16,7 +16,15 @@ triton = pytest.importorskip("triton", reason="Triton is not installed for this 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pyspec.kernels import linear, merge_attention, row_statistics, tree_attention  # noqa: E402
+from pyspec.kernels import (  # noqa: E402
+    linear,
+    merge_attention,
+    rms_norm,
+    rotary_write,
+    row_statistics,
+    swiglu,
+    tree_attention,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -238,3 +246,30 @@ def test_row_statistics_compiles(dtype, tmp_path):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=row_statistics.OPTIONS)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 128 and used["STACK"] == 0 and used["LOCAL"] == 0
+
+
+# ==== the small ops of a layer ====
+
+SMALL = {
+    rms_norm.rms_norm_kernel: ({"BLOCK": 8192}, rms_norm.compile_options(8192)),
+    rotary_write.rotary_write_kernel: (
+        {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64},
+        rotary_write.OPTIONS,
+    ),
+    swiglu.swiglu_kernel: ({}, swiglu.OPTIONS),
+}
+
+
+@pytest.mark.parametrize("kernel", SMALL, ids=lambda kernel: kernel.__name__)
+def test_the_small_ops_compile(kernel, tmp_path):
+    constants, options = SMALL[kernel]
+    types = {name: "*i32" for name in ("positions", "sequences", "slots")}
+    types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
+    types |= {name: "*fp32" for name in ("hidden", "delta", "weight", "qkv", "cos_sin", "gate_up")}
+    types |= {"epsilon": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    for architecture in ARCHITECTURES:
+        source = ASTSource(kernel, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        used = resources(compiled, tmp_path)
+        assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0

@@ -1,0 +1,96 @@
+"""What does a verify of T nodes cost, against one plain step and against the floor?
+
+    python bench/bench_verify.py            a table, bench/results/verify_<device>.json
+
+A whole verify of LlamaRunner, tree to logits, with random weights in the shape of a known model: a time does not depend
+on the values. On a GPU the same verify launch by launch stands beside the replayed graph. See steps.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+
+import measure
+import steps
+import torch
+
+from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights
+
+SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
+    "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True),
+    "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128, 128256, False),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: str) -> LlamaRunner:
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[shape]
+    config = LlamaConfig(
+        architecture="llama",
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context_length=8192,
+        norm_epsilon=1e-5,
+        rope_base=500000.0,
+        tied_embedding=tied,
+    )
+    dense = torch.bfloat16 if dtype == torch.int8 else dtype
+    weights = LlamaWeights.empty(config, dense, torch.device(device))
+    for tensor in weights.named(config).values():
+        tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
+    weights.pack(dtype)
+    return LlamaRunner(config, weights)
+
+
+def launched(runner: LlamaRunner, nodes: int) -> Callable[[], None]:
+    """The verify of a GPU without its graph."""
+
+    @torch.inference_mode()
+    def call() -> None:
+        runner._logits(runner._steps.alone(runner._step, steps.tree_of(nodes), 0))
+
+    return call
+
+
+def run(shape: str, dtype: str, device: str, repeats: int) -> dict:
+    runner = random_model(shape, DTYPES[dtype], device)
+    result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
+    if device == "cuda":
+        launches = {str(nodes): launched(runner, nodes) for nodes in steps.SIZES}
+        result["launched_seconds"] = measure.in_turn(launches, repeats)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["SmolLM2-135M"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "int8"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from rich.console import Console
+
+    console, results = Console(highlight=False), []
+    for model, dtype in product(options.models, options.dtypes):
+        found = run(model, dtype, options.device, options.repeats)
+        console.print(f"{model}, {dtype}")
+        steps.show(console, found, (model, dtype, options.device) == ("SmolLM2-135M", "bf16", "cpu"))
+        for nodes, seconds in found.get("launched_seconds", {}).items():
+            console.print(f"launch by launch, {nodes} nodes: {seconds * 1e3:.2f} ms")
+        results.append(found)
+    result = {"machine": measure.machine(), "device": options.device, "results": results}
+    print(f"wrote {measure.save(f'verify_{options.device}', result)}")
+
+
+if __name__ == "__main__":
+    main()

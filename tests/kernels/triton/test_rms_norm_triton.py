@@ -1,0 +1,46 @@
+"""The Triton kernel of rms_norm against float64, and the row rule bit for bit."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed for this platform")
+from pyspec.kernels.rms_norm import rms_norm  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Rounding to the nearest, but to zero where the interpreter makes bf16.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def run(hidden, delta, weight, out_dtype=torch.float32):
+    """The launcher's result and what became of hidden."""
+    hidden = hidden.to(DEVICE, copy=True)
+    delta = None if delta is None else delta.to(DEVICE)
+    out = rms_norm(hidden, delta, weight.to(DEVICE), 1e-5, out_dtype)
+    return out.cpu(), hidden.cpu()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 15), (5, 576), (2, 4100), (0, 64)])
+@pytest.mark.parametrize("has_delta", [False, True])
+def test_equals_float64(rows, size, dtype, has_delta):
+    torch.manual_seed(size)
+    hidden, delta, weight = torch.randn(rows, size) * 5, torch.randn(rows, size), torch.randn(size)
+    total = hidden.double() + (delta.double() if has_delta else 0)
+    expected = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    out, changed = run(hidden, delta if has_delta else None, weight, dtype)
+    assert out.dtype == dtype
+    torch.testing.assert_close(changed, hidden + delta if has_delta else hidden, atol=0, rtol=0)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_a_row_has_the_bits_it_has_alone():
+    generator = torch.Generator().manual_seed(0)
+    memory, delta, weight = (torch.randn(*shape, generator=generator) for shape in ((9 * 577 + 1,), (9, 577), (577,)))
+    hidden = memory[1:].view(9, 577)  # rows at every alignment
+    hidden[4, 3] = torch.nan  # stays in its row
+    together, _ = run(hidden, delta, weight)
+    for row in range(9):
+        alone, _ = run(hidden[row : row + 1].clone(), delta[row : row + 1], weight)
+        assert torch.equal(alone[0], together[row]) or row == 4
+    assert together.isnan().any(1).tolist() == [row == 4 for row in range(9)]

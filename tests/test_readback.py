@@ -1,0 +1,57 @@
+import gc
+
+import pytest
+import torch
+
+import pyspec.readback
+from pyspec.acceptance.sampling import InvalidLogits, Sampler, _best
+from pyspec.readback import read_statistics, send_statistics
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def rows():
+    """[9, 50]: a tie, rows that are nearly no law, and three that are none."""
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, [7, 30]] = 5.0
+    logits[2] = -torch.inf
+    logits[2, 9] = 1.0
+    logits[3, 4], logits[3, 6] = torch.inf, torch.nan
+    logits[4, 8] = torch.inf
+    logits[5] = -torch.inf
+    logits[6] = 3e38
+    return logits
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_sent_is_what_is_read(device):
+    logits = rows().to(device)
+    parts = logits.split([4, 3, 2])
+    expected = [read_statistics(part.cpu()) for part in parts]
+    send_statistics(logits, parts)
+    for part, statistics in zip(parts, expected, strict=True):
+        received = pyspec.readback._received(*pyspec.readback._sent[part])
+        for found in (received, read_statistics(part)):
+            for ours, theirs in zip(found, statistics, strict=True):
+                assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.flags.c_contiguous
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+    del part, parts
+    gc.collect()
+    assert not len(pyspec.readback._sent)
+
+
+def test_statistics_name_the_token_that_argmax_names():
+    logits, sampler = rows(), Sampler()
+    statistics = read_statistics(logits)
+    reasons = {}
+    for row in range(len(logits)):
+        try:
+            expected = sampler.draw(logits[row], 0)
+        except InvalidLogits as invalid:
+            reasons[row] = str(invalid)
+            with pytest.raises(InvalidLogits) as found:
+                _best(statistics, row)
+            assert str(found.value) == reasons[row]
+        else:
+            assert _best(statistics, row) == expected == sampler.draws(logits)(row, 0)
+    assert reasons == {3: "NaN", 4: "+inf", 5: "all -inf"}
