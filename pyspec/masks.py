@@ -59,7 +59,7 @@ class BlockMask:
         self.partial_ranges, self.partial_tiles, self.bits = partial_ranges, partial_tiles, bits
         self.row_order = self.key_order = None
         self._trees: list[tuple[np.ndarray, int]] | None = None  # parents and prefix, for depth-first order
-        self._dense: tuple[weakref.ref, int] | None = None  # what it was built from, and the version of that
+        self._dense: list[tuple[weakref.ref, int]] = []  # dense tensors it was built from, and their versions
 
     # ==== patterns ====
 
@@ -79,7 +79,7 @@ class BlockMask:
         dense = visible.reshape(*visible.shape[:-2], *missing, rows, keys)
         mask = cls._from_words(_words_of_dense(dense, _words_per_block(rows, visible.device)), rows, keys)
         if not visible.is_inference():
-            mask._dense = weakref.ref(visible), visible._version
+            mask._dense.append((weakref.ref(visible), visible._version))
         return mask
 
     @classmethod
@@ -135,6 +135,8 @@ class BlockMask:
 
         def sees(b, h, row, key):
             start, end = interval(row.contiguous())
+            if not prefix:
+                return (key >= start) & (key < end)
             after = key - prefix
             return (after < 0) | ((after >= start) & (after < end))
 
@@ -281,7 +283,9 @@ class BlockMask:
             maps.append(torch.where(tile_map >= 0, tile_map + start, tile_map))
             start += len(mask.bits)
         bits = torch.cat([mask.bits for mask in masks])
-        return BlockMask._from_map(torch.cat(maps, 1 if heads else 0), bits, first.rows, first.keys)
+        stacked = BlockMask._from_map(torch.cat(maps, 1 if heads else 0), bits, first.rows, first.keys)
+        stacked._dense = [source for mask in masks for source in mask._dense]
+        return stacked
 
     # ==== what it holds ====
 
@@ -319,8 +323,8 @@ class BlockMask:
 
     def check_current(self) -> None:
         """Raises ValueError if the dense tensor that this mask was built from has been edited since."""
-        if self._dense is not None:
-            visible, version = self._dense[0](), self._dense[1]
+        for reference, version in self._dense:
+            visible = reference()
             if visible is not None and visible._version != version:
                 raise ValueError("mask must be built again: the dense tensor that it was built from has been edited")
 
@@ -375,7 +379,9 @@ class BlockMask:
         pairs, which = torch.unique(mine[both].long() * len(bits) + theirs[both], return_inverse=True)
         states, new_bits = _classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
         joined[both] = torch.where(states >= 0, states + len(bits), states)[which]
-        return BlockMask._from_map(joined, torch.cat([bits, new_bits]), self.rows, self.keys)
+        mask = BlockMask._from_map(joined, torch.cat([bits, new_bits]), self.rows, self.keys)
+        mask._dense = self._dense + other._dense
+        return mask
 
     def slice_rows(self, start: int, stop: int, keys: int | None = None) -> BlockMask:
         """Rows start to stop - 1, and of the keys only the first ones, for a cache that has grown no further."""
@@ -406,7 +412,9 @@ class BlockMask:
         if keys % WORD:
             words[..., -1, keys % WORD :] = 0
         words = words.unflatten(2, (strips // per_block, per_block)).transpose(3, 4)
-        return BlockMask._from_words(words, rows, keys)
+        mask = BlockMask._from_words(words, rows, keys)
+        mask._dense = self._dense
+        return mask
 
     def permuted(self, order: str | None = None) -> BlockMask:
         """The same attention with rows and keys worked on in another order, so that fewer tiles have something.
@@ -527,7 +535,9 @@ class BlockMask:
             visible = predicate(b, h, row.clamp(max=rows - 1), key.clamp(max=keys - 1))
             if visible.dtype != torch.bool:
                 raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
-            visible = (visible & (key < keys)).expand(len(chunk), WORD, WORD * words)
+            if keys % WORD:
+                visible = visible & (key < keys)
+            visible = visible.expand(len(chunk), WORD, WORD * words)
             states, more_bits = _classify(_pack(visible.contiguous()).transpose(-1, -2))
             found.append(torch.where(states >= 0, states + sum(map(len, new_bits)), states))
             new_bits.append(more_bits)

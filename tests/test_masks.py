@@ -257,8 +257,9 @@ def test_an_edited_dense_mask_is_never_stale():
     dense = torch.ones(70, 70, dtype=torch.bool)
     mask = BlockMask.from_dense(dense)
     mask.check_current()
+    derived = [mask.to("cpu"), mask & mask, mask.slice_rows(1, 2), BlockMask.stack([mask, mask])]
     dense[3] = False
-    for use in (mask.check_current, lambda: mask & mask, mask.to("cpu").check_current):
+    for use in (mask.check_current, lambda: mask & mask, *(other.check_current for other in derived)):
         with pytest.raises(ValueError, match="built again: the dense tensor"):
             use()
     del dense

@@ -192,7 +192,7 @@ def test_block_masked_attention_times_the_papers_variants(monkeypatch, tmp_path,
     pytest.importorskip("scipy", reason="the sparse pattern is ordered by scipy")
     import bench_block_masked_attention as bench
 
-    monkeypatch.setattr(bench.measure, "read_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench.measure, "read_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(bench.measure, "multiply_rate", lambda dtype, device: 1e11)
     result = bench.run("cpu", (192,), with_flex=False, repeats=1)
     assert [row["pattern"] for row in result["rows"]] == 2 * list(bench.PATTERNS)
