@@ -187,7 +187,7 @@ def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of every number of rows."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     stages = max(1, min(3, 96 * 1024 // (2 * TILE.value * row_bytes)))  # tiles of keys and values on their way
-    return {"num_warps": 8, "num_stages": stages}
+    return {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}  # no promise about bits needs it off
 
 
 @functools.cache

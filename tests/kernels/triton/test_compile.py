@@ -285,6 +285,6 @@ def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, 
 def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_path):
     compiled = compile_block_masked(90, torch.bfloat16, head_dim, **variant)
     used = resources(compiled, tmp_path)
-    assert used["STACK"] <= 16 and used["LOCAL"] == 0
+    assert used["STACK"] <= 32 and used["LOCAL"] == 0
     assert compiled.metadata.shared <= SHARED_LIMIT
     assert re.search(TENSOR_CORES[90], compiled.asm["ptx"])
