@@ -50,6 +50,7 @@ test-wheel: wheel
 bench: $(VENV)/ready
 	$(PIP) --no-build-isolation -e '.[bench]'
 	$(BIN)/python bench/bench_tree_attention.py
+	$(BIN)/python bench/bench_block_masked_attention.py
 	$(BIN)/python bench/bench_linear.py
 	$(BIN)/python bench/bench_verify.py
 	$(BIN)/python bench/generate.py

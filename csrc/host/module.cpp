@@ -39,6 +39,33 @@ py::tuple layout(const Array<int32_t>& parents) {
   return py::make_tuple(depths, bits);
 }
 
+// [batch] of (parents, prefix) to the tensors of a BlockMask.
+py::tuple tiles(const std::vector<std::pair<Array<int32_t>, int64_t>>& trees, int rows, int64_t keys,
+                int words) {
+  TreeTiles result;
+  for (const auto& [parents, prefix] : trees) {
+    const auto nodes = static_cast<int>(parents.size());
+    if (parents.ndim() != 1 || nodes == 0) throw std::invalid_argument("parents must be 1-D and not empty");
+    if (nodes > rows || prefix < 0 || prefix + nodes > keys || words < 1) {
+      throw std::invalid_argument("prefix must not be negative, and the tree must fit into rows and keys");
+    }
+    check_parents(parents.data(), nodes);
+    result.add(parents.data(), nodes, prefix, rows, keys, words);
+  }
+  const auto batch = static_cast<py::ssize_t>(trees.size());
+  const py::ssize_t blocks = (rows + 64 * words - 1) / (64 * words);
+  auto ranges = [&](const std::vector<int32_t>& values) {
+    return Array<int32_t>(std::vector<py::ssize_t>{batch, 1, blocks, 2}, values.data());
+  };
+  const auto partial = static_cast<py::ssize_t>(result.partial_tiles.size() / 2);
+  const auto unique = static_cast<py::ssize_t>(result.bits.size() / (64 * words));
+  const Array<int32_t> partial_tiles(std::vector<py::ssize_t>{partial, 2}, result.partial_tiles.data());
+  const Array<int64_t> bits(std::vector<py::ssize_t>{unique, words, 64},
+                            reinterpret_cast<const int64_t*>(result.bits.data()));
+  return py::make_tuple(ranges(result.full_ranges), array_of(result.full_tiles),
+                        ranges(result.partial_ranges), partial_tiles, bits);
+}
+
 void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents,
             int64_t previous, const Array<int32_t>& top_tokens, const Array<float>& top_logits) {
   const py::ssize_t nodes = tokens.size();
@@ -84,6 +111,7 @@ py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
   module.def("tree_layout", &layout, py::arg("parents").noconvert());
+  module.def("tree_tiles", &tiles, py::arg("trees"), py::arg("rows"), py::arg("keys"), py::arg("words"));
   module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
              py::arg("budget"));
 

@@ -72,6 +72,10 @@ PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
 }
 // Bit i is set where lane i of a is less than that of b; not where either is NaN.
 PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+// Lanes of yes where the mask's bit is set.
+PYSPEC_INLINE F16 select(uint32_t mask, F16 yes, F16 no) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(mask), no.v, yes.v)};
+}
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ) == 0xffff; }
 template <int kTerms>
 PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
@@ -112,6 +116,14 @@ PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) {
   uint32_t lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ));
   uint32_t hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ));
   return lo | hi << 8;
+}
+PYSPEC_INLINE __m256 select8(uint32_t mask, __m256 yes, __m256 no) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit);
+  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
+}
+PYSPEC_INLINE F16 select(uint32_t mask, F16 yes, F16 no) {
+  return {select8(mask, yes.lo, no.lo), select8(mask >> 8, yes.hi, no.hi)};
 }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) {
   __m256 both = _mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ));
@@ -161,6 +173,7 @@ PYSPEC_INLINE uint32_t less_mask(F16 a, F16 b) {
   for (int i = 0; i < 16; ++i) mask |= uint32_t{a.v[i] < b.v[i]} << i;
   return mask;
 }
+PYSPEC_INLINE F16 select(uint32_t mask, F16 yes, F16 no) { PYSPEC_EACH(mask >> i & 1 ? yes.v[i] : no.v[i]); }
 PYSPEC_INLINE bool all_equal(F16 a, F16 b) {
   int equal = 0;
   for (int i = 0; i < 16; ++i) equal += a.v[i] == b.v[i];
@@ -190,6 +203,51 @@ PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
 #endif
 
 PYSPEC_INLINE F16 exp2(F16 x) { return exp2(x, kExp2); }
+
+#if PYSPEC_HAS_AVX512
+// 16 x 16 dwords transposed in registers.
+PYSPEC_INLINE void transpose16(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+#endif
+
+// 16 x 16 values: lane i of rows[j] becomes lane j of rows[i]. Bits pass unchanged, whatever they mean.
+PYSPEC_INLINE void transpose(F16* rows) {
+#if PYSPEC_HAS_AVX512
+  __m512i r[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(rows[i].v);
+  transpose16(r);
+  for (int i = 0; i < 16; ++i) rows[i].v = _mm512_castsi512_ps(r[i]);
+#else
+  uint32_t values[16][16], transposed[16][16];
+  std::memcpy(values, rows, sizeof values);
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) transposed[i][j] = values[j][i];
+  std::memcpy(rows, transposed, sizeof values);
+#endif
+}
 
 PYSPEC_INLINE F16 broadcast(const char* p) {
   float a;

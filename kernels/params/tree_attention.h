@@ -1,7 +1,7 @@
 // tree_attention: params and the workspace layout that its two phases share.
 #pragma once
 
-#include "params/common.h"
+#include "params/attention.h"
 
 namespace pyspec {
 
@@ -35,12 +35,7 @@ namespace {  // compiled once per instruction set, so never shared between objec
 // The row rule lives in these numbers: a key at position p is always in tile p / kTile, and tiles are
 // folded in order within chunks, whose results are merged in order. A chunk is what one thread folds: the
 // first ones are short, so that a short prefix is shared out too.
-constexpr int64_t kTile = 64;
 constexpr int64_t kChunkTiles = 16, kShortChunkTiles = 4, kShortChunks = 4;
-// Query rows (node x head of the group) are worked on in blocks of this many lanes.
-constexpr int64_t kLanes = 16;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t first_tile(int64_t chunk) {
   return chunk < kShortChunks ? chunk * kShortChunkTiles
@@ -76,9 +71,6 @@ struct LaneLayout {
   }
 };
 
-// Online softmax of one block: largest score, sum of weights, weighted values, lanes innermost.
-inline int64_t state_floats(int64_t head_dim) { return (head_dim + 2) * kLanes; }
-inline int64_t query_floats(int64_t head_dim) { return head_dim * kLanes; }
 inline int64_t chunks(int64_t prefix) { return prefix < kTile ? 0 : chunk_of(prefix / kTile - 1) + 1; }
 
 // [batch, kv_heads, blocks] packed queries, then [batch, kv_heads, chunks, blocks] states.

@@ -14,14 +14,13 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
 
 __all__ = ["compile_options", "prefix_kernel", "tail_kernel", "tree_attention"]
 
 ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 CHUNK_TILES = tl.constexpr(8)  # tiles folded in order; chunks are then merged in order
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # ==== online softmax of 16 rows: largest score (in units of log2), sum of weights, weighted values ====
@@ -37,28 +36,6 @@ def empty_state(BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def fold_keys(query, keys, visible, largest, total, scale, softcap):
-    """Weights [ROWS, TILE] of a tile's keys, and what the earlier weighted values are multiplied by."""
-    scores = tl.dot(query, tl.trans(keys), input_precision="ieee")
-    if softcap is None:
-        scores = scores * (scale * LOG2_E)
-    else:  # softcap * tanh(x / softcap) with tanh(y) = 1 - 2 / (1 + e^2y)
-        scores = (softcap * LOG2_E) * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (scale * (2.0 * LOG2_E) / softcap))))
-    if visible is not None:
-        scores = tl.where(visible, scores, float("-inf"))
-    now = tl.maximum(largest, tl.max(scores, 1))
-    shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
-    keep = tl.exp2(largest - shift)
-    weights = tl.exp2(scores - shift[:, None])
-    return now, total * keep + tl.sum(weights, 1), weights, keep
-
-
-@triton.jit
-def fold_values(weights, keep, values, weighted):
-    return tl.dot(weights.to(values.dtype), values, weighted * keep[:, None], input_precision="ieee")
-
-
-@triton.jit
 def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
     """The state of a's keys followed by b's. Merging an empty state changes no bit."""
     now = tl.maximum(largest_a, largest_b)
@@ -68,16 +45,6 @@ def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
 
 
 # ==== loads ====
-
-
-@triton.jit
-def load_rows(base, outer, inner, wanted, stride_outer, stride_inner, HEAD_DIM, BLOCK_D: tl.constexpr, UPCAST):
-    """Rows [N, BLOCK_D] at outer [N] and inner [N]; 0 where not wanted, whatever the memory holds."""
-    rows = outer.to(tl.int64) * stride_outer + inner.to(tl.int64) * stride_inner
-    dims = tl.arange(0, BLOCK_D)
-    mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
-    loaded = tl.load(base + rows[:, None] + dims[None, :], mask=mask, other=0.0)
-    return loaded.to(tl.float32) if UPCAST else loaded
 
 
 @triton.jit

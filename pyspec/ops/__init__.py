@@ -1,6 +1,7 @@
 """The ops, one file each: schema, fake, plain-PyTorch reference, public function."""
 
 from pyspec.ops._library import backend, backends
+from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.merge_attention import merge_attention
@@ -15,6 +16,7 @@ __all__ = [
     "RowStatistics",
     "backend",
     "backends",
+    "block_masked_attention",
     "linear",
     "llama_layers",
     "merge_attention",

@@ -190,3 +190,33 @@ def test_verify_times_every_size(monkeypatch, capsys):
     assert 0 < found["overhead_share"] < 1
     steps.show(Console(), found, True)
     assert "Python and dispatch" in capsys.readouterr().out
+
+
+def test_block_masked_attention_times_the_papers_variants(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("scipy", reason="the sparse pattern is ordered by scipy")
+    import bench_block_masked_attention as bench
+
+    monkeypatch.setattr(bench.measure, "read_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(bench.measure, "multiply_rate", lambda dtype, device: 1e11)
+    result = bench.run("cpu", (192,), with_flex=False, repeats=1)
+    assert [row["pattern"] for row in result["rows"]] == 2 * list(bench.PATTERNS)
+    for row in result["rows"]:
+        assert {"pyspec", "base", "dense run", "sdpa"} <= set(row["ms"])
+    causal = next(row for row in result["rows"] if row["pattern"] == "causal")
+    assert causal["floor_ms"] == pytest.approx(4 * 8 * 64 * (192 * 193 / 2) / 1e8)
+    assert "of tiles" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    bench.plot(result, tmp_path / "masks.png")
+    assert (tmp_path / "masks.png").stat().st_size > 0
+
+
+def test_variants_are_the_papers():
+    import bench_block_masked_attention as bench
+
+    visible = torch.ones(64, 7 * 64, dtype=torch.bool)
+    visible[:, 192:256] = False
+    mask = bench.BlockMask.from_dense(visible)
+    for variant, full in (("base", []), ("dense run", [0, 1, 2])):
+        changed = bench.as_variant(mask, variant)
+        assert changed.full_tiles.tolist() == full and len(changed.bits) == 6 - len(full)
+        assert torch.equal(changed.to_dense(), mask.to_dense())

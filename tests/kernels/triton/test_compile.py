@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pyspec.kernels import (  # noqa: E402
+    block_masked_attention,
     linear,
     merge_attention,
     rms_norm,
@@ -273,3 +274,53 @@ def test_the_small_ops_compile(kernel, tmp_path):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0
+
+
+# ==== block_masked_attention ====
+
+
+def compile_block_masked(architecture, dtype, head_dim, words=2, group=1, permuted=False):
+    """As the launcher compiles it for a mask of all batch entries and heads."""
+    kernel = block_masked_attention.block_masked_attention_kernel
+    rows = block_masked_attention.program_rows(words, group, 1, head_dim, dtype)
+    constants = {"HEADS": 32, "GROUP": group, "ROWS": rows, "MASK_BATCH": 1, "MASK_HEADS": 1, "WORDS": words}
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "UPCAST": False}
+    constants |= {} if permuted else {"row_order": None, "key_order": None}
+    constants |= {} if permuted else {"softcap": None}
+    types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")} | {"lse": "*fp32"}
+    lists = ("bits", "full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "row_order", "key_order")
+    types |= {name: "*i32" for name in lists} | {"scale": "fp32", "softcap": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.startswith("stride")
+    }
+    options = block_masked_attention.compile_options(head_dim, dtype)
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)], ids=str)
+def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path):
+    compiled = compile_block_masked(architecture, dtype, head_dim)
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] <= 16 and used["LOCAL"] == 0  # ptxas may park a value of the epilogue
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    ptx = compiled.asm["ptx"]
+    assert "tf32" not in ptx and "cp.async" in ptx  # the next tile is on its way while one is folded
+    assert bool(re.search(TENSOR_CORES[architecture], ptx)) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "head_dim, variant",
+    [(80, {}), (64, {"words": 1}), (64, {"words": 1, "group": 4}), (128, {"permuted": True})],
+    ids=str,
+)
+def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_path):
+    compiled = compile_block_masked(90, torch.bfloat16, head_dim, **variant)
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] <= 32 and used["LOCAL"] == 0
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    assert re.search(TENSOR_CORES[90], compiled.asm["ptx"])

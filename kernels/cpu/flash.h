@@ -1,0 +1,205 @@
+// Flash attention's inner step with query rows as vector lanes: one tile of keys and values is folded into
+// the online softmax of 16 or 32 rows. Two products by panel.h, and between them the softmax, which needs no
+// shuffles: every lane is a row.
+#pragma once
+
+#include "cpu/panel.h"
+#include "params/attention.h"
+
+namespace {
+
+using pyspec::kLanes;
+using pyspec::kMaxHeadDim;
+using pyspec::kTile;
+
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+
+// Online softmax of 16 rows. Scores are in units of log2, so that exp2 serves.
+struct State {
+  float *max, *sum, *values;  // [16], [16], [head_dim][16]
+
+  State(float* data) : max(data), sum(data + kLanes), values(data + 2 * kLanes) {}
+
+  void clear(int64_t head_dim) {
+    store(max, set1(-kInfinity));
+    for (int64_t i = 0; i <= head_dim; ++i) store(sum + i * kLanes, set1(0.0f));
+  }
+  void copy(const State& other, int64_t head_dim) {
+    std::memcpy(max, other.max, pyspec::state_floats(head_dim) * sizeof(float));
+  }
+  // The keys of this, then those of other; result may be this.
+  void merge(const State& other, int64_t head_dim, State result) const {
+    F16 mine = load(max), theirs = load(other.max), largest = ::max(mine, theirs);
+    F16 safe = where_less(set1(-kInfinity), largest, largest, set1(0.0f));
+    F16 weight = exp2(sub(mine, safe)), other_weight = exp2(sub(theirs, safe));
+    store(result.max, largest);
+    for (int64_t i = 0; i <= head_dim; ++i) {
+      F16 scaled = mul(load(sum + i * kLanes), weight);
+      store(result.sum + i * kLanes, fma(load(other.sum + i * kLanes), other_weight, scaled));
+    }
+  }
+};
+
+// A tile's keys and values in the form that panel() reads. count <= 64 keys are real.
+struct Tile {
+  PanelA k, v;
+  int64_t count;
+};
+
+// What folding one tile needs beside it.
+struct FoldScratch {
+  alignas(64) float scores[2][kTile][kLanes];
+  alignas(64) float weights[2][kTile][kLanes];  // fp32, or bf16 pairs in the first 32 rows
+  alignas(64) uint32_t v_pairs[kTile / 2 * kMaxHeadDim];
+};
+
+// Which lanes see each key of a tile: bit i of words[key * stride] is lane i's. words null: all see all.
+struct Visible {
+  const uint16_t* words;
+  int64_t stride;
+};
+
+// Compute is what multiplies: float, or BFloat16 in pairs. kAmx: pairs go through tile registers.
+template <class Storage, class Compute, bool kAmx>
+struct Flash {
+  static constexpr bool kPairs = std::is_same_v<Compute, BFloat16>;
+  static constexpr bool kDirect = std::is_same_v<Storage, Compute>;
+
+  int64_t d, steps;  // steps: dwords of a query row
+  float scale, softcap;
+  float score_factor;  // from what softmax() reads to units of log2
+
+  Flash(int64_t head_dim, float scale, float softcap)
+      : d(head_dim),
+        steps(kPairs ? head_dim / 2 : head_dim),
+        scale(scale),
+        softcap(softcap),
+        score_factor(softcap > 0 ? kLog2E : scale * kLog2E) {}
+
+  // Pairs beyond count must hold zeros, not what was there: 0 * NaN is NaN.
+  Tile finish_tile(FoldScratch& s, const char* k, int64_t k_row, const char* v, int64_t v_row,
+                   int64_t count) const {
+#if PYSPEC_HAS_BF16_DOT
+    if constexpr (kPairs) {
+      int64_t pairs = kAmx ? pyspec::ceil_div(count, 32) * 16 : pyspec::ceil_div(count, 2);
+      uint32_t* out = s.v_pairs;
+#if PYSPEC_HAS_AMX
+      if constexpr (kAmx) {
+        transpose_pairs(v, v_row, pairs, d, out);
+        return {{k, k_row, 4}, {reinterpret_cast<char*>(out), 32 * 4, 4}, count};
+      }
+#endif
+      interleave_pairs(v, v_row, pairs, d, out);
+      return {{k, k_row, 4}, {reinterpret_cast<char*>(out), 4, d * 4}, count};
+    }
+#endif
+    return {{k, k_row, 4}, {v, 4, v_row}, count};
+  }
+
+  // Scores to weights; returns what the state must be scaled by. Four independent sums hide the latency of an
+  // add, in an order that only count decides.
+  PYSPEC_INLINE F16 softmax(float (*scores)[kLanes], float (*weights)[kLanes], int64_t count, State state,
+                            Visible visible) const {
+    if (softcap > 0 || visible.words) restrict_scores(scores, count, visible);
+    F16 largest[4] = {set1(-kInfinity), set1(-kInfinity), set1(-kInfinity), set1(-kInfinity)};
+    int64_t j = 0;
+    for (; j + 4 <= count; j += 4) {
+      for (int i = 0; i < 4; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
+    }
+    for (int i = 0; j + i < count; ++i) largest[i] = max(load(scores[j + i]), largest[i]);
+    F16 factor = set1(score_factor), before = load(state.max);
+    F16 in_tile = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+    F16 now = max(mul(in_tile, factor), before);
+    F16 safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
+    F16 alpha = exp2(sub(before, safe)), minus_safe = sub(set1(0.0f), safe);
+
+    F16 sums[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+    auto weigh_four = [&](int64_t first, int live) PYSPEC_INLINE_LAMBDA {
+      F16 x[4];
+      for (int i = 0; i < 4; ++i) {
+        if (i >= live) {
+          x[i] = set1(0.0f);
+          continue;
+        }
+        F16 exponent = fma(load(scores[first + i]), factor, minus_safe);
+        x[i] = kPairs ? exp2(exponent, kExp2Short) : exp2(exponent);
+        sums[i] = add(sums[i], x[i]);
+        if constexpr (!kPairs) store(weights[first + i], x[i]);
+      }
+#if PYSPEC_HAS_BF16_DOT
+      if constexpr (kPairs) {
+        store(weights[first / 2], pair(x[0], x[1]));
+        store(weights[first / 2 + 1], pair(x[2], x[3]));
+      }
+#endif
+    };
+    for (j = 0; j + 4 <= count; j += 4) {
+      weigh_four(j, 4);
+    }
+    if (j < count) weigh_four(j, static_cast<int>(count - j));
+    if constexpr (kAmx) {
+      for (int64_t i = pyspec::ceil_div(count, 4) * 2; i % 16; ++i) store(weights[i], set1(0.0f));
+    }
+    store(state.max, now);
+    store(state.sum, fma(load(state.sum), alpha, add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+    return alpha;
+  }
+
+  // The cap, c tanh(x / c) with tanh(y) = 1 - 2 / (1 + e^2y), and the mask.
+  void restrict_scores(float (*scores)[kLanes], int64_t count, Visible visible) const {
+    for (int64_t j = 0; j < count; ++j) {
+      F16 x = load(scores[j]);
+      if (softcap > 0) {
+        F16 minus_2y = mul(x, set1(-2 * kLog2E * scale / softcap));
+        F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), minus_2y)));
+        x = mul(sub(set1(1.0f), div(set1(2.0f), add(set1(1.0f), e))), set1(softcap));
+      }
+      if (visible.words) x = select(visible.words[j * visible.stride], x, set1(-kInfinity));
+      store(scores[j], x);
+    }
+  }
+
+  // Into the states of kBlocks blocks, which lie one after another like their queries.
+  template <int kBlocks>
+  void fold(const Tile& tile, const float* query, State state, const Visible* visible, FoldScratch& s) const {
+    int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
+    float* scores = &s.scores[0][0][0];
+    float* weights = &s.weights[0][0][0];
+    constexpr int64_t kScoreBlock = kTile * kLanes;
+#if PYSPEC_HAS_AMX
+    if constexpr (kAmx) {
+      tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,
+                               false);
+    } else
+#endif
+    {
+      panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores,
+                             kScoreBlock, nullptr);
+    }
+    F16 alpha[kBlocks];
+    for (int j = 0; j < kBlocks; ++j) {
+      alpha[j] = softmax(s.scores[j], s.weights[j], tile.count, state.max + j * state_block,
+                         visible ? visible[j] : Visible{});
+    }
+#if PYSPEC_HAS_AMX
+    if constexpr (kAmx) {
+      for (int j = 0; j < kBlocks; ++j) {
+        if (all_equal(alpha[j], set1(1.0f))) continue;
+        for (int64_t i = 0; i < d; ++i) {
+          float* at = state.values + j * state_block + i * kLanes;
+          store(at, mul(load(at), alpha[j]));
+        }
+      }
+      tile_panel_rows<kBlocks>(tile.v, d, weights, kScoreBlock, pyspec::ceil_div(tile.count, 32),
+                               state.values, state_block, true);
+    } else
+#endif
+    {
+      int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
+      panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values,
+                             state_block, alpha);
+    }
+  }
+};
+
+}  // namespace

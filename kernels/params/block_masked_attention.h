@@ -1,0 +1,34 @@
+// block_masked_attention: params. Lists and bits are those of BlockMask in pyspec/masks.py.
+#pragma once
+
+#include "params/attention.h"
+
+namespace pyspec {
+
+struct BlockMaskedAttentionParams {
+  const void* q;                  // [batch, heads, rows, head_dim]
+  const void* k;                  // [batch, kv_heads, keys, head_dim]
+  const void* v;                  // like k
+  const int32_t* full_ranges;     // [mask_batch, mask_heads, blocks, 2], begin and end in full_tiles
+  const int32_t* full_tiles;      // key tiles that every row of the block sees whole
+  const int32_t* partial_ranges;  // [mask_batch, mask_heads, blocks, 2], begin and end in partial_tiles
+  const int32_t* partial_tiles;   // [..., 2], key tile and which of bits
+  const uint64_t* bits;      // [..., words, kTile], bit r of [w][j]: row 64 w + r of a tile sees its key j
+  const int32_t* row_order;  // [mask_batch, rows] or null: place i of the tiles holds row row_order[i]
+  const int32_t* key_order;  // [mask_batch, keys] or null
+  void* out;                 // [batch, heads, rows, head_dim]
+  float* lse;                // [batch, heads, rows], contiguous, natural log
+
+  // In elements; the last dimension is contiguous.
+  int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+  int64_t batch, heads, kv_heads, rows, keys, head_dim;
+  int64_t mask_batch, mask_heads;  // 1, or batch and heads
+  int64_t blocks, words;           // a row block has 64 * words rows
+
+  float scale;
+  float softcap;  // 0: none
+  Element element;
+  ParallelFor parallel_for;
+};
+
+}  // namespace pyspec

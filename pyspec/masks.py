@@ -1,0 +1,710 @@
+"""BlockMask: which keys each query row sees, as tiles that are empty, full or partial."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyspec.trees import DraftTree, tree_layout
+
+try:
+    from pyspec._host import tree_tiles
+except ImportError:  # a package without its compiled parts
+    tree_tiles = None
+
+__all__ = ["BlockMask"]
+
+WORD = 64  # keys of a tile, and rows that one word of bits holds
+# A tile map says of each tile: full, empty, partial (an index into bits), or to be found out.
+_FULL, _EMPTY, _UNSURE = -1, -2, -3
+_PREDICATE_TILES = 1024  # tiles whose every entry is computed at a time
+
+
+class BlockMask:
+    """Which of M keys each of N query rows sees, by tiles; block_masked_attention visits only those with something.
+
+    Full tiles are named by a list for each row block; so are partial tiles, with 64 x 64 bits that equal tiles share. A
+    mask is made by a from_... method, and joined with & and |. It describes one attention pattern for all batch entries
+    and heads, or one for each (stack). It is a snapshot and never changes.
+
+    Attributes:
+        rows, keys: N and M.
+        full_ranges, partial_ranges: [B or 1, Hq or 1, blocks, 2] int32, begin and end of each row block's list.
+        full_tiles: [F] int32, key tiles all of whose keys every row of the block sees.
+        partial_tiles: [P, 2] int32, key tiles and where their bits are.
+        bits: [U, W, 64] int64; bit r of word [u, w, j] says whether row 64 w + r of the tile sees its key j. A row
+            block has 64 W rows: 64 on a CPU, 128 on a GPU.
+        row_order, key_order: [B or 1, N] and [B or 1, M] int32, or None: place i of the tiles holds row row_order[i].
+    """
+
+    rows: int
+    keys: int
+    full_ranges: Tensor
+    full_tiles: Tensor
+    partial_ranges: Tensor
+    partial_tiles: Tensor
+    bits: Tensor
+    row_order: Tensor | None
+    key_order: Tensor | None
+
+    def __init__(self, rows, keys, full_ranges, full_tiles, partial_ranges, partial_tiles, bits):
+        self.rows, self.keys = rows, keys
+        self.full_ranges, self.full_tiles = full_ranges, full_tiles
+        self.partial_ranges, self.partial_tiles, self.bits = partial_ranges, partial_tiles, bits
+        self.row_order = self.key_order = None
+        self._trees: list[tuple[np.ndarray, int]] | None = None  # parents and prefix, for depth-first order
+        self._dense: list[tuple[weakref.ref, int]] = []  # dense tensors it was built from, and their versions
+
+    # ==== patterns ====
+
+    @classmethod
+    def from_dense(cls, visible: Tensor) -> BlockMask:
+        """The mask of visible [N, M], [B, N, M] or [B, H, N, M] bool; a B or H of 1 serves all.
+
+        An edit of visible after this makes the mask unusable: check_current, and so attention, raises ValueError.
+        """
+        if visible.dtype != torch.bool:
+            raise TypeError(f"visible must be bool, got {visible.dtype}")
+        if not 2 <= visible.dim() <= 4:
+            raise ValueError(f"visible must be [N, M], [B, N, M] or [B, H, N, M], got shape {tuple(visible.shape)}")
+        rows, keys = visible.shape[-2:]
+        _check_sizes(rows=rows, keys=keys)
+        missing = (1,) * (4 - visible.dim())
+        dense = visible.reshape(*visible.shape[:-2], *missing, rows, keys)
+        mask = cls._from_words(_words_of_dense(dense, _words_per_block(rows, visible.device)), rows, keys)
+        if not visible.is_inference():
+            mask._dense.append((weakref.ref(visible), visible._version))
+        return mask
+
+    @classmethod
+    def from_predicate(
+        cls, predicate: Callable, rows: int, keys: int, *, batch: int = 1, heads: int = 1, device="cpu"
+    ) -> BlockMask:
+        """The mask whose row i sees key j where predicate(b, h, i, j) is true.
+
+        predicate is given int32 tensors that broadcast against one another and returns a bool tensor, like a mask_mod
+        of FlexAttention. It is asked about every pair: the other constructors are faster.
+        """
+        _check_sizes(rows=rows, keys=keys, batch=batch, heads=heads)
+        words = _words_per_block(rows, device)
+        shape = (batch, heads, _blocks(rows, words), -(-keys // WORD))
+        tile_map = torch.full(shape, _UNSURE, dtype=torch.int32, device=device)
+        return cls._resolve(tile_map, _no_bits(words, device), predicate, rows, keys)
+
+    @classmethod
+    def from_documents(
+        cls,
+        lengths: Sequence[int],
+        *,
+        causal: bool = True,
+        inputs: Sequence[int] | None = None,
+        prefix: int = 0,
+        device="cpu",
+    ) -> BlockMask:
+        """Documents packed one after another: a row sees its own document, up to itself if causal.
+
+        Args:
+            lengths: of the documents; N is their sum. [n] is plain causal attention.
+            inputs: for each document, how many of its first tokens all of its rows see, also if causal (prefix-LM).
+            prefix: keys before the documents that every row sees, such as a cached shared prompt; M is N + prefix.
+
+        Raises:
+            ValueError: a length is negative or does not fit.
+        """
+        _check_sizes(prefix=prefix)
+        lengths = _lengths("lengths", lengths)
+        inputs = np.zeros_like(lengths) if inputs is None else _lengths("inputs", inputs)
+        if inputs.shape != lengths.shape or (inputs > lengths).any():
+            raise ValueError(f"inputs must be one for each document and at most its length, got {inputs.tolist()}")
+        ends = lengths.cumsum()
+        rows = int(ends[-1]) if len(ends) else 0
+        starts = ends - lengths
+        table = torch.from_numpy(np.stack([starts, ends, starts + inputs]).astype(np.int32)).to(device)
+        ends_of = table[1].contiguous()
+
+        def interval(row: Tensor) -> tuple[Tensor, Tensor]:  # of keys after the prefix; both rise with the row
+            document = torch.searchsorted(ends_of, row, right=True)
+            start, end, input_end = table[:, document]
+            return start, torch.maximum(row + 1, input_end) if causal else end
+
+        def sees(b, h, row, key):
+            start, end = interval(row.contiguous())
+            if not prefix:
+                return (key >= start) & (key < end)
+            after = key - prefix
+            return (after < 0) | ((after >= start) & (after < end))
+
+        words = _words_per_block(rows, device)
+        first = torch.arange(_blocks(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
+        last = (first + WORD * words - 1).clamp(max=rows - 1)
+        low_first, high_first = interval(first)
+        low_last, high_last = interval(last)
+        tile = torch.arange(-(-(rows + prefix) // WORD), dtype=torch.int32, device=device) * WORD - prefix
+        end = tile + WORD
+        is_full = (end <= 0) | ((tile >= low_last) & (end <= high_first)) | ((low_last == 0) & (end <= high_first))
+        is_empty = (tile >= 0) & ((tile >= high_last) | (end <= low_first))
+        tile_map = torch.where(is_full, _FULL, torch.where(is_empty, _EMPTY, _UNSURE)).to(torch.int32)
+        return cls._resolve(tile_map[None, None], _no_bits(words, device), sees, rows, rows + prefix)
+
+    @classmethod
+    def from_window(
+        cls,
+        rows: int,
+        keys: int | None = None,
+        *,
+        window: int | None = None,
+        dilation: int = 1,
+        global_tokens: int = 0,
+        causal: bool = True,
+        device="cpu",
+    ) -> BlockMask:
+        """Sliding windows, as Longformer has them: plain, dilated, with global tokens.
+
+        Row i stands at position p = i + M - N. It sees itself and window - 1 keys before it, dilation apart, and unless
+        causal as many after it. The first global_tokens positions see all and are seen by all, but if causal only from
+        behind. Without a window: all keys, or if causal all up to p.
+
+        Raises:
+            ValueError: a size is negative, window or dilation is below 1, or M is below N.
+        """
+        keys = rows if keys is None else keys
+        _check_sizes(rows=rows, keys=keys, global_tokens=global_tokens)
+        if keys < rows:
+            raise ValueError(f"keys must be at least rows ({rows}), got {keys}")
+        for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        reach = keys if window is None else (window - 1) * dilation
+        offset = keys - rows
+
+        def in_band(back: Tensor) -> Tensor:  # of how many positions a key is behind the row
+            inside = (back >= (0 if causal else -reach)) & (back <= reach)
+            return inside if dilation == 1 else inside & (back % dilation == 0)
+
+        words = _words_per_block(rows, device)
+        height = WORD * words
+        blocks, columns = _blocks(rows, words), -(-keys // WORD)
+        # Whether a row sees a key depends on the distance alone, so tiles on a diagonal are equal: one is computed.
+        block = torch.arange(blocks, dtype=torch.int32, device=device)[:, None]
+        column = torch.arange(columns, dtype=torch.int32, device=device)
+        lowest = -columns + 1
+        distance = torch.arange(lowest, max(words * (blocks - 1) + 1, 1), dtype=torch.int32, device=device) * WORD
+        nearest, farthest = distance + (offset - WORD + 1), distance + (offset + height - 1)
+        is_empty = (farthest < (0 if causal else -reach)) | (nearest > reach)
+        by_distance = torch.where(is_empty, _EMPTY, _UNSURE).to(torch.int32)
+        if dilation == 1:
+            by_distance[(nearest >= (0 if causal else -reach)) & (farthest <= reach)] = _FULL
+        near = distance[by_distance == _UNSURE]
+        corner = torch.arange(height, device=device) - torch.arange(WORD, device=device)[:, None] + offset
+        states, bits = _classify(_pack(in_band(near[:, None, None] + corner)).transpose(-1, -2))
+        by_distance[by_distance == _UNSURE] = states
+        tile_map = by_distance[(words * block - column - lowest).long()][None, None]
+        # A tile that reaches over the last row or key is not like the others of its diagonal.
+        for edge, is_cut in ((tile_map[:, :, -1:], rows % height), (tile_map[..., -1:], keys % WORD)):
+            if is_cut:
+                edge[edge != _EMPTY] = _UNSURE
+        mask = cls._resolve(tile_map, bits, lambda b, h, row, key: in_band(row + offset - key), rows, keys)
+        if not global_tokens:
+            return mask
+
+        is_causal = cls.from_window(rows, keys, device=device) if causal else None
+        is_global = cls._from_corner(rows, keys, max(global_tokens - offset, 0), global_tokens, device)
+        return mask | (is_global & is_causal if causal else is_global)
+
+    @classmethod
+    def _from_corner(cls, rows: int, keys: int, first_rows: int, first_keys: int, device) -> BlockMask:
+        """The first rows see every key; every row sees the first keys."""
+        words = _words_per_block(rows, device)
+        row = torch.arange(_blocks(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
+        key = torch.arange(-(-keys // WORD), dtype=torch.int32, device=device) * WORD
+        is_inside = key + WORD <= keys
+        last_row = (row + WORD * words).clamp(max=rows)
+        is_full = ((last_row <= first_rows) | (key + WORD <= first_keys)) & is_inside
+        is_empty = (row >= first_rows) & (key >= first_keys)
+        tile_map = torch.where(is_full, _FULL, torch.where(is_empty, _EMPTY, _UNSURE)).to(torch.int32)
+        sees = lambda b, h, row, key: (row < first_rows) | (key < first_keys)  # noqa: E731
+        return cls._resolve(tile_map[None, None], _no_bits(words, device), sees, rows, keys)
+
+    @classmethod
+    def from_tree(cls, trees, prefix: int | Sequence[int] = 0, *, device="cpu") -> BlockMask:
+        """Nodes of a draft tree see a committed prefix and their own ancestors, like tree_attention.
+
+        Args:
+            trees: a DraftTree or its parents [T], or for a batch a list of them. N is the largest T; the rows that a
+                smaller tree lacks see nothing.
+            prefix: committed keys before the tree's; a list for a list of trees. M is the largest prefix + T.
+
+        Raises:
+            ValueError: parents are not topological, or prefix is negative or not one for each tree.
+        """
+        if isinstance(trees, (list, tuple)) and trees and not isinstance(trees[0], int):
+            prefixes = [prefix] * len(trees) if isinstance(prefix, int) else list(prefix)
+        else:
+            trees, prefixes = [trees], [prefix]
+        if len(prefixes) != len(trees):
+            raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
+        described = [(_parents_of(tree), n) for tree, n in zip(trees, prefixes, strict=True)]
+        for _, n in described:
+            _check_sizes(prefix=n)
+        return cls._from_parents(described, device)
+
+    @classmethod
+    def _from_parents(cls, described: list[tuple[np.ndarray, int]], device) -> BlockMask:
+        rows = max(len(parents) for parents, _ in described)
+        keys = max(len(parents) + n for parents, n in described)
+        if tree_tiles is None:
+            mask = _dense_trees(described, rows, keys, device)
+        else:
+            tiles = tree_tiles(described, rows, keys, _words_per_block(rows, device))
+            mask = cls(rows, keys, *(torch.from_numpy(array) for array in tiles))
+            if device != "cpu":
+                mask = mask.to(device)
+        mask._trees = described
+        return mask
+
+    @staticmethod
+    def stack(masks: Sequence[BlockMask], *, heads: bool = False) -> BlockMask:
+        """One mask for each batch entry, or for each query head, from masks of one shape."""
+        if not masks:
+            raise ValueError("masks must not be empty")
+        first = masks[0]
+        maps, start = [], 0
+        for mask in masks:
+            first._check_like(mask, "masks")
+            if mask.full_ranges.shape[:2] != (1, 1):
+                raise ValueError("masks must each be for all batch entries and heads")
+            tile_map = mask._tile_map()
+            maps.append(torch.where(tile_map >= 0, tile_map + start, tile_map))
+            start += len(mask.bits)
+        bits = torch.cat([mask.bits for mask in masks])
+        stacked = BlockMask._from_map(torch.cat(maps, 1 if heads else 0), bits, first.rows, first.keys)
+        stacked._dense = [source for mask in masks for source in mask._dense]
+        return stacked
+
+    # ==== what it holds ====
+
+    @property
+    def device(self) -> torch.device:
+        return self.bits.device
+
+    @property
+    def density(self) -> float:
+        """The share of tiles that are visited: not empty."""
+        blocks = self.full_ranges.shape[:3].numel()
+        tiles = blocks * -(-self.keys // WORD)
+        return (len(self.full_tiles) + len(self.partial_tiles)) / tiles if tiles else 0.0
+
+    def to_dense(self) -> Tensor:
+        """[B or 1, Hq or 1, N, M] bool."""
+        words = self._words()
+        visible = (words[..., None] >> torch.arange(WORD, device=self.device)) & 1  # [B, H, R, C, W, 64 keys, 64 rows]
+        batch, heads, blocks, columns, per_block = words.shape[:5]
+        shape = (batch, heads, blocks * per_block * WORD, columns * WORD)
+        dense = visible.to(torch.bool).permute(0, 1, 2, 4, 6, 3, 5).reshape(shape)[..., : self.rows, : self.keys]
+        if self.row_order is None:
+            return dense.contiguous()
+        rows = torch.argsort(self.row_order.long(), -1)[:, None, :, None].expand(dense.shape)
+        keys = torch.argsort(self.key_order.long(), -1)[:, None, None].expand(dense.shape)
+        return dense.gather(2, rows).gather(3, keys)
+
+    def to(self, device) -> BlockMask:
+        """This mask on another device."""
+        moved = copy.copy(self)
+        for name in ("full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "bits", "row_order", "key_order"):
+            tensor = getattr(self, name)
+            setattr(moved, name, None if tensor is None else tensor.to(device))
+        return moved
+
+    def check_current(self) -> None:
+        """Raises ValueError if the dense tensor that this mask was built from has been edited since."""
+        for reference, version in self._dense:
+            visible = reference()
+            if visible is not None and visible._version != version:
+                raise ValueError("mask must be built again: the dense tensor that it was built from has been edited")
+
+    def plot(self, axis=None):
+        """Draws the tiles with matplotlib (full blue, partial orange) and what rows see (dark); returns the axis."""
+        import matplotlib.pyplot as plt
+        from matplotlib.colors import ListedColormap
+
+        axis = axis or plt.subplots(figsize=(6, 6 * max(self.rows, 1) / max(self.keys, 1) + 0.5))[1]
+        height = WORD * self.bits.shape[1]
+        tile_map = self._tile_map()[0, 0].cpu()
+        kinds = torch.where(tile_map == _FULL, 2, torch.where(tile_map == _EMPTY, 0, 1))
+        extent = (0, tile_map.shape[1] * WORD, tile_map.shape[0] * height, 0)
+        colours = ListedColormap(["white", "#f2c48d", "#a9c6e3"])
+        axis.imshow(kinds.numpy(), cmap=colours, vmin=0, vmax=2, extent=extent, interpolation="nearest", aspect="auto")
+        seen = _dense_of(self)[0, 0].float().cpu().numpy()
+        axis.imshow(seen, cmap="Greys", alpha=0.35 * seen, extent=(0, self.keys, self.rows, 0), aspect="auto")
+        axis.set_xlim(0, self.keys)
+        axis.set_ylim(self.rows, 0)
+        axis.set_xlabel("keys")
+        axis.set_ylabel("rows")
+        axis.set_title(f"{self.density:.1%} of tiles of {height} x {WORD} visited")
+        return axis
+
+    def __repr__(self) -> str:
+        batch, heads = self.full_ranges.shape[:2]
+        return (
+            f"BlockMask(rows={self.rows}, keys={self.keys}, batch={batch}, heads={heads}, "
+            f"full_tiles={len(self.full_tiles)}, partial_tiles={len(self.partial_tiles)}, density={self.density:.3f})"
+        )
+
+    # ==== masks from masks ====
+
+    def __and__(self, other: BlockMask) -> BlockMask:
+        """Keys that both see."""
+        return self._combine(other, torch.bitwise_and, _FULL, _EMPTY)
+
+    def __or__(self, other: BlockMask) -> BlockMask:
+        """Keys that either sees."""
+        return self._combine(other, torch.bitwise_or, _EMPTY, _FULL)
+
+    def _combine(self, other: BlockMask, operation: Callable, neutral: int, absorbing: int) -> BlockMask:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        self._check_like(other, "other")
+        mine, theirs = torch.broadcast_tensors(self._tile_map(), other._tile_map())
+        theirs = torch.where(theirs >= 0, theirs + len(self.bits), theirs)
+        joined = torch.where(mine == neutral, theirs, torch.where(theirs == neutral, mine, absorbing)).to(torch.int32)
+        both = (mine >= 0) & (theirs >= 0)
+        bits = torch.cat([self.bits, other.bits])
+        # Equal pairs of tiles, of which patterns are full, are joined once.
+        pairs, which = torch.unique(mine[both].long() * len(bits) + theirs[both], return_inverse=True)
+        states, new_bits = _classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
+        joined[both] = torch.where(states >= 0, states + len(bits), states)[which]
+        mask = BlockMask._from_map(joined, torch.cat([bits, new_bits]), self.rows, self.keys)
+        mask._dense = self._dense + other._dense
+        return mask
+
+    def slice_rows(self, start: int, stop: int, keys: int | None = None) -> BlockMask:
+        """Rows start to stop - 1, and of the keys only the first ones, for a cache that has grown no further."""
+        keys = self.keys if keys is None else keys
+        if not 0 <= start <= stop <= self.rows:
+            raise ValueError(f"start and stop must be in order and within {self.rows} rows, got {start} and {stop}")
+        if not 0 <= keys <= self.keys:
+            raise ValueError(f"keys must be in [0, {self.keys}], got {keys}")
+        self._check_unordered("slice_rows")
+        per_block, height = self.bits.shape[1], WORD * self.bits.shape[1]
+        first, last = start // height, -(-stop // height)
+        words = self._words(first, last).transpose(3, 4)[..., : -(-keys // WORD), :]  # [B, H, R, W, C, 64]
+        words = words.flatten(2, 3)[:, :, (start - first * height) // WORD :]
+        shift = start % WORD
+        if shift and words.shape[2]:
+            above = torch.nn.functional.pad(words[:, :, 1:], (0, 0, 0, 0, 0, 1))
+            low = (words >> shift) & ((1 << (WORD - shift)) - 1)
+            words = low | (above << (WORD - shift))
+        rows = stop - start
+        strips = _blocks(rows, per_block) * per_block
+        words = torch.nn.functional.pad(words[:, :, :strips], (0, 0, 0, 0, 0, max(strips - words.shape[2], 0)))
+        if rows % height:  # as everywhere, what comes after the last row is like it
+            at, bit = (rows - 1) // WORD, (rows - 1) % WORD
+            like_last = -((words[:, :, at] >> bit) & 1)
+            keep = (1 << (bit + 1)) - 1 if bit < WORD - 1 else -1
+            words[:, :, at] = (words[:, :, at] & keep) | (like_last & ~keep)
+            words[:, :, at + 1 :] = like_last[:, :, None]
+        if keys % WORD:
+            words[..., -1, keys % WORD :] = 0
+        words = words.unflatten(2, (strips // per_block, per_block)).transpose(3, 4)
+        mask = BlockMask._from_words(words, rows, keys)
+        mask._dense = self._dense
+        return mask
+
+    def permuted(self, order: str | None = None) -> BlockMask:
+        """The same attention with rows and keys worked on in another order, so that fewer tiles have something.
+
+        Args:
+            order: "dfs", depth first, for a mask of from_tree, and the default there; or "rcm", reverse Cuthill-McKee
+                by scipy, for a mask with as many rows as keys, whose pattern is taken as symmetric.
+
+        The op reads rows and keys where they are and writes rows where they belong: nothing is copied.
+        """
+        order = order or ("rcm" if self._trees is None else "dfs")
+        self._check_unordered("permuted")
+        if order == "dfs":
+            if self._trees is None:
+                raise ValueError('order must be "rcm" for a mask that was not built by from_tree, got "dfs"')
+            orders = [_depth_first(parents) for parents, _ in self._trees]
+            described = [
+                (_renumbered(parents, nodes), n) for (parents, n), nodes in zip(self._trees, orders, strict=True)
+            ]
+            mask = BlockMask._from_parents(described, self.device)
+            mask._trees = self._trees
+            row_order = [np.r_[nodes, len(nodes) : self.rows] for nodes in orders]
+            key_order = [
+                np.r_[0:n, n + nodes, n + len(nodes) : self.keys]
+                for (_, n), nodes in zip(self._trees, orders, strict=True)
+            ]
+        elif order == "rcm":
+            if self.rows != self.keys or self.full_ranges.shape[1] != 1:
+                raise ValueError(f'order "rcm" must be for as many rows as keys and all heads, got {self!r}')
+            mask, row_order = self._cuthill_mckee()
+            key_order = row_order
+        else:
+            raise ValueError(f'order must be "dfs" or "rcm", got {order!r}')
+        mask.row_order = torch.from_numpy(np.stack(row_order).astype(np.int32)).to(self.device)
+        mask.key_order = torch.from_numpy(np.stack(key_order).astype(np.int32)).to(self.device)
+        mask._dense = self._dense
+        return mask
+
+    def _cuthill_mckee(self) -> tuple[BlockMask, list[np.ndarray]]:
+        try:
+            from scipy.sparse import csr_array
+            from scipy.sparse.csgraph import reverse_cuthill_mckee
+        except ImportError as error:
+            raise ImportError('permuted("rcm") needs scipy: pip install scipy') from error
+        batch, row, key = (index.cpu() for index in self._entries())
+        orders, places = [], []
+        for b in range(self.full_ranges.shape[0]):
+            mine = batch == b
+            ones = np.ones(int(mine.sum()), np.int8)
+            graph = csr_array((ones, (row[mine].numpy(), key[mine].numpy())), shape=(self.rows, self.keys))
+            orders.append(reverse_cuthill_mckee(graph, symmetric_mode=True))
+            places.append(np.argsort(orders[-1]))
+        place = torch.from_numpy(np.stack(places).astype(np.int64))
+        mask = BlockMask._from_entries(
+            batch, place[batch, row], place[batch, key], len(orders), self.rows, self.keys, self.bits.shape[1]
+        )
+        return mask.to(self.device), orders
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Batch entry, row and key of everything that is seen, of a mask for all heads."""
+        tile_map = self._tile_map()[:, 0]
+        batch, block, column = (tile_map != _EMPTY).nonzero(as_tuple=True)
+        words = self._table()[tile_map[batch, block, column].long()]  # [E, W, 64]
+        visible = (words[..., None] >> torch.arange(WORD, device=self.device)) & 1
+        at, word, key, row = visible.nonzero(as_tuple=True)
+        row = (block[at] * self.bits.shape[1] + word) * WORD + row
+        inside = row < self.rows
+        return batch[at][inside], row[inside], (column[at] * WORD + key)[inside]
+
+    @classmethod
+    def _from_entries(cls, batch, row, key, batches: int, rows: int, keys: int, words: int) -> BlockMask:
+        """The reverse of _entries, in no more memory than the tiles with something."""
+        height = WORD * words
+        tile_map = torch.full((batches, 1, _blocks(rows, words), -(-keys // WORD)), _EMPTY, dtype=torch.int32)
+        tile = (batch * tile_map.shape[2] + row // height) * tile_map.shape[3] + key // WORD
+        tiles, which = torch.unique(tile, return_inverse=True)
+        visible = torch.zeros((len(tiles), WORD, height), dtype=torch.bool)
+        visible[which, key % WORD, row % height] = True
+        if rows % height:
+            is_last = tiles // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1
+            visible[is_last, :, rows % height :] = visible[is_last, :, rows % height - 1, None]
+        states, bits = _classify(_pack(visible).transpose(-1, -2))
+        tile_map.view(-1)[tiles] = states
+        return cls._from_map(tile_map, bits, rows, keys)
+
+    # ==== tile maps [B, H, R, C], words [B, H, R, C, W, 64], and lists ====
+
+    @classmethod
+    def _from_map(cls, tile_map: Tensor, bits: Tensor, rows: int, keys: int) -> BlockMask:
+        def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+            counts = chosen.sum(-1, dtype=torch.int32)
+            ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
+            columns = chosen.flatten().nonzero()[:, 0] % max(chosen.shape[-1], 1)
+            return torch.stack([ends - counts, ends], -1), columns.to(torch.int32)
+
+        is_partial = tile_map >= 0
+        partial_ranges, columns = lists(is_partial)
+        partial_tiles = torch.stack([columns, tile_map[is_partial]], -1)
+        return cls(rows, keys, *lists(tile_map == _FULL), partial_ranges, partial_tiles, bits.contiguous())
+
+    @classmethod
+    def _from_words(cls, words: Tensor, rows: int, keys: int) -> BlockMask:
+        states, bits = _classify(words.flatten(0, 3))
+        return cls._from_map(states.view(words.shape[:4]), bits, rows, keys)
+
+    @classmethod
+    def _resolve(cls, tile_map: Tensor, bits: Tensor, predicate: Callable, rows: int, keys: int) -> BlockMask:
+        """Finds out the tiles that are unsure by asking predicate(b, h, row, key) about each of their entries."""
+        words = bits.shape[1]
+        unsure = tile_map == _UNSURE
+        places = unsure.nonzero().to(torch.int32)
+        found, new_bits = [], [bits]
+        for chunk in places.split(_PREDICATE_TILES):
+            b, h, block, column = (index[:, None, None] for index in chunk.unbind(-1))
+            row = block * (WORD * words) + torch.arange(WORD * words, dtype=torch.int32, device=bits.device)
+            key = column * WORD + torch.arange(WORD, dtype=torch.int32, device=bits.device)[:, None]
+            # What comes after the last row is like it, so that it makes no full tile partial.
+            visible = predicate(b, h, row.clamp(max=rows - 1), key.clamp(max=keys - 1))
+            if visible.dtype != torch.bool:
+                raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
+            if keys % WORD:
+                visible = visible & (key < keys)
+            visible = visible.expand(len(chunk), WORD, WORD * words)
+            states, more_bits = _classify(_pack(visible.contiguous()).transpose(-1, -2))
+            found.append(torch.where(states >= 0, states + sum(map(len, new_bits)), states))
+            new_bits.append(more_bits)
+        if found:
+            tile_map = tile_map.clone()
+            tile_map[unsure] = torch.cat(found)
+        return cls._from_map(tile_map, torch.cat(new_bits), rows, keys)
+
+    def _tile_map(self) -> Tensor:
+        batch, heads, blocks = self.full_ranges.shape[:3]
+        shape = (batch, heads, blocks, -(-self.keys // WORD))
+        tile_map = torch.full(shape, _EMPTY, dtype=torch.int32, device=self.device)
+        starts = torch.arange(batch * heads * blocks, device=self.device) * shape[3]
+        for ranges, tiles, states in (
+            (self.full_ranges, self.full_tiles, torch.full_like(self.full_tiles, _FULL)),
+            (self.partial_ranges, *self.partial_tiles.unbind(-1)),
+        ):
+            counts = (ranges[..., 1] - ranges[..., 0]).flatten()
+            tile_map.view(-1)[torch.repeat_interleave(starts, counts) + tiles] = states
+        return tile_map
+
+    def _table(self) -> Tensor:
+        """[U + 2, W, 64]: what a tile map's entry means; the last two are empty and full."""
+        ends = torch.stack([torch.zeros_like(self.bits[:1].sum(0)), torch.full_like(self.bits[:1].sum(0), -1)])
+        return torch.cat([self.bits, ends])
+
+    def _words(self, first: int = 0, last: int | None = None) -> Tensor:
+        """[B, H, R, C, W, 64] of row blocks first to last - 1."""
+        return self._table()[self._tile_map()[:, :, first:last].long()]
+
+    # ==== checks ====
+
+    def _check_like(self, other: BlockMask, name: str) -> None:
+        mine = (self.rows, self.keys, self.bits.shape[1], self.device)
+        theirs = (other.rows, other.keys, other.bits.shape[1], other.device)
+        if mine != theirs:
+            raise ValueError(
+                f"{name} must have {mine[0]} rows and {mine[1]} keys in blocks of {WORD * mine[2]} rows on {mine[3]}, "
+                f"got {theirs[0]} and {theirs[1]} in blocks of {WORD * theirs[2]} on {theirs[3]}"
+            )
+        self._check_unordered("a combination")
+        other._check_unordered("a combination")
+        self.check_current()
+        other.check_current()
+
+    def _check_unordered(self, use: str) -> None:
+        if self.row_order is not None:
+            raise ValueError(f"mask must be permuted last: {use} needs one that is not")
+
+
+# ==== bits ====
+
+
+def _words_per_block(rows: int, device) -> int:
+    """64 rows a block suit a CPU; a GPU's tensor cores want 128 where there are that many."""
+    return 2 if torch.device(device).type == "cuda" and rows > WORD else 1
+
+
+def _blocks(rows: int, words: int) -> int:
+    return -(-rows // (WORD * words))
+
+
+@functools.cache
+def _no_bits(words: int, device) -> Tensor:
+    return torch.empty((0, words, WORD), dtype=torch.int64, device=device)
+
+
+def _pack(visible: Tensor) -> Tensor:
+    """Words [..., n] of bools [..., 64 n], contiguous: bool i becomes bit i."""
+    eights = visible.view(torch.int64)  # 8 bools; the product collects their bits in its highest byte
+    octets = ((eights * 0x0102040810204080) >> 56).to(torch.uint8)
+    return octets.view(torch.int64)
+
+
+def _classify(words: Tensor) -> tuple[Tensor, Tensor]:
+    """States [T] int32 of tiles [T, W, 64], and the bits of the partial ones, in order."""
+    is_full, is_empty = (words == -1).all(-1).all(-1), (words == 0).all(-1).all(-1)
+    is_partial = ~(is_full | is_empty)
+    states = is_partial.cumsum(0, dtype=torch.int32) - 1
+    states = torch.where(is_partial, states, torch.where(is_full, _FULL, _EMPTY).to(torch.int32))
+    return states, words[is_partial]
+
+
+def _words_of_dense(visible: Tensor, words: int) -> Tensor:
+    """[B, H, R, C, W, 64] of [B, H, N, M]."""
+    batch, heads, rows, keys = visible.shape
+    blocks, columns = _blocks(rows, words), -(-keys // WORD)
+    missing_rows, missing_keys = blocks * words * WORD - rows, columns * WORD - keys
+    if missing_rows:
+        visible = torch.cat([visible, visible[:, :, -1:].expand(-1, -1, missing_rows, -1)], 2)
+    if missing_keys:
+        visible = torch.nn.functional.pad(visible, (0, missing_keys))
+    if not visible.numel():
+        return torch.zeros((batch, heads, blocks, columns, words, WORD), dtype=torch.int64, device=visible.device)
+    octets = visible.contiguous().view(torch.uint8).view(batch, heads, blocks * words, 8, 8, columns * WORD)
+    packed = octets[:, :, :, :, 0].clone()
+    for bit in range(1, 8):
+        packed |= octets[:, :, :, :, bit] << bit
+    packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
+    return packed.contiguous().view(torch.int64)[..., 0]
+
+
+def _dense_of(mask: BlockMask) -> Tensor:
+    """What the tiles hold, in the order of the tiles."""
+    plain = copy.copy(mask)
+    plain.row_order = plain.key_order = None
+    return plain.to_dense()
+
+
+# ==== trees ====
+
+
+def _parents_of(tree) -> np.ndarray:
+    if isinstance(tree, DraftTree):
+        return tree.parents.numpy()
+    parents = np.ascontiguousarray(tree, np.int32)
+    if parents.ndim != 1 or not len(parents):
+        raise ValueError(f"parents must be 1-D and not empty, got shape {parents.shape}")
+    return parents
+
+
+def _dense_trees(described: list[tuple[np.ndarray, int]], rows: int, keys: int, device) -> BlockMask:
+    """What tree_tiles finds, by way of N x M bools."""
+    visible = torch.zeros((len(described), rows, keys), dtype=torch.bool)
+    for b, (parents, n) in enumerate(described):
+        nodes = len(parents)
+        bits = np.unpackbits(tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")
+        visible[b, :nodes, :n] = True
+        visible[b, :nodes, n : n + nodes] = torch.from_numpy(bits[:, :nodes].astype(bool))
+    return BlockMask._from_words(
+        _words_of_dense(visible[:, None].to(device), _words_per_block(rows, device)), rows, keys
+    )
+
+
+def _depth_first(parents: np.ndarray) -> np.ndarray:
+    """Nodes in depth-first order: every subtree is one run."""
+    sizes = [1] * len(parents)
+    for node in range(len(parents) - 1, 0, -1):
+        sizes[parents[node]] += sizes[node]
+    free = [0] * len(parents)  # the place that the next child's subtree begins at
+    order = np.zeros(len(parents), np.int64)
+    for node, parent in enumerate(parents.tolist()):
+        place = free[parent] if node else 0
+        order[place] = node
+        free[node] = place + 1
+        if node:
+            free[parent] += sizes[node]
+    return order
+
+
+def _renumbered(parents: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Parents of the nodes in another order."""
+    places = np.argsort(order).astype(np.int32)
+    return np.concatenate([[-1], places[parents[order[1:]]]]).astype(np.int32)
+
+
+# ==== checks ====
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}")
+
+
+def _lengths(name: str, values: Sequence[int]) -> np.ndarray:
+    lengths = np.asarray(values, np.int64)
+    if lengths.ndim != 1 or (lengths < 0).any():
+        raise ValueError(f"{name} must be a list of numbers that are not negative, got {lengths.tolist()}")
+    return lengths

@@ -1,0 +1,157 @@
+"""block_masked_attention: attention that knows its mask, for any mask.
+
+For row i with visible keys V(i), as a BlockMask has them,
+
+    out[i] = sum over j in V(i) of softmax(scale * q[i] . k[j]) v[j],    scores optionally capped: c tanh(score / c).
+
+The kernels go through two lists for each row block: key tiles that all its rows see whole, whose mask is never read,
+and tiles that are partly seen, with their bits. Other tiles cost nothing. A row that sees no key gives 0 and lse -inf.
+Forward only. See docs/block_masked_attention.md.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyspec.masks import BlockMask
+from pyspec.ops._library import Op
+from pyspec.ops.tree_attention import HEAD_DIMS
+
+__all__ = ["block_masked_attention", "block_masked_attention_reference"]
+
+
+def block_masked_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    full_ranges: Tensor,
+    full_tiles: Tensor,
+    partial_ranges: Tensor,
+    partial_tiles: Tensor,
+    bits: Tensor,
+    row_order: Tensor | None,
+    key_order: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, in fp32: out like q and lse [B, Hq, N]. The specification of the kernels."""
+    heads, rows, kv_heads, keys = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    mask = BlockMask(rows, keys, full_ranges, full_tiles, partial_ranges, partial_tiles, bits)
+    mask.row_order, mask.key_order = row_order, key_order
+    visible = mask.to_dense().expand(q.shape[0], heads, rows, keys)
+
+    seen = visible.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3).any(2)  # by some row of [B, Hkv]
+    visible = visible.unflatten(1, (kv_heads, heads // kv_heads))
+    grouped_q = q.float().unflatten(1, (kv_heads, heads // kv_heads))
+    scores = torch.einsum("bhgtd,bhsd->bhgts", grouped_q, k.float()) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.where(visible, scores.softmax(-1), 0.0)
+    values = torch.where(seen[..., None], v.float(), 0.0)  # a value that no row may see could be NaN
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
+    return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
+
+
+def _fake(q, k, v, full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order, scale, softcap):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _triton():
+    from pyspec.kernels.block_masked_attention import block_masked_attention as launch
+
+    return launch
+
+
+_OP = Op(
+    "block_masked_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor full_ranges, Tensor full_tiles, Tensor partial_ranges, "
+    "Tensor partial_tiles, Tensor bits, Tensor? row_order, Tensor? key_order, float scale, float? softcap) "
+    "-> (Tensor, Tensor)",
+    block_masked_attention_reference,
+    _fake,
+    _triton,
+)
+
+
+def _check(q, k, v, mask, scale, softcap) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
+            raise TypeError(
+                f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})"
+            )
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.stride(3) != 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    batch, heads, rows, head_dim = q.shape
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"q must have a head_dim of {HEAD_DIMS}, got {head_dim}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k must have batch {batch} and head_dim {head_dim} like q, got shape {tuple(k.shape)}")
+    if k.shape[1] < 1 or heads % k.shape[1]:
+        raise ValueError(f"k must have a number of heads that divides the {heads} of q, got {k.shape[1]}")
+    if not isinstance(mask, BlockMask):
+        raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
+    if (mask.rows, mask.keys) != (rows, k.shape[2]):
+        raise ValueError(
+            f"mask must have {rows} rows like q and {k.shape[2]} keys like k, got {mask.rows} and {mask.keys}"
+        )
+    mask_batch, mask_heads = mask.full_ranges.shape[:2]
+    if mask_batch not in (1, batch) or mask_heads not in (1, heads):
+        raise ValueError(
+            f"mask must be for 1 or {batch} batch entries and 1 or {heads} heads, got {mask_batch} and {mask_heads}"
+        )
+    if mask.bits.device != q.device:
+        raise ValueError(f"mask must be on {q.device} like q, got {mask.bits.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if not torch.compiler.is_compiling():
+        mask.check_current()
+
+
+def block_masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of each row to the keys that the mask lets it see. Forward only.
+
+    Args:
+        q: [B, Hq, N, D] fp32, fp16 or bf16; D in HEAD_DIMS; any strides with a contiguous last dimension.
+        k, v: [B, Hkv, M, D]. Hq % Hkv == 0.
+        mask: N rows and M keys, for all batch entries and query heads or one for each, on q's device.
+        scale: factor of the scores, positive; 1 / sqrt(D) by default.
+        softcap: scores become softcap * tanh(scores / softcap).
+        return_lse: also return the natural log-sum-exp of the scores.
+
+    Returns:
+        out like q, 0 where a row sees no key; with return_lse also lse [B, Hq, N] fp32, -inf there. Sums are kept in
+        fp32. What a key holds that a row does not see changes no bit of that row, NaN or not.
+
+    Raises:
+        TypeError: a dtype is not supported, or mask is not a BlockMask.
+        ValueError: a shape, stride, device or option does not fit, or mask was built from a dense tensor that has been
+            edited since; the message names the argument.
+    """
+    _check(q, k, v, mask, scale, softcap)
+    if scale is None:
+        scale = 1.0 / math.sqrt(q.shape[-1])
+    lists = (mask.full_ranges, mask.full_tiles, mask.partial_ranges, mask.partial_tiles, mask.bits)
+    out, lse = _OP(q, k, v, *lists, mask.row_order, mask.key_order, scale, softcap)
+    return (out, lse) if return_lse else out
