@@ -97,10 +97,9 @@ def test_linear(benchmark, model, rows):
 
 def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device: str = "cpu") -> dict:
     bandwidth = measure.read_bandwidth(device)
-    fp32_rate = measure.multiply_rate(torch.float32, device)
     results = []
     for dtype in FORMATS:
-        rate = max(fp32_rate, measure.multiply_rate(dtype, device))
+        rate = measure.multiply_rate(dtype, device)
         model = Model(dtype, layers, head, device)
         for rows in ROWS:
             model.check(rows)
