@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pyspec import trees
 from pyspec.trees import DraftTree, reference_tree_layout
 
-LAYOUTS = list({trees.tree_layout, reference_tree_layout})  # one without the compiled module
+LAYOUTS = list(dict.fromkeys((trees.tree_layout, reference_tree_layout)))  # one without the compiled module
 
 
 @st.composite
