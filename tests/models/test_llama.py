@@ -260,17 +260,3 @@ def test_the_row_rule_tests_have_teeth(models, monkeypatch):
 
 def composed_layers(*args, windows, heads, intermediate, epsilon):
     return llama_layers_reference(*args, windows, heads, intermediate, epsilon)
-
-
-def test_the_program_gives_the_bits_of_its_ops(models, monkeypatch):
-    _, runner = models("llama_tied_with_biases")
-    trees = [random_tree(24), random_tree(5, 1)]
-
-    def verify():
-        runner.prefill([random_tokens(70), random_tokens(5)], capacity=100)
-        return runner.verify(trees)
-
-    expected = verify()
-    monkeypatch.setattr(pyspec.models.llama, "llama_layers", composed_layers)
-    for logits, other in zip(verify(), expected, strict=True):
-        assert torch.equal(logits, other)
