@@ -10,8 +10,10 @@ PROMPT ?= Write a Python function that checks whether a word is a palindrome, th
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
 
+# GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/kernels
+	$(BIN)/python -m pytest --ignore tests/kernels
 
 # The environment: torch first and pinned, because the compiled parts are built against it without isolation.
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt constraints.txt
