@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 
 # GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 tests/kernels
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 	$(BIN)/python -m pytest --ignore tests/kernels
 
 # The environment: torch first and pinned, because the compiled parts are built against it without isolation.

@@ -1,7 +1,7 @@
 """Triton kernels run on a GPU where there is one, else in Triton's interpreter.
 
-The interpreter is chosen when triton is first imported, so it needs a process of its own:
-test_interpreter.py starts one with TRITON_INTERPRET=1 and runs the tests of this folder there.
+The interpreter is chosen when triton is first imported, so it needs processes of its own:
+test_interpreter.py starts them with TRITON_INTERPRET=1 and runs the tests of this folder there.
 """
 
 import os
