@@ -5,6 +5,7 @@ from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
+from pyspec.ops.mamba_layers import mamba_layers
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv",
     "linear",
     "llama_layers",
+    "mamba_layers",
     "merge_attention",
     "pack_weight",
     "rms_norm",
