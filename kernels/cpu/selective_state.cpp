@@ -25,7 +25,8 @@ using pyspec::RoundTree;
 using pyspec::SelectiveStateParams;
 
 constexpr int kBlock = kVectorRegisters == 32 ? 16 : 4;  // states in registers
-constexpr int64_t kPanelsPerItem = 4;                    // where channels have their own dt
+constexpr int kSums = 4;  // of a block's y, so that one addition need not wait for the one before
+constexpr int64_t kPanelsPerItem = 4;  // where channels have their own dt
 
 // A buffer of the calling thread that only grows.
 float* scratch(int64_t floats) {
@@ -212,10 +213,13 @@ struct Item {
       }
       take_step(state, tree.accepted + node, a, n);
       const float* factors = c + node * p.state_size + n;
-      F16 y = load(sum + node * kStateLanes);
+      F16 y[kSums];
       PYSPEC_UNROLL
-      for (int k = 0; k < kBlock; ++k) y = fma(state[k], set1(factors[k]), y);
-      store(sum + node * kStateLanes, y);
+      for (int k = 0; k < kSums; ++k) y[k] = mul(state[k], set1(factors[k]));
+      PYSPEC_UNROLL
+      for (int k = kSums; k < kBlock; ++k) y[k % kSums] = fma(state[k], set1(factors[k]), y[k % kSums]);
+      F16 total = add(add(y[0], y[1]), add(y[2], y[3]));
+      store(sum + node * kStateLanes, add(load(sum + node * kStateLanes), total));
       if (kept_at[node] >= 0) {
         float* to = kept + kept_at[node] * kBlock * kStateLanes;
         PYSPEC_UNROLL

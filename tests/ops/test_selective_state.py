@@ -245,7 +245,7 @@ def test_trees_and_batches_have_the_bits_of_their_paths(isa, shape):
     assert torch.equal(layer.state[2], replayed)
 
 
-def test_a_thousand_rounds_do_not_drift(isa):
+def test_random_rounds_do_not_drift(isa):
     """Random trees, paths and rounds without drafts in a ragged batch; after each, the states of plain decoding."""
     layer = Layer(heads=2, head_dim=16, states=16)
     layer.state[:] = 0.0
@@ -254,7 +254,7 @@ def test_a_thousand_rounds_do_not_drift(isa):
     generator = torch.Generator().manual_seed(0)
     paths, halves = [[] for _ in range(SEQUENCES)], [0] * SEQUENCES
     texts = [[] for _ in range(SEQUENCES)]
-    for turn in range(1000):
+    for turn in range(200):
         active = [b for b in range(SEQUENCES) if torch.rand((), generator=generator) < 0.7]
         if not active:
             continue
