@@ -61,6 +61,7 @@ setup(
         "pyspec.kernels",
         "pyspec.models",
         "pyspec.ops",
+        "pyspec.training",
     ],
     package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
     ext_modules=[Extension("pyspec._host", sources=[])],

@@ -37,6 +37,7 @@ ENDINGS = {
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "accelerate", "llama_cpp"),
+    "train": ("transformers", "tokenizers", "safetensors", "rich", "matplotlib"),
     "test": ("pytest", "xdist", "hypothesis", "pytest_benchmark"),
 }
 INSTRUCTION_SETS = (

@@ -6,16 +6,18 @@
 #include <utility>
 #include <vector>
 
-#include "boundary.h"
-#include "params/linear.h"
 #include "params/rms_norm.h"
 #include "params/rotary_write.h"
 #include "params/swiglu.h"
 #include "params/tree_attention.h"
+#include "program.h"
 
 namespace {
 
+using pyspec::Buffer;
 using pyspec::Element;
+using pyspec::floats_of;
+using pyspec::linear_of;
 using pyspec::team_parallel_for;
 using torch::stable::Tensor;
 
@@ -24,23 +26,6 @@ PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 PYSPEC_KERNEL_TABLE(pyspec_rotary_write, pyspec::RotaryWriteParams);
 PYSPEC_KERNEL_TABLE(pyspec_swiglu, pyspec::SwigluParams);
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, pyspec::TreeAttentionParams);
-
-// Hands out pieces of one buffer; with a null base it only counts.
-class Buffer {
- public:
-  explicit Buffer(float* base) : base_(base) {}
-  template <class T = float>
-  T* take(int64_t bytes) {
-    T* piece = reinterpret_cast<T*>(base_ + floats_);
-    floats_ += (bytes + 63) / 64 * 16;
-    return base_ ? piece : nullptr;
-  }
-  int64_t floats() const { return floats_; }
-
- private:
-  float* base_;
-  int64_t floats_ = 0;
-};
 
 struct Layer {
   pyspec::RmsNormParams attention_norm, feed_forward_norm;
@@ -75,24 +60,6 @@ struct Shape {
   int64_t rows, hidden, heads, kv_heads, head_dim, intermediate, layers;
   int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
-
-const float* floats_of(const Tensor& tensor, int64_t size, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.numel() == size &&
-                      tensor.is_contiguous(),
-                  name, " must be float32 [", size, "] and contiguous");
-  return static_cast<const float*>(tensor.data_ptr());
-}
-
-pyspec::LinearParams linear_of(const Tensor& weight, const void* x, Element element, float* out, int64_t rows,
-                               int64_t inputs, int64_t outputs) {
-  pyspec::LinearParams p{};
-  p.rows = rows, p.inputs = inputs, p.outputs = outputs;
-  pyspec::set_weight(p, weight);
-  p.x = x, p.x_element = element, p.x_stride = inputs;
-  p.out = out, p.out_element = Element::kFloat32, p.out_stride = outputs;
-  p.parallel_for = team_parallel_for;
-  return p;
-}
 
 Tensor llama_layers(Tensor hidden, std::vector<Tensor> weights, std::vector<Tensor> biases,
                     const Tensor& last_norm, Tensor keys_values, const Tensor& cos_sin,
@@ -169,7 +136,7 @@ Tensor llama_layers(Tensor hidden, std::vector<Tensor> weights, std::vector<Tens
       pyspec::RmsNormParams p{};
       p.hidden = static_cast<float*>(hidden.data_ptr()), p.delta = added, p.out = to;
       p.weight = floats_of(weight, shape.hidden, "a norm's weight");
-      p.rows = rows, p.size = shape.hidden, p.epsilon = static_cast<float>(epsilon);
+      p.rows = rows, p.size = shape.hidden, p.groups = 1, p.epsilon = static_cast<float>(epsilon);
       p.out_element = element, p.parallel_for = team_parallel_for;
       return p;
     };

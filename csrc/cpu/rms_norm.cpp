@@ -15,8 +15,10 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor&
                   "hidden must be float32 [rows, size] and contiguous");
   pyspec::RmsNormParams p{};
   p.rows = hidden.size(0), p.size = hidden.size(1);
-  STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == p.size && weight.scalar_type() == float32,
-                  "weight must be float32 [size]");
+  p.groups = weight.dim() == 2 ? weight.size(0) : 1;
+  STD_TORCH_CHECK(weight.dim() >= 1 && weight.dim() <= 2 && weight.size(-1) == p.size && p.groups > 0 &&
+                      p.rows % p.groups == 0 && weight.scalar_type() == float32,
+                  "weight must be float32 [size], or [groups, size] for a multiple of groups rows");
   Tensor weights = torch::stable::contiguous(weight);
   std::optional<Tensor> deltas;
   if (delta) {

@@ -12,7 +12,7 @@ using pyspec::kLanes;
 using pyspec::kMaxHeadDim;
 using pyspec::kTile;
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 // Online softmax of 16 rows. Scores are in units of log2, so that exp2 serves.
 struct State {

@@ -24,6 +24,7 @@ PYSPEC_INLINE F16 load_up_to(const float* p, int64_t count) {
 template <class Out>
 void normalise(const RmsNormParams& p, int64_t row) {
   float* hidden = p.hidden + row * p.size;
+  const float* weight = p.weight + row % p.groups * p.size;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   F16 squares = set1(0.0f);
   for (int64_t i = 0; i < p.size; i += 16) {
@@ -43,7 +44,7 @@ void normalise(const RmsNormParams& p, int64_t row) {
   F16 scale = set1(1.0f / __builtin_sqrtf(total / static_cast<float>(p.size) + p.epsilon));
   for (int64_t i = 0; i < p.size; i += 16) {
     int64_t count = p.size - i;
-    F16 value = mul(mul(load_up_to(hidden + i, count), scale), load_up_to(p.weight + i, count));
+    F16 value = mul(mul(load_up_to(hidden + i, count), scale), load_up_to(weight + i, count));
     if (count >= 16) {
       store_as(out + i, value);
       continue;

@@ -19,8 +19,7 @@ using pyspec::RowStatisticsParams;
 constexpr int kVectors = 4;
 constexpr int64_t kBlock = 16 * kVectors;
 constexpr int64_t kLogitsPerItem = 16384;  // a thread is not worth waking for fewer
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLowest = -150.0f;  // e^-150 is 0 in fp32, and so is -150 e^-150: -inf adds nothing
+constexpr float kLowest = -150.0f;         // e^-150 is 0 in fp32, and so is -150 e^-150: -inf adds nothing
 constexpr float kSmallest = -3.40282347e38f;
 
 struct Best {

@@ -31,6 +31,8 @@
 
 #define PYSPEC_INLINE inline __attribute__((always_inline))
 #define PYSPEC_INLINE_LAMBDA __attribute__((always_inline))
+// Before a loop over vectors that are to stay in registers.
+#define PYSPEC_UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -203,6 +205,23 @@ PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
 #endif
 
 PYSPEC_INLINE F16 exp2(F16 x) { return exp2(x, kExp2); }
+
+constexpr float kLog2E = 1.44269504f;
+
+PYSPEC_INLINE F16 silu(F16 x) {
+  // beyond 2^126 the quotient is zero anyway
+  F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), mul(x, set1(kLog2E)))));
+  return div(x, add(set1(1.0f), e));
+}
+
+// log(1 + e^x), for any x.
+PYSPEC_INLINE F16 softplus(F16 x) {
+  F16 size = max(x, sub(set1(0.0f), x)), u = exp2(mul(size, set1(-kLog2E)));
+  // log(1 + u) = 2 atanh(u / (2 + u)): the argument is at most 1 / 3, so a short series does
+  F16 s = div(u, add(set1(2.0f), u)), square = mul(s, s), series = set1(1.0f / 13);
+  for (int odd = 11; odd > 0; odd -= 2) series = fma(series, square, set1(1.0f / static_cast<float>(odd)));
+  return fma(add(s, s), series, max(set1(0.0f), x));
+}
 
 #if PYSPEC_HAS_AVX512
 // 16 x 16 dwords transposed in registers.

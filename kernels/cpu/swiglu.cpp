@@ -9,25 +9,18 @@ namespace {
 using pyspec::SwigluParams;
 
 constexpr int64_t kPiece = 512;
-constexpr float kLog2E = 1.44269504f;
-
-PYSPEC_INLINE F16 silu_times(F16 gate, F16 up) {
-  // beyond 2^126 the quotient is zero anyway
-  F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), mul(gate, set1(kLog2E)))));
-  return mul(div(gate, add(set1(1.0f), e)), up);
-}
 
 template <class Out>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
   const float *gate = p.gate_up + row * 2 * p.size, *up = gate + p.size;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   int64_t end = first + kPiece < p.size ? first + kPiece : p.size, i = first;
-  for (; i + 16 <= end; i += 16) store_as(out + i, silu_times(load(gate + i), load(up + i)));
+  for (; i + 16 <= end; i += 16) store_as(out + i, mul(silu(load(gate + i)), load(up + i)));
   if (i == end) return;
   float gates[16] = {}, ups[16] = {};
   std::memcpy(gates, gate + i, (end - i) * sizeof(float));
   std::memcpy(ups, up + i, (end - i) * sizeof(float));
-  store(gates, silu_times(load(gates), load(ups)));
+  store(gates, mul(silu(load(gates)), load(ups)));
   for (int64_t j = 0; i + j < end; ++j) from_float(gates[j], out + i + j);
 }
 

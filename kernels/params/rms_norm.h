@@ -8,9 +8,9 @@ namespace pyspec {
 struct RmsNormParams {
   float* hidden;        // [rows, size], contiguous; delta is added in place
   const float* delta;   // [rows, size], contiguous, or null
-  const float* weight;  // [size]
+  const float* weight;  // [groups, size]; row r is scaled by weight r % groups
   void* out;            // [rows, size], contiguous
-  int64_t rows, size;
+  int64_t rows, size, groups;
   float epsilon;
   Element out_element;
   ParallelFor parallel_for;

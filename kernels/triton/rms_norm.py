@@ -18,15 +18,17 @@ def rms_norm_kernel(
     # Pointers
     hidden,  # [rows, size]; with a delta, written
     delta,  # [rows, size] or None
-    weight,  # [size]
+    weight,  # [groups, size]; row r is scaled by weight r % groups
     out,  # [rows, size], written
     # Sizes
     size,
+    groups,
     epsilon,
     # Constants
     BLOCK: tl.constexpr,  # a power of two, at least size
 ):
-    start = tl.program_id(0).to(tl.int64) * size
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     used = column < size
     x = tl.load(hidden + start + column, mask=used, other=0.0)
@@ -34,7 +36,7 @@ def rms_norm_kernel(
         x += tl.load(delta + start + column, mask=used, other=0.0)
         tl.store(hidden + start + column, x, mask=used)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + epsilon)
-    normal = x * scale * tl.load(weight + column, mask=used, other=0.0)
+    normal = x * scale * tl.load(weight + row % groups * size + column, mask=used, other=0.0)
     tl.store(out + start + column, normal.to(out.dtype.element_ty), mask=used)
 
 
@@ -46,12 +48,13 @@ def compile_options(block: int) -> dict:
 def rms_norm(hidden, delta, weight, epsilon, out_dtype):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
+    groups = weight.shape[0] if weight.dim() == 2 else 1
     out = torch.empty_like(hidden, dtype=out_dtype)
     if out.numel():
         delta = None if delta is None else delta.contiguous()
         block = triton.next_power_of_2(size)
         with torch.cuda.device_of(hidden):
             rms_norm_kernel[(rows,)](
-                hidden, delta, weight.contiguous(), out, size, epsilon, BLOCK=block, **compile_options(block)
+                hidden, delta, weight.contiguous(), out, size, groups, epsilon, BLOCK=block, **compile_options(block)
             )
     return out

@@ -1,5 +1,6 @@
-"""Caches: where a runner keeps the keys and values of committed tokens."""
+"""Caches: where a runner keeps what it knows of committed tokens."""
 
 from pyspec.caches.dense import DenseCache
+from pyspec.caches.state import StateCache
 
-__all__ = ["DenseCache"]
+__all__ = ["DenseCache", "StateCache"]

@@ -9,7 +9,7 @@ import torch
 
 from pyspec.trees import DraftTree
 
-__all__ = ["Runner", "load"]
+__all__ = ["Runner", "from_transformers", "load"]
 
 
 class Runner(Protocol):
@@ -68,3 +68,10 @@ def load(
     from pyspec.models.loading import load as load_source
 
     return load_source(source, dtype=dtype, device=device, progress=progress)
+
+
+def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
+    """A runner for a live model of transformers. See models/loading.py."""
+    from pyspec.models.loading import from_transformers as runner_of
+
+    return runner_of(model, tokenizer, dtype=dtype)

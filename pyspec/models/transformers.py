@@ -16,13 +16,14 @@ from torch import Tensor
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.trees import DraftTree
 
-__all__ = ["TransformersRunner", "load_folder"]
+__all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
 
 PREFILL_CHUNK = 256
 SUPPORTED = (
-    "supported are LlamaForCausalLM, MistralForCausalLM and Qwen2ForCausalLM, and through transformers the causal "
-    "models with explicit positions that keep the keys and values of all tokens, such as GPT2LMHeadModel, "
-    "GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
+    "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, MambaForCausalLM and Mamba2ForCausalLM "
+    "(pyspec.load, pyspec.models.from_transformers), and through transformers the causal models with explicit "
+    "positions that keep the keys and values of all tokens, such as GPT2LMHeadModel, GPTNeoXForCausalLM, "
+    "OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
 )
 
 
@@ -49,9 +50,7 @@ class TransformersRunner:
             tokenizer = Tokenizer.from_transformers(tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
-        named = model.generation_config.eos_token_id if model.generation_config is not None else None
-        named = named if isinstance(named, list) else [] if named is None else [named]
-        self.eos_tokens = frozenset([*named, *eos_tokens, *(tokenizer.eos_tokens if tokenizer else ())])
+        self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.context_length = getattr(model.config, "max_position_embeddings", None) or 2048
         self.device, self.dtype = model.device, model.dtype
@@ -196,6 +195,13 @@ class TransformersRunner:
 
     def _last_logits(self, tokens: list[int]) -> Tensor:
         return self.prefill([tokens], capacity=8)[0]
+
+
+def eos_tokens_of(model, tokenizer) -> frozenset[int]:
+    """Tokens that end a text, by a live model's generation config and the tokenizer."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return frozenset([*named, *(tokenizer.eos_tokens if tokenizer else ())])
 
 
 class _Slots:

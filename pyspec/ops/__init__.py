@@ -2,28 +2,35 @@
 
 from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
+from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
+from pyspec.ops.mamba_layers import mamba_layers
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
+from pyspec.ops.selective_state import Round, selective_state
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
     "PackedWeight",
+    "Round",
     "RowStatistics",
     "backend",
     "backends",
     "block_masked_attention",
+    "causal_conv",
     "linear",
     "llama_layers",
+    "mamba_layers",
     "merge_attention",
     "pack_weight",
     "rms_norm",
     "rotary_write",
     "row_statistics",
+    "selective_state",
     "swiglu",
     "tree_attention",
 ]

@@ -1,6 +1,7 @@
 """rms_norm: the residual stream takes a layer's output in and is normalised, in one walk.
 
-hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once.
+hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once. With a weight
+[groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ def rms_norm_reference(
     if delta is not None:
         hidden += delta
     scales = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon)
+    if weight.dim() == 2:
+        weight = weight.repeat(len(hidden) // len(weight), 1)
     return (hidden * scales * weight).to(out_dtype)
 
 
@@ -54,7 +57,7 @@ def rms_norm(
 
     Args:
         hidden: [R, H] fp32 and contiguous: the residual stream; changed where there is a delta.
-        weight: [H] fp32.
+        weight: [H] fp32, or [groups, H] where R is a multiple of groups.
         epsilon: added to the mean of squares.
         delta: [R, H] fp32 or None.
         out_dtype: fp32, fp16 or bf16.
@@ -69,7 +72,7 @@ def rms_norm(
         raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
     for name, tensor, shape in (
         ("hidden", hidden, hidden.shape),
-        ("weight", weight, hidden.shape[1:]),
+        ("weight", weight, hidden.shape[1:] if weight.dim() < 2 else (len(weight), *hidden.shape[1:])),
         ("delta", delta, hidden.shape),
     ):
         if tensor is None:
@@ -80,5 +83,7 @@ def rms_norm(
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
         if tensor.device != hidden.device:
             raise ValueError(f"{name} must be on {hidden.device} like hidden, got {tensor.device}")
+    if weight.dim() == 2 and (not len(weight) or len(hidden) % len(weight)):
+        raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
     check_out_dtype(out_dtype)
     return _OP(hidden, delta, weight, epsilon, out_dtype)

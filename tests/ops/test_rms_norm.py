@@ -40,6 +40,13 @@ def test_equals_float64(run, rows, size, dtype, has_delta):
     )
 
 
+def test_rows_that_are_groups_have_weights_of_their_own(run):
+    hidden, weight = torch.randn(6, 48), torch.randn(3, 48)
+    out = run(hidden, weight, 1e-5)
+    for group in range(3):
+        torch.testing.assert_close(out[group::3], run(hidden[group::3].contiguous(), weight[group], 1e-5))
+
+
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
 def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
     monkeypatch.setenv("PYSPEC_ISA", name)
@@ -62,6 +69,8 @@ def test_opcheck():
         ({"hidden": torch.zeros(2, 3).double()}, TypeError, "hidden must be float32"),
         ({"hidden": torch.zeros(3, 2).T}, ValueError, "hidden must be .* contiguous"),
         ({"weight": torch.zeros(4)}, ValueError, r"weight must have shape \(3,\), got \(4,\)"),
+        ({"weight": torch.zeros(2, 4)}, ValueError, r"weight must have shape \(2, 3\), got \(2, 4\)"),
+        ({"weight": torch.zeros(3, 3)}, ValueError, "hidden must have a multiple of weight's 3 groups as rows, got 2"),
         ({"delta": torch.zeros(1, 3)}, ValueError, r"delta must have shape \(2, 3\)"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
     ],

@@ -34,6 +34,14 @@ def test_equals_float64(rows, size, dtype, has_delta):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+def test_rows_that_are_groups_have_weights_of_their_own():
+    hidden, weight = torch.randn(6, 48), torch.randn(3, 48)
+    out, _ = run(hidden, None, weight)
+    for group in range(3):
+        alone, _ = run(hidden[group::3].contiguous(), None, weight[group])
+        assert torch.equal(out[group::3], alone)
+
+
 def test_a_row_has_the_bits_it_has_alone():
     generator = torch.Generator().manual_seed(0)
     memory, delta, weight = (torch.randn(*shape, generator=generator) for shape in ((9 * 577 + 1,), (9, 577), (577,)))

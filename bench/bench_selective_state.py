@@ -1,0 +1,248 @@
+"""What does a round of T draft tokens cost on a state space model, against a plain step and the floor?
+
+    python bench/bench_selective_state.py            a table, bench/results/selective_state_<device>.json
+
+A round is verify and commit through the whole model, with random weights in the shape of a known one: a time does not
+depend on the values. All T nodes are accepted, which is the most that a method can have to do. Four ways to have the
+right state afterwards are timed in turn:
+
+    replay      ours: the inputs are recorded, the next verify replays the accepted ones
+    snapshots   a state is written for every node; timed as our verify, without a replay, and T writes of a state's
+                size: at least what such a kernel costs, its commit being free
+    recompute   the state is copied before the verify, restored when a draft was wrong, and the accepted tokens run
+                through the whole model again
+    plain       one token, committed: what all are measured against
+
+The floor of a plain step is what it must move (weights once, each sequence's state read and written) over the measured
+read bandwidth. The peer is one step of transformers on the same shape and dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import product
+
+import measure
+import torch
+
+from pyspec.models.mamba import MambaConfig, MambaRunner
+from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.models.state_space import StateSpaceRunner, StateSpaceWeights
+from pyspec.trees import DraftTree
+
+SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
+BATCHES = (1, 4, 16)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
+FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL = 1.3, 4.0, 1.5
+
+
+def mamba2(hidden: int, layers: int) -> Mamba2Config:
+    return Mamba2Config(
+        vocab_size=50288,
+        hidden_size=hidden,
+        layers=layers,
+        heads=hidden // 32,
+        head_dim=64,
+        groups=1,
+        state_size=128,
+        conv_taps=4,
+        norm_epsilon=1e-5,
+        tied_embedding=True,
+    )
+
+
+def mamba(hidden: int, layers: int) -> MambaConfig:
+    return MambaConfig(
+        vocab_size=50280,
+        hidden_size=hidden,
+        layers=layers,
+        channels=2 * hidden,
+        state_size=16,
+        dt_rank=hidden // 16,
+        conv_taps=4,
+        norm_epsilon=1e-5,
+    )
+
+
+SHAPES = {
+    "Mamba-2 130M": mamba2(768, 24),
+    "Mamba-2 370M": mamba2(1024, 48),
+    "Mamba-2 1.3B": mamba2(2048, 48),
+    "Mamba-2 2.7B": mamba2(2560, 64),
+    "Mamba 130M": mamba(768, 24),
+    "Mamba 370M": mamba(1024, 48),
+}
+
+
+def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device: str) -> StateSpaceRunner:
+    dense = torch.bfloat16 if dtype == torch.int8 else dtype
+    weights = StateSpaceWeights.empty(config, dense, torch.device(device))
+    for name, tensor in weights.named(config).items():
+        tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
+        if name.endswith(("dt_bias", "dt_proj.bias")):
+            tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
+    weights.pack(dtype)
+    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights)
+
+
+class Rounds:
+    """The calls that are timed, on one model and batch."""
+
+    def __init__(self, model: StateSpaceRunner, batch: int):
+        self.model, self.batch = model, batch
+        model.prefill([[place % model.vocab_size for place in range(8)]] * batch)
+        cache = model._cache
+        self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
+
+    def replay(self, nodes: int) -> Callable[[], None]:
+        trees, paths = [DraftTree.chain([0] * nodes)] * self.batch, [range(nodes)] * self.batch
+
+        def call() -> None:
+            self.model.verify(trees)
+            self.model.commit(paths)
+
+        return call
+
+    def snapshots(self, nodes: int) -> Callable[[], None]:
+        trees = [DraftTree.chain([0] * nodes)] * self.batch
+
+        def call() -> None:
+            self.model.verify(trees)
+            self.model.commit([None] * self.batch)
+            for _ in range(nodes):
+                self.spare[0].zero_()
+
+        return call
+
+    def recompute(self, nodes: int) -> Callable[[], None]:
+        trees, sequences = [DraftTree.chain([0] * nodes)] * self.batch, list(range(self.batch))
+        cache = self.model._cache
+
+        @torch.inference_mode()
+        def call() -> None:
+            state = (cache.states, cache.windows)
+            for kept, values in zip(self.spare, state, strict=True):
+                kept.copy_(values)
+            self.model._logits(self.model._forward(trees, sequences, cache, advance=True))
+            for kept, values in zip(self.spare, state, strict=True):
+                values.copy_(kept)
+            self.model._forward(trees, sequences, cache, advance=True)
+
+        return call
+
+    def bytes(self) -> dict[str, int]:
+        """What a plain step must move."""
+        model, cache = self.model, self.model._cache
+        weights = sum(getattr(layer, name).nbytes for layer in model.weights.layers for name in layer.MATRICES)
+        return {
+            "weights": weights + model.weights.head.nbytes,
+            "state": 2 * (cache.states.nbytes + cache.windows.nbytes),
+        }
+
+
+def peer(config: MambaConfig | Mamba2Config, dtype: torch.dtype, batch: int) -> Callable[[], None]:
+    """One step of transformers."""
+    import transformers
+
+    shape = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.layers,
+        "state_size": config.state_size,
+        "tie_word_embeddings": config.tied_embedding,
+    }
+    if isinstance(config, Mamba2Config):
+        shape |= {"num_heads": config.heads, "head_dim": config.head_dim, "n_groups": config.groups}
+        described = transformers.Mamba2Config(**shape)
+    else:
+        described = transformers.MambaConfig(**shape)
+    model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype).eval()
+    token = torch.zeros(batch, 1, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def call() -> None:
+        model(token, cache_params=cache, use_cache=True)
+
+    with torch.inference_mode():
+        cache = model(token, use_cache=True).cache_params
+    return call
+
+
+def run(shape: str, dtype: str, batch: int, repeats: int, device: str = "cpu", sizes=SIZES, shapes=SHAPES) -> dict:
+    """Medians of all rounds, in turn."""
+    config = shapes[shape]
+    rounds = Rounds(random_model(config, DTYPES[dtype], device), batch)
+    moved = rounds.bytes()
+    bandwidth = measure.read_bandwidth(device)
+    calls = {("replay", nodes): rounds.replay(nodes) for nodes in sizes}
+    calls |= {(way, nodes): getattr(rounds, way)(nodes) for way in ("snapshots", "recompute") for nodes in sizes}
+    if device == "cpu" and dtype != "int8":
+        calls["transformers", 1] = peer(config, DTYPES[dtype], batch)
+    seconds = measure.in_turn(calls, repeats)
+    bandwidth = max(bandwidth, measure.read_bandwidth(device))  # it drifts: the better of before and after
+    plain, floor = seconds["replay", 1], sum(moved.values()) / bandwidth
+    return {
+        "model": shape,
+        "weights": dtype,
+        "batch": batch,
+        "bytes": moved,
+        "bytes_per_second": bandwidth,
+        "floor_seconds": floor,
+        "plain_over_floor": plain / floor,
+        "seconds": {f"{way} {nodes}": time for (way, nodes), time in seconds.items()},
+        "over_plain": {f"{way} {nodes}": time / plain for (way, nodes), time in seconds.items()},
+    }
+
+
+def show(console, found: dict, sizes=SIZES) -> None:
+    from rich import box
+    from rich.table import Table
+
+    over, model, batch = found["over_plain"], found["model"], found["batch"]
+    title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    for column in ("nodes", "replay", "goal", "snapshots", "recompute"):
+        table.add_column(column, justify="right")
+    for nodes in sizes:
+        goal = GOALS.get((model, batch, nodes)) if found["weights"] == "bf16" else None
+        cells = [f"{over[f'{way} {nodes}']:.2f}x" for way in ("replay", "snapshots", "recompute")]
+        table.add_row(str(nodes), cells[0], "" if goal is None else f"at most {goal:.2f}x", *cells[1:])
+    console.print(table)
+    plain, floor = found["seconds"]["replay 1"] * 1e3, found["floor_seconds"] * 1e3
+    megabytes = sum(found["bytes"].values()) / 1e6
+    console.print(
+        f"plain step {plain:.1f} ms, {found['plain_over_floor']:.2f}x the floor (goal: at most {FLOOR_GOAL}x) of "
+        f"{floor:.1f} ms: {megabytes:.0f} MB at {found['bytes_per_second'] / 1e9:.1f} GB/s"
+    )
+    if "transformers 1" in over:
+        console.print(f"transformers' step: {over['transformers 1']:.1f}x ours (goal: at least {PEER_GOAL:.0f}x)")
+    if batch == 16 and "snapshots 6" in over:
+        ratio = over["snapshots 6"] / over["replay 6"]
+        goal = f" (goal: at least {SNAPSHOT_GOAL}x)" if model == "Mamba-2 130M" else ""
+        console.print(f"snapshots of 6 nodes take {ratio:.2f}x the time of a replay{goal}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=measure.positive, default=2)
+    parser.add_argument("--repeats", type=measure.positive, default=15)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--batches", nargs="+", type=measure.positive, default=list(BATCHES))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    from rich.console import Console
+
+    console, results = Console(highlight=False), []
+    for model, dtype, batch in product(options.models, options.dtypes, options.batches):
+        results.append(run(model, dtype, batch, options.repeats, options.device))
+        show(console, results[-1])
+    result = {"machine": measure.machine(), "device": options.device, "results": results}
+    print(f"wrote {measure.save(f'selective_state_{options.device}', result)}")
+
+
+if __name__ == "__main__":
+    main()

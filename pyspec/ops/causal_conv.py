@@ -1,0 +1,129 @@
+"""causal_conv: the short convolution before a recurrence, over each node's ancestors.
+
+out[t] = silu(bias + sum over taps i of weight[taps - 1 - i] x[the ancestor of t that is i above it])
+
+Above the root lies a window of the last committed inputs. As in selective_state, a round's inputs are recorded, and
+the next call takes what was accepted of them into the window before it begins.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.ops._library import Op, check_out_dtype
+from pyspec.ops.selective_state import Round
+
+__all__ = ["MOST_TAPS", "causal_conv", "causal_conv_reference"]
+
+LANES = 16
+MOST_TAPS = 8
+
+
+def causal_conv_reference(
+    window: Tensor,
+    record: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sequences: Tensor,
+    starts: Tensor,
+    parents: Tensor,
+    paths: Tensor,
+    halves: Tensor,
+    advance: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Plain PyTorch, node by node; window and record are changed in place. The specification of the kernels."""
+    taps = len(weight)
+    out = torch.empty_like(x)
+    for tree, sequence in enumerate(sequences.tolist()):
+        first, last, half = int(starts[tree]), int(starts[tree + 1]), int(halves[tree])
+        path = [node for node in paths[tree].tolist() if node >= 0]
+        before = torch.cat((window[sequence], record[half, sequence, path]))
+        before = before[len(before) - (taps - 1) :]
+        seen = []  # of each node, the inputs that its taps see
+        for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
+            above = seen[parent][1:] if parent >= 0 else before
+            seen.append(torch.cat((above, x[row, None])))
+            out[row] = (seen[-1] * weight).sum(0)
+        if not advance:
+            record[1 - half, sequence, : last - first] = x[first:last]
+        elif seen:
+            before = seen[-1][1:]
+        window[sequence] = before
+    return F.silu(out if bias is None else out + bias).to(out_dtype)
+
+
+def _fake(window, record, x, *rest) -> Tensor:
+    return x.new_empty(x.shape, dtype=rest[-1])
+
+
+_OP = Op(
+    "causal_conv",
+    "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
+    "Tensor parents, Tensor paths, Tensor halves, bool advance, ScalarType out_dtype) -> Tensor",
+    causal_conv_reference,
+    _fake,
+)
+
+
+def causal_conv(
+    window: Tensor,
+    record: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    round: Round,
+    *,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Moves the window behind what was accepted of the last round, and convolves this round's nodes.
+
+    A node has the bits of plain decoding along its path, whatever is beside it.
+
+    Args:
+        window: [S, taps - 1, channels] fp32, contiguous: inputs before the next, newest last. Zeros at the start.
+        record: [2, S, nodes, channels] fp32, contiguous: room for the nodes of the largest tree.
+        x: [R, channels] fp32 with a contiguous last dimension; channels a multiple of 16.
+        weight: [taps, channels] fp32, contiguous; the last tap is the node's own input. At most 8 taps.
+        bias: [channels] fp32 or None.
+        round: the trees whose nodes the R rows are, and what to replay.
+        out_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        [R, channels] of out_dtype, after silu.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+        RuntimeError: what round holds does not fit: a sequence twice, a node or a half that is not there.
+    """
+    if weight.dim() != 2 or not 1 <= len(weight) <= MOST_TAPS or weight.shape[1] % LANES:
+        raise ValueError(
+            f"weight must be [1 to {MOST_TAPS} taps, a multiple of {LANES} channels], got {tuple(weight.shape)}"
+        )
+    taps, channels = weight.shape
+    sequences = len(window)
+    nodes = record.shape[2] if record.dim() == 4 else 0
+    for name, tensor, shape in (
+        ("window", window, (sequences, taps - 1, channels)),
+        ("record", record, (2, sequences, nodes, channels)),
+        ("x", x, (len(x), channels)),
+        ("weight", weight, (taps, channels)),
+        ("bias", bias, (channels,)),
+    ):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
+        if tensor.device != window.device:
+            raise ValueError(f"{name} must be on {window.device} like window, got {tensor.device}")
+        if name != "x" and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    if x.stride(1) != 1:
+        raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
+    check_out_dtype(out_dtype)
+    return _OP(window, record, x, weight, bias, *round.tensors(), round.advance, out_dtype)

@@ -1,0 +1,150 @@
+"""mamba_layers: all layers of a Mamba or Mamba-2 model for the nodes of some trees.
+
+A layer takes the last one's output into the residual stream, norms, projects to a gate z and to what a short
+convolution and the recurrence work on, and projects back:
+
+    Mamba-2   z, x|B|C, dt = in_proj(norm);  x|B|C = conv(x|B|C)
+              out_proj(group norm(recurrence(x, dt, B, C) silu(z)))
+    Mamba     x, z = in_proj(norm);  x = conv(x);  low, B, C = x_proj(x);  dt = dt_proj(low)
+              out_proj(recurrence(x, dt, B, C) silu(z))
+
+The reference does it op by op. On the CPU the same kernels run as one program on all threads at once
+(csrc/cpu/mamba_layers.cpp), which gives the same bits without 150 dispatches a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op
+from pyspec.ops.causal_conv import causal_conv
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.ops.rms_norm import rms_norm
+from pyspec.ops.selective_state import LANES, Round, selective_state
+
+__all__ = ["WEIGHTS", "mamba_layers", "mamba_layers_reference"]
+
+# Of a layer, in the order that the program counts on. gate_norm is Mamba-2's, x_proj and dt_proj are Mamba's; what a
+# model lacks is empty.
+WEIGHTS = (
+    "norm",  # [H] fp32
+    "in_proj",  # matrices are the data of `pack_weight`
+    "in_bias",  # biases are fp32
+    "conv_weight",  # [taps, conv channels] fp32
+    "conv_bias",
+    "x_proj",
+    "dt_proj",
+    "A",  # as selective_state takes it: one dimension in Mamba-2, three in Mamba
+    "D",  # [channels] fp32
+    "dt_bias",  # [heads] fp32
+    "gate_norm",  # [groups, channels / groups] fp32
+    "out_proj",
+    "out_bias",
+)
+
+
+def mamba_layers_reference(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    last_norm: Tensor,
+    states: Tensor,
+    windows: Tensor,
+    records: Tensor,
+    conv_records: Tensor,
+    sequences: Tensor,
+    starts: Tensor,
+    parents: Tensor,
+    paths: Tensor,
+    halves: Tensor,
+    advance: bool,
+    dt_rank: int,
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The layers, op by op; hidden and the state are changed in place. The specification of the program."""
+    round = Round(sequences, starts, parents, paths, halves, advance)
+    channels, state_size = states.shape[2] * LANES, states.shape[3]
+    delta = None
+    for layer in range(len(states)):
+        own = weights[len(WEIGHTS) * layer :][: len(WEIGHTS)]
+        norm, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj = own[:7]
+        A, D, dt_bias, gate_norm, out_proj, out_bias = own[7:]
+        conv_state = (windows[layer], conv_records[layer])
+        conv_weights = (conv_weight, conv_bias if conv_bias.numel() else None)
+        state, settings = (states[layer], records[layer]), {"D": D, "dt_bias": dt_bias}
+        x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
+        if A.dim() == 1:
+            parts = [channels, conv_weight.shape[1], len(A)]
+            z, x, dt = _project(x, in_proj, sum(parts), in_bias).split(parts, 1)
+            x = causal_conv(*conv_state, x, *conv_weights, round)
+            x, B, C = x.split([channels, *[(x.shape[1] - channels) // 2] * 2], 1)
+            y = selective_state(*state, x, dt, A, B, C, round, z=z, **settings)
+            y = rms_norm(y.view(-1, gate_norm.shape[1]), gate_norm, epsilon, out_dtype=dtype).view(-1, channels)
+        else:
+            x, z = _project(x, in_proj, 2 * channels, in_bias).split(channels, 1)
+            x = causal_conv(*conv_state, x, *conv_weights, round, out_dtype=dtype)
+            parts = [dt_rank, state_size, state_size]
+            low, B, C = _project(x, x_proj, sum(parts), out_dtype=dtype).split(parts, 1)
+            dt = _project(low, dt_proj, channels)
+            y = selective_state(*state, x, dt, A, B, C, round, z=z, out_dtype=dtype, **settings)
+        delta = _project(y, out_proj, hidden.shape[1], out_bias)
+    return rms_norm(hidden, last_norm, epsilon, delta=delta, out_dtype=dtype)
+
+
+def _project(
+    x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    bias = None if bias is None or not bias.numel() else bias
+    return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=out_dtype)
+
+
+_OP = Op(
+    "mamba_layers",
+    "(Tensor(a!) hidden, Tensor[] weights, Tensor last_norm, Tensor(b!) states, Tensor(c!) windows, "
+    "Tensor(d!) records, Tensor(e!) conv_records, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, "
+    "Tensor halves, bool advance, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
+    mamba_layers_reference,
+    lambda hidden, *rest: torch.empty_like(hidden, dtype=rest[-1]),
+    lambda: mamba_layers_reference,
+)
+
+
+def mamba_layers(
+    hidden: Tensor,
+    weights: Sequence[Tensor],
+    last_norm: Tensor,
+    states: Tensor,
+    windows: Tensor,
+    records: Tensor,
+    conv_records: Tensor,
+    round: Round,
+    *,
+    dt_rank: int,
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Replays what was accepted of the last round in all layers and runs the nodes of some trees through them.
+
+    Each row has the bits of plain decoding along the node's path, whatever is beside it.
+
+    Args:
+        hidden: [R, H] fp32 and contiguous: the embeddings of all nodes, tree after tree; used up.
+        weights: WEIGHTS, for each layer.
+        last_norm: [H] fp32.
+        states, windows, records, conv_records: of all layers, see StateCache; changed in place.
+        round: the trees.
+        dt_rank: inputs of dt_proj; 0 in Mamba-2.
+        epsilon: of the norms.
+        dtype: of activations, what the matrices were packed for.
+
+    Returns:
+        [R, H] of dtype, after the last norm.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: something does not fit; the message names it.
+    """
+    state = (states, windows, records, conv_records)
+    return _OP(hidden, weights, last_norm, *state, *round.tensors(), round.advance, dt_rank, epsilon, dtype)

@@ -1,0 +1,264 @@
+"""selective_state: the recurrence of Mamba and Mamba-2 over the nodes of draft trees, with activation replay.
+
+For a channel and one of its states, along the path to node t,
+
+    s[t] = e^(dt[t] A) s[parent of t] + dt[t] x[t] B[t],    y[t] = sum over states of C[t] s[t] + D x[t]
+
+with dt after softplus. The committed state is what the path starts from, and no node's state is ever written: the
+inputs of a round's nodes (x, dt, B) are recorded instead, which is some 240 times less in Mamba-2, and when some of
+them are accepted, the next call replays them before it begins. Each call thus reads the state once and writes it
+once, like a step of plain decoding, and a replay takes the very steps that plain decoding would have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.ops._library import Op, check_out_dtype
+from pyspec.trees import DraftTree
+
+__all__ = ["LANES", "Round", "from_panels", "selective_state", "selective_state_reference", "to_panels"]
+
+LANES = 16  # channels of a panel
+MULTIPLE = 16  # of states
+
+
+@dataclass(frozen=True)
+class Round:
+    """Which trees a call reads, and what of the last round is replayed first. All tensors are int32.
+
+    A sequence has a record of two halves. Its accepted nodes are replayed from one; those of its tree go to the
+    other. Sequences that are not named are left alone, to the bit.
+    """
+
+    sequences: Tensor  # [trees]: places in the state, each at most once
+    starts: Tensor  # [trees + 1]: the nodes of tree i are rows starts[i] .. starts[i + 1] - 1
+    parents: Tensor  # [rows]: as in DraftTree
+    paths: Tensor  # [trees, longest]: recorded nodes that were accepted, then -1
+    halves: Tensor  # [trees]: the half of the record that they lie in, 0 or 1
+    advance: bool = False  # the trees are chains, accepted as a whole: the state moves behind them, unrecorded
+
+    @classmethod
+    def of(
+        cls,
+        trees: Sequence[DraftTree],
+        sequences: Sequence[int],
+        paths: Sequence[Sequence[int]],
+        halves: Sequence[int],
+        *,
+        advance: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Round:
+        """A round of these trees, with a sequence, a path (it may be empty) and a half for each."""
+        starts = [0]
+        for tree in trees:
+            starts.append(starts[-1] + len(tree))
+        longest = max(map(len, paths), default=0)
+        filled = [[*path, *[-1] * (longest - len(path))] for path in paths]
+
+        def places(values, *shape: int) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).reshape(shape).to(device)
+
+        parents = [tree.parents for tree in trees]
+        return cls(
+            places(list(sequences), len(trees)),
+            places(starts, len(starts)),
+            (parents[0] if len(parents) == 1 else torch.cat(parents)).to(device),
+            places(filled, len(trees), longest),
+            places(list(halves), len(trees)),
+            advance,
+        )
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """In the order in which the ops take them."""
+        return self.sequences, self.starts, self.parents, self.paths, self.halves
+
+
+def to_panels(values: Tensor) -> Tensor:
+    """[..., channels, N] as [..., channels / 16, N, 16]: how a state lies in memory."""
+    return values.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
+
+
+def from_panels(panels: Tensor) -> Tensor:
+    """[..., channels, N] of [..., channels / 16, N, 16]."""
+    return panels.transpose(-1, -2).flatten(-3, -2)
+
+
+def selective_state_reference(
+    state: Tensor,
+    record: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    sequences: Tensor,
+    starts: Tensor,
+    parents: Tensor,
+    paths: Tensor,
+    halves: Tensor,
+    advance: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Plain PyTorch, node by node; state and record are changed in place. The specification of the kernels."""
+    channels, heads, states = x.shape[1], dt.shape[1], state.shape[2]
+    x, B, C = x.float(), B.float(), C.float()
+    dt = F.softplus(dt if dt_bias is None else dt + dt_bias, threshold=50.0)
+    nodes = torch.cat((x, dt, B), 1)  # as they are recorded
+    y = torch.empty_like(x)
+
+    def of_channels(values: Tensor) -> Tensor:
+        """[heads or groups, ...] for each channel, in panels."""
+        return values.repeat_interleave(channels // len(values), 0).unflatten(0, (-1, LANES)).transpose(1, -1)
+
+    rates = A if A.dim() == 3 else of_channels(A[:, None])  # [channels / 16, N or 1, 16]
+
+    def step(s: Tensor, node: Tensor) -> Tensor:
+        x, dt, B = node.split([channels, heads, B_size])
+        dt = of_channels(dt[:, None])
+        return s * torch.exp(dt * rates) + dt * x.view(-1, 1, LANES) * of_channels(B.view(-1, states))
+
+    B_size = B.shape[1]
+    for tree, sequence in enumerate(sequences.tolist()):
+        first, last, half = int(starts[tree]), int(starts[tree + 1]), int(halves[tree])
+        s = state[sequence]
+        for node in paths[tree].tolist():
+            if node >= 0:
+                s = step(s, record[half, sequence, node])
+        reached = []
+        for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
+            reached.append(step(reached[parent] if parent >= 0 else s, nodes[row]))
+            y[row] = (reached[-1] * of_channels(C[row].view(-1, states))).sum(1).flatten()
+        if advance:
+            s = reached[-1] if reached else s
+        else:
+            record[1 - half, sequence, : last - first] = nodes[first:last]
+        state[sequence] = s
+    if D is not None:
+        y += D * x
+    if z is not None:
+        y *= F.silu(z)
+    return y.to(out_dtype)
+
+
+def _fake(state, record, x, *rest) -> Tensor:
+    return x.new_empty(x.shape, dtype=rest[-1])
+
+
+_OP = Op(
+    "selective_state",
+    "(Tensor(a!) state, Tensor(b!) record, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? dt_bias, Tensor? z, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, Tensor halves, "
+    "bool advance, ScalarType out_dtype) -> Tensor",
+    selective_state_reference,
+    _fake,
+)
+
+
+def selective_state(
+    state: Tensor,
+    record: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    round: Round,
+    *,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    z: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Replays what was accepted of the last round, stores the state, and verifies this round's nodes from there.
+
+    A node has the bits of plain decoding along its path, and so has the state behind a replay.
+
+    Args:
+        state: [S, channels / 16, N, 16] fp32, contiguous (`to_panels`); N a multiple of 16. Changed where there is a
+            path, or in a round that advances.
+        record: [2, S, nodes, channels + heads + groups * N] fp32, contiguous: room for the nodes of the largest tree.
+        x: [R, channels] fp32, fp16 or bf16.
+        dt: [R, heads] fp32, before dt_bias and softplus.
+        A: [heads] fp32 (Mamba-2: a head of channels / heads channels shares dt and A), or in panels
+            [channels / 16, N, 16] with heads == channels (Mamba).
+        B, C: [R, groups * N] like x; a group serves heads / groups neighbouring heads.
+        round: the trees whose nodes the R rows are, and what to replay.
+        D: [channels] fp32 or None.
+        dt_bias: [heads] fp32 or None.
+        z: [R, channels] fp32 or None: y is multiplied by silu(z).
+        out_dtype: fp32, fp16 or bf16.
+
+    Returns:
+        [R, channels] of out_dtype.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
+        RuntimeError: what round holds does not fit: a sequence twice, a node or a half that is not there.
+    """
+    if state.dim() != 4 or state.shape[3] != LANES or state.shape[2] % MULTIPLE:
+        raise ValueError(
+            f"state must be [sequences, channels / {LANES}, states, {LANES}] with a multiple of {MULTIPLE} states, "
+            f"got {tuple(state.shape)}"
+        )
+    sequences, panels, states, _ = state.shape
+    channels = panels * LANES
+    for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must be [rows, ...], got shape {tuple(tensor.shape)}")
+    rows, heads, groups = len(x), dt.shape[1], B.shape[1] // states
+    if not heads or not groups or heads % groups:
+        raise ValueError(f"dt must have a multiple of the {groups} groups of B as heads, got {heads}")
+    per_state = A.dim() == 3
+    if per_state and (heads != channels or groups != 1):
+        raise ValueError(f"A in panels needs dt [rows, {channels}] and one group, got {heads} and {groups}")
+    if not per_state and channels % (heads * LANES):
+        raise ValueError(f"dt must have heads of a multiple of {LANES} channels, got {heads} for {channels}")
+    width = channels + heads + groups * states
+    nodes = record.shape[2] if record.dim() == 4 else 0
+    for name, tensor, shape in (
+        ("record", record, (2, sequences, nodes, width)),
+        ("x", x, (rows, channels)),
+        ("dt", dt, (rows, heads)),
+        ("A", A, (panels, states, LANES) if per_state else (heads,)),
+        ("B", B, (rows, groups * states)),
+        ("C", C, (rows, groups * states)),
+        ("D", D, (channels,)),
+        ("dt_bias", dt_bias, (heads,)),
+        ("z", z, (rows, channels)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor is not None and tensor.device != state.device:
+            raise ValueError(f"{name} must be on {state.device} like state, got {tensor.device}")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
+    check_out_dtype(out_dtype)
+    for name, tensor, dtype in (
+        ("state", state, torch.float32),
+        ("record", record, torch.float32),
+        ("dt", dt, torch.float32),
+        ("A", A, torch.float32),
+        ("B", B, x.dtype),
+        ("C", C, x.dtype),
+        ("D", D, torch.float32),
+        ("dt_bias", dt_bias, torch.float32),
+        ("z", z, torch.float32),
+    ):
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    for name, tensor in (("state", state), ("record", record), ("A", A)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)):
+        if tensor is not None and tensor.stride(1) != 1:
+            raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
+    return _OP(state, record, x, dt, A, B, C, D, dt_bias, z, *round.tensors(), round.advance, out_dtype)

@@ -1,0 +1,1 @@
+"""Training of the small models that pyspec shows itself on."""

@@ -1,0 +1,45 @@
+"""The rounds that bench_selective_state times: each leaves the state that it claims to."""
+
+import io
+
+import bench_selective_state as bench
+import torch
+from rich.console import Console
+
+from pyspec.models.mamba import MambaConfig
+from pyspec.models.mamba2 import Mamba2Config
+
+SHARED = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
+SHAPES = {
+    "Mamba": MambaConfig(**SHARED, channels=64, state_size=16, dt_rank=4),
+    "Mamba-2 130M": Mamba2Config(**SHARED, heads=2, head_dim=32, groups=1, state_size=32),
+}
+
+
+def test_every_round_is_timed_and_shown():
+    output = io.StringIO()
+    for shape, batch in (("Mamba", 1), ("Mamba-2 130M", 16)):
+        found = bench.run(shape, "bf16", batch, 2, sizes=(1, 6), shapes=SHAPES)
+        ways = {name.split()[0] for name in found["seconds"]}
+        assert ways == {"replay", "snapshots", "recompute", "transformers"}
+        assert found["over_plain"]["replay 1"] == 1.0
+        bench.show(Console(file=output, width=120), found, sizes=(1, 6))
+    assert "snapshots of 6 nodes take" in output.getvalue()
+
+
+def test_recompute_ends_where_replay_ends():
+    states = []
+    for way in ("replay", "recompute"):
+        torch.manual_seed(0)
+        rounds = bench.Rounds(bench.random_model(SHAPES["Mamba-2 130M"], torch.float32, "cpu"), 2)
+        getattr(rounds, way)(5)()
+        rounds.replay(1)()  # which replays the round before
+        states.append(rounds.model._cache.states)
+    assert torch.equal(*states)
+
+
+def test_bytes_are_those_of_the_published_shapes():
+    config = bench.SHAPES["Mamba-2 130M"]
+    assert (config.channels, config.heads, config.conv_channels) == (1536, 24, 1792)
+    state = config.layers * config.channels * config.state_size * 4
+    assert round(state / 1e6, 1) == 18.9
