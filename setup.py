@@ -58,6 +58,7 @@ setup(
         "pyspec.acceptance",
         "pyspec.caches",
         "pyspec.drafting",
+        "pyspec.growth",
         "pyspec.kernels",
         "pyspec.models",
         "pyspec.ops",

@@ -45,6 +45,7 @@ class _Recorder:
     """A runner and its acceptance rule in one, because only the runner knows which sequence logits belong to."""
 
     law = "exact"
+    siblings = None
 
     def __init__(self, model):
         self._model = model

@@ -20,6 +20,7 @@ from pathlib import Path
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DRAFTERS = ("merged", "lookup", "recycling", "none")
+ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 BENCH_PROMPTS = (
     ("summary", "Summarise in three sentences why the sky is blue, and then say the same once more in simpler words."),
     ("code", "Write a Python function that returns the n-th Fibonacci number, then the same function with a cache."),
@@ -101,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
     prompt.add_argument("--file", type=Path, help="read the prompt from a file")
     _add_model_arguments(generate)
-    generate.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
+    drafter = generate.add_mutually_exclusive_group()
+    drafter.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
+    drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     _add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
@@ -148,6 +151,12 @@ def _add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens
     parser.add_argument(
         "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
+    parser.add_argument(
+        "--acceptance",
+        choices=ACCEPTANCE,
+        default="exact",
+        help="default: exact; see docs/acceptance.md; typical is lossy",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
@@ -168,7 +177,7 @@ def _generation_settings(arguments: argparse.Namespace) -> dict:
 
     check_limits(arguments.budget, arguments.max_new_tokens)
     Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -182,11 +191,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     settings = _generation_settings(arguments) | {"stop": arguments.stop}
     console = _console()
     model = _load(arguments, console)
-    from pyspec.drafting import drafter_from_name
     from pyspec.generate import generate
 
     tokens = _prompt_tokens(model, prompt, arguments.raw)
-    drafter = None if arguments.drafter == "none" else drafter_from_name(arguments.drafter, model)
+    drafter = _drafter(arguments, model, console)
     if arguments.drafter_state is not None and arguments.drafter_state.exists():
         drafter.load(arguments.drafter_state)
 
@@ -199,7 +207,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     plain = None
     if drafter is not None and not arguments.no_compare and result.finish_reason in ("eos", "stop", "length"):
-        settings |= {"seed": result.stats.seed}
+        settings |= {"seed": result.stats.seed, "acceptance": "exact"}
         with console.status("plain decoding of the same prompt, for comparison (--no-compare leaves it out)"):
             plain = generate(model, tokens, drafter=None, **settings)
         if plain.finish_reason == "interrupted":
@@ -211,6 +219,33 @@ def _generate(arguments: argparse.Namespace) -> int:
     if result.finish_reason == "error":
         return _fail(result.error, 1)
     return 130 if result.finish_reason == "interrupted" else 0
+
+
+def _drafter(arguments: argparse.Namespace, model, console):
+    """The drafter that was asked for, or None."""
+    from pyspec.drafting import drafter_from_name
+
+    if arguments.draft_model is None:
+        return None if arguments.drafter == "none" else drafter_from_name(arguments.drafter, model)
+    from pyspec.drafting.model import ModelDrafter
+    from pyspec.growth.dyspec import DySpecThreshold
+    from pyspec.growth.static import FixedBranching
+
+    growth = {
+        "with_replacement": FixedBranching((3, 2, 1, 1), "with replacement"),
+        "k_seq": FixedBranching((3, 2, 1, 1), "with replacement"),
+        "recursive": DySpecThreshold(0.05),
+        "traversal": DySpecThreshold(0.05),
+        "block": FixedBranching((1,) * 6),
+    }
+    return ModelDrafter(
+        _load(arguments, console, arguments.draft_model),
+        model,
+        growth.get(arguments.acceptance),
+        temperature=arguments.temperature or 1.0,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+    )
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -227,8 +262,9 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
     report = {
         "model": arguments.model,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "drafter": arguments.drafter,
+        "drafter": _drafter_name(arguments),
         "budget": arguments.budget,
+        "acceptance": arguments.acceptance,
         "prompt_tokens": len(tokens),
         "tokens": result.tokens,
         "text": result.text,
@@ -249,7 +285,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
 
 def _show_figures(console, arguments, tokens, result, plain) -> None:
     stats = result.stats
-    rows = [("plain" if arguments.drafter == "none" else arguments.drafter, stats)]
+    rows = [("plain" if _drafter_name(arguments) == "none" else _drafter_name(arguments), stats)]
     columns = ["tokens/s", "tokens/round", *PHASES]
     if plain is not None:
         rows.append(("plain", plain.stats))
@@ -273,12 +309,22 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
         if first is None:
             console.print(f"plain decoding says the same {len(plain.tokens)} tokens", style="green", highlight=False)
         else:
-            console.print(f"plain decoding says something else from token {first} on", style="red", highlight=False)
+            message = f"plain decoding says something else from token {first} on"
+            if arguments.acceptance != "exact" and arguments.temperature > 0:
+                console.print(f"{message}, as it may with acceptance {arguments.acceptance}", highlight=False)
+            else:
+                console.print(message, style="red", highlight=False)
+
+
+def _drafter_name(arguments: argparse.Namespace) -> str:
+    return arguments.drafter if arguments.draft_model is None else arguments.draft_model
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    if arguments.drafter not in ("recycling", "merged"):
-        raise BadInput(f"--drafter-state needs a drafter that learns, recycling or merged, got {arguments.drafter}")
+    if arguments.draft_model is not None or arguments.drafter not in ("recycling", "merged"):
+        raise BadInput(
+            f"--drafter-state needs a drafter that learns, recycling or merged, got {_drafter_name(arguments)}"
+        )
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")
 
@@ -310,7 +356,8 @@ def _bench(arguments: argparse.Namespace) -> int:
         for prompt in tokens:
             for name, drafter in drafters.items():
                 progress.update(task, description=name)
-                run = generate(model, prompt, drafter=drafter, **settings)
+                rule = settings["acceptance"] if drafter is not None else "exact"
+                run = generate(model, prompt, drafter=drafter, **settings | {"acceptance": rule})
                 if run.finish_reason == "interrupted":
                     raise KeyboardInterrupt
                 if run.finish_reason == "error":
@@ -528,8 +575,8 @@ def _version(distribution: str) -> str:
 # ---- shared
 
 
-def _load(arguments: argparse.Namespace, console):
-    """Loads the model, with a progress bar where that takes long."""
+def _load(arguments: argparse.Namespace, console, source: str | None = None):
+    """Loads the model, or another source, with a progress bar where that takes long."""
     import torch
 
     import pyspec
@@ -539,10 +586,11 @@ def _load(arguments: argparse.Namespace, console):
             raise BadInput(f"--threads must be at least 1, got {arguments.threads}")
         torch.set_num_threads(arguments.threads)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
-    with _progress_of(console, f"loading {arguments.model}") as progress:
-        model = pyspec.load(arguments.model, dtype=dtype, progress=progress)
+    source = arguments.model if source is None else source
+    with _progress_of(console, f"loading {source}") as progress:
+        model = pyspec.load(source, dtype=dtype, progress=progress)
     if model.tokenizer is None:
-        raise BadInput(f"{arguments.model} has no tokenizer, and the command line works with text")
+        raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model
 
 

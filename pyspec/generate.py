@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from pyspec.acceptance import AcceptanceRule, acceptance_from_name
+from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
 from pyspec.costs import LARGEST, AutoBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
@@ -119,7 +119,7 @@ def generate(
     """Continues one prompt, or a batch of them, with tree speculation.
 
     The text is what the model alone would say: with one seed (or greedily) it is the same for any drafter,
-    budget and batch. Ctrl-C ends it early and keeps what there is.
+    budget and batch, unless another acceptance rule is asked for. Ctrl-C ends it early and keeps what there is.
 
     Args:
         model: a runner, from pyspec.load.
@@ -127,7 +127,9 @@ def generate(
         drafter: "merged", "lookup", "recycling", a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
             that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
-        acceptance: "exact", or an acceptance rule.
+        acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
+            "block" and "traversal" are for drafters that draw, keep more of their drafts, and keep the law of the
+            text, not the text of a seed. "typical" is lossy.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
@@ -145,6 +147,7 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
+    check_laws(shared_drafter, rule, budget)
     auto = AutoBudget(costs_of(model)) if budget == "auto" and shared_drafter is not None else None
     largest = LARGEST if budget == "auto" else budget
 

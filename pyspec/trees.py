@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
 
-__all__ = ["DraftTree"]
+__all__ = ["DraftTree", "Siblings"]
+
+# How the children of a node of a sampled tree were drawn, in index order: never more than one; independently of each
+# other, how many being decided before any was drawn; or each unlike those before it.
+Siblings = Literal["none", "with replacement", "without replacement"]
 
 
 def reference_tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +46,8 @@ class DraftTree:
     Args:
         tokens: [T] int64, the token of each node.
         parents: [T] int32, the index of each node's parent; -1 for the root, and only there.
-        q: [T, V] float32, the distribution each node was sampled from, or None for deterministic drafts.
+        q: [T, V] floating point, row i the law that the children of node i were drawn from (those of leaves are not
+            read), or None for deterministic drafts.
         chances: [T] float32, how likely each node is on the accepted path as far as the drafter knows, or None.
 
     Raises:

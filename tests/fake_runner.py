@@ -14,6 +14,7 @@ class FakeTokenizer:
     """Bytes, a few longer pieces (two of them halves of a character), and an end token."""
 
     chat_template = "a template"
+    fingerprint = "bytes"
 
     def encode(self, text, special=False):
         return list(text.encode())

@@ -133,6 +133,22 @@ def test_generate_reports_where_plain_decoding_differs(model, capsys, monkeypatc
     assert code == 0 and "plain decoding says something else from token" in err
 
 
+def test_generate_with_a_draft_model(model, capsys, monkeypatch):
+    load = pyspec.load
+    monkeypatch.setattr(pyspec, "load", lambda source, **options: load(source, **options) and FakeRunner())
+    call = ("generate", "hello", "--draft-model", "small", "--json", "--max-new-tokens", 30, "--budget", 9)
+    for acceptance in ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical"):
+        code, out, _ = run(capsys, *call, "--acceptance", acceptance)
+        report = json.loads(out)
+        assert code == 0 and (report["drafter"], report["acceptance"]) == ("small", acceptance)
+        assert report["text"] == pyspec_text(model, "user: hello\n", 30) and report["plain"]["equal"]
+        assert report["stats"]["mean_accepted_length"] > 1.3
+    assert model.loads[-2:] == [("demo", None), ("small", None)]
+    code, _, err = run(capsys, "generate", "hello", "--draft-model", "small", "--temperature", 1, "--budget", 9,
+                       "--max-new-tokens", 60, "--acceptance", "traversal", "--seed", 3)  # fmt: skip
+    assert code == 0 and "as it may with acceptance traversal" in " ".join(err.split())
+
+
 def test_generate_keeps_what_the_drafter_learned(model, capsys, tmp_path):
     state = tmp_path / "state.npz"
     arguments = ("generate", "hello", "--drafter", "recycling", "--drafter-state", state, "--json", "--no-compare")
@@ -229,6 +245,10 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         (["generate", "x", "--stop", ""], "stop"),
         (["generate", "x", "--threads", "0"], "--threads"),
         (["generate", "x", "--drafter", "medium"], "--drafter"),
+        (["generate", "x", "--drafter", "lookup", "--draft-model", "small"], "--draft-model"),
+        (["generate", "x", "--draft-model", "small"], "another runner than target"),
+        (["generate", "x", "--acceptance", "exacr"], "--acceptance"),
+        (["generate", "x", "--acceptance", "block"], 'Use acceptance="exact"'),
         (["generate", "x", "--dtype", "int4"], "--dtype"),
         (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),
         (["generate", "x", "--drafter-state", "/nowhere/file"], "/nowhere"),

@@ -482,6 +482,7 @@ def test_tensors_and_tuples_are_prompts_too():
         (dict(temperature=-1), ValueError, "temperature"),
         (dict(top_p=0), ValueError, "top_p"),
         (dict(acceptance="lossy"), ValueError, "acceptance"),
+        (dict(acceptance="traversal", drafter="lookup"), ValueError, 'Use acceptance="exact"'),
     ],
 )
 def test_bad_input_is_named_before_any_work(settings, error, words):

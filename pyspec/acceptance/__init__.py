@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
 from pyspec.acceptance.sampling import Sampler
-from pyspec.trees import DraftTree
+from pyspec.trees import DraftTree, Siblings
 
-__all__ = ["Accepted", "AcceptanceRule", "acceptance_from_name"]
+if TYPE_CHECKING:
+    from pyspec.drafting import Drafter
+
+__all__ = ["Accepted", "AcceptanceRule", "Siblings", "acceptance_from_name", "check_laws"]
+
+# rules that need no settings: name, module, class
+NAMES = {
+    "exact": ("exact", "ExactAcceptance"),
+    "with_replacement": ("with_replacement", "WithReplacement"),
+    "recursive": ("recursive", "RecursiveRejection"),
+    "k_seq": ("k_seq", "KSeq"),
+    "block": ("block", "BlockVerification"),
+    "traversal": ("traversal", "TraversalVerification"),
+    "typical": ("typical", "TypicalAcceptance"),
+}
 
 
 class Accepted(NamedTuple):
@@ -20,9 +35,15 @@ class Accepted(NamedTuple):
 
 
 class AcceptanceRule(Protocol):
-    """Turns target logits at every node into an accepted path and the next token."""
+    """Turns target logits at every node into an accepted path and the next token.
+
+    law: of the text. "exact" is the target's, "mixture" a stated mixture with the drafter's, "heuristic" neither.
+    siblings: None if the rule takes every tree, whoever made it. A rule that trusts tree.q takes drawn trees only, and
+    of those the ones whose siblings were drawn in one of these ways.
+    """
 
     law: Literal["exact", "mixture", "heuristic"]
+    siblings: frozenset[Siblings] | None
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
         """logits [T, V] fp32; position is that of the token which the root's logits predict."""
@@ -30,11 +51,33 @@ class AcceptanceRule(Protocol):
 
 
 def acceptance_from_name(name: str | AcceptanceRule) -> AcceptanceRule:
-    """The rule of a name ("exact"); a rule passes through. Raises ValueError for a name there is no rule for."""
+    """The rule of a name; a rule passes through. Raises ValueError for a name there is no rule for."""
     if not isinstance(name, str):
         return name
-    if name == "exact":
-        from pyspec.acceptance.exact import ExactAcceptance
+    if name not in NAMES:
+        raise ValueError(f"acceptance must be one of {', '.join(NAMES)}, or an acceptance rule, got {name!r}")
+    module, rule = NAMES[name]
+    return getattr(import_module(f"pyspec.acceptance.{module}"), rule)()
 
-        return ExactAcceptance()
-    raise ValueError(f'acceptance must be "exact" or an acceptance rule, got {name!r}')
+
+def check_laws(drafter: Drafter | None, rule: AcceptanceRule, budget: int | str) -> None:
+    """Raises ValueError for a drafter and a rule that together would bias the text, saying what to use instead."""
+    if drafter is None or rule.siblings is None:
+        return
+    names = f"{type(rule).__name__} and {type(drafter).__name__}"
+    if drafter.proposal == "deterministic":
+        raise ValueError(
+            f"{names} do not go together: the rule takes drafts for draws from a law q, but these are chosen, and "
+            f'scoring them as if they were drawn biases the text. Use acceptance="exact", or a drafter that draws'
+        )
+    if drafter.siblings not in rule.siblings:
+        raise ValueError(
+            f"{names} do not go together: the rule is for siblings drawn as {' or '.join(sorted(rule.siblings))}, the "
+            f"drafter's are {drafter.siblings}, and the wrong q biases the text or fails. Use "
+            'acceptance="traversal" or "recursive", which take what was drawn out of q'
+        )
+    if budget == "auto":
+        raise ValueError(
+            f'budget="auto" leaves out nodes after they were drawn, and {type(rule).__name__} would take the others '
+            'for plain draws, which biases the text. Use a number of nodes, or acceptance="exact"'
+        )

@@ -16,11 +16,13 @@ __all__ = ["ExactAcceptance"]
 class ExactAcceptance:
     """What plain decoding would have drawn, whatever the drafts are.
 
-    Exact for every tree that was chosen without looking at the target's noise, drafts that were sampled
-    included; with sampled drafts a rule that uses their law q would keep more of them.
+    Exact for every tree, chosen or drawn, for the token at a position is a function of its logits and of the seed
+    alone; a tree drawn with the same noise is merely accepted more often. With drawn drafts the rules that use their
+    law q keep more of them.
     """
 
     law: Literal["exact"] = "exact"
+    siblings = None
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
         """The longest path that the target's own draws follow, and the draw after it.

@@ -16,7 +16,7 @@ import torch
 
 from pyspec.readback import HostStatistics, read_statistics
 
-__all__ = ["InvalidLogits", "Sampler"]
+__all__ = ["InvalidLogits", "Sampler", "largest"]
 
 
 _NO_LAW = {"nan": "NaN", "inf": "+inf", "-inf": "all -inf"}  # by the largest logit, or the sum
@@ -116,7 +116,7 @@ class Sampler:
             scores /= self.temperature
         tokens = np.arange(len(row))
         if 0 < self.top_k < len(row):
-            kept = _largest(scores, self.top_k, np.partition(scores, -self.top_k)[-self.top_k])
+            kept = largest(scores, self.top_k, np.partition(scores, -self.top_k)[-self.top_k])
             tokens, scores = tokens[kept], scores[kept]
         if self.top_p < 1:
             weights = np.exp(scores)
@@ -124,7 +124,7 @@ class Sampler:
             # tokens this unlikely weigh less than 1 - top_p together, so the others hold the nucleus: sort only those
             descending = -np.sort(-weights[weights >= (1 - self.top_p) / len(weights)])
             size = min(int(np.searchsorted(np.cumsum(descending), self.top_p)) + 1, len(descending))
-            kept = _largest(weights, size, descending[size - 1])
+            kept = largest(weights, size, descending[size - 1])
             tokens, scores = tokens[kept], scores[kept]
         return tokens, scores
 
@@ -167,7 +167,7 @@ def _best(statistics: HostStatistics, row: int) -> int:
     raise InvalidLogits(_NO_LAW[str(log_sum_exp)])
 
 
-def _largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
+def largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
     """Indices, ascending, of the `count` largest values, the last of which is threshold; the first of equal values."""
     above, equal = np.flatnonzero(values > threshold), np.flatnonzero(values == threshold)
     return np.sort(np.concatenate((above, equal[: count - len(above)])))

@@ -21,6 +21,10 @@ class Drafter(Protocol):
 
     `start` gives a drafter for one sequence; tables that are learned across sequences stay shared with
     it. A prompt reaches `observe` as a chain, because a chain is a tree.
+
+    A "deterministic" drafter chooses its drafts, in whatever way. A "sampled" one draws each of them from the law that
+    tree.q holds, and decides to draw it, and to keep it, before it knows the draw; it also has `siblings`, a
+    pyspec.trees.Siblings. Calling chosen drafts sampled biases the text: rules that trust q are told so by this.
     """
 
     proposal: Literal["deterministic", "sampled"]
