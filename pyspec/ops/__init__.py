@@ -9,11 +9,13 @@ from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
 from pyspec.ops.swiglu import swiglu
+from pyspec.ops.topk import TopK, topk
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
     "PackedWeight",
     "RowStatistics",
+    "TopK",
     "backend",
     "backends",
     "block_masked_attention",
@@ -25,5 +27,6 @@ __all__ = [
     "rotary_write",
     "row_statistics",
     "swiglu",
+    "topk",
     "tree_attention",
 ]
