@@ -388,6 +388,7 @@ inline Block& block_of_this_thread() {
 inline void run_blocks(const cudaLaunchConfig_t& config, const std::vector<unsigned>& order,
                        const std::function<void()>& body, std::atomic<size_t>& taken) {
   const dim3 &grid = config.gridDim, &size = config.blockDim;
+  FaultStack stack;
   auto* shared = reinterpret_cast<uint8_t*>(dynamic_shared);
   blockDim = size, gridDim = grid;
   for (size_t i; (i = taken.fetch_add(1)) < order.size();) {
@@ -433,6 +434,7 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   std::iota(order.begin(), order.end(), 0u);
   if (device.seed) std::shuffle(order.begin(), order.end(), std::minstd_rand(device.seed));
   std::atomic<size_t> taken{0};
+  FaultHandler handler;
   std::vector<std::thread> others;
   for (int i = 1; i < device.blocks_in_flight; ++i) {
     others.emplace_back([&] { run_blocks(config, order, body, taken); });

@@ -120,6 +120,7 @@ __global__ void mistake(int which, int* out) {
   if (which == 3 && thread < 16) out[thread] = __shfl_sync(0x0000ffffu, thread, 20);  // from outside the mask
   if (which == 4) reinterpret_cast<int*>(dynamic_shared)[64 + thread] = 1;       // 256 bytes were asked for
   if (which == 5) out[thread] = reinterpret_cast<int*>(dynamic_shared)[thread];  // nobody wrote it
+  if (which == 7 && thread == 9) out[int64_t{1} << 44] = 1;                      // no such memory
   if (which == 6) {  // no barrier between the write and the read
     box[thread] = thread;
     out[thread] = box[63 - thread];

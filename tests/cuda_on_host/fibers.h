@@ -4,6 +4,7 @@
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -100,6 +101,7 @@ class Block {
   }
 
   static Block& current() { return *current_; }
+  static bool running() { return current_ != nullptr; }
   int lane() const { return running_ % kWarp; }
 
   // __syncthreads: waits for all threads of the block. Returns the sum of what they offer.
@@ -153,6 +155,10 @@ class Block {
 
   // Lets the others go first.
   void yield() { leave(); }
+
+  [[noreturn]] void fail_at_fault() {
+    fail("thread " + std::to_string(running_) + " touches memory that is not there, or its stack is full");
+  }
 
   // Ends the block: the launch fails with this text.
   [[noreturn]] void fail(std::string text) {
@@ -238,6 +244,43 @@ class Block {
 };
 
 inline thread_local Block* Block::current_ = nullptr;
+
+// While one lives, an access to memory that is not there fails the block that made it, and not the process.
+class FaultHandler {
+ public:
+  FaultHandler() {
+    struct sigaction action{};
+    action.sa_flags = SA_ONSTACK | SA_NODEFER;  // left by a jump
+    action.sa_handler = [](int signal) {
+      if (Block::running()) Block::current().fail_at_fault();
+      ::signal(signal, SIG_DFL);  // not a kernel's
+    };
+    sigaction(SIGSEGV, &action, &outer_[0]);
+    sigaction(SIGBUS, &action, &outer_[1]);
+  }
+  ~FaultHandler() {
+    sigaction(SIGSEGV, &outer_[0], nullptr);
+    sigaction(SIGBUS, &outer_[1], nullptr);
+  }
+
+ private:
+  struct sigaction outer_[2]{};
+};
+
+// A stack for the handler on this thread of the CPU, since what is full may be the fiber's.
+class FaultStack {
+ public:
+  FaultStack() {
+    stack_t mine{};
+    mine.ss_sp = memory_.data(), mine.ss_size = memory_.size();
+    sigaltstack(&mine, &outer_);
+  }
+  ~FaultStack() { sigaltstack(&outer_, nullptr); }
+
+ private:
+  std::vector<char> memory_ = std::vector<char>(64 << 10);
+  stack_t outer_{};
+};
 
 }  // namespace cuda_on_host
 

@@ -103,6 +103,7 @@ def test_every_half_and_bfloat16_becomes_a_float_and_comes_back(library):
         (2, "deadlock: threads 0-2 at __syncwarp with mask 0xffffffff (examples.cu:"),
         (3, "__shfl_sync asks a lane that is not in the mask"),
         (4, "wrote behind its dynamic shared memory"),
+        (7, "thread 9 touches memory that is not there"),
     ],
 )
 def test_mistakes_are_reported(device, which, report):
