@@ -73,6 +73,7 @@ _OP = Op(
     "(Tensor x, int k, int buckets, int per_bucket, bool interleaved, bool largest, bool sorted) -> (Tensor, Tensor)",
     topk_reference,
     _fake,
+    cuda=True,
 )
 
 
