@@ -10,6 +10,7 @@ from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.topk import TopK, topk
+from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "backend",
     "backends",
     "block_masked_attention",
+    "choose_buckets",
+    "expected_recall",
     "linear",
     "llama_layers",
     "merge_attention",
