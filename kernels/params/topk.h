@@ -29,18 +29,36 @@ struct TopkParams {
   bool sorted;  // best first; else in an order that the row alone decides
 
   // CPU only
-  void* workspace;   // [topk_workspace_bytes], 64-byte aligned; for segments > 1
-  int64_t segments;  // parts of a row that different threads may take, at most kMostSegments
+  int64_t segments;  // parts of a row that threads take apart from each other: topk_segments
+  void* workspace;   // [topk_workspace_bytes], 64-byte aligned
   ParallelFor parallel_for;
 };
 
 namespace {
 
 constexpr int64_t kMostPerBucket = 4;
-constexpr int64_t kMostSegments = 64;
 
 // Whether a row is compared as a whole: asked for, or because no bucket would leave anything out.
 inline bool keeps_all(const TopkParams& p) { return p.buckets == 0 || p.buckets * p.per_bucket >= p.n; }
+
+// Parts that a row is worth being cut into. The result does not depend on them.
+inline int64_t topk_segments(const TopkParams& p, int64_t threads) {
+  if (p.rows >= 4 * threads || (!p.interleaved && !keeps_all(p))) return 1;
+  int64_t most = p.n / 16384;  // values that a thread is worth waking for
+  if (!keeps_all(p) && p.n / p.buckets / 16 < most) most = p.n / p.buckets / 16;
+  int64_t segments = most < threads ? most : threads;
+  return segments < 1 ? 1 : segments;
+}
+
+// What a segment hands on: at most so many values.
+inline int64_t segment_candidates(const TopkParams& p) {
+  return keeps_all(p) ? p.k : p.buckets * p.per_bucket;
+}
+
+// A count, keys and indices for each segment of each row.
+inline int64_t topk_workspace_bytes(const TopkParams& p) {
+  return p.segments == 1 ? 0 : p.rows * p.segments * (8 + 8 * segment_candidates(p));
+}
 
 }  // namespace
 }  // namespace pyspec

@@ -8,8 +8,10 @@ from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
+from pyspec.ops.sparse_attention import sparse_attention
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.topk import TopK, topk
+from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "backend",
     "backends",
     "block_masked_attention",
+    "choose_buckets",
+    "expected_recall",
     "linear",
     "llama_layers",
     "merge_attention",
@@ -26,6 +30,7 @@ __all__ = [
     "rms_norm",
     "rotary_write",
     "row_statistics",
+    "sparse_attention",
     "swiglu",
     "topk",
     "tree_attention",

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from pyspec.ops._library import Op
+from pyspec.ops.topk_recall import EXACT, MOST_PER_BUCKET, bucket_sizes, choose_buckets
 
-__all__ = ["MOST_PER_BUCKET", "TopK", "topk", "topk_reference"]
+__all__ = ["TopK", "topk", "topk_reference"]
 
-MOST_PER_BUCKET = 4  # kMostPerBucket in kernels/params/topk.h
 ASSIGNMENTS = ("interleaved", "contiguous")
 
 
@@ -34,11 +34,6 @@ class TopK(NamedTuple):
 
     values: Tensor  # of x's dtype; always x.gather(dim, indices)
     indices: Tensor  # int64, different from each other
-
-
-def bucket_sizes(n: int, buckets: int) -> tuple[int, int]:
-    """Values in each of the larger buckets, and how many buckets are larger by one than the rest."""
-    return (n // buckets + 1, n % buckets) if n % buckets else (n // buckets, buckets)
 
 
 def topk_reference(
@@ -82,6 +77,7 @@ def topk(
     k: int,
     dim: int = -1,
     *,
+    recall: float | None = None,
     buckets: int | None = None,
     per_bucket: int | None = None,
     assignment: str = "interleaved",
@@ -90,14 +86,17 @@ def topk(
 ) -> TopK:
     """The k largest values of x along a dimension, and their indices.
 
-    Exact, unless buckets or per_bucket is given. Equals are taken lowest index first, NaN is the largest of all (as
-    for torch.topk), and the same input always gives the same result, on any number of threads.
+    Exact, unless recall, buckets or per_bucket is given. Equals are taken lowest index first, NaN is the largest of all
+    (as for torch.topk), and the same arguments always give the same result, on any number of threads.
 
     Args:
         x: fp32, fp16 or bf16, any shape and strides.
         k: how many, in [1, x.shape[dim]].
         dim: the dimension that is searched, of less than 2^31 values.
-        buckets: how many share the row; the fewest that hold k where only per_bucket is given.
+        recall: the share of the true top k that is enough, in (0, 1], on average over rows whose best values lie at
+            random places. The cheapest buckets that keep this promise are chosen, or none where the exact result is
+            cheaper (`choose_buckets`; the first call on a machine measures for a fraction of a second).
+        buckets: instead of recall, how many share the row; the fewest that hold k where only per_bucket is given.
         per_bucket: values that a bucket keeps, 1 to 4; the fewest that hold k where only buckets is given. With
             buckets * per_bucket > k a second stage picks the k best of them.
         assignment: "interleaved" or "contiguous" buckets.
@@ -109,7 +108,7 @@ def topk(
 
     Raises:
         ValueError: an argument is out of range, or x has another dtype.
-        TypeError: k, dim, buckets or per_bucket is not an integer.
+        TypeError: k, dim, buckets or per_bucket is not an integer, or recall not a number.
     """
     dim, n = _check_x(x, dim)
     _check_integer("k", k)
@@ -117,8 +116,11 @@ def topk(
         raise ValueError(f"k must be in [1, {n}], the values of x in dimension {dim}, got {k}")
     if assignment not in ASSIGNMENTS:
         raise ValueError(f"assignment must be 'interleaved' or 'contiguous', got {assignment!r}")
-    if buckets is None and per_bucket is None:
-        buckets, per_bucket = 0, 1
+    if recall is not None:
+        _check_recall(recall, buckets, per_bucket, assignment)
+        buckets, per_bucket = choose_buckets(n, k, recall, x.device.type)
+    elif buckets is None and per_bucket is None:
+        buckets, per_bucket = EXACT
     else:
         buckets, per_bucket = _check_buckets(k, buckets, per_bucket)
 
@@ -145,6 +147,17 @@ def _check_x(x: Tensor, dim: int) -> tuple[int, int]:
     if x.shape[dim] >= 2**31:
         raise ValueError(f"x must have less than 2^31 values in dimension {dim}, got shape {tuple(x.shape)}")
     return dim, x.shape[dim]
+
+
+def _check_recall(recall: float, buckets: int | None, per_bucket: int | None, assignment: str) -> None:
+    if isinstance(recall, bool) or not isinstance(recall, (int, float)):
+        raise TypeError(f"recall must be a number, got {recall!r}")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be in (0, 1], got {recall}")
+    if buckets is not None or per_bucket is not None:
+        raise ValueError(f"recall chooses the buckets, but got buckets {buckets} and per_bucket {per_bucket} as well")
+    if assignment != "interleaved":
+        raise ValueError(f"recall can be promised for interleaved buckets only, got assignment {assignment!r}")
 
 
 def _check_buckets(k: int, buckets: int | None, per_bucket: int | None) -> tuple[int, int]:

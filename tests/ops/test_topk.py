@@ -2,6 +2,9 @@
 
 import math
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 import pyspec
 from pyspec.ops import backends, topk
-from pyspec.ops.topk import MOST_PER_BUCKET
+from pyspec.ops.topk_recall import MOST_PER_BUCKET
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ASSIGNMENTS = ["interleaved", "contiguous"]
@@ -133,7 +136,7 @@ def ordered_rows(n: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("n, k", [(5000, 64), (5000, 700), (70_000, 33)])
+@pytest.mark.parametrize("n, k", [(3000, 64), (3000, 700), (20_000, 33)])
 def test_exact_on_ordered_rows(run, n, k, largest):
     check(run, ordered_rows(n), k, largest)
 
@@ -293,6 +296,33 @@ def test_a_row_has_the_same_result_in_any_company_on_any_threads(kernel):
                 assert torch.equal(kernel(x, 100, **knobs).indices, together)
             finally:
                 torch.set_num_threads(threads)
+
+
+# ==== memory ====
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq".split(),
+}
+
+
+@pytest.mark.skipif(not KERNELS.exists(), reason="the kernels' sources are not here")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+@pytest.mark.parametrize("sanitizer", [[], ["-fsanitize=address"]], ids=["guard_bytes", "address_sanitizer"])
+def test_nothing_outside_of_the_arguments_is_touched(tmp_path, sanitizer):
+    empty, program = tmp_path / "empty.cpp", tmp_path / "driver"
+    empty.write_text("int main() {}")
+    if subprocess.run(["g++", *sanitizer, empty, "-o", program], capture_output=True).returncode:
+        pytest.skip("g++ has no AddressSanitizer")
+    best = [name for name in FLAGS if name in BACKENDS][-1:]
+    for name in ["portable"] if not sanitizer else best:
+        sources = [KERNELS / "cpu" / "topk.cpp", Path(__file__).parent / "topk_driver.cpp"]
+        options = ["-std=c++17", "-O1", f"-I{KERNELS}", f"-DPYSPEC_ISA={name}", f"-DPYSPEC_ISA_{name}=1", *FLAGS[name]]
+        subprocess.run(["g++", *options, *sanitizer, *sources, "-o", program], check=True, capture_output=True)
+        ran = subprocess.run([program], capture_output=True, text=True)
+        assert ran.returncode == 0 and "checks passed" in ran.stdout, ran.stdout + ran.stderr
 
 
 # ==== torch ====
