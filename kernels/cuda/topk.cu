@@ -272,7 +272,7 @@ uint32_t block_threads(const TopkParams& p) {
 Plan make_plan(const TopkParams& p, uint32_t threads) {
   Plan plan{};
   bool exact = pyspec::keeps_all(p);
-  plan.kept = static_cast<uint32_t>(exact ? p.k : p.buckets * p.per_bucket);
+  plan.kept = static_cast<uint32_t>(pyspec::segment_candidates(p));
   plan.slices = static_cast<uint32_t>(p.segments);
   while (uint64_t{1} << plan.index_bits < static_cast<uint64_t>(p.n)) ++plan.index_bits;
   if (p.sorted) {
@@ -316,7 +316,7 @@ cudaError_t launch(const TopkParams& p, cudaStream_t stream) {
 // Decides p.segments, the blocks that share a row, for a GPU with so many multiprocessors. Returns the bytes
 // of p.workspace that this takes.
 extern "C" int64_t pyspec_topk_cuda_plan(pyspec::TopkParams& p, int64_t multiprocessors) {
-  int64_t kept = pyspec::keeps_all(p) ? p.k : p.buckets * p.per_bucket;
+  int64_t kept = pyspec::segment_candidates(p);
   int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / p.rows;
   p.segments = max(min(wanted, min(p.n / kLeastSlice, p.n / (4 * kept))), int64_t{1});
   Plan plan = make_plan(p, block_threads(p));

@@ -28,10 +28,9 @@ struct TopkParams {
   bool interleaved, largest;
   bool sorted;  // best first; else in an order that the row alone decides
 
-  // CPU only
-  int64_t segments;  // parts of a row that threads take apart from each other: topk_segments
-  void* workspace;   // [topk_workspace_bytes], 64-byte aligned
-  ParallelFor parallel_for;
+  int64_t segments;          // parts of a row that threads take apart from each other: topk_segments
+  void* workspace;           // [topk_workspace_bytes], 64-byte aligned
+  ParallelFor parallel_for;  // CPU only; on a GPU pyspec_topk_cuda_plan says the two above
 };
 
 namespace {

@@ -92,6 +92,24 @@ __global__ void last_block_sum(const int* x, int* partial, unsigned* finished, i
   for (unsigned i = threadIdx.x; i < gridDim.x; i += blockDim.x) atomicAdd(sum, partial[i]);
 }
 
+// ---- the first warp waits for the last, with nothing but a flag between them
+
+__global__ void wait_for_flag(int* out) {
+  __shared__ unsigned flag;
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  if (threadIdx.x == blockDim.x - 1) {
+    out[0] = 7;
+    __threadfence_block();
+    atomicExch(&flag, 1u);
+  }
+  if (threadIdx.x == 0) {
+    while (!atomicAdd(&flag, 0u)) __nanosleep(20);
+    __threadfence_block();
+    out[1] = out[0] + 1;
+  }
+}
+
 // ---- half and bfloat16
 
 __global__ void to_float(const __half* x, const __nv_bfloat16* y, float* out, __half* x_again,
@@ -151,6 +169,7 @@ int example_to_float(const void* x, const void* y, float* out, void* x_again, vo
   return launch(to_float, blocks, 256, 0, static_cast<const __half*>(x), static_cast<const __nv_bfloat16*>(y),
                 out, static_cast<__half*>(x_again), static_cast<__nv_bfloat16*>(y_again));
 }
+int example_wait_for_flag(int* out) { return launch(wait_for_flag, 1, 128, 0, out); }
 int example_mistake(int which, int* out) { return launch(mistake, 1, 64, 256, which, out); }
 
 }  // extern "C"

@@ -12,8 +12,10 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #pragma GCC visibility push(hidden)  // every library has its own, whatever else is loaded
@@ -61,9 +63,10 @@ class Block {
     if (stacks_) munmap(stacks_, kStack * kMost);
   }
 
-  // Runs body once in each of `threads` fibers; enter(i) is called whenever fiber i goes on. Threads take
-  // turns in ascending order, or for a seed other than 0 in one drawn anew each time. Returns what went
-  // wrong, or "".
+  // Runs body once in each of `threads` fibers; enter(i) is called whenever fiber i goes on. One warp runs as
+  // long as any of its threads can, then the next, so that warps are as far apart as barriers allow: in
+  // ascending order, or for a seed other than 0 in one drawn anew now and then, also in the middle. Returns
+  // what went wrong, or "".
   std::string run(int threads, uint64_t seed, std::function<void()> body, std::function<void(int)> enter) {
     body_ = std::move(body);
     random_.seed(seed);
@@ -71,24 +74,30 @@ class Block {
     if (!stacks_) reserve_stacks();
     if (static_cast<int>(fibers_.size()) < threads) fibers_.resize(threads);
     threads_ = threads, at_barrier_ = 0;
-    std::vector<int> order(threads);
-    for (int i = 0; i < threads; ++i) {
-      order[i] = i;
-      fibers_[i].state = State::kReady;
-    }
+    for (int i = 0; i < threads; ++i) fibers_[i].state = State::kReady;
+    std::vector<int> warps((threads + kWarp - 1) / kWarp), lanes(kWarp);
+    std::iota(warps.begin(), warps.end(), 0);
+    std::iota(lanes.begin(), lanes.end(), 0);
+    auto is_ready = [&](int i) { return i < threads && fibers_[i].state == State::kReady; };
+    auto can_run = [&](int warp) {
+      return std::any_of(lanes.begin(), lanes.end(), [&](int lane) { return is_ready(warp * kWarp + lane); });
+    };
     Block* outer = current_;
     current_ = this;
-    for (bool moved = true; moved && error_.empty();) {
-      moved = false;
-      if (seed) std::shuffle(order.begin(), order.end(), random_);
-      for (int i : order) {
-        if (fibers_[i].state != State::kReady) continue;
-        moved = true;
+    while (error_.empty()) {
+      if (seed && random_() % 16 == 0) std::shuffle(warps.begin(), warps.end(), random_);
+      if (seed) std::shuffle(lanes.begin(), lanes.end(), random_);
+      auto warp = std::find_if(warps.begin(), warps.end(), can_run);
+      if (warp == warps.end()) break;
+      for (int lane : lanes) {
+        int i = *warp * kWarp + lane;
+        if (!is_ready(i)) continue;
         running_ = i;
         enter(i);
         go_on(fibers_[i], i);
         if (!error_.empty()) break;
       }
+      if (std::exchange(yielded_, false)) std::rotate(warp, warp + 1, warps.end());
     }
     current_ = outer;
     bool finished = std::all_of(fibers_.begin(), fibers_.begin() + threads,
@@ -154,7 +163,10 @@ class Block {
   }
 
   // Lets the others go first.
-  void yield() { leave(); }
+  void yield() {
+    yielded_ = true;
+    leave();
+  }
 
   [[noreturn]] void fail_at_fault() {
     fail("thread " + std::to_string(running_) + " touches memory that is not there, or its stack is full");
@@ -241,6 +253,7 @@ class Block {
   jmp_buf scheduler_;
   char* stacks_ = nullptr;
   int threads_ = 0, running_ = 0, at_barrier_ = 0;
+  bool yielded_ = false;
 };
 
 inline thread_local Block* Block::current_ = nullptr;

@@ -82,6 +82,12 @@ def test_last_block(device):
     assert total[0] == x.sum() and finished[0] == 0
 
 
+def test_a_thread_that_waits_lets_others_run(device):
+    out = np.zeros(2, np.int32)
+    device.call("example_wait_for_flag", pointer(out))
+    assert out.tolist() == [7, 8]
+
+
 def test_every_half_and_bfloat16_becomes_a_float_and_comes_back(library):
     bits = np.arange(1 << 16, dtype=np.uint16)
     x = torch.from_numpy(bits.copy().view(np.int16))
