@@ -31,12 +31,12 @@ build: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix -q
 	$(BIN)/ruff format -q
-	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
 wheel: $(VENV)/ready
 	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .

@@ -1,6 +1,6 @@
-"""Builds the two compiled parts with CMake and ninja: the op library and the host module.
+"""Builds the compiled parts with CMake and ninja: the op libraries (CPU, and CUDA where it can) and the host module.
 
-The op library needs torch's headers. In an isolated build torch is not importable; then only the host
+The op libraries need torch's headers. In an isolated build torch is not importable; then only the host
 module is built and the ops run on their references (use --no-build-isolation to get them).
 """
 
@@ -32,6 +32,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": Path(torch.origin).parent if torch else "",
+            "PYSPEC_CUDA": os.environ.get("PYSPEC_CUDA", ""),
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
         }
         # cmake and ninja may be installed beside this Python without being on PATH.

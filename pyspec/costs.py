@@ -10,17 +10,15 @@ over trees that drafters grow best node first. m = 1 is plain decoding, so specu
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from pyspec import measured
 from pyspec.machine import cpu_name
 from pyspec.models import Runner
 from pyspec.ops import backends
@@ -108,7 +106,7 @@ def costs_of(model: Runner) -> Costs:
     The model's batch is lost when they are measured.
     """
     try:
-        kept = _read()[_key(model)]
+        kept = measured.read("costs")[_key(model)]
         return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
     except (KeyError, TypeError):
         return measure_costs(model)
@@ -131,7 +129,7 @@ def measure_costs(model: Runner) -> Costs:
     nodes = sorted(size for size in sizes if found[size])
     seconds = np.maximum.accumulate([statistics.median(found[size]) for size in nodes])  # more nodes are never cheaper
     costs = Costs(tuple(nodes), tuple(seconds.tolist()))
-    _write(_key(model), {"nodes": costs.nodes, "seconds": costs.seconds})
+    measured.keep("costs", _key(model), {"nodes": costs.nodes, "seconds": costs.seconds})
     return costs
 
 
@@ -151,27 +149,3 @@ def _key(model: Runner) -> str:
     kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
     weights = getattr(model, "weight_dtype", model.dtype)
     return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}"
-
-
-def _file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "pyspec" / "costs.json"
-
-
-def _read() -> dict[str, dict]:
-    try:
-        kept = json.loads(_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
-
-
-def _write(key: str, entry: dict) -> None:
-    """Keeps an entry; a folder that cannot be written to only means measuring again."""
-    try:
-        _file().parent.mkdir(parents=True, exist_ok=True)
-        part = _file().with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(_read() | {key: entry}, indent=1))
-        part.replace(_file())
-    except OSError:
-        pass

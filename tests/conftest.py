@@ -1,7 +1,7 @@
 import pytest
 from fake_runner import FakeRunner
 
-from pyspec import costs
+from pyspec import costs, measured
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -9,5 +9,5 @@ def own_cache_folder(tmp_path_factory):
     """No test reads or writes the user's costs; those of the fake runners are known, so that nothing hangs on time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        costs._write(costs._key(FakeRunner()), {"nodes": [1, 64], "seconds": [1.0, 2.0]})
+        measured.keep("costs", costs._key(FakeRunner()), {"nodes": [1, 64], "seconds": [1.0, 2.0]})
         yield

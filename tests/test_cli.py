@@ -350,7 +350,7 @@ def test_bench_of_an_empty_file(model, capsys, tmp_path):
 def test_info(capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
-    for word in ("torch", torch.__version__, "tree_attention on cpu", "extras", "demo", "threads"):
+    for word in ("torch", torch.__version__, "tree_attention on cpu", "topk on cuda", "extras", "demo", "threads"):
         assert word in out
 
 

@@ -67,8 +67,10 @@ PYSPEC_INLINE F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 PYSPEC_INLINE F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 PYSPEC_INLINE F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
 PYSPEC_INLINE F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// max(a, b) is b where either is NaN.
+// max(a, b) and min(a, b) are b where either is NaN.
 PYSPEC_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+PYSPEC_INLINE F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+PYSPEC_INLINE F16 bit_xor(F16 a, F16 b) { return {_mm512_xor_ps(a.v, b.v)}; }
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), no.v, yes.v)};
 }
@@ -110,6 +112,8 @@ PYSPEC_INLINE F16 fma(F16 a, F16 b, F16 c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 PYSPEC_INLINE F16 max(F16 a, F16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+PYSPEC_INLINE F16 min(F16 a, F16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+PYSPEC_INLINE F16 bit_xor(F16 a, F16 b) { return {_mm256_xor_ps(a.lo, b.lo), _mm256_xor_ps(a.hi, b.hi)}; }
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
@@ -167,6 +171,14 @@ PYSPEC_INLINE F16 mul(F16 a, F16 b) { PYSPEC_EACH(a.v[i] * b.v[i]); }
 PYSPEC_INLINE F16 div(F16 a, F16 b) { PYSPEC_EACH(a.v[i] / b.v[i]); }
 PYSPEC_INLINE F16 fma(F16 a, F16 b, F16 c) { PYSPEC_EACH(a.v[i] * b.v[i] + c.v[i]); }
 PYSPEC_INLINE F16 max(F16 a, F16 b) { PYSPEC_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+PYSPEC_INLINE F16 min(F16 a, F16 b) { PYSPEC_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+PYSPEC_INLINE F16 bit_xor(F16 a, F16 b) {
+  uint32_t x[16], y[16];
+  std::memcpy(x, a.v, sizeof x), std::memcpy(y, b.v, sizeof y);
+  for (int i = 0; i < 16; ++i) x[i] ^= y[i];
+  std::memcpy(a.v, x, sizeof x);
+  return a;
+}
 PYSPEC_INLINE F16 where_less(F16 a, F16 b, F16 yes, F16 no) {
   PYSPEC_EACH(a.v[i] < b.v[i] ? yes.v[i] : no.v[i]);
 }
@@ -266,6 +278,13 @@ PYSPEC_INLINE void transpose(F16* rows) {
     for (int j = 0; j < 16; ++j) transposed[i][j] = values[j][i];
   std::memcpy(rows, transposed, sizeof values);
 #endif
+}
+
+// The bits of an integer in every lane, for values that are only moved.
+PYSPEC_INLINE F16 set1_bits(int32_t bits) {
+  float a;
+  std::memcpy(&a, &bits, 4);
+  return set1(a);
 }
 
 PYSPEC_INLINE F16 broadcast(const char* p) {

@@ -11,17 +11,23 @@ from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
 from pyspec.ops.selective_state import Round, selective_state
+from pyspec.ops.sparse_attention import sparse_attention
 from pyspec.ops.swiglu import swiglu
+from pyspec.ops.topk import TopK, topk
+from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
     "PackedWeight",
     "Round",
     "RowStatistics",
+    "TopK",
     "backend",
     "backends",
     "block_masked_attention",
     "causal_conv",
+    "choose_buckets",
+    "expected_recall",
     "linear",
     "llama_layers",
     "mamba_layers",
@@ -31,6 +37,8 @@ __all__ = [
     "rotary_write",
     "row_statistics",
     "selective_state",
+    "sparse_attention",
     "swiglu",
+    "topk",
     "tree_attention",
 ]

@@ -1,8 +1,8 @@
 """How an op is found: one schema, several implementations, torch's own dispatch by device.
 
-Schemas and fakes are defined here, in Python, once. The compiled library only implements them for CPU
-tensors and Triton for CUDA tensors, so an install without a compiler works on the reference, slowly,
-and says so once.
+Schemas and fakes are defined here, in Python, once. The compiled libraries only implement them, one for CPU
+tensors and one for CUDA tensors; there Triton has the other ops. So an install without a compiler works on the
+reference, slowly, and says so once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 _LIBRARY = torch.library.Library("pyspec", "DEF")
-_COMPILED_PATH = Path(__file__).parent.parent / "lib" / "libpyspec_cpu.so"
-_BACKENDS = ("reference", "compiled", "triton")
+_FOLDER = Path(__file__).parent.parent / "lib"
+_BACKENDS = ("reference", "compiled", "triton", "cuda")
 _OPS: dict[str, Op] = {}
 _forced: str | None = None
 
@@ -27,19 +27,35 @@ _forced: str | None = None
 @functools.cache
 def compiled_library() -> tuple[ctypes.CDLL | None, str]:
     """The compiled CPU library and where it is, or None and the reason."""
-    if not _COMPILED_PATH.exists():
-        return (
-            None,
-            f"{_COMPILED_PATH.name} was not built (no C++ compiler at install, or an isolated build without torch)",
-        )
+    library, where = _load(
+        "libpyspec_cpu.so", "was not built (no C++ compiler at install, or an isolated build without torch)"
+    )
+    if library is not None:
+        library.pyspec_isa_name.restype = ctypes.c_char_p
+        library.pyspec_isa_reason.restype = ctypes.c_char_p
+    return library, where
+
+
+@functools.cache
+def cuda_library() -> tuple[ctypes.CDLL | None, str]:
+    """The library of CUDA C++ kernels and what it was compiled for, or None and the reason."""
+    library, where = _load("libpyspec_cuda.so", "was not built (no nvcc at install, or a torch without CUDA)")
+    if library is not None:
+        library.pyspec_cuda_architectures.restype = ctypes.c_char_p
+        where = f"compiled for sm_{library.pyspec_cuda_architectures().decode()}"
+    return library, where
+
+
+def _load(name: str, missing: str) -> tuple[ctypes.CDLL | None, str]:
+    path = _FOLDER / name
+    if not path.exists():
+        return None, f"{name} {missing}"
     try:
-        library = ctypes.CDLL(str(_COMPILED_PATH))
-        torch.ops.load_library(str(_COMPILED_PATH))
+        library = ctypes.CDLL(str(path))
+        torch.ops.load_library(str(path))
     except OSError as error:  # load_library hides the reason that dlopen gave, CDLL shows it
-        return None, f"{_COMPILED_PATH.name} does not load: {error}"
-    library.pyspec_isa_name.restype = ctypes.c_char_p
-    library.pyspec_isa_reason.restype = ctypes.c_char_p
-    return library, str(_COMPILED_PATH)
+        return None, f"{name} does not load: {error}"
+    return library, str(path)
 
 
 @functools.cache
@@ -61,20 +77,32 @@ class Op:
         reference: plain PyTorch with the schema's arguments; the specification.
         fake: shapes and dtypes of the results, for tracing.
         triton: loads and returns the Triton launcher; called on first use on a CUDA tensor.
+        cuda: whether the op's GPU kernel is in the library of CUDA C++ kernels.
     """
 
-    def __init__(self, name: str, schema: str, reference: Callable, fake: Callable, triton: Callable | None = None):
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        reference: Callable,
+        fake: Callable,
+        triton: Callable | None = None,
+        *,
+        cuda: bool = False,
+    ):
         self.name = name
         self.reference = reference
         self._triton = triton
+        self._cuda = cuda
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         torch.library.register_fake(f"pyspec::{name}", fake, lib=_LIBRARY)
-        self.compiled = compiled_library()[0] is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"pyspec::{name}", "CPU"
-        )
+        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+        self.compiled = compiled_library()[0] is not None and has_kernel(f"pyspec::{name}", "CPU")
         if not self.compiled:
             _LIBRARY.impl(name, self._slow_reference, "CPU")
-        _LIBRARY.impl(name, self._on_cuda, "CUDA")
+        self.compiled_cuda = cuda and cuda_library()[0] is not None and has_kernel(f"pyspec::{name}", "CUDA")
+        if not self.compiled_cuda:
+            _LIBRARY.impl(name, self._on_cuda, "CUDA")
         self.overload = getattr(torch.ops.pyspec, name).default
         _OPS[name] = self
 
@@ -88,8 +116,9 @@ class Op:
         return self.reference(*args)
 
     def _on_cuda(self, *args):
-        if self._triton is None or _triton_reason() is not None:
-            _warn_slow(_triton_reason() or f"{self.name} has no GPU kernel")
+        name, reason = self.backend_for("cuda")
+        if name == "reference":
+            _warn_slow(reason)
             return self.reference(*args)
         return self._triton()(*args)
 
@@ -109,8 +138,13 @@ class Op:
             if self.compiled:
                 return "compiled", f"{library.pyspec_isa_name().decode()}: {library.pyspec_isa_reason().decode()}"
             return "reference", where if library is None else "the compiled library does not have it"
+        if self._cuda:
+            library, where = cuda_library()
+            if self.compiled_cuda:
+                return "cuda", where
+            return "reference", where if library is None else "the library of CUDA kernels does not have it"
         if self._triton is None:
-            return "reference", "no GPU kernel"
+            return "reference", f"{self.name} has no GPU kernel"
         missing = _triton_reason()
         return ("reference", missing) if missing else ("triton", "compiled at first use")
 
@@ -144,7 +178,9 @@ def _checked_backend(name: str | None, where: str) -> str | None:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Asks for one backend ("reference", "compiled" or "triton"); an op that lacks it raises RuntimeError.
+    """Asks for one backend ("reference", "compiled", "triton" or "cuda"); an op that lacks it raises RuntimeError.
+
+    "compiled" is C++ for CPU tensors; "triton" and "cuda" are for CUDA tensors, and every op has at most one of them.
 
     The environment variable PYSPEC_BACKEND does the same for a whole process.
     """

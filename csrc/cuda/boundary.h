@@ -1,0 +1,50 @@
+// What every CUDA binding needs: the GPU of a tensor and its stream, and errors of the runtime as exceptions.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <memory>
+
+#include "params/common.h"
+
+// Registers bindings for CUDA tensors. tests/cuda_on_host has its own, for the kernels that it runs on the
+// CPU.
+#ifndef PYSPEC_CUDA_LIBRARY
+#define PYSPEC_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(pyspec, CUDA, m)
+#endif
+
+namespace pyspec {
+
+struct Gpu {
+  std::shared_ptr<void> current;  // makes it the current device while this lives
+  cudaStream_t stream;            // torch's current one
+  int64_t multiprocessors;
+};
+
+// The GPU that a tensor is on.
+Gpu gpu_of(const torch::stable::Tensor& tensor);
+
+inline void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+
+inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return Element::kFloat32;
+    case torch::headeronly::ScalarType::Half:
+      return Element::kFloat16;
+    case torch::headeronly::ScalarType::BFloat16:
+      return Element::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
+  }
+  return Element::kFloat32;
+}
+
+}  // namespace pyspec

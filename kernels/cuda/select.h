@@ -1,0 +1,129 @@
+// The k best of many numbers, selected by one block: 64-bit numbers, all different, larger is better, 0 is
+// none.
+//
+// The k-th largest is found digit by digit of 8 bits, counting in 256 bins (a radix select), until all that
+// is left is wanted; what is not below it is collected in the order that it came in. Every thread of the
+// block calls these functions; a block has whole warps.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace pyspec {
+namespace {
+
+constexpr int kRun = 4;  // numbers a lane reads before it looks at the first
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// In shared memory.
+struct SelectScratch {
+  uint32_t bins[256];
+  uint32_t digit, wanted, in_bin;
+  uint32_t totals[2][32];  // of the warps; one for this stretch and one for the next
+};
+
+__device__ uint32_t warp_scan(uint32_t value) {
+  uint32_t lane = threadIdx.x % 32;
+  for (uint32_t by = 1; by < 32; by *= 2) {
+    uint32_t before = __shfl_up_sync(kAllLanes, value, by);
+    if (lane >= by) value += before;
+  }
+  return value;
+}
+
+// item(i) for the kRun places of this lane in the block's stretch that begins at `start`: a warp reads
+// neighbours. 0 behind the end.
+template <class Item>
+__device__ void load_run(Item item, uint32_t start, uint32_t count, uint64_t (&numbers)[kRun]) {
+  uint32_t first = start + threadIdx.x / 32 * (32 * kRun) + threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) numbers[i] = first + 32 * i < count ? item(first + 32 * i) : 0;
+}
+
+// A bound that exactly k of item(0 ... count - 1) reach, k < count; bits: of a number.
+template <class Item>
+__device__ uint64_t find_bound(SelectScratch& scratch, Item item, uint32_t count, uint32_t k, int bits) {
+  uint32_t* bins = scratch.bins;
+  uint64_t bound = 0, decided = 0;  // the digits found, and a mask of them
+  for (int shift = max(bits - 8, 0);; shift = max(shift - 8, 0)) {
+    for (uint32_t i = threadIdx.x; i < 256; i += blockDim.x) bins[i] = 0;
+    __syncthreads();
+    for (uint32_t start = 0; start < count; start += kRun * blockDim.x) {
+      uint64_t numbers[kRun];
+      load_run(item, start, count, numbers);
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (numbers[i] && (numbers[i] & decided) == bound) atomicAdd(&bins[numbers[i] >> shift & 255], 1u);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {  // lane 0 has the 8 highest digits, lane 1 the next, ...
+      uint32_t sum = 0;
+      for (int i = 0; i < 8; ++i) sum += bins[255 - 8 * threadIdx.x - i];
+      uint32_t above = warp_scan(sum) - sum;
+      if (above < k && k <= above + sum) {
+        int digit = 255 - 8 * static_cast<int>(threadIdx.x);
+        for (; above + bins[digit] < k; --digit) above += bins[digit];
+        scratch.digit = digit, scratch.wanted = k - above, scratch.in_bin = bins[digit];
+      }
+    }
+    __syncthreads();
+    bound |= static_cast<uint64_t>(scratch.digit) << shift;
+    decided |= uint64_t{255} << shift;
+    k = scratch.wanted;
+    if (scratch.in_bin == k || shift == 0) return max(bound, uint64_t{1});
+  }
+}
+
+// emit(place, number) for the k best of item(0 ... count - 1), in their order; places count from 0.
+template <class Item, class Emit>
+__device__ void select_best(SelectScratch& scratch, Item item, uint32_t count, uint32_t k, int bits,
+                            Emit emit) {
+  if (k >= count) {
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) emit(i, item(i));
+    return;
+  }
+  uint64_t bound = find_bound(scratch, item, count, k, bits);
+  uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0, turn = 0;
+  for (uint32_t start = 0; start < count; start += kRun * blockDim.x, turn ^= 1) {
+    uint64_t numbers[kRun];
+    load_run(item, start, count, numbers);
+    uint32_t votes[kRun], total = 0;
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      votes[i] = __ballot_sync(kAllLanes, numbers[i] >= bound);
+      total += __popc(votes[i]);
+    }
+    if (lane == 0) scratch.totals[turn][warp] = total;
+    __syncthreads();
+    uint32_t of_warp = lane < blockDim.x / 32 ? scratch.totals[turn][lane] : 0;
+    uint32_t up_to = warp_scan(of_warp);
+    uint32_t place = before + __shfl_sync(kAllLanes, up_to - of_warp, warp);
+    before += __shfl_sync(kAllLanes, up_to, 31);
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (numbers[i] >= bound) emit(place + __popc(votes[i] & ((1u << lane) - 1)), numbers[i]);
+      place += __popc(votes[i]);
+    }
+  }
+}
+
+// Best first; count is a power of two (a bitonic sort).
+__device__ void sort_best_first(uint64_t* numbers, uint32_t count) {
+  for (uint32_t size = 2; size <= count; size *= 2) {
+    for (uint32_t distance = size / 2; distance; distance /= 2) {
+      __syncthreads();
+      for (uint32_t i = threadIdx.x; i < count / 2; i += blockDim.x) {
+        uint32_t low = 2 * i - (i & (distance - 1)), high = low + distance;
+        bool falling = (low & size) == 0;
+        uint64_t a = numbers[low], b = numbers[high];
+        if (falling == (a < b)) numbers[low] = b, numbers[high] = a;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+}  // namespace
+}  // namespace pyspec

@@ -1,0 +1,330 @@
+// topk on the GPU, in one launch: each value of a row becomes one number, larger where it is better, and the
+// k largest numbers are the result.
+//
+//   number = key << index_bits | (n - 1 - index)        key: the bits of a float, ordered as TopkParams says
+//
+// No two numbers of a row are equal, so ties, NaN and signed zeros need no thought from here on, and nothing
+// depends on which thread came first. 0 is no value at all.
+//
+// Buckets: a thread scans one bucket, or one of several shares of it where the row has fewer buckets than the
+// block threads, and keeps its best in registers. Shares are merged in shared memory, two by two.
+// Selection (select.h), of what the buckets kept or, exactly, of the row itself, keeps their order: without
+// `sorted` the result is in the order of the buckets, an exact one in that of the indices.
+// Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and the
+// last of them to finish goes on from there.
+//
+// Bound by reading x: once with buckets, where exact three to six times, mostly from the L2 cache.
+#include <cuda_runtime.h>
+
+#include "cuda/select.h"
+#include "params/topk.h"
+
+extern __shared__ uint4 dynamic_shared[];
+
+namespace {
+
+using pyspec::Element;
+using pyspec::select_best;
+using pyspec::SelectScratch;
+using pyspec::sort_best_first;
+using pyspec::TopkParams;
+
+constexpr int kMostThreads = 1024;
+constexpr int64_t kShared = 44 * 1024;  // bytes; with what is static below what every block may have
+constexpr int64_t kLeastSlice = 8192;   // values of a row that are worth a block
+constexpr int64_t kBlocksPerMultiprocessor = 2;
+
+// What one launch does, decided on the host.
+struct Plan {
+  uint32_t kept;         // numbers that a block keeps of its slice: k where exact, else buckets * per_bucket
+  uint32_t ranks;        // places for sorting: a power of two, or 0 where nothing is sorted
+  uint32_t index_bits;   // that tell the values of a row apart
+  uint32_t slices;       // blocks that share a row
+  bool kept_in_shared;   // else in the workspace, with several slices there too
+  bool ranks_in_shared;  // else in the workspace
+  int64_t row_numbers;   // of the workspace, for each row: [slices, kept], then [ranks]
+  uint32_t* finished;    // [rows], how many blocks of a row are done; 0 at the start
+  uint64_t* workspace;   // [rows, row_numbers]
+  uint32_t shared_kept;  // numbers in shared memory before those of the ranks
+};
+
+// ==== values as numbers ====
+
+template <class Bits>
+struct Row {
+  const Bits* x;
+  uint32_t n, index_bits;
+  uint32_t infinity;  // the bits of +inf: above are NaNs
+  uint32_t nan_key, flip;
+
+  __device__ Row(const TopkParams& p, const Plan& plan, int64_t row)
+      : x(static_cast<const Bits*>(p.x) + row * p.stride),
+        n(static_cast<uint32_t>(p.n)),
+        index_bits(plan.index_bits),
+        infinity(p.element == Element::kFloat32   ? 0x7f800000u
+                 : p.element == Element::kFloat16 ? 0x7c00u
+                                                  : 0x7f80u),
+        nan_key(p.largest ? kSign | (kSign - 1) : 1),
+        flip(p.largest ? 0 : kSign | (kSign - 1)) {}
+
+  // Larger for a better value, never 0.
+  __device__ uint32_t key(uint32_t bits) const {
+    if ((bits & (kSign - 1)) > infinity) return nan_key;
+    uint32_t ordered = bits & kSign ? ~bits & (kSign | (kSign - 1)) : bits | kSign;
+    ordered += ordered == kSign - 1;  // -0 is +0
+    return ordered ^ flip;
+  }
+  __device__ uint64_t number(uint32_t key, uint32_t index) const {
+    return static_cast<uint64_t>(key) << index_bits | (n - 1 - index);
+  }
+  __device__ uint32_t index(uint64_t number) const {
+    return n - 1 - static_cast<uint32_t>(number & ((uint64_t{1} << index_bits) - 1));
+  }
+  __device__ int number_bits() const { return static_cast<int>(8 * sizeof(Bits) + index_bits); }
+
+  static constexpr uint32_t kSign = 1u << (8 * sizeof(Bits) - 1);
+};
+
+// ==== buckets ====
+
+// The best numbers of a share, best first.
+template <int kPerBucket>
+struct Queue {
+  uint64_t numbers[kPerBucket] = {};
+
+  __device__ void insert(uint64_t number) {
+#pragma unroll
+    for (int rank = 0; rank < kPerBucket; ++rank) {
+      uint64_t here = numbers[rank];
+      numbers[rank] = number > here ? number : here;
+      number = number > here ? here : number;
+    }
+  }
+  __device__ void insert_all(const uint64_t* more) {
+#pragma unroll
+    for (int rank = 0; rank < kPerBucket; ++rank) insert(more[rank]);
+  }
+  __device__ void store(uint64_t* to) const {
+#pragma unroll
+    for (int rank = 0; rank < kPerBucket; ++rank) to[rank] = numbers[rank];
+  }
+};
+
+// The values of a bucket that belong to share `share` of `shares`.
+template <int kPerBucket, class Bits>
+__device__ Queue<kPerBucket> scan_share(const TopkParams& p, const Row<Bits>& row, uint32_t bucket,
+                                        uint32_t share, uint32_t shares) {
+  constexpr int kAhead = 8;  // loads on their way
+  uint32_t buckets = static_cast<uint32_t>(p.buckets), size = row.n / buckets, larger = row.n % buckets;
+  uint32_t first = p.interleaved ? bucket : bucket * size + min(bucket, larger);
+  uint32_t step = p.interleaved ? buckets : 1;
+  size += bucket < larger;
+  Queue<kPerBucket> queue;
+  uint32_t worst = 0;  // key of the last one in the queue; an equal that comes later is worse
+  for (uint32_t turn = share; turn < size; turn += kAhead * shares) {
+    uint32_t bits[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      uint32_t place = turn + i * shares;
+      bits[i] = place < size ? row.x[first + place * step] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      uint32_t place = turn + i * shares, key = row.key(bits[i]);
+      if (place < size && key > worst) {
+        queue.insert(row.number(key, first + place * step));
+        worst = static_cast<uint32_t>(queue.numbers[kPerBucket - 1] >> row.index_bits);
+      }
+    }
+  }
+  return queue;
+}
+
+// Fills list [buckets, kPerBucket] with what feed(bucket, share, shares) finds in all shares of each bucket.
+template <int kPerBucket, class Feed>
+__device__ void fill_list(uint64_t* list, uint32_t buckets, Feed feed) {
+  uint32_t shares = max(blockDim.x / buckets, 1u);
+  for (uint32_t task = threadIdx.x; task < buckets * shares; task += blockDim.x) {
+    feed(task % buckets, task / buckets, shares).store(list + task * kPerBucket);
+  }
+  __syncthreads();
+  while (shares > 1) {
+    uint32_t half = (shares + 1) / 2;
+    if (threadIdx.x < (shares - half) * buckets) {
+      Queue<kPerBucket> queue;
+      queue.insert_all(list + threadIdx.x * kPerBucket);
+      queue.insert_all(list + (threadIdx.x + half * buckets) * kPerBucket);
+      queue.store(list + threadIdx.x * kPerBucket);
+    }
+    __syncthreads();
+    shares = half;
+  }
+}
+
+// ==== the kernel: grid [rows * slices] ====
+
+// The result of a row from item(0 ... count - 1), which hold its k best.
+template <class Bits, class Item>
+__device__ void finish(SelectScratch& scratch, const TopkParams& p, const Plan& plan, const Row<Bits>& row,
+                       int64_t row_number, uint64_t* ranks, Item item, uint32_t count) {
+  uint32_t k = static_cast<uint32_t>(p.k);
+  int64_t* indices = p.indices + row_number * p.k;
+  Bits* values = static_cast<Bits*>(p.values) + row_number * p.k;
+  auto write = [&](uint32_t place, uint64_t number) {
+    uint32_t index = row.index(number);
+    indices[place] = index;
+    values[place] = row.x[index];
+  };
+  for (uint32_t i = k + threadIdx.x; i < plan.ranks; i += blockDim.x) ranks[i] = 0;
+  select_best(scratch, item, count, k, row.number_bits(), [&](uint32_t place, uint64_t number) {
+    if (plan.ranks) {
+      ranks[place] = number;
+    } else {
+      write(place, number);
+    }
+  });
+  if (!plan.ranks) return;
+  sort_best_first(ranks, plan.ranks);
+  for (uint32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, ranks[i]);
+}
+
+// Whether this block is the last of its row's to come here; then it sees what the others wrote before.
+__device__ bool is_last(uint32_t* finished, uint32_t slices) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicAdd(finished, 1u) == slices - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+// kPerBucket 0: exact.
+template <class Bits, int kPerBucket>
+__global__ void __launch_bounds__(kMostThreads)
+    topk_kernel(const __grid_constant__ TopkParams p, const __grid_constant__ Plan plan) {
+  __shared__ SelectScratch scratch;
+  uint64_t* shared = reinterpret_cast<uint64_t*>(dynamic_shared);
+  int64_t row_number = blockIdx.x / plan.slices;
+  uint32_t slice = blockIdx.x % plan.slices, kept = plan.kept;
+  Row<Bits> row(p, plan, row_number);
+  uint64_t* lists = plan.workspace + row_number * plan.row_numbers;  // [slices, kept]
+  uint64_t* mine = lists + static_cast<int64_t>(slice) * kept;
+  uint64_t* ranks = plan.ranks_in_shared ? shared + plan.shared_kept : lists + plan.row_numbers - plan.ranks;
+
+  if constexpr (kPerBucket == 0) {
+    auto value = [&](uint32_t i) { return row.number(row.key(row.x[i]), i); };
+    if (plan.slices == 1) {
+      finish(scratch, p, plan, row, row_number, ranks, value, row.n);
+      return;
+    }
+    uint32_t begin = static_cast<uint32_t>(p.n * slice / plan.slices);
+    uint32_t end = static_cast<uint32_t>(p.n * (slice + 1) / plan.slices);
+    select_best(
+        scratch, [&](uint32_t i) { return value(begin + i); }, end - begin, kept, row.number_bits(),
+        [&](uint32_t place, uint64_t number) { mine[place] = number; });
+    if (!is_last(plan.finished + row_number, plan.slices)) return;
+    finish(
+        scratch, p, plan, row, row_number, ranks, [&](uint32_t i) { return lists[i]; }, plan.slices * kept);
+  } else {
+    uint32_t buckets = static_cast<uint32_t>(p.buckets);
+    uint64_t* list = plan.kept_in_shared ? shared : mine;
+    fill_list<kPerBucket>(list, buckets, [&](uint32_t bucket, uint32_t share, uint32_t shares) {
+      return scan_share<kPerBucket>(p, row, bucket, slice * shares + share, plan.slices * shares);
+    });
+    if (plan.slices > 1) {
+      if (plan.kept_in_shared) {
+        for (uint32_t i = threadIdx.x; i < kept; i += blockDim.x) mine[i] = list[i];
+      }
+      if (!is_last(plan.finished + row_number, plan.slices)) return;
+      list =
+          plan.kept_in_shared ? shared : lists;  // in the workspace over the first slice's, bucket by bucket
+      fill_list<kPerBucket>(list, buckets, [&](uint32_t bucket, uint32_t share, uint32_t shares) {
+        Queue<kPerBucket> queue;
+        for (uint32_t i = share; i < plan.slices; i += shares) {
+          queue.insert_all(lists + static_cast<int64_t>(i) * kept + bucket * kPerBucket);
+        }
+        return queue;
+      });
+    }
+    finish(scratch, p, plan, row, row_number, ranks, [&](uint32_t i) { return list[i]; }, kept);
+  }
+}
+
+// ==== on the host ====
+
+// Threads of a block, as many as leave the fewest of them without a bucket.
+uint32_t block_threads(const TopkParams& p) {
+  if (pyspec::keeps_all(p)) return p.n >= 4 * kMostThreads ? kMostThreads : 256;
+  uint32_t best = kMostThreads;
+  double best_share = 0;
+  for (uint32_t threads = kMostThreads; threads >= 256; threads -= 32) {
+    int64_t slots = p.buckets <= threads ? threads : (p.buckets + threads - 1) / threads * threads;
+    int64_t used = p.buckets <= threads ? threads / p.buckets * p.buckets : p.buckets;
+    double share = static_cast<double>(used) / static_cast<double>(slots);
+    if (share > best_share) best = threads, best_share = share;
+  }
+  return best;
+}
+
+Plan make_plan(const TopkParams& p, uint32_t threads) {
+  Plan plan{};
+  bool exact = pyspec::keeps_all(p);
+  plan.kept = static_cast<uint32_t>(pyspec::segment_candidates(p));
+  plan.slices = static_cast<uint32_t>(p.segments);
+  while (uint64_t{1} << plan.index_bits < static_cast<uint64_t>(p.n)) ++plan.index_bits;
+  if (p.sorted) {
+    for (plan.ranks = 1; plan.ranks < static_cast<uint64_t>(p.k);) plan.ranks *= 2;
+  }
+  if (!exact) {
+    int64_t shares = p.buckets < threads ? threads / p.buckets : 1;
+    plan.kept_in_shared = 8 * shares * plan.kept <= kShared;
+    plan.shared_kept = plan.kept_in_shared ? static_cast<uint32_t>(shares) * plan.kept : 0;
+  }
+  plan.ranks_in_shared = 8 * (plan.shared_kept + int64_t{plan.ranks}) <= kShared;
+  bool needs_lists = plan.slices > 1 || (!exact && !plan.kept_in_shared);
+  plan.row_numbers =
+      (needs_lists ? int64_t{plan.slices} * plan.kept : 0) + (plan.ranks_in_shared ? 0 : plan.ranks);
+  plan.workspace = static_cast<uint64_t*>(p.workspace);
+  plan.finished = reinterpret_cast<uint32_t*>(plan.workspace + p.rows * plan.row_numbers);
+  return plan;
+}
+
+template <class Bits>
+cudaError_t launch(const TopkParams& p, cudaStream_t stream) {
+  using Kernel = void (*)(TopkParams, Plan);
+  const Kernel kernels[] = {topk_kernel<Bits, 0>, topk_kernel<Bits, 1>, topk_kernel<Bits, 2>,
+                            topk_kernel<Bits, 3>, topk_kernel<Bits, 4>};
+  uint32_t threads = block_threads(p);
+  Plan plan = make_plan(p, threads);
+  if (plan.slices > 1) {
+    cudaError_t error = cudaMemsetAsync(plan.finished, 0, p.rows * sizeof(uint32_t), stream);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(p.rows * plan.slices));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = 8 * (plan.shared_kept + (plan.ranks_in_shared ? plan.ranks : 0));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernels[pyspec::keeps_all(p) ? 0 : p.per_bucket], p, plan);
+}
+
+}  // namespace
+
+// Decides p.segments, the blocks that share a row, for a GPU with so many multiprocessors. Returns the bytes
+// of p.workspace that this takes.
+extern "C" int64_t pyspec_topk_cuda_plan(pyspec::TopkParams& p, int64_t multiprocessors) {
+  int64_t kept = pyspec::segment_candidates(p);
+  int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / p.rows;
+  p.segments = max(min(wanted, min(p.n / kLeastSlice, p.n / (4 * kept))), int64_t{1});
+  Plan plan = make_plan(p, block_threads(p));
+  return p.rows * (8 * plan.row_numbers + (plan.slices > 1 ? 4 : 0));
+}
+
+// One launch, and none for no rows. Returns a cudaError_t.
+extern "C" int pyspec_topk_cuda(const pyspec::TopkParams& p, cudaStream_t stream) {
+  if (p.rows == 0) return cudaSuccess;
+  return p.element == Element::kFloat32 ? launch<uint32_t>(p, stream) : launch<uint16_t>(p, stream);
+}

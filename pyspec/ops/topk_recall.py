@@ -1,0 +1,196 @@
+"""What buckets promise and what they cost: how `topk` keeps its word about recall at the lowest price.
+
+Let a bucket hold s of n values and X of the k best. With the best at random places X is hypergeometric, and the bucket
+keeps min(X, per_bucket) of them, so
+
+    expected recall = sum over buckets of E[min(X, per_bucket)] / k,
+    E[min(X, d)] = d - sum over j < d of (d - j) C(k, j) C(n - k, s - j) / C(n, s)
+
+whether a second stage follows or not: it never drops one of the k best. For s = n / buckets this is Theorem 1 of Samaga
+et al., "A Faster Generalized Two-Stage Approximate Top-K", arXiv 2506.04165; the buckets are those of Key et al.,
+"Approximate Top-k for Increased Parallelism", arXiv 2412.04358.
+
+What they cost is measured, once for a device, for a few rows and numbers of candidates, and kept in the user's cache
+folder: seconds of the exact op, and of one stage for each per_bucket. A second stage costs what the exact op costs on a
+row of the candidates.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+
+from pyspec import measured
+from pyspec.machine import cpu_name
+from pyspec.ops._library import backends
+
+__all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recall"]
+
+MOST_PER_BUCKET = 4  # kMostPerBucket in kernels/params/topk.h
+LANES = 16  # buckets that a kernel handles together
+ROWS = 8  # that are timed at once
+SIZES = (4096, 32768, 262144)  # of the rows that are timed
+KEPT = (16, 256, 2048)  # candidates, or k, that are timed
+REPEATS = 7
+
+
+class Buckets(NamedTuple):
+    """How a row is searched: 0 buckets for the exact result."""
+
+    buckets: int
+    per_bucket: int
+
+
+EXACT = Buckets(0, 1)
+
+
+def bucket_sizes(n: int, buckets: int) -> tuple[int, int]:
+    """Values in each of the larger buckets, and how many buckets are larger by one than the rest."""
+    return (n // buckets + 1, n % buckets) if n % buckets else (n // buckets, buckets)
+
+
+def expected_recall(n: int, k: int, buckets: int, per_bucket: int) -> float:
+    """The share of the k best of n values that is found on average, for values in random order.
+
+    Raises:
+        ValueError: k is not in [1, n], or buckets or per_bucket is less than 1.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in [1, {n}], got {k}")
+    if buckets < 1 or per_bucket < 1:
+        raise ValueError(f"buckets and per_bucket must be at least 1, got {buckets} and {per_bucket}")
+    size, larger = bucket_sizes(n, buckets)
+    found = larger * _kept(n, k, size, per_bucket) + (buckets - larger) * _kept(n, k, size - 1, per_bucket)
+    return min(found / k, 1.0)
+
+
+def _kept(n: int, k: int, size: int, per_bucket: int) -> float:
+    """E[min(X, per_bucket)], X of the k best among size of n values."""
+    if min(size, k) <= per_bucket:
+        return size * k / n
+    every = _log_choose(n, size)
+    lost = 0.0
+    for j in range(max(0, size - (n - k)), min(per_bucket, k + 1)):
+        lost += (per_bucket - j) * math.exp(_log_choose(k, j) + _log_choose(n - k, size - j) - every)
+    return per_bucket - lost
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def choose_buckets(n: int, k: int, recall: float, device: torch.device | str = "cpu") -> Buckets:
+    """The cheapest interleaved buckets on a device whose expected recall is at least recall; EXACT where that is.
+
+    What they cost is measured at the first call on a device (a fraction of a second) and then kept.
+
+    Raises:
+        ValueError: k is not in [1, n], or recall is not in (0, 1].
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"k must be in [1, {n}], got {k}")
+    if not 0 < recall <= 1:
+        raise ValueError(f"recall must be in (0, 1], got {recall}")
+    return _choose(n, k, float(recall), torch.device(device).type, torch.get_num_threads())
+
+
+# a constant for torch.compile: what torch.compiler.assume_constant_result sets, which would import all of dynamo
+choose_buckets._dynamo_marked_constant = True
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(n: int, k: int, recall: float, device: str, threads: int) -> Buckets:
+    kernel = next(row for row in backends() if row["op"] == "topk" and row["device"] == device)
+    if kernel["backend"] == "reference":
+        return EXACT  # which its buckets begin with
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {threads} threads"
+    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {SIZES} {KEPT}")
+    best, least = EXACT, costs.exact(n, k)
+    for per_bucket in range(1, MOST_PER_BUCKET + 1):
+        buckets = fewest_buckets(n, k, recall, per_bucket)
+        if buckets * per_bucket < n and costs.bucketed(n, k, buckets, per_bucket) < least:
+            best, least = Buckets(buckets, per_bucket), costs.bucketed(n, k, buckets, per_bucket)
+    return best
+
+
+def fewest_buckets(n: int, k: int, recall: float, per_bucket: int) -> int:
+    """The fewest buckets that keep the promise: as many as one stage has, or a multiple of what a kernel handles."""
+    fewest = -(-k // per_bucket)
+    if expected_recall(n, k, fewest, per_bucket) >= recall:
+        return fewest
+    low, high = fewest // LANES, max(fewest // LANES, 1)  # in LANES; low is too few
+    while high * LANES < n and expected_recall(n, k, high * LANES, per_bucket) < recall:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_enough = expected_recall(n, k, middle * LANES, per_bucket) >= recall
+        low, high = (low, middle) if is_enough else (middle, high)
+    return high * LANES
+
+
+class _Costs:
+    """Seconds of ROWS rows, on lines between what was measured in logarithms of n and of k or candidates.
+
+    seconds: for the exact op, then one stage of 1, 2, ... per bucket: [SIZES][KEPT].
+    """
+
+    def __init__(self, seconds: list[list[list[float]]]):
+        self._logs = [[[math.log(one) for one in row] for row in rows] for rows in seconds]
+
+    def exact(self, n: int, k: int) -> float:
+        return self._seconds(0, n, k)
+
+    def bucketed(self, n: int, k: int, buckets: int, per_bucket: int) -> float:
+        kept = buckets * per_bucket
+        return self._seconds(per_bucket, n, kept) + (self.exact(kept, k) if kept > k else 0.0)
+
+    def _seconds(self, per_bucket: int, n: int, kept: int) -> float:
+        by_kept = [_line(SIZES, column, n) for column in zip(*self._logs[per_bucket], strict=True)]
+        return math.exp(_line(KEPT, by_kept, kept))
+
+
+def _line(sizes: tuple[int, ...], values: list[float], size: int) -> float:
+    """The value at size, on lines over the logarithm of sizes that go on beyond the first and the last."""
+    last = next((i for i in range(1, len(sizes)) if size < sizes[i]), len(sizes) - 1)
+    part = math.log(size / sizes[last - 1]) / math.log(sizes[last] / sizes[last - 1])
+    return values[last - 1] + (values[last] - values[last - 1]) * part
+
+
+@functools.lru_cache
+def _costs(device: str, key: str) -> _Costs:
+    try:
+        return _Costs(measured.read("topk")[key]["seconds"])
+    except (KeyError, TypeError, ValueError):
+        seconds = _measure(device)
+        measured.keep("topk", key, {"seconds": seconds})
+        return _Costs(seconds)
+
+
+def _measure(device: str) -> list[list[list[float]]]:
+    """Medians, in turn."""
+    generator = torch.Generator().manual_seed(0)
+    seconds: list[list[list[float]]] = [[] for _ in range(MOST_PER_BUCKET + 1)]
+    for n in SIZES:
+        x = torch.randn(ROWS, n, generator=generator).to(device)
+        found = [
+            [[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in range(MOST_PER_BUCKET + 1)]
+            for _ in range(REPEATS + 1)
+        ][1:]
+        for per_bucket, rows in enumerate(seconds):
+            rows.append([statistics.median(turn[per_bucket][i] for turn in found) for i in range(len(KEPT))])
+    return seconds
+
+
+def _timed(x: torch.Tensor, kept: int, per_bucket: int) -> float:
+    """Seconds of the exact op with k = kept, or of one stage."""
+    buckets = kept // per_bucket if per_bucket else 0
+    start = time.perf_counter()
+    torch.ops.pyspec.topk.default(x, buckets * per_bucket or kept, buckets, per_bucket or 1, True, True, False)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start

@@ -1,0 +1,73 @@
+"""Compiles CUDA sources for the CPU with cuda_on_host.h, and loads the result."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off"]
+FLAGS += [f"-I{HERE}", f"-I{ROOT / 'kernels'}"]
+NAMESPACE = "pyspec_on_host"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def build_on_host(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
+    """A shared library of .cu and .cpp sources; kept in build/cuda_on_host until anything it is made of changes."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("there is no C++ compiler to run CUDA kernels on the CPU with")
+    command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags]
+    made_of = [*sources, *HERE.glob("*.h"), *(ROOT / "kernels").glob("**/*.h"), *(ROOT / "csrc/cuda").glob("*.h")]
+    digest = hashlib.sha256(repr(command).encode())
+    for path in sorted(made_of):
+        digest.update(path.read_bytes())
+    library = ROOT / "build/cuda_on_host" / f"{sources[-1].stem}_{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        temporary = library.with_suffix(f".{os.getpid()}")  # several test processes may build it at once
+        subprocess.run([*command, "-o", str(temporary)], check=True)
+        temporary.replace(library)
+    return library
+
+
+class HostLibrary(ctypes.CDLL):
+    """A library of kernels; call(name, ...) runs one of its functions, which returns a cudaError_t."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self.cuda_on_host_error.restype = ctypes.c_char_p
+        self.cuda_on_host_set.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
+
+    def set(self, multiprocessors: int = 4, blocks_in_flight: int = 1, seed: int = 0) -> None:
+        """The device from now on; seed 0 runs blocks and threads in ascending order, another in one drawn from it."""
+        self.cuda_on_host_set(multiprocessors, blocks_in_flight, seed)
+
+    def call(self, name: str, *args) -> None:
+        """Raises RuntimeError with the report of a launch that failed."""
+        if self[name](*args):
+            raise RuntimeError(self.cuda_on_host_error().decode())
+
+
+@functools.cache
+def op_on_host(name: str) -> tuple[Callable, HostLibrary]:
+    """The CUDA kernel of an op behind its own binding, for CPU tensors, and the library that both are in."""
+    torch_folder = Path(torch.__file__).parent
+    includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
+    flags = [f"-isystem{folder}" for folder in includes] + ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
+    flags += [f"-DPYSPEC_CUDA_LIBRARY(m)=STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)"]
+    flags += [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = [HERE / "boundary.cpp", ROOT / f"csrc/cuda/{name}.cpp", ROOT / f"kernels/cuda/{name}.cu"]
+    library = build_on_host(*sources, flags=tuple(flags))
+    schema = str(getattr(torch.ops.pyspec, name).default._schema).removeprefix("pyspec::")
+    _LIBRARY.define(schema)
+    torch.ops.load_library(str(library))
+    return getattr(getattr(torch.ops, NAMESPACE), name).default, HostLibrary(library)
