@@ -59,6 +59,7 @@ setup(
         "pyspec.caches",
         "pyspec.drafting",
         "pyspec.kernels",
+        "pyspec.masks",
         "pyspec.models",
         "pyspec.ops",
     ],

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import pyspec
 from pyspec import BlockMask, DraftTree
+from pyspec.masks import tiles
 from pyspec.ops import backends, block_masked_attention, tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS
 
@@ -218,7 +219,7 @@ def test_a_mask_for_each_head_and_batch_entry(run):
 
 def test_blocks_of_128_rows(run, monkeypatch):
     """What a mask from a GPU has."""
-    monkeypatch.setattr(pyspec.masks, "_words_per_block", lambda rows, device: 2)
+    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: 2)
     for rows in (5, 200):
         visible = random_dense(rows, 150)
         check(run, tensors(rows, 150, heads=6), BlockMask.from_dense(visible), visible)
