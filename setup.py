@@ -61,6 +61,7 @@ setup(
         "pyspec.drafting",
         "pyspec.growth",
         "pyspec.kernels",
+        "pyspec.masks",
         "pyspec.models",
         "pyspec.ops",
         "pyspec.training",

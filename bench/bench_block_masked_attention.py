@@ -1,97 +1,106 @@
 """How fast is block_masked_attention, against what a user would call instead, and what does each idea of it bring?
 
-    python bench/bench_block_masked_attention.py    tables, bench/results/block_masked_attention_<device>.{json,png}
+    python bench/bench_block_masked_attention.py    what the plan asks for: some ten minutes on two cores
+    python bench/bench_block_masked_attention.py --sizes 256 1024 4096 16384    also other N, for the figure
     pytest bench --benchmark-only                   the kernel alone, to compare before and after a change
 
-Masks: those of the paper (Binary Block Masking, arXiv 2409.15097); nodes of a tree see all ancestors and a prefix.
-Peers: torch's scaled_dot_product_attention with the dense mask and, unmasked, causal or full; FlexAttention compiled
-with its own block mask; a call for each document where documents are packed. Kernel and mask building are timed apart.
-Variants: "base" reads the mask of every tile that has something, "dense run" not of the first run of full tiles in a
-row; those are the paper's. Ours lists all full tiles. The floor is the operations of visible pairs over the rate of a
-large matrix product, or the bytes of q, k, v and out over the read bandwidth.
+Prints tables and each target beside what was reached; writes bench/results/block_masked_attention_<device>.{json,png}.
+
+Masks: mask_patterns.py. Peers: torch's scaled_dot_product_attention with the dense mask and, unmasked, causal or full;
+FlexAttention compiled with its own block mask; a call for each document where documents are packed, and on a GPU
+flash-attn's call for them where it is installed. Kernel and mask building are timed apart. Variants: "base" reads the
+mask of every tile that has something, "dense run" not of the first run of full tiles in a row; those are the paper's.
+Ours lists all full tiles. The floor is the operations of visible pairs over the rate of a large matrix product, or the
+bytes of q, k, v and out over the read bandwidth.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import measure
 import pytest
 import torch
+from mask_figure import draw
+from mask_patterns import PATTERNS, as_variant, builder, document_length, predicate, random_tiles
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import BlockMask
-from pyspec.masks import _FULL
 from pyspec.ops import block_masked_attention
 
-BATCH, HEADS, HEAD_DIM = 1, 8, 64
-SIZES = (256, 1024, 4096)
-PATTERNS = ("causal", "all ones", "window", "dilated", "global", "documents", "prefix-LM", "tree", "sparse")
-TARGETS = {  # of the plan, at 4096: pattern: (at least this many times faster in fp32 and bf16, than what)
-    "window": (12.0, 20.0, "sdpa"),
-    "dilated": (8.0, 8.0, "sdpa"),
-    "global": (6.0, 6.0, "sdpa"),
-    "documents": (10.0, 10.0, "sdpa"),
-    "tree": (3.0, 3.0, "sdpa"),
-    "sparse": (10.0, 10.0, "sdpa"),
-    "causal": (0.95, 1.3, "sdpa causal"),
-    "all ones": (0.95, 1.3, "sdpa full"),
+HEAD_DIM = 64
+TREE_NODES, TREE_PREFIX = 64, 2048  # of one round of speculation
+SHARES = (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0)  # of tiles, for the line through the origin
+ALL = "every mask"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the plan asks of a device. Targets: (pattern, dtype, "ms" or "build_ms", peer): how many times faster."""
+
+    batch: int
+    heads: int
+    size: int
+    dtypes: tuple[torch.dtype, ...]
+    targets: dict[tuple[str, str, str, str], float]
+    most_build_ms: float | None = None
+
+
+def both(fp32: float, bf16: float, *key: str) -> dict[tuple[str, str, str, str], float]:
+    pattern, kind, peer = key
+    return {(pattern, "float32", kind, peer): fp32, (pattern, "bfloat16", kind, peer): bf16}
+
+
+PLANS = {
+    "cpu": Plan(
+        batch=1,
+        heads=8,
+        size=4096,
+        dtypes=(torch.float32, torch.bfloat16),
+        targets=both(12, 20, "window", "ms", "sdpa")
+        | both(8, 8, "dilated", "ms", "sdpa")
+        | both(6, 6, "global", "ms", "sdpa")
+        | both(10, 10, "documents", "ms", "sdpa")
+        | both(3, 3, "tree", "ms", "sdpa")
+        | both(10, 10, "sparse", "ms", "sdpa")
+        | both(0.95, 1.3, "causal", "ms", "sdpa causal")
+        | both(0.95, 1.3, "all ones", "ms", "sdpa full")
+        | both(1, 1, ALL, "ms", "flex")
+        | both(1.5, 3, "window", "ms", "flex")
+        | both(1.5, 3, "documents", "ms", "flex")
+        | {(ALL, "float32", "build_ms", "flex"): 20},
+    ),
+    "cuda": Plan(
+        batch=4,
+        heads=32,
+        size=16384,
+        dtypes=(torch.bfloat16,),
+        targets={
+            ("documents", "bfloat16", "ms", "sdpa causal"): 4,
+            ("window", "bfloat16", "ms", "sdpa full"): 12,
+            (ALL, "bfloat16", "ms", "flex"): 1,
+        },
+        most_build_ms=0.5,
+    ),
 }
-
-
-def sparse_dense(size: int) -> torch.Tensor:
-    """A symmetric band that is 2% of all, in a random order that hides it."""
-    generator = torch.Generator().manual_seed(size)
-    back = (torch.arange(size)[:, None] - torch.arange(size)).abs()
-    shuffle = torch.randperm(size, generator=generator)
-    return (back <= size // 100)[shuffle][:, shuffle]
-
-
-def builder(pattern: str, size: int, device: str) -> Callable[[], BlockMask]:
-    """What a user calls to make the mask."""
-    window = min(256, size // 4)
-    if pattern == "tree":
-        nodes = size // 3  # 1,365 at 4,096: a complete 4-ary tree of depth 5
-        parents = [-1] + [(node - 1) // 4 for node in range(1, nodes)]
-        return lambda: BlockMask.from_tree(parents, size // 2, device=device)
-    if pattern == "sparse":
-        dense = sparse_dense(size).to(device)
-        return lambda: BlockMask.from_dense(dense)
-    documents = [max(size // 16, 1)] * 16
-    return {
-        "causal": lambda: BlockMask.from_documents([size], device=device),
-        "all ones": lambda: BlockMask.from_documents([size], causal=False, device=device),
-        "window": lambda: BlockMask.from_window(size, window=window, device=device),
-        "dilated": lambda: BlockMask.from_window(size, window=window // 2, dilation=2, device=device),
-        "global": lambda: BlockMask.from_window(size, window=window, global_tokens=64, causal=False, device=device),
-        "documents": lambda: BlockMask.from_documents(documents, device=device),
-        "prefix-LM": lambda: BlockMask.from_documents(documents, inputs=[n // 2 for n in documents], device=device),
-    }[pattern]
-
-
-def as_variant(mask: BlockMask, variant: str) -> BlockMask:
-    """The mask with full tiles made partial: all of them, or all but the first run in each row block."""
-    tile_map = mask._tile_map()
-    full = tile_map == _FULL
-    first = full.to(torch.int8).argmax(-1, keepdim=True)
-    gaps = (~full & (torch.arange(full.shape[-1], device=full.device) >= first)).cumsum(-1)
-    demoted = full if variant == "base" else full & (gaps > 0)
-    ones = torch.full((int(demoted.sum()), *mask.bits.shape[1:]), -1, device=mask.device)  # each reads bits of its own
-    tile_map[demoted] = len(mask.bits) + torch.arange(len(ones), dtype=torch.int32, device=mask.device)
-    return BlockMask._from_map(tile_map, torch.cat([mask.bits, ones]), mask.rows, mask.keys)
 
 
 class Problem:
     """One attention under one mask."""
 
-    def __init__(self, pattern: str, size: int, dtype: torch.dtype, device: str = "cpu"):
+    def __init__(
+        self, pattern: str, size: int, dtype: torch.dtype, device: str = "cpu", batch: int = 1, heads: int = 8
+    ):
         self.pattern, self.size, self.dtype, self.device = pattern, size, dtype, device
         self.build = builder(pattern, size, device)
         self.mask = self.build()
         self.dense = self.mask.to_dense()[0, 0]
+        self.sees = predicate(pattern, size, self.dense)
         generator = torch.Generator().manual_seed(size)
-        shapes = [(BATCH, HEADS, length, HEAD_DIM) for length in (self.mask.rows, self.mask.keys, self.mask.keys)]
+        plan, lengths = PLANS[device], (self.mask.rows, self.mask.keys, self.mask.keys)
+        shapes = [(plan.batch, plan.heads, length, HEAD_DIM) for length in lengths]
         self.q, self.k, self.v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
 
     def pyspec(self, mask: BlockMask) -> Callable[[], torch.Tensor]:
@@ -115,42 +124,60 @@ class Problem:
             calls["sdpa causal"] = lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
         calls["sdpa full"] = lambda: scaled_dot_product_attention(q, k, v)
         if self.pattern == "documents":
-            parts = [tensor.split(max(self.size // 16, 1), 2) for tensor in (q, k, v)]
+            parts = [tensor.split(document_length(self.size), 2) for tensor in (q, k, v)]
             calls["a call a document"] = lambda: torch.cat(
                 [scaled_dot_product_attention(*one, is_causal=True) for one in zip(*parts, strict=True)], 2
             )
+            calls |= self.flash_attn()
         return calls
+
+    def flash_attn(self) -> dict[str, Callable]:
+        """flash-attn's kernel for packed documents, on a GPU where it is installed."""
+        try:
+            from flash_attn import flash_attn_varlen_func
+        except ImportError:
+            return {}
+        if self.device != "cuda" or self.dtype == torch.float32:
+            return {}
+        length = document_length(self.size)
+        q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (self.q, self.k, self.v))
+        starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=self.device)
+        return {"flash-attn": lambda: flash_attn_varlen_func(q, k, v, starts, starts, length, length, causal=True)}
 
     def flex(self) -> tuple[Callable, Callable]:
         """FlexAttention compiled for this problem, and how it builds its mask, compiled too."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        dense = self.dense
-
-        def sees(b, h, row, key):
-            return dense[row, key]
-
         torch.compiler.reset()  # a second shape would be compiled with dynamic sizes, which the CPU backend cannot
         create = torch.compile(create_block_mask, dynamic=False)
 
         def build():
-            return create(sees, None, None, self.mask.rows, self.mask.keys, device=self.device)
+            return create(self.sees, None, None, self.mask.rows, self.mask.keys, device=self.device)
 
         block_mask, attend = build(), torch.compile(flex_attention, dynamic=False)
         return lambda: attend(self.q, self.k, self.v, block_mask=block_mask), build
 
+    def builds(self) -> dict[str, Callable]:
+        rows, keys = self.mask.rows, self.mask.keys
+        return {
+            "pyspec": self.build,
+            "from_dense": lambda: BlockMask.from_dense(self.dense),
+            "from_predicate": lambda: BlockMask.from_predicate(self.sees, rows, keys, device=self.device),
+        }
+
     def check(self) -> None:
-        """Refuses to time a wrong result."""
-        expected = scaled_dot_product_attention(self.q.double(), self.k.double(), self.v.double(), self.dense)
+        """Refuses to time a wrong result: one head's."""
+        q, k, v = (tensor[:1, :1].double() for tensor in (self.q, self.k, self.v))
+        expected = scaled_dot_product_attention(q, k, v, self.dense)
         tolerance = 2e-2 if self.dtype == torch.bfloat16 else 1e-4
         for name, call in self.ours().items():
-            found = call().double()
+            found = call()[:1, :1].double()
             torch.testing.assert_close(
                 found, expected, atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
             )
 
     def floor(self, rate: float, bandwidth: float) -> float:
-        operations = 4 * BATCH * HEADS * HEAD_DIM * int(self.dense.sum())
+        operations = 4 * self.q.shape[:2].numel() * HEAD_DIM * int(self.dense.sum())
         moved = 2 * self.q.nbytes + 2 * self.k.nbytes
         return 1e3 * max(operations / rate, moved / bandwidth)
 
@@ -163,17 +190,26 @@ def test_block_masked_attention(benchmark, pattern, dtype):
     benchmark(problem.pyspec(problem.mask))
 
 
-def run(device: str, sizes, with_flex: bool, repeats: int) -> dict:
-    bandwidth = measure.read_bandwidth(device)
+# ==== measuring ====
+
+
+def timed(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
+    """Milliseconds of each call, in turn, for about so many seconds in all."""
+    first = measure.in_turn(calls, repeats=1, warmup=1)
+    repeats = min(max(round(seconds / sum(first.values())), 5), 100)
+    return {name: 1e3 * value for name, value in measure.in_turn(calls, repeats, warmup=0).items()}
+
+
+def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> dict:
+    plan, bandwidth = PLANS[device], measure.read_bandwidth(device)
     rows = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in plan.dtypes:
         rate = measure.multiply_rate(dtype, device)
         for size in sizes:
             for pattern in PATTERNS:
                 problem = Problem(pattern, size, dtype, device)
                 problem.check()
-                ours, peers = problem.ours(), problem.peers()
-                builds = {"pyspec": problem.build}
+                ours, peers, builds = problem.ours(), problem.peers(), problem.builds()
                 if with_flex:
                     try:
                         peers["flex"], builds["flex"] = problem.flex()
@@ -181,46 +217,82 @@ def run(device: str, sizes, with_flex: bool, repeats: int) -> dict:
                     except Exception as error:  # a peer that cannot run is a result too
                         print(f"FlexAttention does not run: {type(error).__name__}: {str(error).splitlines()[0]}")
                         peers.pop("flex", None)
-                seconds = measure.in_turn(ours | peers, repeats, warmup=1)
-                build_seconds = measure.in_turn(builds, repeats, warmup=1)
                 rows.append(
                     {
                         "pattern": pattern,
                         "dtype": str(dtype).removeprefix("torch."),
                         "size": size,
                         "density": problem.mask.density,
-                        "ms": {name: 1e3 * s for name, s in seconds.items()},
-                        "build_ms": {name: 1e3 * s for name, s in build_seconds.items()},
+                        "ms": timed(ours | peers, seconds),
+                        "build_ms": timed(builds, seconds / 4),
                         "peers": list(peers),
                         "floor_ms": problem.floor(rate, bandwidth),
                     }
                 )
                 show(rows[-1])
-    return {
+    result = {
         "machine": measure.machine(),
         "device": device,
-        "batch": BATCH,
-        "heads": HEADS,
+        "batch": plan.batch,
+        "heads": plan.heads,
         "head_dim": HEAD_DIM,
         "read_gb_s": bandwidth / 1e9,
         "rows": rows,
-        "density": density_sweep(device, max(sizes) * 2, repeats),
+        "density": density_sweep(device, plan, max(sizes) * 2 if device == "cpu" else max(sizes), seconds),
+        "tree_build_us": tree_build_us(device),
     }
+    result["targets"] = targets_of(result, plan)
+    return result
 
 
-def density_sweep(device: str, size: int, repeats: int) -> list[dict]:
-    """Time against the share of visible tiles, from windows of growing width: a line through the origin."""
+def density_sweep(device: str, plan: Plan, size: int, seconds: float) -> list[dict]:
+    """Time against the share of visible tiles, which are full and anywhere: should be a line through the origin."""
+    q, k, v = (torch.randn(plan.batch, plan.heads, size, HEAD_DIM, device=device, dtype=plan.dtypes[0]) for _ in "qkv")
+    masks = {share: random_tiles(size, share, device) for share in SHARES}
+    calls = {share: lambda m=mask: block_masked_attention(q, k, v, m) for share, mask in masks.items()}
     points = []
-    problem = Problem("causal", 256, torch.float32, device)
-    shape = (BATCH, HEADS, size, HEAD_DIM)
-    problem.q, problem.k, problem.v = (torch.randn(shape, device=device) for _ in range(3))
-    for share in (0.02, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0):
-        window = max(round(size * (1 - (1 - share) ** 0.5)), 1)  # of a symmetric band
-        mask = BlockMask.from_window(size, window=window, causal=False, device=device)
-        ms = 1e3 * measure.in_turn({"pyspec": problem.pyspec(mask)}, max(repeats // 4, 3), warmup=1)["pyspec"]
-        points.append({"size": size, "density": mask.density, "ms": ms})
-        print(f"N={size} {mask.density:6.1%} of tiles: {ms:.2f} ms, {ms / mask.density:.1f} ms a whole", flush=True)
+    for share, ms in timed(calls, seconds).items():
+        points.append({"size": size, "density": masks[share].density, "ms": ms})
+    whole = sum(p["ms"] * p["density"] for p in points) / sum(p["density"] ** 2 for p in points)  # least squares
+    for point in points:
+        point["over_line"] = point["ms"] / (whole * point["density"])
+        print("N={size} {density:6.1%} of tiles: {ms:.2f} ms, {over_line:.2f} of the line".format(**point), flush=True)
     return points
+
+
+def tree_build_us(device: str) -> float:
+    """The mask of one round of speculation: a tree over what is committed."""
+    parents = [-1] + [(node - 1) // 3 for node in range(1, TREE_NODES)]
+    tree = torch.tensor(parents, dtype=torch.int32).numpy()
+    build = lambda: BlockMask.from_tree(tree, TREE_PREFIX, device=device)  # noqa: E731
+    return 1e6 * measure.in_turn({"tree": build}, repeats=1000, warmup=50)["tree"]
+
+
+def targets_of(result: dict, plan: Plan) -> list[dict]:
+    """Every figure of the plan: what it is about, what was reached and what was asked for."""
+    found = []
+    for (pattern, dtype, kind, peer), wanted in plan.targets.items():
+        rows = [row for row in result["rows"] if row["dtype"] == dtype and row["size"] == plan.size]
+        rows = [row for row in rows if pattern in (ALL, row["pattern"]) and peer in row[kind]]
+        ratios = {row["pattern"]: row[kind][peer] / row[kind]["pyspec"] for row in rows}
+        if not ratios:
+            continue
+        worst = min(ratios, key=ratios.get)
+        about = f"{dtype}, {pattern if pattern != ALL else f'{ALL} (worst: {worst})'}"
+        what = f"{about}: {'built' if kind == 'build_ms' else 'runs'} x times as fast as {peer}"
+        found.append({"what": what, "reached": ratios[worst], "wanted": wanted, "met": ratios[worst] >= wanted})
+    if plan.most_build_ms is not None:
+        slowest = max(row["build_ms"]["pyspec"] for row in result["rows"] if row["size"] == plan.size)
+        met = slowest <= plan.most_build_ms
+        found.append({"what": "slowest mask, ms", "reached": slowest, "wanted": plan.most_build_ms, "met": met})
+    off = max(abs(point["over_line"] - 1) for point in result["density"])
+    found.append({"what": "time off the line of density, at most", "reached": off, "wanted": 0.15, "met": off <= 0.15})
+    tree = result["tree_build_us"]
+    what = f"mask of a tree of {TREE_NODES} nodes, us at most"
+    return [*found, {"what": what, "reached": tree, "wanted": 50, "met": tree < 50}]
+
+
+# ==== showing ====
 
 
 def show(row: dict) -> None:
@@ -233,63 +305,29 @@ def show(row: dict) -> None:
         + ", ".join(f"{name} {ms:.3f}" for name, ms in row["build_ms"].items()),
         flush=True,
     )
-    target = TARGETS.get(row["pattern"])
-    if target and row["size"] == 4096:
-        wanted = target[row["dtype"] == "bfloat16"]
-        print(f"         {row['ms'][target[2]] / ours:.2f}x {target[2]}, plan {wanted}x", flush=True)
 
 
-def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    largest = max(row["size"] for row in result["rows"])
-    for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=False):
-        rows = [row for row in result["rows"] if row["dtype"] == dtype and row["size"] == largest]
-        names = ["base", "dense run", "sdpa", "sdpa full", *(["flex"] if "flex" in rows[0]["ms"] else [])]
-        for i, name in enumerate(names):
-            ratios = [row["ms"].get(name, 0.0) / row["ms"]["pyspec"] for row in rows]
-            width = 0.8 / len(names)
-            bars = axis.bar([x + i * width for x in range(len(rows))], ratios, width, label=name)
-            axis.bar_label(bars, fmt="%.1f", fontsize=5)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_xticks([x + 0.3 for x in range(len(rows))], [row["pattern"] for row in rows], rotation=40, fontsize=8)
-        axis.set_title(f"{dtype}, N = {largest}", fontsize=9)
-    axes[0].set_ylabel("time over time of block_masked_attention")
-    axes[0].legend(fontsize=7)
-    points = result["density"]
-    axes[2].plot([p["density"] for p in points], [p["ms"] for p in points], "o-")
-    axes[2].plot([0, 1], [0, points[-1]["ms"]], "--", color="0.6")
-    axes[2].set_title(f"time against visible tiles, float32, N = {points[0]['size']}", fontsize=9)
-    axes[2].set_xlabel("share of tiles")
-    axes[2].set_ylabel("ms")
-    machine = result["machine"]
-    where = machine.get("gpu", machine["cpu"]) if result["device"] == "cuda" else machine["cpu"]
-    figure.suptitle(
-        f"batch {BATCH}, {HEADS} heads of {HEAD_DIM}; {where}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"{machine['date']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+def show_targets(targets: Sequence[dict]) -> None:
+    print("\n  reached   plan")
+    for target in targets:
+        print(f"{target['reached']:9.2f} {target['wanted']:6g} {'' if target['met'] else 'NOT '}met: {target['what']}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="N, up to 16,384 where memory allows")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cpu", choices=PLANS)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="N, up to 16,384 where memory allows; the plan's by default"
+    )
+    parser.add_argument("--seconds", type=float, default=8.0, help="to time one mask's calls for")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which takes long to compile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options.device, options.sizes, not options.no_flex, options.repeats)
+    result = run(options.device, options.sizes or [PLANS[options.device].size], not options.no_flex, options.seconds)
+    show_targets(result["targets"])
     path = measure.save(f"block_masked_attention_{options.device}", result)
-    plot(result, path.with_suffix(".png"))
+    draw(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")
 
 

@@ -25,6 +25,7 @@ step "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels tests/ops tes
 step "$python" bench/bench_verify.py --device cuda --models SmolLM2-135M Llama-3.2-1B Llama-3.1-8B
 step "$python" bench/bench_linear.py --device cuda
 step "$python" bench/bench_tree_attention.py --device cuda
+step "$python" bench/bench_block_masked_attention.py --device cuda
 if [ "$model" != demo ] || "$python" -c "from pyspec.models.loading import demo_file; demo_file()" 2> /dev/null; then
   step "$python" bench/generate.py --device cuda --model "$model" --limit 1
   step "$python" bench/equality.py --device cuda --model "$model" --prompts 13 --sampled-prompts 13

@@ -3,14 +3,17 @@
 // Python.
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <utility>
 #include <vector>
 
+#include "params/block_masked_attention.h"
 #include "params/rms_norm.h"
 #include "params/rotary_write.h"
 #include "params/swiglu.h"
 #include "params/tree_attention.h"
 #include "program.h"
+#include "prompt_tiles.h"
 
 namespace {
 
@@ -21,6 +24,7 @@ using pyspec::linear_of;
 using pyspec::team_parallel_for;
 using torch::stable::Tensor;
 
+PYSPEC_KERNEL_TABLE(pyspec_block_masked_attention, pyspec::BlockMaskedAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_linear, pyspec::LinearParams);
 PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 PYSPEC_KERNEL_TABLE(pyspec_rotary_write, pyspec::RotaryWriteParams);
@@ -31,7 +35,9 @@ struct Layer {
   pyspec::RmsNormParams attention_norm, feed_forward_norm;
   pyspec::LinearParams qkv, output, gate_up, down;
   pyspec::RotaryWriteParams rotary;
-  std::vector<pyspec::TreeAttentionParams> attention;  // one a tree
+  // One for each tree: of a long piece of a prompt among prompts, of others among trees.
+  std::vector<pyspec::BlockMaskedAttentionParams> prompts;
+  std::vector<pyspec::TreeAttentionParams> trees;
   pyspec::SwigluParams swiglu;
 };
 
@@ -45,7 +51,8 @@ struct Program {
       pyspec_rms_norm_table[isa](layer.attention_norm);
       pyspec_linear_table[isa](layer.qkv);
       pyspec_rotary_write_table[isa](layer.rotary);
-      for (const auto& tree : layer.attention) pyspec_tree_attention_table[isa](tree);
+      for (const auto& prompt : layer.prompts) pyspec_block_masked_attention_table[isa](prompt);
+      for (const auto& tree : layer.trees) pyspec_tree_attention_table[isa](tree);
       pyspec_linear_table[isa](layer.output);
       pyspec_rms_norm_table[isa](layer.feed_forward_norm);
       pyspec_linear_table[isa](layer.gate_up);
@@ -119,6 +126,16 @@ Tensor llama_layers(Tensor hidden, std::vector<Tensor> weights, std::vector<Tens
                     ", cos_sin has ", cos_sin.size(0), " positions");
   }
 
+  // Many rows of a chain are a piece of a prompt: they share tiles in block_masked_attention, which gives the
+  // same bits. Of few rows the keys should be shared out to threads, as tree_attention does.
+  std::map<std::pair<size_t, int64_t>, pyspec::PromptTiles> prompts;  // by tree and window
+  for (size_t tree = 0; tree < trees; ++tree) {
+    int64_t nodes = ancestor_bits[tree].size(0);
+    const auto* bits = static_cast<const int32_t*>(ancestor_bits[tree].data_ptr());
+    if (nodes <= pyspec::kTile || !pyspec::is_chain(bits, nodes)) continue;
+    for (int64_t window : windows) prompts.try_emplace({tree, window}, nodes, lengths[tree], window);
+  }
+
   // ==== the program: params of every kernel, first to size the buffer, then to run ====
   Tensor out = torch::stable::new_empty(keys_values, {rows, shape.hidden});
   int64_t bytes = pyspec::bytes_of(element);
@@ -180,24 +197,36 @@ Tensor llama_layers(Tensor hidden, std::vector<Tensor> weights, std::vector<Tens
 
       int64_t first_row = 0;
       for (size_t tree = 0; tree < trees; ++tree) {
-        pyspec::TreeAttentionParams p{};
-        p.batch = 1, p.heads = shape.heads, p.kv_heads = shape.kv_heads, p.head_dim = shape.head_dim;
-        p.nodes = ancestor_bits[tree].size(0), p.page = slots;
-        p.ancestor_bits = static_cast<const int32_t*>(ancestor_bits[tree].data_ptr());
-        p.prefix_lens = &prefix_lens[tree], p.longest_prefix = lengths[tree];
-        int64_t row_bytes = shape.heads * shape.head_dim * bytes;
-        p.q = q + first_row * row_bytes, p.out = mixed + first_row * row_bytes, p.lse = lse;
-        p.k = k + sequences[tree] * keys_values.stride(2) * bytes;
-        p.v = v + sequences[tree] * keys_values.stride(2) * bytes;
-        p.q_strides[1] = p.out_strides[1] = shape.head_dim;
-        p.q_strides[2] = p.out_strides[2] = shape.heads * shape.head_dim;
-        for (int i = 0; i < 3; ++i) p.k_strides[i] = p.v_strides[i] = keys_values.stride(2 + i);
-        p.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
-        p.window = windows[index], p.element = element, p.parallel_for = team_parallel_for;
-        p.workspace = scratch;
-        most_scratch = std::max(most_scratch, 4 * pyspec::workspace_floats(p));
-        layer.attention.push_back(p);
-        first_row += p.nodes;
+        int64_t nodes = ancestor_bits[tree].size(0), window = windows[index];
+        auto fill = [&](auto& p) {
+          p.batch = 1, p.heads = shape.heads, p.kv_heads = shape.kv_heads, p.head_dim = shape.head_dim;
+          int64_t row_bytes = shape.heads * shape.head_dim * bytes;
+          p.q = q + first_row * row_bytes, p.out = mixed + first_row * row_bytes, p.lse = lse;
+          p.k = k + sequences[tree] * keys_values.stride(2) * bytes;
+          p.v = v + sequences[tree] * keys_values.stride(2) * bytes;
+          p.q_strides[1] = p.out_strides[1] = shape.head_dim;
+          p.q_strides[2] = p.out_strides[2] = shape.heads * shape.head_dim;
+          for (int i = 0; i < 3; ++i) p.k_strides[i] = p.v_strides[i] = keys_values.stride(2 + i);
+          p.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim));
+          p.element = element, p.parallel_for = team_parallel_for;
+        };
+        if (auto tiles = prompts.find({tree, window}); tiles != prompts.end()) {
+          pyspec::BlockMaskedAttentionParams p{};
+          fill(p);
+          p.rows = nodes, p.keys = lengths[tree] + nodes;
+          tiles->second.put(p);
+          layer.prompts.push_back(p);
+        } else {
+          pyspec::TreeAttentionParams p{};
+          fill(p);
+          p.nodes = nodes, p.page = slots, p.window = window;
+          p.ancestor_bits = static_cast<const int32_t*>(ancestor_bits[tree].data_ptr());
+          p.prefix_lens = &prefix_lens[tree], p.longest_prefix = lengths[tree];
+          p.workspace = scratch;
+          most_scratch = std::max(most_scratch, 4 * pyspec::workspace_floats(p));
+          layer.trees.push_back(p);
+        }
+        first_row += nodes;
       }
       program.layers.push_back(layer);
     }

@@ -8,6 +8,7 @@
 #include "adjacency.h"
 #include "growth.h"
 #include "ngram_index.h"
+#include "tiles.h"
 #include "tree.h"
 
 namespace py = pybind11;
@@ -21,6 +22,14 @@ using Array = py::array_t<T, py::array::c_style>;
 template <typename T>
 Array<T> array_of(const std::vector<T>& values) {
   return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+// An array that owns the vector: nothing is copied.
+template <typename T, typename Element>
+Array<T> owning_array(std::vector<py::ssize_t> shape, std::vector<Element> values) {
+  auto* kept = new std::vector<Element>(std::move(values));
+  const py::capsule owner(kept, [](void* vector) { delete static_cast<std::vector<Element>*>(vector); });
+  return Array<T>(std::move(shape), reinterpret_cast<const T*>(kept->data()), owner);
 }
 
 // A writable view of memory that owner keeps alive.
@@ -39,9 +48,26 @@ py::tuple layout(const Array<int32_t>& parents) {
   return py::make_tuple(depths, bits);
 }
 
+// Bools [batch, heads, rows, keys] to a tile map and bits.
+py::tuple dense_tiles(const Array<bool>& visible, int words) {
+  if (visible.ndim() != 4 || words < 1) throw std::invalid_argument("visible must have 4 dimensions");
+  DenseTiles result{visible.shape(2), visible.shape(3), words, {}, {}};
+  const auto* data = reinterpret_cast<const uint8_t*>(visible.data());
+  const py::ssize_t matrices = visible.shape(0) * visible.shape(1);
+  {
+    py::gil_scoped_release release;
+    for (py::ssize_t i = 0; i < matrices; ++i) result.add(data + i * result.rows * result.keys);
+  }
+  const auto partial = static_cast<py::ssize_t>(result.bits.size() / result.height());
+  return py::make_tuple(
+      owning_array<int32_t>({visible.shape(0), visible.shape(1), result.blocks(), result.columns()},
+                            std::move(result.tile_map)),
+      owning_array<int64_t>({partial, words, 64}, std::move(result.bits)));
+}
+
 // [batch] of (parents, prefix) to the tensors of a BlockMask.
-py::tuple tiles(const std::vector<std::pair<Array<int32_t>, int64_t>>& trees, int rows, int64_t keys,
-                int words) {
+py::tuple tree_tiles(const std::vector<std::pair<Array<int32_t>, int64_t>>& trees, int rows, int64_t keys,
+                     int words) {
   TreeTiles result;
   for (const auto& [parents, prefix] : trees) {
     const auto nodes = static_cast<int>(parents.size());
@@ -111,7 +137,8 @@ py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
   module.def("tree_layout", &layout, py::arg("parents").noconvert());
-  module.def("tree_tiles", &tiles, py::arg("trees"), py::arg("rows"), py::arg("keys"), py::arg("words"));
+  module.def("dense_tiles", &dense_tiles, py::arg("visible").noconvert(), py::arg("words"));
+  module.def("tree_tiles", &tree_tiles, py::arg("trees"), py::arg("rows"), py::arg("keys"), py::arg("words"));
   module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
              py::arg("budget"));
 

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "tiles.h"
+
 namespace pyspec {
 
 inline int bit_words(int nodes) { return (nodes + 31) / 32; }
@@ -41,19 +43,7 @@ inline void tree_layout(const int32_t* parents, int nodes, int32_t* depths, uint
   }
 }
 
-// A matrix of bits transposed in place: bit j of word i becomes bit i of word j.
-inline void transpose64(uint64_t* words) {
-  uint64_t mask = 0x00000000ffffffffULL;
-  for (int width = 32; width; width /= 2, mask ^= mask << width) {
-    for (int i = 0; i < 64; i = (i + width + 1) & ~width) {
-      const uint64_t swapped = (words[i] >> width ^ words[i + width]) & mask;
-      words[i] ^= swapped << width;
-      words[i + width] ^= swapped;
-    }
-  }
-}
-
-// The lists of a BlockMask (pyspec/masks.py), filled one batch entry after another.
+// The lists of a BlockMask (pyspec/masks/block_mask.py), filled one batch entry after another.
 struct TreeTiles {
   std::vector<int32_t> full_ranges, full_tiles, partial_ranges, partial_tiles;
   std::vector<uint64_t> bits;

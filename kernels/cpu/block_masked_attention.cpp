@@ -1,9 +1,11 @@
 // block_masked_attention on the CPU: flash attention over the tiles that a mask has something in.
 //
 // One item per (sequence, heads of one KV head, row block). The rows of the block, of up to 256 rows' worth
-// of heads, are packed as vector lanes and share every tile of keys and values. Full tiles are folded first
-// and no mask is read for them; of a partial tile, lanes see the keys that its bits say, and 16 or 32 lanes
-// fold only the keys from the first to the last that any of them sees. Bound by multiply-adds (AMX: by exp2).
+// of heads, are packed as vector lanes and share every tile of keys and values. No mask is read for full
+// tiles; of a partial tile, lanes see the keys that its bits say, and 16 or 32 lanes fold only the keys from
+// the first to the last that any of them sees. Tiles are folded in the order and the chunks of
+// tree_attention, so a row has the same bits as there if it sees the same keys at the same places.
+// Bound by multiply-adds (AMX: by exp2).
 #include "params/block_masked_attention.h"
 
 #include <new>
@@ -14,6 +16,7 @@ namespace {
 
 using pyspec::BlockMaskedAttentionParams;
 using pyspec::ceil_div;
+using pyspec::chunk_of;
 using pyspec::state_floats;
 
 constexpr int64_t kMaxBlocks = 16;  // of lanes, in an item
@@ -23,7 +26,8 @@ struct Scratch : FoldScratch {
   alignas(64) float v[kTile][kMaxHeadDim];
   alignas(64) float rows[kLanes][kMaxHeadDim + 16];
   alignas(64) float queries[kMaxBlocks * kLanes * kMaxHeadDim];
-  alignas(64) float states[kMaxBlocks * kLanes * (kMaxHeadDim + 2)];
+  alignas(64) float states[kMaxBlocks * kLanes * (kMaxHeadDim + 2)];  // of the chunk that is folded
+  alignas(64) float before[kMaxBlocks * kLanes * (kMaxHeadDim + 2)];  // of the chunks before it, merged
 };
 
 Scratch& scratch() {
@@ -200,6 +204,7 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
 
   float* query(Scratch& s, int64_t i) const { return s.queries + i * pyspec::query_floats(d); }
   State state(Scratch& s, int64_t i) const { return s.states + i * state_floats(d); }
+  State before(Scratch& s, int64_t i) const { return s.before + i * state_floats(d); }
 
   void fold_full(const Item& item, int64_t tile, Scratch& s) const {
     Tile keys = read_tile(item, tile, s);
@@ -281,13 +286,41 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
       state(s, i).clear(d);
     }
     int64_t lists = ((mask_b * p.mask_heads + mask_head) * p.blocks + item.block) * 2;
-    for (int64_t i = p.full_ranges[lists]; i < p.full_ranges[lists + 1]; ++i)
-      fold_full(item, p.full_tiles[i], s);
-    for (int64_t i = p.partial_ranges[lists]; i < p.partial_ranges[lists + 1]; ++i) {
-      fold_partial(item, p.partial_tiles[2 * i], p.bits + p.partial_tiles[2 * i + 1] * p.words * kTile, s);
+    const int32_t* full = p.full_tiles + p.full_ranges[lists];
+    const int32_t* full_end = p.full_tiles + p.full_ranges[lists + 1];
+    const int32_t* partial = p.partial_tiles + 2 * p.partial_ranges[lists];
+    const int32_t* partial_end = p.partial_tiles + 2 * p.partial_ranges[lists + 1];
+    int64_t blocks = item.heads * item.lane_blocks, chunk = -1;
+    bool is_first = true;
+    while (full < full_end || partial < partial_end) {
+      bool is_full = partial == partial_end || (full < full_end && *full < *partial);
+      int64_t tile = is_full ? *full : *partial;
+      if (chunk_of(tile) != chunk) {
+        for (int64_t i = 0; chunk >= 0 && i < blocks; ++i) close_chunk(s, i, is_first);
+        is_first = chunk < 0;
+        chunk = chunk_of(tile);
+      }
+      if (is_full) {
+        fold_full(item, *full++, s);
+      } else {
+        fold_partial(item, tile, p.bits + partial[1] * p.words * kTile, s);
+        partial += 2;
+      }
     }
-    for (int64_t i = 0; i < item.heads * item.lane_blocks; ++i)
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (!is_first) before(s, i).merge(state(s, i), d, state(s, i));
       write(item, item.first_head + i / item.lane_blocks, i % item.lane_blocks, state(s, i));
+    }
+  }
+
+  // What has been folded since the last call goes behind what was folded before.
+  void close_chunk(Scratch& s, int64_t i, bool is_first) const {
+    if (is_first) {
+      before(s, i).copy(state(s, i), d);
+    } else {
+      before(s, i).merge(state(s, i), d, before(s, i));
+    }
+    state(s, i).clear(d);
   }
 
   void run() const {

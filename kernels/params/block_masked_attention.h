@@ -1,4 +1,4 @@
-// block_masked_attention: params. Lists and bits are those of BlockMask in pyspec/masks.py.
+// block_masked_attention: params. Lists and bits are those of pyspec.BlockMask.
 #pragma once
 
 #include "params/attention.h"

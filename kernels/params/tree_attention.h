@@ -32,20 +32,6 @@ struct TreeAttentionParams {
 
 namespace {  // compiled once per instruction set, so never shared between object files
 
-// The row rule lives in these numbers: a key at position p is always in tile p / kTile, and tiles are
-// folded in order within chunks, whose results are merged in order. A chunk is what one thread folds: the
-// first ones are short, so that a short prefix is shared out too.
-constexpr int64_t kChunkTiles = 16, kShortChunkTiles = 4, kShortChunks = 4;
-
-inline int64_t first_tile(int64_t chunk) {
-  return chunk < kShortChunks ? chunk * kShortChunkTiles
-                              : kShortChunks * kShortChunkTiles + (chunk - kShortChunks) * kChunkTiles;
-}
-inline int64_t chunk_of(int64_t tile) {
-  int64_t past_short = tile - kShortChunks * kShortChunkTiles;
-  return past_short < 0 ? tile / kShortChunkTiles : kShortChunks + past_short / kChunkTiles;
-}
-
 // How the rows of one KV head are laid out over blocks of lanes. A node's group stays together in a block,
 // or, for more than kLanes heads a group, fills blocks of its own.
 struct LaneLayout {

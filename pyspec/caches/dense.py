@@ -49,6 +49,11 @@ class DenseCache:
                 f"and needs {count} more: prefill with a larger capacity"
             )
 
+    def copy_prefix(self, source: int, target: int, count: int) -> None:
+        """Makes the first count slots of a sequence, in all layers, those of another, and all it has."""
+        self.keys_values[:, :, target, :, :count] = self.keys_values[:, :, source, :, :count]
+        self.lengths[target] = count
+
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
         start = self.lengths[sequence]

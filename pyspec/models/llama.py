@@ -19,6 +19,7 @@ from torch import Tensor
 from pyspec.caches.dense import DenseCache
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models._weights import Matrix, dense, move_together, packed
+from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.ops.llama_layers import layers_by_ops, llama_layers
@@ -297,6 +298,9 @@ class LlamaRunner:
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
+        Prompts are read packed, PREFILL_CHUNK tokens a call, and what two of them begin with is read once: every
+        prompt has the bits that it has alone.
+
         Args:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
@@ -311,21 +315,22 @@ class LlamaRunner:
         if capacity < longest:
             raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
         self._cache = self._verified = None  # the old batch makes room for the new one
-        cache = self._empty_cache(len(tokens), capacity)
-        last_logits = []
-        for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), PREFILL_CHUNK):
-                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
-                if self._steps is not None:
-                    hidden = self._steps.alone(self._step, chain, sequence)
-                else:
-                    hidden = self._forward([chain], [sequence], cache)
-                cache.lengths[sequence] += len(chain)
+        cache, plan = self._empty_cache(len(tokens), capacity), PromptPlan(tokens)
+        last_logits: dict[int, Tensor] = {}
+        while pieces := plan.next_pieces(cache.lengths, PREFILL_CHUNK, 1 if self._is_static else len(tokens)):
+            for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
                 if observe is not None:
-                    observe(sequence, chain, self._logits(hidden))
-            last_logits.append(self._logits(hidden[-1:])[0])
+                    logits = self._logits(hidden)
+                    for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
+                        observe(reader, chain.first(count), logits[:count])
+                cache.lengths[sequence] += len(chain)
+                if cache.lengths[sequence] == len(tokens[sequence]):
+                    last_logits[sequence] = self._logits(hidden[-1:])[0]
+                for taker, count in plan.takers(sequence):
+                    if cache.lengths[taker] < count <= cache.lengths[sequence]:
+                        cache.copy_prefix(sequence, taker, count)
         self._cache = cache
-        return last_logits
+        return [last_logits[sequence] for sequence in range(len(tokens))]
 
     @torch.inference_mode()
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
@@ -382,6 +387,13 @@ class LlamaRunner:
         if self._is_static:
             self._steps = StaticSteps(cache, GraphRecorder(self.device))
         return cache
+
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache) -> Sequence[Tensor]:
+        """[n, hidden] of each sequence's next piece of its prompt; shapes that are static allow one."""
+        if self._steps is not None:
+            return [self._steps.alone(self._step, chain, sequence) for sequence, chain in pieces.items()]
+        hidden = self._forward(list(pieces.values()), list(pieces), cache)
+        return hidden.split([len(chain) for chain in pieces.values()])
 
     def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed."""

@@ -1,5 +1,7 @@
 """The benchmarks' own arithmetic, on models of a few parameters: they must notice a token that differs."""
 
+import dataclasses
+
 import equality
 import peers
 import prompts
@@ -198,16 +200,49 @@ def test_block_masked_attention_times_the_papers_variants(monkeypatch, tmp_path,
 
     monkeypatch.setattr(bench.measure, "read_bandwidth", lambda device: 1e12)
     monkeypatch.setattr(bench.measure, "multiply_rate", lambda dtype, device: 1e11)
-    result = bench.run("cpu", (192,), with_flex=False, repeats=1)
-    assert [row["pattern"] for row in result["rows"]] == 2 * list(bench.PATTERNS)
+    monkeypatch.setitem(bench.PLANS, "cpu", dataclasses.replace(bench.PLANS["cpu"], size=192))
+    result = bench.run("cpu", (64, 192), with_flex=False, seconds=0)
+    assert [row["pattern"] for row in result["rows"]] == 4 * list(bench.PATTERNS)
     for row in result["rows"]:
         assert {"pyspec", "base", "dense run", "sdpa"} <= set(row["ms"])
-    causal = next(row for row in result["rows"] if row["pattern"] == "causal")
+        assert {"pyspec", "from_dense", "from_predicate"} == set(row["build_ms"])
+    causal = next(row for row in result["rows"] if row["pattern"] == "causal" and row["size"] == 192)
     assert causal["floor_ms"] == pytest.approx(4 * 8 * 64 * (192 * 193 / 2) / 1e8)
-    assert "of tiles" in capsys.readouterr().out
+    bench.show_targets(result["targets"])
+    printed = capsys.readouterr().out
+    assert "of tiles" in printed and "us at most" in printed and printed.count("times as fast as sdpa") == 16
     pytest.importorskip("matplotlib")
-    bench.plot(result, tmp_path / "masks.png")
+    bench.draw(result, tmp_path / "masks.png")
     assert (tmp_path / "masks.png").stat().st_size > 0
+
+
+def test_targets_of_masks_are_about_the_worst():
+    import bench_block_masked_attention as bench
+
+    def row(pattern, flex):
+        return {"pattern": pattern, "dtype": "float32", "size": 4096, "ms": {"pyspec": 2.0, "flex": flex},
+                "build_ms": {"pyspec": 1.0, "flex": 30.0}}  # fmt: skip
+
+    result = {"rows": [row("causal", 3.0), row("tree", 1.9)], "density": [{"over_line": 0.8}], "tree_build_us": 49.0}
+    found = {target["what"]: target for target in bench.targets_of(result, bench.PLANS["cpu"])}
+    assert [(target["reached"], target["met"]) for target in found.values()] == [
+        (pytest.approx(0.95), False),
+        (30.0, True),
+        (pytest.approx(0.2), False),
+        (49.0, True),
+    ]
+    assert "worst: tree" in next(iter(found))
+
+
+@pytest.mark.parametrize("size", [64, 192])
+def test_predicates_say_what_the_masks_do(size):
+    import bench_block_masked_attention as bench
+
+    for pattern in bench.PATTERNS:
+        mask = bench.builder(pattern, size, "cpu")()
+        sees = bench.predicate(pattern, size, mask.to_dense()[0, 0])
+        found = bench.BlockMask.from_predicate(sees, mask.rows, mask.keys)
+        assert torch.equal(found.to_dense(), mask.to_dense()), pattern
 
 
 def test_variants_are_the_papers():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import pyspec
 from pyspec import BlockMask, DraftTree
+from pyspec.masks import tiles
 from pyspec.ops import backends, block_masked_attention, tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS
 
@@ -218,10 +219,50 @@ def test_a_mask_for_each_head_and_batch_entry(run):
 
 def test_blocks_of_128_rows(run, monkeypatch):
     """What a mask from a GPU has."""
-    monkeypatch.setattr(pyspec.masks, "_words_per_block", lambda rows, device: 2)
+    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: 2)
     for rows in (5, 200):
         visible = random_dense(rows, 150)
         check(run, tensors(rows, 150, heads=6), BlockMask.from_dense(visible), visible)
+
+
+# ==== the row rule ====
+
+
+@pytest.mark.parametrize("window", [None, 90, 700])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_prompt_has_the_bits_of_tree_attention(kernel, dtype, window):
+    """Across several chunks of tiles, and with the last tile of the prefix open."""
+    rows, prefix = 150, 1100
+    q, k, v = tensors(rows, prefix + rows, heads=4, kv_heads=2, dtype=dtype)
+    bits = DraftTree.chain([0] * rows).ancestor_bits[None]
+    lengths = torch.tensor([prefix], dtype=torch.int32)
+    expected = tree_attention(q, k, v, bits, lengths, window=window, return_lse=True)
+    found = kernel(q, k, v, BlockMask.from_window(rows, prefix + rows, window=window), return_lse=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_row_alone_has_the_same_bits(kernel, dtype):
+    visible = random_dense(150, 1500, seed=5)
+    q, k, v = tensors(150, 1500, heads=4, dtype=dtype)
+    mask = BlockMask.from_dense(visible)
+    out, lse = kernel(q, k, v, mask, return_lse=True)
+    for row in (0, 17, 63, 64, 100, 149):
+        alone, alone_lse = kernel(q[:, :, row : row + 1], k, v, mask.slice_rows(row, row + 1), return_lse=True)
+        assert torch.equal(alone[:, :, 0], out[:, :, row]) and torch.equal(alone_lse[:, :, 0], lse[:, :, row])
+
+
+def test_packed_prompts_are_separate_calls(run):
+    """Three prompts behind one cached prefix in a call, as docs/block_masked_attention.md has them."""
+    lengths, prefix = [70, 120, 30], 50
+    rows = sum(lengths)
+    q, k, v = tensors(rows, prefix + rows, heads=4, kv_heads=2)
+    packed = run(q, k, v, BlockMask.from_documents(lengths, prefix=prefix))
+    caches = [tensor[:, :, prefix:].split(lengths, 2) for tensor in (k, v)]
+    for out, one, *cache in zip(packed.split(lengths, 2), q.split(lengths, 2), *caches, strict=True):
+        both = (torch.cat([tensor[:, :, :prefix], mine], 2) for tensor, mine in zip((k, v), cache, strict=True))
+        alone = run(one, *both, BlockMask.from_window(one.shape[2], prefix + one.shape[2]))
+        torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-5)
 
 
 # ==== what a row does not see ====

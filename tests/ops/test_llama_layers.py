@@ -135,6 +135,22 @@ def test_the_program_has_the_bits_of_its_ops(name, weight_dtype, dtype, monkeypa
     assert torch.equal(by_ops["keys_values"], cache)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_of_prompts_have_the_bits_of_trees(name, dtype, monkeypatch):
+    """The ops send all through tree_attention; the program sends a long chain through block_masked_attention."""
+    monkeypatch.setenv("PYSPEC_ISA", name)
+    almost_a_chain = [-1, *range(65), 3, 4]
+    for parents in ([-1, *range(74)], almost_a_chain):
+        monkeypatch.setitem(globals(), "TREES", [DraftTree([1] * len(parents), parents), TREES[-1]])
+        monkeypatch.setitem(globals(), "LENGTHS", [10, 5])
+        given, _ = arguments(dtype, dtype)
+        out, cache = call(given)
+        by_ops = given | {name: given[name].clone() for name in ("hidden", "keys_values")}
+        assert torch.equal(llama_layers_reference(*by_ops.values()), out)
+        assert torch.equal(by_ops["keys_values"], cache)
+
+
 def test_only_the_nodes_slots_are_written():
     given, _ = arguments()
     _, cache = call(given)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
-from pyspec import BlockMask, masks  # noqa: E402
+from pyspec import BlockMask  # noqa: E402
 from pyspec.kernels.block_masked_attention import block_masked_attention  # noqa: E402
+from pyspec.masks import tiles  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,7 +15,7 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 @pytest.fixture(params=[1, 2], ids=["blocks of 64", "blocks of 128"])
 def words_per_block(request, monkeypatch):
-    monkeypatch.setattr(masks, "_words_per_block", lambda rows, device: request.param)
+    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: request.param)
 
 
 def tensors(rows, keys, batch=1, heads=2, kv_heads=1, head_dim=64, dtype=torch.float32, seed=0):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -11,19 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.trees import DraftTree, tree_layout
-
-try:
-    from pyspec._host import tree_tiles
-except ImportError:  # a package without its compiled parts
-    tree_tiles = None
+from pyspec.masks import orders, picture, tiles
+from pyspec.masks.tiles import EMPTY, FULL, UNSURE, WORD
+from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of, tree_tiles
 
 __all__ = ["BlockMask"]
 
-WORD = 64  # keys of a tile, and rows that one word of bits holds
-# A tile map says of each tile: full, empty, partial (an index into bits), or to be found out.
-_FULL, _EMPTY, _UNSURE = -1, -2, -3
-_PREDICATE_TILES = 1024  # tiles whose every entry is computed at a time
+_PREDICATE_PAIRS = 2**19  # of a row and a key, that a predicate is asked about at a time
 
 
 class BlockMask:
@@ -58,7 +51,7 @@ class BlockMask:
         self.full_ranges, self.full_tiles = full_ranges, full_tiles
         self.partial_ranges, self.partial_tiles, self.bits = partial_ranges, partial_tiles, bits
         self.row_order = self.key_order = None
-        self._trees: list[tuple[np.ndarray, int]] | None = None  # parents and prefix, for depth-first order
+        self._trees: list[TreeAndPrefix] | None = None  # parents and prefix, for depth-first order
         self._dense: list[tuple[weakref.ref, int]] = []  # dense tensors it was built from, and their versions
 
     # ==== patterns ====
@@ -77,7 +70,7 @@ class BlockMask:
         _check_sizes(rows=rows, keys=keys)
         missing = (1,) * (4 - visible.dim())
         dense = visible.reshape(*visible.shape[:-2], *missing, rows, keys)
-        mask = cls._from_words(_words_of_dense(dense, _words_per_block(rows, visible.device)), rows, keys)
+        mask = cls._from_map(*tiles.of_dense(dense, tiles.words_per_block(rows, visible.device)), rows, keys)
         if not visible.is_inference():
             mask._dense.append((weakref.ref(visible), visible._version))
         return mask
@@ -92,10 +85,18 @@ class BlockMask:
         of FlexAttention. It is asked about every pair: the other constructors are faster.
         """
         _check_sizes(rows=rows, keys=keys, batch=batch, heads=heads)
-        words = _words_per_block(rows, device)
-        shape = (batch, heads, _blocks(rows, words), -(-keys // WORD))
-        tile_map = torch.full(shape, _UNSURE, dtype=torch.int32, device=device)
-        return cls._resolve(tile_map, _no_bits(words, device), predicate, rows, keys)
+        words = tiles.words_per_block(rows, device)
+        b, h, row, key = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, heads, rows, keys))
+        b, h, row = b[:, None, None, None], h[:, None, None], row[:, None]
+        blocks = max(_PREDICATE_PAIRS // max(batch * heads * keys * WORD * words, 1), 1)  # at a time
+        maps, all_bits = [], [tiles.no_bits(words, device)]
+        for some_rows in row.split(blocks * WORD * words):
+            visible = predicate(b, h, some_rows, key)
+            _check_answer(visible)
+            tile_map, bits = tiles.of_dense(visible.expand(batch, heads, len(some_rows), keys), words)
+            maps.append(torch.where(tile_map >= 0, tile_map + sum(map(len, all_bits)), tile_map))
+            all_bits.append(bits)
+        return cls._from_map(torch.cat(maps, 2), torch.cat(all_bits), rows, keys)
 
     @classmethod
     def from_documents(
@@ -140,8 +141,8 @@ class BlockMask:
             after = key - prefix
             return (after < 0) | ((after >= start) & (after < end))
 
-        words = _words_per_block(rows, device)
-        first = torch.arange(_blocks(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
+        words = tiles.words_per_block(rows, device)
+        first = torch.arange(tiles.block_count(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
         last = (first + WORD * words - 1).clamp(max=rows - 1)
         low_first, high_first = interval(first)
         low_last, high_last = interval(last)
@@ -149,8 +150,8 @@ class BlockMask:
         end = tile + WORD
         is_full = (end <= 0) | ((tile >= low_last) & (end <= high_first)) | ((low_last == 0) & (end <= high_first))
         is_empty = (tile >= 0) & ((tile >= high_last) | (end <= low_first))
-        tile_map = torch.where(is_full, _FULL, torch.where(is_empty, _EMPTY, _UNSURE)).to(torch.int32)
-        return cls._resolve(tile_map[None, None], _no_bits(words, device), sees, rows, rows + prefix)
+        tile_map = torch.where(is_full, FULL, torch.where(is_empty, EMPTY, UNSURE)).to(torch.int32)
+        return cls._resolve(tile_map[None, None], tiles.no_bits(words, device), sees, rows, rows + prefix)
 
     @classmethod
     def from_window(
@@ -187,9 +188,9 @@ class BlockMask:
             inside = (back >= (0 if causal else -reach)) & (back <= reach)
             return inside if dilation == 1 else inside & (back % dilation == 0)
 
-        words = _words_per_block(rows, device)
+        words = tiles.words_per_block(rows, device)
         height = WORD * words
-        blocks, columns = _blocks(rows, words), -(-keys // WORD)
+        blocks, columns = tiles.block_count(rows, words), -(-keys // WORD)
         # Whether a row sees a key depends on the distance alone, so tiles on a diagonal are equal: one is computed.
         block = torch.arange(blocks, dtype=torch.int32, device=device)[:, None]
         column = torch.arange(columns, dtype=torch.int32, device=device)
@@ -197,18 +198,18 @@ class BlockMask:
         distance = torch.arange(lowest, max(words * (blocks - 1) + 1, 1), dtype=torch.int32, device=device) * WORD
         nearest, farthest = distance + (offset - WORD + 1), distance + (offset + height - 1)
         is_empty = (farthest < (0 if causal else -reach)) | (nearest > reach)
-        by_distance = torch.where(is_empty, _EMPTY, _UNSURE).to(torch.int32)
+        by_distance = torch.where(is_empty, EMPTY, UNSURE).to(torch.int32)
         if dilation == 1:
-            by_distance[(nearest >= (0 if causal else -reach)) & (farthest <= reach)] = _FULL
-        near = distance[by_distance == _UNSURE]
+            by_distance[(nearest >= (0 if causal else -reach)) & (farthest <= reach)] = FULL
+        near = distance[by_distance == UNSURE]
         corner = torch.arange(height, device=device) - torch.arange(WORD, device=device)[:, None] + offset
-        states, bits = _classify(_pack(in_band(near[:, None, None] + corner)).transpose(-1, -2))
-        by_distance[by_distance == _UNSURE] = states
+        states, bits = tiles.classify(tiles.pack(in_band(near[:, None, None] + corner)).transpose(-1, -2))
+        by_distance[by_distance == UNSURE] = states
         tile_map = by_distance[(words * block - column - lowest).long()][None, None]
         # A tile that reaches over the last row or key is not like the others of its diagonal.
         for edge, is_cut in ((tile_map[:, :, -1:], rows % height), (tile_map[..., -1:], keys % WORD)):
             if is_cut:
-                edge[edge != _EMPTY] = _UNSURE
+                edge[edge != EMPTY] = UNSURE
         mask = cls._resolve(tile_map, bits, lambda b, h, row, key: in_band(row + offset - key), rows, keys)
         if not global_tokens:
             return mask
@@ -220,16 +221,16 @@ class BlockMask:
     @classmethod
     def _from_corner(cls, rows: int, keys: int, first_rows: int, first_keys: int, device) -> BlockMask:
         """The first rows see every key; every row sees the first keys."""
-        words = _words_per_block(rows, device)
-        row = torch.arange(_blocks(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
+        words = tiles.words_per_block(rows, device)
+        row = torch.arange(tiles.block_count(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
         key = torch.arange(-(-keys // WORD), dtype=torch.int32, device=device) * WORD
         is_inside = key + WORD <= keys
         last_row = (row + WORD * words).clamp(max=rows)
         is_full = ((last_row <= first_rows) | (key + WORD <= first_keys)) & is_inside
         is_empty = (row >= first_rows) & (key >= first_keys)
-        tile_map = torch.where(is_full, _FULL, torch.where(is_empty, _EMPTY, _UNSURE)).to(torch.int32)
+        tile_map = torch.where(is_full, FULL, torch.where(is_empty, EMPTY, UNSURE)).to(torch.int32)
         sees = lambda b, h, row, key: (row < first_rows) | (key < first_keys)  # noqa: E731
-        return cls._resolve(tile_map[None, None], _no_bits(words, device), sees, rows, keys)
+        return cls._resolve(tile_map[None, None], tiles.no_bits(words, device), sees, rows, keys)
 
     @classmethod
     def from_tree(cls, trees, prefix: int | Sequence[int] = 0, *, device="cpu") -> BlockMask:
@@ -249,20 +250,22 @@ class BlockMask:
             trees, prefixes = [trees], [prefix]
         if len(prefixes) != len(trees):
             raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
-        described = [(_parents_of(tree), n) for tree, n in zip(trees, prefixes, strict=True)]
+        described = [(parents_of(tree), n) for tree, n in zip(trees, prefixes, strict=True)]
         for _, n in described:
             _check_sizes(prefix=n)
         return cls._from_parents(described, device)
 
     @classmethod
-    def _from_parents(cls, described: list[tuple[np.ndarray, int]], device) -> BlockMask:
+    def _from_parents(cls, described: list[TreeAndPrefix], device) -> BlockMask:
         rows = max(len(parents) for parents, _ in described)
         keys = max(len(parents) + n for parents, n in described)
+        words = tiles.words_per_block(rows, device)
         if tree_tiles is None:
-            mask = _dense_trees(described, rows, keys, device)
+            visible = dense_of_trees(described, rows, keys).to(device)
+            mask = cls._from_map(*tiles.of_dense(visible, words), rows, keys)
         else:
-            tiles = tree_tiles(described, rows, keys, _words_per_block(rows, device))
-            mask = cls(rows, keys, *(torch.from_numpy(array) for array in tiles))
+            lists = tree_tiles(described, rows, keys, words)
+            mask = cls(rows, keys, *(torch.from_numpy(array) for array in lists))
             if device != "cpu":
                 mask = mask.to(device)
         mask._trees = described
@@ -297,21 +300,24 @@ class BlockMask:
     def density(self) -> float:
         """The share of tiles that are visited: not empty."""
         blocks = self.full_ranges.shape[:3].numel()
-        tiles = blocks * -(-self.keys // WORD)
-        return (len(self.full_tiles) + len(self.partial_tiles)) / tiles if tiles else 0.0
+        count = blocks * -(-self.keys // WORD)
+        return (len(self.full_tiles) + len(self.partial_tiles)) / count if count else 0.0
 
     def to_dense(self) -> Tensor:
         """[B or 1, Hq or 1, N, M] bool."""
-        words = self._words()
-        visible = (words[..., None] >> torch.arange(WORD, device=self.device)) & 1  # [B, H, R, C, W, 64 keys, 64 rows]
-        batch, heads, blocks, columns, per_block = words.shape[:5]
-        shape = (batch, heads, blocks * per_block * WORD, columns * WORD)
-        dense = visible.to(torch.bool).permute(0, 1, 2, 4, 6, 3, 5).reshape(shape)[..., : self.rows, : self.keys]
+        dense = self._dense_in_order()
         if self.row_order is None:
             return dense.contiguous()
         rows = torch.argsort(self.row_order.long(), -1)[:, None, :, None].expand(dense.shape)
         keys = torch.argsort(self.key_order.long(), -1)[:, None, None].expand(dense.shape)
         return dense.gather(2, rows).gather(3, keys)
+
+    def _dense_in_order(self) -> Tensor:
+        """to_dense, rows and keys in the order that the tiles have them in."""
+        visible = tiles.unpack(self._words())  # [B, H, R, C, W, 64 keys, 64 rows]
+        batch, heads, blocks, columns, per_block = visible.shape[:5]
+        shape = (batch, heads, blocks * per_block * WORD, columns * WORD)
+        return visible.permute(0, 1, 2, 4, 6, 3, 5).reshape(shape)[..., : self.rows, : self.keys]
 
     def to(self, device) -> BlockMask:
         """This mask on another device."""
@@ -330,22 +336,11 @@ class BlockMask:
 
     def plot(self, axis=None):
         """Draws the tiles with matplotlib (full blue, partial orange) and what rows see (dark); returns the axis."""
-        import matplotlib.pyplot as plt
-        from matplotlib.colors import ListedColormap
-
-        axis = axis or plt.subplots(figsize=(6, 6 * max(self.rows, 1) / max(self.keys, 1) + 0.5))[1]
         height = WORD * self.bits.shape[1]
         tile_map = self._tile_map()[0, 0].cpu()
-        kinds = torch.where(tile_map == _FULL, 2, torch.where(tile_map == _EMPTY, 0, 1))
-        extent = (0, tile_map.shape[1] * WORD, tile_map.shape[0] * height, 0)
-        colours = ListedColormap(["white", "#f2c48d", "#a9c6e3"])
-        axis.imshow(kinds.numpy(), cmap=colours, vmin=0, vmax=2, extent=extent, interpolation="nearest", aspect="auto")
-        seen = _dense_of(self)[0, 0].float().cpu().numpy()
-        axis.imshow(seen, cmap="Greys", alpha=0.35 * seen, extent=(0, self.keys, self.rows, 0), aspect="auto")
-        axis.set_xlim(0, self.keys)
-        axis.set_ylim(self.rows, 0)
-        axis.set_xlabel("keys")
-        axis.set_ylabel("rows")
+        kinds = torch.where(tile_map == FULL, 2, torch.where(tile_map == EMPTY, 0, 1))
+        seen = self._dense_in_order()[0, 0].float().cpu()
+        axis = picture.draw(kinds.numpy(), seen.numpy(), height, WORD, axis)
         axis.set_title(f"{self.density:.1%} of tiles of {height} x {WORD} visited")
         return axis
 
@@ -360,11 +355,11 @@ class BlockMask:
 
     def __and__(self, other: BlockMask) -> BlockMask:
         """Keys that both see."""
-        return self._combine(other, torch.bitwise_and, _FULL, _EMPTY)
+        return self._combine(other, torch.bitwise_and, FULL, EMPTY)
 
     def __or__(self, other: BlockMask) -> BlockMask:
         """Keys that either sees."""
-        return self._combine(other, torch.bitwise_or, _EMPTY, _FULL)
+        return self._combine(other, torch.bitwise_or, EMPTY, FULL)
 
     def _combine(self, other: BlockMask, operation: Callable, neutral: int, absorbing: int) -> BlockMask:
         if not isinstance(other, BlockMask):
@@ -377,7 +372,7 @@ class BlockMask:
         bits = torch.cat([self.bits, other.bits])
         # Equal pairs of tiles, of which patterns are full, are joined once.
         pairs, which = torch.unique(mine[both].long() * len(bits) + theirs[both], return_inverse=True)
-        states, new_bits = _classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
+        states, new_bits = tiles.classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
         joined[both] = torch.where(states >= 0, states + len(bits), states)[which]
         mask = BlockMask._from_map(joined, torch.cat([bits, new_bits]), self.rows, self.keys)
         mask._dense = self._dense + other._dense
@@ -401,7 +396,7 @@ class BlockMask:
             low = (words >> shift) & ((1 << (WORD - shift)) - 1)
             words = low | (above << (WORD - shift))
         rows = stop - start
-        strips = _blocks(rows, per_block) * per_block
+        strips = tiles.block_count(rows, per_block) * per_block
         words = torch.nn.functional.pad(words[:, :, :strips], (0, 0, 0, 0, 0, max(strips - words.shape[2], 0)))
         if rows % height:  # as everywhere, what comes after the last row is like it
             at, bit = (rows - 1) // WORD, (rows - 1) % WORD
@@ -430,16 +425,17 @@ class BlockMask:
         if order == "dfs":
             if self._trees is None:
                 raise ValueError('order must be "rcm" for a mask that was not built by from_tree, got "dfs"')
-            orders = [_depth_first(parents) for parents, _ in self._trees]
+            depth_first = [orders.depth_first(parents) for parents, _ in self._trees]
             described = [
-                (_renumbered(parents, nodes), n) for (parents, n), nodes in zip(self._trees, orders, strict=True)
+                (orders.renumbered(parents, nodes), n)
+                for (parents, n), nodes in zip(self._trees, depth_first, strict=True)
             ]
             mask = BlockMask._from_parents(described, self.device)
             mask._trees = self._trees
-            row_order = [np.r_[nodes, len(nodes) : self.rows] for nodes in orders]
+            row_order = [np.r_[nodes, len(nodes) : self.rows] for nodes in depth_first]
             key_order = [
                 np.r_[0:n, n + nodes, n + len(nodes) : self.keys]
-                for (_, n), nodes in zip(self._trees, orders, strict=True)
+                for (_, n), nodes in zip(self._trees, depth_first, strict=True)
             ]
         elif order == "rcm":
             if self.rows != self.keys or self.full_ranges.shape[1] != 1:
@@ -454,31 +450,23 @@ class BlockMask:
         return mask
 
     def _cuthill_mckee(self) -> tuple[BlockMask, list[np.ndarray]]:
-        try:
-            from scipy.sparse import csr_array
-            from scipy.sparse.csgraph import reverse_cuthill_mckee
-        except ImportError as error:
-            raise ImportError('permuted("rcm") needs scipy: pip install scipy') from error
         batch, row, key = (index.cpu() for index in self._entries())
-        orders, places = [], []
+        found, places = [], []
         for b in range(self.full_ranges.shape[0]):
             mine = batch == b
-            ones = np.ones(int(mine.sum()), np.int8)
-            graph = csr_array((ones, (row[mine].numpy(), key[mine].numpy())), shape=(self.rows, self.keys))
-            orders.append(reverse_cuthill_mckee(graph, symmetric_mode=True))
-            places.append(np.argsort(orders[-1]))
+            found.append(orders.reverse_cuthill_mckee(row[mine].numpy(), key[mine].numpy(), self.rows))
+            places.append(np.argsort(found[-1]))
         place = torch.from_numpy(np.stack(places).astype(np.int64))
         mask = BlockMask._from_entries(
-            batch, place[batch, row], place[batch, key], len(orders), self.rows, self.keys, self.bits.shape[1]
+            batch, place[batch, row], place[batch, key], len(found), self.rows, self.keys, self.bits.shape[1]
         )
-        return mask.to(self.device), orders
+        return mask.to(self.device), found
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """Batch entry, row and key of everything that is seen, of a mask for all heads."""
         tile_map = self._tile_map()[:, 0]
-        batch, block, column = (tile_map != _EMPTY).nonzero(as_tuple=True)
-        words = self._table()[tile_map[batch, block, column].long()]  # [E, W, 64]
-        visible = (words[..., None] >> torch.arange(WORD, device=self.device)) & 1
+        batch, block, column = (tile_map != EMPTY).nonzero(as_tuple=True)
+        visible = tiles.unpack(self._table()[tile_map[batch, block, column].long()])  # [E, W, 64 keys, 64 rows]
         at, word, key, row = visible.nonzero(as_tuple=True)
         row = (block[at] * self.bits.shape[1] + word) * WORD + row
         inside = row < self.rows
@@ -488,16 +476,16 @@ class BlockMask:
     def _from_entries(cls, batch, row, key, batches: int, rows: int, keys: int, words: int) -> BlockMask:
         """The reverse of _entries, in no more memory than the tiles with something."""
         height = WORD * words
-        tile_map = torch.full((batches, 1, _blocks(rows, words), -(-keys // WORD)), _EMPTY, dtype=torch.int32)
+        tile_map = torch.full((batches, 1, tiles.block_count(rows, words), -(-keys // WORD)), EMPTY, dtype=torch.int32)
         tile = (batch * tile_map.shape[2] + row // height) * tile_map.shape[3] + key // WORD
-        tiles, which = torch.unique(tile, return_inverse=True)
-        visible = torch.zeros((len(tiles), WORD, height), dtype=torch.bool)
+        used, which = torch.unique(tile, return_inverse=True)
+        visible = torch.zeros((len(used), WORD, height), dtype=torch.bool)
         visible[which, key % WORD, row % height] = True
         if rows % height:
-            is_last = tiles // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1
+            is_last = used // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1
             visible[is_last, :, rows % height :] = visible[is_last, :, rows % height - 1, None]
-        states, bits = _classify(_pack(visible).transpose(-1, -2))
-        tile_map.view(-1)[tiles] = states
+        states, bits = tiles.classify(tiles.pack(visible).transpose(-1, -2))
+        tile_map.view(-1)[used] = states
         return cls._from_map(tile_map, bits, rows, keys)
 
     # ==== tile maps [B, H, R, C], words [B, H, R, C, W, 64], and lists ====
@@ -513,32 +501,30 @@ class BlockMask:
         is_partial = tile_map >= 0
         partial_ranges, columns = lists(is_partial)
         partial_tiles = torch.stack([columns, tile_map[is_partial]], -1)
-        return cls(rows, keys, *lists(tile_map == _FULL), partial_ranges, partial_tiles, bits.contiguous())
+        return cls(rows, keys, *lists(tile_map == FULL), partial_ranges, partial_tiles, bits.contiguous())
 
     @classmethod
     def _from_words(cls, words: Tensor, rows: int, keys: int) -> BlockMask:
-        states, bits = _classify(words.flatten(0, 3))
+        states, bits = tiles.classify(words.flatten(0, 3))
         return cls._from_map(states.view(words.shape[:4]), bits, rows, keys)
 
     @classmethod
     def _resolve(cls, tile_map: Tensor, bits: Tensor, predicate: Callable, rows: int, keys: int) -> BlockMask:
         """Finds out the tiles that are unsure by asking predicate(b, h, row, key) about each of their entries."""
         words = bits.shape[1]
-        unsure = tile_map == _UNSURE
+        unsure = tile_map == UNSURE
         places = unsure.nonzero().to(torch.int32)
         found, new_bits = [], [bits]
-        for chunk in places.split(_PREDICATE_TILES):
+        for chunk in places.split(max(_PREDICATE_PAIRS // (WORD * WORD * words), 1)):
             b, h, block, column = (index[:, None, None] for index in chunk.unbind(-1))
             row = block * (WORD * words) + torch.arange(WORD * words, dtype=torch.int32, device=bits.device)
             key = column * WORD + torch.arange(WORD, dtype=torch.int32, device=bits.device)[:, None]
             # What comes after the last row is like it, so that it makes no full tile partial.
             visible = predicate(b, h, row.clamp(max=rows - 1), key.clamp(max=keys - 1))
-            if visible.dtype != torch.bool:
-                raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
             if keys % WORD:
                 visible = visible & (key < keys)
             visible = visible.expand(len(chunk), WORD, WORD * words)
-            states, more_bits = _classify(_pack(visible.contiguous()).transpose(-1, -2))
+            states, more_bits = tiles.classify(tiles.pack(visible.contiguous()).transpose(-1, -2))
             found.append(torch.where(states >= 0, states + sum(map(len, new_bits)), states))
             new_bits.append(more_bits)
         if found:
@@ -549,14 +535,14 @@ class BlockMask:
     def _tile_map(self) -> Tensor:
         batch, heads, blocks = self.full_ranges.shape[:3]
         shape = (batch, heads, blocks, -(-self.keys // WORD))
-        tile_map = torch.full(shape, _EMPTY, dtype=torch.int32, device=self.device)
+        tile_map = torch.full(shape, EMPTY, dtype=torch.int32, device=self.device)
         starts = torch.arange(batch * heads * blocks, device=self.device) * shape[3]
-        for ranges, tiles, states in (
-            (self.full_ranges, self.full_tiles, torch.full_like(self.full_tiles, _FULL)),
+        for ranges, listed, states in (
+            (self.full_ranges, self.full_tiles, torch.full_like(self.full_tiles, FULL)),
             (self.partial_ranges, *self.partial_tiles.unbind(-1)),
         ):
             counts = (ranges[..., 1] - ranges[..., 0]).flatten()
-            tile_map.view(-1)[torch.repeat_interleave(starts, counts) + tiles] = states
+            tile_map.view(-1)[torch.repeat_interleave(starts, counts) + listed] = states
         return tile_map
 
     def _table(self) -> Tensor:
@@ -588,113 +574,12 @@ class BlockMask:
             raise ValueError(f"mask must be permuted last: {use} needs one that is not")
 
 
-# ==== bits ====
-
-
-def _words_per_block(rows: int, device) -> int:
-    """64 rows a block suit a CPU; a GPU's tensor cores want 128 where there are that many."""
-    return 2 if torch.device(device).type == "cuda" and rows > WORD else 1
-
-
-def _blocks(rows: int, words: int) -> int:
-    return -(-rows // (WORD * words))
-
-
-@functools.cache
-def _no_bits(words: int, device) -> Tensor:
-    return torch.empty((0, words, WORD), dtype=torch.int64, device=device)
-
-
-def _pack(visible: Tensor) -> Tensor:
-    """Words [..., n] of bools [..., 64 n], contiguous: bool i becomes bit i."""
-    eights = visible.view(torch.int64)  # 8 bools; the product collects their bits in its highest byte
-    octets = ((eights * 0x0102040810204080) >> 56).to(torch.uint8)
-    return octets.view(torch.int64)
-
-
-def _classify(words: Tensor) -> tuple[Tensor, Tensor]:
-    """States [T] int32 of tiles [T, W, 64], and the bits of the partial ones, in order."""
-    is_full, is_empty = (words == -1).all(-1).all(-1), (words == 0).all(-1).all(-1)
-    is_partial = ~(is_full | is_empty)
-    states = is_partial.cumsum(0, dtype=torch.int32) - 1
-    states = torch.where(is_partial, states, torch.where(is_full, _FULL, _EMPTY).to(torch.int32))
-    return states, words[is_partial]
-
-
-def _words_of_dense(visible: Tensor, words: int) -> Tensor:
-    """[B, H, R, C, W, 64] of [B, H, N, M]."""
-    batch, heads, rows, keys = visible.shape
-    blocks, columns = _blocks(rows, words), -(-keys // WORD)
-    missing_rows, missing_keys = blocks * words * WORD - rows, columns * WORD - keys
-    if missing_rows:
-        visible = torch.cat([visible, visible[:, :, -1:].expand(-1, -1, missing_rows, -1)], 2)
-    if missing_keys:
-        visible = torch.nn.functional.pad(visible, (0, missing_keys))
-    if not visible.numel():
-        return torch.zeros((batch, heads, blocks, columns, words, WORD), dtype=torch.int64, device=visible.device)
-    octets = visible.contiguous().view(torch.uint8).view(batch, heads, blocks * words, 8, 8, columns * WORD)
-    packed = octets[:, :, :, :, 0].clone()
-    for bit in range(1, 8):
-        packed |= octets[:, :, :, :, bit] << bit
-    packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
-    return packed.contiguous().view(torch.int64)[..., 0]
-
-
-def _dense_of(mask: BlockMask) -> Tensor:
-    """What the tiles hold, in the order of the tiles."""
-    plain = copy.copy(mask)
-    plain.row_order = plain.key_order = None
-    return plain.to_dense()
-
-
-# ==== trees ====
-
-
-def _parents_of(tree) -> np.ndarray:
-    if isinstance(tree, DraftTree):
-        return tree.parents.numpy()
-    parents = np.ascontiguousarray(tree, np.int32)
-    if parents.ndim != 1 or not len(parents):
-        raise ValueError(f"parents must be 1-D and not empty, got shape {parents.shape}")
-    return parents
-
-
-def _dense_trees(described: list[tuple[np.ndarray, int]], rows: int, keys: int, device) -> BlockMask:
-    """What tree_tiles finds, by way of N x M bools."""
-    visible = torch.zeros((len(described), rows, keys), dtype=torch.bool)
-    for b, (parents, n) in enumerate(described):
-        nodes = len(parents)
-        bits = np.unpackbits(tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")
-        visible[b, :nodes, :n] = True
-        visible[b, :nodes, n : n + nodes] = torch.from_numpy(bits[:, :nodes].astype(bool))
-    return BlockMask._from_words(
-        _words_of_dense(visible[:, None].to(device), _words_per_block(rows, device)), rows, keys
-    )
-
-
-def _depth_first(parents: np.ndarray) -> np.ndarray:
-    """Nodes in depth-first order: every subtree is one run."""
-    sizes = [1] * len(parents)
-    for node in range(len(parents) - 1, 0, -1):
-        sizes[parents[node]] += sizes[node]
-    free = [0] * len(parents)  # the place that the next child's subtree begins at
-    order = np.zeros(len(parents), np.int64)
-    for node, parent in enumerate(parents.tolist()):
-        place = free[parent] if node else 0
-        order[place] = node
-        free[node] = place + 1
-        if node:
-            free[parent] += sizes[node]
-    return order
-
-
-def _renumbered(parents: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Parents of the nodes in another order."""
-    places = np.argsort(order).astype(np.int32)
-    return np.concatenate([[-1], places[parents[order[1:]]]]).astype(np.int32)
-
-
 # ==== checks ====
+
+
+def _check_answer(visible: Tensor) -> None:
+    if visible.dtype != torch.bool:
+        raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
 
 
 def _check_sizes(**sizes: int) -> None:

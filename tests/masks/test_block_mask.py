@@ -6,7 +6,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyspec import BlockMask, DraftTree, masks
+from pyspec import BlockMask, DraftTree
+from pyspec.masks import block_mask, tiles
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 200])
 QUICK = settings(
@@ -17,14 +18,15 @@ QUICK = settings(
 @pytest.fixture(params=[1, 2], ids=["blocks of 64", "blocks of 128"], autouse=True)
 def words_per_block(request, monkeypatch):
     """Blocks of 128 rows are what a GPU gets."""
-    monkeypatch.setattr(masks, "_words_per_block", lambda rows, device: request.param if rows > 64 else 1)
+    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: request.param if rows > 64 else 1)
 
 
 @pytest.fixture(params=["compiled", "python"])
-def tree_builder(request, monkeypatch):
+def builder(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(masks, "tree_tiles", None)
-    elif masks.tree_tiles is None:
+        monkeypatch.setattr(block_mask, "tree_tiles", None)
+        monkeypatch.setattr(tiles, "dense_tiles", None)
+    elif block_mask.tree_tiles is None:
         pytest.skip("no compiled module")
 
 
@@ -38,14 +40,14 @@ def check(mask: BlockMask, expected: torch.Tensor) -> None:
     assert torch.equal(dense.expand(*dense.shape[:2], *expected.shape[-2:]), expected.expand(dense.shape))
     height = 64 * mask.bits.shape[1]
     kinds = {}
-    for kind, ranges, tiles in (
+    for kind, ranges, named in (
         ("full", mask.full_ranges, mask.full_tiles),
         ("partial", mask.partial_ranges, mask.partial_tiles[:, 0]),
     ):
-        assert ranges.dtype == tiles.dtype == torch.int32 and ranges.is_contiguous()
+        assert ranges.dtype == named.dtype == torch.int32 and ranges.is_contiguous()
         for place in np.ndindex(*ranges.shape[:3]):
             begin, end = ranges[place].tolist()
-            listed = tiles[begin:end].tolist()
+            listed = named[begin:end].tolist()
             assert listed == sorted(set(listed))
             kinds |= {(*place, tile): kind for tile in listed}
     expected = expected.expand(dense.shape)
@@ -66,6 +68,7 @@ def random_dense(rows, keys, seed):
     return torch.from_numpy(random.random((rows, keys)) < fine[row : row + rows, key : key + keys])
 
 
+@pytest.mark.usefixtures("builder")
 @QUICK
 @given(SIZES, SIZES, st.integers(0, 999))
 def test_dense(rows, keys, seed):
@@ -73,12 +76,21 @@ def test_dense(rows, keys, seed):
     check(BlockMask.from_dense(dense), dense)
 
 
+@pytest.mark.usefixtures("builder")
 @pytest.mark.parametrize("shape", [(0, 70), (70, 0), (1, 1), (3, 70, 130), (2, 3, 130, 70), (1, 4, 64, 64)])
 def test_dense_shapes(shape):
     dense = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3
     mask = BlockMask.from_dense(dense)
     assert mask.full_ranges.shape[:2] == (*shape[:-2], *((1, 1)[len(shape) - 2 :]))[:2]
     check(mask, dense[:, None] if dense.dim() == 3 else dense)
+
+
+@pytest.mark.usefixtures("builder")
+def test_dense_that_is_not_contiguous():
+    dense = random_dense(200, 130, 0)
+    check(BlockMask.from_dense(dense.mT), dense.mT)
+    check(BlockMask.from_dense(dense[5:100:3, 1:]), dense[5:100:3, 1:])
+    check(BlockMask.from_dense(dense[:1].expand(130, -1)), dense[:1].expand(130, -1))
 
 
 @pytest.mark.parametrize("value", [False, True])
@@ -105,6 +117,20 @@ def test_predicate(rows, keys, seed):
     check(BlockMask.from_predicate(lambda b, h, i, j: dense[b, h, i, j], rows, keys, batch=2, heads=3), dense)
     square = dense_of(lambda i, j: i >= j, rows, keys)
     check(BlockMask.from_predicate(lambda b, h, i, j: i >= j, rows, keys), square)
+
+
+def test_predicate_of_fewer_dimensions():
+    even_key = dense_of(lambda i, j: j % 2 == 0, 70, 130)
+    check(BlockMask.from_predicate(lambda b, h, i, j: j % 2 == 0, 70, 130), even_key)
+    check(BlockMask.from_predicate(lambda b, h, i, j: torch.tensor(True), 70, 130), torch.ones_like(even_key))
+    for rows, keys in ((0, 70), (70, 0)):
+        check(BlockMask.from_predicate(lambda b, h, i, j: i >= j, rows, keys), torch.ones(rows, keys) > 0)
+
+
+def test_predicate_a_few_rows_at_a_time(monkeypatch):
+    monkeypatch.setattr(block_mask, "_PREDICATE_PAIRS", 1)
+    dense = random_dense(300, 130, 1)
+    check(BlockMask.from_predicate(lambda b, h, i, j: dense[i, j], 300, 130), dense)
 
 
 @QUICK
@@ -177,7 +203,7 @@ def dense_tree(parents, prefix, rows=None, keys=None):
     return dense
 
 
-@pytest.mark.usefixtures("tree_builder")
+@pytest.mark.usefixtures("builder")
 @settings(QUICK, max_examples=25)
 @given(tree_parents(), st.sampled_from([0, 1, 63, 64, 100, 128]))
 def test_tree(parents, prefix):
@@ -186,7 +212,7 @@ def test_tree(parents, prefix):
     assert torch.equal(mask.to_dense()[0, 0], dense_tree(parents, prefix))
 
 
-@pytest.mark.usefixtures("tree_builder")
+@pytest.mark.usefixtures("builder")
 @settings(QUICK, max_examples=15)
 @given(st.lists(st.tuples(tree_parents(), st.sampled_from([0, 64, 70])), min_size=1, max_size=3))
 def test_trees_of_a_batch(trees):

@@ -1,0 +1,39 @@
+"""Orders of rows and keys that leave fewer tiles of a mask with something in them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["depth_first", "renumbered", "reverse_cuthill_mckee"]
+
+
+def depth_first(parents: np.ndarray) -> np.ndarray:
+    """Nodes of a tree in depth-first order: every subtree is one run."""
+    sizes = [1] * len(parents)
+    for node in range(len(parents) - 1, 0, -1):
+        sizes[parents[node]] += sizes[node]
+    free = [0] * len(parents)  # the place that the next child's subtree begins at
+    order = np.zeros(len(parents), np.int64)
+    for node, parent in enumerate(parents.tolist()):
+        place = free[parent] if node else 0
+        order[place] = node
+        free[node] = place + 1
+        if node:
+            free[parent] += sizes[node]
+    return order
+
+
+def renumbered(parents: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Parents of the nodes in another order."""
+    places = np.argsort(order).astype(np.int32)
+    return np.concatenate([[-1], places[parents[order[1:]]]]).astype(np.int32)
+
+
+def reverse_cuthill_mckee(rows: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """The order of size places that brings the pairs (rows[i], keys[i]), taken as symmetric, near the diagonal."""
+    try:
+        from scipy.sparse import csgraph, csr_array
+    except ImportError as error:
+        raise ImportError('permuted("rcm") needs scipy: pip install scipy') from error
+    graph = csr_array((np.ones(len(rows), np.int8), (rows, keys)), shape=(size, size))
+    return csgraph.reverse_cuthill_mckee(graph, symmetric_mode=True)

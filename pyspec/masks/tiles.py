@@ -1,0 +1,103 @@
+"""What tiles of a mask hold: bools become bits, and tiles become full, empty or partial.
+
+A tile is WORD keys by the rows of a row block, and its bits are words [W, 64]: bit r of word [w, j] says whether row
+64 w + r sees key j. A tile map [B, H, R, C] int32 says of every tile of a mask whether it is FULL, EMPTY, UNSURE (to be
+found out), or if partial where in a table of bits [U, W, 64] its own are.
+
+Rows past a mask's last one are like the last: so they make no full tile partial. Keys past the last one are not seen.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+try:
+    from pyspec._host import dense_tiles
+except ImportError:  # a package without its compiled parts
+    dense_tiles = None
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "UNSURE",
+    "WORD",
+    "block_count",
+    "classify",
+    "no_bits",
+    "of_dense",
+    "pack",
+    "unpack",
+    "words_per_block",
+]
+
+WORD = 64  # keys of a tile, and rows that one word of bits holds
+FULL, EMPTY, UNSURE = -1, -2, -3
+
+
+def words_per_block(rows: int, device) -> int:
+    """64 rows a block suit a CPU; a GPU's tensor cores want 128 where there are that many."""
+    return 2 if torch.device(device).type == "cuda" and rows > WORD else 1
+
+
+def block_count(rows: int, words: int) -> int:
+    return -(-rows // (WORD * words))
+
+
+@functools.cache
+def no_bits(words: int, device) -> Tensor:
+    return torch.empty((0, words, WORD), dtype=torch.int64, device=device)
+
+
+def pack(visible: Tensor) -> Tensor:
+    """Words [..., n] of bools [..., 64 n], contiguous: bool i becomes bit i."""
+    eights = visible.view(torch.int64)  # 8 bools; the product collects their bits in its highest byte
+    octets = ((eights * 0x0102040810204080) >> 56).to(torch.uint8)
+    return octets.view(torch.int64)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """Bools [..., n, 64] of words [..., n]: bit i becomes bool i."""
+    octets = words.contiguous().view(torch.uint8)[..., None]
+    bits = (octets >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
+    return bits.view(torch.bool).view(*words.shape, WORD)
+
+
+def classify(words: Tensor) -> tuple[Tensor, Tensor]:
+    """States [T] int32 of tiles [T, W, 64], as in a tile map, and the bits of the partial ones, in order."""
+    is_full, is_empty = (words == -1).all(-1).all(-1), (words == 0).all(-1).all(-1)
+    is_partial = ~(is_full | is_empty)
+    states = is_partial.cumsum(0, dtype=torch.int32) - 1
+    states = torch.where(is_partial, states, torch.where(is_full, FULL, EMPTY).to(torch.int32))
+    return states, words[is_partial]
+
+
+def of_dense(visible: Tensor, words: int) -> tuple[Tensor, Tensor]:
+    """The tile map and bits of visible [B, H, N, M] bool."""
+    if dense_tiles is not None and visible.device.type == "cpu":
+        tile_map, bits = dense_tiles(visible.contiguous().numpy(), words)
+        return torch.from_numpy(tile_map), torch.from_numpy(bits)
+    by_tile = _words_of_dense(visible, words)
+    states, bits = classify(by_tile.flatten(0, 3))
+    return states.view(by_tile.shape[:4]), bits
+
+
+def _words_of_dense(visible: Tensor, words: int) -> Tensor:
+    """[B, H, R, C, W, 64] of [B, H, N, M]."""
+    batch, heads, rows, keys = visible.shape
+    blocks, columns = block_count(rows, words), -(-keys // WORD)
+    missing_rows, missing_keys = blocks * words * WORD - rows, columns * WORD - keys
+    if missing_rows:
+        visible = torch.cat([visible, visible[:, :, -1:].expand(-1, -1, missing_rows, -1)], 2)
+    if missing_keys:
+        visible = torch.nn.functional.pad(visible, (0, missing_keys))
+    if not visible.numel():
+        return torch.zeros((batch, heads, blocks, columns, words, WORD), dtype=torch.int64, device=visible.device)
+    octets = visible.contiguous().view(torch.uint8).view(batch, heads, blocks * words, 8, 8, columns * WORD)
+    packed = octets[:, :, :, :, 0].clone()
+    for bit in range(1, 8):
+        packed |= octets[:, :, :, :, bit] << bit
+    packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
+    return packed.contiguous().view(torch.int64)[..., 0]

@@ -1,0 +1,39 @@
+"""Draft trees as masks: a node sees a committed prefix, its ancestors and itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyspec.trees import DraftTree, tree_layout
+
+try:
+    from pyspec._host import tree_tiles
+except ImportError:  # a package without its compiled parts
+    tree_tiles = None
+
+__all__ = ["TreeAndPrefix", "dense_of_trees", "parents_of", "tree_tiles"]
+
+TreeAndPrefix = tuple[np.ndarray, int]  # parents [T] int32, and how many keys are committed before the tree's
+
+
+def parents_of(tree) -> np.ndarray:
+    """Parents [T] int32 of a DraftTree or of what numpy makes an array of."""
+    if isinstance(tree, DraftTree):
+        return tree.parents.numpy()
+    parents = np.ascontiguousarray(tree, np.int32)
+    if parents.ndim != 1 or not len(parents):
+        raise ValueError(f"parents must be 1-D and not empty, got shape {parents.shape}")
+    return parents
+
+
+def dense_of_trees(described: list[TreeAndPrefix], rows: int, keys: int) -> Tensor:
+    """[B, 1, N, M] bool: what the lists of tree_tiles say."""
+    visible = torch.zeros((len(described), 1, rows, keys), dtype=torch.bool)
+    for b, (parents, n) in enumerate(described):
+        nodes = len(parents)
+        bits = np.unpackbits(tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")
+        visible[b, 0, :nodes, :n] = True
+        visible[b, 0, :nodes, n : n + nodes] = torch.from_numpy(bits[:, :nodes].astype(bool))
+    return visible
