@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyspec.ops.row_statistics import TOP, row_statistics
+from pyspec.ops.topk import topk
 
-__all__ = ["HostStatistics", "read_statistics", "send_statistics"]
+__all__ = ["HostStatistics", "read_statistics", "read_top_tokens", "send_statistics"]
 
 
 class HostStatistics(NamedTuple):
@@ -57,6 +58,20 @@ def read_statistics(logits: Tensor) -> HostStatistics:
     if logits not in _sent:
         send_statistics(logits, [logits])
     return _received(*_sent[logits])
+
+
+def read_top_tokens(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """top_tokens and top_logits of `read_statistics`; on the CPU found alone, which takes less than half as long."""
+    best = None if logits.is_cuda else topk(logits.detach(), min(TOP, logits.shape[1]), sorted=True)
+    if (
+        best is None or best.values[:, :1].isnan().any()
+    ):  # topk says where NaN is, row_statistics what is best beside it
+        statistics = read_statistics(logits)
+        return statistics.top_tokens, statistics.top_logits
+    missing = ((0, 0), (0, TOP - best.values.shape[1]))
+    top_logits = np.pad(best.values.float().numpy(), missing, constant_values=-np.inf)
+    top_tokens = np.pad(best.indices.int().numpy(), missing)
+    return np.where(top_logits > -np.inf, top_tokens, -1), top_logits
 
 
 def _received(rows: Tensor, arrived: torch.cuda.Event | None) -> HostStatistics:

@@ -5,7 +5,7 @@ import torch
 
 import pyspec.readback
 from pyspec.acceptance.sampling import InvalidLogits, Sampler, _best
-from pyspec.readback import read_statistics, send_statistics
+from pyspec.readback import read_statistics, read_top_tokens, send_statistics
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -38,6 +38,17 @@ def test_what_was_sent_is_what_is_read(device):
     del part, parts
     gc.collect()
     assert not len(pyspec.readback._sent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [3, 8, 50])
+@pytest.mark.parametrize("device", DEVICES)
+def test_top_tokens_are_those_of_the_statistics(device, vocab, dtype):
+    logits = rows()[:, :vocab].to(device, dtype)
+    for some in (logits, logits[[0, 1, 2, 5]]):  # with a row that has NaN, and without
+        statistics = read_statistics(some)
+        for ours, theirs in zip(read_top_tokens(some), statistics[:2], strict=True):
+            assert ours.dtype == theirs.dtype and ours.flags.c_contiguous and (ours == theirs).all()
 
 
 def test_statistics_name_the_token_that_argmax_names():

@@ -67,6 +67,17 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
   return Element::kFloat32;
 }
 
+// An uninitialised tensor on the CPU, without a look-up of aten::new_empty by its name, which costs as much
+// as a small kernel.
+inline torch::stable::Tensor empty(int64_t rows, int64_t columns, torch::headeronly::ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
 inline int64_t bytes_of(Element element) { return element == Element::kFloat32 ? 4 : 2; }
 
 }  // namespace pyspec

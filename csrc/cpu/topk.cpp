@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x, int64_t k, int64_t buckets, int
   p.buckets = buckets, p.per_bucket = per_bucket;
   p.interleaved = interleaved, p.largest = largest, p.sorted = sorted;
   p.x = x.data_ptr();
-  Tensor values = torch::stable::new_empty(x, {p.rows, k});
-  Tensor indices = torch::stable::new_empty(x, {p.rows, k}, torch::headeronly::ScalarType::Long);
+  Tensor values = pyspec::empty(p.rows, k, x.scalar_type());
+  Tensor indices = pyspec::empty(p.rows, k, torch::headeronly::ScalarType::Long);
   p.values = values.data_ptr();
   p.indices = static_cast<int64_t*>(indices.data_ptr());
   p.segments = pyspec::topk_segments(p, torch::stable::get_num_threads());

@@ -33,6 +33,20 @@ inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
+// An uninitialised tensor [rows, columns] on the device of `beside`, without a look-up of aten::new_empty by
+// its name.
+inline torch::stable::Tensor empty(const torch::stable::Tensor& beside, int64_t rows, int64_t columns,
+                                   torch::headeronly::ScalarType type) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &device));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
+  return torch::stable::Tensor(handle);
+}
+
 inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
     case torch::headeronly::ScalarType::Float:

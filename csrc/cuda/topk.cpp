@@ -24,14 +24,14 @@ std::tuple<Tensor, Tensor> topk(const Tensor& x, int64_t k, int64_t buckets, int
   STD_TORCH_CHECK(buckets == 0 || (buckets > 0 && buckets < int64_t{1} << 31 && buckets * per_bucket >= k),
                   "buckets must be 0 or hold at least k values");
   auto byte = torch::headeronly::ScalarType::Byte, int64 = torch::headeronly::ScalarType::Long;
-  Tensor values = torch::stable::new_empty(x, {p.rows, k});
-  Tensor indices = torch::stable::new_empty(x, {p.rows, k}, int64);
+  Tensor values = pyspec::empty(x, p.rows, k, x.scalar_type());
+  Tensor indices = pyspec::empty(x, p.rows, k, int64);
   if (p.rows == 0) return {values, indices};
   p.x = x.data_ptr(), p.values = values.data_ptr();
   p.indices = static_cast<int64_t*>(indices.data_ptr());
   pyspec::Gpu gpu = pyspec::gpu_of(x);
   int64_t bytes = pyspec_topk_cuda_plan(p, gpu.multiprocessors);
-  Tensor workspace = torch::stable::new_empty(x, {bytes}, byte);
+  Tensor workspace = pyspec::empty(x, 1, bytes, byte);
   p.workspace = workspace.data_ptr();
   pyspec::check(static_cast<cudaError_t>(pyspec_topk_cuda(p, gpu.stream)), "topk");
   return {values, indices};

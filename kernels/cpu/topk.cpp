@@ -22,8 +22,7 @@ using pyspec::TopkParams;
 
 constexpr int kVectors = 4;
 constexpr int64_t kBlock = 16 * kVectors;
-constexpr int64_t kFewestListed = 256;     // a list that would be cut more often than it is worth
-constexpr int64_t kValuesPerItem = 16384;  // a thread is not worth waking for fewer
+constexpr int64_t kFewestListed = 64;  // beside 4 k: a shorter list would be cut all the time
 constexpr int64_t kFewSorted = 64;
 constexpr int32_t kInfinityBits = 0x7f800000, kHighest = 0x7fffffff;
 
@@ -264,7 +263,7 @@ struct Row {
 
   // Length at which a list is cut.
   int64_t listed() const {
-    int64_t most = 4 * p.k < kFewestListed ? kFewestListed : 4 * p.k;
+    int64_t most = 4 * p.k + kFewestListed;
     return most < p.n ? most : p.n;
   }
 
@@ -483,7 +482,7 @@ void topk(const TopkParams& p) {
     return room_of(keeps_all(p) ? (listed > joined ? listed : joined) : candidates, p.k);
   };
   if (p.segments == 1) {
-    int64_t rows_per_item = p.n < kValuesPerItem ? kValuesPerItem / p.n : 1;
+    int64_t rows_per_item = p.n < pyspec::kWorthAThread ? pyspec::kWorthAThread / p.n : 1;
     auto item = [&](int64_t index) {
       int64_t end = (index + 1) * rows_per_item;
       for (int64_t row = index * rows_per_item; row < p.rows && row < end; ++row) {

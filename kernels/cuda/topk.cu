@@ -13,7 +13,7 @@
 // Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and the
 // last of them to finish goes on from there.
 //
-// Bound by reading x: once with buckets, where exact three to six times, mostly from the L2 cache.
+// x is read once with buckets, where exact three to seven times, mostly from the L2 cache.
 #include <cuda_runtime.h>
 
 #include "cuda/select.h"
@@ -34,11 +34,21 @@ constexpr int64_t kShared = 44 * 1024;  // bytes; with what is static below what
 constexpr int64_t kLeastSlice = 8192;   // values of a row that are worth a block
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
+// How the values of a row become numbers.
+struct Numbers {
+  uint32_t n, index_bits;  // bits that tell the values of a row apart
+  uint32_t infinity;       // the bits of +inf: above are NaNs
+  uint32_t nan_key;        // the highest; for the smallest values the lowest
+  uint32_t flip;           // all bits for the smallest values, else none
+  uint32_t lowest;         // key of the worst infinity
+  int bits;                // of a number
+};
+
 // What one launch does, decided on the host.
 struct Plan {
+  Numbers numbers;
   uint32_t kept;         // numbers that a block keeps of its slice: k where exact, else buckets * per_bucket
   uint32_t ranks;        // places for sorting: a power of two, or 0 where nothing is sorted
-  uint32_t index_bits;   // that tell the values of a row apart
   uint32_t slices;       // blocks that share a row
   bool kept_in_shared;   // else in the workspace, with several slices there too
   bool ranks_in_shared;  // else in the workspace
@@ -53,36 +63,35 @@ struct Plan {
 template <class Bits>
 struct Row {
   const Bits* x;
-  uint32_t n, index_bits;
-  uint32_t infinity;  // the bits of +inf: above are NaNs
-  uint32_t nan_key, flip;
+  const Numbers& numbers;
 
-  __device__ Row(const TopkParams& p, const Plan& plan, int64_t row)
-      : x(static_cast<const Bits*>(p.x) + row * p.stride),
-        n(static_cast<uint32_t>(p.n)),
-        index_bits(plan.index_bits),
-        infinity(p.element == Element::kFloat32   ? 0x7f800000u
-                 : p.element == Element::kFloat16 ? 0x7c00u
-                                                  : 0x7f80u),
-        nan_key(p.largest ? kSign | (kSign - 1) : 1),
-        flip(p.largest ? 0 : kSign | (kSign - 1)) {}
-
-  // Larger for a better value, never 0.
-  __device__ uint32_t key(uint32_t bits) const {
-    if ((bits & (kSign - 1)) > infinity) return nan_key;
-    uint32_t ordered = bits & kSign ? ~bits & (kSign | (kSign - 1)) : bits | kSign;
-    ordered += ordered == kSign - 1;  // -0 is +0
-    return ordered ^ flip;
+  // Larger for a better value, never 0. bits: those of a value, as a signed integer.
+  __device__ uint32_t key(int32_t bits) const {
+    if ((bits & kMagnitude) > numbers.infinity) return numbers.nan_key;
+    uint32_t ordered = order(bits);
+    ordered += ordered == ~0u;  // -0 is +0
+    return (ordered ^ numbers.flip) + kSign;
+  }
+  // In fewer instructions, how far a value is above the worst number. No value's is below limit_above(worst)
+  // if its key is above that; a few others are not either, which is for the key to find out.
+  __device__ uint32_t height(int32_t bits) const {
+    return (order(bits) ^ numbers.flip) - (numbers.lowest - kSign);
+  }
+  __device__ uint32_t limit_above(uint32_t worst) const {
+    return worst < numbers.lowest ? 0 : worst - numbers.lowest + 1;
   }
   __device__ uint64_t number(uint32_t key, uint32_t index) const {
-    return static_cast<uint64_t>(key) << index_bits | (n - 1 - index);
+    return static_cast<uint64_t>(key) << numbers.index_bits | (numbers.n - 1 - index);
   }
   __device__ uint32_t index(uint64_t number) const {
-    return n - 1 - static_cast<uint32_t>(number & ((uint64_t{1} << index_bits) - 1));
+    return numbers.n - 1 - static_cast<uint32_t>(number & ((uint64_t{1} << numbers.index_bits) - 1));
   }
-  __device__ int number_bits() const { return static_cast<int>(8 * sizeof(Bits) + index_bits); }
 
-  static constexpr uint32_t kSign = 1u << (8 * sizeof(Bits) - 1);
+  static constexpr uint32_t kSign = 1u << (8 * sizeof(Bits) - 1), kMagnitude = kSign - 1;
+
+ private:
+  // As integers in two's complement; -0 is -1.
+  __device__ static uint32_t order(int32_t bits) { return bits ^ (bits >> 31 & kMagnitude); }
 };
 
 // ==== buckets ====
@@ -115,26 +124,30 @@ template <int kPerBucket, class Bits>
 __device__ Queue<kPerBucket> scan_share(const TopkParams& p, const Row<Bits>& row, uint32_t bucket,
                                         uint32_t share, uint32_t shares) {
   constexpr int kAhead = 8;  // loads on their way
-  uint32_t buckets = static_cast<uint32_t>(p.buckets), size = row.n / buckets, larger = row.n % buckets;
+  uint32_t buckets = static_cast<uint32_t>(p.buckets), size = row.numbers.n / buckets,
+           larger = row.numbers.n % buckets;
   uint32_t first = p.interleaved ? bucket : bucket * size + min(bucket, larger);
   uint32_t step = p.interleaved ? buckets : 1;
   size += bucket < larger;
   Queue<kPerBucket> queue;
   uint32_t worst = 0;  // key of the last one in the queue; an equal that comes later is worse
-  for (uint32_t turn = share; turn < size; turn += kAhead * shares) {
-    uint32_t bits[kAhead];
+  uint32_t limit = 0;  // the least height that is worth a closer look
+  uint32_t index = first + share * step;
+  const Bits* x = row.x + index;
+  step *= shares;
+  int left = share < size ? static_cast<int>((size - share + shares - 1) / shares) : 0;
+  for (; left > 0; left -= kAhead, index += kAhead * step, x += uint64_t{step} * kAhead) {
+    int32_t bits[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) bits[i] = i < left ? x[uint64_t{step} * i] : 0;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      uint32_t place = turn + i * shares;
-      bits[i] = place < size ? row.x[first + place * step] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      uint32_t place = turn + i * shares, key = row.key(bits[i]);
-      if (place < size && key > worst) {
-        queue.insert(row.number(key, first + place * step));
-        worst = static_cast<uint32_t>(queue.numbers[kPerBucket - 1] >> row.index_bits);
-      }
+      if (i >= left || row.height(bits[i]) < limit) continue;
+      uint32_t key = row.key(bits[i]);
+      if (key <= worst) continue;
+      queue.insert(row.number(key, index + step * i));
+      worst = static_cast<uint32_t>(queue.numbers[kPerBucket - 1] >> row.numbers.index_bits);
+      limit = row.limit_above(worst);
     }
   }
   return queue;
@@ -176,7 +189,7 @@ __device__ void finish(SelectScratch& scratch, const TopkParams& p, const Plan& 
     values[place] = row.x[index];
   };
   for (uint32_t i = k + threadIdx.x; i < plan.ranks; i += blockDim.x) ranks[i] = 0;
-  select_best(scratch, item, count, k, row.number_bits(), [&](uint32_t place, uint64_t number) {
+  select_best(scratch, item, count, k, row.numbers.bits, [&](uint32_t place, uint64_t number) {
     if (plan.ranks) {
       ranks[place] = number;
     } else {
@@ -209,7 +222,7 @@ __global__ void __launch_bounds__(kMostThreads)
   uint64_t* shared = reinterpret_cast<uint64_t*>(dynamic_shared);
   int64_t row_number = blockIdx.x / plan.slices;
   uint32_t slice = blockIdx.x % plan.slices, kept = plan.kept;
-  Row<Bits> row(p, plan, row_number);
+  Row<Bits> row{static_cast<const Bits*>(p.x) + row_number * p.stride, plan.numbers};
   uint64_t* lists = plan.workspace + row_number * plan.row_numbers;  // [slices, kept]
   uint64_t* mine = lists + static_cast<int64_t>(slice) * kept;
   uint64_t* ranks = plan.ranks_in_shared ? shared + plan.shared_kept : lists + plan.row_numbers - plan.ranks;
@@ -217,13 +230,13 @@ __global__ void __launch_bounds__(kMostThreads)
   if constexpr (kPerBucket == 0) {
     auto value = [&](uint32_t i) { return row.number(row.key(row.x[i]), i); };
     if (plan.slices == 1) {
-      finish(scratch, p, plan, row, row_number, ranks, value, row.n);
+      finish(scratch, p, plan, row, row_number, ranks, value, row.numbers.n);
       return;
     }
     uint32_t begin = static_cast<uint32_t>(p.n * slice / plan.slices);
     uint32_t end = static_cast<uint32_t>(p.n * (slice + 1) / plan.slices);
     select_best(
-        scratch, [&](uint32_t i) { return value(begin + i); }, end - begin, kept, row.number_bits(),
+        scratch, [&](uint32_t i) { return value(begin + i); }, end - begin, kept, row.numbers.bits,
         [&](uint32_t place, uint64_t number) { mine[place] = number; });
     if (!is_last(plan.finished + row_number, plan.slices)) return;
     finish(
@@ -269,12 +282,25 @@ uint32_t block_threads(const TopkParams& p) {
   return best;
 }
 
+Numbers make_numbers(const TopkParams& p) {
+  Numbers numbers{};
+  bool is_wide = p.element == Element::kFloat32;
+  numbers.n = static_cast<uint32_t>(p.n);
+  while (uint64_t{1} << numbers.index_bits < static_cast<uint64_t>(p.n)) ++numbers.index_bits;
+  numbers.infinity = is_wide ? 0x7f800000u : p.element == Element::kFloat16 ? 0x7c00u : 0x7f80u;
+  numbers.nan_key = !p.largest ? 1 : is_wide ? 0xffffffffu : 0xffffu;
+  numbers.flip = p.largest ? 0 : ~0u;
+  numbers.lowest = (is_wide ? 0x7fffffffu : 0x7fffu) - numbers.infinity;
+  numbers.bits = (is_wide ? 32 : 16) + static_cast<int>(numbers.index_bits);
+  return numbers;
+}
+
 Plan make_plan(const TopkParams& p, uint32_t threads) {
   Plan plan{};
   bool exact = pyspec::keeps_all(p);
   plan.kept = static_cast<uint32_t>(pyspec::segment_candidates(p));
   plan.slices = static_cast<uint32_t>(p.segments);
-  while (uint64_t{1} << plan.index_bits < static_cast<uint64_t>(p.n)) ++plan.index_bits;
+  plan.numbers = make_numbers(p);
   if (p.sorted) {
     for (plan.ranks = 1; plan.ranks < static_cast<uint64_t>(p.k);) plan.ranks *= 2;
   }
@@ -326,5 +352,5 @@ extern "C" int64_t pyspec_topk_cuda_plan(pyspec::TopkParams& p, int64_t multipro
 // One launch, and none for no rows. Returns a cudaError_t.
 extern "C" int pyspec_topk_cuda(const pyspec::TopkParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  return p.element == Element::kFloat32 ? launch<uint32_t>(p, stream) : launch<uint16_t>(p, stream);
+  return p.element == Element::kFloat32 ? launch<int32_t>(p, stream) : launch<int16_t>(p, stream);
 }

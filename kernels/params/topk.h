@@ -36,6 +36,7 @@ struct TopkParams {
 namespace {
 
 constexpr int64_t kMostPerBucket = 4;
+constexpr int64_t kWorthAThread = 32768;  // values; waking a thread takes as long as passing over so many
 
 // Whether a row is compared as a whole: asked for, or because no bucket would leave anything out.
 inline bool keeps_all(const TopkParams& p) { return p.buckets == 0 || p.buckets * p.per_bucket >= p.n; }
@@ -43,7 +44,7 @@ inline bool keeps_all(const TopkParams& p) { return p.buckets == 0 || p.buckets 
 // Parts that a row is worth being cut into. The result does not depend on them.
 inline int64_t topk_segments(const TopkParams& p, int64_t threads) {
   if (p.rows >= 4 * threads || (!p.interleaved && !keeps_all(p))) return 1;
-  int64_t most = p.n / 16384;  // values that a thread is worth waking for
+  int64_t most = p.n / kWorthAThread;
   if (!keeps_all(p) && p.n / p.buckets / 16 < most) most = p.n / p.buckets / 16;
   int64_t segments = most < threads ? most : threads;
   return segments < 1 ? 1 : segments;

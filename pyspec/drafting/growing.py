@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyspec.drafting.engine import engine
-from pyspec.readback import read_statistics
+from pyspec.readback import read_top_tokens
 from pyspec.trees import DraftTree
 
 __all__ = ["GrowingDrafter"]
@@ -127,5 +127,4 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
 def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
     logits = logits.float() if logits.dtype == torch.float64 else logits
-    statistics = read_statistics(logits if logits.stride(1) == 1 else logits.contiguous())
-    return statistics.top_tokens, statistics.top_logits
+    return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())

@@ -27,6 +27,7 @@ from pyspec.ops.topk_recall import EXACT, MOST_PER_BUCKET, bucket_sizes, choose_
 __all__ = ["TopK", "topk", "topk_reference"]
 
 ASSIGNMENTS = ("interleaved", "contiguous")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopK(NamedTuple):
@@ -136,17 +137,18 @@ def topk(
 
 def _check_x(x: Tensor, dim: int) -> tuple[int, int]:
     """The dimension, not negative, and its size."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if x.dtype not in FLOATS:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() == 0:
+    shape = x.shape
+    if not shape:
         raise ValueError("x must have at least one dimension, got a scalar")
     _check_integer("dim", dim)
-    if not -x.dim() <= dim < x.dim():
-        raise ValueError(f"dim must be in [{-x.dim()}, {x.dim() - 1}], got {dim}")
-    dim %= x.dim()
-    if x.shape[dim] >= 2**31:
-        raise ValueError(f"x must have less than 2^31 values in dimension {dim}, got shape {tuple(x.shape)}")
-    return dim, x.shape[dim]
+    if not -len(shape) <= dim < len(shape):
+        raise ValueError(f"dim must be in [{-len(shape)}, {len(shape) - 1}], got {dim}")
+    dim %= len(shape)
+    if shape[dim] >= 2**31:
+        raise ValueError(f"x must have less than 2^31 values in dimension {dim}, got shape {tuple(shape)}")
+    return dim, shape[dim]
 
 
 def _check_recall(recall: float, buckets: int | None, per_bucket: int | None, assignment: str) -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -55,6 +56,22 @@ class HostLibrary(ctypes.CDLL):
         """Raises RuntimeError with the report of a launch that failed."""
         if self[name](*args):
             raise RuntimeError(self.cuda_on_host_error().decode())
+
+
+def fenced_memory(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """size bytes behind which nothing can be touched, and the bytes in front of them, all 0xa7.
+
+    A kernel that goes behind them fails with its thread's number; one that writes before them leaves a trace there.
+    """
+    room = (size + 15) // 16 * 16  # so that they begin aligned
+    begin = (room // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    area = mmap.mmap(-1, begin + mmap.PAGESIZE)
+    fence = ctypes.addressof(ctypes.c_char.from_buffer(area)) + begin
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    memory = torch.frombuffer(area, dtype=torch.uint8, count=begin).fill_(0xA7)
+    return memory[begin - room : begin - room + size], memory[: begin - room]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_host.loading import HostLibrary, build_on_host
+from cuda_on_host.loading import HostLibrary, build_on_host, fenced_memory
 
 EXAMPLES = Path(__file__).parent / "examples.cu"
 # the device: one block at a time in order; in another order; three at a time
@@ -118,6 +118,16 @@ def test_mistakes_are_reported(device, which, report):
         device.call("example_mistake", which, pointer(out))
     assert str(error.value).startswith("block (0, 0, 0): ") and report in str(error.value)
     device.call("example_mistake", -1, pointer(out))  # and the next launch is a good one
+
+
+def test_fenced_memory(device):
+    memory, before = fenced_memory(400)
+    x, sums = memory.view(torch.int32).fill_(1), np.zeros(1, np.int32)
+    arguments = [ctypes.c_void_p(x.data_ptr()), pointer(sums)]
+    device.call("example_block_sums", *arguments, 100, 1, 128)
+    assert sums[0] == 100 and (before == 0xA7).all()
+    with pytest.raises(RuntimeError, match="thread 100 touches memory that is not there"):
+        device.call("example_block_sums", *arguments, 101, 1, 128)
 
 
 def test_shared_memory_starts_with_rubbish(library):

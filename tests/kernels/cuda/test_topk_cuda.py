@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.loading import ROOT, HostLibrary, build_on_host, op_on_host
+from cuda_on_host.loading import ROOT, HostLibrary, build_on_host, fenced_memory, op_on_host
 
 from pyspec.ops.topk import _OP, topk_reference
 
@@ -171,25 +171,16 @@ def test_bad_input_of_a_direct_caller(kernel, x, arguments, text):
     [(3, 700, 50, 0, 1), (3, 701, 50, 25, 2), (2, 9001, 3000, 3000, 2), (1, 40000, 100, 0, 1), (1, 40000, 99, 70, 3)],
 )
 @pytest.mark.parametrize("sorted", [False, True])
-def test_nothing_is_written_outside(rows, n, k, buckets, per_bucket, sorted):
+def test_nothing_outside_is_touched(rows, n, k, buckets, per_bucket, sorted):
     sources = [ROOT / "kernels/cuda/topk.cu", Path(__file__).parent / "topk_into.cpp"]
     library = HostLibrary(build_on_host(*sources))
     library.topk_workspace.restype = ctypes.c_int64
     shape = [ctypes.c_int64(size) for size in (rows, n, k, buckets, per_bucket)] + [ctypes.c_bool(sorted)]
-    workspace_bytes = library.topk_workspace(*shape)
-    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(n))
-    guard = 4096
-    memory = [
-        torch.full((size + 2 * guard,), 0xA7, dtype=torch.uint8)
-        for size in (4 * rows * k, 8 * rows * k, workspace_bytes)
-    ]
-    library.call(
-        "topk_into",
-        *(ctypes.c_void_p(pointer) for pointer in (x.data_ptr(), *(part.data_ptr() + guard for part in memory))),
-        *shape,
-    )
-    for part in memory:
-        assert (part[:guard] == 0xA7).all() and (part[len(part) - guard :] == 0xA7).all()
-    indices = memory[1][guard : len(memory[1]) - guard].view(torch.int64).view(rows, k)
+    sizes = (4 * rows * n, 4 * rows * k, 8 * rows * k, library.topk_workspace(*shape))
+    memory, before = zip(*map(fenced_memory, sizes), strict=True)
+    x = memory[0].view(torch.float32).view(rows, n).normal_(generator=torch.Generator().manual_seed(n))
+    library.call("topk_into", *(ctypes.c_void_p(part.data_ptr()) for part in memory), *shape)
+    assert all((part == 0xA7).all() for part in before)
+    indices = memory[2].view(torch.int64).view(rows, k)
     expected = topk_reference(x, k, buckets, per_bucket, True, True, True)[1]
     assert torch.equal(indices.sort().values, expected.sort().values)
