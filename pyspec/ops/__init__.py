@@ -2,6 +2,7 @@
 
 from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
+from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.merge_attention import merge_attention
@@ -12,11 +13,15 @@ from pyspec.ops.swiglu import swiglu
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
+    "GearFormat",
     "PackedWeight",
     "RowStatistics",
     "backend",
     "backends",
     "block_masked_attention",
+    "gear_attention",
+    "gear_decode",
+    "gear_encode",
     "linear",
     "llama_layers",
     "merge_attention",
