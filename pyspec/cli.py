@@ -21,6 +21,7 @@ from pathlib import Path
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DRAFTERS = ("merged", "lookup", "recycling", "none")
 ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
+CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit")
 BENCH_PROMPTS = (
     ("summary", "Summarise in three sentences why the sky is blue, and then say the same once more in simpler words."),
     ("code", "Write a Python function that returns the n-th Fibonacci number, then the same function with a cache."),
@@ -162,6 +163,7 @@ def _add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
+    parser.add_argument("--cache", choices=CACHES, default="dense", help="how keys and values are kept; default: dense")
 
 
 def _budget(text: str) -> int | str:
@@ -177,7 +179,7 @@ def _generation_settings(arguments: argparse.Namespace) -> dict:
 
     check_limits(arguments.budget, arguments.max_new_tokens)
     Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -265,6 +267,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
         "drafter": _drafter_name(arguments),
         "budget": arguments.budget,
         "acceptance": arguments.acceptance,
+        "cache": arguments.cache,
         "prompt_tokens": len(tokens),
         "tokens": result.tokens,
         "text": result.text,

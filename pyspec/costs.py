@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from pyspec import measured
+from pyspec.caches import GearCache
 from pyspec.machine import cpu_name
 from pyspec.models import Runner
 from pyspec.ops import backends
@@ -100,24 +101,24 @@ class AutoBudget:
             self._accepted = self._accepted * MEMORY + len(path) - 1
 
 
-def costs_of(model: Runner) -> Costs:
+def costs_of(model: Runner, cache: GearCache | None = None) -> Costs:
     """The costs of a model on this machine, measured once and then kept in the user's cache folder.
 
-    The model's batch is lost when they are measured.
+    The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
     """
     try:
-        kept = measured.read("costs")[_key(model)]
+        kept = measured.read("costs")[_key(model, cache)]
         return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
     except (KeyError, TypeError):
-        return measure_costs(model)
+        return measure_costs(model, cache)
 
 
-def measure_costs(model: Runner) -> Costs:
+def measure_costs(model: Runner, cache: GearCache | None = None) -> Costs:
     """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost."""
     context = min(CONTEXT, model.context_length - 1)
-    largest = min(LARGEST, model.context_length - context)
+    largest = min(LARGEST, model.context_length - context, LARGEST if cache is None else cache.largest_tree)
     sizes = [size for size in SIZES if size <= max(2, largest)]
-    model.prefill([[0] * context], capacity=context + max(sizes))
+    model.prefill([[0] * context], capacity=context + max(sizes), **({} if cache is None else {"cache": cache}))
     found: dict[int, list[float]] = {size: [] for size in sizes}
     deadline = time.perf_counter() + SECONDS
     _seconds(model, 1)  # the first call of a kernel is not its speed
@@ -129,7 +130,7 @@ def measure_costs(model: Runner) -> Costs:
     nodes = sorted(size for size in sizes if found[size])
     seconds = np.maximum.accumulate([statistics.median(found[size]) for size in nodes])  # more nodes are never cheaper
     costs = Costs(tuple(nodes), tuple(seconds.tolist()))
-    measured.keep("costs", _key(model), {"nodes": costs.nodes, "seconds": costs.seconds})
+    measured.keep("costs", _key(model, cache), {"nodes": costs.nodes, "seconds": costs.seconds})
     return costs
 
 
@@ -143,9 +144,10 @@ def _seconds(model: Runner, nodes: int) -> float:
     return time.perf_counter() - start
 
 
-def _key(model: Runner) -> str:
+def _key(model: Runner, cache: GearCache | None = None) -> str:
     on_cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
     kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
     weights = getattr(model, "weight_dtype", model.dtype)
-    return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}"
+    packed = "" if cache is None else f" {cache}"
+    return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}{packed}"

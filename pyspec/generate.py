@@ -13,6 +13,7 @@ import torch
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
+from pyspec.caches import GearCache, cache_from_name
 from pyspec.costs import LARGEST, AutoBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.models import Runner
@@ -114,12 +115,14 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    cache: str | GearCache = "dense",
     stream: Callable | None = None,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
-    The text is what the model alone would say: with one seed (or greedily) it is the same for any drafter,
-    budget and batch, unless another acceptance rule is asked for. Ctrl-C ends it early and keeps what there is.
+    The text is what the model alone would say, over the same cache: with one seed (or greedily) it is the same for
+    any drafter, budget and batch, unless another acceptance rule is asked for. Ctrl-C ends it early and keeps what
+    there is.
 
     Args:
         model: a runner, from pyspec.load.
@@ -134,6 +137,8 @@ def generate(
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
         stop: strings that end the text before they begin.
+        cache: how keys and values are kept (docs/gear.md): "dense", "int8", "int4", "gear-4bit", "gear-2bit",
+            "gear-l-2bit", "kivi-2bit", or a GearCache.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
 
     Raises:
@@ -144,12 +149,15 @@ def generate(
     if stream is not None and model.tokenizer is None:
         raise ValueError("stream needs text, and this model has no tokenizer")
     check_limits(budget, max_new_tokens)
+    packed = _packed_cache(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule, budget)
-    auto = AutoBudget(costs_of(model)) if budget == "auto" and shared_drafter is not None else None
+    auto = AutoBudget(costs_of(model, packed)) if budget == "auto" and shared_drafter is not None else None
     largest = LARGEST if budget == "auto" else budget
+    if packed is not None:
+        largest = min(largest, packed.largest_tree)
 
     stats = Stats(seed=sampler.seed)
     sequences = [
@@ -166,7 +174,7 @@ def generate(
     ]
     with _timed(stats, "total"):
         try:
-            _prefill(model, sequences, rule, sampler, largest, stats)
+            _prefill(model, sequences, rule, sampler, largest, packed, stats)
             while any(sequence.going for sequence in sequences):
                 _round(model, sequences, rule, sampler, largest, auto, stats)
         except KeyboardInterrupt:
@@ -178,7 +186,7 @@ def generate(
     return _generation(sequences, stats, batched)
 
 
-def _prefill(model, sequences, rule, sampler, largest, stats) -> None:
+def _prefill(model, sequences, rule, sampler, largest, packed, stats) -> None:
     """Reads the prompts and draws the first token of each."""
 
     def observe(index: int, chain: DraftTree, logits: torch.Tensor) -> None:
@@ -189,6 +197,7 @@ def _prefill(model, sequences, rule, sampler, largest, stats) -> None:
             [sequence.context for sequence in sequences],
             capacity=max(sequence.limit for sequence in sequences) + largest,
             observe=None if sequences[0].drafter is None else observe,
+            **({} if packed is None else {"cache": packed}),  # an argument that only some runners have
         )
     for sequence, logits in zip(sequences, after_prompts, strict=True):
         with _timed(stats, "accept"):
@@ -204,7 +213,7 @@ def _round(model, sequences, rule, sampler, largest, auto, stats) -> None:
     paths: list = [None] * len(sequences)
 
     with _timed(stats, "draft"):
-        nodes = largest if auto is None else auto.nodes
+        nodes = largest if auto is None else min(auto.nodes, largest)
         proposed = [sequences[index].propose(nodes) for index in active]
         if auto is not None:
             proposed = auto.cut(proposed)
@@ -395,6 +404,18 @@ def _stop_strings(stop: str | Sequence[str], model: Runner) -> tuple[str, ...]:
     if stop and model.tokenizer is None:
         raise ValueError("stop needs text, and this model has no tokenizer")
     return stop
+
+
+def _packed_cache(cache: str | GearCache, model: Runner, budget: int | str) -> GearCache | None:
+    """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
+    packed = cache_from_name(cache)
+    if packed is None:
+        return None
+    if not getattr(model, "takes_packed_cache", False):
+        raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
+    if budget != "auto" and budget > packed.largest_tree:
+        raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")
+    return packed
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> None:

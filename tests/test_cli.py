@@ -12,6 +12,7 @@ from fake_runner import FakeRunner, ScriptedRunner
 
 import pyspec
 from pyspec import costs, drafting
+from pyspec.caches import CACHES
 from pyspec.cli import main
 
 TESTS = Path(__file__).parent
@@ -99,6 +100,25 @@ def test_generate_passes_every_setting_on(model, capsys, tmp_path):
     assert report["tokens"] == generate(model, list(b"the prompt"), drafter=None, **settings).tokens
     assert report["plain"] is None and report["drafter"] == "lookup" and report["budget"] == 4
     assert max(i for i, n in enumerate(report["stats"]["accepted_lengths"]) if n) <= 4
+
+
+def test_caches_of_the_command_line_are_those_of_generate():
+    assert pyspec.cli.CACHES == ("dense", *CACHES)
+
+
+def test_generate_packs_its_cache(model, capsys, monkeypatch):
+    seen = []
+
+    def prefill(tokens, *, capacity, observe, cache):
+        seen.append(cache)
+        return FakeRunner.prefill(model, tokens, capacity=capacity, observe=observe)
+
+    monkeypatch.setattr(model, "takes_packed_cache", True, raising=False)
+    monkeypatch.setattr(model, "prefill", prefill)
+    settings = ("--cache", "gear-2bit", "--drafter", "lookup", "--budget", 4, "--max-new-tokens", 9, "--json")
+    code, out, _ = run(capsys, "generate", "x", *settings)
+    assert code == 0 and seen == [CACHES["gear-2bit"]] * 2  # with the drafter, and plain
+    assert json.loads(out)["cache"] == "gear-2bit" and json.loads(out)["plain"]["equal"]
 
 
 def test_generate_reads_standard_input(model, capsys, monkeypatch):
@@ -250,6 +270,8 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         (["generate", "x", "--acceptance", "exacr"], "--acceptance"),
         (["generate", "x", "--acceptance", "block"], 'Use acceptance="exact"'),
         (["generate", "x", "--dtype", "int4"], "--dtype"),
+        (["generate", "x", "--cache", "int5"], "--cache"),
+        (["generate", "x", "--cache", "int4"], "cache must be dense for a FakeRunner"),
         (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),
         (["generate", "x", "--drafter-state", "/nowhere/file"], "/nowhere"),
         (["generate", "x" * 5000], "context"),

@@ -131,7 +131,7 @@ def test_a_context_shorter_than_the_largest_tree_is_enough(folder):
 
 @pytest.mark.parametrize("seconds", [1.0001, 64.0])
 def test_generation_with_the_automatic_budget_says_what_plain_decoding_says(monkeypatch, seconds):
-    monkeypatch.setattr(sys.modules["pyspec.generate"], "costs_of", lambda model: Costs((1, 64), (1.0, seconds)))
+    monkeypatch.setattr(sys.modules["pyspec.generate"], "costs_of", lambda model, cache: Costs((1, 64), (1.0, seconds)))
     prompts = [list(b"ab"), list(b"the tree"), list(b"q")]
     plain = generate(FakeRunner(), prompts, drafter=None, max_new_tokens=60, seed=3)
     drafted = generate(FakeRunner(), prompts, drafter="merged", budget="auto", max_new_tokens=60, seed=3)

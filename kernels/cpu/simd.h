@@ -236,6 +236,30 @@ PYSPEC_INLINE F16 softplus(F16 x) {
   return fma(add(s, s), series, max(set1(0.0f), x));
 }
 
+// Over the lanes, in an order that the instruction set decides.
+PYSPEC_INLINE float sum(F16 a) {
+#if PYSPEC_HAS_AVX512
+  return _mm512_reduce_add_ps(a.v);
+#else
+  float lanes[16];
+  store(lanes, a);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+#endif
+}
+// Not NaN unless all lanes are.
+PYSPEC_INLINE float highest(F16 a) {
+#if PYSPEC_HAS_AVX512
+  return _mm512_reduce_max_ps(a.v);
+#else
+  float lanes[16];
+  store(lanes, a);
+  for (int i = 1; i < 16; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+#endif
+}
+
 #if PYSPEC_HAS_AVX512
 // 16 x 16 dwords transposed in registers.
 PYSPEC_INLINE void transpose16(__m512i r[16]) {
@@ -516,6 +540,57 @@ PYSPEC_INLINE F16 to_float(I16 a) {
   return result;
 }
 #endif
+
+// ==== sixteen words of 32 bits ====
+
+PYSPEC_INLINE I16 load_words(const void* p) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_loadu_si512(p)};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m256i* halves = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+#else
+  I16 a;
+  std::memcpy(a.v, p, sizeof a.v);
+  return a;
+#endif
+}
+// (a >> shift) & mask, the sign bit being a bit like others.
+PYSPEC_INLINE I16 bit_field(I16 a, int shift, int32_t mask) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_and_si512(_mm512_srlv_epi32(a.v, _mm512_set1_epi32(shift)), _mm512_set1_epi32(mask))};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i count = _mm256_set1_epi32(shift), bits = _mm256_set1_epi32(mask);
+  return {_mm256_and_si256(_mm256_srlv_epi32(a.lo, count), bits),
+          _mm256_and_si256(_mm256_srlv_epi32(a.hi, count), bits)};
+#else
+  for (int i = 0; i < 16; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> shift) & mask;
+  return a;
+#endif
+}
+// high << shift | low.
+PYSPEC_INLINE I16 join_bits(I16 low, I16 high, int shift) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_or_si512(low.v, _mm512_sllv_epi32(high.v, _mm512_set1_epi32(shift)))};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i count = _mm256_set1_epi32(shift);
+  return {_mm256_or_si256(low.lo, _mm256_sllv_epi32(high.lo, count)),
+          _mm256_or_si256(low.hi, _mm256_sllv_epi32(high.hi, count))};
+#else
+  for (int i = 0; i < 16; ++i) low.v[i] |= high.v[i] << shift;
+  return low;
+#endif
+}
+// 16 bytes, signed.
+PYSPEC_INLINE F16 load_as_float(const int8_t* p) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+#else
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(p[i]);
+  return load(values);
+#endif
+}
 
 // x_sum: of the signed bytes that the dot products will take.
 PYSPEC_INLINE I16 start_dot(int32_t x_sum) {

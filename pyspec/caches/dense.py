@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["DenseCache"]
+__all__ = ["DenseCache", "keep_path"]
 
 
 class DenseCache:
@@ -56,15 +56,17 @@ class DenseCache:
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
-        start = self.lengths[sequence]
-        in_place = 0
-        while in_place < len(path) and path[in_place] == in_place:
-            in_place += 1
-        if moved := path[in_place:]:
-            slots = self.keys_values[:, :, sequence, :, start:]
-            # from pinned memory, so that a GPU reads it when it gets there and nobody waits
-            nodes = torch.tensor(moved, pin_memory=slots.is_cuda).to(slots.device, non_blocking=True)
-            # index_select copies, so rows may move onto slots that other rows still have to be read from
-            kept = slots.index_select(3, nodes)
-            slots[..., in_place : len(path), :] = kept
+        keep_path(self.keys_values[:, :, sequence, :, self.lengths[sequence] :], path)
         self.lengths[sequence] += len(path)
+
+
+def keep_path(slots: torch.Tensor, path: Sequence[int]) -> None:
+    """Moves slot path[j] of slots [layers, 2, Hkv, S, D] to slot j, for all j; path ascends."""
+    in_place = 0
+    while in_place < len(path) and path[in_place] == in_place:
+        in_place += 1
+    if moved := path[in_place:]:
+        # from pinned memory, so that a GPU reads it when it gets there and nobody waits
+        nodes = torch.tensor(moved, pin_memory=slots.is_cuda).to(slots.device, non_blocking=True)
+        # index_select copies, so rows may move onto slots that other rows still have to be read from
+        slots[..., in_place : len(path), :] = slots.index_select(3, nodes)

@@ -1,4 +1,4 @@
-"""LlamaRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense KV cache.
+"""LlamaRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense or a packed KV cache.
 
 The nodes of all trees of a batch run packed through the layers, [sum of T_b, hidden]; on a GPU they are padded to
 fixed shapes and replayed as a graph (static_steps.py). A prompt is read as a chain of draft tokens that are all
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
+from pyspec.caches.gear import GearCache, PackedCache
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models._weights import Matrix, dense, move_together, packed
 from pyspec.models.prompts import PromptPlan
@@ -236,6 +237,8 @@ class LlamaRunner:
         dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
     """
 
+    takes_packed_cache = True
+
     def __init__(
         self,
         config: LlamaConfig,
@@ -279,7 +282,7 @@ class LlamaRunner:
             none = torch.empty(0, device=self.device)
             pairs = ((layer.qkv_bias, layer.output_bias) for layer in weights.layers)
             self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
-        self._cache: DenseCache | None = None
+        self._cache: DenseCache | PackedCache | None = None
         self._verified: list[DraftTree | None] | None = None
         self._is_static = self.device.type == "cuda"
         self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
@@ -295,6 +298,7 @@ class LlamaRunner:
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        cache: GearCache | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -305,25 +309,31 @@ class LlamaRunner:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            cache: how keys and values are packed; None keeps them as they are. Packed, the layers run op by op.
 
         Raises:
-            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+            ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
+                keys or values cannot be packed: NaN, infinite or too large.
         """
         check_prompts(tokens, self.vocab_size, self.context_length)
         longest = max(map(len, tokens))
         capacity = self.context_length if capacity is None else capacity
         if capacity < longest:
             raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
+        if cache is not None:
+            self._check_packs(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
-        cache, plan = self._empty_cache(len(tokens), capacity), PromptPlan(tokens)
+        rows = PREFILL_CHUNK if cache is None else min(PREFILL_CHUNK, cache.largest_tree)
+        plan = PromptPlan(tokens, share=cache is None)  # of a packed prefix the exact last tokens would be missing
+        cache = self._empty_cache(len(tokens), capacity, cache)
         last_logits: dict[int, Tensor] = {}
-        while pieces := plan.next_pieces(cache.lengths, PREFILL_CHUNK, 1 if self._is_static else len(tokens)):
+        while pieces := plan.next_pieces(cache.lengths, rows, 1 if self._is_static else len(tokens)):
             for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
                 if observe is not None:
                     logits = self._logits(hidden)
                     for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
                         observe(reader, chain.first(count), logits[:count])
-                cache.lengths[sequence] += len(chain)
+                cache.commit(sequence, range(len(chain)))
                 if cache.lengths[sequence] == len(tokens[sequence]):
                     last_logits[sequence] = self._logits(hidden[-1:])[0]
                 for taker, count in plan.takers(sequence):
@@ -374,8 +384,24 @@ class LlamaRunner:
             if path is not None:
                 self._cache.commit(sequence, path)
 
-    def _empty_cache(self, sequences: int, capacity: int) -> DenseCache:
+    def _check_packs(self, cache: GearCache) -> None:
+        """Raises ValueError unless this model's keys can be packed so."""
+        cache.check_head_dim(self.config.head_dim)
+        for layer, window in enumerate(self.config.windows):
+            if window is not None and window < self.context_length:
+                raise ValueError(
+                    f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
+                )
+
+    def _empty_cache(self, sequences: int, capacity: int, packed: GearCache | None) -> DenseCache | PackedCache:
         """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
+        if packed is not None:
+            self._steps = None  # its keys grow with the text, its launches' shapes too
+            self._extend_rope(capacity)
+            config = self.config
+            return packed.start(
+                config.layers, sequences, config.kv_heads, capacity, config.head_dim, self.dtype, self.device
+            )
         if self._steps is not None and self._steps.fits(sequences, capacity):
             self._steps.cache.restart(capacity)
             return self._steps.cache
@@ -388,15 +414,17 @@ class LlamaRunner:
             self._steps = StaticSteps(cache, GraphRecorder(self.device))
         return cache
 
-    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache) -> Sequence[Tensor]:
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
         """[n, hidden] of each sequence's next piece of its prompt; shapes that are static allow one."""
         if self._steps is not None:
             return [self._steps.alone(self._step, chain, sequence) for sequence, chain in pieces.items()]
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])
 
-    def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache) -> Tensor:
+    def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache | PackedCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed."""
+        if isinstance(cache, PackedCache):
+            return self._forward_packed(trees, sequences, cache)
         lengths = [cache.lengths[sequence] for sequence in sequences]
         positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
         tokens = [tree.tokens for tree in trees]
@@ -416,6 +444,37 @@ class LlamaRunner:
             heads=self.config.heads,
             intermediate=self.config.intermediate_size,
             epsilon=self.config.norm_epsilon,
+        )
+
+    def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: PackedCache) -> Tensor:
+        """`_forward` over a packed cache, op by op."""
+        sizes = [len(tree) for tree in trees]
+        places = []  # position, sequence and slot of every node
+        for tree, sequence in zip(trees, sequences, strict=True):
+            length = cache.lengths[sequence]
+            slots = torch.arange(len(tree), dtype=torch.int32) + length - cache.starts[sequence]
+            places.append(torch.stack((tree.depths + length, torch.full_like(slots, sequence), slots)))
+        positions, row_sequences, slots = torch.cat(places, 1).to(self.device)
+        seen = [cache.rows(sequence, tree) for tree, sequence in zip(trees, sequences, strict=True)]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            parts = zip(sequences, q.split(sizes), seen, strict=True)
+            return torch.cat([cache.attend(layer, sequence, part, rows) for sequence, part, rows in parts])
+
+        return layers_by_ops(
+            self._embed(torch.cat([tree.tokens for tree in trees]).to(self.device)),
+            self._matrices,
+            self._biases,
+            self.weights.norm,
+            cache.keys_values,
+            self._cos_sin,
+            positions,
+            row_sequences,
+            slots,
+            attend,
+            self.config.heads,
+            self.config.intermediate_size,
+            self.config.norm_epsilon,
         )
 
     def _step(self, inputs: StepInputs, keys_values: Tensor) -> Tensor:

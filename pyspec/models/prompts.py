@@ -17,12 +17,12 @@ class PromptPlan:
     Attributes:
         prompts: [B] token lists.
         origins: [B] of (an earlier prompt, how many first tokens to take from it), 0 of them for none. At least the
-            last token of a prompt is its own, because its logits are asked for.
+            last token of a prompt is its own, because its logits are asked for. Nobody takes any unless share is set.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]]):
+    def __init__(self, prompts: Sequence[Sequence[int]], *, share: bool = True):
         self.prompts = prompts
-        self.origins = [_origin(prompts, index) for index in range(len(prompts))]
+        self.origins = [_origin(prompts, index) if share else (0, 0) for index in range(len(prompts))]
 
     def next_pieces(self, lengths: Sequence[int], rows: int, sequences: int) -> dict[int, DraftTree]:
         """Chains of the next tokens, rows in all, by sequence, of which there are lengths[b] so far. Empty at the end.

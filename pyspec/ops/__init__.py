@@ -3,6 +3,7 @@
 from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
+from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.mamba_layers import mamba_layers
@@ -18,6 +19,7 @@ from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
+    "GearFormat",
     "PackedWeight",
     "Round",
     "RowStatistics",
@@ -28,6 +30,9 @@ __all__ = [
     "causal_conv",
     "choose_buckets",
     "expected_recall",
+    "gear_attention",
+    "gear_decode",
+    "gear_encode",
     "linear",
     "llama_layers",
     "mamba_layers",

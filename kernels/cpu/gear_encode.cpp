@@ -1,0 +1,246 @@
+// Packs a block of keys and values into a record: outliers out, a scale for each group, then low rank of what
+// is left by power iteration. One item is one record; nothing in it depends on the records beside it.
+// Backbone and outliers are the reference's to the byte.
+#include "cpu/hadamard.h"
+#include "cpu/simd.h"
+#include "params/gear.h"
+
+namespace {
+
+using pyspec::GearEncodeParams;
+using pyspec::GearFormat;
+using pyspec::GearSide;
+using pyspec::kBlock;
+using pyspec::kHalf;
+using pyspec::kMostOutliers;
+using pyspec::kMostRank;
+
+constexpr int64_t kMostHeadDim = 256;
+constexpr int64_t kMostLength = kMostHeadDim > kBlock ? kMostHeadDim : kBlock;
+constexpr int kPasses = 3;             // of the power iteration
+constexpr float kIndependent = 1e-3f;  // of its length that a column must have left beside those before it
+
+struct Scratch {
+  alignas(64) float x[kBlock * kMostHeadDim];         // [token][channel]
+  alignas(64) float vectors[kBlock * kMostHeadDim];   // the same, vector after vector
+  alignas(64) float residual[kBlock * kMostHeadDim];  // [token][channel]
+  alignas(64) float a[kMostRank][kBlock], b[kMostRank][kMostHeadDim];
+  uint8_t codes[kBlock * kMostHeadDim];  // [token][channel]
+  uint8_t outliers[kMostHeadDim][kMostOutliers];
+};
+
+Scratch& scratch() {
+  static thread_local Scratch* instance = new Scratch();
+  return *instance;
+}
+
+// x in fp16, rounded to the side.
+Float16 half_towards(float x, bool upwards) {
+  Float16 half;
+  from_float(x, &half);
+  float back = to_float(half);
+  if (upwards ? back >= x : back <= x) return half;
+  if ((half.bits & 0x7fff) == 0) return {static_cast<uint16_t>(upwards ? 0x0001 : 0x8001)};
+  bool is_negative = half.bits >> 15;
+  half.bits = static_cast<uint16_t>(half.bits + (is_negative != upwards ? 1 : -1));
+  return half;
+}
+
+// The count largest (sign 1) or smallest (sign -1), the first of equals first.
+void pick(const float* x, int64_t length, int64_t count, float sign, uint8_t* indices) {
+  for (int64_t o = 0; o < count; ++o) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < length; ++i) {
+      bool taken = false;
+      for (int64_t other = 0; other < o; ++other) taken |= indices[other] == i;
+      if (!taken && (best < 0 || sign * x[i] > sign * x[best])) best = i;
+    }
+    indices[o] = static_cast<uint8_t>(best);
+  }
+}
+
+// ==== low rank ====
+
+float dot(const float* a, const float* b, int64_t n) {
+  F16 total = set1(0.0f);
+  for (int64_t i = 0; i < n; i += 16) total = fma(load(a + i), load(b + i), total);
+  return sum(total);
+}
+void add_scaled(float* to, const float* from, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) store(to + i, fma(load(from + i), set1(factor), load(to + i)));
+}
+
+// Each column orthogonal to those before it and of length 1, or 0 where nothing is left of it.
+template <int64_t kStride>
+void orthonormalise(float (*columns)[kStride], int64_t rank, int64_t n) {
+  for (int64_t k = 0; k < rank; ++k) {
+    float length = __builtin_sqrtf(dot(columns[k], columns[k], n));
+    for (int turn = 0; turn < 2; ++turn) {  // once leaves what rounding made
+      for (int64_t other = 0; other < k; ++other)
+        add_scaled(columns[k], columns[other], -dot(columns[k], columns[other], n), n);
+    }
+    float left = __builtin_sqrtf(dot(columns[k], columns[k], n));
+    for (int64_t i = 0; i < n; ++i)
+      columns[k][i] = left > kIndependent * length ? columns[k][i] / left : 0.0f;
+  }
+}
+
+void power_iteration(Scratch& s, int64_t rank, int64_t d) {
+  for (int64_t c = 0; c < d; ++c) {
+    for (int64_t k = 0; k < rank; ++k) {
+      uint64_t number = static_cast<uint64_t>(c * rank + k + 1) * 2654435761u;
+      s.b[k][c] = static_cast<float>(number >> 16 & 0xffff) / 65536.0f - 0.5f;
+    }
+  }
+  for (int pass = 0; pass < kPasses; ++pass) {
+    orthonormalise(s.b, rank, d);
+    for (int64_t k = 0; k < rank; ++k)
+      for (int64_t token = 0; token < kBlock; ++token) s.a[k][token] = dot(s.residual + token * d, s.b[k], d);
+    orthonormalise(s.a, rank, kBlock);
+    std::memset(s.b, 0, sizeof s.b);
+    for (int64_t token = 0; token < kBlock; ++token)
+      for (int64_t k = 0; k < rank; ++k) add_scaled(s.b[k], s.residual + token * d, s.a[k][token], d);
+  }
+}
+
+// A column in int8, and what to multiply it by.
+float to_int8(const float* x, int64_t n, int8_t* to) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) largest = __builtin_fabsf(x[i]) > largest ? __builtin_fabsf(x[i]) : largest;
+  float step = largest / 127;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<int8_t>(step > 0 ? __builtin_rintf(x[i] / step) : 0.0f);
+  return step;
+}
+
+// ==== codes to words ====
+
+void pack(const uint8_t* codes, const GearFormat& f, int64_t d, bool values, uint8_t* out) {
+  for (int64_t half = 0; half < 2; ++half) {
+    const uint8_t* from = codes + half * kHalf * d;
+    int64_t low = 0;
+    for (int64_t plane = f.bits == 3 ? 2 : f.bits; low < f.bits; low += plane, plane = 1) {
+      int64_t share = 16 / plane;
+      for (int64_t first = 0; first < 2 * d; first += share, out += 64) {
+        uint16_t words[32] = {};
+        for (int64_t i = 0; i < share; ++i) {
+          int64_t vector = first + i, fast = values ? vector % (d / 16) : vector % 4,
+                  slow = values ? vector / (d / 16) : vector / 4;
+          for (int64_t lane = 0; lane < 32; ++lane) {
+            int64_t near = lane / 2 + 16 * fast, far = 2 * slow + lane % 2;
+            int64_t code = values ? from[far * d + near] : from[near * d + far];
+            words[lane] |= static_cast<uint16_t>((code >> low & ((1 << plane) - 1)) << plane * i);
+          }
+        }
+        std::memcpy(out, words, 64);
+      }
+    }
+  }
+}
+
+// ==== one side of a record: s.x, keys or values, to out ====
+
+void encode_side(Scratch& s, const GearFormat& f, int64_t d, bool values, uint8_t* out) {
+  GearSide at(f, d, values);
+  int64_t vectors = values ? kBlock : d, length = values ? d : kBlock;
+  int64_t group = values && f.group > d ? d : f.group, half = f.outliers / 2;
+  int64_t levels = (int64_t{1} << f.bits) - 1;
+  Float16 *scales = reinterpret_cast<Float16*>(out + at.scale),
+          *zeros = reinterpret_cast<Float16*>(out + at.zero);
+  auto place = [&](int64_t vector, int64_t i) { return values ? vector * d + i : i * d + vector; };
+
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    float* y = s.vectors + vector * length;
+    for (int64_t i = 0; i < length; ++i) y[i] = s.x[place(vector, i)];
+    uint8_t* indices = s.outliers[vector];
+    pick(y, length, half, 1.0f, indices);
+    pick(y, length, half, -1.0f, indices + half);
+    bool is_outlier[kMostLength] = {};
+    for (int64_t o = 0; o < f.outliers; ++o) is_outlier[indices[o]] = true;
+    for (int64_t g = 0; g < length / group; ++g) {
+      float lowest = kInfinity, highest = -kInfinity;
+      for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+        if (is_outlier[i]) continue;
+        lowest = y[i] < lowest ? y[i] : lowest;
+        highest = y[i] > highest ? y[i] : highest;
+      }
+      Float16 zero = half_towards(lowest + 0.0f, false);
+      float step = (highest - to_float(zero)) / static_cast<float>(levels);
+      Float16 scale = half_towards(step > pyspec::kSmallestScale ? step : pyspec::kSmallestScale, true);
+      std::memcpy(scales + g * vectors + vector, &scale, 2);
+      std::memcpy(zeros + g * vectors + vector, &zero, 2);
+      float base = to_float(zero), unit = to_float(scale), most = static_cast<float>(levels);
+      for (int64_t i = g * group; i < (g + 1) * group; ++i) {
+        float code = __builtin_rintf((y[i] - base) / unit);
+        code = code > 0.0f ? code < most ? code : most : 0.0f;
+        s.codes[place(vector, i)] = static_cast<uint8_t>(code);
+        s.residual[place(vector, i)] = is_outlier[i] ? 0.0f : y[i] - (base + unit * code);
+      }
+    }
+  }
+  pack(s.codes, f, d, values, out + at.codes);
+
+  if (f.rank) {
+    power_iteration(s, f.rank, d);
+    for (int64_t k = 0; k < f.rank; ++k) {
+      int8_t* a = reinterpret_cast<int8_t*>(out + at.a) + k * kBlock;
+      int8_t* b = reinterpret_cast<int8_t*>(out + at.b) + k * d;
+      float factor = to_int8(s.a[k], kBlock, a);
+      factor *= to_int8(s.b[k], d, b);
+      std::memcpy(out + at.factor + 4 * k, &factor, 4);
+      for (int64_t token = 0; token < kBlock; ++token) {
+        for (int64_t c = 0; c < d; ++c) s.x[token * d + c] -= factor * static_cast<float>(a[token] * b[c]);
+      }
+    }
+  }
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    for (int64_t o = 0; o < f.outliers; ++o) {
+      int64_t i = s.outliers[vector][o], g = i / group;
+      Float16 zero, scale;
+      std::memcpy(&zero, zeros + g * vectors + vector, 2);
+      std::memcpy(&scale, scales + g * vectors + vector, 2);
+      float value =
+          (s.x[place(vector, i)] - to_float(zero)) / to_float(scale) - static_cast<float>(levels) / 2;
+      BFloat16 rounded;
+      from_float(value, &rounded);
+      std::memcpy(out + at.outlier_values + 2 * (o * vectors + vector), &rounded, 2);
+      out[at.outlier_indices + o * vectors + vector] = static_cast<uint8_t>(i);
+    }
+  }
+}
+
+template <class Storage>
+void encode(const GearEncodeParams& p) {
+  int64_t d = p.head_dim, record = pyspec::gear_record_bytes(p.format, d);
+  int64_t value_side = GearSide(p.format, d, false).bytes,
+          end = value_side + GearSide(p.format, d, true).bytes;
+  auto item = [&](int64_t index) {
+    int64_t block = index % p.blocks, h = index / p.blocks % p.kv_heads, b = index / p.blocks / p.kv_heads;
+    uint8_t* out = p.packed + index * record;
+    Scratch& s = scratch();
+    for (int side = 0; side < 2; ++side) {
+      bool values = side == 1;
+      const int64_t* strides = values ? p.v_strides : p.k_strides;
+      const Storage* from = static_cast<const Storage*>(values ? p.v : p.k) + b * strides[0] + h * strides[1];
+      for (int64_t token = 0; token < kBlock; ++token) {
+        convert_row(from + (block * kBlock + token) * strides[2], s.x + token * d, d);
+        if (p.format.rotate && !values) rotate(s.x + token * d, d);
+      }
+      encode_side(s, p.format, d, values, out + (values ? value_side : 0));
+    }
+    std::memset(out + end, 0, record - end);
+  };
+  pyspec::parallel(p.parallel_for, p.batch * p.kv_heads * p.blocks, item);
+}
+
+}  // namespace
+
+extern "C" void PYSPEC_ENTRY(pyspec_gear_encode)(const GearEncodeParams& p) {
+  switch (p.element) {
+    case pyspec::Element::kFloat32:
+      return encode<float>(p);
+    case pyspec::Element::kFloat16:
+      return encode<Float16>(p);
+    case pyspec::Element::kBFloat16:
+      return encode<BFloat16>(p);
+  }
+}

@@ -1,0 +1,202 @@
+"""GearCache: keys and values packed in blocks of 128 tokens, read packed; the last tokens stay in full precision.
+
+The commit rule: nothing is packed before it is committed, and a block is packed when the committed length passes its
+end, whatever was committed with it. So a cache built from one prompt is the one built token by token, bit for bit, and
+a rejected draft never touches a packed block.
+
+A row sees a block packed when it is at least `window` positions behind the block's end (pyspec.ops.gear.blocks_seen).
+The block's keys stay in full precision until no row can come any more that is nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyspec.caches.dense import keep_path
+from pyspec.ops.gear import BLOCK, GearFormat, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable
+from pyspec.trees import DraftTree
+
+__all__ = ["CACHES", "GearCache", "PackedCache", "cache_from_name"]
+
+
+@dataclass(frozen=True)
+class GearCache(GearFormat):
+    """How a runner keeps keys and values; see GearFormat for the fields before window.
+
+    Args:
+        window: how many positions behind a block's end a row must be to see it packed. A tree has at most window + 1
+            nodes, for a deeper node would need a block that is not committed yet.
+    """
+
+    window: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if isinstance(self.window, bool) or not isinstance(self.window, int):
+            raise TypeError(f"window must be an integer, got {self.window!r}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+    @property
+    def largest_tree(self) -> int:
+        """Nodes of a tree, or of a chunk of a prompt."""
+        return self.window + 1
+
+    def effective_bits(self, head_dim: int, length: int) -> float:
+        """Bits for each number of a text of so many tokens: its records, and what is kept in 16 bits beside them.
+
+        In both forms are kept the tokens of a block that a row may see packed or not. Scratch slots for a tree's keys
+        are not counted; a cache in full precision has them too.
+        """
+        self.check_head_dim(head_dim)
+        packed = length // BLOCK * self.record_bytes(head_dim) * 8
+        exact = (length - blocks_seen(length, self.window) * BLOCK) * 2 * head_dim * 16
+        return (packed + exact) / (2 * head_dim * length)
+
+    def start(
+        self,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PackedCache:
+        """An empty cache of these sizes."""
+        return PackedCache(self, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
+
+
+CACHES = {
+    "int8": GearCache(8, 128),
+    "int4": GearCache(4, 128),
+    "kivi-2bit": GearCache(2, 64),
+    "gear-l-2bit": GearCache(2, 64, rank=4),
+    "gear-2bit": GearCache(2, 64, rank=4, outliers=2),
+    "gear-4bit": GearCache(4, 128, rank=4, outliers=2),
+}
+
+
+def cache_from_name(cache: str | GearCache) -> GearCache | None:
+    """What `cache` names, None for "dense".
+
+    Raises:
+        TypeError, ValueError: it is no cache.
+    """
+    if isinstance(cache, GearCache):
+        return cache
+    if not isinstance(cache, str):
+        raise TypeError(f"cache must be a name or a GearCache, got {cache!r}")
+    if cache != "dense" and cache not in CACHES:
+        raise ValueError(f"cache must be one of {', '.join(('dense', *CACHES))}, or a GearCache, got {cache!r}")
+    return CACHES.get(cache)
+
+
+class PackedCache:
+    """Keys and values of B sequences, each with its own length.
+
+    `packed` [layers, B, Hkv, capacity / 128, record] uint8 are the blocks. `keys_values`
+    [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
+    DenseCache, scratch for a tree's keys. slots does not grow with the text.
+
+    Args:
+        settings: how blocks are packed.
+        layers, sequences, kv_heads, capacity, head_dim: sizes, all at least 1; capacity in tokens of a sequence.
+        dtype, device: of keys and values in full precision.
+
+    Raises:
+        ValueError: settings do not fit the head_dim.
+    """
+
+    def __init__(
+        self,
+        settings: GearCache,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        settings.check_head_dim(head_dim)
+        self.settings = settings
+        self.capacity = capacity
+        self.lengths = [0] * sequences
+        slots = min(capacity, settings.window + BLOCK - 1 + settings.largest_tree)
+        self.keys_values = torch.empty(layers, 2, sequences, kv_heads, slots, head_dim, dtype=dtype, device=device)
+        record = settings.record_bytes(head_dim)
+        self.packed = torch.empty(
+            layers, sequences, kv_heads, capacity // BLOCK, record, dtype=torch.uint8, device=device
+        )
+        self._scale = head_dim**-0.5
+
+    @property
+    def starts(self) -> list[int]:
+        """The position of each sequence's first slot in full precision."""
+        return [blocks_seen(length, self.settings.window) * BLOCK for length in self.lengths]
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that was allocated."""
+        return self.packed.nbytes + self.keys_values.nbytes
+
+    def check_room(self, sequence: int, count: int) -> None:
+        """Raises ValueError unless a tree of count nodes fits behind a sequence's committed tokens."""
+        if count > self.settings.largest_tree:
+            raise ValueError(
+                f"a tree must have at most {self.settings.largest_tree} nodes with {self.settings}, got {count}"
+            )
+        if self.lengths[sequence] + count > self.capacity:
+            raise ValueError(
+                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} tokens committed "
+                f"and needs {count} more: prefill with a larger capacity"
+            )
+
+    def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
+        """What the nodes of a tree behind a sequence see."""
+        device = self.keys_values.device
+        length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
+        return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window)
+
+    def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
+        """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
+        k, v = self.keys_values[layer, :, sequence, None]
+        packed = self.packed[layer, sequence, None]
+        out, _ = attend_tree(q.transpose(0, 1)[None], packed, k, v, rows, self.settings, self._scale)
+        return out[0].transpose(0, 1)
+
+    def commit(self, sequence: int, path: Sequence[int]) -> None:
+        """Keeps the written slots behind the committed ones, path[j] being the j-th, in all layers; path ascends.
+
+        Raises:
+            ValueError: a key or value of a block that is now whole is NaN, infinite or too large; nothing is committed.
+        """
+        before, start = self.lengths[sequence], self.starts[sequence]
+        after = before + len(path)
+        slots = self.keys_values[:, :, sequence]
+        keep_path(slots[..., before - start :, :], path)
+        blocks = range(before // BLOCK, after // BLOCK)
+        parts = [slots[..., block * BLOCK - start :, :][..., :BLOCK, :] for block in blocks]
+        for block, part in zip(blocks, parts, strict=True):
+            self._check(sequence, block, part)
+        for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
+            self.packed[:, sequence, :, block] = encode_packed(part[:, 0], part[:, 1], self.settings)[:, :, 0]
+        self.lengths[sequence] = after
+        if (past := self.starts[sequence] - start) > 0:
+            kept = slots[..., past : after - start, :].clone()
+            slots[..., : after - start - past, :] = kept
+
+    def _check(self, sequence: int, block: int, part: Tensor) -> None:
+        bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
+        if bad is not None:
+            name, (layer, head, token, channel), value, limit = bad
+            what = "keys" if name == "k" else "values"
+            raise ValueError(
+                f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
+                f"head {head}, position {block * BLOCK + token}, channel {channel} of sequence {sequence}"
+            )
