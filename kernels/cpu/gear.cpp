@@ -26,7 +26,7 @@ using pyspec::kHalf;
 using pyspec::kMostRank;
 
 constexpr int64_t kMostHeadDim = 256, kLeastGroup = 32;
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
 #if PYSPEC_HAS_AVX512
 constexpr int kPassRows = 4, kPassVectors = 4;  // sums that stay in registers
