@@ -74,17 +74,27 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     return rest < kLanes ? rest : kLanes;
   }
 
+  // Rows of whole vectors of what is multiplied are read where they lie.
   void pack_queries(const Item& item, int64_t head, int64_t lane_block, float* out, Scratch& s) const {
     int64_t lanes = lanes_of(item, lane_block);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+    const float* rows[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      rows[lane] = s.rows[lane];
+      if (lane >= lanes) {
+        std::memset(s.rows[lane], 0, d * sizeof(Compute));
+        continue;
+      }
       const Storage* from = static_cast<const Storage*>(p.q) + item.b * p.q_strides[0] +
                             head * p.q_strides[1] + row_of(item, lane_block, lane) * p.q_strides[2];
-      copy_row(from, reinterpret_cast<Compute*>(s.rows[lane]));
+      if (kDirect && this->steps % kLanes == 0) {
+        rows[lane] = reinterpret_cast<const float*>(from);
+      } else {
+        copy_row(from, reinterpret_cast<Compute*>(s.rows[lane]));
+      }
     }
-    for (int64_t lane = lanes; lane < kLanes; ++lane) std::memset(s.rows[lane], 0, d * sizeof(Compute));
     for (int64_t step = 0; step < this->steps; step += kLanes) {
       F16 values[kLanes];
-      for (int64_t lane = 0; lane < kLanes; ++lane) values[lane] = load(s.rows[lane] + step);
+      for (int64_t lane = 0; lane < kLanes; ++lane) values[lane] = load(rows[lane] + step);
       transpose(values);
       for (int64_t i = 0; i < kLanes; ++i) store(out + (step + i) * kLanes, values[i]);
     }

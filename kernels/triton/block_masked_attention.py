@@ -175,12 +175,12 @@ def block_masked_attention_kernel(
 
 
 def program_rows(words: int, group: int, mask_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Rows of a work item. fp32 is multiplied in registers, where little fits."""
+    """Rows of a work item: as many as fit into registers. fp32 is multiplied there, with operands of whole rows."""
     if dtype == torch.float32:
-        return 16
-    most = 128 if head_dim <= 64 else 64
+        return 16 if head_dim <= 64 else 8
+    most = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
     can_fold = group % 2 == 0 and mask_heads == 1
-    return most if words == 2 or can_fold else 64
+    return most if words == 2 or can_fold else min(most, 64)
 
 
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:

@@ -78,7 +78,8 @@ def of_dense(visible: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """The tile map and bits of visible [B, H, N, M] bool."""
     if dense_tiles is not None and visible.device.type == "cpu":
         tile_map, bits = dense_tiles(visible.contiguous().numpy(), words)
-        return torch.from_numpy(tile_map), torch.from_numpy(bits)
+        # torch gives an empty array strides that a view as int32 refuses.
+        return torch.from_numpy(tile_map), torch.from_numpy(bits) if bits.size else no_bits(words, visible.device)
     by_tile = _words_of_dense(visible, words)
     states, bits = classify(by_tile.flatten(0, 3))
     return states.view(by_tile.shape[:4]), bits

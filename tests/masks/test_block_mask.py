@@ -93,12 +93,14 @@ def test_dense_that_is_not_contiguous():
     check(BlockMask.from_dense(dense[:1].expand(130, -1)), dense[:1].expand(130, -1))
 
 
+@pytest.mark.usefixtures("builder")
 @pytest.mark.parametrize("value", [False, True])
 def test_all_or_nothing(value):
     dense = torch.full((128, 192), value)
     mask = BlockMask.from_dense(dense)
     check(mask, dense)
     assert mask.density == value and len(mask.partial_tiles) == len(mask.bits) == 0
+    assert mask.bits.view(torch.int32).shape == (0, mask.bits.shape[1], 128)  # as the Triton kernel reads them
 
 
 def test_two_runs_of_full_tiles_in_a_row():

@@ -313,6 +313,18 @@ def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, 
     assert bool(re.search(TENSOR_CORES[architecture], ptx)) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 256), (torch.float32, 128)], ids=str)
+def test_block_masked_attention_of_wide_heads_spills_nothing(dtype, head_dim, architecture, tmp_path):
+    compiled = compile_block_masked(architecture, dtype, head_dim)
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    ptx = compiled.asm["ptx"]
+    assert "tf32" not in ptx
+    assert bool(re.search(TENSOR_CORES[80], ptx)) == (dtype == torch.bfloat16)  # 32 rows are too few for later ones
+
+
 @pytest.mark.parametrize(
     "head_dim, variant",
     [(80, {}), (64, {"words": 1}), (64, {"words": 1, "group": 4}), (128, {"permuted": True})],
