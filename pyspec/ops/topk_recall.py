@@ -104,9 +104,9 @@ choose_buckets._dynamo_marked_constant = True
 
 @functools.lru_cache(maxsize=4096)
 def _choose(n: int, k: int, recall: float, device: str, threads: int) -> Buckets:
-    kernel = next(row for row in backends() if row["op"] == "topk" and row["device"] == device)
-    if kernel["backend"] == "reference":
-        return EXACT  # which its buckets begin with
+    kernel = next((row for row in backends() if row["op"] == "topk" and row["device"] == device), None)
+    if kernel is None or kernel["backend"] == "reference":
+        return EXACT  # which the reference's buckets begin with
     where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {threads} threads"
     costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {SIZES} {KEPT}")
     best, least = EXACT, costs.exact(n, k)

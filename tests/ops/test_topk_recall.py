@@ -177,6 +177,11 @@ def test_a_recall_of_one_is_exact():
     assert torch.equal(topk(x, 50, recall=1).indices.sort().values, x.topk(50).indices.sort().values)
 
 
+def test_where_there_is_no_kernel_the_result_is_exact():
+    assert choose_buckets(3000, 50, 0.9, "meta") == EXACT
+    assert topk(torch.zeros(2, 3000, device="meta"), 50, recall=0.9).indices.shape == (2, 50)
+
+
 def test_compile(monkeypatch):
     monkeypatch.setattr(topk_recall, "_measure", lambda device: table(10.0, (1.0,) * 4))
     x = torch.randn(3, 5000)
