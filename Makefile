@@ -52,6 +52,8 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/bench_tree_attention.py
 	$(BIN)/python bench/bench_block_masked_attention.py
 	$(BIN)/python bench/bench_linear.py
+	$(BIN)/python bench/bench_topk.py
+	$(BIN)/python bench/bench_sparse_attention.py
 	$(BIN)/python bench/bench_verify.py
 	$(BIN)/python bench/generate.py
 

@@ -71,50 +71,64 @@ def sparse_attention(
         if not 1 <= value <= most:
             raise ValueError(f"{name} must be in [1, {most}], got {value}")
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    if lengths is None:
-        lengths = torch.full((len(q),), slots, device=q.device)
-    lengths = lengths.long()[:, None, None]  # against [B, Hkv, S]
+    is_key = None
+    if lengths is not None:
+        lengths = lengths.long()[:, None, None]
+        is_key = torch.arange(slots, device=q.device) < lengths  # [B, 1, S]
 
     q = q.float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, D]
-    guessed = _guessed_scores(q, k, lengths, components, scale)  # [B, Hkv, G, S]
+    guessed = _guessed_scores(q, k, is_key, components, scale)  # [B, Hkv, G, S]
     chosen, is_chosen = _choose(guessed.sum(2), lengths, positions, window, per_bucket)  # [B, Hkv, P]
+    is_chosen = is_chosen[:, :, None]
     covered = guessed.gather(3, chosen[:, :, None].expand(-1, -1, q.shape[2], -1))
-    covered = torch.where(is_chosen[:, :, None], covered, 0.0).sum(3, keepdim=True)
+    covered = torch.where(is_chosen, covered, 0.0).sum(3, keepdim=True)
 
-    at = chosen[..., None].expand(-1, -1, -1, head_dim)
-    scores = torch.einsum("bhgd,bhpd->bhgp", q, k.gather(2, at).float()) * scale
-    weights = torch.where(is_chosen[:, :, None], scores, -torch.inf).softmax(3)
-    out = torch.einsum("bhgp,bhpd->bhgd", weights, v.gather(2, at).float())
+    scores = torch.einsum("bhgd,bhpd->bhgp", q, _rows(k, chosen).float()) * scale
+    weights = torch.where(is_chosen, scores, -torch.inf).softmax(3)
+    out = torch.einsum("bhgp,bhpd->bhgd", weights, _rows(v, chosen).float())
     if value_mean is None:
-        is_key = torch.arange(slots, device=q.device)[:, None] < lengths[..., None]
-        value_mean = torch.where(is_key, v, 0).sum(2, dtype=torch.float32) / lengths
+        if is_key is None:
+            value_mean = v.mean(2, dtype=torch.float32)
+        else:
+            value_mean = torch.where(is_key[..., None], v, 0).sum(2, dtype=torch.float32) / lengths
     out = covered * out + (1 - covered) * value_mean.float()[:, :, None]
     return out.flatten(1, 2).to(v.dtype)
 
 
-def _guessed_scores(q: Tensor, k: Tensor, lengths: Tensor, components: int, scale: float) -> Tensor:
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[b, h, index[b, h]] of x [B, H, N, M] and index [B, H, R]; unlike gather, it takes whole rows."""
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    return x[batch, torch.arange(x.shape[1], device=x.device)[:, None], index]
+
+
+def _guessed_scores(q: Tensor, k: Tensor, is_key: Tensor | None, components: int, scale: float) -> Tensor:
     """Softmax of the scores that the largest entries of each query give, [B, Hkv, G, S] fp32."""
     sizes = q.abs()
     largest = topk(sizes.sum(2), components).indices  # [B, Hkv, r]
-    columns = k.transpose(2, 3).gather(2, largest[..., None].expand(-1, -1, -1, k.shape[2]))  # [B, Hkv, r, S]
     among = largest[:, :, None].expand(-1, -1, q.shape[2], -1)
     share = sizes.gather(3, among).sum(3, keepdim=True) / sizes.sum(3, keepdim=True).clamp_min(1e-30)
-    scores = torch.einsum("bhgr,bhrs->bhgs", q.gather(3, among), columns.float())
-    scores = scores * (scale / share.clamp_min(1e-30).sqrt())
-    is_key = torch.arange(k.shape[2], device=k.device) < lengths[:, :, None]
-    return torch.where(is_key, scores, -torch.inf).softmax(3)
+    part = q.gather(3, among) * (scale / share.clamp_min(1e-30).sqrt())
+    scores = torch.einsum("bhgr,bhrs->bhgs", part, _rows(k.transpose(2, 3), largest).float())
+    return (scores if is_key is None else torch.where(is_key[:, :, None], scores, -torch.inf)).softmax(3)
 
 
-def _choose(scores: Tensor, lengths: Tensor, positions: int, window: int, per_bucket: int | None):
+def _choose(
+    scores: Tensor, lengths: Tensor | None, positions: int, window: int, per_bucket: int | None
+) -> tuple[Tensor, Tensor]:
     """Positions [B, Hkv, P] that are read, and whether each is one: short contexts have fewer."""
     slots = scores.shape[2]
-    local = lengths - 1 - torch.arange(min(window, slots), device=scores.device)  # [B, 1, window], latest first
-    chosen, is_chosen = local.expand(-1, scores.shape[1], -1), local >= 0
+    window = min(window, slots)
+    local = torch.arange(-window, 0, device=scores.device) + (slots if lengths is None else lengths)
+    chosen = local.expand(*scores.shape[:2], window)
+    is_chosen = chosen >= 0
     if slots > window:
-        is_open = torch.arange(slots, device=scores.device) < lengths - window
-        best = topk(torch.where(is_open, scores, -torch.inf), min(positions, slots - window), per_bucket=per_bucket)
+        others = scores[..., : slots - window]  # no sequence is longer, so none has its window before that
+        if lengths is not None:
+            is_other = torch.arange(slots - window, device=scores.device) < lengths - window
+            others = torch.where(is_other, others, -torch.inf)
+        best = topk(others, min(positions, slots - window), per_bucket=per_bucket)
         chosen = torch.cat([best.indices, chosen], 2)
-        is_chosen = torch.cat([best.values > -torch.inf, is_chosen.expand(-1, scores.shape[1], -1)], 2)
+        is_chosen = torch.cat([best.values > -torch.inf, is_chosen], 2)
     return torch.where(is_chosen, chosen, 0), is_chosen
 
 

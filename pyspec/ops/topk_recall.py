@@ -10,9 +10,9 @@ whether a second stage follows or not: it never drops one of the k best. For s =
 et al., "A Faster Generalized Two-Stage Approximate Top-K", arXiv 2506.04165; the buckets are those of Key et al.,
 "Approximate Top-k for Increased Parallelism", arXiv 2412.04358.
 
-What they cost is measured, once for a device, for a few rows and numbers of candidates, and kept in the user's cache
-folder: seconds of the exact op, and of one stage for each per_bucket. A second stage costs what the exact op costs on a
-row of the candidates.
+What they cost is measured, once for a device, for a row of a few sizes and a few numbers of candidates, and kept in the
+user's cache folder: seconds of the exact op, and of one stage for each per_bucket. A second stage costs what the exact
+op costs on a row of the candidates.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recal
 
 MOST_PER_BUCKET = 4  # kMostPerBucket in kernels/params/topk.h
 LANES = 16  # buckets that a kernel handles together
-ROWS = 8  # that are timed at once
-SIZES = (4096, 32768, 262144)  # of the rows that are timed
+SIZES = {"cpu": (4096, 16384, 32768), "cuda": (16384, 131072, 1048576)}  # rows that are timed; a CPU's on one thread
 KEPT = (16, 256, 2048)  # candidates, or k, that are timed
-REPEATS = 7
+REPEATS = 15
+WORTH_IT = 0.9  # of the exact op's seconds: for more, everything is found
 
 
 class Buckets(NamedTuple):
@@ -95,7 +95,7 @@ def choose_buckets(n: int, k: int, recall: float, device: torch.device | str = "
         raise ValueError(f"k must be in [1, {n}], got {k}")
     if not 0 < recall <= 1:
         raise ValueError(f"recall must be in (0, 1], got {recall}")
-    return _choose(n, k, float(recall), torch.device(device).type, torch.get_num_threads())
+    return _choose(n, k, float(recall), torch.device(device).type)
 
 
 # a constant for torch.compile: what torch.compiler.assume_constant_result sets, which would import all of dynamo
@@ -103,13 +103,13 @@ choose_buckets._dynamo_marked_constant = True
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(n: int, k: int, recall: float, device: str, threads: int) -> Buckets:
-    kernel = next(row for row in backends() if row["op"] == "topk" and row["device"] == device)
-    if kernel["backend"] == "reference":
-        return EXACT  # which its buckets begin with
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {threads} threads"
-    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {SIZES} {KEPT}")
-    best, least = EXACT, costs.exact(n, k)
+def _choose(n: int, k: int, recall: float, device: str) -> Buckets:
+    kernel = next((row for row in backends() if row["op"] == "topk" and row["device"] == device), None)
+    if kernel is None or kernel["backend"] == "reference":
+        return EXACT  # which the reference's buckets begin with
+    where = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {SIZES[device]} {KEPT}")
+    best, least = EXACT, WORTH_IT * costs.exact(n, k)
     for per_bucket in range(1, MOST_PER_BUCKET + 1):
         buckets = fewest_buckets(n, k, recall, per_bucket)
         if buckets * per_bucket < n and costs.bucketed(n, k, buckets, per_bucket) < least:
@@ -133,12 +133,13 @@ def fewest_buckets(n: int, k: int, recall: float, per_bucket: int) -> int:
 
 
 class _Costs:
-    """Seconds of ROWS rows, on lines between what was measured in logarithms of n and of k or candidates.
+    """Seconds of a row, on lines between what was measured in logarithms of n and of k or candidates.
 
-    seconds: for the exact op, then one stage of 1, 2, ... per bucket: [SIZES][KEPT].
+    seconds: for the exact op, then one stage of 1, 2, ... per bucket: for each of sizes one for each of KEPT.
     """
 
-    def __init__(self, seconds: list[list[list[float]]]):
+    def __init__(self, sizes: tuple[int, ...], seconds: list[list[list[float]]]):
+        self._sizes = sizes
         self._logs = [[[math.log(one) for one in row] for row in rows] for rows in seconds]
 
     def exact(self, n: int, k: int) -> float:
@@ -149,7 +150,7 @@ class _Costs:
         return self._seconds(per_bucket, n, kept) + (self.exact(kept, k) if kept > k else 0.0)
 
     def _seconds(self, per_bucket: int, n: int, kept: int) -> float:
-        by_kept = [_line(SIZES, column, n) for column in zip(*self._logs[per_bucket], strict=True)]
+        by_kept = [_line(self._sizes, column, n) for column in zip(*self._logs[per_bucket], strict=True)]
         return math.exp(_line(KEPT, by_kept, kept))
 
 
@@ -163,25 +164,26 @@ def _line(sizes: tuple[int, ...], values: list[float], size: int) -> float:
 @functools.lru_cache
 def _costs(device: str, key: str) -> _Costs:
     try:
-        return _Costs(measured.read("topk")[key]["seconds"])
+        return _Costs(SIZES[device], measured.read("topk")[key]["seconds"])
     except (KeyError, TypeError, ValueError):
         seconds = _measure(device)
         measured.keep("topk", key, {"seconds": seconds})
-        return _Costs(seconds)
+        return _Costs(SIZES[device], seconds)
 
 
 def _measure(device: str) -> list[list[list[float]]]:
-    """The least of some, in turn: what other programs add is no cost of the op."""
+    """Seconds for _Costs, without those of a call; the least of some, for what other programs add is no cost."""
     generator = torch.Generator().manual_seed(0)
-    seconds: list[list[list[float]]] = [[] for _ in range(MOST_PER_BUCKET + 1)]
-    for n in SIZES:
-        x = torch.randn(ROWS, n, generator=generator).to(device)
-        found = [
-            [[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in range(MOST_PER_BUCKET + 1)]
-            for _ in range(REPEATS)
-        ]
-        for per_bucket, rows in enumerate(seconds):
-            rows.append([min(turn[per_bucket][i] for turn in found) for i in range(len(KEPT))])
+    modes = range(MOST_PER_BUCKET + 1)
+    seconds: list[list[list[float]]] = [[] for _ in modes]
+    tiny = torch.zeros(1, 16, device=device)
+    call = min(_timed(tiny, 1, 0) for _ in range(10 * REPEATS))
+    for n in SIZES[device]:
+        x = torch.randn(1, n, generator=generator).to(device)
+        turns = [[[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in modes] for _ in range(REPEATS)]
+        for per_bucket in modes:
+            least = [min(turn[per_bucket][i] for turn in turns) for i in range(len(KEPT))]
+            seconds[per_bucket].append([max(one - call, 1e-7) for one in least])
     return seconds
 
 

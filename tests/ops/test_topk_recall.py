@@ -132,12 +132,17 @@ def test_the_fewest_buckets_are_the_fewest():
 
 def table(exact: float, stage: tuple[float, float, float, float]) -> list[list[list[float]]]:
     """Seconds that grow with the row, times a factor."""
-    return [[[factor * n * 1e-9 for _ in KEPT] for n in SIZES] for factor in (exact, *stage)]
+    return [[[factor * n * 1e-9 for _ in KEPT] for n in SIZES["cpu"]] for factor in (exact, *stage)]
 
 
 @pytest.mark.parametrize(
     "exact, stage, expected",
-    [(1.0, (2.0, 2.0, 2.0, 2.0), 0), (10.0, (1.0, 2.0, 3.0, 4.0), 1), (10.0, (9.0, 2.0, 3.0, 4.0), 2)],
+    [
+        (1.0, (2.0, 2.0, 2.0, 2.0), 0),
+        (1.0, (0.95, 2.0, 2.0, 2.0), 0),
+        (10.0, (1.0, 2.0, 3.0, 4.0), 1),
+        (10.0, (9.0, 2.0, 3.0, 4.0), 2),
+    ],
 )
 def test_the_cheapest_is_chosen(monkeypatch, exact, stage, expected):
     monkeypatch.setattr(topk_recall, "_measure", lambda device: table(exact, stage))
@@ -149,7 +154,7 @@ def test_the_cheapest_is_chosen(monkeypatch, exact, stage, expected):
 
 
 def test_costs_lie_on_lines_between_and_beyond_what_was_measured():
-    costs = topk_recall._Costs(table(3.0, (1.0, 1.0, 1.0, 1.0)))
+    costs = topk_recall._Costs(SIZES["cpu"], table(3.0, (1.0, 1.0, 1.0, 1.0)))
     for n in (100, 4096, 9000, 262144, 10**7):
         assert costs.exact(n, 64) == pytest.approx(3e-9 * n)
         assert costs.bucketed(n, 64, 64, 1) == pytest.approx(1e-9 * n)
@@ -175,6 +180,11 @@ def test_a_recall_of_one_is_exact():
     x = rows_of("uniform", 3000)
     assert choose_buckets(3000, 50, 1.0) == EXACT
     assert torch.equal(topk(x, 50, recall=1).indices.sort().values, x.topk(50).indices.sort().values)
+
+
+def test_where_there_is_no_kernel_the_result_is_exact():
+    assert choose_buckets(3000, 50, 0.9, "meta") == EXACT
+    assert topk(torch.zeros(2, 3000, device="meta"), 50, recall=0.9).indices.shape == (2, 50)
 
 
 def test_compile(monkeypatch):

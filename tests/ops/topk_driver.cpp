@@ -132,7 +132,7 @@ void check(TopkParams p, pyspec::Element element, int kind, int64_t threads) {
 }  // namespace
 
 int main() {
-  const int64_t sizes[] = {1, 15, 17, 64, 100, 1000, 2053, 33000, 50001};
+  const int64_t sizes[] = {1, 15, 17, 64, 100, 1000, 2053, 70001, 100003};
   int64_t checks = 0;
   for (int64_t n : sizes) {
     for (int64_t k : {int64_t{1}, int64_t{5}, int64_t{70}, n / 3, n}) {

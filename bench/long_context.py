@@ -1,0 +1,90 @@
+"""One step of a Llama runner behind a long real text, with an attention of the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import prompts
+import torch
+from torch import Tensor
+
+from pyspec.models.llama import LlamaRunner
+from pyspec.ops import tree_attention
+from pyspec.ops.llama_layers import layers_by_ops
+
+# attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+def texts(model: LlamaRunner, count: int, length: int) -> list[list[int]]:
+    """Token ids of `count` texts: articles and passages of the prompts, one after the other, none used twice."""
+    categories = prompts.by_category()
+    found: list[list[int]] = [[]]
+    for prompt in (*categories["summarization"], *categories["rag"]):
+        if len(found[-1]) >= length:
+            found.append([])
+        if len(found) > count:
+            break
+        found[-1] += model.tokenizer.encode(prompt.text + "\n\n")
+    whole = [text[:length] for text in found if len(text) >= length]
+    if len(whole) < count:
+        raise ValueError(f"the prompts give {len(whole)} texts of {length} tokens, not {count}")
+    return whole[:count]
+
+
+class LongContext:
+    """Steps behind the first `context` tokens of a text, which were read with full attention."""
+
+    def __init__(self, model: LlamaRunner, text: list[int], context: int):
+        self._model, self._text, self._context = model, text, context
+        model.prefill([text[:context]], capacity=len(text))
+
+    @torch.inference_mode()
+    def logits(self, attend: Attend) -> Tensor:
+        """[steps, V]: after each later token of the text, all but the last, each a step with this attention."""
+        model, cache = self._model, self._model._cache
+        config = model.config
+        rows = []
+        for place, token in enumerate(self._text[self._context : -1], start=self._context):
+            at = torch.tensor([place], dtype=torch.int32)
+
+            def of_layer(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: int = place + 1) -> Tensor:
+                return attend(layer, q[0], k[0, :, :keys], v[0, :, :keys])[None]
+
+            hidden = layers_by_ops(
+                model._embed(torch.tensor([token])),
+                model._matrices,
+                model._biases,
+                model.weights.norm,
+                cache.keys_values,
+                model._cos_sin,
+                at,
+                torch.zeros(1, dtype=torch.int32),
+                at,
+                of_layer,
+                config.heads,
+                config.intermediate_size,
+                config.norm_epsilon,
+            )
+            rows.append(model._logits(hidden)[0])
+        return torch.stack(rows)
+
+
+def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Full attention, as the runner computes it."""
+    bits = torch.ones(1, 1, 1, dtype=torch.int32)
+    lengths = torch.tensor([k.shape[1] - 1], dtype=torch.int32)
+    return tree_attention(q[None, :, None], k[None], v[None], bits, lengths)[0, :, 0]
+
+
+def attention_scores(model: LlamaRunner, text: list[int]) -> Tensor:
+    """[layers * Hq, n] fp32: the scores of one query of every head over the text before it."""
+    rows = []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.float().repeat_interleave(len(q) // len(k), 0)
+        rows.append(torch.einsum("hd,hnd->hn", q.float(), keys) * q.shape[1] ** -0.5)
+        return full(layer, q, k, v)
+
+    LongContext(model, text, len(text) - 2).logits(attend)
+    return torch.cat(rows)
