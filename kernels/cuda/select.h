@@ -41,7 +41,8 @@ __device__ void load_run(Item item, uint32_t start, uint32_t count, uint64_t (&n
   for (int i = 0; i < kRun; ++i) numbers[i] = first + 32 * i < count ? item(first + 32 * i) : 0;
 }
 
-// A bound that exactly k of item(0 ... count - 1) reach, k < count; bits: of a number.
+// A bound that exactly k of item(0 ... count - 1) reach, of which at least k + 1 places and k numbers are
+// there; bits: of a number.
 template <class Item>
 __device__ uint64_t find_bound(SelectScratch& scratch, Item item, uint32_t count, uint32_t k, int bits) {
   uint32_t* bins = scratch.bins;
@@ -76,15 +77,10 @@ __device__ uint64_t find_bound(SelectScratch& scratch, Item item, uint32_t count
   }
 }
 
-// emit(place, number) for the k best of item(0 ... count - 1), in their order; places count from 0.
+// emit(place, number) for those of item(0 ... count - 1) that reach the bound, in their order; places count
+// from 0.
 template <class Item, class Emit>
-__device__ void select_best(SelectScratch& scratch, Item item, uint32_t count, uint32_t k, int bits,
-                            Emit emit) {
-  if (k >= count) {
-    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) emit(i, item(i));
-    return;
-  }
-  uint64_t bound = find_bound(scratch, item, count, k, bits);
+__device__ void collect(SelectScratch& scratch, Item item, uint32_t count, uint64_t bound, Emit emit) {
   uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, before = 0, turn = 0;
   for (uint32_t start = 0; start < count; start += kRun * blockDim.x, turn ^= 1) {
     uint64_t numbers[kRun];
@@ -106,6 +102,17 @@ __device__ void select_best(SelectScratch& scratch, Item item, uint32_t count, u
       if (numbers[i] >= bound) emit(place + __popc(votes[i] & ((1u << lane) - 1)), numbers[i]);
       place += __popc(votes[i]);
     }
+  }
+}
+
+// emit(place, number) for the k best of item(0 ... count - 1), in their order.
+template <class Item, class Emit>
+__device__ void select_best(SelectScratch& scratch, Item item, uint32_t count, uint32_t k, int bits,
+                            Emit emit) {
+  if (k >= count) {
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) emit(i, item(i));
+  } else {
+    collect(scratch, item, count, find_bound(scratch, item, count, k, bits), emit);
   }
 }
 

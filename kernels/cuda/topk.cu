@@ -9,11 +9,13 @@
 // Buckets: a thread scans one bucket, or one of several shares of it where the row has fewer buckets than the
 // block threads, and keeps its best in registers. Shares are merged in shared memory, two by two.
 // Selection (select.h), of what the buckets kept or, exactly, of the row itself, keeps their order: without
-// `sorted` the result is in the order of the buckets, an exact one in that of the indices.
-// Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and the
-// last of them to finish goes on from there.
+// `sorted` the result is in the order of the buckets, an exact one in that of the indices. In an exact search
+// for few of many values, what is best for each thread gives a lower bound first, and the rest is soon passed
+// over. Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and
+// the last of them to finish goes on from there.
 //
-// x is read once with buckets, where exact three to seven times, mostly from the L2 cache.
+// x is read once with buckets; where exact three times, or for a large k up to seven, mostly from the L2
+// cache.
 #include <cuda_runtime.h>
 
 #include "cuda/select.h"
@@ -23,7 +25,9 @@ extern __shared__ uint4 dynamic_shared[];
 
 namespace {
 
+using pyspec::collect;
 using pyspec::Element;
+using pyspec::find_bound;
 using pyspec::select_best;
 using pyspec::SelectScratch;
 using pyspec::sort_best_first;
@@ -31,6 +35,7 @@ using pyspec::TopkParams;
 
 constexpr int kMostThreads = 1024;
 constexpr int64_t kShared = 44 * 1024;  // bytes; with what is static below what every block may have
+constexpr int kPlaces = 4;              // of a thread, for values that may be among the best
 constexpr int64_t kLeastSlice = 8192;   // values of a row that are worth a block
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
@@ -50,12 +55,13 @@ struct Plan {
   uint32_t kept;         // numbers that a block keeps of its slice: k where exact, else buckets * per_bucket
   uint32_t ranks;        // places for sorting: a power of two, or 0 where nothing is sorted
   uint32_t slices;       // blocks that share a row
+  bool narrows;          // where exact, whether to look for a lower bound first, in shared memory
   bool kept_in_shared;   // else in the workspace, with several slices there too
   bool ranks_in_shared;  // else in the workspace
   int64_t row_numbers;   // of the workspace, for each row: [slices, kept], then [ranks]
   uint32_t* finished;    // [rows], how many blocks of a row are done; 0 at the start
   uint64_t* workspace;   // [rows, row_numbers]
-  uint32_t shared_kept;  // numbers in shared memory before those of the ranks
+  uint32_t shared_kept;  // numbers in shared memory before those of the ranks: of buckets, or of threads
 };
 
 // ==== values as numbers ====
@@ -79,6 +85,12 @@ struct Row {
   }
   __device__ uint32_t limit_above(uint32_t worst) const {
     return worst < numbers.lowest ? 0 : worst - numbers.lowest + 1;
+  }
+  // For numbers not below bound. Heights are of values as they are: the least NaN's is next to that of
+  // infinity, and that of -0 one below +0's.
+  __device__ uint32_t limit_of(uint64_t bound) const {
+    uint32_t key = min(static_cast<uint32_t>(bound >> numbers.index_bits), kSign + numbers.infinity + 1);
+    return limit_above(max(key, 2u) - 2);
   }
   __device__ uint64_t number(uint32_t key, uint32_t index) const {
     return static_cast<uint64_t>(key) << numbers.index_bits | (numbers.n - 1 - index);
@@ -119,38 +131,54 @@ struct Queue {
   }
 };
 
-// The values of a bucket that belong to share `share` of `shares`.
-template <int kPerBucket, class Bits>
-__device__ Queue<kPerBucket> scan_share(const TopkParams& p, const Row<Bits>& row, uint32_t bucket,
-                                        uint32_t share, uint32_t shares) {
+// take(key, index) for those of the values at index, index + step, ..., `left` of them, whose height is not
+// below limit, which take may raise.
+template <class Bits, class Take>
+__device__ void visit(const Row<Bits>& row, uint32_t index, uint32_t step, int left, const uint32_t& limit,
+                      Take take) {
   constexpr int kAhead = 8;  // loads on their way
-  uint32_t buckets = static_cast<uint32_t>(p.buckets), size = row.numbers.n / buckets,
-           larger = row.numbers.n % buckets;
-  uint32_t first = p.interleaved ? bucket : bucket * size + min(bucket, larger);
-  uint32_t step = p.interleaved ? buckets : 1;
-  size += bucket < larger;
-  Queue<kPerBucket> queue;
-  uint32_t worst = 0;  // key of the last one in the queue; an equal that comes later is worse
-  uint32_t limit = 0;  // the least height that is worth a closer look
-  uint32_t index = first + share * step;
   const Bits* x = row.x + index;
-  step *= shares;
-  int left = share < size ? static_cast<int>((size - share + shares - 1) / shares) : 0;
   for (; left > 0; left -= kAhead, index += kAhead * step, x += uint64_t{step} * kAhead) {
     int32_t bits[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) bits[i] = i < left ? x[uint64_t{step} * i] : 0;
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (i >= left || row.height(bits[i]) < limit) continue;
-      uint32_t key = row.key(bits[i]);
-      if (key <= worst) continue;
-      queue.insert(row.number(key, index + step * i));
-      worst = static_cast<uint32_t>(queue.numbers[kPerBucket - 1] >> row.numbers.index_bits);
-      limit = row.limit_above(worst);
+      if (i < left && row.height(bits[i]) >= limit) take(row.key(bits[i]), index + step * i);
     }
   }
+}
+
+// How many of 0, 1, ..., size - 1 are share, share + shares, ...
+__device__ int share_size(uint32_t size, uint32_t share, uint32_t shares) {
+  return share < size ? static_cast<int>((size - share + shares - 1) / shares) : 0;
+}
+
+// The best of the same values.
+template <int kBest, class Bits>
+__device__ Queue<kBest> best_of(const Row<Bits>& row, uint32_t index, uint32_t step, int left) {
+  Queue<kBest> queue;
+  uint32_t worst = 0;  // key of the last one in the queue; an equal that comes later is worse
+  uint32_t limit = 0;
+  visit(row, index, step, left, limit, [&](uint32_t key, uint32_t at) {
+    if (key <= worst) return;
+    queue.insert(row.number(key, at));
+    worst = static_cast<uint32_t>(queue.numbers[kBest - 1] >> row.numbers.index_bits);
+    limit = row.limit_above(worst);
+  });
   return queue;
+}
+
+// ... of a share of a bucket.
+template <int kPerBucket, class Bits>
+__device__ Queue<kPerBucket> best_of_share(const TopkParams& p, const Row<Bits>& row, uint32_t bucket,
+                                           uint32_t share, uint32_t shares) {
+  uint32_t buckets = static_cast<uint32_t>(p.buckets);
+  uint32_t size = row.numbers.n / buckets, larger = row.numbers.n % buckets;
+  uint32_t first = p.interleaved ? bucket : bucket * size + min(bucket, larger);
+  uint32_t step = p.interleaved ? buckets : 1;
+  size += bucket < larger;
+  return best_of<kPerBucket>(row, first + share * step, shares * step, share_size(size, share, shares));
 }
 
 // Fills list [buckets, kPerBucket] with what feed(bucket, share, shares) finds in all shares of each bucket.
@@ -174,12 +202,57 @@ __device__ void fill_list(uint64_t* list, uint32_t buckets, Feed feed) {
   }
 }
 
+// ==== the exact result ====
+
+// The bound of the k best of values begin ... begin + count - 1, from a few of them: the k-th best of what is
+// best for each thread is a lower bound, and those not below it are few. Each thread has places for kPlaces,
+// in room; 0 if one has more.
+template <class Bits>
+__device__ uint64_t narrow_bound(SelectScratch& scratch, const Row<Bits>& row, uint64_t* room, uint32_t begin,
+                                 uint32_t count, uint32_t k) {
+  uint32_t thread = threadIdx.x, threads = blockDim.x;
+  int mine = share_size(count, thread, threads);
+  best_of<1>(row, begin + thread, threads, mine).store(room + thread);
+  __syncthreads();
+  auto item = [&](uint32_t i) { return room[i]; };
+  uint64_t bound = find_bound(scratch, item, threads, k, row.numbers.bits);
+  uint32_t limit = row.limit_of(bound), found = 0;
+  for (int i = 0; i < kPlaces; ++i) room[i * threads + thread] = 0;
+  visit(row, begin + thread, threads, mine, limit, [&](uint32_t key, uint32_t index) {
+    uint64_t number = row.number(key, index);
+    if (number < bound) return;
+    if (found < kPlaces) room[found * threads + thread] = number;
+    ++found;
+  });
+  if (__syncthreads_or(found > kPlaces)) return 0;
+  // What was left out is below the first bound, and may reach the second, which is a round number.
+  return max(bound, find_bound(scratch, item, kPlaces * threads, k, row.numbers.bits));
+}
+
+// emit(place, number) for the k best of values begin ... begin + count - 1, in their order.
+template <class Bits, class Emit>
+__device__ void select_from_row(SelectScratch& scratch, const Plan& plan, const Row<Bits>& row,
+                                uint64_t* room, uint32_t begin, uint32_t count, uint32_t k, Emit emit) {
+  uint32_t limit = 0;
+  auto value = [&](uint32_t i) {
+    int32_t bits = row.x[begin + i];
+    return row.height(bits) < limit ? 0 : row.number(row.key(bits), begin + i);
+  };
+  uint64_t bound = plan.narrows ? narrow_bound(scratch, row, room, begin, count, k) : 0;
+  if (!bound) {
+    select_best(scratch, value, count, k, row.numbers.bits, emit);
+    return;
+  }
+  limit = row.limit_of(bound);
+  collect(scratch, value, count, bound, emit);
+}
+
 // ==== the kernel: grid [rows * slices] ====
 
-// The result of a row from item(0 ... count - 1), which hold its k best.
-template <class Bits, class Item>
-__device__ void finish(SelectScratch& scratch, const TopkParams& p, const Plan& plan, const Row<Bits>& row,
-                       int64_t row_number, uint64_t* ranks, Item item, uint32_t count) {
+// Writes the result of a row: select(emit) gives its k best to emit(place, number).
+template <class Bits, class Select>
+__device__ void write_result(const TopkParams& p, const Plan& plan, const Row<Bits>& row, int64_t row_number,
+                             uint64_t* ranks, Select select) {
   uint32_t k = static_cast<uint32_t>(p.k);
   int64_t* indices = p.indices + row_number * p.k;
   Bits* values = static_cast<Bits*>(p.values) + row_number * p.k;
@@ -189,7 +262,7 @@ __device__ void finish(SelectScratch& scratch, const TopkParams& p, const Plan& 
     values[place] = row.x[index];
   };
   for (uint32_t i = k + threadIdx.x; i < plan.ranks; i += blockDim.x) ranks[i] = 0;
-  select_best(scratch, item, count, k, row.numbers.bits, [&](uint32_t place, uint64_t number) {
+  select([&](uint32_t place, uint64_t number) {
     if (plan.ranks) {
       ranks[place] = number;
     } else {
@@ -199,6 +272,16 @@ __device__ void finish(SelectScratch& scratch, const TopkParams& p, const Plan& 
   if (!plan.ranks) return;
   sort_best_first(ranks, plan.ranks);
   for (uint32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, ranks[i]);
+}
+
+template <class Bits>
+__device__ void write_best_of(SelectScratch& scratch, const uint64_t* numbers, uint32_t count,
+                              const TopkParams& p, const Plan& plan, const Row<Bits>& row, int64_t row_number,
+                              uint64_t* ranks) {
+  write_result(p, plan, row, row_number, ranks, [&](auto emit) {
+    uint32_t k = static_cast<uint32_t>(p.k);
+    select_best(scratch, [&](uint32_t i) { return numbers[i]; }, count, k, plan.numbers.bits, emit);
+  });
 }
 
 // Whether this block is the last of its row's to come here; then it sees what the others wrote before.
@@ -228,24 +311,21 @@ __global__ void __launch_bounds__(kMostThreads)
   uint64_t* ranks = plan.ranks_in_shared ? shared + plan.shared_kept : lists + plan.row_numbers - plan.ranks;
 
   if constexpr (kPerBucket == 0) {
-    auto value = [&](uint32_t i) { return row.number(row.key(row.x[i]), i); };
+    uint32_t begin = static_cast<uint32_t>(p.n * slice / plan.slices);
+    uint32_t count = static_cast<uint32_t>(p.n * (slice + 1) / plan.slices) - begin;
+    auto select = [&](auto emit) { select_from_row(scratch, plan, row, shared, begin, count, kept, emit); };
     if (plan.slices == 1) {
-      finish(scratch, p, plan, row, row_number, ranks, value, row.numbers.n);
+      write_result(p, plan, row, row_number, ranks, select);
       return;
     }
-    uint32_t begin = static_cast<uint32_t>(p.n * slice / plan.slices);
-    uint32_t end = static_cast<uint32_t>(p.n * (slice + 1) / plan.slices);
-    select_best(
-        scratch, [&](uint32_t i) { return value(begin + i); }, end - begin, kept, row.numbers.bits,
-        [&](uint32_t place, uint64_t number) { mine[place] = number; });
+    select([&](uint32_t place, uint64_t number) { mine[place] = number; });
     if (!is_last(plan.finished + row_number, plan.slices)) return;
-    finish(
-        scratch, p, plan, row, row_number, ranks, [&](uint32_t i) { return lists[i]; }, plan.slices * kept);
+    write_best_of(scratch, lists, plan.slices * kept, p, plan, row, row_number, ranks);
   } else {
     uint32_t buckets = static_cast<uint32_t>(p.buckets);
     uint64_t* list = plan.kept_in_shared ? shared : mine;
     fill_list<kPerBucket>(list, buckets, [&](uint32_t bucket, uint32_t share, uint32_t shares) {
-      return scan_share<kPerBucket>(p, row, bucket, slice * shares + share, plan.slices * shares);
+      return best_of_share<kPerBucket>(p, row, bucket, slice * shares + share, plan.slices * shares);
     });
     if (plan.slices > 1) {
       if (plan.kept_in_shared) {
@@ -262,7 +342,7 @@ __global__ void __launch_bounds__(kMostThreads)
         return queue;
       });
     }
-    finish(scratch, p, plan, row, row_number, ranks, [&](uint32_t i) { return list[i]; }, kept);
+    write_best_of(scratch, list, kept, p, plan, row, row_number, ranks);
   }
 }
 
@@ -304,7 +384,11 @@ Plan make_plan(const TopkParams& p, uint32_t threads) {
   if (p.sorted) {
     for (plan.ranks = 1; plan.ranks < static_cast<uint64_t>(p.k);) plan.ranks *= 2;
   }
-  if (!exact) {
+  if (exact) {
+    // Up to a quarter of the threads, few rows in random order have a thread with more than kPlaces.
+    plan.narrows = p.n / p.segments >= 8 * threads && p.k <= threads / 4;
+    plan.shared_kept = plan.narrows ? kPlaces * threads : 0;
+  } else {
     int64_t shares = p.buckets < threads ? threads / p.buckets : 1;
     plan.kept_in_shared = 8 * shares * plan.kept <= kShared;
     plan.shared_kept = plan.kept_in_shared ? static_cast<uint32_t>(shares) * plan.kept : 0;

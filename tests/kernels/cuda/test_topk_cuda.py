@@ -122,7 +122,7 @@ def test_adversarial_rows(kernel, dtype):
 def test_the_slices_of_a_row_do_not_show(kernel, device, buckets):
     """Nor does the company of a row, which decides their number, nor in which order threads and blocks run."""
     x = torch.randn(3, 50000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    arguments = (300, buckets, 2, True, True, False)
+    arguments = (200, buckets, 2, True, True, False)
     device(multiprocessors=1)
     expected = kernel(x, *arguments)
     for settings in [{"multiprocessors": 12}, {"multiprocessors": 12, "blocks_in_flight": 3, "seed": 5}, {"seed": 6}]:
@@ -139,9 +139,23 @@ def test_no_rows_and_one_value(kernel):
     check(kernel, torch.zeros(5, 3).T[:, :1], 1)
 
 
+@pytest.mark.parametrize("k", [1, 200, 256, 257])
+def test_exact_rows_that_mislead_the_lower_bound(kernel, device, k):
+    """The best values all in one thread's share, or in few; more equals than a thread has places for."""
+    device(seed=k)
+    places = torch.arange(9000)
+    rows = [places.float(), torch.where(places % 1024 == 3, places.float(), -1.0)]
+    rows += [torch.where(places % 1024 < 40, places.float(), -INF), (places < 5000).float(), -(places % 3).float()]
+    rows += [torch.where(places % 2 == 0, -0.0, 0.0), torch.where(places > 8000, NAN, places.float())]
+    rows += [torch.where(places % 5 == 0, NAN, INF), torch.where(places > 8000, INF, places.float())]
+    for dtype in DTYPES:
+        for largest in (True, False):
+            check(kernel, torch.stack(rows).to(dtype), k, largest=largest)
+
+
 def test_order_without_sorting(kernel):
     """Exact: ascending indices. Buckets: theirs, which is ascending too where each keeps one of neighbours."""
-    x = torch.randn(2, 3000, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
     for buckets, interleaved in [(0, True), (100, False)]:
         _, indices = kernel(x, 100, buckets, 1, interleaved, True, False)
         assert torch.equal(indices, indices.sort().values)
