@@ -23,16 +23,22 @@ using pyspec::GearSide;
 using pyspec::kBlock;
 using pyspec::kGearRows;
 using pyspec::kHalf;
+using pyspec::kMostOutliers;
 using pyspec::kMostRank;
 
 constexpr int64_t kMostHeadDim = 256, kLeastGroup = 32;
 constexpr float kLn2 = 0.693147181f;
 
+// Sums that stay in registers: rows of a pass, and vectors of channels.
 #if PYSPEC_HAS_AVX512
-constexpr int kPassRows = 4, kPassVectors = 4;  // sums that stay in registers
+constexpr int kPassRows = 4, kManyRows = 8, kPassVectors = 4;
 #else
-constexpr int kPassRows = 2, kPassVectors = 2;
+constexpr int kPassRows = 2, kManyRows = 2, kPassVectors = 2;
 #endif
+
+// Tokens unpacked at a time: their numbers, of 2 bytes or 4, are 16 KiB for head_dim 128.
+template <bool kPairs>
+constexpr int64_t kPart = kPairs ? kHalf : kHalf / 2;
 
 // ==== codes to numbers ====
 
@@ -42,11 +48,11 @@ template <bool kPairs>
 constexpr int64_t kVectorFloats = kPairs ? 16 : 32;
 
 // Codes of vector first + i, first being a multiple of 16: the even (offset 0) or odd (16) of each lane's
-// pair.
+// pair. high holds the third bits.
 template <int kBits>
-PYSPEC_INLINE I16 code(const uint8_t* low, const uint8_t* high, int64_t first, int i, int offset) {
+PYSPEC_INLINE I16 code(const uint8_t* codes, const uint8_t* high, int64_t first, int i, int offset) {
   constexpr int kLow = kBits == 3 ? 2 : kBits, kShare = 16 / kLow;
-  I16 words = load_words(low + (first + i) / kShare * 64);
+  I16 words = load_words(codes + (first + i) / kShare * 64);
   I16 field = bit_field(words, offset + kLow * (i % kShare), (1 << kLow) - 1);
   if constexpr (kBits == 3) {
     field = join_bits(field, bit_field(load_words(high + first / 16 * 64), offset + i, 1), 2);
@@ -54,91 +60,115 @@ PYSPEC_INLINE I16 code(const uint8_t* low, const uint8_t* high, int64_t first, i
   return field;
 }
 
-#if PYSPEC_HAS_AVX512
-// Numbers are looked up: the instruction reads only the low bits of an index.
-template <int kBits>
-PYSPEC_INLINE void look_up(const uint8_t* codes, int64_t head_dim, float* tile) {
-  constexpr int kShare = 16 / kBits;
-  alignas(64) float numbers[16];
-  for (int i = 0; i < 16; ++i) numbers[i] = static_cast<float>(i % (1 << kBits)) - ((1 << kBits) - 1) / 2.0f;
-  __m512 table = _mm512_load_ps(numbers);
-  for (int64_t first = 0; first < 2 * head_dim; first += kShare, codes += 64) {
-    __m512i words = _mm512_loadu_si512(codes);
-#pragma GCC unroll 16
-    for (int i = 0; i < kShare; ++i, tile += 32) {
-      __m512i even = _mm512_srlv_epi32(words, _mm512_set1_epi32(kBits * i));
-      __m512i odd = _mm512_srlv_epi32(words, _mm512_set1_epi32(kBits * i + 16));
-      _mm512_store_ps(tile, _mm512_permutexvar_ps(even, table));
-      _mm512_store_ps(tile + 16, _mm512_permutexvar_ps(odd, table));
-    }
-  }
-}
-#endif
-
-#if PYSPEC_HAS_BF16_DOT
-template <int kBits>
-PYSPEC_INLINE void look_up_pairs(const uint8_t* codes, const uint8_t* high, int64_t head_dim, float* tile) {
-  constexpr int kLow = kBits == 3 ? 2 : kBits, kShare = 16 / kLow;
-  alignas(64) uint16_t numbers[32];
-  for (int i = 0; i < 32; ++i) {
-    float number = static_cast<float>(i % (1 << kBits)) - ((1 << kBits) - 1) / 2.0f;
-    uint32_t bits;
-    std::memcpy(&bits, &number, 4);
-    numbers[i] = static_cast<uint16_t>(bits >> 16);  // exact: at most 8 bits
-  }
-  __m512i table = _mm512_load_si512(numbers);
-  for (int64_t first = 0; first < 2 * head_dim; first += 16, high += 64) {
-    __m512i top = kBits == 3 ? _mm512_loadu_si512(high) : _mm512_setzero_si512();
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i, tile += 16) {
-      __m512i words = _mm512_loadu_si512(codes + (first + i) / kShare * 64);
-      __m512i index = _mm512_srlv_epi16(words, _mm512_set1_epi16(kLow * (i % kShare)));
-      if constexpr (kBits == 3) {
-        __m512i bit = _mm512_and_si512(_mm512_srlv_epi16(top, _mm512_set1_epi16(i)), _mm512_set1_epi16(1));
-        index = _mm512_and_si512(index, _mm512_set1_epi16(3));
-        index = _mm512_or_si512(index, _mm512_slli_epi16(bit, 2));
-      }
-      _mm512_store_si512(tile, _mm512_permutexvar_epi16(index, table));
-    }
-  }
-}
-#endif
-
-// The 2 * head_dim vectors of a half.
+// Writes the numbers of vector first + i.
 template <int kBits, bool kPairs>
-PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t head_dim, float* tile) {
-  const uint8_t* high = codes + kHalf * head_dim * 2 / 8;  // of 3 bits
+struct Numbers {
+  static constexpr float kMiddle = ((1 << kBits) - 1) / 2.0f;
+  PYSPEC_INLINE void operator()(const uint8_t* codes, const uint8_t* high, int64_t first, int i,
+                                float* to) const {
+    F16 even = sub(to_float(code<kBits>(codes, high, first, i, 0)), set1(kMiddle));
+    F16 odd = sub(to_float(code<kBits>(codes, high, first, i, 16)), set1(kMiddle));
 #if PYSPEC_HAS_BF16_DOT
-  if constexpr (kPairs && kBits < 8) return look_up_pairs<kBits>(codes, high, head_dim, tile);
+    if constexpr (kPairs) return store(to, pair(even, odd));
 #endif
+    store(to, even);
+    store(to + 16, odd);
+  }
+};
+
 #if PYSPEC_HAS_AVX512
-  if constexpr (!kPairs && (kBits == 2 || kBits == 4)) return look_up<kBits>(codes, head_dim, tile);
+// Numbers looked up: the instruction reads only the low bits of an index.
+template <int kBits>
+struct LookedUp {
+  __m512 table;
+  LookedUp() {
+    alignas(64) float numbers[16];
+    for (int i = 0; i < 16; ++i)
+      numbers[i] = static_cast<float>(i % (1 << kBits)) - Numbers<kBits, false>::kMiddle;
+    table = _mm512_load_ps(numbers);
+  }
+  PYSPEC_INLINE void operator()(const uint8_t* codes, const uint8_t*, int64_t first, int i, float* to) const {
+    constexpr int kShare = 16 / kBits;
+    __m512i words = _mm512_loadu_si512(codes + (first + i) / kShare * 64);
+    __m512i even = _mm512_srlv_epi32(words, _mm512_set1_epi32(kBits * (i % kShare)));
+    __m512i odd = _mm512_srlv_epi32(words, _mm512_set1_epi32(kBits * (i % kShare) + 16));
+    _mm512_store_ps(to, _mm512_permutexvar_ps(even, table));
+    _mm512_store_ps(to + 16, _mm512_permutexvar_ps(odd, table));
+  }
+};
 #endif
-  F16 middle = set1(((1 << kBits) - 1) / 2.0f);
-  for (int64_t first = 0; first < 2 * head_dim; first += 16) {
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i, tile += kVectorFloats<kPairs>) {
-      F16 even = sub(to_float(code<kBits>(codes, high, first, i, 0)), middle);
-      F16 odd = sub(to_float(code<kBits>(codes, high, first, i, 16)), middle);
+
 #if PYSPEC_HAS_BF16_DOT
-      if constexpr (kPairs) {
-        store(tile, pair(even, odd));
-        continue;
-      }
+template <int kBits>
+struct LookedUpPairs {
+  __m512i table;
+  LookedUpPairs() {
+    alignas(64) uint16_t numbers[32];
+    for (int i = 0; i < 32; ++i) {
+      float number = static_cast<float>(i % (1 << kBits)) - Numbers<kBits, true>::kMiddle;
+      uint32_t bits;
+      std::memcpy(&bits, &number, 4);
+      numbers[i] = static_cast<uint16_t>(bits >> 16);  // exact: at most 8 bits
+    }
+    table = _mm512_load_si512(numbers);
+  }
+  PYSPEC_INLINE void operator()(const uint8_t* codes, const uint8_t* high, int64_t first, int i,
+                                float* to) const {
+    constexpr int kLow = kBits == 3 ? 2 : kBits, kShare = 16 / kLow;
+    __m512i words = _mm512_loadu_si512(codes + (first + i) / kShare * 64);
+    __m512i index = _mm512_srlv_epi16(words, _mm512_set1_epi16(kLow * (i % kShare)));
+    if constexpr (kBits == 3) {
+      __m512i top = _mm512_loadu_si512(high + first / 16 * 64);
+      __m512i bit = _mm512_and_si512(_mm512_srlv_epi16(top, _mm512_set1_epi16(i)), _mm512_set1_epi16(1));
+      index = _mm512_and_si512(index, _mm512_set1_epi16(3));
+      index = _mm512_or_si512(index, _mm512_slli_epi16(bit, 2));
+    }
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(index, table));
+  }
+};
 #endif
-      store(tile, even);
-      store(tile + 16, odd);
+
+// Vectors of codes to a tile: all (kTake -1), or of each four the first two (0) or the last two (1).
+template <int kTake, bool kPairs, class Convert>
+PYSPEC_INLINE void unpack_vectors(const Convert& convert, const uint8_t* codes, const uint8_t* high,
+                                  int64_t vectors, float* tile) {
+  for (int64_t first = 0; first < vectors; first += 16) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (kTake >= 0 && i / 2 % 2 != kTake) continue;
+      convert(codes, high, first, i, tile);
+      tile += kVectorFloats<kPairs>;
     }
   }
 }
 
-// Writes an outlier over lane j of the first (i = 0) or second numbers of a vector.
-template <bool kPairs>
-PYSPEC_INLINE void place(float* tile, int64_t vector, int64_t j, int64_t i, BFloat16 value) {
-  if constexpr (kPairs) {
-    reinterpret_cast<uint16_t*>(tile)[vector * 32 + 2 * j + i] = value.bits;
+// The numbers of kPart tokens of a half: keys as [pair of channels][16 tokens], values as [pair of tokens]
+// [16 channels].
+template <int kBits, bool kPairs>
+PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t part, float* tile) {
+#if PYSPEC_HAS_BF16_DOT
+  using Convert = std::conditional_t<!kPairs, LookedUp < kBits == 3 || kBits == 8 ? 2 : kBits>,
+        LookedUpPairs < kBits >>
+      ;
+#elif PYSPEC_HAS_AVX512
+  using Convert = LookedUp<kBits == 3 || kBits == 8 ? 2 : kBits>;
+#else
+  using Convert = Numbers<kBits, kPairs>;
+#endif
+  constexpr bool kIsLookedUp = kBits == 2 || kBits == 4 || (kPairs && kBits == 3);
+  std::conditional_t<kIsLookedUp, Convert, Numbers<kBits, kPairs>> convert;
+  const uint8_t* high = codes + kHalf * d * 2 / 8;
+  constexpr int64_t kParts = kHalf / kPart<kPairs>;
+  if (values) {
+    int64_t vectors = 2 * d / kParts;
+    codes += part * vectors * 4 * (kBits == 3 ? 2 : kBits), high += part * vectors * 4;
+    unpack_vectors<-1, kPairs>(convert, codes, high, vectors, tile);
+  } else if (kParts == 1) {
+    unpack_vectors<-1, kPairs>(convert, codes, high, 2 * d, tile);
+  } else if (part == 0) {
+    unpack_vectors<0, kPairs>(convert, codes, high, 2 * d, tile);
   } else {
-    tile[vector * 32 + 16 * i + j] = to_float(value);
+    unpack_vectors<1, kPairs>(convert, codes, high, 2 * d, tile);
   }
 }
 
@@ -179,18 +209,20 @@ PYSPEC_INLINE void store_factors(char* to, F16 values) {
 }
 
 struct Scratch {
-  alignas(64) float tile[2 * kMostHeadDim * 32];
+  alignas(64) float tile[kHalf / 2 * kMostHeadDim];
   alignas(64) float factors[kGearRows * kMostHeadDim];                   // queries or weights times scales
   alignas(64) float weights[kGearRows][kBlock];                          // scores, then weights
   alignas(64) float sums[kGearRows][16];                                 // of the weights, by lane
   alignas(64) float middles[kGearRows][kMostHeadDim / kLeastGroup][16];  // weights times middles, by lane
   alignas(64) float scale[kBlock / kLeastGroup * kMostHeadDim], middle[kBlock / kLeastGroup * kMostHeadDim];
   alignas(64) float a[kMostRank][kBlock], b[kMostRank][kMostHeadDim];
-  alignas(64) float low[kGearRows][kMostRank];  // queries times b
-  alignas(64) float bias[kGearRows];            // queries times middles
+  alignas(64) float low[kGearRows][kMostRank];               // queries times b, or weights times a
+  alignas(64) float outliers[kMostOutliers * kMostHeadDim];  // floats, or bf16
+  alignas(64) int32_t key_places[kMostHeadDim], value_places[kBlock];
+  alignas(64) int32_t places[kMostOutliers * kMostHeadDim];  // of outliers in a tile
+  alignas(64) float bias[kGearRows];                         // queries times middles
   alignas(64) float before[kGearRows], now[kGearRows], alpha[kGearRows];
   bool visible[kGearRows];
-  alignas(64) float unused[16];
 };
 
 Scratch& scratch() {
@@ -200,11 +232,11 @@ Scratch& scratch() {
 
 template <class Storage, bool kPairs>
 struct Kernel {
-  static constexpr int64_t kFactorBytes = kPairs ? 2 : 4;
+  static constexpr int64_t kFactorBytes = kPairs ? 2 : 4, kTokens = kPart<kPairs>;
 
   const GearAttentionParams& p;
   GearSide keys, values;
-  int64_t d, group, width, rank, outliers, heads_a_group, row_count, sets, max_chunks, values_offset;
+  int64_t d, group, width, rank, outliers, heads_a_group, row_count, sets, max_chunks, state_floats;
   float middle_code, score_factor;
   float *queries, *states;
 
@@ -221,7 +253,7 @@ struct Kernel {
         row_count(params.nodes * heads_a_group),
         sets(pyspec::gear_row_sets(params)),
         max_chunks(pyspec::gear_chunks(params.most_seen)),
-        values_offset(keys.bytes),
+        state_floats(pyspec::gear_state_floats(d)),
         middle_code(static_cast<float>((1 << params.format.bits) - 1) / 2),
         score_factor(params.scale * kLog2E),
         queries(params.workspace),
@@ -247,7 +279,7 @@ struct Kernel {
     return queries + (sequence_head * sets * kGearRows + row) * d;
   }
   float* state(int64_t sequence_head, int64_t chunk, int64_t row) const {  // values, max, sum
-    return states + ((sequence_head * max_chunks + chunk) * sets * kGearRows + row) * (d + 2);
+    return states + ((sequence_head * max_chunks + chunk) * sets * kGearRows + row) * state_floats;
   }
 
   // ==== queries in fp32, rotated where the keys are ====
@@ -291,42 +323,82 @@ struct Kernel {
     }
   }
 
-  void unpack_half(Scratch& s, const uint8_t* side, const GearSide& at, int64_t half) const {
-    const uint8_t* codes = side + at.codes + half * at.half_codes;
+  // The numbers of part `part` of the block, kTokens tokens, with the outliers in their places.
+  void unpack_part(Scratch& s, const uint8_t* side, bool is_values, int64_t part) const {
+    const GearSide& at = is_values ? values : keys;
+    constexpr int64_t kParts = kHalf / kTokens;
+    const uint8_t* codes = side + at.codes + part / kParts * at.half_codes;
     switch (p.format.bits) {
       case 2:
-        return unpack<2, kPairs>(codes, d, s.tile);
+        unpack<2, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        break;
       case 3:
-        return unpack<3, kPairs>(codes, d, s.tile);
+        unpack<3, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        break;
       case 4:
-        return unpack<4, kPairs>(codes, d, s.tile);
+        unpack<4, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        break;
       default:
-        return unpack<8, kPairs>(codes, d, s.tile);
+        unpack<8, kPairs>(codes, d, is_values, part % kParts, s.tile);
     }
+    if (outliers) is_values ? place_values(s, part) : place_keys(s, side + at.outlier_indices, part);
   }
 
-  void place_key_outliers(Scratch& s, const uint8_t* side, int64_t half) const {
-    const BFloat16* values = reinterpret_cast<const BFloat16*>(side + keys.outlier_values);
-    const uint8_t* indices = side + keys.outlier_indices;
-    for (int64_t o = 0; o < outliers; ++o, values += d, indices += d) {
-      for (int64_t c = 0; c < d; ++c) {
-        int64_t token = indices[c] % kHalf;
-        bool here = indices[c] / kHalf == half;  // else written where nobody reads: a branch would be guessed
-        float* tile = here ? s.tile : s.unused;
-        int64_t vector = here ? c / 2 * 4 + token / 16 : 0;
-        place<kPairs>(tile, vector, here ? token % 16 : 0, here ? c % 2 : 0, values[c]);
+  using Number = std::conditional_t<kPairs, uint16_t, float>;  // what a tile holds
+
+  // Where in the tile of its part a vector of keys or values begins.
+  void lay_out(Scratch& s) const {
+    constexpr int64_t kSecond = kPairs ? 1 : 16;  // from the first number of a pair to the second
+    for (int64_t c = 0; c < d; ++c)
+      s.key_places[c] = static_cast<int32_t>(c / 2 * (kTokens / 16 * 32) + c % 2 * kSecond);
+    for (int64_t token = 0; token < kBlock; ++token)
+      s.value_places[token] = static_cast<int32_t>(token % kTokens / 2 * (d / 16 * 32) + token % 2 * kSecond);
+  }
+
+  // Outliers as numbers, and their places.
+  void read_outliers(Scratch& s, const uint8_t* side, bool is_values) const {
+    const GearSide& at = is_values ? values : keys;
+    int64_t vectors = is_values ? kBlock : d;
+    const BFloat16* outlier = reinterpret_cast<const BFloat16*>(side + at.outlier_values);
+    const uint8_t* indices = side + at.outlier_indices;
+    if constexpr (kPairs) {
+      std::memcpy(s.outliers, outlier, 2 * outliers * vectors);
+    } else {
+      convert_row(outlier, s.outliers, outliers * vectors);
+    }
+    const int32_t* begin = is_values ? s.value_places : s.key_places;
+    int32_t mask = is_values ? 255 : kTokens - 1, lane = kPairs ? 0 : 15;
+    for (int64_t o = 0; o < outliers; ++o) {
+      int32_t* places = s.places + o * vectors;
+      for (int64_t i = 0; i < vectors; ++i) {
+        int32_t along = indices[o * vectors + i] & mask;
+        places[i] = begin[i] + 2 * along - (along & lane);
       }
     }
   }
 
-  void place_value_outliers(Scratch& s, const uint8_t* side, int64_t half) const {
-    const BFloat16* outlier = reinterpret_cast<const BFloat16*>(side + values.outlier_values) + half * kHalf;
-    const uint8_t* indices = side + values.outlier_indices + half * kHalf;
-    for (int64_t o = 0; o < outliers; ++o, outlier += kBlock, indices += kBlock) {
-      for (int64_t token = 0; token < kHalf; ++token) {
-        int64_t c = indices[token];
-        place<kPairs>(s.tile, token / 2 * (d / 16) + c / 16, c % 16, token % 2, outlier[token]);
+  void place_keys(Scratch& s, const uint8_t* indices, int64_t part) const {
+    const Number* numbers = reinterpret_cast<const Number*>(s.outliers);
+    Number* tile = reinterpret_cast<Number*>(s.tile);
+    constexpr uint8_t kOtherParts = static_cast<uint8_t>(~(kTokens - 1));
+    for (int64_t begin = 0; begin < outliers * d; begin += 64) {
+      uint64_t here = 0;  // outliers whose token is in this part
+      for (int64_t i = begin; i < outliers * d && i < begin + 64; i += 16)
+        here |= uint64_t{equal_bytes(indices + i, kOtherParts, static_cast<uint8_t>(part * kTokens))}
+                << (i - begin);
+      for (; here; here &= here - 1) {
+        int64_t i = begin + __builtin_ctzll(here);
+        tile[s.places[i]] = numbers[i];
       }
+    }
+  }
+
+  void place_values(Scratch& s, int64_t part) const {
+    const Number* numbers = reinterpret_cast<const Number*>(s.outliers);
+    Number* tile = reinterpret_cast<Number*>(s.tile);
+    for (int64_t o = 0; o < outliers; ++o) {
+      for (int64_t i = o * kBlock + part * kTokens, end = i + kTokens; i < end; ++i)
+        tile[s.places[i]] = numbers[i];
     }
   }
 
@@ -357,19 +429,19 @@ struct Kernel {
     }
   }
 
-  // Of kPassRows rows and kVectors * 16 tokens from `token` of the block on.
-  template <int kVectors>
+  // Of kRows rows and kVectors * 16 tokens from `token` of the block on.
+  template <int kRows, int kVectors>
   PYSPEC_INLINE void score_pass(Scratch& s, int64_t row, int64_t token) const {
-    F16 sums[kPassRows][kVectors];
-    for (int r = 0; r < kPassRows; ++r)
+    F16 sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = set1(0.0f);
-    const float* tile = s.tile + token % kHalf / 16 * kVectorFloats<kPairs>;
+    const float* tile = s.tile + token % kTokens / 16 * kVectorFloats<kPairs>;
     const char* factors = reinterpret_cast<const char*>(s.factors) + row * d * kFactorBytes;
     for (int64_t pair = 0; pair < d / 2; ++pair) {
-      multiply<kPairs, kPassRows, kVectors>(tile + pair * 4 * kVectorFloats<kPairs>,
-                                            factors + pair * 2 * kFactorBytes, d * kFactorBytes, sums);
+      multiply<kPairs, kRows, kVectors>(tile + pair * (kTokens / 16) * kVectorFloats<kPairs>,
+                                        factors + pair * 2 * kFactorBytes, d * kFactorBytes, sums);
     }
-    for (int r = 0; r < kPassRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         F16 score = add(sums[r][v], set1(s.bias[row + r]));
         for (int64_t k = 0; k < rank; ++k)
@@ -381,24 +453,18 @@ struct Kernel {
 
   void score(Scratch& s, const uint8_t* record, const float* query, int64_t count) const {
     read_scales(s, record, keys, kBlock / group * d);
+    if (outliers) read_outliers(s, record, false);
     if (rank) {
       read_low_rank(s, record, keys);
       multiply_low_rank(s, query, count);
     }
-    for (int64_t token = 0; token < kBlock; token += kPassVectors * 16) {
-      if (token % kHalf == 0) {
-        unpack_half(s, record, keys, token / kHalf);
-        place_key_outliers(s, record, token / kHalf);
-      }
-      if (kPassVectors * 16 <= kLeastGroup || group > kLeastGroup) {
-        if (token % group == 0) scale_queries(s, query, count, token / group);
-        for (int64_t row = 0; row < count; row += kPassRows) score_pass<kPassVectors>(s, row, token);
-      } else {
-        for (int64_t part = token; part < token + kPassVectors * 16; part += kLeastGroup) {
-          scale_queries(s, query, count, part / group);
-          for (int64_t row = 0; row < count; row += kPassRows) score_pass<kLeastGroup / 16>(s, row, part);
-        }
-      }
+    for (int64_t token = 0; token < kBlock; token += kLeastGroup) {
+      if (token % kTokens == 0) unpack_part(s, record, false, token / kTokens);
+      if (token % group == 0) scale_queries(s, query, count, token / group);
+      int64_t row = 0;
+      for (; row + kManyRows <= count; row += kManyRows)
+        score_pass<kManyRows, kLeastGroup / 16>(s, row, token);
+      for (; row < count; row += kPassRows) score_pass<kPassRows, kLeastGroup / 16>(s, row, token);
     }
   }
 
@@ -436,16 +502,16 @@ struct Kernel {
 
   // ==== values ====
 
-  // factors[row] = weight * scale and middles[row] += weight * middle, of a half and a group of channels.
-  void scale_weights(Scratch& s, int64_t count, int64_t which, int64_t half) const {
-    const float *scale = s.scale + which * kBlock + half * kHalf,
-                *middle = s.middle + which * kBlock + half * kHalf;
+  // factors[row] = weight * scale and middles[row] += weight * middle, of a part and a group of channels.
+  void scale_weights(Scratch& s, int64_t count, int64_t which, int64_t part) const {
+    const float *scale = s.scale + which * kBlock + part * kTokens,
+                *middle = s.middle + which * kBlock + part * kTokens;
     for (int64_t r = 0; r < count; ++r) {
-      char* to = reinterpret_cast<char*>(s.factors) + r * kHalf * kFactorBytes;
+      char* to = reinterpret_cast<char*>(s.factors) + r * kTokens * kFactorBytes;
       F16 total = load(s.middles[r][which]);
-      if (half == 0) total = mul(total, set1(s.alpha[r]));
-      for (int64_t i = 0; i < kHalf; i += 16) {
-        F16 weight = load(s.weights[r] + half * kHalf + i);
+      if (part == 0) total = mul(total, set1(s.alpha[r]));
+      for (int64_t i = 0; i < kTokens; i += 16) {
+        F16 weight = load(s.weights[r] + part * kTokens + i);
         store_factors<kPairs>(to + i * kFactorBytes, mul(weight, load(scale + i)));
         total = fma(weight, load(middle + i), total);
       }
@@ -455,52 +521,56 @@ struct Kernel {
 
   // Into kPassRows rows of kVectors * 16 channels.
   template <int kVectors>
-  PYSPEC_INLINE void value_pass(Scratch& s, float* out, int64_t row, int64_t channel, int64_t half) const {
+  PYSPEC_INLINE void value_pass(Scratch& s, float* out, int64_t row, int64_t channel, int64_t part) const {
     F16 sums[kPassRows][kVectors];
     for (int r = 0; r < kPassRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = load(out + (row + r) * (d + 2) + channel + 16 * v);
-        if (half == 0) sums[r][v] = mul(sums[r][v], set1(s.alpha[row + r]));
+        sums[r][v] = load(out + (row + r) * state_floats + channel + 16 * v);
+        if (part == 0) sums[r][v] = mul(sums[r][v], set1(s.alpha[row + r]));
       }
     }
     const float* tile = s.tile + channel / 16 * kVectorFloats<kPairs>;
-    const char* factors = reinterpret_cast<const char*>(s.factors) + row * kHalf * kFactorBytes;
-    for (int64_t pair = 0; pair < kHalf / 2; ++pair) {
+    const char* factors = reinterpret_cast<const char*>(s.factors) + row * kTokens * kFactorBytes;
+    for (int64_t pair = 0; pair < kTokens / 2; ++pair) {
       multiply<kPairs, kPassRows, kVectors>(tile + pair * (d / 16) * kVectorFloats<kPairs>,
-                                            factors + pair * 2 * kFactorBytes, kHalf * kFactorBytes, sums);
+                                            factors + pair * 2 * kFactorBytes, kTokens * kFactorBytes, sums);
     }
     for (int r = 0; r < kPassRows; ++r)
-      for (int v = 0; v < kVectors; ++v) store(out + (row + r) * (d + 2) + channel + 16 * v, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) store(out + (row + r) * state_floats + channel + 16 * v, sums[r][v]);
   }
 
   template <int kVectors>
-  PYSPEC_INLINE void value_rows(Scratch& s, float* out, int64_t count, int64_t channel, int64_t half) const {
-    for (int64_t row = 0; row < count; row += kPassRows) value_pass<kVectors>(s, out, row, channel, half);
+  PYSPEC_INLINE void value_rows(Scratch& s, float* out, int64_t count, int64_t channel, int64_t part) const {
+    for (int64_t row = 0; row < count; row += kPassRows) value_pass<kVectors>(s, out, row, channel, part);
   }
 
   void add_values(Scratch& s, const uint8_t* side, float* out, int64_t count) const {
     read_scales(s, side, values, d / width * kBlock);
-    for (int64_t half = 0; half < 2; ++half) {
-      unpack_half(s, side, values, half);
-      place_value_outliers(s, side, half);
+    if (outliers) read_outliers(s, side, true);
+    for (int64_t part = 0; part < kBlock / kTokens; ++part) {
+      unpack_part(s, side, true, part);
       for (int64_t which = 0; which < d / width; ++which) {
-        scale_weights(s, count, which, half);
+        scale_weights(s, count, which, part);
         int64_t channel = which * width, end = channel + width;
         for (; channel + kPassVectors * 16 <= end; channel += kPassVectors * 16)
-          value_rows<kPassVectors>(s, out, count, channel, half);
-        for (; channel + 32 <= end; channel += 32) value_rows<2>(s, out, count, channel, half);
-        for (; channel < end; channel += 16) value_rows<1>(s, out, count, channel, half);
+          value_rows<kPassVectors>(s, out, count, channel, part);
+        for (; channel + 32 <= end; channel += 32) value_rows<2>(s, out, count, channel, part);
+        for (; channel < end; channel += 16) value_rows<1>(s, out, count, channel, part);
       }
     }
     if (!rank) return;
     read_low_rank(s, side, values);
-    for (int64_t r = 0; r < count; ++r, out += d + 2) {
+    for (int64_t r = 0; r < count; ++r, out += state_floats) {
       for (int64_t k = 0; k < rank; ++k) {
         F16 product = set1(0.0f);
         for (int64_t i = 0; i < kBlock; i += 16)
           product = fma(load(s.weights[r] + i), load(s.a[k] + i), product);
-        F16 weight = set1(sum(product));
-        for (int64_t c = 0; c < d; c += 16) store(out + c, fma(weight, load(s.b[k] + c), load(out + c)));
+        s.low[r][k] = sum(product);
+      }
+      for (int64_t c = 0; c < d; c += 16) {
+        F16 value = load(out + c);
+        for (int64_t k = 0; k < rank; ++k) value = fma(set1(s.low[r][k]), load(s.b[k] + c), value);
+        store(out + c, value);
       }
     }
   }
@@ -512,13 +582,14 @@ struct Kernel {
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
     const uint8_t* first_record = p.packed + b * p.packed_strides[0] + h * p.packed_strides[1];
     Scratch& s = scratch();
+    if (outliers) lay_out(s);
     for (int64_t set = 0; set < sets; ++set) {
       int64_t most = most_seen(b, set), end = pyspec::gear_first_block(chunk + 1), count = rows(set);
       end = end < most ? end : most;
       int64_t block = pyspec::gear_first_block(chunk);
       if (block >= end) continue;
       float* out = state(sequence_head, chunk, set * kGearRows);
-      std::memset(out, 0, count * (d + 2) * sizeof(float));
+      std::memset(out, 0, count * state_floats * sizeof(float));
       std::memset(s.sums, 0, sizeof s.sums);
       std::memset(s.middles, 0, sizeof s.middles);
       for (int64_t r = 0; r < kGearRows; ++r) s.before[r] = -kInfinity, s.now[r] = 0.0f;
@@ -528,9 +599,9 @@ struct Kernel {
         for (int64_t r = 0; r < count; ++r) s.visible[r] = block < seen(b, set * kGearRows + r);
         score(s, record, query, count);
         weigh(s, count);
-        add_values(s, record + values_offset, out, count);
+        add_values(s, record + keys.bytes, out, count);
       }
-      for (int64_t r = 0; r < count; ++r, out += d + 2) {
+      for (int64_t r = 0; r < count; ++r, out += state_floats) {
         for (int64_t which = 0; which < d / width; ++which) {
           F16 middle = set1(sum(load(s.middles[r][which])));
           for (int64_t c = which * width; c < (which + 1) * width; c += 16)

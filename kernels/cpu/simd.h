@@ -581,6 +581,19 @@ PYSPEC_INLINE I16 join_bits(I16 low, I16 high, int shift) {
   return low;
 #endif
 }
+// Bit i is set where byte i of 16, under a mask, is value.
+PYSPEC_INLINE uint32_t equal_bytes(const uint8_t* p, uint8_t mask, uint8_t value) {
+#if PYSPEC_HAS_X86_VECTORS
+  __m128i bytes = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                                _mm_set1_epi8(static_cast<char>(mask)));
+  return static_cast<uint32_t>(
+      _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))));
+#else
+  uint32_t equal = 0;
+  for (int i = 0; i < 16; ++i) equal |= uint32_t{(p[i] & mask) == value} << i;
+  return equal;
+#endif
+}
 // 16 bytes, signed.
 PYSPEC_INLINE F16 load_as_float(const int8_t* p) {
 #if PYSPEC_HAS_AVX512

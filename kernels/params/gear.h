@@ -118,7 +118,8 @@ constexpr int64_t kGearRows = 32;  // query rows that share an unpacked half
 inline int64_t gear_row_sets(const GearAttentionParams& p) {
   return (p.nodes * (p.heads / p.kv_heads) + kGearRows - 1) / kGearRows;
 }
-inline int64_t gear_state_floats(int64_t head_dim) { return head_dim + 2; }  // values, max, sum
+// Values, largest score and sum of a row, filled up so that rows are aligned.
+inline int64_t gear_state_floats(int64_t head_dim) { return head_dim + 16; }
 
 // [batch, kv_heads, rows, head_dim] queries, then [batch, kv_heads, chunks, rows] states.
 inline int64_t gear_workspace_floats(const GearAttentionParams& p) {
