@@ -95,12 +95,13 @@ class _Laws:
         self._batch, self._sequence, self._context, self._sampler = batch, sequence, context, sampler
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
-        needed = set(nodes)
-        for node in nodes:
-            while node:
-                node = parents[node]
-                needed.add(node)
-        kept = sorted(needed)
+        rows = np.full((len(nodes), self.vocab_size), 1 / self.vocab_size)
+        # Reranked tries deeper nodes than its tree can have: where the draft's context has ended, all is as likely
+        room = self._batch.runner.context_length - len(self._context)
+        paths = {node: path for node in nodes if len(path := _path_to(node, parents)) - 1 <= room}
+        if not paths:
+            return rows
+        kept = sorted({node for path in paths.values() for node in path})
         places = {node: place for place, node in enumerate(kept)}
         logits = self._batch.logits(
             self._sequence,
@@ -108,13 +109,20 @@ class _Laws:
             [tokens[node] for node in kept],
             [places.get(parents[node], -1) for node in kept],
         )
-        rows = []
-        for node in nodes:
+        for row, node in zip(rows, nodes, strict=True):
             try:
-                rows.append(self._sampler.probabilities(logits[places[node]]).numpy())
+                if node in paths:
+                    row[:] = self._sampler.probabilities(logits[places[node]]).numpy()
             except InvalidLogits as error:
                 raise ValueError(f"the draft model's logits after token {tokens[node]} are {error}") from error
-        return np.stack(rows)
+        return rows
+
+
+def _path_to(node: int, parents: Sequence[int]) -> list[int]:
+    path = [node]
+    while path[-1]:
+        path.append(parents[path[-1]])
+    return path
 
 
 # whose texts a draft model has in its state

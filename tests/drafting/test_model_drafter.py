@@ -158,15 +158,17 @@ def test_drafters_may_share_a_draft_model_and_texts_may_outgrow_its_slots(monkey
         assert trees == alone
 
 
-def test_drafts_end_with_the_drafts_context():
-    draft = Draft()
+@pytest.mark.parametrize("growth", [*GROWTH, None], ids=ids)
+def test_drafts_end_with_the_drafts_context(growth):
+    draft = Draft()  # it asserts that no tree goes past its context
     draft.context_length = 24
-    drafter = ModelDrafter(draft, FakeRunner(), DySpecThreshold(0.01))
+    drafter = ModelDrafter(draft, FakeRunner(), growth)
     plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=40).tokens
     assert generate(FakeRunner(), PROMPT, drafter=drafter, budget=8, max_new_tokens=40).tokens == plain
     started = drafter.start(PROMPT)
     assert len(started.propose([*PROMPT, *plain[:8]], 8)) == 1
     assert len(started.propose([*PROMPT, *plain[:6]], 8)) == 2
+    assert int(started.propose([*PROMPT, *plain[:7]], 8).depths.max()) <= 1
     assert len(drafter.start([97]).propose([97], 8)) == 1
 
 

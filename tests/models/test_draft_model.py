@@ -1,0 +1,37 @@
+"""Real runners as drafters: the target's twin must guess everything, or its state does not follow the text."""
+
+import pytest
+import torch
+from random_llama import random_llama, random_tokens
+
+from pyspec.drafting.model import ModelDrafter
+from pyspec.generate import generate
+from pyspec.growth.dyspec import DySpecThreshold
+from pyspec.growth.static import FixedBranching
+
+PROMPTS = [random_tokens(140), random_tokens(7, 1), random_tokens(30, 2)]
+
+
+@pytest.mark.parametrize("acceptance", ["recursive", "k_seq", "block", "traversal"])
+@pytest.mark.parametrize("settings", [dict(temperature=1.0), dict(temperature=0.7, top_k=20, top_p=0.9)])
+def test_a_twin_is_always_right(settings, acceptance):
+    model = random_llama(dtype=torch.bfloat16, windows=(9, None))
+    drafter = ModelDrafter(
+        random_llama(dtype=torch.bfloat16, windows=(9, None)), model, FixedBranching((1,) * 5), **settings
+    )
+    generation = generate(
+        model, PROMPTS, drafter=drafter, acceptance=acceptance, budget=6, max_new_tokens=31, seed=3, **settings
+    )
+    # one token of the prefill, then 5 rounds of 5 drafts and a token of the target
+    assert generation.stats.accepted_lengths == [0] * 6 + [15]
+    assert generation.finish_reason == ["length"] * 3
+
+
+@pytest.mark.parametrize("growth", [None, DySpecThreshold(0.02), FixedBranching((3, 2), "with replacement")])
+def test_greedy_text_is_the_plain_one_bit_for_bit(growth):
+    model = random_llama(dtype=torch.bfloat16)
+    drafter = ModelDrafter(random_llama(windows=(60, None)), model, growth, temperature=0.3)
+    plain = generate(model, PROMPTS, drafter=None, max_new_tokens=40)
+    acceptance = "exact" if growth is None else "traversal"
+    said = generate(model, PROMPTS, drafter=drafter, acceptance=acceptance, budget=9, max_new_tokens=40)
+    assert said.tokens == plain.tokens and said.stats.mean_accepted_length > 1.2
