@@ -25,7 +25,8 @@ using pyspec::RoundTree;
 using pyspec::SelectiveStateParams;
 
 constexpr int kBlock = kVectorRegisters == 32 ? 16 : 4;  // states in registers
-constexpr int kSums = 4;  // of a block's y, so that one addition need not wait for the one before
+constexpr int kSums = 4;        // of a block's y, so that one addition need not wait for the one before
+constexpr int64_t kAhead = 64;  // states that are asked for before they are needed: products take long enough
 constexpr int64_t kPanelsPerItem = 4;  // where channels have their own dt
 
 // A buffer of the calling thread that only grows.
@@ -199,7 +200,10 @@ struct Item {
   // States n .. n + kBlock of a panel, through all steps.
   void walk(float* states, const float* a, int64_t n) const {
     F16 state[kBlock];
-    for (int k = 0; k < kBlock; ++k) state[k] = load(states + k * kStateLanes);
+    for (int k = 0; k < kBlock; ++k) {
+      state[k] = load(states + k * kStateLanes);
+      __builtin_prefetch(states + (kAhead + k) * kStateLanes, 1);
+    }
     for (int64_t step = 0; step < tree.accepted; ++step) take_step(state, step, a, n);
     if (tree.accepted) {
       PYSPEC_UNROLL
