@@ -99,7 +99,7 @@ struct Item {
   }
   float* recorded_step(int64_t step) const {  // where a step was recorded, or will be; null where it is not
     if (step < tree.accepted) return recorded(tree.half, tree.path[step]);
-    return p.round.advance ? nullptr : recorded(1 - tree.half, step - tree.accepted);
+    return tree.advance ? nullptr : recorded(1 - tree.half, step - tree.accepted);
   }
   int64_t row(int64_t step) const { return tree.first_row + step - tree.accepted; }
 
@@ -230,7 +230,7 @@ struct Item {
         for (int k = 0; k < kBlock; ++k) store(to + k * kStateLanes, state[k]);
       }
     }
-    if (p.round.advance) {
+    if (tree.advance) {
       PYSPEC_UNROLL
       for (int k = 0; k < kBlock; ++k) store(states + k * kStateLanes, state[k]);
     }
