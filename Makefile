@@ -53,6 +53,7 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/bench_block_masked_attention.py
 	$(BIN)/python bench/bench_linear.py
 	$(BIN)/python bench/bench_verify.py
+	$(BIN)/python bench/bench_selective_state.py
 	$(BIN)/python bench/generate.py
 
 clean:

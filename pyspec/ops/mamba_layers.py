@@ -108,7 +108,6 @@ _OP = Op(
     "Tensor halves, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
     mamba_layers_reference,
     lambda hidden, *rest: torch.empty_like(hidden, dtype=rest[-1]),
-    lambda: mamba_layers_reference,
 )
 
 
