@@ -57,6 +57,7 @@ bench: $(VENV)/ready
 	$(BIN)/python bench/bench_topk.py
 	$(BIN)/python bench/bench_sparse_attention.py
 	$(BIN)/python bench/bench_verify.py
+	$(BIN)/python bench/bench_selective_state.py
 	$(BIN)/python bench/generate.py
 
 clean:

@@ -9,6 +9,8 @@ right state afterwards are timed in turn:
     replay      ours: the inputs are recorded, the next verify replays the accepted ones
     snapshots   a state is written for every node; timed as our verify, without a replay, and T writes of a state's
                 size: at least what such a kernel costs, its commit being free
+    joint       the paper's other method, Joint Attainment and Advancement: the accepted tokens run through the whole
+                model again, below the next tree and beside it
     recompute   the state is copied before the verify, restored when a draft was wrong, and the accepted tokens run
                 through the whole model again
     plain       one token, committed: what all are measured against
@@ -33,6 +35,7 @@ from pyspec.trees import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
+OTHER_WAYS = ("snapshots", "joint", "recompute")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
 FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL = 1.3, 4.0, 1.5
@@ -92,16 +95,25 @@ class Rounds:
 
     def __init__(self, model: StateSpaceRunner, batch: int):
         self.model, self.batch = model, batch
-        model.prefill([[place % model.vocab_size for place in range(8)]] * batch)
+        prompts = [[place % model.vocab_size for place in range(8)]] * batch
+        model.prefill(prompts)
+        self.joint_model = type(model)(model.config, model.weights, rollback="joint")
+        self.joint_model.prefill(prompts)
         cache = model._cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
+        return self._rounds(self.model, nodes)
+
+    def joint(self, nodes: int) -> Callable[[], None]:
+        return self._rounds(self.joint_model, nodes)
+
+    def _rounds(self, model: StateSpaceRunner, nodes: int) -> Callable[[], None]:
         trees, paths = [DraftTree.chain([0] * nodes)] * self.batch, [range(nodes)] * self.batch
 
         def call() -> None:
-            self.model.verify(trees)
-            self.model.commit(paths)
+            model.verify(trees)
+            model.commit(paths)
 
         return call
 
@@ -125,10 +137,10 @@ class Rounds:
             state = (cache.states, cache.windows)
             for kept, values in zip(self.spare, state, strict=True):
                 kept.copy_(values)
-            self.model._logits(self.model._forward(trees, sequences, cache, advance=True))
+            self.model._logits(self.model._forward(trees, sequences, [True] * self.batch, cache))
             for kept, values in zip(self.spare, state, strict=True):
                 values.copy_(kept)
-            self.model._forward(trees, sequences, cache, advance=True)
+            self.model._forward(trees, sequences, [True] * self.batch, cache)
 
         return call
 
@@ -177,7 +189,7 @@ def run(shape: str, dtype: str, batch: int, repeats: int, device: str = "cpu", s
     moved = rounds.bytes()
     bandwidth = measure.read_bandwidth(device)
     calls = {("replay", nodes): rounds.replay(nodes) for nodes in sizes}
-    calls |= {(way, nodes): getattr(rounds, way)(nodes) for way in ("snapshots", "recompute") for nodes in sizes}
+    calls |= {(way, nodes): getattr(rounds, way)(nodes) for way in OTHER_WAYS for nodes in sizes}
     if device == "cpu" and dtype != "int8":
         calls["transformers", 1] = peer(config, DTYPES[dtype], batch)
     seconds = measure.in_turn(calls, repeats)
@@ -203,11 +215,11 @@ def show(console, found: dict, sizes=SIZES) -> None:
     over, model, batch = found["over_plain"], found["model"], found["batch"]
     title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in ("nodes", "replay", "goal", "snapshots", "recompute"):
+    for column in ("nodes", "replay", "goal", *OTHER_WAYS):
         table.add_column(column, justify="right")
     for nodes in sizes:
         goal = GOALS.get((model, batch, nodes)) if found["weights"] == "bf16" else None
-        cells = [f"{over[f'{way} {nodes}']:.2f}x" for way in ("replay", "snapshots", "recompute")]
+        cells = [f"{over[f'{way} {nodes}']:.2f}x" for way in ("replay", *OTHER_WAYS)]
         table.add_row(str(nodes), cells[0], "" if goal is None else f"at most {goal:.2f}x", *cells[1:])
     console.print(table)
     plain, floor = found["seconds"]["replay 1"] * 1e3, found["floor_seconds"] * 1e3

@@ -10,7 +10,7 @@ PYSPEC_KERNEL_TABLE(pyspec_causal_conv, pyspec::CausalConvParams);
 
 Tensor causal_conv(Tensor window, Tensor record, const Tensor& x, const Tensor& weight,
                    const std::optional<Tensor>& bias, const Tensor& sequences, const Tensor& starts,
-                   const Tensor& parents, const Tensor& paths, const Tensor& halves, bool advance,
+                   const Tensor& parents, const Tensor& paths, const Tensor& halves, const Tensor& advances,
                    torch::headeronly::ScalarType out_dtype) {
   auto float32 = torch::headeronly::ScalarType::Float;
   pyspec::CausalConvParams p{};
@@ -38,7 +38,7 @@ Tensor causal_conv(Tensor window, Tensor record, const Tensor& x, const Tensor& 
                     "bias must be float32 [channels] and contiguous");
     p.bias = static_cast<const float*>(bias->data_ptr());
   }
-  pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advance};
+  pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advances};
   p.round = pyspec::round_of(round, x.size(0), p.sequences, p.record_nodes);
   Tensor out = torch::stable::new_empty(x, {x.size(0), p.channels}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");

@@ -29,7 +29,7 @@ Tensor selective_state(Tensor state, Tensor record, const Tensor& x, const Tenso
                        const Tensor& b, const Tensor& c, const std::optional<Tensor>& d,
                        const std::optional<Tensor>& dt_bias, const std::optional<Tensor>& z,
                        const Tensor& sequences, const Tensor& starts, const Tensor& parents,
-                       const Tensor& paths, const Tensor& halves, bool advance,
+                       const Tensor& paths, const Tensor& halves, const Tensor& advances,
                        torch::headeronly::ScalarType out_dtype) {
   auto float32 = torch::headeronly::ScalarType::Float;
   pyspec::SelectiveStateParams p{};
@@ -74,7 +74,7 @@ Tensor selective_state(Tensor state, Tensor record, const Tensor& x, const Tenso
                   "record must be float32 [2, ", p.sequences, ", nodes, ", pyspec::record_width(p),
                   "] and contiguous");
   p.record_nodes = record.size(2);
-  pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advance};
+  pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advances};
   p.round = pyspec::round_of(round, rows, p.sequences, p.record_nodes);
   Tensor out = torch::stable::new_empty(x, {rows, p.channels}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");

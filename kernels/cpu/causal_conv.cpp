@@ -71,9 +71,9 @@ struct Item {
     replay();
     for (int64_t index = 0; index < tree.nodes; ++index) {
       node<Out>(index);
-      if (!p.round.advance) copy(recorded(1 - tree.half, index), row(index));
+      if (!tree.advance) copy(recorded(1 - tree.half, index), row(index));
     }
-    if (!p.round.advance) return;
+    if (!tree.advance) return;
     for (int64_t place = 0; place < p.taps - 1; ++place) {
       int64_t behind = place + tree.nodes - (p.taps - 1);
       copy(window(place), behind < 0 ? before[place + tree.nodes] : row(behind));

@@ -25,7 +25,8 @@ using pyspec::RoundTree;
 using pyspec::SelectiveStateParams;
 
 constexpr int kBlock = kVectorRegisters == 32 ? 16 : 4;  // states in registers
-constexpr int kSums = 4;  // of a block's y, so that one addition need not wait for the one before
+constexpr int kSums = 4;        // of a block's y, so that one addition need not wait for the one before
+constexpr int64_t kAhead = 64;  // states that are asked for before they are needed: products take long enough
 constexpr int64_t kPanelsPerItem = 4;  // where channels have their own dt
 
 // A buffer of the calling thread that only grows.
@@ -98,7 +99,7 @@ struct Item {
   }
   float* recorded_step(int64_t step) const {  // where a step was recorded, or will be; null where it is not
     if (step < tree.accepted) return recorded(tree.half, tree.path[step]);
-    return p.round.advance ? nullptr : recorded(1 - tree.half, step - tree.accepted);
+    return tree.advance ? nullptr : recorded(1 - tree.half, step - tree.accepted);
   }
   int64_t row(int64_t step) const { return tree.first_row + step - tree.accepted; }
 
@@ -199,7 +200,10 @@ struct Item {
   // States n .. n + kBlock of a panel, through all steps.
   void walk(float* states, const float* a, int64_t n) const {
     F16 state[kBlock];
-    for (int k = 0; k < kBlock; ++k) state[k] = load(states + k * kStateLanes);
+    for (int k = 0; k < kBlock; ++k) {
+      state[k] = load(states + k * kStateLanes);
+      __builtin_prefetch(states + (kAhead + k) * kStateLanes, 1);
+    }
     for (int64_t step = 0; step < tree.accepted; ++step) take_step(state, step, a, n);
     if (tree.accepted) {
       PYSPEC_UNROLL
@@ -226,7 +230,7 @@ struct Item {
         for (int k = 0; k < kBlock; ++k) store(to + k * kStateLanes, state[k]);
       }
     }
-    if (p.round.advance) {
+    if (tree.advance) {
       PYSPEC_UNROLL
       for (int k = 0; k < kBlock; ++k) store(states + k * kStateLanes, state[k]);
     }

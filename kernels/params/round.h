@@ -14,9 +14,9 @@ struct Round {
   const int32_t* parents;    // [rows]: nodes of the same tree, each before its child; -1 for the root, node 0
   const int32_t* paths;      // [trees, longest_path]: recorded nodes that were accepted, then -1
   const int32_t* halves;     // [trees]: the half of the record that they lie in, 0 or 1
+  const int32_t* advances;  // [trees]: 1 where the tree is a chain and accepted as a whole, so that the state
+                            // moves behind it and nothing is recorded, else 0
   int64_t trees, longest_path;
-  bool
-      advance;  // the trees are chains, accepted as a whole: the state moves behind them, nothing is recorded
 };
 
 namespace {  // compiled once per instruction set, so never shared between object files
@@ -25,6 +25,7 @@ namespace {  // compiled once per instruction set, so never shared between objec
 struct RoundTree {
   int64_t sequence, half, first_row, nodes, accepted;
   const int32_t *parents, *path;
+  bool advance;
 };
 
 inline RoundTree tree_of(const Round& round, int64_t index) {
@@ -32,6 +33,7 @@ inline RoundTree tree_of(const Round& round, int64_t index) {
   tree.sequence = round.sequences[index], tree.half = round.halves[index];
   tree.first_row = round.starts[index], tree.nodes = round.starts[index + 1] - tree.first_row;
   tree.parents = round.parents + tree.first_row, tree.path = round.paths + index * round.longest_path;
+  tree.advance = round.advances[index];
   while (tree.accepted < round.longest_path && tree.path[tree.accepted] >= 0) ++tree.accepted;
   return tree;
 }

@@ -20,11 +20,12 @@ class StateCache:
     A commit only notes the path: the next round's kernels replay it before they begin, so until then `states` and
     `windows` lie behind `lengths`.
 
-    states: [layers, B, channels / 16, N, 16]; windows: [layers, B, taps - 1, conv_channels].
-    records: [layers, 2, B, nodes, record_width] and conv_records: [layers, 2, B, nodes, conv_channels], with room for
-    as many nodes as the largest tree so far.
+    states: [layers, places, channels / 16, N, 16]; windows: [layers, places, taps - 1, conv_channels].
+    records: [layers, 2, places, nodes, record_width] and conv_records: [layers, 2, places, nodes, conv_channels], with
+    room for as many nodes as the largest tree so far.
 
     Args:
+        copies: places for each sequence's state: those of sequence b are b, B + b and so on.
         layers, sequences, channels, state_size, taps, conv_channels, record_width: the sizes above.
         device: where it lies.
     """
@@ -40,31 +41,40 @@ class StateCache:
         conv_channels: int,
         record_width: int,
         device: torch.device,
+        copies: int = 1,
     ):
-        self.states = torch.zeros(layers, sequences, channels // LANES, state_size, LANES, device=device)
-        self.windows = torch.zeros(layers, sequences, taps - 1, conv_channels, device=device)
-        self.records = torch.empty(layers, 2, sequences, 0, record_width, device=device)
-        self.conv_records = torch.empty(layers, 2, sequences, 0, conv_channels, device=device)
+        places = sequences * copies
+        self.states = torch.zeros(layers, places, channels // LANES, state_size, LANES, device=device)
+        self.windows = torch.zeros(layers, places, taps - 1, conv_channels, device=device)
+        self.records = torch.empty(layers, 2, places, 0, record_width, device=device)
+        self.conv_records = torch.empty(layers, 2, places, 0, conv_channels, device=device)
         self.lengths = [0] * sequences
-        self._paths: list[list[int]] = [[] for _ in range(sequences)]  # accepted and not yet replayed
-        self._halves = [0] * sequences  # of the record, where they lie
+        self._paths: list[list[int]] = [[] for _ in range(places)]  # accepted and not yet replayed
+        self._halves = [0] * places  # of the record, where they lie
 
-    def round(self, trees: Sequence[DraftTree], sequences: Sequence[int], *, advance: bool = False) -> Round:
-        """What the kernels are told of these trees; `done` says that all layers have run it."""
-        if not advance:
-            self._reserve(max(map(len, trees)))
-        paths = [self._paths[sequence] for sequence in sequences]
-        halves = [self._halves[sequence] for sequence in sequences]
-        return Round.of(trees, sequences, paths, halves, advance=advance, device=self.states.device)
+    def round(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Round:
+        """What the kernels are told of these trees; `done` says that all layers have run it.
 
-    def done(self, trees: Sequence[DraftTree], sequences: Sequence[int], *, advance: bool = False) -> None:
-        """All layers have replayed the paths, and have recorded the trees or, with advance, moved behind them."""
-        for tree, sequence in zip(trees, sequences, strict=True):
-            self._paths[sequence] = []
-            if advance:
-                self.lengths[sequence] += len(tree)
-            else:
-                self._halves[sequence] = 1 - self._halves[sequence]
+        Args:
+            places: of each tree, whose state it starts from.
+            advances: whether the tree is a chain that is accepted as a whole, so that the state moves behind it.
+        """
+        self._reserve(max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0))
+        paths = [self._paths[place] for place in places]
+        halves = [self._halves[place] for place in places]
+        return Round.of(trees, places, paths, halves, advances=advances, device=self.states.device)
+
+    def done(self, places: Sequence[int], advances: Sequence[bool]) -> None:
+        """All layers have replayed the paths, and have recorded each tree or moved behind it."""
+        for place, moves in zip(places, advances, strict=True):
+            self._paths[place] = []
+            if not moves:
+                self._halves[place] = 1 - self._halves[place]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a place's state and window to another's."""
+        for values in (self.states, self.windows):
+            values[:, target].copy_(values[:, source])
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Adds these nodes of the last tree to the sequence."""

@@ -27,6 +27,7 @@ __all__ = ["StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpac
 
 PREFILL_CHUNK = 128
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
+ROLLBACKS = ("replay", "joint")
 
 
 class StateSpaceConfig(Protocol):
@@ -137,6 +138,12 @@ class StateSpaceRunner:
         tokenizer: a pyspec.models.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
         dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        rollback: how a state comes to be behind what was accepted. "replay" takes the steps again from their recorded
+            inputs. "joint" (Joint Attainment and Advancement) runs the accepted tokens through the whole model again
+            beside the next tree, once below it and once to move the state; it is there to be compared with.
+
+    Raises:
+        ValueError: rollback is neither.
     """
 
     def __init__(
@@ -146,7 +153,11 @@ class StateSpaceRunner:
         tokenizer=None,
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
+        rollback: str = "replay",
     ):
+        if rollback not in ROLLBACKS:
+            raise ValueError(f"rollback must be one of {', '.join(ROLLBACKS)}, got {rollback!r}")
+        self.rollback = rollback
         weights.pack(weights.head.dtype)
         if weights.norm.device.type == "cpu":
             weights.move_together()
@@ -169,6 +180,7 @@ class StateSpaceRunner:
             self._layers += [has.get(name, none) for name in WEIGHTS]
         self._cache: StateCache | None = None
         self._verified: list[DraftTree | None] | None = None
+        self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -207,16 +219,18 @@ class StateSpaceRunner:
             conv_channels=config.conv_channels,
             record_width=config.record_width,
             device=self.device,
+            copies=1 if self.rollback == "replay" else 2,
         )
         last_logits = []
         for sequence, prompt in enumerate(tokens):
             for start in range(0, len(prompt), PREFILL_CHUNK):
                 chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
-                hidden = self._forward([chain], [sequence], cache, advance=True)
+                hidden = self._forward([chain], [sequence], [True], cache)
+                cache.lengths[sequence] += len(chain)
                 if observe is not None:
                     observe(sequence, chain, self._logits(hidden))
             last_logits.append(self._logits(hidden[-1:])[0])
-        self._cache = cache
+        self._cache, self._behind = cache, [[] for _ in tokens]
         return last_logits
 
     @torch.inference_mode()
@@ -233,7 +247,8 @@ class StateSpaceRunner:
         self._verified = None
         if active:
             self._cache = None  # an interrupt between two layers would leave some of them a path ahead
-            hidden = self._forward([trees[sequence] for sequence in active], active, cache)
+            run = self._forward_joint if self.rollback == "joint" else self._forward
+            hidden = run([trees[sequence] for sequence in active], active, [False] * len(active), cache)
             self._cache = cache
         self._verified = list(trees)
         if not active:
@@ -250,17 +265,37 @@ class StateSpaceRunner:
             ValueError: a path does not follow its tree; nothing is committed then.
         """
         check_paths(paths, self._verified)
-        self._verified = None
-        for sequence, path in enumerate(paths):
-            if path is not None:
+        for sequence, (path, tree) in enumerate(zip(paths, self._verified, strict=True)):
+            if path is None:
+                continue
+            if self.rollback == "joint":
+                self._behind[sequence] = tree.tokens[list(path)].tolist()
+                self._cache.lengths[sequence] += len(path)
+            else:
                 self._cache.commit(sequence, path)
+        self._verified = None
 
-    def _forward(
-        self, trees: list[DraftTree], sequences: list[int], cache: StateCache, *, advance: bool = False
+    def _forward_joint(
+        self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache
     ) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm."""
+        """`_forward` of trees below tokens that the states do not have yet, which then do."""
+        batch, behind = len(cache.lengths), [self._behind[sequence] for sequence in sequences]
+        moving = [sequence for sequence in sequences if self._behind[sequence]]
+        for sequence in sequences:  # the drafts' state, for the other one moves in the same call
+            cache.copy(sequence, batch + sequence)
+        chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
+        places = moving + [batch + sequence for sequence in sequences]
+        below = [_below(tokens, tree) for tokens, tree in zip(behind, trees, strict=True)]
+        hidden = self._forward([*chains, *below], places, [True] * len(chains) + advances, cache)
+        for sequence in sequences:
+            self._behind[sequence] = []
+        parts = hidden[sum(map(len, chains)) :].split([len(tree) for tree in below])
+        return torch.cat([part[len(tokens) :] for part, tokens in zip(parts, behind, strict=True)])
+
+    def _forward(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+        """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
         tokens = [tree.tokens for tree in trees]
-        round = cache.round(trees, sequences, advance=advance)  # may replace the records
+        round = cache.round(trees, places, advances)  # may replace the records
         hidden = mamba_layers(
             self._embed(tokens[0] if len(tokens) == 1 else torch.cat(tokens)),
             self._layers,
@@ -274,7 +309,7 @@ class StateSpaceRunner:
             epsilon=self.config.norm_epsilon,
             dtype=self.dtype,
         )
-        cache.done(trees, sequences, advance=advance)
+        cache.done(places, advances)
         return hidden
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -285,3 +320,13 @@ class StateSpaceRunner:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return linear(hidden, self.weights.head, out_dtype=torch.float32)
+
+
+def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
+    """A tree below a chain of tokens."""
+    if not tokens:
+        return tree
+    count = len(tokens)
+    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32), tree.parents + count))
+    parents[count] = count - 1
+    return DraftTree(torch.cat((torch.tensor(tokens), tree.tokens)), parents)

@@ -32,7 +32,7 @@ def causal_conv_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    advance: bool,
+    advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Plain PyTorch, node by node; window and record are changed in place. The specification of the kernels."""
@@ -48,7 +48,7 @@ def causal_conv_reference(
             above = seen[parent][1:] if parent >= 0 else before
             seen.append(torch.cat((above, x[row, None])))
             out[row] = (seen[-1] * weight).sum(0)
-        if not advance:
+        if not advances[tree]:
             record[1 - half, sequence, : last - first] = x[first:last]
         elif seen:
             before = seen[-1][1:]
@@ -63,7 +63,7 @@ def _fake(window, record, x, *rest) -> Tensor:
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
-    "Tensor parents, Tensor paths, Tensor halves, bool advance, ScalarType out_dtype) -> Tensor",
+    "Tensor parents, Tensor paths, Tensor halves, Tensor advances, ScalarType out_dtype) -> Tensor",
     causal_conv_reference,
     _fake,
 )
@@ -126,4 +126,4 @@ def causal_conv(
     if x.stride(1) != 1:
         raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
     check_out_dtype(out_dtype)
-    return _OP(window, record, x, weight, bias, *round.tensors(), round.advance, out_dtype)
+    return _OP(window, record, x, weight, bias, *round.tensors(), out_dtype)

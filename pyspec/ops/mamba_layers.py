@@ -59,13 +59,13 @@ def mamba_layers_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    advance: bool,
+    advances: Tensor,
     dt_rank: int,
     epsilon: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """The layers, op by op; hidden and the state are changed in place. The specification of the program."""
-    round = Round(sequences, starts, parents, paths, halves, advance)
+    round = Round(sequences, starts, parents, paths, halves, advances)
     channels, state_size = states.shape[2] * LANES, states.shape[3]
     delta = None
     for layer in range(len(states)):
@@ -105,10 +105,9 @@ _OP = Op(
     "mamba_layers",
     "(Tensor(a!) hidden, Tensor[] weights, Tensor last_norm, Tensor(b!) states, Tensor(c!) windows, "
     "Tensor(d!) records, Tensor(e!) conv_records, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, "
-    "Tensor halves, bool advance, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
+    "Tensor halves, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
     mamba_layers_reference,
     lambda hidden, *rest: torch.empty_like(hidden, dtype=rest[-1]),
-    lambda: mamba_layers_reference,
 )
 
 
@@ -147,4 +146,4 @@ def mamba_layers(
         RuntimeError, ValueError, TypeError: something does not fit; the message names it.
     """
     state = (states, windows, records, conv_records)
-    return _OP(hidden, weights, last_norm, *state, *round.tensors(), round.advance, dt_rank, epsilon, dtype)
+    return _OP(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)

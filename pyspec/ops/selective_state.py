@@ -41,7 +41,7 @@ class Round:
     parents: Tensor  # [rows]: as in DraftTree
     paths: Tensor  # [trees, longest]: recorded nodes that were accepted, then -1
     halves: Tensor  # [trees]: the half of the record that they lie in, 0 or 1
-    advance: bool = False  # the trees are chains, accepted as a whole: the state moves behind them, unrecorded
+    advances: Tensor  # [trees]: 1 for a chain that is accepted as a whole: the state moves behind it, unrecorded
 
     @classmethod
     def of(
@@ -51,10 +51,10 @@ class Round:
         paths: Sequence[Sequence[int]],
         halves: Sequence[int],
         *,
-        advance: bool = False,
+        advances: Sequence[bool] | bool = False,
         device: torch.device | str = "cpu",
     ) -> Round:
-        """A round of these trees, with a sequence, a path (it may be empty) and a half for each."""
+        """A round of these trees, with a sequence, a path (it may be empty) and a half for each, and who advances."""
         starts = [0]
         for tree in trees:
             starts.append(starts[-1] + len(tree))
@@ -71,12 +71,12 @@ class Round:
             (parents[0] if len(parents) == 1 else torch.cat(parents)).to(device),
             places(filled, len(trees), longest),
             places(list(halves), len(trees)),
-            advance,
+            places([advances] * len(trees) if isinstance(advances, bool) else list(advances), len(trees)),
         )
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the ops take them."""
-        return self.sequences, self.starts, self.parents, self.paths, self.halves
+        return self.sequences, self.starts, self.parents, self.paths, self.halves, self.advances
 
 
 def to_panels(values: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def selective_state_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    advance: bool,
+    advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Plain PyTorch, node by node; state and record are changed in place. The specification of the kernels."""
@@ -137,7 +137,7 @@ def selective_state_reference(
         for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
             reached.append(step(reached[parent] if parent >= 0 else s, nodes[row]))
             y[row] = (reached[-1] * of_channels(C[row].view(-1, states))).sum(1).flatten()
-        if advance:
+        if advances[tree]:
             s = reached[-1] if reached else s
         else:
             record[1 - half, sequence, : last - first] = nodes[first:last]
@@ -157,7 +157,7 @@ _OP = Op(
     "selective_state",
     "(Tensor(a!) state, Tensor(b!) record, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? dt_bias, Tensor? z, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, Tensor halves, "
-    "bool advance, ScalarType out_dtype) -> Tensor",
+    "Tensor advances, ScalarType out_dtype) -> Tensor",
     selective_state_reference,
     _fake,
 )
@@ -184,7 +184,7 @@ def selective_state(
 
     Args:
         state: [S, channels / 16, N, 16] fp32, contiguous (`to_panels`); N a multiple of 16. Changed where there is a
-            path, or in a round that advances.
+            path, or a tree that advances.
         record: [2, S, nodes, channels + heads + groups * N] fp32, contiguous: room for the nodes of the largest tree.
         x: [R, channels] fp32, fp16 or bf16.
         dt: [R, heads] fp32, before dt_bias and softplus.
@@ -261,4 +261,4 @@ def selective_state(
     for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)):
         if tensor is not None and tensor.stride(1) != 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
-    return _OP(state, record, x, dt, A, B, C, D, dt_bias, z, *round.tensors(), round.advance, out_dtype)
+    return _OP(state, record, x, dt, A, B, C, D, dt_bias, z, *round.tensors(), out_dtype)

@@ -21,7 +21,7 @@ def test_every_round_is_timed_and_shown():
     for shape, batch in (("Mamba", 1), ("Mamba-2 130M", 16)):
         found = bench.run(shape, "bf16", batch, 2, sizes=(1, 6), shapes=SHAPES)
         ways = {name.split()[0] for name in found["seconds"]}
-        assert ways == {"replay", "snapshots", "recompute", "transformers"}
+        assert ways == {"replay", "snapshots", "joint", "recompute", "transformers"}
         assert found["over_plain"]["replay 1"] == 1.0
         bench.show(Console(file=output, width=120), found, sizes=(1, 6))
     assert "snapshots of 6 nodes take" in output.getvalue()

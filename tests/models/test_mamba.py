@@ -218,6 +218,25 @@ def test_a_thousand_rounds_do_not_drift(models, kind):
     assert runner._cache.states.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_joint_attainment_has_the_bits_of_replay(models, kind, dtype):
+    """The paper's other method, in a ragged batch with rounds that some sequences sit out or commit nothing in."""
+    _, replay = models(kind, dtype)
+    joint = type(replay)(replay.config, replay.weights, dtype=replay.dtype, rollback="joint")
+    prompts, generator = [random_tokens(length, length) for length in (3, 17, 1)], random.Random(1)
+    for logits in zip(replay.prefill(prompts), joint.prefill(prompts), strict=True):
+        assert torch.equal(*logits)
+    for turn in range(25):
+        trees = [random_tree(size, turn) if size else None for size in generator.choices((0, 1, 2, 7), k=3)]
+        for found, other in zip(joint.verify(trees), replay.verify(trees), strict=True):
+            assert found is other is None or torch.equal(found, other)
+        paths = [tree and (root_path(tree, generator.randrange(-1, len(tree))) or None) for tree in trees]
+        joint.commit(paths)
+        replay.commit(paths)
+        assert joint.lengths() == replay.lengths()
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_sequences_that_sit_out_are_left_alone(models, kind):
@@ -279,8 +298,7 @@ def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch)
 
     def by_ops(hidden, weights, last_norm, *state, dt_rank, epsilon, dtype):
         *state, round = state
-        places = (*round.tensors(), round.advance)
-        return mamba_layers_reference(hidden, weights, last_norm, *state, *places, dt_rank, epsilon, dtype)
+        return mamba_layers_reference(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)
 
     def run():
         first = runner.prefill([random_tokens(70), random_tokens(5)])
@@ -330,6 +348,8 @@ def test_verify_and_commit_refuse_what_does_not_fit(models):
     assert torch.equal(runner.verify([DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])])[0], before)
     runner.commit([[0, 2, 3]])
     assert runner.lengths() == [6]
+    with pytest.raises(ValueError, match="rollback must be one of replay, joint, got 'snapshots'"):
+        Mamba2Runner(runner.config, runner.weights, rollback="snapshots")
     fresh = Mamba2Runner(runner.config, runner.weights)
     with pytest.raises(RuntimeError, match="call prefill first"):
         fresh.verify([DraftTree.chain([1])])

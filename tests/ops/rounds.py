@@ -22,4 +22,4 @@ def root_path(tree: DraftTree, node: int) -> list[int]:
 
 
 def chain_round(nodes: int, sequence: int = 0, path=(), half: int = 0, advance: bool = False) -> Round:
-    return Round.of([DraftTree.chain([0] * nodes)], [sequence], [path], [half], advance=advance)
+    return Round.of([DraftTree.chain([0] * nodes)], [sequence], [path], [half], advances=advance)

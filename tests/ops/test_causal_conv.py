@@ -123,7 +123,7 @@ def arguments():
 def test_opcheck():
     given = arguments()
     round = given.pop("round")
-    args = (*(torch.nan_to_num(tensor) for tensor in given.values()), *round.tensors(), False, torch.bfloat16)
+    args = (*(torch.nan_to_num(tensor) for tensor in given.values()), *round.tensors(), torch.bfloat16)
     torch.library.opcheck(torch.ops.pyspec.causal_conv.default, args)
 
 
@@ -174,6 +174,8 @@ def test_rounds_that_do_not_fit_are_refused():
     with pytest.raises(RuntimeError, match="tree 0 has 21 nodes, the record has room for 20"):
         causal_conv(**wide)
     causal_conv(**wide | {"round": chain_round(21, 2, advance=True)})
-    star = Round.of([DraftTree([0] * 3, [-1, 0, 0])], [2], [[]], [0], advance=True)
+    with pytest.raises(RuntimeError, match=r"advances\[0\] must be 0 or 1, got 2"):
+        causal_conv(**given | {"round": Round.of([DraftTree.chain([0] * 3)], [2], [[]], [0], advances=[2])})
+    star = Round.of([DraftTree([0] * 3, [-1, 0, 0])], [2], [[]], [0], advances=True)
     with pytest.raises(RuntimeError, match="node 2 has parent 0, a chain that is accepted must have the node before"):
         causal_conv(**given | {"round": star})

@@ -245,6 +245,23 @@ def test_trees_and_batches_have_the_bits_of_their_paths(isa, shape):
     assert torch.equal(layer.state[2], replayed)
 
 
+def test_one_tree_may_advance_beside_another_that_is_verified(isa):
+    layer = Layer()
+    layer.state[0].normal_()
+    start, inputs = layer.state.clone(), layer.inputs(9)
+    expected = layer.call(selective_state, rows_of(inputs, slice(5)), chain_round(5, 0, advance=True))
+    moved = layer.state[0].clone()
+    tree = DraftTree([0] * 4, [-1, 0, 0, 1])
+    layer.state.copy_(start)
+    other = layer.call(selective_state, rows_of(inputs, slice(5, None)), Round.of([tree], [2], [[]], [0]))
+    layer.state.copy_(start)
+    layer.record[:] = torch.nan
+    both = Round.of([DraftTree.chain([0] * 5), tree], [0, 2], [[], []], [0, 0], advances=[True, False])
+    assert torch.equal(layer.call(selective_state, inputs, both), torch.cat((expected, other)))
+    assert torch.equal(layer.state[0], moved) and torch.equal(layer.state[2], start[2])
+    assert layer.record[:, 0].isnan().all() and layer.record[1, 2, :4].isfinite().all()
+
+
 def test_random_rounds_do_not_drift(isa):
     """Random trees, paths and rounds without drafts in a ragged batch; after each, the states of plain decoding."""
     layer = Layer(heads=2, head_dim=16, states=16)
@@ -296,7 +313,7 @@ def test_opcheck():
     layer = Layer()
     inputs, weights = layer.inputs(3), layer.weights()
     tensors = (*(inputs[name] for name in ("x", "dt")), weights["A"], inputs["B"], inputs["C"])
-    rest = (weights["D"], weights["dt_bias"], inputs["z"], *chain_round(3, 2).tensors(), False, torch.bfloat16)
+    rest = (weights["D"], weights["dt_bias"], inputs["z"], *chain_round(3, 2).tensors(), torch.bfloat16)
     args = (torch.zeros_like(layer.state), torch.zeros_like(layer.record), *tensors, *rest)
     torch.library.opcheck(torch.ops.pyspec.selective_state.default, args)
 
