@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch and Triton, and no network: builds, tests and all benchmarks in one go.
+# On a machine with a GPU, torch, Triton and nvcc, and no network: builds, tests and all benchmarks in one go.
 #
 #   bench/gpu.sh [MODEL]      MODEL: a GGUF file or a Hugging Face folder; by default the demo model, if it is installed
 #   OUT=FOLDER                where the results go, as JSON, beside gpu.log; bench/results by default
@@ -20,12 +20,13 @@ step() {
 }
 
 "$python" -m pip install -q --no-build-isolation --no-deps -e . || exit 1
-step "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels tests/ops tests/caches tests/test_readback.py \
+step "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels tests/cuda_on_host tests/ops tests/caches tests/test_readback.py \
   tests/models/test_static_steps.py tests/models/test_llama_cuda.py
 step "$python" bench/bench_verify.py --device cuda --models SmolLM2-135M Llama-3.2-1B Llama-3.1-8B
 step "$python" bench/bench_linear.py --device cuda
 step "$python" bench/bench_tree_attention.py --device cuda
 step "$python" bench/bench_block_masked_attention.py --device cuda
+step "$python" bench/bench_topk.py --device cuda
 if [ "$model" != demo ] || "$python" -c "from pyspec.models.loading import demo_file; demo_file()" 2> /dev/null; then
   step "$python" bench/generate.py --device cuda --model "$model" --limit 1
   step "$python" bench/equality.py --device cuda --model "$model" --prompts 13 --sampled-prompts 13

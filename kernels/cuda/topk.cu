@@ -11,8 +11,10 @@
 // Selection (select.h), of what the buckets kept or, exactly, of the row itself, keeps their order: without
 // `sorted` the result is in the order of the buckets, an exact one in that of the indices. In an exact search
 // for few of many values, what is best for each thread gives a lower bound first, and the rest is soon passed
-// over. Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and
-// the last of them to finish goes on from there.
+// over.
+//
+// Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and the
+// last of them to finish goes on from there.
 //
 // x is read once with buckets; where exact three times, or for a large k up to seven, mostly from the L2
 // cache.
