@@ -1,5 +1,6 @@
 """pyspec: language models that generate faster without changing what they say."""
 
+from pyspec.caches import GearCache
 from pyspec.generate import Generation, Stats, generate
 from pyspec.masks import BlockMask
 from pyspec.models import load
@@ -7,4 +8,4 @@ from pyspec.ops import backend
 from pyspec.trees import DraftTree
 
 __version__ = "0.1.0"
-__all__ = ["BlockMask", "DraftTree", "Generation", "Stats", "backend", "generate", "load"]
+__all__ = ["BlockMask", "DraftTree", "GearCache", "Generation", "Stats", "backend", "generate", "load"]
