@@ -9,7 +9,8 @@ For a query q, keys K [n, D] and values V [n, D], after Ribar et al., "SparQ Att
 3. out = a softmax(q K[P]^T scale) V[P] + (1 - a) mean V: the rest is taken for average.
 
 Heads that share keys choose together, by the sum of their |q| and of their scores. Read are `components` of the D
-columns of the keys, and P; with keys stored as [D, n] and viewed as [n, D], those columns lie in order.
+columns of the keys, and P; but columns are read alone only where they lie in order: keys stored as [D, n] and viewed
+as [n, D].
 """
 
 from __future__ import annotations
@@ -107,8 +108,13 @@ def _guessed_scores(q: Tensor, k: Tensor, is_key: Tensor | None, components: int
     largest = topk(sizes.sum(2), components).indices  # [B, Hkv, r]
     among = largest[:, :, None].expand(-1, -1, q.shape[2], -1)
     share = sizes.gather(3, among).sum(3, keepdim=True) / sizes.sum(3, keepdim=True).clamp_min(1e-30)
-    part = q.gather(3, among) * (scale / share.clamp_min(1e-30).sqrt())
-    scores = torch.einsum("bhgr,bhrs->bhgs", part, _rows(k.transpose(2, 3), largest).float())
+    factor = scale / share.clamp_min(1e-30).sqrt()
+    if k.stride(2) == 1:  # the columns lie in order: only they are read
+        columns = _rows(k.transpose(2, 3), largest).float()
+        scores = torch.einsum("bhgr,bhrs->bhgs", q.gather(3, among) * factor, columns)
+    else:
+        part = torch.zeros_like(q).scatter(3, among, q.gather(3, among) * factor)
+        scores = torch.einsum("bhgd,bhsd->bhgs", part, k.float())
     return (scores if is_key is None else torch.where(is_key[:, :, None], scores, -torch.inf)).softmax(3)
 
 
