@@ -352,6 +352,16 @@ def test_noise_stays_the_same_between_versions():
 
 
 @pytest.mark.parametrize("name", RULES)
+def test_every_position_has_coins_of_its_own(name):
+    tree, logits = chain_of(3, 6)
+    rule = acceptance_from_name(name)
+    here, again, next_round = (
+        [rule.accept(tree, logits, Sampler(1.0, seed=seed), position) for seed in range(40)] for position in (5, 5, 6)
+    )
+    assert here == again and sum(a != b for a, b in zip(here, next_round, strict=True)) > 10
+
+
+@pytest.mark.parametrize("name", RULES)
 def test_rounds_of_a_seed_follow_the_law(name):
     """Texts of three tokens, round after round as generate makes them: coins of one round must not tell on the next."""
     laws = Laws(3, "dense", seed=4)
