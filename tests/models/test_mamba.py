@@ -437,6 +437,20 @@ def test_folders_of_mamba_ssm_are_read(index, tmp_path):
         load_cpu(tmp_path)
 
 
+def test_a_hub_repository_without_safetensors_brings_its_pytorch_file(tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    model, description = mamba_ssm_models()[1]
+
+    def download(hub_id, allow_patterns):
+        if "pytorch_model.bin" in allow_patterns:
+            torch.save(renamed(model), tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text(json.dumps(description))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    check_logits(load_cpu("state-spaces/mamba2-tiny"), model)
+
+
 def test_codestral_mambas_folder_is_read(tmp_path):
     model, _ = mamba_ssm_models()[1]
     description = {"dim": 64, "n_layers": 2, "vocab_size": 104, "n_groups": 2, "pad_vocab_size_multiple": 1}
