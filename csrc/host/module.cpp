@@ -65,10 +65,23 @@ py::tuple dense_tiles(const Array<bool>& visible, int words) {
       owning_array<int64_t>({partial, words, 64}, std::move(result.bits)));
 }
 
+py::tuple arrays_of(const BlockLists& lists, py::ssize_t batch, py::ssize_t blocks) {
+  auto ranges = [&](const std::vector<int32_t>& values) {
+    return Array<int32_t>(std::vector<py::ssize_t>{batch, 1, blocks, 2}, values.data());
+  };
+  const auto partial = static_cast<py::ssize_t>(lists.partial_tiles.size() / 2);
+  const auto unique = static_cast<py::ssize_t>(lists.bits.size() / (64 * lists.words));
+  const Array<int32_t> partial_tiles(std::vector<py::ssize_t>{partial, 2}, lists.partial_tiles.data());
+  const Array<int64_t> bits(std::vector<py::ssize_t>{unique, lists.words, 64},
+                            reinterpret_cast<const int64_t*>(lists.bits.data()));
+  return py::make_tuple(ranges(lists.full_ranges), array_of(lists.full_tiles), ranges(lists.partial_ranges),
+                        partial_tiles, bits);
+}
+
 // [batch] of (parents, prefix) to the tensors of a BlockMask.
 py::tuple tree_tiles(const std::vector<std::pair<Array<int32_t>, int64_t>>& trees, int rows, int64_t keys,
                      int words) {
-  TreeTiles result;
+  TreeTiles result{words};
   for (const auto& [parents, prefix] : trees) {
     const auto nodes = static_cast<int>(parents.size());
     if (parents.ndim() != 1 || nodes == 0) throw std::invalid_argument("parents must be 1-D and not empty");
@@ -76,20 +89,23 @@ py::tuple tree_tiles(const std::vector<std::pair<Array<int32_t>, int64_t>>& tree
       throw std::invalid_argument("prefix must not be negative, and the tree must fit into rows and keys");
     }
     check_parents(parents.data(), nodes);
-    result.add(parents.data(), nodes, prefix, rows, keys, words);
+    result.add(parents.data(), nodes, prefix, rows);
   }
-  const auto batch = static_cast<py::ssize_t>(trees.size());
-  const py::ssize_t blocks = (rows + 64 * words - 1) / (64 * words);
-  auto ranges = [&](const std::vector<int32_t>& values) {
-    return Array<int32_t>(std::vector<py::ssize_t>{batch, 1, blocks, 2}, values.data());
-  };
-  const auto partial = static_cast<py::ssize_t>(result.partial_tiles.size() / 2);
-  const auto unique = static_cast<py::ssize_t>(result.bits.size() / (64 * words));
-  const Array<int32_t> partial_tiles(std::vector<py::ssize_t>{partial, 2}, result.partial_tiles.data());
-  const Array<int64_t> bits(std::vector<py::ssize_t>{unique, words, 64},
-                            reinterpret_cast<const int64_t*>(result.bits.data()));
-  return py::make_tuple(ranges(result.full_ranges), array_of(result.full_tiles),
-                        ranges(result.partial_ranges), partial_tiles, bits);
+  return arrays_of(result, static_cast<py::ssize_t>(trees.size()), (rows + 64 * words - 1) / (64 * words));
+}
+
+// Spans (low, high, step) of every row, [rows] each, to the tensors of a BlockMask.
+py::tuple span_tiles_of(const std::vector<std::tuple<Array<int64_t>, Array<int64_t>, int64_t>>& spans,
+                        int64_t rows, int64_t keys, int words) {
+  std::vector<Span> found;
+  for (const auto& [low, high, step] : spans) {
+    if (low.ndim() != 1 || high.ndim() != 1 || low.size() != rows || high.size() != rows || step < 1) {
+      throw std::invalid_argument("spans must have a low and a high for each row, and a step of at least 1");
+    }
+    found.push_back({low.data(), high.data(), step});
+  }
+  if (keys < 0 || words < 1) throw std::invalid_argument("keys must not be negative, and words at least 1");
+  return arrays_of(span_tiles(found, rows, keys, words), 1, (rows + 64 * words - 1) / (64 * words));
 }
 
 void update(Adjacency& adjacency, const Array<int64_t>& tokens, const Array<int32_t>& parents,
@@ -138,6 +154,8 @@ PYBIND11_MODULE(_host, module) {
   module.doc() = "Structures that live on the host: draft trees, their sources and their growth.";
   module.def("tree_layout", &layout, py::arg("parents").noconvert());
   module.def("dense_tiles", &dense_tiles, py::arg("visible").noconvert(), py::arg("words"));
+  module.def("span_tiles", &span_tiles_of, py::arg("spans"), py::arg("rows"), py::arg("keys"),
+             py::arg("words"));
   module.def("tree_tiles", &tree_tiles, py::arg("trees"), py::arg("rows"), py::arg("keys"), py::arg("words"));
   module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
              py::arg("budget"));

@@ -1,4 +1,4 @@
-// The tiles of a dense mask: pyspec/masks/tiles.py in one pass over the mask.
+// Tiles of masks: of rows that see spans of keys, and, as in pyspec/masks/tiles.py, of a dense mask.
 #pragma once
 
 #include <algorithm>
@@ -41,6 +41,117 @@ inline uint64_t pack64(const uint8_t* bools) {
     word |= eight * 0x0102040810204080ULL >> 56 << 8 * i;
   }
   return word;
+}
+
+// The lists of a BlockMask (pyspec/masks/block_mask.py), filled row block by row block, tiles in order of
+// keys.
+struct BlockLists {
+  int words;  // a row block has 64 * words rows
+  std::vector<int32_t> full_ranges{}, full_tiles{}, partial_ranges{}, partial_tiles{};
+  std::vector<uint64_t> bits{};
+
+  int64_t height() const { return 64 * words; }
+  void begin_or_end_block() {
+    full_ranges.push_back(static_cast<int32_t>(full_tiles.size()));
+    partial_ranges.push_back(static_cast<int32_t>(partial_tiles.size() / 2));
+  }
+  void add_full(int64_t tile) { full_tiles.push_back(static_cast<int32_t>(tile)); }
+
+  // A tile of which row i sees the 64 keys seen(i), for i below count; the block's other rows are like the
+  // last. Returns where its bits are, -1 if it is full or empty. They may be those at `like`, if not
+  // negative.
+  template <class Seen>
+  int32_t add(int64_t tile, int64_t count, Seen seen, int32_t like = -1) {
+    const size_t start = bits.size();
+    bits.resize(start + height());
+    uint64_t any = 0, all = ~uint64_t{0};
+    for (int64_t i = 0; i < height(); ++i) {
+      bits[start + i] = i < count ? seen(i) : bits[start + i - 1];
+      any |= bits[start + i];
+      all &= bits[start + i];
+    }
+    if (any == 0 || all == ~uint64_t{0}) {
+      bits.resize(start);
+      if (any) add_full(tile);
+      return -1;
+    }
+    for (int word = 0; word < words; ++word) transpose64(bits.data() + start + 64 * word);
+    auto index = static_cast<int32_t>(start / height());
+    if (like >= 0 && std::equal(bits.begin() + start, bits.end(), bits.begin() + like * height())) {
+      bits.resize(start);
+      index = like;
+    }
+    partial_tiles.push_back(static_cast<int32_t>(tile));
+    partial_tiles.push_back(index);
+    return index;
+  }
+};
+
+// Row i sees keys low[i], low[i] + step, ... below high[i].
+struct Span {
+  const int64_t *low, *high;
+  int64_t step;
+};
+
+// What rows of which each sees a few spans of keys make of a mask.
+inline BlockLists span_tiles(const std::vector<Span>& spans, int64_t rows, int64_t keys, int words) {
+  BlockLists lists{words};
+  const int64_t height = lists.height(), columns = (keys + 63) / 64;
+  // Where the bits of the row block before are: patterns repeat along diagonals.
+  std::vector<int32_t> before(columns, -1), here(columns);
+  for (int64_t first = 0; first < rows; first += height) {
+    const int64_t count = std::min(height, rows - first);
+    struct Reach {
+      int64_t low_first, low_last, high_first, high_last;
+    };
+    std::vector<Reach> reaches;
+    for (const Span& span : spans) {
+      Reach reach{keys, -1, keys, 0};
+      for (int64_t row = first; row < first + count; ++row) {
+        const int64_t low = std::max<int64_t>(span.low[row], 0), high = std::min(span.high[row], keys);
+        reach.low_last = std::max(reach.low_last, low);
+        reach.high_first = std::min(reach.high_first, high);
+        if (low >= high) continue;
+        reach.low_first = std::min(reach.low_first, low);
+        reach.high_last = std::max(reach.high_last, high);
+      }
+      reaches.push_back(reach);
+    }
+    lists.begin_or_end_block();
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t begin = column * 64, end = begin + 64;
+      bool is_empty = true, is_full = false;
+      for (size_t i = 0; i < spans.size(); ++i) {
+        is_empty &= reaches[i].high_last <= begin || reaches[i].low_first >= end;
+        is_full |= spans[i].step == 1 && reaches[i].low_last <= begin && end <= reaches[i].high_first;
+      }
+      here[column] = -1;
+      if (is_empty) continue;
+      if (is_full) {
+        lists.add_full(column);
+        continue;
+      }
+      auto seen = [&](int64_t i) {
+        uint64_t word = 0;
+        for (const Span& span : spans) {
+          const int64_t low = span.low[first + i], high = std::min({span.high[first + i], keys, end});
+          int64_t key = std::max(low, begin);
+          if (key >= high) continue;
+          if (span.step == 1) {
+            word |= ~uint64_t{0} >> (64 - (high - key)) << (key - begin);
+            continue;
+          }
+          key += (span.step - (key - low) % span.step) % span.step;
+          for (; key < high; key += span.step) word |= uint64_t{1} << (key - begin);
+        }
+        return word;
+      };
+      here[column] = lists.add(column, count, seen, column >= words ? before[column - words] : -1);
+    }
+    lists.begin_or_end_block();
+    std::swap(before, here);
+  }
+  return lists;
 }
 
 // States of tiles, and the bits of the partial ones, as pyspec/masks/tiles.py has them.

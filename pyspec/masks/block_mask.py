@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pyspec.masks import orders, picture, tiles
-from pyspec.masks.tiles import EMPTY, FULL, UNSURE, WORD
+from pyspec.masks.spans import Span, dense_of_spans, span_tiles
+from pyspec.masks.tiles import EMPTY, FULL, WORD
 from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of, tree_tiles
 
 __all__ = ["BlockMask"]
@@ -124,34 +125,15 @@ class BlockMask:
         if inputs.shape != lengths.shape or (inputs > lengths).any():
             raise ValueError(f"inputs must be one for each document and at most its length, got {inputs.tolist()}")
         ends = lengths.cumsum()
-        rows = int(ends[-1]) if len(ends) else 0
-        starts = ends - lengths
-        table = torch.from_numpy(np.stack([starts, ends, starts + inputs]).astype(np.int32)).to(device)
-        ends_of = table[1].contiguous()
-
-        def interval(row: Tensor) -> tuple[Tensor, Tensor]:  # of keys after the prefix; both rise with the row
-            document = torch.searchsorted(ends_of, row, right=True)
-            start, end, input_end = table[:, document]
-            return start, torch.maximum(row + 1, input_end) if causal else end
-
-        def sees(b, h, row, key):
-            start, end = interval(row.contiguous())
-            if not prefix:
-                return (key >= start) & (key < end)
-            after = key - prefix
-            return (after < 0) | ((after >= start) & (after < end))
-
-        words = tiles.words_per_block(rows, device)
-        first = torch.arange(tiles.block_count(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
-        last = (first + WORD * words - 1).clamp(max=rows - 1)
-        low_first, high_first = interval(first)
-        low_last, high_last = interval(last)
-        tile = torch.arange(-(-(rows + prefix) // WORD), dtype=torch.int32, device=device) * WORD - prefix
-        end = tile + WORD
-        is_full = (end <= 0) | ((tile >= low_last) & (end <= high_first)) | ((low_last == 0) & (end <= high_first))
-        is_empty = (tile >= 0) & ((tile >= high_last) | (end <= low_first))
-        tile_map = torch.where(is_full, FULL, torch.where(is_empty, EMPTY, UNSURE)).to(torch.int32)
-        return cls._resolve(tile_map[None, None], tiles.no_bits(words, device), sees, rows, rows + prefix)
+        rows = int(lengths.sum())
+        starts, ends, input_ends = (
+            np.repeat(places, lengths) for places in (ends - lengths, ends, ends - lengths + inputs)
+        )
+        high = np.maximum(np.arange(1, rows + 1), input_ends) if causal else ends
+        spans = [(starts + prefix, high + prefix, 1)]
+        if prefix:
+            spans.append((np.zeros(rows, np.int64), np.full(rows, prefix), 1))
+        return cls._from_spans(spans, rows, rows + prefix, device)
 
     @classmethod
     def from_window(
@@ -181,56 +163,24 @@ class BlockMask:
         for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        reach = keys if window is None else (window - 1) * dilation
-        offset = keys - rows
-
-        def in_band(back: Tensor) -> Tensor:  # of how many positions a key is behind the row
-            inside = (back >= (0 if causal else -reach)) & (back <= reach)
-            return inside if dilation == 1 else inside & (back % dilation == 0)
-
-        words = tiles.words_per_block(rows, device)
-        height = WORD * words
-        blocks, columns = tiles.block_count(rows, words), -(-keys // WORD)
-        # Whether a row sees a key depends on the distance alone, so tiles on a diagonal are equal: one is computed.
-        block = torch.arange(blocks, dtype=torch.int32, device=device)[:, None]
-        column = torch.arange(columns, dtype=torch.int32, device=device)
-        lowest = -columns + 1
-        distance = torch.arange(lowest, max(words * (blocks - 1) + 1, 1), dtype=torch.int32, device=device) * WORD
-        nearest, farthest = distance + (offset - WORD + 1), distance + (offset + height - 1)
-        is_empty = (farthest < (0 if causal else -reach)) | (nearest > reach)
-        by_distance = torch.where(is_empty, EMPTY, UNSURE).to(torch.int32)
-        if dilation == 1:
-            by_distance[(nearest >= (0 if causal else -reach)) & (farthest <= reach)] = FULL
-        near = distance[by_distance == UNSURE]
-        corner = torch.arange(height, device=device) - torch.arange(WORD, device=device)[:, None] + offset
-        states, bits = tiles.classify(tiles.pack(in_band(near[:, None, None] + corner)).transpose(-1, -2))
-        by_distance[by_distance == UNSURE] = states
-        tile_map = by_distance[(words * block - column - lowest).long()][None, None]
-        # A tile that reaches over the last row or key is not like the others of its diagonal.
-        for edge, is_cut in ((tile_map[:, :, -1:], rows % height), (tile_map[..., -1:], keys % WORD)):
-            if is_cut:
-                edge[edge != EMPTY] = UNSURE
-        mask = cls._resolve(tile_map, bits, lambda b, h, row, key: in_band(row + offset - key), rows, keys)
-        if not global_tokens:
-            return mask
-
-        is_causal = cls.from_window(rows, keys, device=device) if causal else None
-        is_global = cls._from_corner(rows, keys, max(global_tokens - offset, 0), global_tokens, device)
-        return mask | (is_global & is_causal if causal else is_global)
+        most = -(-keys // dilation)
+        reach = (most if window is None else min(window - 1, most)) * dilation
+        position = np.arange(keys - rows, keys)
+        spans = [(position - reach, position + (1 if causal else reach + 1), dilation)]
+        if global_tokens:
+            high = np.full(rows, global_tokens)
+            high = np.minimum(high, position + 1) if causal else np.where(position < global_tokens, keys, high)
+            spans.append((np.zeros(rows, np.int64), high, 1))
+        return cls._from_spans(spans, rows, keys, device)
 
     @classmethod
-    def _from_corner(cls, rows: int, keys: int, first_rows: int, first_keys: int, device) -> BlockMask:
-        """The first rows see every key; every row sees the first keys."""
+    def _from_spans(cls, spans: list[Span], rows: int, keys: int, device) -> BlockMask:
         words = tiles.words_per_block(rows, device)
-        row = torch.arange(tiles.block_count(rows, words), dtype=torch.int32, device=device)[:, None] * (WORD * words)
-        key = torch.arange(-(-keys // WORD), dtype=torch.int32, device=device) * WORD
-        is_inside = key + WORD <= keys
-        last_row = (row + WORD * words).clamp(max=rows)
-        is_full = ((last_row <= first_rows) | (key + WORD <= first_keys)) & is_inside
-        is_empty = (row >= first_rows) & (key >= first_keys)
-        tile_map = torch.where(is_full, FULL, torch.where(is_empty, EMPTY, UNSURE)).to(torch.int32)
-        sees = lambda b, h, row, key: (row < first_rows) | (key < first_keys)  # noqa: E731
-        return cls._resolve(tile_map[None, None], tiles.no_bits(words, device), sees, rows, keys)
+        if span_tiles is None:
+            visible = dense_of_spans(spans, keys)[None, None].to(device)
+            return cls._from_map(*tiles.of_dense(visible, words), rows, keys)
+        mask = cls(rows, keys, *(torch.from_numpy(array) for array in span_tiles(spans, rows, keys, words)))
+        return mask if torch.device(device).type == "cpu" else mask.to(device)
 
     @classmethod
     def from_tree(cls, trees, prefix: int | Sequence[int] = 0, *, device="cpu") -> BlockMask:
@@ -507,30 +457,6 @@ class BlockMask:
     def _from_words(cls, words: Tensor, rows: int, keys: int) -> BlockMask:
         states, bits = tiles.classify(words.flatten(0, 3))
         return cls._from_map(states.view(words.shape[:4]), bits, rows, keys)
-
-    @classmethod
-    def _resolve(cls, tile_map: Tensor, bits: Tensor, predicate: Callable, rows: int, keys: int) -> BlockMask:
-        """Finds out the tiles that are unsure by asking predicate(b, h, row, key) about each of their entries."""
-        words = bits.shape[1]
-        unsure = tile_map == UNSURE
-        places = unsure.nonzero().to(torch.int32)
-        found, new_bits = [], [bits]
-        for chunk in places.split(max(_PREDICATE_PAIRS // (WORD * WORD * words), 1)):
-            b, h, block, column = (index[:, None, None] for index in chunk.unbind(-1))
-            row = block * (WORD * words) + torch.arange(WORD * words, dtype=torch.int32, device=bits.device)
-            key = column * WORD + torch.arange(WORD, dtype=torch.int32, device=bits.device)[:, None]
-            # What comes after the last row is like it, so that it makes no full tile partial.
-            visible = predicate(b, h, row.clamp(max=rows - 1), key.clamp(max=keys - 1))
-            if keys % WORD:
-                visible = visible & (key < keys)
-            visible = visible.expand(len(chunk), WORD, WORD * words)
-            states, more_bits = tiles.classify(tiles.pack(visible.contiguous()).transpose(-1, -2))
-            found.append(torch.where(states >= 0, states + sum(map(len, new_bits)), states))
-            new_bits.append(more_bits)
-        if found:
-            tile_map = tile_map.clone()
-            tile_map[unsure] = torch.cat(found)
-        return cls._from_map(tile_map, torch.cat(new_bits), rows, keys)
 
     def _tile_map(self) -> Tensor:
         batch, heads, blocks = self.full_ranges.shape[:3]

@@ -1,8 +1,8 @@
 """What tiles of a mask hold: bools become bits, and tiles become full, empty or partial.
 
 A tile is WORD keys by the rows of a row block, and its bits are words [W, 64]: bit r of word [w, j] says whether row
-64 w + r sees key j. A tile map [B, H, R, C] int32 says of every tile of a mask whether it is FULL, EMPTY, UNSURE (to be
-found out), or if partial where in a table of bits [U, W, 64] its own are.
+64 w + r sees key j. A tile map [B, H, R, C] int32 says of every tile of a mask whether it is FULL or EMPTY, or if
+partial where in a table of bits [U, W, 64] its own are.
 
 Rows past a mask's last one are like the last: so they make no full tile partial. Keys past the last one are not seen.
 """
@@ -22,7 +22,6 @@ except ImportError:  # a package without its compiled parts
 __all__ = [
     "EMPTY",
     "FULL",
-    "UNSURE",
     "WORD",
     "block_count",
     "classify",
@@ -34,7 +33,7 @@ __all__ = [
 ]
 
 WORD = 64  # keys of a tile, and rows that one word of bits holds
-FULL, EMPTY, UNSURE = -1, -2, -3
+FULL, EMPTY = -1, -2
 
 
 def words_per_block(rows: int, device) -> int:

@@ -25,6 +25,7 @@ def words_per_block(request, monkeypatch):
 def builder(request, monkeypatch):
     if request.param == "python":
         monkeypatch.setattr(block_mask, "tree_tiles", None)
+        monkeypatch.setattr(block_mask, "span_tiles", None)
         monkeypatch.setattr(tiles, "dense_tiles", None)
     elif block_mask.tree_tiles is None:
         pytest.skip("no compiled module")
@@ -135,6 +136,7 @@ def test_predicate_a_few_rows_at_a_time(monkeypatch):
     check(BlockMask.from_predicate(lambda b, h, i, j: dense[i, j], 300, 130), dense)
 
 
+@pytest.mark.usefixtures("builder")
 @QUICK
 @given(
     st.lists(st.sampled_from([0, 1, 5, 63, 64, 65, 130]), min_size=1, max_size=5),
@@ -161,6 +163,7 @@ def test_documents(lengths, causal, has_inputs, prefix, seed):
     check(mask, dense_of(sees, rows, rows + prefix))
 
 
+@pytest.mark.usefixtures("builder")
 @QUICK
 @given(
     SIZES,
