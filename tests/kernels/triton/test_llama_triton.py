@@ -32,7 +32,7 @@ def gpu_llama(monkeypatch):
 
     def make(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(pyspec.models.llama, "pack_weight", pack_rows)
+            patch.setattr(pyspec.models._weights, "pack_weight", pack_rows)
             runner = random_llama(**options)
         for op in _library._OPS.values():
             if op._triton is not None and op.name != "llama_layers":
