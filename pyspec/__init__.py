@@ -1,6 +1,6 @@
 """pyspec: language models that generate faster without changing what they say."""
 
-from pyspec.caches import GearCache
+from pyspec.caches import GearCache, ResidualVqCache
 from pyspec.generate import Generation, Stats, generate
 from pyspec.masks import BlockMask
 from pyspec.models import load
@@ -8,4 +8,14 @@ from pyspec.ops import backend
 from pyspec.trees import DraftTree
 
 __version__ = "0.1.0"
-__all__ = ["BlockMask", "DraftTree", "GearCache", "Generation", "Stats", "backend", "generate", "load"]
+__all__ = [
+    "BlockMask",
+    "DraftTree",
+    "GearCache",
+    "Generation",
+    "ResidualVqCache",
+    "Stats",
+    "backend",
+    "generate",
+    "load",
+]

@@ -1,7 +1,19 @@
 """Caches: where a runner keeps what it knows of committed tokens."""
 
+from pyspec.caches.codebooks import Codebooks
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import CACHES, GearCache, PackedCache, cache_from_name
+from pyspec.caches.gear import CACHES, GearCache, PackedCache, PackedSettings, cache_from_name
+from pyspec.caches.residual_vq import ResidualVqCache
 from pyspec.caches.state import StateCache
 
-__all__ = ["CACHES", "DenseCache", "GearCache", "PackedCache", "StateCache", "cache_from_name"]
+__all__ = [
+    "CACHES",
+    "Codebooks",
+    "DenseCache",
+    "GearCache",
+    "PackedCache",
+    "PackedSettings",
+    "ResidualVqCache",
+    "StateCache",
+    "cache_from_name",
+]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import GearCache, PackedCache
+from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models._weights import Matrix, dense, move_together, packed
 from pyspec.models.prompts import PromptPlan
@@ -298,7 +298,7 @@ class LlamaRunner:
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Tensor], None] | None = None,
-        cache: GearCache | None = None,
+        cache: PackedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -384,16 +384,16 @@ class LlamaRunner:
             if path is not None:
                 self._cache.commit(sequence, path)
 
-    def _check_packs(self, cache: GearCache) -> None:
+    def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
-        cache.check_head_dim(self.config.head_dim)
+        cache.check_model(self.config.layers, self.config.kv_heads, self.config.head_dim, self.fingerprint)
         for layer, window in enumerate(self.config.windows):
             if window is not None and window < self.context_length:
                 raise ValueError(
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _empty_cache(self, sequences: int, capacity: int, packed: GearCache | None) -> DenseCache | PackedCache:
+    def _empty_cache(self, sequences: int, capacity: int, packed: PackedSettings | None) -> DenseCache | PackedCache:
         """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
         if packed is not None:
             self._steps = None  # its keys grow with the text, its launches' shapes too
