@@ -238,6 +238,7 @@ _ATTENTION = Op(
     "(Tensor q, Tensor packed, Tensor seen, Tensor codebooks, float scale) -> (Tensor, Tensor)",
     residual_vq_reference,
     _fake_attention,
+    cuda=True,
 )
 
 
