@@ -39,7 +39,7 @@ class Recipe:
     codes: int = 256
     length: int = 2048  # tokens of a row
     rows: int = 4  # of a step
-    steps: int = 60
+    steps: int = 20
     iterations: int = 5  # of the first k-means
     decay: float = 0.99
     seed: int = 0
