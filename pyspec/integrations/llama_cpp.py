@@ -85,7 +85,7 @@ class DraftModel(LlamaDraftModel):
             self._drafter, self._proposed, known = self._shared.start(context), None, 0
         self._learn(context, known)
         self._context = context
-        tree = likeliest_path(self._drafter.propose(context, TREE_NODES))
+        tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
         (self._proposed,) = self._auto.cut([tree])
         return self._proposed.tokens[1:].numpy().astype(np.intc)
 
@@ -98,18 +98,6 @@ class DraftModel(LlamaDraftModel):
             chain = DraftTree.chain(context[start:end])
             logits = torch.from_numpy(self._llama.scores[start:end])
             self._drafter.observe(chain, logits, range(end - start))
-
-
-def likeliest_path(tree: DraftTree) -> DraftTree:
-    """The path from the root that goes to the likeliest child of every node; to the first if none is stated."""
-    chances = [1.0] * len(tree) if tree.chances is None else tree.chances.tolist()
-    path = [0]
-    while children := tree.children(path[-1]):
-        path.append(max(children, key=lambda child: chances[child]))
-    along = torch.tensor([chances[node] for node in path], dtype=torch.float32)
-    chain = DraftTree.chain(tree.tokens[path])
-    chain.chances = None if tree.chances is None else along
-    return chain
 
 
 class _Described(SimpleNamespace):

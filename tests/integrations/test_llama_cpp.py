@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
-import torch
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from pyspec import DraftTree  # noqa: E402
 from pyspec.costs import Costs  # noqa: E402
 from pyspec.drafting.lookup import LookupDrafter  # noqa: E402
-from pyspec.integrations.llama_cpp import likeliest_path, speculate  # noqa: E402
+from pyspec.integrations.llama_cpp import speculate  # noqa: E402
 from pyspec.models.loading import demo_file  # noqa: E402
 
 TEXT = b"one, two, three, four, five, six, seven, eight; one, two, three, four, five,"
@@ -52,15 +50,6 @@ def test_the_text_is_the_same_in_fewer_calls(llama, drafter, monkeypatch):
     llama.draft_model = None
     check_same(llama, prompt, found, expected)
     check_same(llama, prompt, again, expected)
-
-
-def test_a_path_takes_the_likeliest_children():
-    chances = torch.tensor([1.0, 0.4, 0.5, 0.3, 0.2, 0.1])
-    tree = DraftTree([9, 1, 2, 3, 4, 5], [-1, 0, 0, 1, 2, 2], chances=chances)
-    path = likeliest_path(tree)
-    assert path.tokens.tolist() == [9, 2, 4] and path.parents.tolist() == [-1, 0, 1]
-    assert path.chances.tolist() == pytest.approx([1.0, 0.5, 0.2])
-    assert likeliest_path(DraftTree([9, 1, 2], [-1, 0, 0])).tokens.tolist() == [9, 1]
 
 
 def test_drafts_are_of_the_type_that_llama_cpp_reads(llama):
