@@ -1,0 +1,18 @@
+"""pyspec inside transformers, on stock models.
+
+    model.generate(**inputs, custom_generate=pyspec.integrations.transformers.generate)  # speculated
+    register_attention(); model.set_attn_implementation("pyspec")  # block masks, tree attention
+    fix_mamba_steps(model)  # Mamba-1 that reads several tokens after a cache rightly
+
+Importing this changes nothing in transformers.
+"""
+
+from pyspec.integrations import require
+
+require("transformers", "5.0", "6")
+
+from pyspec.integrations.transformers.attention import register_attention  # noqa: E402
+from pyspec.integrations.transformers.generation import generate  # noqa: E402
+from pyspec.integrations.transformers.mamba import fix_mamba_steps  # noqa: E402
+
+__all__ = ["fix_mamba_steps", "generate", "register_attention"]
