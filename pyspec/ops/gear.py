@@ -559,13 +559,21 @@ def gear_attention(
     check_floats("q", q)
     head_dim = q.shape[3]
     _check_packed(packed, format, head_dim)
-    check_tree(q, packed, k, ancestor_bits, prefix_lens, window)
+    check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     out, lse = attend_tree(q, packed, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)
     return (out, lse) if return_lse else out
 
 
-def check_tree(q: Tensor, packed: Tensor, k: Tensor, ancestor_bits: Tensor, prefix_lens: Tensor, window: int) -> None:
+def check_tree(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    ancestor_bits: Tensor,
+    prefix_lens: Tensor,
+    window: int,
+    scale: float | None,
+) -> None:
     """Raises ValueError unless a tree's queries, its shape and its packed blocks fit together."""
     batch, heads, nodes, _ = q.shape
     if packed.shape[0] != batch or not packed.shape[1] or heads % packed.shape[1]:
@@ -587,3 +595,5 @@ def check_tree(q: Tensor, packed: Tensor, k: Tensor, ancestor_bits: Tensor, pref
         raise ValueError(f"window must be at least 1, got {window}")
     if nodes > window + 1:
         raise ValueError(f"q must have at most window + 1 = {window + 1} nodes, got {nodes}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")

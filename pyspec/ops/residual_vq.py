@@ -354,11 +354,9 @@ def residual_vq_attention(
     if codebooks.device != q.device:
         raise ValueError(f"codebooks must be on {q.device} like q, got {codebooks.device}")
     _check_packed(packed, format_of(codebooks), q.shape[3])
-    check_tree(q, packed, k, ancestor_bits, prefix_lens, window)
+    check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
     packed_part = attend_codes(q, packed, rows.seen, codebooks.contiguous(), scale)
     out, lse = join_exact(packed_part, q, k, v, rows, scale)
     return (out, lse) if return_lse else out
