@@ -3,6 +3,11 @@
 
 #include <cstdint>
 
+// A kernel's entry point: PYSPEC_ENTRY(pyspec_topk) is pyspec_topk_avx2 in the object file for AVX2.
+#define PYSPEC_ENTRY_(name, isa) name##_##isa
+#define PYSPEC_ENTRY_OF(name, isa) PYSPEC_ENTRY_(name, isa)
+#define PYSPEC_ENTRY(name) PYSPEC_ENTRY_OF(name, PYSPEC_ISA)
+
 namespace pyspec {
 
 enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };
