@@ -24,7 +24,7 @@ def both(name, *arguments):
     rounds=st.lists(st.tuples(st.integers(1, 24), st.integers(1, 4)), min_size=1, max_size=6),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(max_examples=60)
+@settings(max_examples=40, deadline=None)
 def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
     random = np.random.default_rng(seed)
     sides = []
