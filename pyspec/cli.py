@@ -19,7 +19,7 @@ from pathlib import Path
 # nothing heavy here: `pyspec --help` must answer at once, so torch and rich are imported by the commands
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "none")
+DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
 ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit")
 BENCH_PROMPTS = (
@@ -324,7 +324,7 @@ def _drafter_name(arguments: argparse.Namespace) -> str:
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "none"):
+    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "layer_skip", "none"):
         raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")

@@ -127,8 +127,8 @@ def generate(
     Args:
         model: a runner, from pyspec.load.
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ.
-        drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys" (docs/drafting.md), a drafter,
-            or None for plain decoding.
+        drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
+            (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
             that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
         acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
@@ -155,6 +155,8 @@ def generate(
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule, budget)
+    if packed is not None and getattr(shared_drafter, "wants_dense_cache", False):
+        raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
     auto = AutoBudget(costs_of(model, packed)) if budget == "auto" and shared_drafter is not None else None

@@ -25,6 +25,7 @@ NAMES = {
     "stand": ("stand", "StandDrafter"),
     "aded": ("aded", "AdedDrafter"),
     "ngrammys": ("ngrammys", "NgrammysDrafter"),
+    "layer_skip": ("layer_skip", "LayerSkipDrafter"),
 }
 
 
@@ -85,6 +86,8 @@ def new_drafter(name: str, runner: Runner) -> Drafter:
     made = getattr(import_module(f"pyspec.drafting.{module}"), kind)
     if name == "lookup":
         return made(runner.vocab_size)
+    if name == "layer_skip":
+        return made(runner)
     if name == "ngrammys":
         from pyspec.drafting.ngrammys import model_bigrams
 

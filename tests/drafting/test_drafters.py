@@ -13,7 +13,7 @@ from pyspec.drafting.merged import MergedDrafter
 from pyspec.trees import DraftTree
 
 VOCAB = 40
-NAMES = list(drafting.NAMES)
+NAMES = [name for name in drafting.NAMES if name != "layer_skip"]  # which is tests/models/test_layer_skip.py
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]
 
 
@@ -164,7 +164,7 @@ def test_names():
     assert drafter_from_name(None, Runner()) is None
     drafter = drafter_from_name("merged", Runner())
     assert isinstance(drafter, MergedDrafter) and drafter_from_name(drafter, Runner()) is drafter
-    with pytest.raises(ValueError, match="merged, lookup, recycling, suffix, stand, aded, ngrammys.*got .magic."):
+    with pytest.raises(ValueError, match="merged, lookup, recycling, suffix, .* a Drafter or None, got .magic."):
         drafter_from_name("magic", Runner())
 
 
