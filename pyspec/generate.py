@@ -14,7 +14,7 @@ import torch
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
 from pyspec.caches import GearCache, cache_from_name
-from pyspec.costs import LARGEST, AutoBudget, costs_of
+from pyspec.costs import LARGEST, AutoBudget, DrawnBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.models import Runner
 from pyspec.text import TextStream
@@ -154,12 +154,15 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
-    check_laws(shared_drafter, rule, budget)
+    check_laws(shared_drafter, rule)
     if packed is not None and getattr(shared_drafter, "wants_dense_cache", False):
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
-    auto = AutoBudget(costs_of(model, packed)) if budget == "auto" and shared_drafter is not None else None
+    auto = None
+    if budget == "auto" and shared_drafter is not None:
+        auto_budget = DrawnBudget if shared_drafter.proposal == "sampled" else AutoBudget
+        auto = auto_budget(costs_of(model, packed))
     largest = LARGEST if budget == "auto" else budget
     if packed is not None:
         largest = min(largest, packed.largest_tree)

@@ -30,8 +30,8 @@ class ModelDrafter:
     Args:
         draft: any runner but the target itself.
         target: the model to draft for.
-        growth: by default the likeliest paths, which acceptance="exact" and budget="auto" fit. A policy that draws,
-            say DySpecThreshold, makes the drafter "sampled": then give acceptance="traversal" and a number as budget.
+        growth: by default the likeliest paths, which acceptance="exact" fits. A policy that draws, say DySpecThreshold,
+            makes the drafter "sampled": then give acceptance="traversal".
         temperature, top_k, top_p: of the draft's laws, see Sampler; a drafter that draws needs a temperature above 0.
         seed: of the draws.
 
