@@ -30,7 +30,8 @@ class Automaton {
     return found < 0 ? -1 : transitions_[found].to;
   }
 
-  // Calls what(token, state) for the newest followers of a state.
+  // Calls what(token, state) for the first known followers of a state: the frequent ones are mostly among
+  // them.
   template <typename What>
   void followers(int32_t state, int most, What what) const {
     for (int32_t at = states_[state].first; at >= 0 && most > 0; at = transitions_[at].after, --most) {
@@ -46,7 +47,7 @@ class Automaton {
       if (states_[state].length != states_[last].length + 1) state = split(last, token, state);
     } else {
       state = static_cast<int32_t>(states_.size());
-      states_.push_back({states_[last].length + 1, 0, -1, 0});
+      states_.push_back({states_[last].length + 1, 0, -1, -1, 0});
       int32_t at = last;
       while (at >= 0 && next(at, token) < 0) {
         connect(at, token, state);
@@ -66,8 +67,8 @@ class Automaton {
   struct State {
     int32_t length = 0;  // of its longest string
     int32_t link = -1;
-    int32_t first = -1;  // of its transitions, the newest
-    int32_t count = 0;   // of places where its strings end
+    int32_t first = -1, last = -1;  // of its transitions, in the order in which they were met
+    int32_t count = 0;              // of places where its strings end
   };
   struct Transition {
     int32_t state, token, to, after;
@@ -76,10 +77,10 @@ class Automaton {
   // The strings of `state` that are not longer than one token after `from` get a state of their own.
   int32_t split(int32_t from, int32_t token, int32_t state) {
     const auto copy = static_cast<int32_t>(states_.size());
-    states_.push_back({states_[from].length + 1, states_[state].link, -1, states_[state].count});
+    states_.push_back({states_[from].length + 1, states_[state].link, -1, -1, states_[state].count});
     std::vector<std::pair<int32_t, int32_t>> edges;
     followers(state, INT32_MAX, [&](int32_t edge, int32_t to) { edges.emplace_back(edge, to); });
-    for (auto edge = edges.rbegin(); edge != edges.rend(); ++edge) connect(copy, edge->first, edge->second);
+    for (const auto& [edge, to] : edges) connect(copy, edge, to);
     states_[state].link = copy;
     for (int32_t at = from; at >= 0 && next(at, token) == state; at = states_[at].link) {
       transitions_[table_[slot(at, token)]].to = copy;
@@ -89,8 +90,10 @@ class Automaton {
 
   void connect(int32_t state, int32_t token, int32_t to) {
     const auto added = static_cast<int32_t>(transitions_.size());
-    transitions_.push_back({state, token, to, states_[state].first});
-    states_[state].first = added;
+    transitions_.push_back({state, token, to, -1});
+    State& from = states_[state];
+    (from.first < 0 ? from.first : transitions_[from.last].after) = added;
+    from.last = added;
     if (2 * transitions_.size() > table_.size()) {
       table_.assign(std::max<size_t>(64, 2 * table_.size()), -1);
       for (size_t at = 0; at < transitions_.size(); ++at) {
@@ -126,7 +129,8 @@ class SuffixLookup : public Source {
   static constexpr int kLengths = 8;   // kinds of matches by length
   static constexpr int kMaxCount = 3;  // counts from here on are one kind
   static constexpr size_t kMaxOffers = 16;
-  static constexpr int kMaxFollowers = 64;  // of one state that are looked at
+  static constexpr int kMaxMatches = 4;     // with followers, that are looked at
+  static constexpr int kMaxFollowers = 32;  // of a match
   static constexpr int kPiece = 1024;       // tokens of one text read as one: bounds the cost of a token
 
   // Where a text goes on.
@@ -173,10 +177,10 @@ class SuffixLookup : public Source {
     const int64_t taken = std::min<int64_t>(length, kLongestMatch);
     Match matches[2] = {longest(newer_, recent + length - taken, taken),
                         longest(older_, recent + length - taken, taken)};
-    while (offers.size() < kMaxOffers) {
+    for (int looked_at = 0; looked_at < kMaxMatches && offers.size() < kMaxOffers;) {
       Match& best = matches[1].length > matches[0].length ? matches[1] : matches[0];
       if (best.length == 0) break;
-      add(best, offers);
+      looked_at += add(best, offers);
       best.state = best.automaton->link(best.state);
       best.length = std::max(0, best.automaton->length(best.state));
     }
@@ -204,7 +208,8 @@ class SuffixLookup : public Source {
     return {&automaton, state, matched};
   }
 
-  static void add(const Match& match, std::vector<Offer>& offers) {
+  // Whether the match has followers.
+  static bool add(const Match& match, std::vector<Offer>& offers) {
     struct Follower {
       int32_t token, count;
     };
@@ -224,6 +229,7 @@ class SuffixLookup : public Source {
       const int kind = (kind_of_length(match.length) * kMaxCount + count - 1) * (kMaxCount + 1) + others;
       offers.push_back({found[rank].token, 1 + kind});
     }
+    return size > 0;
   }
 
   static int kind_of_length(int32_t length) {

@@ -275,13 +275,15 @@ class SuffixLookup:
     TRUST = (0.3, 0.5, 0.66, 0.75, 0.82, 0.88, 0.93, 0.97)
     MAX_COUNT = 3
     MAX_OFFERS = 16
-    MAX_FOLLOWERS = 64
+    MAX_MATCHES = 4
+    MAX_FOLLOWERS = 32
     PIECE = 1024
 
     def __init__(self, capacity: int):
         self._half = max(1, capacity // 2)
-        self._newer: dict[tuple[int, ...], dict[int, int]] = {}
-        self._older: dict[tuple[int, ...], dict[int, int]] = {}
+        # by n-gram: how often it came, and how often each token followed it
+        self._newer: dict[tuple[int, ...], tuple[list[int], dict[int, int]]] = {}
+        self._older: dict[tuple[int, ...], tuple[list[int], dict[int, int]]] = {}
         self._sizes = [0, 0]  # tokens of newer and older
         self._generation = 0
 
@@ -305,23 +307,35 @@ class SuffixLookup:
                 cursor = Cursor()
                 cursor.generation = self._generation
             for order in range(1, min(self.LONGEST_MATCH, len(cursor.piece)) + 1):
-                followers = self._newer.setdefault(tuple(cursor.piece[-order:]), {})
+                _, followers = self._newer[tuple(cursor.piece[-order:])]
                 followers[token] = followers.get(token, 0) + 1
             cursor.piece.append(token)
+            for order in range(1, min(self.LONGEST_MATCH, len(cursor.piece)) + 1):
+                self._newer.setdefault(tuple(cursor.piece[-order:]), ([0], {}))[0][0] += 1
             self._sizes[0] += 1
         return cursor
 
     def offer(self, recent: Sequence[int], draw: Draw) -> list[tuple[int, int]]:
         offers: dict[int, int] = {}
-        for order in range(min(self.LONGEST_MATCH, len(recent)), 0, -1):
-            for table in (self._newer, self._older):
-                followers = table.get(tuple(recent[-order:]), {})
-                newest = list(reversed(followers.items()))[: self.MAX_FOLLOWERS]
-                total = sum(count for _, count in newest)
-                for token, count in sorted(newest, key=lambda follower: -follower[1]):
-                    if len(offers) == self.MAX_OFFERS:
-                        break
-                    kind = sum(order > length for length in self.UP_TO) * self.MAX_COUNT
-                    kind = (kind + min(count, self.MAX_COUNT) - 1) * (self.MAX_COUNT + 1)
-                    offers.setdefault(token, 1 + kind + min(total - count, self.MAX_COUNT))
+        matches = [match for table in (self._newer, self._older) for match in self._matches(table, recent)]
+        with_followers = [match for match in sorted(matches, key=lambda match: -match[0]) if match[1]]
+        for order, followers in with_followers[: self.MAX_MATCHES]:
+            first = list(followers.items())[: self.MAX_FOLLOWERS]
+            total = sum(count for _, count in first)
+            for token, count in sorted(first, key=lambda follower: -follower[1]):
+                if len(offers) == self.MAX_OFFERS:
+                    return list(offers.items())
+                kind = sum(order > length for length in self.UP_TO) * self.MAX_COUNT
+                kind = (kind + min(count, self.MAX_COUNT) - 1) * (self.MAX_COUNT + 1)
+                offers.setdefault(token, 1 + kind + min(total - count, self.MAX_COUNT))
         return list(offers.items())
+
+    def _matches(self, table: dict, recent: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
+        """(length, followers) of the newest tokens, longest first, where a shorter n-gram came more often."""
+        found, before = [], 0
+        for order in range(min(self.LONGEST_MATCH, len(recent)), 0, -1):
+            (count,), followers = table.get(tuple(recent[-order:]), ((0,), {}))
+            if count > before:
+                found.append((order, followers))
+                before = count
+        return found
