@@ -252,7 +252,10 @@ def _drafter(arguments: argparse.Namespace, model, console):
     from pyspec.drafting import drafter_from_name
 
     if arguments.draft_model is None:
-        return None if arguments.drafter == "none" else drafter_from_name(arguments.drafter, model)
+        if arguments.drafter == "none":
+            return None
+        _prepare([arguments.drafter], model, console)
+        return drafter_from_name(arguments.drafter, model)
     from pyspec.drafting.model import ModelDrafter
     from pyspec.growth.dyspec import DySpecThreshold
     from pyspec.growth.static import FixedBranching
@@ -368,6 +371,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     from pyspec.generate import generate
 
     names = list(dict.fromkeys(arguments.drafter or ("lookup", "recycling", "merged")))
+    _prepare(names, model, console)
     # one drafter for all prompts, as a server would keep it
     drafters = {"plain": None} | {name: drafter_from_name(name, model) for name in names}
     tokens = [_prompt_tokens(model, text, arguments.raw) for _, text in prompts]
@@ -426,6 +430,7 @@ def _bench_drafters(arguments: argparse.Namespace) -> int:
 
     names = list(dict.fromkeys(arguments.drafters or drafter_bench.drafters_of(model)))
     tokens = [(category, _prompt_tokens(model, text, arguments.raw)) for category, text in prompts]
+    _prepare(names, model, console)
     total = drafter_bench.runs_of(tokens, names, arguments.temperatures, arguments.answers)
     with _counted(console, total) as advance:
         report = drafter_bench.measure(
@@ -673,6 +678,17 @@ def _load(arguments: argparse.Namespace, console, source: str | None = None):
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model
+
+
+def _prepare(names: Sequence[str], model, console) -> None:
+    """Computes what some drafters need of a model, once for each model, with a progress bar."""
+    from pyspec.drafting.layer_skip import find_skipped_layers
+    from pyspec.drafting.ngrammys import model_bigrams
+
+    for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
+        if name in names:
+            with _progress_of(console, f"what {name} needs of the model, once") as progress:
+                compute(model, progress=progress)
 
 
 @contextmanager

@@ -87,6 +87,9 @@ def test_aded_prefers_what_the_newest_tokens_said():
         tree = started.propose(context, 3)
     assert children(tree)[0] == 11
     assert len(made.start([2, 1]).propose([2, 1], 4)) == 1 and len(made.start([1]).propose([1], 4)) == 1
+    for corpus in ([], [7], [7, 8]):  # no trigram
+        made.read_text(corpus)
+    assert len(made.start([7, 8]).propose([7, 8], 4)) == 1
 
 
 # ---- N-Grammys
