@@ -1,6 +1,7 @@
 // Best-first growth of a draft tree from any number of sources, and what verification has taught about them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <queue>
@@ -33,8 +34,8 @@ class Source {
 //
 // A cell is one combination of the sources' features, feature 0 of a source meaning that it did not offer the
 // token. Cells where one source alone offered are smoothed towards that feature's prior; the other cells
-// towards the chance that at least one of several independent offers is right. Of those, which are many, the
-// last one of every hash is known.
+// towards the chance that at least one of the two best offers is right, as if these were independent: more
+// sources rarely know more. Of those cells, which are many, the last one of every hash is known.
 class Estimates {
  public:
   static constexpr int kCellBits = 16;
@@ -58,17 +59,20 @@ class Estimates {
   int64_t stride(int source) const { return strides_[source]; }
 
   double rate(int64_t cell) const {
-    double missed = 1;
+    double best = 0, second = 0;
     int offering = 0;
     for (int source = 0; source < sources(); ++source) {
       const int64_t feature = feature_of(cell, source);
       if (feature == 0) continue;
-      missed *= 1 - smoothed(firsts_[source] + feature, priors_[source][feature]);
+      const double alone = smoothed(firsts_[source] + feature, priors_[source][feature]);
+      second = std::max(second, std::min(best, alone));
+      best = std::max(best, alone);
       ++offering;
     }
-    if (offering == 1) return 1 - missed;
+    if (offering == 1) return best;
+    const double either = 1 - (1 - best) * (1 - second);
     const int64_t slot = slot_of(cell);
-    return keys_[slot] == cell ? smoothed(together_ + slot, 1 - missed) : 1 - missed;
+    return keys_[slot] == cell ? smoothed(together_ + slot, either) : either;
   }
 
   void learn(int64_t cell, bool hit) {

@@ -172,13 +172,15 @@ class Estimates:
         self.trials = np.zeros_like(self.hits)
 
     def rate(self, cell: int) -> float:
-        missed, offering = 1.0, self._offering(cell)
-        for source, feature in offering:
-            missed *= 1 - self._smoothed(self._firsts[source] + feature, self.priors[source][feature])
+        offering = self._offering(cell)
+        rates = sorted(
+            self._smoothed(self._firsts[source] + feature, self.priors[source][feature]) for source, feature in offering
+        )
+        if len(offering) == 1:
+            return rates[0]
+        either = 1 - (1 - rates[-1]) * (1 - rates[-2])
         slot = hashed(cell, self.CELL_BITS)
-        if len(offering) == 1 or self._keys[slot] != cell:
-            return 1 - missed
-        return self._smoothed(self._together + slot, 1 - missed)
+        return either if self._keys[slot] != cell else self._smoothed(self._together + slot, either)
 
     def learn(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, top_tokens: np.ndarray) -> None:
         for token, parent, cell in list(zip(tokens.tolist(), parents.tolist(), cells.tolist(), strict=True))[1:]:
