@@ -107,7 +107,8 @@ class Automaton {
   // Where a transition is in the table, or would be.
   size_t slot(int32_t state, int32_t token) const {
     const uint64_t key = static_cast<uint64_t>(state) << 32 | static_cast<uint32_t>(token);
-    size_t at = ((key * 0x9E3779B97F4A7C15ull) >> 20) & (table_.size() - 1);
+    // the upper half of the product: all bits of state and token reach it
+    size_t at = ((key * 0x9E3779B97F4A7C15ull) >> 32) & (table_.size() - 1);
     while (table_[at] >= 0) {
       const Transition& other = transitions_[table_[at]];
       if (other.state == state && other.token == token) break;

@@ -16,7 +16,7 @@ from pyspec.drafting.engine import engine
 from pyspec.readback import read_top_tokens
 from pyspec.trees import DraftTree
 
-__all__ = ["GrowingDrafter", "Part"]
+__all__ = ["GrowingDrafter", "Part", "best_tokens"]
 
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
@@ -172,7 +172,7 @@ class GrowingDrafter:
         if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
-        top_tokens, top_logits = _top_tokens(logits)
+        top_tokens, top_logits = best_tokens(logits)
         for part in readers:
             part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
         if learns_rates:
@@ -245,7 +245,7 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
     return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
 
 
-def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def best_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
     logits = logits.float() if logits.dtype == torch.float64 else logits
     return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())

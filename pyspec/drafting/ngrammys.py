@@ -12,7 +12,7 @@ import torch
 from pyspec import measured
 from pyspec.drafting import saving
 from pyspec.drafting.engine import engine
-from pyspec.drafting.growing import GrowingDrafter, Part, _top_tokens
+from pyspec.drafting.growing import GrowingDrafter, Part, best_tokens
 from pyspec.drafting.lookup import Lookup
 from pyspec.models import Runner
 from pyspec.ops.row_statistics import TOP
@@ -40,7 +40,7 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     rows = []
     for first in range(0, model.vocab_size, BATCH):
         prompts = [[token] for token in range(first, min(first + BATCH, model.vocab_size))]
-        rows.append(_top_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
+        rows.append(best_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
         if progress is not None:
             progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
