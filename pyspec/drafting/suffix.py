@@ -40,7 +40,7 @@ class Suffix(Part):
     def read(self, context: Sequence[int], first: int) -> None:
         new = list(context[first:])
         self._cursor = self.sources[0].extend(self._cursor, new)
-        if not self._text:
+        if new and not self._text:
             self._texts.append(self._text)
         self._text.extend(new)
 
