@@ -23,7 +23,7 @@ from pyspec.models._weights import Matrix, dense, move_together, packed
 from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
 from pyspec.ops.linear import PackedWeight, linear
-from pyspec.ops.llama_layers import layers_by_ops, llama_layers
+from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention
 from pyspec.readback import send_statistics
 from pyspec.trees import DraftTree
@@ -370,6 +370,34 @@ class LlamaRunner:
         parts = iter(parts)
         return [None if tree is None else next(parts) for tree in trees]
 
+    def free_slots(self, sequence: int) -> int:
+        """Nodes of the largest tree that fits behind a sequence."""
+        return self._cache.capacity - self._cache.lengths[sequence]
+
+    @torch.inference_mode()
+    def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
+        """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
+
+        A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
+
+        Args:
+            layers: of the model, ascending; at least one.
+
+        Raises:
+            RuntimeError: before any prefill.
+            ValueError: the tree does not fit, as in verify, the layers are none of the model, or the cache is packed.
+        """
+        cache = self._cache
+        trees = [None] * sequence + [tree]
+        check_trees(trees, None if cache is None else len(trees), self.vocab_size)
+        if not isinstance(cache, DenseCache):
+            raise ValueError("some layers alone can read a dense cache only, got a packed one")
+        ascending = all(left < right for left, right in zip(layers, layers[1:], strict=False))
+        if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
+            raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
+        cache.check_room(sequence, len(tree))
+        return self._logits(self._forward([tree], [sequence], cache, layers))
+
     @torch.inference_mode()
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
@@ -421,30 +449,43 @@ class LlamaRunner:
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])
 
-    def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache | PackedCache) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed."""
+    def _forward(
+        self,
+        trees: list[DraftTree],
+        sequences: list[int],
+        cache: DenseCache | PackedCache,
+        layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed.
+
+        layers: those to run, ascending; None runs all.
+        """
         if isinstance(cache, PackedCache):
             return self._forward_packed(trees, sequences, cache)
         lengths = [cache.lengths[sequence] for sequence in sequences]
         positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
         tokens = [tree.tokens for tree in trees]
         positions, tokens = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (positions, tokens))
-        return llama_layers(
-            self._embed(tokens),
-            self._matrices,
-            self._biases,
-            self.weights.norm,
-            cache.keys_values,
-            self._cos_sin,
-            positions,
-            [tree.ancestor_bits for tree in trees],
-            sequences,
-            lengths,
-            windows=self._windows,
-            heads=self.config.heads,
-            intermediate=self.config.intermediate_size,
-            epsilon=self.config.norm_epsilon,
-        )
+        hidden = self._embed(tokens)
+        for first, end in [(0, self.config.layers)] if layers is None else _runs(layers):
+            # hidden is changed in place: after a run of layers it is what the next one begins with
+            normed = llama_layers(
+                hidden,
+                self._matrices[first * WEIGHTS : end * WEIGHTS],
+                self._biases[2 * first : 2 * end],
+                self.weights.norm,
+                cache.keys_values[first:end],
+                self._cos_sin,
+                positions,
+                [tree.ancestor_bits for tree in trees],
+                sequences,
+                lengths,
+                windows=self._windows[first:end],
+                heads=self.config.heads,
+                intermediate=self.config.intermediate_size,
+                epsilon=self.config.norm_epsilon,
+            )
+        return normed
 
     def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: PackedCache) -> Tensor:
         """`_forward` over a packed cache, op by op."""
@@ -518,3 +559,14 @@ class LlamaRunner:
             return
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
         self._cos_sin = torch.stack((angles.cos(), angles.sin()), 1).to(self.device)
+
+
+def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of the runs of neighbours in ascending numbers."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
