@@ -3,7 +3,7 @@
     python bench/drafters.py            tables, bench/results/drafters_<dtype>.{json,png}
 
 Spec-Bench prompts by category, greedily and at temperature 0.8, and four drawn answers to each of a few problems. What
-it measures is `pyspec bench drafters` (pyspec/drafter_bench.py), which does the same for any prompts.
+it measures is `pyspec bench drafters` (pyspec/benchmarks/drafters.py), which does the same for any prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from generate import DTYPES, _budget
 
 import pyspec
-from pyspec import drafter_bench
+from pyspec.benchmarks import drafters as drafter_bench
 from pyspec.drafting import NAMES
 
 

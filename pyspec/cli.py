@@ -425,7 +425,7 @@ def _bench_drafters(arguments: argparse.Namespace) -> int:
         Sampler(temperature, seed=arguments.seed)
     console = _console()
     model = _load(arguments, console)
-    from pyspec import drafter_bench
+    from pyspec.benchmarks import drafters as drafter_bench
     from pyspec.machine import cpu_name
 
     names = list(dict.fromkeys(arguments.drafters or drafter_bench.drafters_of(model)))

@@ -6,7 +6,7 @@ import pytest
 from fake_runner import FakeRunner
 from test_cli import model, run, write_prompts  # noqa: F401
 
-from pyspec import drafter_bench
+from pyspec.benchmarks import drafters as drafter_bench
 
 PROMPTS = [("a", list(b"once upon a time")), ("b", list(b"in a hole")), ("a", list(b"it was"))]
 NAMES = ["merged", "stand"]
