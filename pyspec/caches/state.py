@@ -52,6 +52,21 @@ class StateCache:
         self._paths: list[list[int]] = [[] for _ in range(places)]  # accepted and not yet replayed
         self._halves = [0] * places  # of the record, where they lie
 
+    @classmethod
+    def of(cls, config, sequences: int, device: torch.device, copies: int = 1) -> StateCache:
+        """For a model of the shape of a pyspec.models.state_space.StateSpaceConfig."""
+        return cls(
+            config.layers,
+            sequences,
+            channels=config.channels,
+            state_size=config.state_size,
+            taps=config.conv_taps,
+            conv_channels=config.conv_channels,
+            record_width=config.record_width,
+            device=device,
+            copies=copies,
+        )
+
     def round(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Round:
         """What the kernels are told of these trees; `done` says that all layers have run it.
 
@@ -75,6 +90,10 @@ class StateCache:
         """Copies a place's state and window to another's."""
         for values in (self.states, self.windows):
             values[:, target].copy_(values[:, source])
+
+    def advance(self, sequence: int, count: int) -> None:
+        """Counts tokens behind which the state has moved."""
+        self.lengths[sequence] += count
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Adds these nodes of the last tree to the sequence."""

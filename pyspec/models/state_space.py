@@ -7,19 +7,16 @@ accepted as a whole, through the same kernels in the same order, so it may be re
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.caches.state import StateCache
-from pyspec.models._checks import check_paths, check_prompts, check_trees
-from pyspec.models._weights import Matrix, dense, move_together, packed
-from pyspec.ops.linear import PackedWeight, linear
+from pyspec.models._checks import check_prompts
+from pyspec.models._runner import NativeRunner
+from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
 from pyspec.trees import DraftTree
 
@@ -30,8 +27,8 @@ CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 ROLLBACKS = ("replay", "joint")
 
 
-class StateSpaceConfig(Protocol):
-    """What the runner asks of MambaConfig and Mamba2Config."""
+class StateSpaceConfig:
+    """What MambaConfig and Mamba2Config share, and what the runner asks of them."""
 
     architecture: str
     vocab_size: int
@@ -46,87 +43,110 @@ class StateSpaceConfig(Protocol):
     norm_epsilon: float
     tied_embedding: bool
 
-    def empty_layer(self, dtype: torch.dtype, device: torch.device) -> StateSpaceLayer: ...
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def empty_layer(self, blank: Blank) -> StateSpaceLayer:
+        raise NotImplementedError
+
+    def empty_layers(self, blank: Blank) -> list[StateSpaceLayer]:
+        return [self.empty_layer(blank) for _ in range(self.layers)]
 
 
-class StateSpaceLayer:
-    """Weights of one layer: MambaLayer or Mamba2Layer."""
+class StateSpaceLayer(NativeLayer):
+    """Weights of one layer, as checkpoints have it but for the convolution, whose taps come first."""
 
-    MATRICES: tuple[str, ...]  # in the order of their use
+    MIXER = "mixer."  # what the names of all but the norm begin with
+    NORM = "norm.weight"
+    NAMES: dict[str, str]  # of tensors whose names in a checkpoint are not ours
 
     def named(self, config: StateSpaceConfig, prefix: str) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: views, or copies of what is packed."""
-        raise NotImplementedError
-
-    def kernel_tensors(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """What the layer has of mamba_layers.WEIGHTS."""
-        raise NotImplementedError
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs the matrices that are not packed yet; each takes the place of its dense form."""
-        for name in self.MATRICES:
-            setattr(self, name, packed(getattr(self, name), dtype))
-
-
-@dataclass
-class StateSpaceWeights:
-    """All weights. Where embedding and head are tied, they are one matrix here too."""
-
-    LAYERS = "backbone.layers."  # and a number: what the names of a layer's tensors begin with
-
-    embedding: Matrix  # [vocab, hidden]
-    layers: list[StateSpaceLayer] = field(repr=False)
-    norm: Tensor  # [hidden]
-    head: Matrix  # [vocab, hidden]
-
-    @classmethod
-    def empty(cls, config: StateSpaceConfig, dtype: torch.dtype, device: torch.device) -> StateSpaceWeights:
-        """Dense weights to be filled through `named`."""
-
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        embedding = new(config.vocab_size, config.hidden_size)
-        layers = [config.empty_layer(dtype, device) for _ in range(config.layers)]
-        head = embedding if config.tied_embedding else new(config.vocab_size, config.hidden_size)
-        return cls(embedding, layers, new(config.hidden_size, dtype=torch.float32), head)
-
-    def named(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
-        tensors = self.named_outside(config)
-        for index, layer in enumerate(self.layers):
-            tensors |= layer.named(config, f"{self.LAYERS}{index}.")
+        tensors = {prefix + self.NORM: self.norm}
+        for name in WEIGHTS[1:]:
+            name = {"A": "A_log"}.get(name, name)
+            if (tensor := getattr(self, name, None)) is None:
+                continue
+            tensor = tensor.T[:, None] if name == "conv_weight" else dense(tensor)
+            tensors[prefix + self.MIXER + self.NAMES.get(name, name)] = tensor
         return tensors
 
-    def named_outside(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """`named` without the layers."""
-        tensors = {"backbone.embeddings.weight": dense(self.embedding), "backbone.norm_f.weight": self.norm}
-        if not config.tied_embedding:
-            tensors["lm_head.weight"] = dense(self.head)
-        return tensors
+    def kernel_tensors(self, config: StateSpaceConfig) -> list[Tensor]:
+        """mamba_layers.WEIGHTS of this layer; what it lacks is empty."""
+        none, own = self.norm.new_empty(0), self.computed(config)
+        tensors = [own[name] if name in own else getattr(self, name, None) for name in WEIGHTS]
+        return [none if t is None else t.data if isinstance(t, PackedWeight) else t for t in tensors]
 
-    def pack_outside(self, dtype: torch.dtype) -> None:
-        """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
-        tied = self.embedding is self.head
-        self.head = packed(self.head, dtype)
-        if tied:
-            self.embedding = self.head
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs every matrix that `linear` reads, to float32, float16, bfloat16 or int8."""
-        self.pack_outside(dtype)
-        for layer in self.layers:
-            layer.pack(dtype)
-
-    def move_together(self) -> None:
-        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
-        tied = self.embedding is self.head
-        move_together([(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")])
-        if tied:
-            self.embedding = self.head
+    def computed(self, config: StateSpaceConfig) -> dict[str, Tensor]:
+        """Those of them that are not as in a checkpoint."""
+        raise NotImplementedError
 
 
-class StateSpaceRunner:
+class StateSpaceWeights(NativeWeights):
+    """All weights, by the names of Hugging Face's Mamba."""
+
+    LAYERS = "backbone.layers."
+    EMBEDDING = "backbone.embeddings.weight"
+    NORM = "backbone.norm_f.weight"
+
+
+class RecurrentRunner(NativeRunner):
+    """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        capacity: int | None = None,
+        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+    ) -> list[Tensor]:
+        """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
+
+        Args:
+            tokens: B prompts, none empty.
+            capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
+                tree, the context length by default. States need none.
+            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+
+        Raises:
+            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+        """
+        check_prompts(tokens, self.vocab_size, self.context_length)
+        longest = max(map(len, tokens))
+        if capacity is not None and capacity < longest:
+            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
+        self._cache = self._verified = None  # the old batch makes room for the new one
+        cache = self._empty_cache(len(tokens), capacity)
+        last_logits = []
+        for sequence, prompt in enumerate(tokens):
+            for start in range(0, len(prompt), PREFILL_CHUNK):
+                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
+                hidden = self._forward([chain], [sequence], [True], cache)
+                cache.advance(sequence, len(chain))
+                if observe is not None:
+                    observe(sequence, chain, self._logits(hidden))
+            last_logits.append(self._logits(hidden[-1:])[0])
+        self._cache = cache
+        return last_logits
+
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+        cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
+        hidden = self._forward([trees[sequence] for sequence in active], active, [False] * len(active), cache)
+        self._cache = cache
+        return hidden
+
+    def _empty_cache(self, sequences: int, capacity: int | None):
+        """The cache of a new batch."""
+        raise NotImplementedError
+
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache) -> Tensor:
+        """[R, hidden] of all nodes, tree after tree, after the last norm; see StateCache.round."""
+        raise NotImplementedError
+
+
+class StateSpaceRunner(RecurrentRunner):
     """A state space model with its recurrent state; see pyspec.models.Runner for the calls.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
@@ -157,128 +177,29 @@ class StateSpaceRunner:
     ):
         if rollback not in ROLLBACKS:
             raise ValueError(f"rollback must be one of {', '.join(ROLLBACKS)}, got {rollback!r}")
+        super().__init__(config, weights, CONTEXT_LENGTH, tokenizer, eos_tokens, dtype)
         self.rollback = rollback
-        weights.pack(weights.head.dtype)
-        if weights.norm.device.type == "cpu":
-            weights.move_together()
-        self.config = config
-        self.weights = weights
-        self.tokenizer = tokenizer
-        self.eos_tokens = frozenset(eos_tokens)
-        self.vocab_size = config.vocab_size
-        self.context_length = CONTEXT_LENGTH
-        self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
-        self.device = weights.norm.device
-        vocabulary = "" if tokenizer is None else tokenizer.fingerprint
-        description = repr(sorted(asdict(config).items())) + vocabulary
-        self.fingerprint = f"{config.architecture}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
-        none = torch.empty(0, device=self.device)
-        self._layers = []
-        for layer in weights.layers:
-            has = layer.kernel_tensors(config)
-            self._layers += [has.get(name, none) for name in WEIGHTS]
-        self._cache: StateCache | None = None
-        self._verified: list[DraftTree | None] | None = None
+        self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
-    def lengths(self) -> list[int]:
-        """Committed tokens of each sequence."""
-        return [] if self._cache is None else list(self._cache.lengths)
+    def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
+        self._behind = [[] for _ in range(sequences)]
+        return StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        tokens: Sequence[Sequence[int]],
-        *,
-        capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
-    ) -> list[Tensor]:
-        """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+        if self.rollback == "joint" and not any(advances):
+            return self._run_joint(trees, sequences, cache)
+        return self._run(trees, sequences, advances, cache)
 
-        Args:
-            tokens: B prompts, none empty.
-            capacity: a state needs none, whatever the length of a text; at least the longest prompt.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
+        if self.rollback == "joint":
+            self._behind[sequence] = tree.tokens[list(path)].tolist()
+            self._cache.advance(sequence, len(path))
+        else:
+            self._cache.commit(sequence, path)
 
-        Raises:
-            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
-        """
-        check_prompts(tokens, self.vocab_size, self.context_length)
-        longest = max(map(len, tokens))
-        if capacity is not None and capacity < longest:
-            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
-        self._cache = self._verified = None  # the old batch makes room for the new one
-        config = self.config
-        cache = StateCache(
-            config.layers,
-            len(tokens),
-            channels=config.channels,
-            state_size=config.state_size,
-            taps=config.conv_taps,
-            conv_channels=config.conv_channels,
-            record_width=config.record_width,
-            device=self.device,
-            copies=1 if self.rollback == "replay" else 2,
-        )
-        last_logits = []
-        for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), PREFILL_CHUNK):
-                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
-                hidden = self._forward([chain], [sequence], [True], cache)
-                cache.lengths[sequence] += len(chain)
-                if observe is not None:
-                    observe(sequence, chain, self._logits(hidden))
-            last_logits.append(self._logits(hidden[-1:])[0])
-        self._cache, self._behind = cache, [[] for _ in tokens]
-        return last_logits
-
-    @torch.inference_mode()
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
-
-        Raises:
-            RuntimeError: before any prefill, or after a verify that was interrupted.
-            ValueError: a tree has tokens outside of the vocabulary.
-        """
-        cache = self._cache
-        check_trees(trees, None if cache is None else len(cache.lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        self._verified = None
-        if active:
-            self._cache = None  # an interrupt between two layers would leave some of them a path ahead
-            run = self._forward_joint if self.rollback == "joint" else self._forward
-            hidden = run([trees[sequence] for sequence in active], active, [False] * len(active), cache)
-            self._cache = cache
-        self._verified = list(trees)
-        if not active:
-            return [None] * len(trees)
-        parts = iter(self._logits(hidden).split([len(trees[sequence]) for sequence in active]))
-        return [None if tree is None else next(parts) for tree in trees]
-
-    @torch.inference_mode()
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
-
-        Raises:
-            RuntimeError: there is no verified tree.
-            ValueError: a path does not follow its tree; nothing is committed then.
-        """
-        check_paths(paths, self._verified)
-        for sequence, (path, tree) in enumerate(zip(paths, self._verified, strict=True)):
-            if path is None:
-                continue
-            if self.rollback == "joint":
-                self._behind[sequence] = tree.tokens[list(path)].tolist()
-                self._cache.lengths[sequence] += len(path)
-            else:
-                self._cache.commit(sequence, path)
-        self._verified = None
-
-    def _forward_joint(
-        self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache
-    ) -> Tensor:
-        """`_forward` of trees below tokens that the states do not have yet, which then do."""
+    def _run_joint(self, trees: list[DraftTree], sequences: list[int], cache: StateCache) -> Tensor:
+        """`_run` of trees below tokens that the states do not have yet, which then do."""
         batch, behind = len(cache.lengths), [self._behind[sequence] for sequence in sequences]
         moving = [sequence for sequence in sequences if self._behind[sequence]]
         for sequence in sequences:  # the drafts' state, for the other one moves in the same call
@@ -286,13 +207,14 @@ class StateSpaceRunner:
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
         places = moving + [batch + sequence for sequence in sequences]
         below = [_below(tokens, tree) for tokens, tree in zip(behind, trees, strict=True)]
-        hidden = self._forward([*chains, *below], places, [True] * len(chains) + advances, cache)
+        advances = [True] * len(chains) + [False] * len(below)
+        hidden = self._run([*chains, *below], places, advances, cache)
         for sequence in sequences:
             self._behind[sequence] = []
         parts = hidden[sum(map(len, chains)) :].split([len(tree) for tree in below])
         return torch.cat([part[len(tokens) :] for part, tokens in zip(parts, behind, strict=True)])
 
-    def _forward(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+    def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
         tokens = [tree.tokens for tree in trees]
         round = cache.round(trees, places, advances)  # may replace the records
@@ -311,15 +233,6 @@ class StateSpaceRunner:
         )
         cache.done(places, advances)
         return hidden
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedding = self.weights.embedding
-        if isinstance(embedding, PackedWeight):
-            return embedding.rows(tokens)
-        return F.embedding(tokens, embedding).float()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weights.head, out_dtype=torch.float32)
 
 
 def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
