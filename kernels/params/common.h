@@ -3,6 +3,13 @@
 
 #include <cstdint>
 
+// For what kernels call on either side.
+#ifdef __CUDACC__
+#define PYSPEC_HOST_DEVICE __host__ __device__
+#else
+#define PYSPEC_HOST_DEVICE
+#endif
+
 namespace pyspec {
 
 enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pyspec.caches.history import measured_history
 from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
 from pyspec.models._runner import NativeRunner
@@ -161,9 +162,11 @@ class StateSpaceRunner(RecurrentRunner):
         rollback: how a state comes to be behind what was accepted. "replay" takes the steps again from their recorded
             inputs. "joint" (Joint Attainment and Advancement) runs the accepted tokens through the whole model again
             beside the next tree, once below it and once to move the state; it is there to be compared with.
+        history: with "replay", the longest path that is kept before it is folded into the state, in nodes; None is what
+            rounds of so many sequences cost least with, measured with the first batch of that size. Bits are the same.
 
     Raises:
-        ValueError: rollback is neither.
+        ValueError: rollback is neither, or history is negative or given with "joint".
     """
 
     def __init__(
@@ -174,17 +177,32 @@ class StateSpaceRunner(RecurrentRunner):
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
         rollback: str = "replay",
+        history: int | None = None,
     ):
         if rollback not in ROLLBACKS:
             raise ValueError(f"rollback must be one of {', '.join(ROLLBACKS)}, got {rollback!r}")
+        if history is not None and (history < 0 or rollback != "replay"):
+            raise ValueError(f"history must be None, or at least 0 with rollback 'replay', got {history}")
         super().__init__(config, weights, CONTEXT_LENGTH, tokenizer, eos_tokens, dtype)
         self.rollback = rollback
+        self._histories: dict[int, int] = {}  # by sequences
+        self._history = 0 if rollback == "joint" else history
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
     def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
         self._behind = [[] for _ in range(sequences)]
-        return StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
+        cache = StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
+        cache.history = self._history_for(cache, sequences) if self._history is None else self._history
+        return cache
+
+    def _history_for(self, cache: StateCache, sequences: int) -> int:
+        if sequences not in self._histories:
+            rates = self._layers[WEIGHTS.index("A") :: len(WEIGHTS)]
+            heads = rates[0].shape[0] if rates[0].dim() == 1 else self.config.channels
+            groups = (self.config.record_width - self.config.channels - heads) // self.config.state_size
+            self._histories[sequences] = measured_history(cache, rates, heads, groups)
+        return self._histories[sequences]
 
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         if self.rollback == "joint" and not any(advances):
