@@ -1,5 +1,6 @@
 """selective_state: every instruction set against a closed form in float64, and plain decoding bit for bit."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -243,6 +244,23 @@ def test_trees_and_batches_have_the_bits_of_their_paths(isa, shape):
     layer.state.copy_(start)
     decode(layer, rows_of(ours, path))
     assert torch.equal(layer.state[2], replayed)
+
+
+def test_siblings_may_come_in_any_order(isa):
+    """Nodes renumbered, parents still first: every node has the bits it had."""
+    layer, tree = Layer(), random_tree(NODES, seed=9)
+    inputs, parents = layer.inputs(NODES), tree.parents.tolist()
+    expected = layer.call(selective_state, inputs, Round.of([tree], [2], [[]], [0]))
+    for seed in range(5):
+        generator, order, ready = random.Random(seed), [], [0]
+        while ready:
+            node = ready.pop(generator.randrange(len(ready)))
+            order.append(node)
+            ready += tree.children(node)
+        places = {node: place for place, node in enumerate(order)}
+        other = DraftTree([0] * NODES, [-1] + [places[parents[node]] for node in order[1:]])
+        out = layer.call(selective_state, rows_of(inputs, order), Round.of([other], [2], [[]], [0]))
+        assert torch.equal(out, expected[order])
 
 
 def test_one_tree_may_advance_beside_another_that_is_verified(isa):
