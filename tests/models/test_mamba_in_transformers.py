@@ -1,4 +1,4 @@
-"""What transformers does with state space models today, as docs/selective_state.md says: a change upstream shows here."""
+"""What transformers does with state space models, as docs/selective_state.md says it: a change upstream shows here."""
 
 import pytest
 import torch
