@@ -35,7 +35,7 @@ constexpr float kLog2E = 1.44269504f;
 // What the host decides.
 struct Plan {
   int64_t rows;
-  int kept;  // nodes that there is shared memory for
+  int kept;  // nodes that there is shared memory for, at least one
 };
 
 // Of a block, in shared memory; all fp32.
@@ -212,19 +212,13 @@ struct Block {
       if (slot == kept) kept_node[slot] = node;
     ++kept;
   }
-  // The states behind a node that was walked before.
+  // The states behind a node that branches. The first of these was kept, and the others are all below it.
   __device__ void return_to(int node) {
     int from = node, depth = 0;
-    while (from >= 0 && slot_of(from) < 0) from = tree.parents[from], ++depth;
-    if (from >= 0) {
-      const float* kept_here = kept_states(slot_of(from));
+    while (slot_of(from) < 0) from = tree.parents[from], ++depth;
+    const float* kept_here = kept_states(slot_of(from));
 #pragma unroll
-      for (int k = 0; k < kStates; ++k) state[k] = kept_here[k * blockDim.x];
-    } else {
-      load();  // behind the replay, if that was stored
-      if (!tree.fold)
-        for (int64_t step = 0; step < tree.accepted; ++step) take_step_again(step);
-    }
+    for (int k = 0; k < kStates; ++k) state[k] = kept_here[k * blockDim.x];
     for (; depth > 0; --depth) {
       int next = node;
       for (int above = 1; above < depth; ++above) next = tree.parents[next];
