@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from pyspec.ops.selective_state import LANES, Round
 from pyspec.trees import DraftTree
 
-__all__ = ["StateCache"]
+__all__ = ["Plan", "StateCache"]
 
 FEWEST_NODES = 16  # of a record
+
+
+class Plan(NamedTuple):
+    """Of some trees, see Round."""
+
+    paths: list[list[int]]
+    halves: list[int]
+    keeps: list[int]
 
 
 class StateCache:
@@ -51,12 +60,21 @@ class StateCache:
         self.windows = torch.zeros(layers, places, taps - 1, conv_channels, device=device)
         self.records = torch.empty(layers, 2, places, 0, record_width, device=device)
         self.conv_records = torch.empty(layers, 2, places, 0, conv_channels, device=device)
-        self.lengths = [0] * sequences
         self.history = history
+        self._begin(sequences, places)
+
+    def _begin(self, sequences: int, places: int) -> None:
+        self.lengths = [0] * sequences
         self._paths: list[list[int]] = [[] for _ in range(places)]  # accepted and not yet folded
         self._halves = [0] * places  # of the record, where they lie
         self._starts = [0] * places  # where the nodes of the last tree begin there
         self._keeps: list[int] = []  # of the trees of a round, see Round
+
+    def restart(self) -> None:
+        """Empties all sequences."""
+        self.states.zero_()
+        self.windows.zero_()
+        self._begin(len(self.lengths), self.states.shape[1])
 
     @classmethod
     def of(cls, config, sequences: int, device: torch.device, copies: int = 1) -> StateCache:
@@ -73,6 +91,17 @@ class StateCache:
             copies=copies,
         )
 
+    def plan(self, trees: Sequence[DraftTree], advances: Sequence[bool], places: Sequence[int]) -> Plan:
+        """What `round` tells the kernels of these trees beside the trees."""
+        largest = max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0)
+        self._reserve(largest + self.history if largest else 0)
+        paths = [self._paths[place] for place in places]
+        self._keeps = [
+            self._keep(path, 0 if moves else len(tree))
+            for path, tree, moves in zip(paths, trees, advances, strict=True)
+        ]
+        return Plan(paths, [self._halves[place] for place in places], self._keeps)
+
     def round(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Round:
         """What the kernels are told of these trees; `done` says that all layers have run it.
 
@@ -80,15 +109,8 @@ class StateCache:
             places: of each tree, whose state it starts from.
             advances: whether the tree is a chain that is accepted as a whole, so that the state moves behind it.
         """
-        largest = max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0)
-        self._reserve(largest + self.history if largest else 0)
-        paths = [self._paths[place] for place in places]
-        halves = [self._halves[place] for place in places]
-        self._keeps = [
-            self._keep(path, 0 if moves else len(tree))
-            for path, tree, moves in zip(paths, trees, advances, strict=True)
-        ]
-        return Round.of(trees, places, paths, halves, keeps=self._keeps, advances=advances, device=self.states.device)
+        paths, halves, keeps = self.plan(trees, advances, places)
+        return Round.of(trees, places, paths, halves, keeps=keeps, advances=advances, device=self.states.device)
 
     def _keep(self, path: list[int], nodes: int) -> int:
         """Where nodes go that are recorded behind a path that is kept; -1 if it is folded."""

@@ -17,8 +17,11 @@ from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.models.static_rounds import StaticRounds
+from pyspec.models.static_steps import GraphRecorder
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
+from pyspec.ops.selective_state import Round
 from pyspec.trees import DraftTree
 
 __all__ = ["StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
@@ -187,13 +190,21 @@ class StateSpaceRunner(RecurrentRunner):
         self.rollback = rollback
         self._histories: dict[int, int] = {}  # by sequences
         self._history = 0 if rollback == "joint" else history
+        self._is_static = self.device.type == "cuda" and rollback == "replay"
+        self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
     def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
         self._behind = [[] for _ in range(sequences)]
+        if self._rounds is not None and len(self._rounds.cache.lengths) == sequences:
+            self._rounds.cache.restart()
+            return self._rounds.cache
+        self._rounds = None  # makes room
         cache = StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
         cache.history = self._history_for(cache, sequences) if self._history is None else self._history
+        if self._is_static:
+            self._rounds = StaticRounds(cache, GraphRecorder(self.device))
         return cache
 
     def _history_for(self, cache: StateCache, sequences: int) -> int:
@@ -207,6 +218,10 @@ class StateSpaceRunner(RecurrentRunner):
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         if self.rollback == "joint" and not any(advances):
             return self._run_joint(trees, sequences, cache)
+        if self._rounds is not None and not any(advances):
+            hidden = self._rounds.run(lambda tokens, round: self._run_round(tokens, round, cache), trees, sequences)
+            if hidden is not None:
+                return hidden
         return self._run(trees, sequences, advances, cache)
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
@@ -235,9 +250,14 @@ class StateSpaceRunner(RecurrentRunner):
     def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
         tokens = [tree.tokens for tree in trees]
-        round = cache.round(trees, places, advances)  # may replace the records
-        hidden = mamba_layers(
-            self._embed(tokens[0] if len(tokens) == 1 else torch.cat(tokens)),
+        round = cache.round(trees, places, advances)
+        hidden = self._run_round(tokens[0] if len(tokens) == 1 else torch.cat(tokens), round, cache)
+        cache.done(places, advances)
+        return hidden
+
+    def _run_round(self, tokens: Tensor, round: Round, cache: StateCache) -> Tensor:
+        return mamba_layers(
+            self._embed(tokens),
             self._layers,
             self.weights.norm,
             cache.states,
@@ -249,8 +269,6 @@ class StateSpaceRunner(RecurrentRunner):
             epsilon=self.config.norm_epsilon,
             dtype=self.dtype,
         )
-        cache.done(places, advances)
-        return hidden
 
 
 def _below(tokens: list[int], tree: DraftTree) -> DraftTree:

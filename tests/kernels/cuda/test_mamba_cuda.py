@@ -9,6 +9,7 @@ import torch
 from cuda_on_host.loading import op_on_host
 
 import pyspec.models.state_space
+import pyspec.models.static_rounds
 from pyspec import DraftTree, generate
 from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
@@ -107,6 +108,52 @@ def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, history,
                 plain.commit([[0]])
                 text.append(int(tree.tokens[node]))
     assert runner.lengths() == list(map(len, texts))
+
+
+class FakeRecorder:
+    """Repeats a step; as with a graph, it is run once to record it, and every result lies in the same memory."""
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, step):
+        result = step()
+        return lambda: result.copy_(step())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("kind", MODELS)
+def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, monkeypatch):
+    """Padding, sequences that sit out, more rows than have a graph, records that grow, and a second batch."""
+    if not HAS_GPU:
+        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(pyspec.models.static_rounds, "ROWS", (4, 16))
+    static = random_runner(kind, device, torch.bfloat16, history=history)
+    dynamic = type(static)(static.config, static.weights, history=history)
+    static._is_static, dynamic._is_static = True, False
+    generator = random.Random(0)
+    for batch in range(2):
+        prompts = [random_tokens(length + batch, length) for length in (3, 9, 1)]
+        for ours, other in zip(static.prefill(prompts), dynamic.prefill(prompts), strict=True):
+            assert torch.equal(ours, other)
+        cache = static._cache
+        cache.states[:, 2], cache.windows[:, 2] = torch.nan, torch.nan  # sits out, always
+        for turn in range(14):
+            sizes = generator.choices((0, 1, 2, 7 if turn < 5 else 17), k=2)
+            trees = [*(random_tree(size, turn) if size else None for size in sizes), None]
+            found, expected = static.verify(trees), dynamic.verify(trees)
+            for ours, other in zip(found, expected, strict=True):
+                assert ours is other is None or torch.equal(ours, other)
+            paths = [tree and root_path(tree, generator.randrange(len(tree))) for tree in trees]
+            if turn % 5 == 4:
+                paths = [None] * 3
+            static.commit(paths)
+            dynamic.commit(paths)
+        assert static._rounds._replays and dynamic._rounds is None
+        assert static._cache is static._rounds.cache and static.lengths() == dynamic.lengths()
+        assert torch.equal(cache.states[:, :2], dynamic._cache.states[:, :2])
+        assert cache.states[:, 2].isnan().all() and not cache.states[:, :2].isnan().any()
 
 
 @pytest.mark.parametrize("kind", MODELS)
