@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import torch
 
+from pyspec import measured
 from pyspec.caches.state import StateCache
+from pyspec.machine import cpu_name
+from pyspec.ops import backends
 from pyspec.ops.selective_state import Round, selective_state
 from pyspec.trees import DraftTree
 
-__all__ = ["best_history", "measured_history"]
+__all__ = ["best_history", "history_for", "measured_history"]
 
 FEWEST_SEQUENCES = 4  # for fewer, paths are folded in every round
 ACCEPTED, NODES = 3, 6  # of the rounds that are measured
@@ -38,14 +41,31 @@ def best_history(keeping: Callable[[int], float], folding: Callable[[int], float
     return best
 
 
+def history_for(cache: StateCache, rates: list[torch.Tensor], heads: int, groups: int) -> int:
+    """`measured_history`, measured once for a size of batch and then kept in the user's cache folder."""
+    sequences, device = cache.states.shape[1], cache.states.device
+    if sequences < FEWEST_SEQUENCES:
+        return 0
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    shape = "x".join(map(str, cache.states.shape))
+    kernel = next(row for row in backends() if row["op"] == "selective_state" and row["device"] == device.type)
+    key = f"{machine}; {kernel['backend']} {kernel['reason']}; {shape} in {heads} heads and {groups} groups"
+    try:
+        return int(measured.read("histories")[key]["nodes"])
+    except (KeyError, TypeError, ValueError):
+        found = measured_history(cache, rates, heads, groups)
+        measured.keep("histories", key, {"nodes": found})
+        return found
+
+
 def measured_history(cache: StateCache, rates: list[torch.Tensor], heads: int, groups: int) -> int:
     """`best_history` of the recurrences of all layers, run on a new cache, whose states are zero and stay so.
 
     rates: A of each layer, as selective_state takes it.
     """
-    layers, sequences, panels, states, lanes = cache.states.shape
-    if sequences < FEWEST_SEQUENCES:
-        return 0
+    _, sequences, panels, states, lanes = cache.states.shape
     device = cache.states.device
     record = torch.zeros(2, sequences, MOST_KEPT + ACCEPTED + NODES, cache.records.shape[4], device=device)
     x, dt, B = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyspec.caches.history import measured_history
+from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
 from pyspec.models._runner import NativeRunner
@@ -166,7 +166,7 @@ class StateSpaceRunner(RecurrentRunner):
             inputs. "joint" (Joint Attainment and Advancement) runs the accepted tokens through the whole model again
             beside the next tree, once below it and once to move the state; it is there to be compared with.
         history: with "replay", the longest path that is kept before it is folded into the state, in nodes; None is what
-            rounds of so many sequences cost least with, measured with the first batch of that size. Bits are the same.
+            rounds of so many sequences cost least with on this machine, measured once. Bits are the same.
 
     Raises:
         ValueError: rollback is neither, or history is negative or given with "joint".
@@ -212,7 +212,7 @@ class StateSpaceRunner(RecurrentRunner):
             rates = self._layers[WEIGHTS.index("A") :: len(WEIGHTS)]
             heads = rates[0].shape[0] if rates[0].dim() == 1 else self.config.channels
             groups = (self.config.record_width - self.config.channels - heads) // self.config.state_size
-            self._histories[sequences] = measured_history(cache, rates, heads, groups)
+            self._histories[sequences] = history_for(cache, rates, heads, groups)
         return self._histories[sequences]
 
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+import pyspec.caches.history
 from pyspec import DraftTree
 from pyspec.caches import StateCache
-from pyspec.caches.history import ACCEPTED, MOST_KEPT, best_history, measured_history
+from pyspec.caches.history import ACCEPTED, MOST_KEPT, best_history, history_for, measured_history
 from pyspec.ops import causal_conv, selective_state
 
 SEQUENCES, CHANNELS, STATES, TAPS = 3, 32, 16, 4
@@ -115,7 +116,18 @@ def test_measuring_leaves_a_new_cache_as_it_is():
     )
     assert 0 <= measured_history(cache, [-torch.ones(2)] * 2, 2, 1) <= MOST_KEPT
     assert not cache.states.any() and not cache.windows.any() and cache.lengths == [0] * 5
+    assert history_for(cache, [-torch.ones(2)] * 2, 2, 1) == history_for(cache, [-torch.ones(2)] * 2, 2, 1)
     one = StateCache(
         2, 1, channels=32, state_size=16, taps=4, conv_channels=64, record_width=50, device=torch.device("cpu")
     )
-    assert measured_history(one, [-torch.ones(2)] * 2, 2, 1) == 0
+    assert history_for(one, [-torch.ones(2)] * 2, 2, 1) == 0
+
+
+def test_a_measured_history_is_kept(monkeypatch):
+    sizes = {"channels": 16, "state_size": 16, "taps": 2, "conv_channels": 16, "record_width": 33}
+    cache, found = StateCache(1, 6, **sizes, device=torch.device("cpu")), iter([9, 3])
+    monkeypatch.setattr(pyspec.caches.history, "measured_history", lambda *arguments: next(found))
+    for _ in range(2):
+        assert history_for(cache, [-torch.ones(1)], 1, 1) == 9
+    other = StateCache(1, 7, **sizes, device=torch.device("cpu"))
+    assert history_for(other, [-torch.ones(1)], 1, 1) == 3
