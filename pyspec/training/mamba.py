@@ -237,7 +237,7 @@ def train(
         try:
             for loss in run.steps(tokens):
                 losses.append(loss)
-                if run.step % SHOWN == 0:
+                if run.step % SHOWN == 0 or run.step == recipe.steps:
                     progress.update(task, completed=run.step, description=f"loss {float(loss):.3f}")
                 if run.step % every == 0 or run.step == recipe.steps:
                     mean = float(torch.stack(losses).mean())
