@@ -24,7 +24,7 @@ from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
 from pyspec.ops.selective_state import Round
 from pyspec.trees import DraftTree
 
-__all__ = ["StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
+__all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
 
 PREFILL_CHUNK = 128
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
