@@ -38,18 +38,20 @@ struct Plan {
   int kept;  // nodes that there is shared memory for, at least one
 };
 
-// Of a block, in shared memory; all fp32.
+// Of a block, in shared memory.
 struct Tile {
-  float* input;  // [kTile, 16]: dt x
-  float* rate;   // [kTile, 16]: where each state has its own decay dt log2(e), else the decay
-  float* b;      // [kTile, state_size]
-  float* c;      // [kTile, state_size]
-  float* sum;    // [warps, kTile, 16]: y of a warp's states
-  float* kept;   // [plan.kept, kStates, threads]
+  float* input;   // [kTile, 16]: dt x
+  float* rate;    // [kTile, 16]: where each state has its own decay dt log2(e), else the decay
+  float* b;       // [kTile, state_size]
+  float* c;       // [kTile, state_size]
+  float* sum;     // [warps, kTile, 16]: y of a warp's states
+  int* parent;    // [kTile], of a new node
+  int* branches;  // [kTile]: whether a child other than the next node continues a new node
+  float* kept;    // [plan.kept, kStates, threads]
 };
 
 __host__ __device__ int tile_floats(int64_t state_size, int threads) {
-  return kTile * (2 * kLanes + 2 * static_cast<int>(state_size) + threads / 2);
+  return kTile * (2 * kLanes + 2 * static_cast<int>(state_size) + threads / 2 + 2);
 }
 
 __device__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
@@ -80,6 +82,8 @@ struct Block {
     tile.input = next, tile.rate = tile.input + kTile * kLanes;
     tile.b = tile.rate + kTile * kLanes, tile.c = tile.b + kTile * p.state_size;
     tile.sum = tile.c + kTile * p.state_size;
+    tile.parent = reinterpret_cast<int*>(tile.sum + kTile * blockDim.x / 2);
+    tile.branches = tile.parent + kTile;
     tile.kept = next + tile_floats(p.state_size, static_cast<int>(blockDim.x));
 #pragma unroll
     for (int k = 0; k < (kPerState ? kStates : 1); ++k)
@@ -152,6 +156,12 @@ struct Block {
       if (is_new(step)) tile.c[i] = load_element(p.c, row(step) * p.c_stride + group * size + n, p.x_element);
       if (records(step) && first_of_group) record_of(step)[p.channels + p.heads + group * size + n] = b;
     }
+    for (int64_t node = threadIdx.x; node < tree.nodes; node += blockDim.x) {
+      int64_t parent = tree.parents[node], at = node + tree.accepted - begin;
+      if (at >= 0 && at < count) tile.parent[at] = static_cast<int>(parent);
+      at = parent + tree.accepted - begin;
+      if (parent >= 0 && parent != node - 1 && at >= 0 && at < count) tile.branches[at] = 1;
+    }
     __syncthreads();
   }
 
@@ -196,14 +206,8 @@ struct Block {
       if (slot < kept && kept_node[slot] == node) found = slot;
     return found;
   }
-  // Whether a child other than the next node continues this one.
-  __device__ bool branches(int node) const {
-    for (int64_t child = node + 2; child < tree.nodes; ++child)
-      if (tree.parents[child] == node) return true;
-    return false;
-  }
   __device__ void keep(int node) {
-    if (kept == plan.kept || !branches(node)) return;
+    if (kept == plan.kept) return;
     float* to = kept_states(kept);
 #pragma unroll
     for (int k = 0; k < kStates; ++k) to[k * blockDim.x] = state[k];
@@ -229,7 +233,7 @@ struct Block {
   // ==== the block's work ====
 
   __device__ void visit(int node, int at) {
-    if (tree.parents[node] != node - 1) return_to(tree.parents[node]);
+    if (tile.parent[at] != node - 1) return_to(tile.parent[at]);
     take_step(at);
     const float* c = tile.c + at * p.state_size + first;
     float y[4] = {};
@@ -238,12 +242,13 @@ struct Block {
     float total = (y[0] + y[1]) + (y[2] + y[3]);
     total += __shfl_xor_sync(0xffffffffu, total, kLanes);
     if (threadIdx.x % 32 < kLanes) tile.sum[(threadIdx.x / 32 * kTile + at) * kLanes + lane] = total;
-    if (!tree.advance) keep(node);
+    if (tile.branches[at]) keep(node);
   }
 
   // y of the tile's new nodes, of which the first is `at`.
   __device__ void write(int64_t begin, int at, int count) const {
     __syncthreads();
+    if (threadIdx.x < kTile) tile.branches[threadIdx.x] = 0;
     int warps = static_cast<int>(blockDim.x) / 32;
     for (int i = at * kLanes + threadIdx.x; i < count * kLanes; i += blockDim.x) {
       int64_t to = row(begin + i / kLanes), own = channel + i % kLanes;
@@ -258,6 +263,8 @@ struct Block {
 
   __device__ void run() {
     load();
+    if (threadIdx.x < kTile) tile.branches[threadIdx.x] = 0;
+    __syncthreads();
     for (int64_t begin = 0; begin < steps; begin += kTile) {
       int count = static_cast<int>(steps - begin < kTile ? steps - begin : kTile);
       int old = static_cast<int>(tree.accepted - begin < 0 ? 0 : tree.accepted - begin);
