@@ -68,18 +68,25 @@ class Round:
         filled = [[*path, *[-1] * (longest - len(path))] for path in paths]
 
         def places(values, *shape: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).reshape(shape).to(device)
+            return torch.tensor(values, dtype=torch.int32).reshape(shape)
 
         parents = [tree.parents for tree in trees]
-        return cls(
+        round = cls(
             places(list(sequences), len(trees)),
             places(starts, len(starts)),
-            (parents[0] if len(parents) == 1 else torch.cat(parents)).to(device),
+            parents[0] if len(parents) == 1 else torch.cat(parents),
             places(filled, len(trees), longest),
             places(list(halves), len(trees)),
             places([-1] * len(trees) if keeps is None else list(keeps), len(trees)),
             places([advances] * len(trees) if isinstance(advances, bool) else list(advances), len(trees)),
         )
+        return round if torch.device(device).type == "cpu" else round.to(device)
+
+    def to(self, device: torch.device | str) -> Round:
+        """The same on another device, in one copy."""
+        tensors = self.tensors()
+        parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
+        return Round(*(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the ops take them."""

@@ -385,3 +385,13 @@ def test_places_outside_are_refused_before_anything_is_written():
         with pytest.raises(RuntimeError, match=message):
             layer.call(selective_state, layer.inputs(3), round)
     torch.testing.assert_close((layer.state, layer.record), before, equal_nan=True, atol=0, rtol=0)
+
+
+def test_a_round_moves_to_another_device_in_one_piece():
+    round = Round.of(
+        [DraftTree([0] * 3, [-1, 0, 0]), DraftTree.chain([0])], [2, 0], [[0, 2], []], [1, 0], keeps=[3, -1]
+    )
+    for moved, tensor in zip(round.to("cpu").tensors(), round.tensors(), strict=True):
+        assert moved.is_contiguous() and torch.equal(moved, tensor) and moved.dtype == torch.int32
+    shapes = [tensor.shape for tensor in round.to("meta").tensors()]
+    assert shapes == [tensor.shape for tensor in round.tensors()]
