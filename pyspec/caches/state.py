@@ -91,7 +91,7 @@ class StateCache:
             copies=copies,
         )
 
-    def plan(self, trees: Sequence[DraftTree], advances: Sequence[bool], places: Sequence[int]) -> Plan:
+    def plan(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Plan:
         """What `round` tells the kernels of these trees beside the trees."""
         largest = max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0)
         self._reserve(largest + self.history if largest else 0)
@@ -109,7 +109,7 @@ class StateCache:
             places: of each tree, whose state it starts from.
             advances: whether the tree is a chain that is accepted as a whole, so that the state moves behind it.
         """
-        paths, halves, keeps = self.plan(trees, advances, places)
+        paths, halves, keeps = self.plan(trees, places, advances)
         return Round.of(trees, places, paths, halves, keeps=keeps, advances=advances, device=self.states.device)
 
     def _keep(self, path: list[int], nodes: int) -> int:

@@ -99,7 +99,7 @@ class StaticRounds:
         nodes = sum(map(len, trees))
         if nodes > ROWS[-1]:
             return None
-        plan = self.cache.plan(trees, [False] * len(trees), sequences)
+        plan = self.cache.plan(trees, sequences, [False] * len(trees))
         if self.cache.records is not self._records:  # the plan has made room
             self._records, self._replays = self.cache.records, {}
         rows, longest = next(rows for rows in ROWS if rows >= nodes), FEWEST_PATH
