@@ -2,6 +2,7 @@
 
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import CACHES, GearCache, PackedCache, cache_from_name
+from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
 
-__all__ = ["CACHES", "DenseCache", "GearCache", "PackedCache", "StateCache", "cache_from_name"]
+__all__ = ["CACHES", "DenseCache", "GearCache", "HybridCache", "PackedCache", "StateCache", "cache_from_name"]

@@ -68,6 +68,6 @@ for name in {[source.stem for source in (ROOT / "kernels/cuda").glob("*.cu")]!r}
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split("\n")[:2] == ["90", "topk True"] and "False" not in result.stdout
+    assert result.stdout.startswith("90\n") and "topk True" in result.stdout and "False" not in result.stdout
     needed = subprocess.run(["ldd", tmp_path / "lib/libpyspec_cuda.so"], capture_output=True, text=True).stdout
     assert "libcudart" not in needed  # linked in: no lock to one version of CUDA
