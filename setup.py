@@ -66,6 +66,7 @@ setup(
         "pyspec.ops",
         "pyspec.training",
     ],
+    package_data={"pyspec.caches": ["demo_codebooks.safetensors"]},
     package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
     ext_modules=[Extension("pyspec._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

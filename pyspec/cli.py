@@ -21,7 +21,7 @@ from pathlib import Path
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
 ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
-CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit")
+CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 BENCH_PROMPTS = (
     ("summary", "Summarise in three sentences why the sky is blue, and then say the same once more in simpler words."),
     ("code", "Write a Python function that returns the n-th Fibonacci number, then the same function with a cache."),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from pyspec import measured
-from pyspec.caches import GearCache
+from pyspec.caches import PackedSettings
 from pyspec.machine import cpu_name
 from pyspec.models import Runner
 from pyspec.ops import backends
@@ -136,7 +136,7 @@ class DrawnBudget:
         self._accepted[np.array(path[1:], int) - 1] += 1
 
 
-def costs_of(model: Runner, cache: GearCache | None = None) -> Costs:
+def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:
     """The costs of a model on this machine, measured once and then kept in the user's cache folder.
 
     The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
@@ -148,7 +148,7 @@ def costs_of(model: Runner, cache: GearCache | None = None) -> Costs:
         return measure_costs(model, cache)
 
 
-def measure_costs(model: Runner, cache: GearCache | None = None) -> Costs:
+def measure_costs(model: Runner, cache: PackedSettings | None = None) -> Costs:
     """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost."""
     context = min(CONTEXT, model.context_length - 1)
     largest = min(LARGEST, model.context_length - context, LARGEST if cache is None else cache.largest_tree)
@@ -179,7 +179,7 @@ def _seconds(model: Runner, nodes: int) -> float:
     return time.perf_counter() - start
 
 
-def _key(model: Runner, cache: GearCache | None = None) -> str:
+def _key(model: Runner, cache: PackedSettings | None = None) -> str:
     on_cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
     kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)

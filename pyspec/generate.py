@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import Sampler
-from pyspec.caches import GearCache, cache_from_name
+from pyspec.caches import PackedSettings, cache_from_name
 from pyspec.costs import LARGEST, AutoBudget, DrawnBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.loop import Continuation, Stats, speculate, timed
@@ -52,7 +52,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
-    cache: str | GearCache = "dense",
+    cache: str | PackedSettings = "dense",
     stream: Callable | None = None,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
@@ -76,7 +76,7 @@ def generate(
         seed: None takes one from the operating system; stats.seed tells which.
         stop: strings that end the text before they begin.
         cache: how keys and values are kept (docs/gear.md): "dense", "int8", "int4", "gear-4bit", "gear-2bit",
-            "gear-l-2bit", "kivi-2bit", or a GearCache.
+            "gear-l-2bit", "kivi-2bit", "rvq" (docs/residual_vq.md), or a GearCache or ResidualVqCache.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
 
     Raises:
@@ -185,7 +185,7 @@ def _stop_strings(stop: str | Sequence[str], model: Runner) -> tuple[str, ...]:
     return stop
 
 
-def _packed_cache(cache: str | GearCache, model: Runner, budget: int | str) -> GearCache | None:
+def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str) -> PackedSettings | None:
     """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
     packed = cache_from_name(cache)
     if packed is None:

@@ -20,31 +20,31 @@ from pyspec.caches.dense import keep_path
 from pyspec.ops.gear import BLOCK, GearFormat, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable
 from pyspec.trees import DraftTree
 
-__all__ = ["CACHES", "GearCache", "PackedCache", "cache_from_name"]
+__all__ = ["CACHES", "GearCache", "PackedCache", "PackedSettings", "cache_from_name"]
 
 
-@dataclass(frozen=True)
-class GearCache(GearFormat):
-    """How a runner keeps keys and values; see GearFormat for the fields before window.
+class PackedSettings:
+    """What a PackedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
 
-    Args:
-        window: how many positions behind a block's end a row must be to see it packed. A tree has at most window + 1
-            nodes, for a deeper node would need a block that is not committed yet.
+    encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D].
+    attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
     """
-
-    window: int = 64
-
-    def __post_init__(self):
-        super().__post_init__()
-        if isinstance(self.window, bool) or not isinstance(self.window, int):
-            raise TypeError(f"window must be an integer, got {self.window!r}")
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
 
     @property
     def largest_tree(self) -> int:
         """Nodes of a tree, or of a chunk of a prompt."""
         return self.window + 1
+
+    def check_window(self) -> None:
+        """Raises TypeError or ValueError unless window is a positive integer."""
+        if isinstance(self.window, bool) or not isinstance(self.window, int):
+            raise TypeError(f"window must be an integer, got {self.window!r}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str) -> None:
+        """Raises ValueError unless a model's keys can be packed so."""
+        self.check_head_dim(head_dim)
 
     def effective_bits(self, head_dim: int, length: int) -> float:
         """Bits for each number of a text of so many tokens: its records, and what is kept in 16 bits beside them.
@@ -71,6 +71,28 @@ class GearCache(GearFormat):
         return PackedCache(self, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
 
 
+@dataclass(frozen=True)
+class GearCache(GearFormat, PackedSettings):
+    """How a runner keeps keys and values; see GearFormat for the fields before window.
+
+    Args:
+        window: how many positions behind a block's end a row must be to see it packed. A tree has at most window + 1
+            nodes, for a deeper node would need a block that is not committed yet.
+    """
+
+    window: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_window()
+
+    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+        return encode_packed(k, v, self)
+
+    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float) -> tuple[Tensor, Tensor]:
+        return attend_tree(q, packed, k, v, rows, self, scale)
+
+
 CACHES = {
     "int8": GearCache(8, 128),
     "int4": GearCache(4, 128),
@@ -81,18 +103,22 @@ CACHES = {
 }
 
 
-def cache_from_name(cache: str | GearCache) -> GearCache | None:
+def cache_from_name(cache: str | PackedSettings) -> PackedSettings | None:
     """What `cache` names, None for "dense".
 
     Raises:
         TypeError, ValueError: it is no cache.
     """
-    if isinstance(cache, GearCache):
+    if isinstance(cache, PackedSettings):
         return cache
     if not isinstance(cache, str):
         raise TypeError(f"cache must be a name or a GearCache, got {cache!r}")
+    if cache == "rvq":  # reads its codebooks
+        from pyspec.caches.residual_vq import ResidualVqCache
+
+        return ResidualVqCache()
     if cache != "dense" and cache not in CACHES:
-        raise ValueError(f"cache must be one of {', '.join(('dense', *CACHES))}, or a GearCache, got {cache!r}")
+        raise ValueError(f"cache must be one of {', '.join(('dense', *CACHES, 'rvq'))}, or a GearCache, got {cache!r}")
     return CACHES.get(cache)
 
 
@@ -114,7 +140,7 @@ class PackedCache:
 
     def __init__(
         self,
-        settings: GearCache,
+        settings: PackedSettings,
         layers: int,
         sequences: int,
         kv_heads: int,
@@ -167,7 +193,7 @@ class PackedCache:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
         packed = self.packed[layer, sequence, None]
-        out, _ = attend_tree(q.transpose(0, 1)[None], packed, k, v, rows, self.settings, self._scale)
+        out, _ = self.settings.attend(layer, q.transpose(0, 1)[None], packed, k, v, rows, self._scale)
         return out[0].transpose(0, 1)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
@@ -185,7 +211,7 @@ class PackedCache:
         for block, part in zip(blocks, parts, strict=True):
             self._check(sequence, block, part)
         for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
-            self.packed[:, sequence, :, block] = encode_packed(part[:, 0], part[:, 1], self.settings)[:, :, 0]
+            self.packed[:, sequence, :, block] = self.settings.encode(part[:, 0], part[:, 1])[:, :, 0]
         self.lengths[sequence] = after
         if (past := self.starts[sequence] - start) > 0:
             kept = slots[..., past : after - start, :].clone()

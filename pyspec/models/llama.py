@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import GearCache, PackedCache
+from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.models._checks import check_prompts, check_trees
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, dense
@@ -219,7 +219,7 @@ class LlamaRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Tensor], None] | None = None,
-        cache: GearCache | None = None,
+        cache: PackedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -300,16 +300,16 @@ class LlamaRunner(NativeRunner):
         cache.check_room(sequence, len(tree))
         return self._logits(self._forward([tree], [sequence], cache, layers))
 
-    def _check_packs(self, cache: GearCache) -> None:
+    def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
-        cache.check_head_dim(self.config.head_dim)
+        cache.check_model(self.config.layers, self.config.kv_heads, self.config.head_dim, self.fingerprint)
         for layer, window in enumerate(self.config.windows):
             if window is not None and window < self.context_length:
                 raise ValueError(
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _empty_cache(self, sequences: int, capacity: int, packed: GearCache | None) -> DenseCache | PackedCache:
+    def _empty_cache(self, sequences: int, capacity: int, packed: PackedSettings | None) -> DenseCache | PackedCache:
         """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
         if packed is not None:
             self._steps = None  # its keys grow with the text, its launches' shapes too

@@ -8,6 +8,7 @@ from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.mamba_layers import mamba_layers
 from pyspec.ops.merge_attention import merge_attention
+from pyspec.ops.residual_vq import residual_vq_attention, residual_vq_decode, residual_vq_encode
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
@@ -38,6 +39,9 @@ __all__ = [
     "mamba_layers",
     "merge_attention",
     "pack_weight",
+    "residual_vq_attention",
+    "residual_vq_decode",
+    "residual_vq_encode",
     "rms_norm",
     "rotary_write",
     "row_statistics",

@@ -38,6 +38,8 @@ __all__ = [
     "attend_packed",
     "attend_tree",
     "blocks_seen",
+    "check_floats",
+    "check_tree",
     "encode_packed",
     "find_unpackable",
     "gear_attention",
@@ -45,6 +47,7 @@ __all__ = [
     "gear_encode",
     "gear_encode_reference",
     "gear_packed_attention_reference",
+    "join_exact",
 ]
 
 FORMAT_VERSION = 1
@@ -404,7 +407,8 @@ def _check_packed(packed: Tensor, f: GearFormat, head_dim: int) -> None:
         )
 
 
-def _check_floats(name: str, tensor: Tensor) -> None:
+def check_floats(name: str, tensor: Tensor) -> None:
+    """Raises TypeError or ValueError unless a tensor is one that ops compute with."""
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.dim() != 4 or tensor.stride(3) != 1:
@@ -441,8 +445,8 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat) -> Tensor:
         ValueError: a shape, stride or device does not fit, or a value is NaN, infinite or too large for fp16; the
             message names the argument, and where the value is.
     """
-    _check_floats("k", k)
-    _check_floats("v", v)
+    check_floats("k", k)
+    check_floats("v", v)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(
             f"v must be like k, {k.dtype} {tuple(k.shape)} on {k.device}, got {v.dtype} {tuple(v.shape)} on {v.device}"
@@ -496,6 +500,13 @@ def attend_tree(
     q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float
 ) -> tuple[Tensor, Tensor]:
     """gear_attention for rows that were worked out before: out like q and lse [B, Hq, T]."""
+    return join_exact(attend_packed(q, packed, rows.seen, format, scale), q, k, v, rows, scale)
+
+
+def join_exact(
+    packed_part: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention to packed blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
     dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, scale=scale, return_lse=True)
     for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it packed, unlike the root
         past = more * BLOCK
@@ -506,8 +517,7 @@ def attend_tree(
         chosen = (rows.seen - rows.first == more)[:, None]
         dense = torch.where(chosen[..., None], there[0], dense)
         dense_lse = torch.where(chosen, there[1], dense_lse)
-    out, lse = attend_packed(q, packed, rows.seen, format, scale)
-    return merge_attention(out, lse, dense, dense_lse)
+    return merge_attention(*packed_part, dense, dense_lse)
 
 
 def gear_attention(
@@ -546,9 +556,18 @@ def gear_attention(
         ValueError: a shape, stride, device or option does not fit; the message names the argument.
         RuntimeError: on the CPU, when prefix_lens point outside packed or k.
     """
-    _check_floats("q", q)
-    batch, heads, nodes, head_dim = q.shape
+    check_floats("q", q)
+    head_dim = q.shape[3]
     _check_packed(packed, format, head_dim)
+    check_tree(q, packed, k, ancestor_bits, prefix_lens, window)
+    rows = TreeRows.of(ancestor_bits, prefix_lens, window)
+    out, lse = attend_tree(q, packed, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)
+    return (out, lse) if return_lse else out
+
+
+def check_tree(q: Tensor, packed: Tensor, k: Tensor, ancestor_bits: Tensor, prefix_lens: Tensor, window: int) -> None:
+    """Raises ValueError unless a tree's queries, its shape and its packed blocks fit together."""
+    batch, heads, nodes, _ = q.shape
     if packed.shape[0] != batch or not packed.shape[1] or heads % packed.shape[1]:
         raise ValueError(
             f"packed must have batch {batch} and a number of heads that divides the {heads} of q, "
@@ -568,6 +587,3 @@ def gear_attention(
         raise ValueError(f"window must be at least 1, got {window}")
     if nodes > window + 1:
         raise ValueError(f"q must have at most window + 1 = {window + 1} nodes, got {nodes}")
-    rows = TreeRows.of(ancestor_bits, prefix_lens, window)
-    out, lse = attend_tree(q, packed, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)
-    return (out, lse) if return_lse else out

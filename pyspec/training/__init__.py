@@ -1,1 +1,1 @@
-"""Training of the small models that pyspec shows itself on."""
+"""Training: small models that pyspec shows itself on, and codebooks of a model's cache."""

@@ -1,0 +1,140 @@
+"""What does attention over codes cost, against our own dense attention and torch's SDPA?
+
+    python bench/bench_residual_vq.py                a table, and bench/results/residual_vq_cpu.json
+    pytest bench/bench_residual_vq.py                a few sizes under pytest-benchmark
+
+"depth x codes" is how a group of 32 channels is kept. The floor is the larger of the records that must be read and the
+operations that must be done: an add of a table entry for each code and query row, twice (scores and masses), and the
+multiply-adds of tables and masses with the codebooks. Codebooks are random: times do not hang on what they hold.
+"""
+
+import argparse
+
+import measure
+import pytest
+import torch
+from bench_gear import HEAD_DIM, HEADS, KV_HEADS, LENGTHS, NODES, PIECE, Problem
+from torch.nn.functional import scaled_dot_product_attention
+
+from pyspec.ops import residual_vq_decode, residual_vq_encode
+from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, join_exact
+from pyspec.ops.residual_vq import WIDTH, attend_codes, format_of
+
+WINDOW = 64
+CHUNK = 32 * BLOCK  # tokens whose masses meet the codebooks together (kernels/params/residual_vq.h)
+SHAPES = {"8 x 256": (8, 256), "4 x 256": (4, 256), "8 x 2048": (8, 2048)}
+TARGETS = {("8 x 256", 1, 32768): 1.0}
+
+
+def codebooks(name: str) -> torch.Tensor:
+    depth, codes = SHAPES[name]
+    words = torch.randn(2, depth, codes, WIDTH, generator=torch.Generator().manual_seed(depth))
+    return (words * 0.8 * 0.8 ** torch.arange(depth)[:, None, None]).half()
+
+
+def attention(problem: Problem, books: torch.Tensor):
+    """As a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
+    packed = residual_vq_encode(*problem.piece, books).repeat(1, 1, -(-problem.length // PIECE), 1)
+    start = blocks_seen(problem.length, WINDOW) * BLOCK
+    k, v = (x[:, :, start:].contiguous() for x in (problem.k, problem.v))
+    rows, scale = TreeRows.of(problem.bits, problem.lens, WINDOW), HEAD_DIM**-0.5
+
+    def call() -> torch.Tensor:
+        return join_exact(attend_codes(problem.q, packed, rows.seen, books, scale), problem.q, k, v, rows, scale)[0]
+
+    return call
+
+
+def check(problem: Problem, books: torch.Tensor) -> None:
+    """Refuses to time a wrong result."""
+    k, v = problem.k.double(), problem.v.double()
+    start = blocks_seen(problem.length, WINDOW) * BLOCK
+    decoded = residual_vq_decode(residual_vq_encode(*problem.piece, books), books, HEAD_DIM)
+    for exact, x in zip((k, v), decoded, strict=True):
+        exact[:, :, :start] = x.double().repeat(1, 1, -(-problem.length // PIECE), 1)[:, :, :start]
+    expected = scaled_dot_product_attention(problem.q.double(), k, v, problem.mask, enable_gqa=True)
+    torch.testing.assert_close(attention(problem, books)().double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def floor_ms(nodes: int, length: int, books: torch.Tensor, bandwidth: float, rate: float) -> float:
+    format = format_of(books)
+    read = KV_HEADS * length // BLOCK * format.record_bytes(HEAD_DIM)
+    adds = 2 * HEADS * nodes * length * HEAD_DIM // WIDTH * format.depth
+    products = 2 * HEADS * nodes * HEAD_DIM * format.depth * format.codes * (1 + -(-length // CHUNK))
+    return 1e3 * max(read / bandwidth, (adds + products) / rate)
+
+
+@pytest.mark.parametrize("nodes", [1, 8])
+def bench_residual_vq(benchmark, nodes):
+    problem, books = Problem(nodes, 4096), codebooks("8 x 256")
+    check(problem, books)
+    benchmark(attention(problem, books))
+
+
+def run(names: list[str], lengths: list[int], repeats: int) -> dict:
+    bandwidth, rate = measure.read_bandwidth(), measure.multiply_rate(torch.float32)
+    books = {name: codebooks(name) for name in names}
+    for name in names:
+        check(Problem(8, 1024), books[name])
+    rows = []
+    for nodes in NODES:
+        for length in lengths:
+            problem = Problem(nodes, length)
+            calls = {"dense": problem.dense, "sdpa": problem.sdpa}
+            calls |= {name: attention(problem, books[name]) for name in names}
+            ms = {name: 1e3 * seconds for name, seconds in measure.in_turn(calls, repeats).items()}
+            floors = {name: floor_ms(nodes, length, books[name], bandwidth, rate) for name in names}
+            rows.append({"nodes": nodes, "length": length, "ms": ms, "floor_ms": floors})
+            show(rows[-1])
+    return {
+        "machine": measure.machine(),
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "read_gb_s": bandwidth / 1e9,
+        "fp32_gflop_s": rate / 1e9,
+        "rows": rows,
+        "encode": encode_times(books, rate, repeats),
+    }
+
+
+def show(row: dict) -> None:
+    ms, floors = row["ms"], row["floor_ms"]
+    print(f"T={row['nodes']:<2} n={row['length']:<6} dense {ms['dense']:.2f} ms  sdpa {ms['sdpa']:.2f} ms")
+    for name, floor in floors.items():
+        target = TARGETS.get((name, row["nodes"], row["length"]))
+        print(
+            f"    {name:<10} {ms[name]:8.2f} ms  {ms['dense'] / ms[name]:5.2f}x dense  {ms['sdpa'] / ms[name]:5.2f}x "
+            f"sdpa  floor {floor:.2f} ms ({floor / ms[name]:.0%})" + (f"  target {target}x" if target else ""),
+            flush=True,
+        )
+
+
+def encode_times(books: dict[str, torch.Tensor], rate: float, repeats: int) -> dict[str, dict[str, float]]:
+    """Microseconds to pack a token's keys and values, of one layer; their floor, and the bits of each number."""
+    k, v = torch.randn(2, 1, KV_HEADS, BLOCK, HEAD_DIM).bfloat16().unbind(0)
+    seconds = measure.in_turn({name: lambda b=b: residual_vq_encode(k, v, b) for name, b in books.items()}, repeats)
+    found = {}
+    for name, b in books.items():
+        format = format_of(b)
+        us = 1e6 * seconds[name] / BLOCK
+        floor = 1e6 * 2 * 2 * KV_HEADS * HEAD_DIM * format.depth * format.codes / rate
+        bits = 8 * format.record_bytes(HEAD_DIM) / (2 * HEAD_DIM * BLOCK)
+        found[name] = {"us_per_token_and_layer": us, "floor_us": floor, "bits": bits}
+        print(f"{name:<10} packs a token of a layer in {us:.1f} us, floor {floor:.1f} us; {bits:.3f} bits a number")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=measure.positive, default=15)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--lengths", nargs="+", type=measure.positive, default=list(LENGTHS))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"wrote {measure.save('residual_vq_cpu', run(options.shapes, options.lengths, options.repeats))}")
+
+
+if __name__ == "__main__":
+    main()

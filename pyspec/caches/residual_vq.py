@@ -1,0 +1,74 @@
+"""ResidualVqCache: keys and values as codes of a model's codebooks, by the commit rule of PackedCache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyspec.caches.codebooks import Codebooks, demo_codebooks
+from pyspec.caches.gear import PackedCache, PackedSettings
+from pyspec.ops.gear import TreeRows, join_exact
+from pyspec.ops.residual_vq import attend_codes, encode_codes
+
+__all__ = ["ResidualVqCache"]
+
+
+@dataclass(frozen=True)
+class ResidualVqCache(PackedSettings):
+    """How a runner keeps keys and values as codes.
+
+    Args:
+        codebooks: of the runner's model; those of the demo model, which come with the package, by default.
+        window: how many positions behind a block's end a row must be to see it packed, as for GearCache.
+    """
+
+    codebooks: Codebooks = field(default_factory=demo_codebooks)
+    window: int = 64
+
+    def __post_init__(self):
+        if not isinstance(self.codebooks, Codebooks):
+            raise TypeError(f"codebooks must be Codebooks, got {type(self.codebooks).__name__}: see Codebooks.load")
+        self.check_window()
+
+    rotate = False  # as of ResidualVqFormat
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises ValueError unless the codebooks are those of heads of this size."""
+        if head_dim != self.codebooks.head_dim:
+            raise ValueError(f"head_dim must be that of {self.codebooks}, {self.codebooks.head_dim}, got {head_dim}")
+
+    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str) -> None:
+        """Raises ValueError unless the codebooks are those of this model."""
+        self.codebooks.check_model(layers, kv_heads, head_dim, fingerprint)
+
+    def record_bytes(self, head_dim: int) -> int:
+        """Of a block of 128 tokens of one head, keys and values."""
+        return self.codebooks.format.record_bytes(head_dim)
+
+    def effective_bits(self, head_dim: int, length: int) -> float:
+        """As PackedSettings has it, and the codebooks, which all heads of a layer share."""
+        numbers = 2 * self.codebooks.kv_heads * head_dim * length
+        return super().effective_bits(head_dim, length) + self.codebooks.tables[0].nbytes * 8 / numbers
+
+    def start(
+        self,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PackedCache:
+        """An empty cache of these sizes, the codebooks beside it."""
+        settings = replace(self, codebooks=self.codebooks.to(device))
+        return PackedCache(settings, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
+
+    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+        return encode_codes(k, v, self.codebooks.tables)
+
+    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float) -> tuple[Tensor, Tensor]:
+        packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale)
+        return join_exact(packed_part, q, k, v, rows, scale)

@@ -1,0 +1,364 @@
+"""residual_vq: keys and values as sums of codewords, and attention that never rebuilds the keys (residual VQ).
+
+A vector x [D] of one head, a token's key or value, is kept as its scale and the codes of its groups of 32 channels:
+
+    scale = std over the channels (0 becomes 1), fp16
+    x / scale ~ C_0[j_0] + C_1[j_1] + ... + C_(depth-1)[j_(depth-1)]     group by group
+
+Each code is the nearest codeword to what the levels before it left, in fp32. Keys are grouped by strides (group g of
+G has channels g, g + G, ...: the two channels that rotary embedding mixes stay together), values by neighbours. All
+heads and groups of a layer share its codebooks, one set for keys and one for values. As in gear, 128 tokens of one
+KV head are a record; kernels/params/residual_vq.h has the layout.
+
+Scores need no keys: with the table T[g][l][j] = q_g . C_l[j], made once for a query, a token's score is
+scale * sum of T[g][l][code] over groups and levels. Nor values: with the mass m[g][l][j], the sum of weight * scale
+over the tokens whose code is j, the result is sum of m[g][l][j] C_l[j]. Keys are coded as they are cached, rotated to
+their positions, or the table would have to be made for every position.
+
+`residual_vq_attention` is the attention of a draft tree to packed blocks, then to the exact keys behind them, with
+the row rule, as gear_attention is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import Op
+from pyspec.ops.gear import (
+    BLOCK,
+    HALF,
+    TreeRows,
+    check_floats,
+    check_tree,
+    find_unpackable,
+    join_exact,
+)
+from pyspec.ops.tree_attention import HEAD_DIMS
+
+__all__ = [
+    "CODES",
+    "MOST_DEPTH",
+    "WIDTH",
+    "ResidualVqFormat",
+    "attend_codes",
+    "encode_codes",
+    "residual_vq_attention",
+    "residual_vq_decode",
+    "residual_vq_encode",
+    "residual_vq_encode_reference",
+    "residual_vq_reference",
+]
+
+FORMAT_VERSION = 1
+WIDTH = 32  # channels of a group
+CODES = (256, 2048)  # of 8 and 11 bits
+MOST_DEPTH = 16
+LARGEST = 65504.0  # fp16, which scales are kept in
+
+
+@dataclass(frozen=True)
+class ResidualVqFormat:
+    """How a block is packed: what its codebooks' shape says.
+
+    Args:
+        depth: codes of a group, 1 to 16.
+        codes: codewords of a level, 256 or 2048.
+
+    Raises:
+        ValueError: naming the field that does not fit.
+    """
+
+    depth: int = 8
+    codes: int = 256
+    rotate: ClassVar[bool] = False  # GEAR's option: keys are packed as they are
+
+    def __post_init__(self):
+        if not 1 <= self.depth <= MOST_DEPTH:
+            raise ValueError(f"depth must be in [1, {MOST_DEPTH}], got {self.depth}")
+        if self.codes not in CODES:
+            raise ValueError(f"codes must be one of {CODES}, got {self.codes}")
+
+    def check_head_dim(self, head_dim: int) -> None:
+        """Raises ValueError unless heads of this size can be packed so."""
+        if head_dim not in HEAD_DIMS or head_dim % WIDTH:
+            fitting = tuple(d for d in HEAD_DIMS if d % WIDTH == 0)
+            raise ValueError(f"head_dim must be one of {fitting}, got {head_dim}")
+
+    @property
+    def level_bytes(self) -> int:
+        """Of the codes that a block's tokens have in one group and level."""
+        return BLOCK * (self.codes.bit_length() - 1) // 8
+
+    def record_bytes(self, head_dim: int) -> int:
+        """Of a block of 128 tokens of one head, keys and values."""
+        side = 2 * BLOCK + head_dim // WIDTH * self.depth * self.level_bytes
+        return -(-2 * side // 64) * 64
+
+
+def format_of(codebooks: Tensor) -> ResidualVqFormat:
+    """The format that codebooks [..., 2, depth, codes, 32] make."""
+    return ResidualVqFormat(codebooks.shape[-3], codebooks.shape[-2])
+
+
+def group_channels(x: Tensor, values: bool) -> Tensor:
+    """[..., D] as [..., D / 32, 32]."""
+    return x.unflatten(-1, (-1, WIDTH)) if values else x.unflatten(-1, (WIDTH, -1)).transpose(-1, -2)
+
+
+def _channels(groups: Tensor, values: bool) -> Tensor:
+    """The reverse."""
+    return (groups if values else groups.transpose(-1, -2)).flatten(-2)
+
+
+# ==== packing ====
+
+
+def scales_of(x: Tensor) -> Tensor:
+    """[...] fp16 of vectors x [..., D] fp32."""
+    scale = x.std(-1).clamp_max(LARGEST).half()
+    return torch.where(scale == 0, 1.0, scale).half()
+
+
+def nearest(x: Tensor, codewords: Tensor) -> Tensor:
+    """[..., n] int64: which of codewords [..., codes, 32] is nearest to each of x [..., n, 32], the first of equals."""
+    half_norms = (codewords * codewords).sum(-1) / 2
+    return (half_norms[..., None, :] - x @ codewords.transpose(-1, -2)).argmin(-1)
+
+
+def _pack_codes(codes: Tensor, count: int) -> Tensor:
+    """codes [..., 128] int64 to uint8 [..., level_bytes]: the low bytes, then a plane for each of the high bits."""
+    parts = [(codes & 255).to(torch.uint8)]
+    weights = 1 << torch.arange(8, device=codes.device)
+    for bit in range(8, count.bit_length() - 1):
+        parts.append(((codes >> bit & 1).unflatten(-1, (-1, 8)) * weights).sum(-1).to(torch.uint8))
+    return torch.cat(parts, -1)
+
+
+def _unpack_codes(packed: Tensor, count: int) -> Tensor:
+    """The reverse."""
+    codes = packed[..., :BLOCK].long()
+    shifts = torch.arange(8, device=packed.device)
+    for plane, bit in enumerate(range(8, count.bit_length() - 1)):
+        eights = packed[..., BLOCK + plane * BLOCK // 8 :][..., : BLOCK // 8].long()
+        codes = codes | (eights[..., None] >> shifts & 1).flatten(-2) << bit
+    return codes
+
+
+def residual_vq_encode_reference(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
+    """Plain PyTorch, in fp32: records [B, Hkv, S / 128, record_bytes] uint8. The specification of the kernels."""
+    format, (batch, heads, _, head_dim) = format_of(codebooks), k.shape
+    parts = []
+    for side, x in enumerate((k, v)):
+        x = x.float()
+        scale = scales_of(x)
+        left = group_channels(x / scale.float()[..., None], side == 1).flatten(1, 3)  # [B, vectors, 32]
+        levels = []
+        for codewords in codebooks[:, side].float().unbind(1):
+            code = nearest(left, codewords)
+            left = left - codewords.gather(1, code[..., None].expand(-1, -1, WIDTH))
+            levels.append(code)
+        codes = torch.stack(levels, -1).view(batch, heads, -1, BLOCK, head_dim // WIDTH, format.depth)
+        parts.append(scale.unflatten(-1, (-1, BLOCK)).contiguous().view(torch.uint8))
+        parts.append(_pack_codes(codes.movedim(3, -1), format.codes).flatten(3))
+    record = torch.cat(parts, -1)
+    return torch.nn.functional.pad(record, (0, format.record_bytes(head_dim) - record.shape[-1]))
+
+
+def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as attention reads them.
+
+    Args:
+        packed: of residual_vq_encode.
+        codebooks: those they were made with, [2, depth, codes, 32] or [B, 2, depth, codes, 32].
+        head_dim: D.
+
+    Raises:
+        TypeError, ValueError: packed is not of this format.
+    """
+    codebooks = _batched(codebooks, packed.shape[0])
+    format = format_of(codebooks)
+    _check_packed(packed, format, head_dim)
+    groups, sides, start = head_dim // WIDTH, [], 0
+    for side in range(2):
+        scale = packed[..., start : start + 2 * BLOCK].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        start += 2 * BLOCK
+        size = groups * format.depth * format.level_bytes
+        levels = packed[..., start : start + size].unflatten(-1, (groups, format.depth, format.level_bytes))
+        start += size
+        codes = _unpack_codes(levels, format.codes).movedim(-1, 3)  # [B, Hkv, blocks, 128, G, depth]
+        x = torch.zeros(*codes.shape[:-1], WIDTH, device=packed.device)
+        batch = torch.arange(packed.shape[0], device=packed.device).view(-1, 1, 1, 1, 1)
+        for level in range(format.depth):
+            x += codebooks[:, side, level].float()[batch, codes[..., level]]
+        sides.append((_channels(x, side == 1) * scale.float()[..., None]).flatten(2, 3))
+    return sides[0], sides[1]
+
+
+# ==== attention to packed blocks ====
+
+
+def residual_vq_reference(
+    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch, in fp32, on rebuilt keys: out like q and lse [B, Hq, T]. The specification of the kernels."""
+    used = torch.arange(packed.shape[2], device=q.device) < seen.amax(1, keepdim=True)  # [B, blocks]
+    packed = packed.masked_fill(~used[:, None, :, None], 0)  # blocks that no row sees may hold anything
+    k, v = residual_vq_decode(packed, codebooks, q.shape[3])
+    slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
+    visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
+    grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
+    scores = (torch.einsum("bhgtd,bhsd->bhgts", grouped, k) * scale).masked_fill(~visible, -torch.inf)
+    weights = torch.where(visible, scores.softmax(-1), 0.0)
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights, v).flatten(1, 2)
+    return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
+
+
+def _fake_encode(k, v, codebooks) -> Tensor:
+    record = format_of(codebooks).record_bytes(k.shape[3])
+    return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
+
+
+def _fake_attention(q, packed, seen, codebooks, scale) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_ENCODE = Op(
+    "residual_vq_encode",
+    "(Tensor k, Tensor v, Tensor codebooks) -> Tensor",
+    residual_vq_encode_reference,
+    _fake_encode,
+)
+_ATTENTION = Op(
+    "residual_vq",
+    "(Tensor q, Tensor packed, Tensor seen, Tensor codebooks, float scale) -> (Tensor, Tensor)",
+    residual_vq_reference,
+    _fake_attention,
+    cuda=True,
+)
+
+
+def check_codebooks(codebooks: Tensor, name: str = "codebooks", dims: int = 4) -> None:
+    """Raises TypeError or ValueError unless codebooks are fp16 [..., 2, depth, codes, 32] of `dims` dimensions."""
+    if codebooks.dtype != torch.float16:
+        raise TypeError(f"{name} must be float16, got {codebooks.dtype}")
+    if codebooks.dim() != dims or codebooks.shape[-1] != WIDTH or codebooks.shape[-4] != 2:
+        front = {4: "", 5: "layers, "}[dims]
+        raise ValueError(f"{name} must be [{front}2, depth, codes, {WIDTH}], got shape {tuple(codebooks.shape)}")
+    format_of(codebooks)
+
+
+def _check_packed(packed: Tensor, format: ResidualVqFormat, head_dim: int) -> None:
+    format.check_head_dim(head_dim)
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed must be uint8, got {packed.dtype}")
+    if packed.dim() != 4 or packed.shape[3] != format.record_bytes(head_dim) or packed.stride(3) != 1:
+        raise ValueError(
+            f"packed must be [batch, kv_heads, blocks, {format.record_bytes(head_dim)}] with a contiguous last "
+            f"dimension for {format} and head_dim {head_dim}, got shape {tuple(packed.shape)} and strides "
+            f"{packed.stride()}"
+        )
+
+
+def _batched(codebooks: Tensor, batch: int) -> Tensor:
+    """[B, 2, depth, codes, 32], each item contiguous."""
+    check_codebooks(codebooks, dims=min(max(codebooks.dim(), 4), 5))
+    if codebooks.dim() == 5 and codebooks.shape[0] != batch:
+        raise ValueError(f"codebooks must be one for all, or one for each of {batch}, got {codebooks.shape[0]}")
+    codebooks = codebooks.contiguous()
+    return codebooks if codebooks.dim() == 5 else codebooks.expand(batch, -1, -1, -1, -1)
+
+
+def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
+    """Packs keys and values, block by block: a token's codes do not depend on what is packed beside it.
+
+    Args:
+        k, v: [B, Hkv, S, D] fp32, fp16 or bf16 and alike, S a multiple of 128, D in 64, 96, 128, 256.
+        codebooks: of keys and of values, [2, depth, codes, 32] fp16, or [B, 2, depth, codes, 32], one for each.
+
+    Returns:
+        [B, Hkv, S / 128, record_bytes(D)] uint8.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: a shape, stride or device does not fit, or a value is NaN, infinite or too large for fp16; the
+            message names the argument, and where the value is.
+    """
+    check_floats("k", k)
+    check_floats("v", v)
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(
+            f"v must be like k, {k.dtype} {tuple(k.shape)} on {k.device}, got {v.dtype} {tuple(v.shape)} on {v.device}"
+        )
+    if k.shape[2] % BLOCK:
+        raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
+    codebooks = _batched(codebooks, k.shape[0])
+    format = format_of(codebooks)
+    format.check_head_dim(k.shape[3])
+    if codebooks.device != k.device:
+        raise ValueError(f"codebooks must be on {k.device} like k, got {codebooks.device}")
+    if (bad := find_unpackable(k, v, format)) is not None:
+        name, (sequence, head, position, channel), value, limit = bad
+        raise ValueError(
+            f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
+            f"head {head}, position {position}, channel {channel}"
+        )
+    return encode_codes(k, v, codebooks)
+
+
+def encode_codes(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
+    """residual_vq_encode of what was checked; codebooks [B, 2, depth, codes, 32]."""
+    return _ENCODE(k, v, codebooks)
+
+
+def attend_codes(q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 blocks of packed: out like q and lse [B, Hq, T]."""
+    return _ATTENTION(q, packed, seen, codebooks, scale)
+
+
+def residual_vq_attention(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    prefix_lens: Tensor,
+    codebooks: Tensor,
+    *,
+    window: int = HALF,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of a draft tree's nodes to packed blocks, the keys behind them, and their own ancestors.
+
+    Args:
+        q: [B, Hq, T, D] fp32, fp16 or bf16, T at most window + 1.
+        packed: [B, Hkv, blocks, record] uint8 of residual_vq_encode, at least the blocks that are seen.
+        k, v, ancestor_bits, prefix_lens, window, scale, return_lse: as for gear_attention.
+        codebooks: of packed, [2, depth, codes, 32] fp16.
+
+    Returns:
+        out like q; with return_lse also lse [B, Hq, T] fp32.
+
+    Raises:
+        TypeError: a dtype is not supported.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument.
+        RuntimeError: on the CPU, when prefix_lens point outside packed or k.
+    """
+    check_floats("q", q)
+    check_codebooks(codebooks)
+    if codebooks.device != q.device:
+        raise ValueError(f"codebooks must be on {q.device} like q, got {codebooks.device}")
+    _check_packed(packed, format_of(codebooks), q.shape[3])
+    check_tree(q, packed, k, ancestor_bits, prefix_lens, window)
+    rows = TreeRows.of(ancestor_bits, prefix_lens, window)
+    scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    packed_part = attend_codes(q, packed, rows.seen, codebooks.contiguous(), scale)
+    out, lse = join_exact(packed_part, q, k, v, rows, scale)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,139 @@
+"""The CUDA kernel of residual_vq against the plain-PyTorch reference: on a GPU where there is one, else on the CPU
+through tests/cuda_on_host, behind its own binding either way."""
+
+import pytest
+import torch
+from cuda_on_host.loading import fenced_memory, op_on_host
+
+from pyspec.ops.residual_vq import _ATTENTION, residual_vq_encode_reference, residual_vq_reference
+
+HAS_GPU = torch.cuda.is_available()
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    if not HAS_GPU:
+        return op_on_host("residual_vq")[0]
+    assert _ATTENTION.backend_for("cuda")[0] == "cuda", _ATTENTION.backend_for("cuda")[1]
+
+    def call(q, packed, seen, books, scale):
+        found = _ATTENTION.overload(q.cuda(), packed.cuda(), seen.cuda(), books.cuda(), scale)
+        return tuple(part.cpu() for part in found)
+
+    return call
+
+
+@pytest.fixture
+def device():
+    """Sets the host's device for a test; a GPU is as it is."""
+    library = None if HAS_GPU else op_on_host("residual_vq")[1]
+    yield lambda **settings: library.set(**settings) if library else None
+    if library:
+        library.set()
+
+
+def case_of(seen, heads=4, kv_heads=2, head_dim=64, depth=3, codes=256, dtype=torch.float32, blocks=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.tensor(seen, dtype=torch.int32)
+    batch, nodes = seen.shape
+    blocks = int(seen.max()) if blocks is None else blocks
+    words = torch.randn(2, depth, codes, 32, generator=generator) * 0.8
+    books = (words * 0.8 ** torch.arange(depth)[:, None, None]).half()
+    k, v = torch.randn(2, batch, kv_heads, max(blocks, 1) * 128, head_dim, generator=generator).unbind(0)
+    packed = residual_vq_encode_reference(k, v, books.expand(batch, -1, -1, -1, -1))[:, :, :blocks]
+    q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
+    return q, packed, seen, books, head_dim**-0.5
+
+
+def check(kernel, case):
+    q = case[0]
+    (out, lse), (expected, expected_lse) = kernel(*case), residual_vq_reference(*case)
+    assert out.dtype == q.dtype and out.shape == q.shape
+    tolerance = TOLERANCE[q.dtype]
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_trees_over_several_chunks(kernel, device, seed):
+    device(seed=seed)  # of the order in which threads run
+    check(kernel, case_of([[1, 9, 2], [10, 10, 0]], seed=seed))
+
+
+@pytest.mark.parametrize("heads, kv_heads, nodes", [(1, 1, 1), (5, 1, 2), (6, 2, 3)])
+def test_groups(kernel, heads, kv_heads, nodes):
+    check(kernel, case_of([[2] * nodes], heads, kv_heads))
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+def test_head_dims(kernel, head_dim):
+    check(kernel, case_of([[1, 2]], 2, 1, head_dim, depth=2))
+
+
+@pytest.mark.parametrize("depth, codes", [(1, 256), (9, 256), (2, 2048)])
+def test_formats(kernel, depth, codes):
+    check(kernel, case_of([[2, 1]], 2, 1, depth=depth, codes=codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(kernel, dtype):
+    check(kernel, case_of([[2, 1]], dtype=dtype))
+
+
+def test_nothing_packed(kernel):
+    check(kernel, case_of([[0, 0]], blocks=0))
+    check(kernel, case_of([[0, 0]], blocks=2))
+
+
+def test_a_row_has_the_bits_that_it_has_alone(kernel, device):
+    case = case_of([[9, 3, 9, 10, 1]], heads=6)
+    out, lse = kernel(*case)
+    q, packed, seen, *rest = case
+    for node in range(5):
+        device(seed=node + 1)
+        alone, alone_lse = kernel(q[:, :, node : node + 1], packed, seen[:, node : node + 1], *rest)
+        assert torch.equal(alone[:, :, 0], out[:, :, node]) and torch.equal(alone_lse[..., 0], lse[..., node])
+
+
+def test_blocks_that_no_row_sees_may_hold_anything(kernel):
+    q, packed, seen, *rest = case_of([[2, 9]], blocks=11)
+    expected = kernel(q, packed, seen, *rest)
+    packed[:, :, 9:] = 255  # NaN scales
+    for found, part in zip(kernel(q, packed, seen, *rest), expected, strict=True):
+        assert torch.equal(found, part)
+
+
+def test_scores_of_any_size_and_nan(kernel):
+    q, packed, seen, books, scale = case_of([[2, 2]])
+    q *= 300
+    check(kernel, (q, packed, seen, books, scale))
+    q[0, 1, 1] = torch.nan
+    out, _ = kernel(q, packed, seen, books, scale)
+    assert out[0, 1, 1].isnan().all() and out[0, 0].isfinite().all() and out[0, 1, 0].isfinite().all()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="fences are the CPU's memory")
+def test_nothing_outside_is_touched(kernel):
+    q, packed, seen, books, scale = case_of([[2, 9]])
+    expected = kernel(q, packed, seen, books, scale)
+    fenced = []
+    for tensor in (q, packed, seen, books):
+        memory, before = fenced_memory(tensor.nbytes)
+        inside = memory.view(tensor.dtype).view(tensor.shape)
+        fenced.append((inside.copy_(tensor), before))
+    found = kernel(*(inside for inside, _ in fenced), scale)
+    assert torch.equal(found[0], expected[0]) and all((before == 0xA7).all() for _, before in fenced)
+
+
+def test_what_does_not_fit_is_refused(kernel):
+    q, packed, seen, books, scale = case_of([[1]])
+    for change in (
+        (q, packed[..., 4:], seen, books, scale),
+        (q, packed, seen.long(), books, scale),
+        (q, packed, seen, books.float(), scale),
+        (q, packed, seen, books[:, :, :100].contiguous(), scale),
+        (q, packed, seen, books, -1.0),
+    ):
+        with pytest.raises(RuntimeError):
+            kernel(*change)
