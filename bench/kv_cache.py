@@ -32,7 +32,7 @@ SETTINGS = {
     **CACHES,
     "int4, rotated": GearCache(4, 128, rotate=True),
     "3 bits": GearCache(3, 64),
-    "gear-3bit": GearCache(3, 64, rank=4, outliers=2),
+    "gear-3bit": GearCache(3, 64, rank=4, outliers=2, fitted=True),
 }
 FIRST = 2 * BLOCK  # from here on every position sees a packed block
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,7 +31,7 @@ void copy_strides(const Tensor& tensor, int64_t* strides) {
 }
 
 Tensor gear_encode(const Tensor& k, const Tensor& v, int64_t bits, int64_t group, int64_t rank,
-                   int64_t outliers, bool rotate) {
+                   int64_t outliers, bool rotate, bool fitted) {
   STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "k and v must have 4 dimensions");
   pyspec::GearEncodeParams p{};
   p.element = pyspec::element_of(k, "k");
@@ -42,6 +42,7 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, int64_t bits, int64_t group
                   " tokens, got ", k.size(2));
   p.batch = k.size(0), p.kv_heads = k.size(1), p.blocks = k.size(2) / pyspec::kBlock, p.head_dim = k.size(3);
   p.format = format_of(bits, group, rank, outliers, rotate, p.head_dim);
+  p.fitted = fitted;
   Tensor packed = torch::stable::new_empty(
       k, {p.batch, p.kv_heads, p.blocks, pyspec::gear_record_bytes(p.format, p.head_dim)},
       torch::headeronly::ScalarType::Byte);

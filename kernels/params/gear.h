@@ -60,6 +60,7 @@ struct GearEncodeParams {
   int64_t k_strides[3], v_strides[3];  // in elements
   int64_t batch, kv_heads, blocks, head_dim;
   GearFormat format;
+  int64_t fitted;  // 0 or 1: ranges and low rank for the least squared error
   Element element;
   ParallelFor parallel_for;
 };

@@ -75,9 +75,9 @@ CACHES = {
     "int8": GearCache(8, 128),
     "int4": GearCache(4, 128),
     "kivi-2bit": GearCache(2, 64),
-    "gear-l-2bit": GearCache(2, 64, rank=4),
-    "gear-2bit": GearCache(2, 64, rank=4, outliers=2),
-    "gear-4bit": GearCache(4, 128, rank=4, outliers=2),
+    "gear-l-2bit": GearCache(2, 64, rank=4, fitted=True),
+    "gear-2bit": GearCache(2, 64, rank=4, outliers=2, fitted=True),
+    "gear-4bit": GearCache(4, 128, rank=4, outliers=2, fitted=True),
 }
 
 

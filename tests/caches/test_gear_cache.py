@@ -179,7 +179,7 @@ def test_room_and_tree_size_are_checked():
 
 
 def test_names():
-    assert cache_from_name("dense") is None and cache_from_name("gear-2bit") == GearCache(2, 64, rank=4, outliers=2)
+    assert cache_from_name("dense") is None and cache_from_name("gear-2bit") == CACHES["gear-2bit"]
     assert cache_from_name(GearCache(8)) == GearCache(8)
     with pytest.raises(ValueError, match="cache must be one of dense, int8, .*, or a GearCache, got 'gear'"):
         cache_from_name("gear")
