@@ -60,6 +60,7 @@ setup(
         "pyspec.caches",
         "pyspec.drafting",
         "pyspec.growth",
+        "pyspec.integrations",
         "pyspec.kernels",
         "pyspec.masks",
         "pyspec.models",

@@ -1,0 +1,1 @@
+"""Parts of pyspec in other programs, one module each, which imports that program: nothing here is imported unasked."""
