@@ -40,6 +40,8 @@ class GearCache(Cache):
         settings = caches.cache_from_name(cache)
         if settings is None:
             raise ValueError(f"cache must be packed, got {cache!r}: transformers' DynamicCache is the dense one")
+        if settings.keep < 1:
+            raise ValueError(f"keep must be 1 with transformers, whose masks count all tokens, got {settings.keep}")
         super().__init__(layers=[])
         self.settings = settings
 

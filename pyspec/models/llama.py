@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import GearCache, PackedCache
+from pyspec.caches.saved import load_packed, save_packed
 from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models._weights import Matrix, dense, move_together, packed
 from pyspec.models.prompts import PromptPlan
@@ -383,6 +385,30 @@ class LlamaRunner:
         for sequence, path in enumerate(paths):
             if path is not None:
                 self._cache.commit(sequence, path)
+
+    def save_cache(self, path: str | Path) -> None:
+        """Writes what is committed over a packed cache to a file, for `load_cache`.
+
+        Raises:
+            RuntimeError: there is no packed cache.
+        """
+        if not isinstance(self._cache, PackedCache):
+            raise RuntimeError("there is no packed cache to save: prefill with cache first")
+        save_packed(self._cache, path, self.fingerprint)
+
+    def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
+        """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
+
+        Raises:
+            FileNotFoundError, ValueError: the file does not fit, see load_packed; the batch before is then untouched.
+        """
+        capacity = self.context_length if capacity is None else capacity
+        cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
+        if cache.keys_values.dtype != self.dtype:
+            raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
+        self._steps = self._verified = None
+        self._extend_rope(capacity)
+        self._cache = cache
 
     def _check_packs(self, cache: GearCache) -> None:
         """Raises ValueError unless this model's keys can be packed so."""

@@ -37,13 +37,13 @@ __all__ = [
 ]
 
 
-def blocks_seen(positions: Tensor | int, window: int) -> Tensor | int:
+def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tensor | int:
     """How many packed blocks a row at each position sees; the keys behind them it sees in full precision.
 
-    A block is seen packed by the rows that are at least `window` positions behind its end. So the nodes of a tree of
-    at most window + 1 nodes need only blocks that are committed whole.
+    A block, of span tokens, is seen packed by the rows that are at least `window` positions behind its end. So the
+    nodes of a tree of at most window + 1 nodes need only blocks that are committed whole.
     """
-    blocks = (positions - window) // BLOCK
+    blocks = (positions - window) // span
     return max(blocks, 0) if isinstance(blocks, int) else blocks.clamp_min(0)
 
 
@@ -104,24 +104,25 @@ class TreeRows:
     first: Tensor  # [B, 1] int32, those of the root
     dense_lens: Tensor  # [B] int32, committed keys behind the root's blocks
     most: int  # blocks that a node sees packed and its root does not
+    span: int = BLOCK  # tokens of a block
 
     @classmethod
-    def of(cls, ancestor_bits: Tensor, prefix_lens: Tensor, window: int) -> TreeRows:
+    def of(cls, ancestor_bits: Tensor, prefix_lens: Tensor, window: int, span: int = BLOCK) -> TreeRows:
         nodes = torch.arange(ancestor_bits.shape[1], device=ancestor_bits.device)
         depths = ((ancestor_bits[..., nodes // 32] >> nodes % 32) & 1).sum(-1) - 1
-        seen = blocks_seen(prefix_lens[:, None] + depths, window).masked_fill(depths < 0, 0).int()
-        first = blocks_seen(prefix_lens, window)
+        seen = blocks_seen(prefix_lens[:, None] + depths, window, span).masked_fill(depths < 0, 0).int()
+        first = blocks_seen(prefix_lens, window, span)
         most = int((seen - first[:, None]).max()) if seen.numel() else 0
-        return cls(ancestor_bits, seen, first[:, None], prefix_lens - first * BLOCK, max(most, 0))
+        return cls(ancestor_bits, seen, first[:, None], prefix_lens - first * span, max(most, 0), span)
 
 
 def attend_tree(
-    q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float
+    q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float, records: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """gear_attention for rows that were worked out before: out like q and lse [B, Hq, T]."""
+    """gear_attention for rows that were worked out before: out like q and lse [B, Hq, T]. records: of a block."""
     dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, scale=scale, return_lse=True)
     for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it packed, unlike the root
-        past = more * BLOCK
+        past = more * rows.span
         lens = (rows.dense_lens - past).clamp_min(0)
         there = tree_attention(
             q, k[:, :, past:], v[:, :, past:], rows.ancestor_bits, lens, scale=scale, return_lse=True
@@ -129,7 +130,7 @@ def attend_tree(
         chosen = (rows.seen - rows.first == more)[:, None]
         dense = torch.where(chosen[..., None], there[0], dense)
         dense_lse = torch.where(chosen, there[1], dense_lse)
-    out, lse = attend_packed(q, packed, rows.seen, format, scale)
+    out, lse = attend_packed(q, packed, rows.seen * records, format, scale)
     return merge_attention(out, lse, dense, dense_lse)
 
 

@@ -210,6 +210,8 @@ def test_what_does_not_fit_is_named():
         GearCache("dense")
     with pytest.raises(ValueError, match="cache must be one of"):
         GearCache("gear")
+    with pytest.raises(ValueError, match="keep must be 1 with transformers.* got 0.5"):
+        GearCache(pyspec.GearCache(keep=0.5))
     cache = GearCache(pyspec.GearCache(4, 64))
     with pytest.raises(ValueError, match="head_dim must be one of"):
         cache.update(torch.zeros(1, 1, 3, 48), torch.zeros(1, 1, 3, 48), 0)
