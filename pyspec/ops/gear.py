@@ -78,12 +78,19 @@ def _fake_attention(q, packed, seen, bits, group, rank, outliers, rotate, scale)
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _triton():
+    from pyspec.kernels.gear import gear_packed_attention as launch
+
+    return launch
+
+
 _OP = Op(
     "gear_packed_attention",
     "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, bool rotate, float scale) "
     "-> (Tensor, Tensor)",
     gear_packed_attention_reference,
     _fake_attention,
+    _triton,
 )
 
 
