@@ -39,6 +39,7 @@ SETTINGS = {
     **CACHES,
     "int4, rotated": GearCache(4, 128, rotate=True),
     "int4, half": GearCache(4, 128, keep=0.5),
+    "int4, 48 keys": GearCache(4, 128, key_channels=48),
     "3 bits": GearCache(3, 64),
     "2 bits, fitted": GearCache(2, 64, fitted=True),
     "gear-3bit": GearCache(3, 64, rank=4, outliers=2, fitted=True),
@@ -117,8 +118,8 @@ def against_dense(dense: torch.Tensor, other: torch.Tensor, text: list[int]) -> 
 
 
 def of_backbone(parts: list[torch.Tensor], settings: GearCache) -> dict[str, float]:
-    """Errors of keys and values, and over those of min-max in as many bits; none where tokens are left out."""
-    if not isinstance(settings, GearCache) or settings.keep < 1:
+    """Errors of keys and values, and over those of min-max in as many bits; none where tokens or channels are left out."""
+    if not isinstance(settings, GearCache) or settings.keep < 1 or settings.key_channels:
         return {}
     found, plain = errors(parts, settings), errors(parts, GearCache(settings.bits, settings.group))
     return {
@@ -211,8 +212,8 @@ def show(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=measure.positive, default=2)
-    parser.add_argument("--tokens", type=measure.positive, default=1536, help="of a text")
-    parser.add_argument("--passkey-tokens", type=measure.positive, default=1024, help="of a text that hides a number")
+    parser.add_argument("--tokens", type=measure.positive, default=1024, help="of a text")
+    parser.add_argument("--passkey-tokens", type=measure.positive, default=768, help="of a text that hides a number")
     parser.add_argument("--quick", action="store_true", help="one text of 640 tokens, and 512 around one number")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")

@@ -260,7 +260,8 @@ struct Side {
 
 template <class Storage>
 void encode(const GearEncodeParams& p) {
-  int64_t d = p.head_dim, record = pyspec::gear_record_bytes(p.format, d);
+  int64_t d = p.head_dim, key_dim = pyspec::gear_key_dim(p.format, d),
+          record = pyspec::gear_record_bytes(p.format, d);
   int64_t value_side = GearSide(p.format, d, false).bytes,
           end = value_side + GearSide(p.format, d, true).bytes;
   auto item = [&](int64_t index) {
@@ -270,13 +271,16 @@ void encode(const GearEncodeParams& p) {
     for (int side = 0; side < 2; ++side) {
       bool values = side == 1;
       const int64_t* strides = values ? p.v_strides : p.k_strides;
+      int64_t width = values ? d : key_dim;
       const Storage* from = static_cast<const Storage*>(values ? p.v : p.k) + b * strides[0] + h * strides[1];
       for (int64_t token = 0; token < kBlock; ++token) {
-        convert_row(from + (block * kBlock + token) * strides[2], s.x + token * d, d);
+        convert_row(from + (block * kBlock + token) * strides[2], s.x + token * width, width);
         if (p.format.rotate && !values) rotate(s.x + token * d, d);
       }
-      Side(s, p.format, d, values, out + (values ? value_side : 0)).encode(p.fitted);
+      Side(s, p.format, width, values, out + (values ? value_side : 0)).encode(p.fitted);
     }
+    int64_t count = p.format.key_channels;
+    std::memcpy(out + value_side - count, p.channels + index * count, count);
     std::memset(out + end, 0, record - end);
   };
   pyspec::parallel(p.parallel_for, p.batch * p.kv_heads * p.blocks, item);

@@ -159,6 +159,8 @@ def fold_kernel(
     GROUP_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     VALUE_SIDE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -177,15 +179,24 @@ def fold_kernel(
 
     q += batch.to(tl.int64) * stride_q_batch
     head = kv_head * GROUP_HEADS + rows % GROUP_HEADS
+    query_rows = head.to(tl.int64) * stride_q_head + node.to(tl.int64) * stride_q_node
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     packed += batch.to(tl.int64) * stride_packed_batch + kv_head.to(tl.int64) * stride_packed_head
     largest, total, weighted = empty_state(BLOCK_D)
     for tile in range(first * 2, end * 2):
         block, half = tile // 2, tile % 2
         record = packed + block * stride_packed_block.to(tl.int64)
-        keys = load_tile(record, half, HEAD_DIM, BLOCK_D, BITS, GROUP, RANK, OUTLIERS, False).to(query.dtype)
+        if KEY_DIM < HEAD_DIM:  # the record's own channels, which end its keys
+            dims = tl.arange(0, BLOCK_K)
+            channels = tl.load(record + (VALUE_SIDE - KEY_DIM) + dims, mask=dims < KEY_DIM, other=255).to(tl.int32)
+            mask = used[:, None] & (channels < HEAD_DIM)[None, :]
+            gathered = tl.load(q + query_rows[:, None] + channels[None, :], mask=mask, other=0.0)
+            gathered = gathered.to(tl.float32) if UPCAST else gathered
+        else:
+            gathered = query
+        keys = load_tile(record, half, KEY_DIM, BLOCK_K, BITS, GROUP, RANK, OUTLIERS, False).to(query.dtype)
         visible = (block < row_seen)[:, None]
-        largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, None)
+        largest, total, weights, keep = fold_keys(gathered, keys, visible, largest, total, scale, None)
         side = record + VALUE_SIDE
         values = load_tile(side, half, HEAD_DIM, BLOCK_D, BITS, GROUP, RANK, OUTLIERS, True).to(query.dtype)
         weighted = fold_values(weights, keep, values, weighted)
@@ -243,9 +254,10 @@ def merge_kernel(
 # ==== launch ====
 
 
-def side_bytes(head_dim: int, bits: int, group: int, rank: int, outliers: int) -> int:
+def side_bytes(key_dim: int, bits: int, group: int, rank: int, outliers: int, key_channels: int) -> int:
     """Of a record's keys: where its values begin."""
-    return 4 * (128 // group) * head_dim + 16 * head_dim * bits + rank * (132 + head_dim) + 3 * outliers * head_dim
+    codes = 4 * (128 // group) * key_dim + 16 * key_dim * bits
+    return codes + rank * (132 + key_dim) + 3 * outliers * key_dim + key_channels
 
 
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
@@ -254,13 +266,14 @@ def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
-def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, scale):
+def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale):
     """Launches both kernels; arguments and results of torch.ops.pyspec.gear_packed_attention.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group_heads = packed.shape[1], heads // packed.shape[1]
+    key_dim = key_channels or head_dim
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
@@ -285,7 +298,9 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
             strides = (*q.stride()[:3], *packed.stride()[:3])
             fold_kernel[row_sets, chunks, batch * kv_heads](
                 *(q, packed, seen, *chunk_state, nodes, chunks, scale, *strides),
-                VALUE_SIDE=side_bytes(head_dim, bits, group, rank, outliers),
+                KEY_DIM=key_dim,
+                BLOCK_K=max(16, triton.next_power_of_2(key_dim)),
+                VALUE_SIDE=side_bytes(key_dim, bits, group, rank, outliers, key_channels),
                 BITS=bits,
                 GROUP=group,
                 RANK=rank,

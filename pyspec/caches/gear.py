@@ -23,6 +23,7 @@ from pyspec.trees import DraftTree
 __all__ = ["CACHES", "GearCache", "PackedCache", "cache_from_name"]
 
 KEEPS = (1.0, 0.5, 0.25, 0.125)
+RECENT = 32  # queries that channels of keys are chosen by
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class GearCache(GearFormat):
         """
         self.check_head_dim(head_dim)
         packed = length // self.span * self.record_bytes(head_dim) * 8
+        packed += RECENT * head_dim * 32 if self.key_channels else 0  # queries
         exact = (length - blocks_seen(length, self.window, self.span) * self.span) * 2 * head_dim * 16
         return (packed + exact) / (2 * head_dim * length)
 
@@ -125,7 +127,9 @@ class PackedCache:
     record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them, which
     keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
     [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
-    DenseCache, scratch for a tree's keys. slots does not grow with the text.
+    DenseCache, scratch for a tree's keys. slots does not grow with the text. Where keys keep some of their channels,
+    `queries` [layers, B, Hkv, RECENT + nodes, D] fp32 are squares, summed over a group's heads, of the last committed
+    tokens' queries and then of a tree's; else it has no layers.
 
     Args:
         settings: how blocks are packed.
@@ -160,6 +164,10 @@ class PackedCache:
             torch.empty(count, sequences, kv_heads, records, record, dtype=torch.uint8, device=device)
             for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
         )
+        nodes = settings.largest_tree
+        self.queries = torch.zeros(
+            layers if settings.key_channels else 0, sequences, kv_heads, RECENT + nodes, head_dim, device=device
+        )
         self._scale = head_dim**-0.5
 
     @property
@@ -170,7 +178,7 @@ class PackedCache:
     @property
     def nbytes(self) -> int:
         """Of everything that was allocated."""
-        return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes
+        return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
 
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless a tree of count nodes fits behind a sequence's committed tokens."""
@@ -193,6 +201,10 @@ class PackedCache:
     def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
+        if len(self.queries):
+            grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
+            # sum() adds head by head: an order that the number of nodes cannot change
+            self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
         if layer < len(self.whole):
             packed, records = self.whole[layer, sequence, None], self.settings.records
         else:
@@ -214,23 +226,39 @@ class PackedCache:
         parts = [slots[..., block * self.span - start :, :][..., : self.span, :] for block in blocks]
         for block, part in zip(blocks, parts, strict=True):
             self._check(sequence, block, part)
+        recent = None
+        if len(self.queries):
+            queries = self.queries[:, sequence]
+            nodes = torch.tensor([*range(RECENT), *(RECENT + node for node in path)], device=queries.device)
+            recent = queries[:, :, nodes]  # of the positions from before - RECENT on
+            queries[:, :, :RECENT] = recent[:, :, len(path) :]
         for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
-            self._pack(sequence, block, part)
+            channels = None
+            if recent is not None:
+                end = (block + 1) * self.span - before
+                channels = _channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
+            self._pack(sequence, block, part, channels)
         self.lengths[sequence] = after
         if (past := self.starts[sequence] - start) > 0:
             kept = slots[..., past : after - start, :].clone()
             slots[..., : after - start - past, :] = kept
 
-    def _pack(self, sequence: int, block: int, part: Tensor) -> None:
-        """Makes the records of a block, keys and values [layers, 2, Hkv, span, D]."""
-        whole, rest = part.split([len(self.whole), len(self.packed)])
-        if len(whole):
+    def _pack(self, sequence: int, block: int, part: Tensor, channels: Tensor | None) -> None:
+        """Makes the records of a block, keys and values [layers, 2, Hkv, span, D] with channels [layers, Hkv, C]."""
+
+        def encode(layers: slice, kept: Tensor) -> Tensor:
+            records = kept.shape[3] // BLOCK
+            wanted = None if channels is None else channels[layers, :, None].expand(-1, -1, records, -1)
+            return encode_packed(kept[:, 0], kept[:, 1], self.settings, wanted)
+
+        first = len(self.whole)
+        if first:
             records = self.settings.records
-            to = self.whole[:, sequence, :, block * records : (block + 1) * records]
-            to.copy_(encode_packed(whole[:, 0], whole[:, 1], self.settings))
+            self.whole[:, sequence, :, block * records : (block + 1) * records] = encode(slice(first), part[:first])
+        rest = part[first:]
         if self.span > BLOCK:
             rest = _shortest_keys(rest)
-        self.packed[:, sequence, :, block] = encode_packed(rest[:, 0], rest[:, 1], self.settings)[:, :, 0]
+        self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
         bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
@@ -251,3 +279,14 @@ def _shortest_keys(part: Tensor) -> Tensor:
     lengths = part[:, 0].float().square().sum(-1)  # [layers, Hkv, span]
     kept = lengths.sort(dim=-1, stable=True).indices[..., :BLOCK].sort(dim=-1).values
     return part.gather(3, kept[:, None, :, :, None].expand(-1, 2, -1, -1, part.shape[-1]))
+
+
+def _channels(queries: Tensor, k: Tensor, count: int) -> Tensor:
+    """The channels [layers, Hkv, count] uint8, ascending, that matter most to squared queries [layers, Hkv, RECENT, D].
+
+    Leaving a channel of keys k [layers, Hkv, span, D] out takes the product of the lengths of the two columns from the
+    scores (ThinK, Xu et al., arXiv:2407.21018).
+    """
+    score = queries.contiguous().sum(2) * k.float().square().contiguous().sum(2)
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return kept.sort(dim=-1).values.to(torch.uint8)

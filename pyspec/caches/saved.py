@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pyspec.caches.gear import GearCache, PackedCache
+from pyspec.caches.gear import RECENT, GearCache, PackedCache
 from pyspec.ops.gear_format import FORMAT_VERSION
 
 __all__ = ["load_packed", "save_packed"]
@@ -32,6 +32,7 @@ def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
         records = blocks * cache.settings.records
         tensors[f"{sequence}.packed"] = cache.packed[:, sequence, :, :blocks].contiguous()
         tensors[f"{sequence}.whole"] = cache.whole[:, sequence, :, :records].contiguous()
+        tensors[f"{sequence}.queries"] = cache.queries[:, sequence, :, :RECENT].contiguous()
         tensors[f"{sequence}.exact"] = cache.keys_values[:, :, sequence, :, : length - start].contiguous()
     about = {
         "kind": KIND,
@@ -78,6 +79,7 @@ def load_packed(path: str | Path, fingerprint: str, *, capacity: int, device: to
         for name, to in (
             ("packed", cache.packed[:, sequence, :, :blocks]),
             ("whole", cache.whole[:, sequence, :, : blocks * settings.records]),
+            ("queries", cache.queries[:, sequence, :, :RECENT]),
             ("exact", cache.keys_values[:, :, sequence, :, : length - start]),
         ):
             saved = tensors[f"{sequence}.{name}"]

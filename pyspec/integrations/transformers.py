@@ -42,6 +42,8 @@ class GearCache(Cache):
             raise ValueError(f"cache must be packed, got {cache!r}: transformers' DynamicCache is the dense one")
         if settings.keep < 1:
             raise ValueError(f"keep must be 1 with transformers, whose masks count all tokens, got {settings.keep}")
+        if settings.key_channels:
+            raise ValueError(f"key_channels must be 0 with transformers: a cache sees no queries, got {settings}")
         super().__init__(layers=[])
         self.settings = settings
 

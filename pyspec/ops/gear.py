@@ -59,12 +59,13 @@ def gear_packed_attention_reference(
     rank: int,
     outliers: int,
     rotate: bool,
+    key_channels: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     used = torch.arange(packed.shape[2], device=q.device) < seen.amax(1, keepdim=True)  # [B, blocks]
     packed = packed.masked_fill(~used[:, None, :, None], 0)  # blocks that no row sees may hold anything
-    k, v = gear_decode(packed, GearFormat(bits, group, rank, outliers, rotate), q.shape[3])
+    k, v = gear_decode(packed, GearFormat(bits, group, rank, outliers, rotate, False, key_channels), q.shape[3])
     slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
     visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
     grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
@@ -74,7 +75,7 @@ def gear_packed_attention_reference(
     return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
 
 
-def _fake_attention(q, packed, seen, bits, group, rank, outliers, rotate, scale) -> tuple[Tensor, Tensor]:
+def _fake(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -86,10 +87,11 @@ def _triton():
 
 _OP = Op(
     "gear_packed_attention",
-    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, bool rotate, float scale) "
+    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, bool rotate, "
+    "int key_channels, float scale) "
     "-> (Tensor, Tensor)",
     gear_packed_attention_reference,
-    _fake_attention,
+    _fake,
     _triton,
 )
 

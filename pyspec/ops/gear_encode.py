@@ -172,28 +172,42 @@ def _encode_side(x: Tensor, f: GearFormat, values: bool) -> list[Tensor]:
 
 
 def gear_encode_reference(
-    k: Tensor, v: Tensor, bits: int, group: int, rank: int, outliers: int, rotate: bool, fitted: bool
+    k: Tensor,
+    v: Tensor,
+    channels: Tensor,
+    bits: int,
+    group: int,
+    rank: int,
+    outliers: int,
+    rotate: bool,
+    key_channels: int,
+    fitted: bool,
 ) -> Tensor:
-    """Plain PyTorch, in fp32: records [B, Hkv, S / 128, record_bytes] uint8. The specification of the kernels."""
-    f, head_dim = GearFormat(bits, group, rank, outliers, rotate, fitted), k.shape[-1]
+    """Plain PyTorch, in fp32: records [B, Hkv, S / 128, record_bytes] uint8. The specification of the kernels.
+
+    Of keys, k has the channels [B, Hkv, S / 128, key_channels] that are kept, or all, and channels is empty then.
+    """
+    f, head_dim = GearFormat(bits, group, rank, outliers, rotate, fitted, key_channels), v.shape[-1]
     parts = []
     for x, values in ((k, False), (v, True)):
         x = x.float().unflatten(2, (-1, BLOCK))
         encoded = _encode_side(rotated(x) if rotate and not values else x, f, values)
+        encoded.append(channels[..., : 0 if values else key_channels])
         for part, (_, dtype, _) in zip(encoded, f.parts(head_dim, values), strict=True):
             parts.append(part.to(dtype).contiguous().flatten(3).view(torch.uint8))
     record = torch.cat(parts, -1)
     return torch.nn.functional.pad(record, (0, f.record_bytes(head_dim) - record.shape[-1]))
 
 
-def _fake(k, v, bits, group, rank, outliers, rotate, fitted) -> Tensor:
-    record = GearFormat(bits, group, rank, outliers, rotate).record_bytes(k.shape[3])
+def _fake(k, v, channels, bits, group, rank, outliers, rotate, key_channels, fitted) -> Tensor:
+    record = GearFormat(bits, group, rank, outliers, rotate, fitted, key_channels).record_bytes(v.shape[3])
     return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
 
 
 _OP = Op(
     "gear_encode",
-    "(Tensor k, Tensor v, int bits, int group, int rank, int outliers, bool rotate, bool fitted) -> Tensor",
+    "(Tensor k, Tensor v, Tensor channels, int bits, int group, int rank, int outliers, bool rotate, "
+    "int key_channels, bool fitted) -> Tensor",
     gear_encode_reference,
     _fake,
 )
@@ -221,12 +235,13 @@ def find_unpackable(k: Tensor, v: Tensor, format: GearFormat) -> tuple[str, list
     return None
 
 
-def gear_encode(k: Tensor, v: Tensor, format: GearFormat) -> Tensor:
+def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
     """Packs keys and values, block by block: a block's record does not depend on what is packed beside it.
 
     Args:
         k, v: [B, Hkv, S, D] fp32, fp16 or bf16 and alike, S a multiple of 128, D in HEAD_DIMS.
         format: what to keep.
+        channels: [B, Hkv, S / 128, format.key_channels] uint8, ascending: those of the keys that each record keeps.
 
     Returns:
         [B, Hkv, S / 128, format.record_bytes(D)] uint8.
@@ -251,9 +266,20 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat) -> Tensor:
             f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
             f"head {head}, position {position}, channel {channel}"
         )
-    return encode_packed(k, v, format)
+    expected = (*k.shape[:2], k.shape[2] // BLOCK, format.key_channels)
+    if channels is None and format.key_channels or channels is not None and channels.shape != expected:
+        got = None if channels is None else tuple(channels.shape)
+        raise ValueError(f"channels must have shape {expected} for {format}, got {got}")
+    if channels is not None and (channels.dtype != torch.uint8 or bool((channels >= k.shape[3]).any())):
+        raise ValueError(f"channels must be uint8 below the head_dim {k.shape[3]}, got {channels.dtype} {channels}")
+    return encode_packed(k, v, format, channels)
 
 
-def encode_packed(k: Tensor, v: Tensor, format: GearFormat) -> Tensor:
+def encode_packed(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
     """gear_encode of what was checked."""
-    return _OP(k, v, *format.layout, format.fitted)
+    if not format.key_channels:
+        channels = k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, 0), dtype=torch.uint8)
+    else:
+        at = channels.long()[..., None, :].expand(-1, -1, -1, BLOCK, -1)
+        k = k.unflatten(2, (-1, BLOCK)).gather(-1, at).flatten(2, 3)
+    return _OP(k, v, channels, *format.layout, format.fitted)

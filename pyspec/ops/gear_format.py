@@ -9,6 +9,8 @@ BLOCK = 128 tokens of one KV head are packed together, into one record. Of a mat
 - D: the backbone. Within a group of a vector x ~ zero + scale * code, code in 0 .. 2^bits - 1; zero and scale in fp16.
 - L: rank `rank` of what D leaves of the others, factors in int8.
 
+Of keys a record may have fewer channels than there are (ThinK), which it then names.
+
 Without S and L that is KIVI (groups) or KCVT (whole vectors), and GEAR-L without S. The layout, bit by bit, is in
 kernels/params/gear.h. Where an error of rounding could be in two places it is in the backbone: outliers are exact to
 bf16 beside L.
@@ -56,6 +58,7 @@ class GearFormat:
         rotate: multiply keys, and queries, by a Hadamard matrix, which spreads outliers over the channels.
         fitted: choose ranges, and low rank with them, for the least squared error; else ranges are min-max. That is
             a matter of packing alone: records are read alike.
+        key_channels: how many channels of its keys a record keeps, a multiple of 16, 0 for all. The others count as 0.
 
     Raises:
         TypeError, ValueError: naming the field that does not fit.
@@ -67,9 +70,10 @@ class GearFormat:
     outliers: int = 0
     rotate: bool = False
     fitted: bool = False
+    key_channels: int = 0
 
     def __post_init__(self):
-        for name in ("bits", "group", "rank", "outliers"):
+        for name in ("bits", "group", "rank", "outliers", "key_channels"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
         for name, choices in (("bits", BITS), ("group", GROUPS)):
@@ -83,10 +87,15 @@ class GearFormat:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
 
+        if self.key_channels < 0 or self.key_channels % 16:
+            raise ValueError(f"key_channels must be 0 or a multiple of 16, got {self.key_channels}")
+        if self.key_channels and self.rotate:
+            raise ValueError("key_channels must be 0 with rotate, which makes all channels alike")
+
     @property
-    def layout(self) -> tuple[int, int, int, int, bool]:
+    def layout(self) -> tuple[int, int, int, int, bool, int]:
         """What a reader of records must know, as the ops take it."""
-        return self.bits, self.group, self.rank, self.outliers, self.rotate
+        return self.bits, self.group, self.rank, self.outliers, self.rotate, self.key_channels
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError unless heads of this size can be packed so."""
@@ -96,6 +105,8 @@ class GearFormat:
             raise ValueError(f"group must divide the head_dim {head_dim} or be at least as large, got {self.group}")
         if self.rotate and head_dim & (head_dim - 1):
             raise ValueError(f"rotate needs a head_dim that is a power of two, got {head_dim}")
+        if self.key_channels >= head_dim:
+            raise ValueError(f"key_channels must be below the head_dim {head_dim}, got {self.key_channels}")
 
     def record_bytes(self, head_dim: int) -> int:
         """Of a block of 128 tokens of one head, keys and values."""
@@ -108,18 +119,20 @@ class GearFormat:
 
     def parts(self, head_dim: int, values: bool) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of what one side of a record holds, in order."""
-        vectors, length = (BLOCK, head_dim) if values else (head_dim, BLOCK)
+        channels = head_dim if values or not self.key_channels else self.key_channels
+        vectors, length = (BLOCK, channels) if values else (channels, BLOCK)
         groups = length // (self.width(head_dim) if values else self.group)
-        half_words = HALF * head_dim * self.bits // 16
+        half_words = HALF * channels * self.bits // 16
         return [
             ("scale", torch.float16, (groups, vectors)),
             ("zero", torch.float16, (groups, vectors)),
             ("codes", torch.int16, (2, half_words)),
             ("factor", torch.float32, (self.rank,)),
             ("a", torch.int8, (self.rank, BLOCK)),
-            ("b", torch.int8, (self.rank, head_dim)),
+            ("b", torch.int8, (self.rank, channels)),
             ("outlier_values", torch.bfloat16, (self.outliers, vectors)),
             ("outlier_indices", torch.uint8, (self.outliers, vectors)),
+            ("channels", torch.uint8, (0 if values else self.key_channels,)),
         ]
 
 
@@ -186,7 +199,8 @@ def _unpack_codes(words: Tensor, bits: int, values: bool, head_dim: int) -> Tens
 def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values: bool) -> Tensor:
     """[..., 128, D] fp32."""
     group = f.width(head_dim) if values else f.group
-    codes = _unpack_codes(parts["codes"], f.bits, values, head_dim).float()
+    kept = f.key_channels and not values
+    codes = _unpack_codes(parts["codes"], f.bits, values, f.key_channels if kept else head_dim).float()
     vectors = codes if values else codes.transpose(-1, -2)
     indices = parts["outlier_indices"].long().transpose(-1, -2)
     centre = ((1 << f.bits) - 1) / 2
@@ -194,7 +208,12 @@ def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values:
     scale, zero = (parts[name].float().transpose(-1, -2)[..., None] for name in ("scale", "zero"))
     vectors = (zero + scale * vectors.unflatten(-1, (-1, group))).flatten(-2)
     x = vectors if values else vectors.transpose(-1, -2)
-    return x + low_rank_values(parts["factor"], parts["a"], parts["b"]) if f.rank else x
+    if f.rank:
+        x = x + low_rank_values(parts["factor"], parts["a"], parts["b"])
+    if not kept:
+        return x
+    channels = parts["channels"].long()[..., None, :].expand(x.shape)
+    return x.new_zeros(*x.shape[:-1], head_dim).scatter(-1, channels, x)
 
 
 def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -212,6 +212,8 @@ def test_what_does_not_fit_is_named():
         GearCache("gear")
     with pytest.raises(ValueError, match="keep must be 1 with transformers.* got 0.5"):
         GearCache(pyspec.GearCache(keep=0.5))
+    with pytest.raises(ValueError, match="key_channels must be 0 with transformers"):
+        GearCache(pyspec.GearCache(key_channels=32))
     cache = GearCache(pyspec.GearCache(4, 64))
     with pytest.raises(ValueError, match="head_dim must be one of"):
         cache.update(torch.zeros(1, 1, 3, 48), torch.zeros(1, 1, 3, 48), 0)

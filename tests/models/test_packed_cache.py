@@ -12,7 +12,7 @@ from pyspec.caches import CACHES, GearCache, PackedCache
 from pyspec.ops.gear import BLOCK
 
 PACKED = {**CACHES, "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30)}
-EVICTING = {"half": GearCache(4, 64, keep=0.5, whole_layers=1)}
+SPARSE = {"half": GearCache(4, 64, keep=0.5, whole_layers=1), "channels": GearCache(4, 64, key_channels=48)}
 LENGTHS = (190, 192, 319, 700)  # of prompts: trees behind them see one more block below some depth, and do not
 
 
@@ -44,10 +44,10 @@ def test_before_the_first_block_it_is_the_dense_cache(runner):
     assert torch.equal(runner.verify([tree])[0], expected)
 
 
-@pytest.mark.parametrize("name", (*PACKED, *EVICTING))
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
-    cache, prompt, tree = (PACKED | EVICTING)[name], random_tokens(length), random_tree(24)
+    cache, prompt, tree = (PACKED | SPARSE)[name], random_tokens(length), random_tree(24)
     runner.prefill([prompt], cache=cache)
     (logits,) = runner.verify([tree])
     for node in (3, 14, 23):
@@ -85,11 +85,11 @@ def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name
             assert torch.equal(part, expected)
 
 
-@pytest.mark.parametrize("name", (*PACKED, *EVICTING))
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
 @pytest.mark.parametrize("drafter", ["lookup", "merged"])
 def test_greedy_text_is_that_of_plain_decoding(runner, name, drafter):
     prompts = [random_tokens(20) * 9, random_tokens(11, 3) * 20]
-    settings = dict(max_new_tokens=90, cache=(PACKED | EVICTING)[name])
+    settings = dict(max_new_tokens=90, cache=(PACKED | SPARSE)[name])
     plain = generate(runner, prompts, drafter=None, **settings)
     result = generate(runner, prompts, drafter=drafter, budget=16, **settings)
     assert result.tokens == plain.tokens

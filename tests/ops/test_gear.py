@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gear_encode import BACKENDS, FORMATS, KIVI, backend_runner, formats_for, keys_values
+from test_gear_encode import BACKENDS, FORMATS, KIVI, PRUNED, backend_runner, channels_of, formats_for, keys_values
 from test_tree_attention import make_case, path_to
 
 import pyspec
@@ -26,7 +26,7 @@ def packed_case(lens, nodes, format, window=64, heads=4, kv_heads=2, head_dim=64
     blocks = max(case.k.shape[2] // BLOCK, 1)
     room = blocks * BLOCK - case.k.shape[2]
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, max(room, 0)))[:, :, : blocks * BLOCK] for x in (case.k, case.v))
-    packed = gear_encode(k, v, format)
+    packed = gear_encode(k, v, format, channels_of(k, format))
     starts = [blocks_seen(n, window) * BLOCK for n in lens]
     longest = case.k.shape[2] - min(starts)
     dense = [torch.zeros(len(lens), kv_heads, longest, head_dim, dtype=dtype) for _ in range(2)]
@@ -76,6 +76,12 @@ def check_attention(on_backend, format, lens, nodes, window=64, dtype=torch.floa
 @pytest.mark.parametrize("name", FORMATS)
 def test_attention_matches_float64(on_backend, name):
     check_attention(on_backend, FORMATS[name], [330, 0, 700], [5, 9, 3])
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_attention_to_some_channels(on_backend, name):
+    check_attention(on_backend, PRUNED[name], [330, 0, 700], [5, 9, 3])
+    check_attention(on_backend, PRUNED[name], [330], [9], dtype=torch.bfloat16, heads=9, kv_heads=1, head_dim=128)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -194,7 +200,7 @@ def test_row_rule(data):
     lens = [max(0, data.draw(edge) - data.draw(st.integers(0, 12))) for _ in range(batch)]
     nodes = data.draw(st.lists(st.integers(1, 40), min_size=batch, max_size=batch))
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    format = FORMATS[data.draw(st.sampled_from(list(FORMATS)))]
+    format = (FORMATS | PRUNED)[data.draw(st.sampled_from([*FORMATS, *PRUNED]))]
     head_dim = data.draw(st.sampled_from([64, 128]))
     seed = data.draw(st.integers(0, 99))
     os.environ["PYSPEC_ISA"] = data.draw(st.sampled_from(BACKENDS[1:]))
@@ -231,7 +237,8 @@ def test_thread_count_changes_no_bit(on_backend):
 def test_opcheck(name):
     f = FORMATS[name]
     k, v = keys_values()
-    torch.library.opcheck(torch.ops.pyspec.gear_encode.default, (k, v, *f.layout, f.fitted))
+    none = k.new_empty((1, 2, 2, 0), dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.pyspec.gear_encode.default, (k, v, none, *f.layout, f.fitted))
     q, seen = torch.randn(1, 4, 3, 64), torch.tensor([[1, 2, 0]], dtype=torch.int32)
     packed = gear_encode(k, v, f)
     torch.library.opcheck(torch.ops.pyspec.gear_packed_attention.default, (q, packed, seen, *f.layout, 0.125))
@@ -241,9 +248,10 @@ def test_compiles_as_one_graph():
     format = FORMATS["gear"]
     k, v = keys_values()
     q, seen = torch.randn(1, 4, 3, 64), torch.tensor([[1, 2, 0]], dtype=torch.int32)
+    none = k.new_empty((1, 2, 2, 0), dtype=torch.uint8)
 
     def step(q, k, v, seen):
-        packed = torch.ops.pyspec.gear_encode(k * 1, v, *format.layout, False)
+        packed = torch.ops.pyspec.gear_encode(k * 1, v, none, *format.layout, False)
         return torch.ops.pyspec.gear_packed_attention(q * 2, packed, seen, *format.layout, 0.125)[0].sum(-1)
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(q, k, v, seen), step(q, k, v, seen))

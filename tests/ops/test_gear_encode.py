@@ -27,6 +27,12 @@ FORMATS = {
     "kivi, fitted": GearFormat(2, 64, fitted=True),
     "gear, fitted": GearFormat(2, 64, rank=4, outliers=2, fitted=True),
 }
+PRUNED = {
+    "channels": GearFormat(4, 64, rank=2, outliers=2, key_channels=48),
+    "few channels": GearFormat(2, 32, outliers=4, fitted=True, key_channels=16),
+    "3 bits of channels": GearFormat(3, 64, key_channels=32),
+    "8 bits of channels": GearFormat(8, 128, rank=4, key_channels=48),
+}
 BACKENDS = ["reference", *available_instruction_sets()]
 
 
@@ -52,6 +58,14 @@ def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.flo
     k, v = torch.randn(2, batch, heads, tokens, head_dim, generator=generator).unbind(0)
     channels = torch.randn(heads, 1, head_dim, generator=generator)
     return (k * channels.exp() + 3 * channels).to(dtype), v.to(dtype)
+
+
+def channels_of(k, format):
+    """Channels that records keep, others in each: the strongest."""
+    if not format.key_channels:
+        return None
+    strength = k.float().unflatten(2, (-1, BLOCK)).square().sum(3)
+    return strength.argsort(-1, descending=True)[..., : format.key_channels].sort(-1).values.to(torch.uint8)
 
 
 def relative_error(found, expected):
@@ -85,7 +99,9 @@ def read_record(record: bytes, f: GearFormat, head_dim: int) -> tuple[np.ndarray
         return np.frombuffer(record[at - size : at], dtype).reshape(shape)
 
     found = []
+    whole_head = head_dim
     for values in (False, True):
+        head_dim = whole_head if values or not f.key_channels else f.key_channels
         width = min(f.group, head_dim)
         vectors = BLOCK if values else head_dim
         groups = head_dim // width if values else BLOCK // f.group
@@ -100,6 +116,7 @@ def read_record(record: bytes, f: GearFormat, head_dim: int) -> tuple[np.ndarray
         factor, a, b = take("<f4", f.rank), take("i1", f.rank, BLOCK), take("i1", f.rank, head_dim)
         outliers = (take("<u2", f.outliers, vectors).astype(np.uint32) << 16).view(np.float32)
         indices = take("u1", f.outliers, vectors)
+        channels = take("u1", 0 if values else f.key_channels)
         x = np.empty((len(TOKENS), head_dim))
         for row, token in enumerate(TOKENS):
             for channel in range(head_dim):
@@ -122,6 +139,9 @@ def read_record(record: bytes, f: GearFormat, head_dim: int) -> tuple[np.ndarray
                 x[row, channel] += sum(
                     float(factor[r]) * float(a[r, token]) * float(b[r, channel]) for r in range(f.rank)
                 )
+        if len(channels):
+            kept, x = x, np.zeros((len(TOKENS), whole_head))
+            x[:, channels] = kept
         found.append(x)
     assert 0 <= len(record) - at < 64 and len(record) % 64 == 0 and not any(record[at:])
     return found[0], found[1]
@@ -144,6 +164,27 @@ def test_records_are_as_described(head_dim):
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
         error = relative_error(torch.from_numpy(keys), k[0, 0, list(TOKENS)])
         assert error < {2: 0.5, 3: 0.2, 4: 0.1, 8: 0.01}[format.bits], name
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_records_of_some_channels(on_backend, name):
+    """Smaller, not emptier: the keys that are kept are packed as if there were no others."""
+    format, (k, v) = PRUNED[name], keys_values(BLOCK, heads=1)
+    channels = channels_of(k, format)
+    packed = on_backend(gear_encode, k, v, format, channels)
+    whole = GearFormat(format.bits, format.group, format.rank, format.outliers, fitted=format.fitted)
+    assert packed.shape[3] <= whole.record_bytes(64) - (64 - format.key_channels) * 16 * format.bits + 128
+    keys, values = read_record(packed.numpy().tobytes(), format, 64)
+    for found, expected in zip(gear_decode(packed, format, 64), (keys, values), strict=True):
+        np.testing.assert_allclose(found[0, 0, list(TOKENS)].numpy(), expected, rtol=1e-5, atol=1e-5)
+    kept = channels[0, 0, 0].long()
+    rest = [c for c in range(64) if c not in kept.tolist()]
+    assert not keys[:, rest].any() and len(rest) == 64 - format.key_channels
+    error = relative_error(torch.from_numpy(keys[:, kept]), k[0, 0, list(TOKENS)][:, kept])
+    assert error < {2: 0.4, 3: 0.25, 4: 0.1, 8: 0.01}[format.bits]
+    if not format.rank and not format.fitted:
+        with pyspec.backend("reference"):
+            assert torch.equal(packed, gear_encode(k, v, format, channels))
 
 
 @pytest.mark.parametrize(
@@ -350,6 +391,9 @@ def test_blocks_do_not_depend_on_each_other(on_backend, name):
         ({"outliers": 3}, ValueError, r"outliers must be an even number in \[0, 16\], got 3"),
         ({"outliers": 18}, ValueError, "outliers"),
         ({"rotate": 1}, TypeError, "rotate must be True or False, got 1"),
+        ({"key_channels": 24}, ValueError, "key_channels must be 0 or a multiple of 16, got 24"),
+        ({"key_channels": -16}, ValueError, "key_channels must be 0 or a multiple of 16"),
+        ({"key_channels": 32, "rotate": True}, ValueError, "key_channels must be 0 with rotate"),
         ({"fitted": None}, TypeError, "fitted must be True or False, got None"),
     ],
 )
@@ -364,6 +408,8 @@ def test_formats_that_do_not_fit_the_head():
         gear_encode(k, v, GearFormat(4, 64))
     with pytest.raises(ValueError, match="rotate needs a head_dim that is a power of two, got 96"):
         gear_encode(k, v, GearFormat(4, 32, rotate=True))
+    with pytest.raises(ValueError, match="key_channels must be below the head_dim 96, got 96"):
+        gear_encode(k, v, GearFormat(4, 32, key_channels=96))
     with pytest.raises(ValueError, match="head_dim must be one of"):
         gear_encode(k[..., :48].contiguous(), v[..., :48].contiguous(), KIVI)
 
@@ -380,6 +426,22 @@ def test_values_that_cannot_be_packed_are_named(value, name):
     gear_encode(tensors["k"], tensors["v"], KIVI)
     with pytest.raises(ValueError, match="k must hold values of at most 8188"):
         gear_encode(tensors["k"], tensors["v"], GearFormat(4, rotate=True))
+
+
+def test_channels_that_do_not_fit_are_named():
+    (k, v), format = keys_values(), PRUNED["channels"]
+    channels = channels_of(k, format)
+    gear_encode(k, v, format, channels)
+    for wrong, message in (
+        (None, r"channels must have shape \(1, 2, 2, 48\) for GearFormat.*, got None"),
+        (channels[..., :32], r"channels must have shape .*, got \(1, 2, 2, 32\)"),
+        (channels.int(), "channels must be uint8 below the head_dim 64, got torch.int32"),
+        (channels + 1, "channels must be uint8 below the head_dim 64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gear_encode(k, v, format, wrong)
+    with pytest.raises(ValueError, match=r"channels must have shape \(1, 2, 2, 0\)"):
+        gear_encode(k, v, KIVI, channels)
 
 
 def test_encode_names_what_does_not_fit():

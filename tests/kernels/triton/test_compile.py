@@ -341,19 +341,22 @@ def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_pat
 
 # ==== gear ====
 
-GEAR = {  # bits, group, rank, outliers
-    "gear": (2, 64, 4, 2),
-    "3 bits": (3, 32, 4, 2),
-    "int4": (4, 128, 0, 0),
-    "int8": (8, 128, 0, 0),
+GEAR = {  # bits, group, rank, outliers, channels of keys
+    "gear": (2, 64, 4, 2, 0),
+    "3 bits": (3, 32, 4, 2, 0),
+    "int4": (4, 128, 0, 0, 0),
+    "int8": (8, 128, 0, 0, 0),
+    "channels": (2, 64, 4, 2, 64),
 }
 
 
 def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True):
     """As the launcher compiles it. aligned: strides of 16s."""
-    bits, group, rank, outliers = GEAR[name]
+    bits, group, rank, outliers, key_channels = GEAR[name]
+    key_dim = key_channels or head_dim
     constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {"VALUE_SIDE": gear.side_bytes(head_dim, bits, group, rank, outliers), "UPCAST": False}
+    constants |= {"VALUE_SIDE": gear.side_bytes(key_dim, bits, group, rank, outliers, key_channels), "UPCAST": False}
+    constants |= {"KEY_DIM": key_dim, "BLOCK_K": triton.next_power_of_2(key_dim)}
     constants |= {"BITS": bits, "GROUP": group, "RANK": rank, "OUTLIERS": outliers}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "packed": "*u8", "seen": "*i32", "scale": "fp32"}
@@ -386,6 +389,7 @@ def test_gear_spills_nothing(head_dim, architecture, tmp_path):
         ("3 bits", torch.bfloat16, 96),
         ("int8", torch.bfloat16, 128),
         ("int8", torch.float32, 64),
+        ("channels", torch.bfloat16, 128),
     ],
     ids=str,
 )

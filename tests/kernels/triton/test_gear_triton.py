@@ -4,9 +4,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
+import pyspec  # noqa: E402
 from pyspec.kernels.gear import gear_packed_attention  # noqa: E402
 from pyspec.ops.gear import gear_packed_attention_reference  # noqa: E402
-from pyspec.ops.gear_encode import gear_encode_reference  # noqa: E402
+from pyspec.ops.gear_encode import encode_packed  # noqa: E402
 from pyspec.ops.gear_format import BLOCK, GearFormat  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -19,6 +20,7 @@ FORMATS = {
     "3 bits": (GearFormat(3, 32, outliers=4), 64),
     "kivi": (GearFormat(2, 64), 128),
     "gear": (GearFormat(2, 64, rank=4, outliers=2), 64),
+    "channels": (GearFormat(4, 64, rank=1, outliers=2, key_channels=48), 64),
     "rotated": (GearFormat(4, 64, rank=2, outliers=2, rotate=True), 64),
 }
 
@@ -29,7 +31,12 @@ def make_case(format, head_dim, seen, heads=2, kv_heads=1, blocks=6, dtype=torch
     batch, nodes = len(seen), len(seen[0])
     k, v = torch.randn(2, batch, kv_heads, blocks * BLOCK, head_dim, generator=generator).unbind(0)
     k = k * torch.randn(head_dim, generator=generator).exp() + torch.randn(head_dim, generator=generator)
-    packed = gear_encode_reference(k, v, *format.layout, False)
+    channels = None
+    if format.key_channels:
+        order = torch.rand(batch, kv_heads, blocks, head_dim, generator=generator).argsort(-1)
+        channels = order[..., : format.key_channels].sort(-1).values.to(torch.uint8)
+    with pyspec.backend("reference"):
+        packed = encode_packed(k, v, format, channels)
     q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
     return q, packed, torch.tensor(seen, dtype=torch.int32), *format.layout, head_dim**-0.5
 
