@@ -118,7 +118,7 @@ def against_dense(dense: torch.Tensor, other: torch.Tensor, text: list[int]) -> 
 
 
 def of_backbone(parts: list[torch.Tensor], settings: GearCache) -> dict[str, float]:
-    """Errors of keys and values, and over those of min-max in as many bits; none where tokens or channels are left out."""
+    """Errors of keys and values, and over those of min-max in as many bits; none where some are left out."""
     if not isinstance(settings, GearCache) or settings.keep < 1 or settings.key_channels:
         return {}
     found, plain = errors(parts, settings), errors(parts, GearCache(settings.bits, settings.group))
