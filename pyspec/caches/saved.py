@@ -23,9 +23,14 @@ def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
         cache: it is not changed.
         path: a file, overwritten.
         fingerprint: of the model whose keys these are.
+
+    Raises:
+        TypeError: its settings are not a GearCache.
     """
     from safetensors.torch import save_file
 
+    if type(cache.settings) is not GearCache:
+        raise TypeError(f"cache must be packed by a GearCache, got {cache.settings!r}")
     tensors = {}
     for sequence, (length, start) in enumerate(zip(cache.lengths, cache.starts, strict=True)):
         blocks = length // cache.span

@@ -30,16 +30,16 @@ class GearCache(Cache):
     positions behind its end; its record depends on its own keys and values alone.
 
     Args:
-        cache: a name of pyspec.caches.CACHES or a pyspec.GearCache.
+        cache: a pyspec.GearCache, or the name of one in pyspec.caches.CACHES. It keeps all tokens and channels.
 
     Raises:
-        TypeError, ValueError: it is no packed cache.
+        TypeError, ValueError: it is none.
     """
 
     def __init__(self, cache: str | caches.GearCache = "gear-4bit"):
         settings = caches.cache_from_name(cache)
-        if settings is None:
-            raise ValueError(f"cache must be packed, got {cache!r}: transformers' DynamicCache is the dense one")
+        if not isinstance(settings, caches.GearCache):
+            raise ValueError(f"cache must name or be a pyspec.GearCache, got {cache!r}")
         if settings.keep < 1:
             raise ValueError(f"keep must be 1 with transformers, whose masks count all tokens, got {settings.keep}")
         if settings.key_channels:

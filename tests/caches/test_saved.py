@@ -44,6 +44,13 @@ def test_what_is_saved_comes_back(name, tmp_path):
     assert path.stat().st_size < 2 * held + 8192  # what is committed, not what is allocated
 
 
+def test_other_caches_are_refused(tmp_path):
+    cache = cache_of(SETTINGS["gear"])
+    cache.settings = "rvq"
+    with pytest.raises(TypeError, match="cache must be packed by a GearCache, got 'rvq'"):
+        save_packed(cache, tmp_path / "cache", "model-1")
+
+
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "cache"
     save_packed(cache_of(SETTINGS["gear"]), path, "model-1")

@@ -206,7 +206,7 @@ def test_beams_and_copies(model):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="cache must be packed, got 'dense'"):
+    with pytest.raises(ValueError, match="cache must name or be a pyspec.GearCache, got 'dense'"):
         GearCache("dense")
     with pytest.raises(ValueError, match="cache must be one of"):
         GearCache("gear")
