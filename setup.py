@@ -61,6 +61,7 @@ setup(
         "pyspec.drafting",
         "pyspec.growth",
         "pyspec.integrations",
+        "pyspec.integrations.transformers",
         "pyspec.kernels",
         "pyspec.masks",
         "pyspec.models",

@@ -84,19 +84,26 @@ class Pyspec:
 
 
 class Transformers:
-    """transformers' generate on a dense model of the same weights, with its prompt lookup if lookup_tokens is set."""
+    """transformers' generate on a dense model of the same weights.
 
-    def __init__(self, dense_model, eos_tokens: Sequence[int], lookup_tokens: int | None = None):
+    settings: of its generate, such as prompt_lookup_num_tokens, or our custom_generate.
+    """
+
+    def __init__(self, dense_model, eos_tokens: Sequence[int], **settings):
         self._model = dense_model
-        self._settings = {"do_sample": False, "eos_token_id": sorted(eos_tokens), "pad_token_id": min(eos_tokens)}
-        if lookup_tokens is not None:
-            self._settings["prompt_lookup_num_tokens"] = lookup_tokens
+        ends = {"eos_token_id": sorted(eos_tokens), "pad_token_id": min(eos_tokens)}
+        self._settings = {"do_sample": False, **ends, **settings}
 
     def restart(self) -> None:
         pass
 
     def run(self, prompt: list[int], new_tokens: int) -> Run:
-        ends: list[tuple[float, int]] = []  # of each call of the model: when, and tokens so far
+        ends: list[tuple[float, int]] = []  # of each stop for new tokens: when, and tokens so far
+        calls = 0
+
+        def count(*_):
+            nonlocal calls
+            calls += 1
 
         def clock(input_ids, scores, **_):
             if input_ids.is_cuda:
@@ -105,6 +112,7 @@ class Transformers:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         input_ids = torch.tensor([prompt], device=self._model.device)
+        counting = self._model.register_forward_hook(count)
         start = time.perf_counter()
         output = self._model.generate(
             input_ids,
@@ -114,44 +122,61 @@ class Transformers:
             **self._settings,
         )
         end = time.perf_counter()
+        counting.remove()
         first_time, first_length = ends[0]
         return Run(
             tokens=output[0, len(prompt) :].tolist(),
             total_seconds=end - start,
             decode_seconds=end - first_time,
             decode_tokens=output.shape[1] - first_length,
-            rounds=len(ends) - 1,
+            rounds=calls - 1,
         )
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's generate, with its prompt lookup if lookup_tokens is set."""
+    """llama.cpp through llama-cpp-python's generate: alone, with its own prompt lookup, or with our drafter."""
 
-    def __init__(
-        self, file: Path, context: int, eos_tokens: Sequence[int], threads: int, lookup_tokens: int | None = None
-    ):
+    def __init__(self, file: Path, context: int, eos_tokens: Sequence[int], threads: int, drafts: str | None = None):
         import llama_cpp
 
         self._eos_tokens = eos_tokens
-        self._drafts = None if lookup_tokens is None else _counting_lookup(lookup_tokens)
         self._llama = llama_cpp.Llama(
             str(file),
             n_ctx=context,
             n_threads=threads,
             n_threads_batch=threads,
-            draft_model=self._drafts,
-            # it needs and sets this itself, but then makes too small a buffer for prompts longer than a batch
-            logits_all=self._drafts is not None,
+            logits_all=drafts is not None,  # drafts are verified by them
             verbose=False,
         )
+        self._calls = 0
+        if drafts is not None:
+            self._llama.draft_model = self._counting(self._draft_model(drafts))
+
+    def _draft_model(self, drafts: str):
+        """Our drafter of a name, or the engine's own prompt lookup for "own lookup"."""
+        if drafts == "own lookup":
+            from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+            return LlamaPromptLookupDecoding(num_pred_tokens=LOOKUP_TOKENS)
+        from pyspec.integrations.llama_cpp import speculate
+
+        return speculate(self._llama, drafts)
+
+    def _counting(self, draft_model):
+        """The draft model, its calls counted: one before each call of the model."""
+
+        def draft(input_ids, /, **settings):
+            self._calls += 1
+            return draft_model(input_ids, **settings)
+
+        return draft
 
     def restart(self) -> None:
         pass
 
     def run(self, prompt: list[int], new_tokens: int) -> Run:
         self._llama.reset()  # or the cached template of the prompt before would shorten the prefill
-        if self._drafts is not None:
-            self._drafts.calls = 0
+        self._calls = 0
         tokens: list[int] = []
         start = time.perf_counter()
         for token in self._llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
@@ -166,22 +191,8 @@ class LlamaCpp:
             total_seconds=end - start,
             decode_seconds=end - first,
             decode_tokens=len(tokens) - 1,
-            rounds=len(tokens) - 1 if self._drafts is None else self._drafts.calls,
+            rounds=self._calls or len(tokens) - 1,
         )
-
-
-def _counting_lookup(lookup_tokens: int):
-    """llama-cpp-python's prompt lookup, which counts its calls: one before each call of the model."""
-    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
-
-    class CountingLookup(LlamaPromptLookupDecoding):
-        calls = 0
-
-        def __call__(self, input_ids, /, **settings):
-            self.calls += 1
-            return super().__call__(input_ids, **settings)
-
-    return CountingLookup(num_pred_tokens=lookup_tokens)
 
 
 def engines(
@@ -205,31 +216,37 @@ def engines(
     found: dict[str, Engine] = {"pyspec plain": Pyspec(model, None, budget)}
     found |= {f"pyspec {name}": Pyspec(model, name, budget) for name in drafters}
     missing: dict[str, str] = {}
-    peers = {
-        "transformers": lambda: _transformers_engines(model),
-    }
+    peers = {"transformers": lambda: _transformers_engines(model)}
     if is_demo:
         peers["llama.cpp"] = lambda: _llama_cpp_engines(model, context, threads)
     for name, make in peers.items():
         try:
-            plain, lookup = make()
+            found |= make()
         except Exception as error:  # a peer that cannot run is a result too
-            missing |= dict.fromkeys((name, f"{name} lookup"), f"{type(error).__name__}: {error}")
-        else:
-            found |= {name: plain, f"{name} lookup": lookup}
+            missing[name] = f"{type(error).__name__}: {error}"
     return found, missing
 
 
-def _transformers_engines(model: LlamaRunner) -> tuple[Engine, Engine]:
+def _transformers_engines(model: LlamaRunner) -> dict[str, Engine]:
     if model.weight_dtype == torch.int8:
         raise ValueError("transformers has no int8 weights for the CPU")
-    dense_model = dense_transformers(model)
-    return Transformers(dense_model, model.eos_tokens), Transformers(dense_model, model.eos_tokens, LOOKUP_TOKENS)
+    from pyspec.integrations.transformers import generate as speculated
+
+    dense_model, ends = dense_transformers(model), model.eos_tokens
+    return {
+        "transformers": Transformers(dense_model, ends),
+        "transformers lookup": Transformers(dense_model, ends, prompt_lookup_num_tokens=LOOKUP_TOKENS),
+        "transformers pyspec": Transformers(dense_model, ends, custom_generate=speculated),
+    }
 
 
-def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> tuple[Engine, Engine]:
+def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> dict[str, Engine]:
     settings = (llama_cpp_file(model.weight_dtype), context, model.eos_tokens, threads)
-    return LlamaCpp(*settings), LlamaCpp(*settings, LOOKUP_TOKENS)
+    return {
+        "llama.cpp": LlamaCpp(*settings),
+        "llama.cpp lookup": LlamaCpp(*settings, "own lookup"),
+        "llama.cpp pyspec": LlamaCpp(*settings, "merged"),
+    }
 
 
 def dense_transformers(model: LlamaRunner):

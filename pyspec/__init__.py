@@ -1,7 +1,8 @@
 """pyspec: language models that generate faster without changing what they say."""
 
 from pyspec.caches import GearCache
-from pyspec.generate import Generation, Stats, generate
+from pyspec.generate import Generation, generate
+from pyspec.loop import Stats
 from pyspec.masks import BlockMask
 from pyspec.models import load
 from pyspec.ops import backend

@@ -100,3 +100,12 @@ class DraftTree:
     def children(self, node: int) -> list[int]:
         """The children of a node, in index order."""
         return [child for child, parent in enumerate(self.parents.tolist()) if parent == node]
+
+    def likeliest_path(self) -> DraftTree:
+        """The chain from the root that goes to the likeliest child of every node; to the first if none is stated."""
+        chances = [1.0] * len(self) if self.chances is None else self.chances.tolist()
+        path = [0]
+        while children := self.children(path[-1]):
+            path.append(max(children, key=lambda child: chances[child]))
+        parents = torch.arange(-1, len(path) - 1, dtype=torch.int32)
+        return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])

@@ -79,3 +79,12 @@ def test_parents_come_before_children(layout, parents, words):
 def test_sizes_must_fit(tokens, parents):
     with pytest.raises(ValueError, match="tokens and parents must be 1-D"):
         DraftTree(tokens, parents)
+
+
+def test_the_likeliest_path_takes_the_likeliest_children():
+    chances = torch.tensor([1.0, 0.4, 0.5, 0.3, 0.2, 0.1])
+    path = DraftTree([9, 1, 2, 3, 4, 5], [-1, 0, 0, 1, 2, 2], chances=chances).likeliest_path()
+    assert path.tokens.tolist() == [9, 2, 4] and path.parents.tolist() == [-1, 0, 1]
+    assert path.chances.tolist() == pytest.approx([1.0, 0.5, 0.2])
+    assert DraftTree([9, 1, 2], [-1, 0, 0]).likeliest_path().tokens.tolist() == [9, 1]
+    assert DraftTree.chain([4]).likeliest_path().tokens.tolist() == [4]

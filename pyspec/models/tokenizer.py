@@ -191,10 +191,14 @@ class Tokenizer:
         Raises:
             ValueError: the model has no chat template, or its template refuses the messages.
         """
+        # the template writes the token for the beginning itself
+        return self._encode(self.render(messages), special=True)
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The text that `chat` makes tokens of, names of special tokens included."""
         if self.chat_template is None:
             raise ValueError("this model has no chat template: encode the prompt as plain text")
-        # the template writes the token for the beginning itself
-        return self._encode(_render(self.chat_template, messages, self._named_tokens), special=True)
+        return _render(self.chat_template, messages, self._named_tokens)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens: their bytes joined, with U+FFFD for what is not UTF-8.

@@ -96,8 +96,12 @@ def test_transformers_gets_the_same_model():
     model = LlamaRunner(config, weights, eos_tokens=(3,))
     plain = Pyspec(model, None, 1).run(PROMPT[:9], 24)
     dense_model = peers.dense_transformers(model)
-    for lookup_tokens in (None, 4):
-        theirs = peers.Transformers(dense_model, model.eos_tokens, lookup_tokens).run(PROMPT[:9], 24)
+    from pyspec.integrations.transformers import generate
+
+    for settings in ({}, {"prompt_lookup_num_tokens": 4}, {"custom_generate": generate, "budget": 8}):
+        engine = peers.Transformers(dense_model, model.eos_tokens, **settings)
+        engine.run(PROMPT[:9], 4)  # what a first call makes is not counted in the next
+        theirs = engine.run(PROMPT[:9], 24)
         assert theirs.tokens == plain.tokens
         assert 0 < theirs.decode_seconds < theirs.total_seconds
         assert theirs.rounds <= theirs.decode_tokens < len(theirs.tokens)

@@ -125,7 +125,7 @@ class GearLayer(DynamicLayer):
         return self.packed.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
-        # transformers 4 passes the positions instead of their number
+        # early versions pass the positions instead of their number
         query_length = query_length if isinstance(query_length, int) else len(query_length)
         return self.get_seq_length() + query_length, 0
 

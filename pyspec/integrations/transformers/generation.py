@@ -1,0 +1,287 @@
+"""generate: what model.generate(custom_generate=...) calls in place of transformers' own loop."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyspec.acceptance import check_laws
+from pyspec.acceptance.exact import ExactAcceptance
+from pyspec.acceptance.sampling import Sampler
+from pyspec.costs import LARGEST, AutoBudget, costs_of
+from pyspec.drafting import Drafter, drafter_from_name
+from pyspec.generate import check_limits
+from pyspec.loop import Continuation, Stats, speculate
+from pyspec.models import Runner, from_transformers
+from pyspec.models.transformers import TransformersRunner
+
+__all__ = ["generate", "runner_of"]
+
+# What transformers makes of a call before it comes here; nothing in it needs to be honoured.
+_PREPARED = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
+# Options of a generation config that would be lost here, and the values that ask for nothing.
+_REFUSED = {
+    "num_beams": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "use_cache": (None, True),
+    "cache_implementation": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "penalty_alpha": (None, 0.0),
+    "dola_layers": (None,),
+    "compile_config": (None,),
+}
+# Processors that know which row of the batch they are given; those that are not of transformers may know it too.
+_BATCH_PROCESSORS = ("PrefixConstrained", "RepetitionPenalty", "EncoderRepetitionPenalty", "EncoderNoRepeatNGram")
+# Those that look at earlier calls.
+_STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidance", "ClassifierFreeGuidance", "SynthIDTextWatermark", "Whisper")
+
+
+def runner_of(model) -> Runner:
+    """The runner that reads a live model; made once, and kept with the model.
+
+    Models with a cache of keys run as they are, through their own forward. Others (Mamba, Mamba-2, sliding windows)
+    run in our kernels, on a copy of their weights as they are at the first call.
+
+    Raises:
+        ValueError: neither can read the model; the message names its family.
+    """
+    runner = vars(model).get("_pyspec_runner")
+    if runner is None:
+        try:
+            runner = TransformersRunner(model)
+        except ValueError:
+            runner = from_transformers(model)
+        model._pyspec_runner = runner
+    return runner
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    input_ids: Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config,
+    *,
+    drafter: str | Drafter | None = "merged",
+    budget: int | str = "auto",
+    stream=None,
+    synced_gpus: bool = False,
+    **model_kwargs,
+):
+    """transformers' generate, speculated: give it as custom_generate.
+
+        model.generate(**inputs, custom_generate=generate, drafter="merged", budget=16, max_new_tokens=128)
+
+    Greedy texts are those of the model's own generate but for near ties, because a tree is other arithmetic to it than
+    a token; sampled texts follow the same law. Logits processors and stopping criteria see tokens one by one, as usual,
+    and batches are padded on the left.
+
+    Args:
+        drafter, budget: as for pyspec.generate.
+        stream: a streamer of transformers, or a function of the new tokens; one sequence only. transformers does not
+            pass its own `streamer` on to a custom_generate, and does not say so.
+
+    Returns:
+        [B, L] token ids with the prompts, or a GenerateDecoderOnlyOutput where return_dict_in_generate asks for it; its
+        scores and logits where asked for. It holds no cache.
+
+    Raises:
+        ValueError: the call asks for what is not honoured here (beams, attentions, a cache of the caller's, processors
+            that keep state), naming it; or the model is not supported.
+    """
+    _check_call(generation_config, logits_processor, model_kwargs)
+    check_limits(budget, 1)
+    if stream is not None and len(input_ids) > 1:
+        raise ValueError(f"stream takes one sequence, got {len(input_ids)}")
+    prompts = _without_padding(input_ids, model_kwargs.get("attention_mask"))
+    runner = runner_of(model)
+    if max(map(len, prompts)) >= runner.context_length:
+        raise ValueError(f"input_ids must leave room in the context of {runner.context_length}, got {input_ids.shape}")
+    shared_drafter = drafter_from_name(drafter, runner)
+    check_laws(shared_drafter, ExactAcceptance(), budget)
+    auto = AutoBudget(costs_of(runner)) if budget == "auto" and shared_drafter is not None else None
+    keeps = _Kept.asked_for(generation_config)
+    rows = [
+        _Row(
+            model=runner,
+            context=prompt,
+            prompt_length=len(prompt),
+            limit=min(generation_config.max_length - input_ids.shape[1] + len(prompt), runner.context_length),
+            drafter=None if shared_drafter is None else shared_drafter.start(prompt),
+            sampler=_RowSampler(input_ids.cpu(), number, logits_processor, generation_config.do_sample, keeps()),
+            text=None,
+            stream=None,
+            criteria=stopping_criteria,
+            put=getattr(stream, "put", stream),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    if stream is not None and hasattr(stream, "put"):
+        stream.put(input_ids.cpu())  # streamers take the prompt first, and skip it if told so
+    largest = LARGEST if budget == "auto" else budget
+    speculate(runner, rows, ExactAcceptance(), largest=largest, auto=auto, packed=None, stats=Stats(seed=0))
+    if stream is not None and hasattr(stream, "end"):
+        stream.end()
+    for number, row in enumerate(rows):
+        if row.error is not None:
+            warnings.warn(f"sequence {number} ends early: {row.error}", stacklevel=2)
+    return _output(input_ids, rows, generation_config)
+
+
+# ==== the call ====
+
+
+def _check_call(config, processors, model_kwargs: dict) -> None:
+    for name, nothing in _REFUSED.items():
+        if getattr(config, name, None) not in nothing:
+            raise ValueError(f"{name} must be {nothing[-1]} with pyspec's generate, got {getattr(config, name)!r}")
+    for name, value in model_kwargs.items():
+        if name not in _PREPARED and value is not None:
+            raise ValueError(f"{name} is not taken by pyspec's generate, which reads token ids alone")
+    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
+    used = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+    if used or getattr(cache, "_is_user_defined", False):
+        raise ValueError(
+            "past_key_values must not be given: pyspec's generate reads the whole text into a cache of its own"
+        )
+    for processor in processors:
+        name = type(processor).__name__
+        if name.startswith(_STATEFUL_PROCESSORS):
+            raise ValueError(f"{name} keeps state from token to token, which a rejected draft would spoil")
+
+
+def _without_padding(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The prompts, what is masked on their left left out."""
+    if mask is None:
+        return input_ids.tolist()
+    mask = mask.cpu().bool()
+    if mask.shape != input_ids.shape or not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError("attention_mask must be [B, L] and mask nothing but padding on the left")
+    return [row[seen].tolist() for row, seen in zip(input_ids.cpu(), mask, strict=True)]
+
+
+# ==== one sequence ====
+
+
+@dataclass
+class _Kept:
+    """Rows of scores and logits for the output, None where they are not asked for."""
+
+    scores: list[Tensor] | None
+    logits: list[Tensor] | None
+
+    @staticmethod
+    def asked_for(config) -> Callable[[], _Kept]:
+        scores = config.return_dict_in_generate and config.output_scores
+        logits = config.return_dict_in_generate and config.output_logits
+        return lambda: _Kept([] if scores else None, [] if logits else None)
+
+
+class _RowSampler:
+    """Draws a sequence's tokens from logits as its processors leave them.
+
+    Noise comes from a seed that torch's generator gives (so torch.manual_seed decides), one for each sequence, or the
+    copies of one prompt would say the same.
+    """
+
+    def __init__(self, input_ids: Tensor, row: int, processors, do_sample: bool, kept: _Kept):
+        seed = int(torch.randint(2**62, ()))
+        self._noise = Sampler(1.0 if do_sample else 0.0, seed=seed)
+        self._processors = processors
+        self._batch, self._row = (len(input_ids), row) if _know_their_row(processors) else (1, 0)
+        self.ids = input_ids[row]  # with the padding: processors see it in transformers too
+        self.kept = kept
+
+    def draws(self, logits: Tensor) -> Callable[[int, int], int]:
+        """A function of (node, position); nodes are asked for along a path, root first."""
+        path: list[int] = []
+
+        def draw(node: int, position: int) -> int:
+            ids = torch.cat([self.ids, self.ids.new_tensor(path)]).to(logits.device)
+            # a batch of copies, of which only this sequence's row counts
+            scores = self._processors(ids.repeat(self._batch, 1), logits[node].repeat(self._batch, 1))[self._row]
+            token = self._noise.draw(scores.float(), position)
+            path.append(token)
+            if self.kept.scores is not None:
+                self.kept.scores.append(scores)
+            if self.kept.logits is not None:
+                self.kept.logits.append(logits[node].clone())
+            return token
+
+        return draw
+
+
+def _know_their_row(processors) -> bool:
+    names = [(type(processor).__module__, type(processor).__name__) for processor in processors]
+    return any(
+        name.startswith(_BATCH_PROCESSORS) or module != "transformers.generation.logits_process"
+        for module, name in names
+    )
+
+
+@dataclass
+class _Row(Continuation):
+    """A sequence that ends where the stopping criteria say so."""
+
+    criteria: Sequence = ()
+    put: Callable[[Tensor], None] | None = None
+
+    def emit(self, said) -> int:
+        before = len(self.context)
+        for token in said.tokens:
+            self.context.append(token)
+            self.sampler.ids = torch.cat([self.sampler.ids, self.sampler.ids.new_tensor([token])])
+            if self.put is not None:
+                self.put(torch.tensor([token]))
+            if self._ends():
+                self.finish("stopped")
+                break
+            if len(self.context) >= self.limit:
+                self.finish("length")
+                break
+        if self.going and said.error is not None:
+            self.error = said.error
+            self.finish("error")
+        return len(self.context) - before
+
+    def _ends(self) -> bool:
+        kept, new = self.sampler.kept.scores, len(self.new_tokens)
+        scores = None if kept is None else tuple(row[None] for row in kept[:new])
+        return bool(self.criteria(self.sampler.ids[None].to(self.model.device), scores)[0])
+
+
+# ==== the output ====
+
+
+def _output(input_ids: Tensor, rows: list[_Row], config):
+    longest = max(len(row.new_tokens) for row in rows)
+    pad = getattr(config, "_pad_token_tensor", None)
+    pad = 0 if pad is None else int(pad)
+    new = [row.new_tokens + [pad] * (longest - len(row.new_tokens)) for row in rows]
+    sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+    if not config.return_dict_in_generate:
+        return sequences
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences, scores=_steps(rows, "scores", longest), logits=_steps(rows, "logits", longest)
+    )
+
+
+def _steps(rows: list[_Row], name: str, longest: int) -> tuple[Tensor, ...] | None:
+    """A [B, V] tensor for each new token; zeros where a sequence has ended."""
+    kept = [getattr(row.sampler.kept, name) for row in rows]
+    if kept[0] is None:
+        return None
+    kept = [vectors[: len(row.new_tokens)] for vectors, row in zip(kept, rows, strict=True)]
+    nothing = torch.zeros_like(next(vectors[0] for vectors in kept if vectors))
+    return tuple(
+        torch.stack([vectors[step] if step < len(vectors) else nothing for vectors in kept]) for step in range(longest)
+    )

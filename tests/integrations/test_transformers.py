@@ -1,0 +1,337 @@
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from pyspec import BlockMask  # noqa: E402
+from pyspec.integrations import require  # noqa: E402
+from pyspec.integrations.transformers import attention, fix_mamba_steps, generate, register_attention  # noqa: E402
+
+VOCABULARY = 101
+OPTIONS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+PROMPT = [[5, 6, 7, 5, 6, 7, 5, 6]]
+PADDED = torch.tensor([[0, 0, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6]])
+PADDING = (torch.arange(6) >= torch.tensor([[3], [0]])).long()
+
+
+def tiny(family="Llama", **options):
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+    if family == "Mamba":
+        shape |= {"state_size": 16}
+    elif family == "Mamba2":
+        shape |= {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}
+    else:
+        shape |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        shape |= {"max_position_embeddings": 256}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**shape | options)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "A_log" not in name:
+            torch.nn.init.normal_(parameter, std=0.12)  # so that texts repeat themselves, and drafts are accepted
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny()
+
+
+def both(model, ids, **options):
+    """What transformers says, and what we say, for one call."""
+    options = OPTIONS | options
+    torch.manual_seed(1)
+    expected = model.generate(ids, **options)
+    torch.manual_seed(1)
+    return expected, model.generate(ids, custom_generate=generate, drafter="merged", budget=8, **options)
+
+
+# ==== generate ====
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Mamba", "Mamba2", "Qwen3"])
+def test_greedy_text_is_that_of_transformers(family):
+    model = tiny(family)
+    expected, found = both(model, torch.tensor(PROMPT))
+    assert torch.equal(found, expected)
+    if family != "Mamba2":  # transformers' own lets padding into its state
+        expected, found = both(model, PADDED, attention_mask=PADDING)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 12, "eos_token_id": [73, 30]},
+        {"eos_token_id": list(range(0, 101, 3))},
+        {"forced_eos_token_id": 9, "eos_token_id": 9},
+        {"suppress_tokens": list(range(0, 101, 2))},
+        {"sequence_bias": [[[73], -2.0], [[30, 30], -3.0]]},
+        {"bad_words_ids": [[word] for word in range(0, 101, 2)]},
+        {"exponential_decay_length_penalty": (4, 2.0), "eos_token_id": 60},
+        {"prefix_allowed_tokens_fn": lambda row, ids: [int(ids[-1] * 7 + n) % VOCABULARY for n in range(9)]},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_processors_are_honoured(llama, options):
+    expected, found = both(llama, torch.tensor(PROMPT), **options)
+    assert torch.equal(found, expected)
+    plain, _ = both(llama, torch.tensor(PROMPT))
+    assert not torch.equal(plain, expected), "the option must matter"
+
+
+def test_sampling_follows_the_processed_law(llama):
+    """Over many draws of one token the shares are those of the warped law, for every warper at once."""
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "max_new_tokens": 2}
+    copies = 600
+    ids = torch.tensor(PROMPT)
+    torch.manual_seed(3)
+    found = llama.generate(ids, custom_generate=generate, budget=4, num_return_sequences=copies, **OPTIONS | options)[
+        :, ids.shape[1]
+    ]
+    once = llama.generate(
+        ids, output_scores=True, return_dict_in_generate=True, **OPTIONS | options | {"max_new_tokens": 1}
+    )
+    law = once.scores[0][0].softmax(-1)
+    shares = torch.bincount(found, minlength=VOCABULARY) / copies
+    assert (law > 0.02).sum() > 2, "a law of one token would show nothing"
+    assert (shares[law == 0] == 0).all()
+    assert (shares - law).abs().max() < 4 * (0.25 / copies) ** 0.5
+
+
+def test_a_seed_repeats_and_drafts_do_not_matter(llama):
+    def sample(**options):
+        torch.manual_seed(5)
+        call = OPTIONS | {"do_sample": True, "custom_generate": generate} | options
+        return llama.generate(torch.tensor(PROMPT), **call)
+
+    first = sample(budget=8)
+    assert torch.equal(first, sample(budget=8))
+    assert torch.equal(first, sample(drafter=None))
+    torch.manual_seed(6)
+    assert not torch.equal(first, llama.generate(
+        torch.tensor(PROMPT), custom_generate=generate, **OPTIONS | {"do_sample": True}
+    ))  # fmt: skip
+
+
+def test_stopping_criteria_see_every_token(llama):
+    plain = llama.generate(torch.tensor(PROMPT), **OPTIONS)[0].tolist()
+    lengths = []
+
+    class After(transformers.StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            lengths.append(ids.shape[1])
+            return torch.tensor([ids[0].tolist() == plain[:15]])
+
+    _, found = both(llama, torch.tensor(PROMPT), stopping_criteria=transformers.StoppingCriteriaList([After()]))
+    assert found[0].tolist() == plain[:15]
+    half = len(lengths) // 2
+    assert lengths[half:] == list(range(9, 16)), "each token once, in order"
+
+
+def test_rows_end_alone_and_are_padded(llama):
+    ends = llama.generate(PADDED, attention_mask=PADDING, **OPTIONS)[0, 8].item()
+    expected, found = both(llama, PADDED, attention_mask=PADDING, eos_token_id=ends, pad_token_id=99)
+    assert torch.equal(found, expected)
+
+
+def test_scores_and_logits_of_each_token(llama):
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    expected, found = both(llama, PADDED, attention_mask=PADDING, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for name in ("scores", "logits"):
+        ours, theirs = torch.stack(found[name]), torch.stack(expected[name])
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_stream_gets_prompt_tokens_and_end(llama):
+    class Streamer:
+        seen, ended = [], False
+
+        def put(self, tokens):
+            self.seen += tokens.flatten().tolist()
+
+        def end(self):
+            self.ended = True
+
+    streamer, pieces = Streamer(), []
+    text = llama.generate(torch.tensor(PROMPT), custom_generate=generate, stream=streamer, **OPTIONS)
+    assert streamer.seen == text[0].tolist() and streamer.ended
+    llama.generate(torch.tensor(PROMPT), custom_generate=generate, stream=lambda t: pieces.append(int(t)), **OPTIONS)
+    assert pieces == text[0, len(PROMPT[0]) :].tolist()
+
+
+def test_logits_that_are_no_law_end_a_text_and_keep_it(llama):
+    class Poison(transformers.LogitsProcessor):
+        def __call__(self, ids, scores):
+            return scores * float("nan") if ids.shape[1] >= 12 else scores
+
+    plain = llama.generate(torch.tensor(PROMPT), **OPTIONS)
+    with pytest.warns(UserWarning, match="ends early.*NaN"):
+        found = llama.generate(
+            torch.tensor(PROMPT),
+            custom_generate=generate,
+            logits_processor=transformers.LogitsProcessorList([Poison()]),
+            **OPTIONS,
+        )
+    assert torch.equal(found, plain[:, :12])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 2}, "num_beams must be 1"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens must be None"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions must be False"),
+        ({"use_cache": False}, "use_cache must be True"),
+        ({"past_key_values": "cache"}, "past_key_values must not be given"),
+        ({"guidance_scale": 1.5}, "keeps state"),
+        ({"budget": 0}, "budget must be in"),
+        ({"drafter": "nobody"}, "drafter must be"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_not_honoured_is_refused(llama, options, message):
+    if "past_key_values" in options:
+        options = {"past_key_values": transformers.DynamicCache()}
+    with pytest.raises(ValueError, match=message):
+        llama.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS | options)
+
+
+def test_padding_on_the_right_is_refused(llama):
+    with pytest.raises(ValueError, match="padding on the left"):
+        llama.generate(PADDED.flip(1), attention_mask=PADDING.flip(1), custom_generate=generate, **OPTIONS)
+
+
+def test_processors_know_their_row_of_a_batch(llama):
+    allowed = {0: [3, 4, 5], 1: [50, 60, 70]}
+    options = {"attention_mask": PADDING, "prefix_allowed_tokens_fn": lambda row, ids: allowed[row]}
+    expected, found = both(llama, PADDED, **options)
+    assert torch.equal(found, expected)
+    assert all(set(found[row, 6:].tolist()) <= set(allowed[row]) for row in allowed)
+
+
+# ==== attention ====
+
+
+@pytest.fixture(scope="module")
+def with_ours():
+    register_attention()
+    ours = tiny()
+    ours.set_attn_implementation("pyspec")
+    return ours
+
+
+def close(found, expected):
+    torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=2e-4)
+
+
+def test_attention_of_plain_padded_and_packed_texts(llama, with_ours):
+    ids = torch.randint(1, VOCABULARY, (2, 150))
+    close(with_ours(ids), llama(ids))
+    padding = (torch.arange(150) >= torch.tensor([[70], [0]])).long()
+    ours, theirs = with_ours(ids, attention_mask=padding), llama(ids, attention_mask=padding)
+    seen = padding.bool()
+    torch.testing.assert_close(ours.logits[seen], theirs.logits[seen], atol=2e-4, rtol=2e-4)
+    packed = torch.cat([torch.arange(60), torch.arange(90)])[None]
+    close(
+        with_ours(ids[:1], position_ids=packed, use_cache=False), llama(ids[:1], position_ids=packed, use_cache=False)
+    )
+
+
+def test_attention_after_a_cache(llama, with_ours):
+    ids = torch.randint(1, VOCABULARY, (1, 150))
+    for cuts in ([100, 101, 104, 150], [3, 90, 150]):
+        caches, start = [None, None], 0
+        for end in cuts:
+            outs = []
+            for which, model in enumerate((with_ours, llama)):
+                outs.append(model(ids[:, start:end], past_key_values=caches[which], use_cache=True))
+                caches[which] = outs[-1].past_key_values
+            close(*outs)
+            start = end
+
+
+def test_attention_of_a_4d_mask_is_built_once_and_never_stale(llama, with_ours, monkeypatch):
+    ids = torch.randint(1, VOCABULARY, (1, 90))
+    built = []
+    from_dense = BlockMask.from_dense
+    monkeypatch.setattr(BlockMask, "from_dense", lambda dense: built.append(1) or from_dense(dense))
+    visible = torch.ones(90, 90, dtype=torch.bool).tril() & (torch.rand(90, 90) < 0.7)
+    visible |= torch.eye(90, dtype=torch.bool)
+    mask = torch.zeros(1, 1, 90, 90).masked_fill(~visible, torch.finfo(torch.float32).min)
+    close(with_ours(ids, attention_mask=mask), llama(ids, attention_mask=mask))
+    assert len(built) == 1, "two layers, one mask"
+    mask[..., 50:, 10] = torch.finfo(torch.float32).min
+    close(with_ours(ids, attention_mask=mask), llama(ids, attention_mask=mask))
+    with pytest.raises(ValueError, match="adds no bias"):
+        with_ours(ids, attention_mask=mask * 0 - 1.0)
+
+
+def test_attention_with_sliding_windows():
+    register_attention()
+    model = tiny("Mistral", sliding_window=16)
+    ids = torch.randint(1, VOCABULARY, (1, 100))
+    expected = model(ids)
+    model.set_attn_implementation("pyspec")
+    close(model(ids), expected)
+
+
+def test_generate_with_attention_ours(llama, with_ours):
+    expected = llama.generate(torch.tensor(PROMPT), **OPTIONS)
+    assert torch.equal(with_ours.generate(torch.tensor(PROMPT), **OPTIONS), expected)
+    assert torch.equal(with_ours.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS), expected)
+
+
+def test_attention_refuses_dropout():
+    module = torch.nn.Module()
+    q = torch.zeros(1, 4, 3, 64)
+    with pytest.raises(ValueError, match="dropout must be 0"):
+        attention._attention(module, q, q, q, None, dropout=0.1)
+
+
+# ==== Mamba-1 ====
+
+
+def test_mamba_reads_several_tokens_after_a_cache():
+    ids = torch.randint(1, VOCABULARY, (2, 40))
+    model, untouched = tiny("Mamba"), tiny("Mamba")
+    expected = model(ids).logits[:, 25:]
+
+    def in_two(model):
+        cache = model(ids[:, :25], use_cache=True).cache_params
+        return model(ids[:, 25:], cache_params=cache, use_cache=True).logits
+
+    assert (in_two(model) - expected).abs().max() > 1e-2, "transformers has been mended: this can go"
+    assert fix_mamba_steps(model) is model and fix_mamba_steps(model) is model
+    torch.testing.assert_close(in_two(model), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids).logits[:, 25:], expected)
+    assert (in_two(untouched) - expected).abs().max() > 1e-2, "only the instance is changed"
+    with pytest.raises(TypeError, match="Mamba-1 layers"):
+        fix_mamba_steps(tiny())
+
+
+# ==== versions ====
+
+
+def test_versions_outside_the_range_are_refused():
+    with pytest.raises(ImportError, match=r"transformers must be in \[90, 91\), got .*pip install"):
+        require("transformers", "90", "91")
+    with pytest.raises(ImportError, match="this needs no-such-engine"):
+        require("no-such-engine", "1", "2")
+
+
+def test_nothing_is_registered_by_importing():
+    import subprocess
+
+    code = (
+        "import pyspec.integrations.transformers, transformers;"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS;"
+        "print('pyspec' in ALL_ATTENTION_FUNCTIONS.valid_keys())"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
