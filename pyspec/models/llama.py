@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
+from pyspec.caches.saved import load_packed, save_packed
 from pyspec.models._checks import check_prompts, check_trees
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, dense
@@ -299,6 +301,30 @@ class LlamaRunner(NativeRunner):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
         cache.check_room(sequence, len(tree))
         return self._logits(self._forward([tree], [sequence], cache, layers))
+
+    def save_cache(self, path: str | Path) -> None:
+        """Writes what is committed over a packed cache to a file, for `load_cache`.
+
+        Raises:
+            RuntimeError: there is no packed cache.
+        """
+        if not isinstance(self._cache, PackedCache):
+            raise RuntimeError("there is no packed cache to save: prefill with cache first")
+        save_packed(self._cache, path, self.fingerprint)
+
+    def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
+        """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
+
+        Raises:
+            FileNotFoundError, ValueError: the file does not fit, see load_packed; the batch before is then untouched.
+        """
+        capacity = self.context_length if capacity is None else capacity
+        cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
+        if cache.keys_values.dtype != self.dtype:
+            raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
+        self._steps = self._verified = None
+        self._extend_rope(capacity)
+        self._cache = cache
 
     def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
