@@ -4,11 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
+SSM := models/demo-ssm
+SSM_PROMPT ?= def read_lines(
 
-.PHONY: demo test build lint format wheel test-wheel bench clean
+.PHONY: demo demo-ssm train-ssm test build lint format wheel test-wheel bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
+
+demo-ssm: $(VENV)/ready
+	@test -f $(SSM)/model.safetensors || { echo "$(SSM) has no weights: 'make train-ssm' trains them" >&2; exit 1; }
+	$(BIN)/pyspec generate --model $(SSM) "$(SSM_PROMPT)" --max-new-tokens 256
+
+# Some hours on a GPU, days without; Ctrl-C, and the same command goes on. SSM_TEXT="--text FOLDER" adds texts.
+train-ssm: $(VENV)/ready
+	$(PIP) --no-build-isolation -e '.[train]'
+	$(BIN)/python -m pyspec.training.mamba $(SSM) $(SSM_TEXT)
 
 # GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
 test: $(VENV)/ready

@@ -60,6 +60,8 @@ setup(
         "pyspec.caches",
         "pyspec.drafting",
         "pyspec.growth",
+        "pyspec.integrations",
+        "pyspec.integrations.transformers",
         "pyspec.kernels",
         "pyspec.masks",
         "pyspec.models",

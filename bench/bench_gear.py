@@ -26,7 +26,7 @@ from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 NODES, LENGTHS = (1, 8, 32), (1024, 4096, 16384, 32768, 65536)
 FORMATS = {
-    **CACHES,
+    **{name: cache for name, cache in CACHES.items() if isinstance(cache, GearCache)},
     "4 bits, groups of 64": GearCache(4, 64),
     "4 bits, low rank": GearCache(4, 128, rank=4),
     "2 bits, outliers": GearCache(2, 64, outliers=2),

@@ -1,12 +1,15 @@
 """What does a round of T draft tokens cost on a state space model, against a plain step and the floor?
 
     python bench/bench_selective_state.py            a table, bench/results/selective_state_<device>.json
+    python bench/bench_selective_state.py --models --trained models/demo-ssm         rounds and texts of a trained model
 
 A round is verify and commit through the whole model, with random weights in the shape of a known one: a time does not
-depend on the values. All T nodes are accepted, which is the most that a method can have to do. Four ways to have the
+depend on the values. All T nodes are accepted, which is the most that a method can have to do. The ways to have the
 right state afterwards are timed in turn:
 
     replay      ours: the inputs are recorded, the next verify replays the accepted ones
+    kept        ours for large batches: the same, but the state is stored only when more than HISTORY nodes were
+                accepted; a mean over the rounds from one store to the next
     snapshots   a state is written for every node; timed as our verify, without a replay, and T writes of a state's
                 size: at least what such a kernel costs, its commit being free
     joint       the paper's other method, Joint Attainment and Advancement: the accepted tokens run through the whole
@@ -16,18 +19,24 @@ right state afterwards are timed in turn:
     plain       one token, committed: what all are measured against
 
 The floor of a plain step is what it must move (weights once, each sequence's state read and written) over the measured
-read bandwidth. The peer is one step of transformers on the same shape and dtype.
+read bandwidth. Beside each ratio stands its floor: the bytes that the way must move over those of the plain step. The
+peer is one step of transformers on the same shape and dtype.
+
+With a trained model, 20 beginnings of modules of the standard library that it has not seen are continued too, greedily:
+tokens a second of plain decoding, of drafts out of the text so far, and of transformers' generate.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from itertools import product
 
 import measure
 import torch
 
+import pyspec
 from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.models.state_space import StateSpaceRunner, StateSpaceWeights
@@ -35,10 +44,12 @@ from pyspec.trees import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
-OTHER_WAYS = ("snapshots", "joint", "recompute")
+WAYS = ("replay", "kept", "snapshots", "joint", "recompute")
+HISTORY = 12
+PROMPTS, PROMPT_CHARACTERS = 20, 400
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
-FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL = 1.3, 4.0, 1.5
+FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL, TEXT_GOAL = 1.3, 4.0, 1.5, 1.5
 
 
 def mamba2(hidden: int, layers: int) -> Mamba2Config:
@@ -87,7 +98,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights)
+    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights, history=0)
 
 
 class Rounds:
@@ -99,11 +110,22 @@ class Rounds:
         model.prefill(prompts)
         self.joint_model = type(model)(model.config, model.weights, rollback="joint")
         self.joint_model.prefill(prompts)
+        self.keeping_model = type(model)(model.config, model.weights, history=HISTORY)
+        self.keeping_model.prefill(prompts)
         cache = model._cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
         return self._rounds(self.model, nodes)
+
+    def kept(self, nodes: int) -> Callable[[], None]:
+        round = self._rounds(self.keeping_model, nodes)
+
+        def call() -> None:
+            for _ in range(rounds_to_a_store(nodes)):
+                round()
+
+        return call
 
     def joint(self, nodes: int) -> Callable[[], None]:
         return self._rounds(self.joint_model, nodes)
@@ -151,7 +173,26 @@ class Rounds:
         return {
             "weights": weights + model.weights.head.nbytes,
             "state": 2 * (cache.states.nbytes + cache.windows.nbytes),
+            "node": 4 * self.batch * model.config.layers * (model.config.record_width + model.config.conv_channels),
         }
+
+
+def rounds_to_a_store(nodes: int) -> int:
+    """Of a model that keeps paths of HISTORY nodes, with so many accepted in each round."""
+    return HISTORY // nodes + 1
+
+
+def floor_bytes(way: str, nodes: int, moved: dict[str, int]) -> float:
+    """What a round must move, by Rounds.bytes: weights, passes over the states, nodes written to a record and read."""
+    weights, one_pass, node = moved["weights"], moved["state"] / 2, moved["node"]
+    rounds = rounds_to_a_store(nodes)
+    return {
+        "replay": weights + 2 * one_pass + 2 * nodes * node,
+        "kept": weights + (1 + 1 / rounds) * one_pass + (1 + (rounds + 1) / 2) * nodes * node,
+        "snapshots": weights + (1 + nodes) * one_pass,
+        "joint": weights + 5 * one_pass,
+        "recompute": 2 * weights + 6 * one_pass,
+    }[way]
 
 
 def peer(config: MambaConfig | Mamba2Config, dtype: torch.dtype, batch: int) -> Callable[[], None]:
@@ -170,7 +211,10 @@ def peer(config: MambaConfig | Mamba2Config, dtype: torch.dtype, batch: int) -> 
         described = transformers.Mamba2Config(**shape)
     else:
         described = transformers.MambaConfig(**shape)
-    model = transformers.AutoModelForCausalLM.from_config(described, dtype=dtype).eval()
+    return step_of(transformers.AutoModelForCausalLM.from_config(described, dtype=dtype).eval(), batch)
+
+
+def step_of(model, batch: int) -> Callable[[], None]:
     token = torch.zeros(batch, 1, dtype=torch.int64)
 
     @torch.inference_mode()
@@ -183,20 +227,30 @@ def peer(config: MambaConfig | Mamba2Config, dtype: torch.dtype, batch: int) -> 
 
 
 def run(shape: str, dtype: str, batch: int, repeats: int, device: str = "cpu", sizes=SIZES, shapes=SHAPES) -> dict:
-    """Medians of all rounds, in turn."""
+    """Medians of all rounds, in turn, with random weights."""
     config = shapes[shape]
-    rounds = Rounds(random_model(config, DTYPES[dtype], device), batch)
+    step = peer(config, DTYPES[dtype], batch) if device == "cpu" and dtype != "int8" else None
+    return time_rounds(shape, random_model(config, DTYPES[dtype], device), step, dtype, batch, repeats, sizes)
+
+
+def time_rounds(
+    name: str, model: StateSpaceRunner, step: Callable | None, dtype: str, batch: int, repeats: int, sizes=SIZES
+) -> dict:
+    """Medians of all rounds of a model and of a peer's step, in turn."""
+    rounds, device = Rounds(model, batch), model.device.type
     moved = rounds.bytes()
     bandwidth = measure.read_bandwidth(device)
-    calls = {("replay", nodes): rounds.replay(nodes) for nodes in sizes}
-    calls |= {(way, nodes): getattr(rounds, way)(nodes) for way in OTHER_WAYS for nodes in sizes}
-    if device == "cpu" and dtype != "int8":
-        calls["transformers", 1] = peer(config, DTYPES[dtype], batch)
+    calls = {(way, nodes): getattr(rounds, way)(nodes) for way in WAYS for nodes in sizes}
+    if step is not None:
+        calls["transformers", 1] = step
     seconds = measure.in_turn(calls, repeats)
+    for nodes in sizes:
+        seconds["kept", nodes] /= rounds_to_a_store(nodes)
     bandwidth = max(bandwidth, measure.read_bandwidth(device))  # it drifts: the better of before and after
-    plain, floor = seconds["replay", 1], sum(moved.values()) / bandwidth
+    plain_bytes = moved["weights"] + moved["state"]
+    plain, floor = seconds["replay", 1], plain_bytes / bandwidth
     return {
-        "model": shape,
+        "model": name,
         "weights": dtype,
         "batch": batch,
         "bytes": moved,
@@ -205,7 +259,49 @@ def run(shape: str, dtype: str, batch: int, repeats: int, device: str = "cpu", s
         "plain_over_floor": plain / floor,
         "seconds": {f"{way} {nodes}": time for (way, nodes), time in seconds.items()},
         "over_plain": {f"{way} {nodes}": time / plain for (way, nodes), time in seconds.items()},
+        "floor_over_plain": {
+            f"{way} {nodes}": floor_bytes(way, nodes, moved) / plain_bytes for way in WAYS for nodes in sizes
+        },
     }
+
+
+def continue_texts(folder: str, dtype: str, new_tokens: int) -> dict:
+    """Tokens a second over all prompts, each continued by every engine in turn."""
+    import transformers
+
+    from pyspec.training.mamba import HELD_OUT, standard_library
+
+    model = pyspec.load(folder, dtype=DTYPES[dtype], device="cpu")
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
+    unseen = standard_library()[HELD_OUT - 1 :: HELD_OUT]
+    texts = [text[:PROMPT_CHARACTERS] for text in unseen if len(text) > 2 * PROMPT_CHARACTERS][:PROMPTS]
+    prompts = [model.tokenizer.encode(text[: text.rfind("\n") + 1] or text) for text in texts]
+
+    def by_transformers(prompt: list[int]) -> list[int]:
+        tokens = torch.tensor([prompt])
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "attention_mask": torch.ones_like(tokens)}
+        return other.generate(tokens, **options)[0, len(prompt) :].tolist()
+
+    engines: dict[str, Callable[[list[int]], list[int]]] = {
+        drafter or "plain": lambda prompt, drafter=drafter: (
+            pyspec.generate(model, prompt, drafter=drafter, max_new_tokens=new_tokens).tokens
+        )
+        for drafter in (None, "lookup", "merged")
+    }
+    engines["transformers"] = by_transformers
+    for engine in engines.values():
+        engine(prompts[0])  # warms up
+    seconds, made, equal = ({name: 0 for name in engines} for _ in range(3))
+    for prompt in prompts:
+        outputs = {}
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            outputs[name] = engine(prompt)
+            seconds[name] += time.perf_counter() - start
+            made[name] += len(outputs[name])
+            equal[name] += outputs[name] == outputs["plain"]
+    rates = {name: made[name] / seconds[name] for name in engines}
+    return {"model": folder, "weights": dtype, "tokens_per_second": rates, "equal_to_plain": equal}
 
 
 def show(console, found: dict, sizes=SIZES) -> None:
@@ -213,17 +309,18 @@ def show(console, found: dict, sizes=SIZES) -> None:
     from rich.table import Table
 
     over, model, batch = found["over_plain"], found["model"], found["batch"]
-    title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step"
+    title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step (floor in bytes)"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in ("nodes", "replay", "goal", *OTHER_WAYS):
+    for column in ("nodes", "replay", "goal", *WAYS[1:]):
         table.add_column(column, justify="right")
+    floors = found["floor_over_plain"]
     for nodes in sizes:
         goal = GOALS.get((model, batch, nodes)) if found["weights"] == "bf16" else None
-        cells = [f"{over[f'{way} {nodes}']:.2f}x" for way in ("replay", *OTHER_WAYS)]
+        cells = [f"{over[f'{way} {nodes}']:.2f}x ({floors[f'{way} {nodes}']:.2f})" for way in WAYS]
         table.add_row(str(nodes), cells[0], "" if goal is None else f"at most {goal:.2f}x", *cells[1:])
     console.print(table)
     plain, floor = found["seconds"]["replay 1"] * 1e3, found["floor_seconds"] * 1e3
-    megabytes = sum(found["bytes"].values()) / 1e6
+    megabytes = (found["bytes"]["weights"] + found["bytes"]["state"]) / 1e6
     console.print(
         f"plain step {plain:.1f} ms, {found['plain_over_floor']:.2f}x the floor (goal: at most {FLOOR_GOAL}x) of "
         f"{floor:.1f} ms: {megabytes:.0f} MB at {found['bytes_per_second'] / 1e9:.1f} GB/s"
@@ -236,23 +333,42 @@ def show(console, found: dict, sizes=SIZES) -> None:
         console.print(f"snapshots of 6 nodes take {ratio:.2f}x the time of a replay{goal}")
 
 
+def show_texts(console, found: dict) -> None:
+    rates = found["tokens_per_second"]
+    console.print(f"{found['model']}, {found['weights']}: {PROMPTS} texts continued, tokens a second")
+    for name, rate in rates.items():
+        goal = f", goal {TEXT_GOAL}x" if name == "lookup" else ""
+        same = f"{found['equal_to_plain'][name]} texts are plain decoding's"
+        console.print(f"  {name:14}{rate:8.1f}  {rate / rates['plain']:.2f}x plain{goal}; {same}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=measure.positive, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=15)
+    parser.add_argument("--repeats", type=measure.positive, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
+    parser.add_argument("--models", nargs="*", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
+    parser.add_argument("--trained", nargs="*", default=[], metavar="FOLDER", help="models of pyspec.training.mamba")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--batches", nargs="+", type=measure.positive, default=list(BATCHES))
+    parser.add_argument("--new-tokens", type=measure.positive, default=128, help="of a text that is continued")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     from rich.console import Console
 
-    console, results = Console(highlight=False), []
-    for model, dtype, batch in product(options.models, options.dtypes, options.batches):
-        results.append(run(model, dtype, batch, options.repeats, options.device))
+    console, results, texts = Console(highlight=False), [], []
+    for name, dtype, batch in product(options.models, options.dtypes, options.batches):
+        results.append(run(name, dtype, batch, options.repeats, options.device))
         show(console, results[-1])
-    result = {"machine": measure.machine(), "device": options.device, "results": results}
+    for folder, dtype in product(options.trained, options.dtypes):
+        model = pyspec.load(folder, dtype=DTYPES[dtype], device=options.device)
+        model = type(model)(model.config, model.weights, history=0)
+        for batch in options.batches:
+            results.append(time_rounds(folder, model, None, dtype, batch, options.repeats))
+            show(console, results[-1])
+        texts.append(continue_texts(folder, dtype, options.new_tokens))
+        show_texts(console, texts[-1])
+    result = {"machine": measure.machine(), "device": options.device, "results": results, "texts": texts}
     print(f"wrote {measure.save(f'selective_state_{options.device}', result)}")
 
 

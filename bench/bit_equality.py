@@ -150,9 +150,10 @@ def torch_linear() -> Iterator[None]:
         return llama_layers_reference(*tensors, windows, heads, intermediate, epsilon)
 
     # by their full names, because pyspec.ops.llama_layers is the function
-    runner, layers = map(importlib.import_module, ("pyspec.models.llama", "pyspec.ops.llama_layers"))
+    names = ("pyspec.models.llama", "pyspec.models._runner", "pyspec.ops.llama_layers")
+    runner, base, layers = map(importlib.import_module, names)
     with (
-        mock.patch.object(runner, "linear", linear),
+        mock.patch.object(base, "linear", linear),
         mock.patch.object(layers, "linear", linear),
         mock.patch.object(runner, "llama_layers", llama_layers),
     ):

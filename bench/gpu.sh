@@ -27,6 +27,7 @@ step "$python" bench/bench_linear.py --device cuda
 step "$python" bench/bench_tree_attention.py --device cuda
 step "$python" bench/bench_block_masked_attention.py --device cuda
 step "$python" bench/bench_topk.py --device cuda
+step "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 130M" "Mamba-2 1.3B" "Mamba-2 2.7B" "Mamba 370M"
 if [ "$model" != demo ] || "$python" -c "from pyspec.models.loading import demo_file; demo_file()" 2> /dev/null; then
   step "$python" bench/generate.py --device cuda --model "$model" --limit 1
   step "$python" bench/equality.py --device cuda --model "$model" --prompts 13 --sampled-prompts 13

@@ -1,6 +1,7 @@
 """What do packed caches cost in quality, on the demo model and real text?
 
-    python bench/kv_cache.py                a table, bench/results/kv_cache.json
+    python bench/kv_cache.py                a table, bench/results/kv_cache.json; a quarter of an hour
+    python bench/kv_cache.py --quick        the same of one short text
 
 Texts are pages of Python's own documentation. Perplexity is teacher-forced through the decode path: a prompt is read as
 chains of accepted drafts, with the bits of decoding it token by token, so every position reads the cache as it would
@@ -8,17 +9,23 @@ when the model speaks. Against the dense cache in the same dtype, over the posit
 
     perplexity, its change, the mean KL divergence of the next token's law, how often the best token is the same;
     the relative Frobenius error of keys and values, and over that of the same backbone without low rank and outliers;
-    effective bits of a number at 8k tokens; the accepted length of the lookup drafter.
+    effective bits of a number at 8k tokens; the accepted length of the lookup drafter;
+    how many of the numbers that were hidden in a long text are found again.
+
+Peers are measured against their own dense cache: transformers' QuantizedCache where quanto or hqq is installed, and
+llama.cpp's q8_0 and q4_0 caches.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import random
 import statistics
 import sys
 from pydoc_data.topics import topics
 
+import cache_peers
 import measure
 import torch
 from rich.console import Console
@@ -31,10 +38,15 @@ from pyspec.ops.gear import BLOCK
 SETTINGS = {
     **CACHES,
     "int4, rotated": GearCache(4, 128, rotate=True),
+    "int4, half": GearCache(4, 128, keep=0.5),
+    "int4, 48 keys": GearCache(4, 128, key_channels=48),
     "3 bits": GearCache(3, 64),
-    "gear-3bit": GearCache(3, 64, rank=4, outliers=2),
+    "2 bits, fitted": GearCache(2, 64, fitted=True),
+    "gear-3bit": GearCache(3, 64, rank=4, outliers=2, fitted=True),
 }
 FIRST = 2 * BLOCK  # from here on every position sees a packed block
+DEPTHS = (0.1, 0.5, 0.9)  # of a hidden number in its text
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,6 +57,28 @@ def texts(model, count: int, tokens: int) -> list[list[int]]:
     if len(found) < count or min(map(len, found)) < tokens:
         raise SystemExit(f"there are not {count} pages of {tokens} tokens")
     return found
+
+
+def passkeys(model, tokens: int, depths=DEPTHS) -> list[tuple[list[int], str]]:
+    """Texts of about so many tokens that ask for a number which they hide at some depth, and that number."""
+    draw, encode = random.Random(0), model.tokenizer.encode
+    filler, found = encode(FILLER), []
+    for depth in depths:
+        key = str(draw.randrange(10_000, 100_000))
+        before, after = (int(share * tokens / len(filler)) for share in (depth, 1 - depth))
+        text = [
+            *encode("There is important information hidden inside a lot of irrelevant text. Find it. "),
+            *filler * before,
+            *encode(f"The pass key is {key}. Remember it. {key} is the pass key. "),
+            *filler * after,
+            *encode("What is the pass key? The pass key is"),
+        ]
+        found.append((text, key))
+    return found
+
+
+def is_found(model, text: list[int], key: str, cache: str | GearCache) -> bool:
+    return key in generate(model, text, drafter="lookup", max_new_tokens=8, cache=cache).text
 
 
 def laws(model, text: list[int], cache: GearCache | None) -> torch.Tensor:
@@ -72,77 +106,135 @@ def accepted_length(model, text: list[int], cache: str | GearCache) -> float:
     return result.stats.mean_accepted_length
 
 
-def run(model, pages: list[list[int]], names: list[str]) -> list[dict]:
+def against_dense(dense: torch.Tensor, other: torch.Tensor, text: list[int]) -> dict[str, float]:
+    """Figures of a law [n - 1, V] beside the dense one, from FIRST on."""
+    dense, other, targets = dense[FIRST:], other[FIRST:], torch.tensor(text[FIRST + 1 :])[:, None]
+    return {
+        "nll": float(-other.gather(1, targets).mean()),
+        "dense_nll": float(-dense.gather(1, targets).mean()),
+        "kl": float((dense.exp() * (dense - other)).sum(-1).mean()),
+        "same_top": float((other.argmax(-1) == dense.argmax(-1)).float().mean()),
+    }
+
+
+def of_backbone(parts: list[torch.Tensor], settings: GearCache) -> dict[str, float]:
+    """Errors of keys and values, and over those of min-max in as many bits; none where some are left out."""
+    if not isinstance(settings, GearCache) or settings.keep < 1 or settings.key_channels:
+        return {}
+    found, plain = errors(parts, settings), errors(parts, GearCache(settings.bits, settings.group))
+    return {
+        "key_error": found[0],
+        "value_error": found[1],
+        "key_ratio": found[0] / plain[0],
+        "value_ratio": found[1] / plain[1],
+    }
+
+
+def summary(name: str, figures: list[dict[str, float]]) -> dict:
+    """The row of a cache: means over texts."""
+    row = {"cache": name} | {
+        figure: statistics.mean(each[figure] for each in figures) for each in figures[:1] for figure in each
+    }
+    dense = math.exp(row.pop("dense_nll"))
+    row["perplexity"] = math.exp(row.pop("nll"))
+    row["change"] = row["perplexity"] / dense - 1
+    return row
+
+
+def run(model, pages: list[list[int]], names: list[str], hidden: list[tuple[list[int], str]] = ()) -> list[dict]:
     head_dim = model.config.head_dim
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in ("dense", *names)}
-
-    def note(name: str, **figures: float) -> None:
-        for figure, value in figures.items():
-            found[name].setdefault(figure, []).append(value)
-
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("dense", *names)}
     with measure.progress(Console(stderr=True)) as progress:
-        task = progress.add_task("texts", total=len(pages) * (len(names) + 1))
+        task = progress.add_task("texts", total=(len(pages) + len(hidden)) * (len(names) + 1))
         for text in pages:
-            dense = laws(model, text, None)[FIRST:]
-            targets = torch.tensor(text[FIRST + 1 :])[:, None]
-            note("dense", nll=float(-dense.gather(1, targets).mean()), accepted=accepted_length(model, text, "dense"))
+            dense = laws(model, text, None)
+            accepted = {"accepted": accepted_length(model, text, "dense")}
+            found["dense"].append(against_dense(dense, dense, text) | accepted)
             parts = keys_values(model, text)
             progress.advance(task)
             for name in names:
                 settings = SETTINGS[name]
-                packed = laws(model, text, settings)[FIRST:]
-                kl = (dense.exp() * (dense - packed)).sum(-1)
-                key_error, value_error = errors(parts, settings)
-                plain = errors(parts, GearCache(settings.bits, settings.group))
-                note(
-                    name,
-                    nll=float(-packed.gather(1, targets).mean()),
-                    kl=float(kl.mean()),
-                    same_top=float((packed.argmax(-1) == dense.argmax(-1)).float().mean()),
-                    key_error=key_error,
-                    value_error=value_error,
-                    key_ratio=key_error / plain[0],
-                    value_ratio=value_error / plain[1],
-                    accepted=accepted_length(model, text, settings),
-                )
+                figures = against_dense(dense, laws(model, text, settings), text) | of_backbone(parts, settings)
+                found[name].append(figures | {"accepted": accepted_length(model, text, settings)})
                 progress.advance(task)
-    rows = []
-    for name, figures in found.items():
-        row = {"cache": name} | {figure: statistics.mean(values) for figure, values in figures.items()}
-        row["perplexity"] = math.exp(row.pop("nll"))
-        row["effective_bits_at_8k"] = SETTINGS[name].effective_bits(head_dim, 8192) if name in SETTINGS else 16.0
-        rows.append(row)
+        rows = [summary(name, figures) for name, figures in found.items()]
+        for row in rows:
+            settings = SETTINGS.get(row["cache"], "dense")
+            row["effective_bits_at_8k"] = 16.0 if settings == "dense" else settings.effective_bits(head_dim, 8192)
+            if hidden:
+                row["passkeys"] = statistics.mean(is_found(model, *each, settings) for each in hidden)
+                progress.advance(task, len(hidden))
     return rows
 
 
+def run_peers(model, pages: list[list[int]], threads: int) -> tuple[list[dict], dict[str, str]]:
+    """Rows of the peers' caches, and the reasons for those that are missing."""
+    rows, missing = [], {}
+    for engine, make in cache_peers.engines(model, max(map(len, pages)), threads):
+        try:
+            dense_laws, quantised = make()
+            dense = [dense_laws(text) for text in pages]
+            for name, peer_laws in quantised.items():
+                parts = zip(dense, pages, strict=True)
+                figures = [against_dense(right, peer_laws(text), text) for right, text in parts]
+                rows.append(summary(f"{engine} {name}", figures))
+        except Exception as error:  # a peer that cannot run is a result too
+            missing[engine] = f"{type(error).__name__}: {error}"
+    return rows, missing
+
+
+COLUMNS = {  # title, width, format
+    "effective_bits_at_8k": ("bits", 6, ".2f"),
+    "perplexity": ("ppl", 9, ".3f"),
+    "change": ("change", 9, ".2%"),
+    "kl": ("KL", 9, ".5f"),
+    "same_top": ("same", 7, ".1%"),
+    "key_error": ("keys", 8, ".4f"),
+    "key_ratio": ("ratio", 6, ".2f"),
+    "value_error": ("values", 8, ".4f"),
+    "value_ratio": ("ratio", 6, ".2f"),
+    "accepted": ("accepted", 9, ".2f"),
+    "passkeys": ("passkeys", 9, ".0%"),
+}
+
+
 def show(rows: list[dict]) -> None:
-    dense = rows[0]["perplexity"]
-    print(f"{'':<16}{'bits':>6}{'ppl':>9}{'change':>9}{'KL':>9}{'same':>7}{'keys':>14}{'values':>14}{'accepted':>10}")
+    width = max(len(row["cache"]) for row in rows)
+    print(" " * width + "".join(f"{title:>{size}}" for title, size, _ in COLUMNS.values()))
     for row in rows:
-        line = f"{row['cache']:<16}{row['effective_bits_at_8k']:>6.2f}{row['perplexity']:>9.3f}"
-        if "kl" in row:
-            line += f"{row['perplexity'] / dense - 1:>9.2%}{row['kl']:>9.5f}{row['same_top']:>7.1%}"
-            line += "".join(f"{row[f'{x}_error']:>7.4f} ({row[f'{x}_ratio']:.2f})" for x in ("key", "value"))
-        print(f"{line}{'' if 'kl' in row else ' ' * 53}{row['accepted']:>10.2f}")
+        cells = (
+            f"{format(row[column], style) if column in row else '':>{size}}"
+            for column, (_, size, style) in COLUMNS.items()
+        )
+        print(f"{row['cache']:<{width}}" + "".join(cells))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=measure.positive, default=4)
-    parser.add_argument("--tokens", type=measure.positive, default=1536, help="of a text")
+    parser.add_argument("--texts", type=measure.positive, default=2)
+    parser.add_argument("--tokens", type=measure.positive, default=1024, help="of a text")
+    parser.add_argument("--passkey-tokens", type=measure.positive, default=768, help="of a text that hides a number")
+    parser.add_argument("--quick", action="store_true", help="one text of 640 tokens, and 512 around one number")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--caches", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if options.quick:
+        options.texts, options.tokens, options.passkey_tokens = 1, 640, 512
     if options.tokens < FIRST + BLOCK:
         sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a packed block")
     torch.set_num_threads(options.threads)
     model = load("demo", dtype=DTYPES[options.dtype], device="cpu")
-    rows = run(model, texts(model, options.texts, options.tokens), options.caches)
-    show(rows)
-    path = measure.save(
-        "kv_cache", {"machine": measure.machine(), "dtype": options.dtype, "tokens": options.tokens, "rows": rows}
-    )
+    pages = texts(model, options.texts, options.tokens)
+    hidden = passkeys(model, options.passkey_tokens, DEPTHS[1:2] if options.quick else DEPTHS)
+    rows = run(model, pages, options.caches, hidden)
+    peer_rows, missing = ([], {}) if options.no_peers else run_peers(model, pages, options.threads)
+    show(rows + peer_rows)
+    for peer, reason in missing.items():
+        print(f"missing: {peer}: {reason}")
+    result = {"machine": measure.machine(), "dtype": options.dtype, "tokens": options.tokens, "rows": rows}
+    path = measure.save("kv_cache", result | {"peers": peer_rows, "missing": missing})
     print(f"wrote {path}")
 
 

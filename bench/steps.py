@@ -8,7 +8,7 @@ import measure
 import torch
 
 from pyspec.generate import generate
-from pyspec.models import llama
+from pyspec.models import _runner, llama
 from pyspec.trees import DraftTree
 
 CONTEXT = 512  # tokens before the step
@@ -23,7 +23,7 @@ def steps(model: llama.LlamaRunner, repeats: int = 21) -> dict:
     model.prefill([[place % model.vocab_size for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
     layers = model.weights.layers
     weights = (
-        sum(getattr(layer, name).nbytes for layer in layers for name in llama.MATRICES) + model.weights.head.nbytes
+        sum(getattr(layer, name).nbytes for layer in layers for name in layer.MATRICES) + model.weights.head.nbytes
     )
     config = model.config
     cache = 2 * config.layers * config.kv_heads * CONTEXT * config.head_dim * model.dtype.itemsize
@@ -68,18 +68,18 @@ def overhead_share(model: llama.LlamaRunner, new_tokens: int = 64) -> float:
 
         return call
 
-    ops = {name: getattr(llama, name) for name in ("llama_layers", "linear")}
+    ops = [(llama, "llama_layers", llama.llama_layers), (_runner, "linear", _runner.linear)]
     prompt = [1] * 8
     generate(model, prompt, drafter=None, max_new_tokens=4)
     try:
-        for name, op in ops.items():
-            setattr(llama, name, timed(op))
+        for module, name, op in ops:
+            setattr(module, name, timed(op))
         model.prefill([prompt])
         prefill = inside
         stats = generate(model, prompt, drafter=None, max_new_tokens=new_tokens).stats
     finally:
-        for name, op in ops.items():
-            setattr(llama, name, op)
+        for module, name, op in ops:
+            setattr(module, name, op)
     return 1 - (inside - 2 * prefill) / stats.decode_seconds
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 # nothing heavy here: `pyspec --help` must answer at once, so torch and rich are imported by the commands
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-DRAFTERS = ("merged", "lookup", "recycling", "none")
+DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
 ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 BENCH_PROMPTS = (
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation_arguments(bench, max_new_tokens=128)
     bench.add_argument("--raw", action="store_true", help="give the prompts to the model as they are")
     bench.set_defaults(command=_bench)
+    _add_drafters_bench(bench.add_subparsers(metavar="drafters"))
 
     info = commands.add_parser("info", help="what is in use and why", description="Versions, backends and reasons.")
     info.add_argument(
@@ -137,6 +138,29 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(info)
     info.set_defaults(command=_info)
     return parser
+
+
+def _add_drafters_bench(commands) -> None:
+    parser = commands.add_parser(
+        "drafters",
+        help="what every drafter is worth, by category, greedily and drawn",
+        description="What every drafter is worth: tokens a round, speed over plain decoding and the share of drafting, "
+        "by category, greedily and drawn; and the speed of several drawn answers to one problem.",
+    )
+    _add_model_arguments(parser)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt" or "turns"')
+    parser.add_argument("--limit", type=int, help="at most this many prompts of each category")
+    parser.add_argument("--drafters", nargs="+", choices=DRAFTERS[:-1], help="default: all")
+    parser.add_argument(
+        "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8], help="default: 0 0.8")
+    parser.add_argument("--answers", type=int, default=4, help="to one problem; 0 leaves them out; default: 4")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--raw", action="store_true", help="give the prompts to the model as they are")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write FILE as JSON, and a plot beside it")
+    parser.set_defaults(command=_bench_drafters)
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +252,10 @@ def _drafter(arguments: argparse.Namespace, model, console):
     from pyspec.drafting import drafter_from_name
 
     if arguments.draft_model is None:
-        return None if arguments.drafter == "none" else drafter_from_name(arguments.drafter, model)
+        if arguments.drafter == "none":
+            return None
+        _prepare([arguments.drafter], model, console)
+        return drafter_from_name(arguments.drafter, model)
     from pyspec.drafting.model import ModelDrafter
     from pyspec.growth.dyspec import DySpecThreshold
     from pyspec.growth.static import FixedBranching
@@ -324,10 +351,8 @@ def _drafter_name(arguments: argparse.Namespace) -> str:
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    if arguments.draft_model is not None or arguments.drafter not in ("recycling", "merged"):
-        raise BadInput(
-            f"--drafter-state needs a drafter that learns, recycling or merged, got {_drafter_name(arguments)}"
-        )
+    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "layer_skip", "none"):
+        raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")
 
@@ -342,23 +367,20 @@ def _bench(arguments: argparse.Namespace) -> int:
         settings["seed"] = 0  # one for all runs, or there would be nothing to compare
     console = _console()
     model = _load(arguments, console)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from pyspec.drafting import drafter_from_name
     from pyspec.generate import generate
 
     names = list(dict.fromkeys(arguments.drafter or ("lookup", "recycling", "merged")))
+    _prepare(names, model, console)
     # one drafter for all prompts, as a server would keep it
     drafters = {"plain": None} | {name: drafter_from_name(name, model) for name in names}
     tokens = [_prompt_tokens(model, text, arguments.raw) for _, text in prompts]
     runs = {name: [] for name in drafters}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("prompts", total=len(prompts) * len(drafters))
+    with _counted(console, len(prompts) * len(drafters)) as advance:
         generate(model, tokens[0], drafter=None, max_new_tokens=4)  # the first call of a kernel is not its speed
         for prompt in tokens:
             for name, drafter in drafters.items():
-                progress.update(task, description=name)
+                advance(name)
                 rule = settings["acceptance"] if drafter is not None else "exact"
                 run = generate(model, prompt, drafter=drafter, **settings | {"acceptance": rule})
                 if run.finish_reason == "interrupted":
@@ -366,7 +388,6 @@ def _bench(arguments: argparse.Namespace) -> int:
                 if run.finish_reason == "error":
                     return _fail(run.error, 1)
                 runs[name].append(run)
-                progress.advance(task)
 
     rows = [_bench_row(name, runs[name], runs["plain"]) for name in runs]
     if arguments.json:
@@ -388,6 +409,68 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     Console().print(table)
     return 0
+
+
+def _bench_drafters(arguments: argparse.Namespace) -> int:
+    prompts = _read_bench_prompts(arguments)
+    if arguments.answers < 0:
+        raise BadInput(f"--answers must be at least 0, got {arguments.answers}")
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise BadInput(f"--output: there is no folder {arguments.output.absolute().parent}")
+    from pyspec.acceptance.sampling import Sampler
+    from pyspec.generate import check_limits
+
+    check_limits(arguments.budget, arguments.max_new_tokens)
+    for temperature in arguments.temperatures:
+        Sampler(temperature, seed=arguments.seed)
+    console = _console()
+    model = _load(arguments, console)
+    from pyspec.benchmarks import drafters as drafter_bench
+    from pyspec.machine import cpu_name
+
+    names = list(dict.fromkeys(arguments.drafters or drafter_bench.drafters_of(model)))
+    tokens = [(category, _prompt_tokens(model, text, arguments.raw)) for category, text in prompts]
+    _prepare(names, model, console)
+    total = drafter_bench.runs_of(tokens, names, arguments.temperatures, arguments.answers)
+    with _counted(console, total) as advance:
+        report = drafter_bench.measure(
+            model,
+            tokens,
+            names,
+            budget=arguments.budget,
+            max_new_tokens=arguments.max_new_tokens,
+            temperatures=arguments.temperatures,
+            answers=arguments.answers,
+            seed=arguments.seed,
+            advance=advance,
+        )
+    dtype = str(model.dtype).removeprefix("torch.")
+    report = {"model": arguments.model, "dtype": dtype, "cpu": cpu_name(), **report}
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        picture = arguments.output.with_suffix(".png")
+        drafter_bench.plot(report, picture, f"{arguments.model}, {dtype}, {cpu_name()}")
+        console.print(f"wrote {arguments.output} and {picture.name}", highlight=False)
+    if arguments.json:
+        print(json.dumps(report))
+        return 0
+    from rich.console import Console
+
+    shown = Console(highlight=False)
+    for table in drafter_bench.tables(report):
+        shown.print(table)
+    return 0
+
+
+@contextmanager
+def _counted(console, total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar over runs; what it gives is called with the name of each before it begins."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total, completed=-1)
+        yield lambda name: progress.update(task, description=name, advance=1)
 
 
 def _bench_row(name: str, runs: list, plain: list) -> dict:
@@ -595,6 +678,17 @@ def _load(arguments: argparse.Namespace, console, source: str | None = None):
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model
+
+
+def _prepare(names: Sequence[str], model, console) -> None:
+    """Computes what some drafters need of a model, once for each model, with a progress bar."""
+    from pyspec.drafting.layer_skip import find_skipped_layers
+    from pyspec.drafting.ngrammys import model_bigrams
+
+    for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
+        if name in names:
+            with _progress_of(console, f"what {name} needs of the model, once") as progress:
+                compute(model, progress=progress)
 
 
 @contextmanager

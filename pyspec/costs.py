@@ -25,7 +25,7 @@ from pyspec.models import Runner
 from pyspec.ops import backends
 from pyspec.trees import DraftTree
 
-__all__ = ["AutoBudget", "Costs", "costs_of", "measure_costs"]
+__all__ = ["AutoBudget", "Costs", "DrawnBudget", "costs_of", "measure_costs"]
 
 FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
 CONTEXT = 128  # tokens before the trees that are measured
@@ -99,6 +99,41 @@ class AutoBudget:
         if tree.chances is not None:
             self._promised = self._promised * MEMORY + sum(tree.chances[1:].tolist())
             self._accepted = self._accepted * MEMORY + len(path) - 1
+
+
+class DrawnBudget:
+    """The number of nodes that pays, for drafters that draw: decided before, for no drawn node may be left out.
+
+    How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
+    """
+
+    def __init__(self, costs: Costs):
+        self._costs = costs
+        # until more is known, a tree of m nodes gives about log(m) + 1 tokens
+        self._promised = 1 / (1 + np.arange(1, LARGEST))
+        self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
+        self._trees = 1
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that a drafter should draw."""
+        tried = self._tried @ self._promised
+        scale = (self._accepted.sum() + TRUST) / (tried + TRUST)
+        chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
+        tokens = 1 + np.concatenate(([0.0], np.cumsum(chances)))
+        return 1 + int(np.argmax(tokens / self._costs(self._trees * np.arange(1, LARGEST + 1))))
+
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """The trees, whole."""
+        self._trees = len(trees)
+        return list(trees)
+
+    def learn(self, tree: DraftTree, path: Sequence[int]) -> None:
+        """Which nodes of a verified tree were accepted."""
+        self._accepted *= MEMORY
+        self._tried *= MEMORY
+        self._tried[: len(tree) - 1] += 1
+        self._accepted[np.array(path[1:], int) - 1] += 1
 
 
 def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:

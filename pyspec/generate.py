@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import Sampler
 from pyspec.caches import PackedSettings, cache_from_name
-from pyspec.costs import LARGEST, AutoBudget, costs_of
+from pyspec.costs import LARGEST, AutoBudget, DrawnBudget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.loop import Continuation, Stats, speculate, timed
 from pyspec.models import Runner
@@ -64,7 +64,8 @@ def generate(
     Args:
         model: a runner, from pyspec.load.
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ.
-        drafter: "merged", "lookup", "recycling", a drafter, or None for plain decoding.
+        drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
+            (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
             that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
         acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
@@ -90,8 +91,15 @@ def generate(
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
-    check_laws(shared_drafter, rule, budget)
-    auto = AutoBudget(costs_of(model, packed)) if budget == "auto" and shared_drafter is not None else None
+    check_laws(shared_drafter, rule)
+    if packed is not None and getattr(shared_drafter, "wants_dense_cache", False):
+        raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
+    if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
+        shared_drafter = shared_drafter.coupled_to(sampler)
+    auto = None
+    if budget == "auto" and shared_drafter is not None:
+        auto_budget = DrawnBudget if shared_drafter.proposal == "sampled" else AutoBudget
+        auto = auto_budget(costs_of(model, packed))
     largest = LARGEST if budget == "auto" else budget
     if packed is not None:
         largest = min(largest, packed.largest_tree)

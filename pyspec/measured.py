@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-__all__ = ["keep", "read"]
+__all__ = ["folder", "keep", "read"]
 
 
 def read(name: str) -> dict[str, dict]:
@@ -29,6 +29,10 @@ def keep(name: str, key: str, entry: dict) -> None:
         pass
 
 
+def folder() -> Path:
+    """The user's cache folder for pyspec; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
+
+
 def _file(name: str) -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "pyspec" / f"{name}.json"
+    return folder() / f"{name}.json"

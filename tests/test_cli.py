@@ -169,9 +169,10 @@ def test_generate_with_a_draft_model(model, capsys, monkeypatch):
     assert code == 0 and "as it may with acceptance traversal" in " ".join(err.split())
 
 
-def test_generate_keeps_what_the_drafter_learned(model, capsys, tmp_path):
+@pytest.mark.parametrize("drafter", ["recycling", "suffix", "stand", "aded"])
+def test_generate_keeps_what_the_drafter_learned(drafter, model, capsys, tmp_path):
     state = tmp_path / "state.npz"
-    arguments = ("generate", "hello", "--drafter", "recycling", "--drafter-state", state, "--json", "--no-compare")
+    arguments = ("generate", "hello", "--drafter", drafter, "--drafter-state", state, "--json", "--no-compare")
     reports = [json.loads(run(capsys, *arguments)[1]) for _ in range(2)]
     assert state.exists() and reports[0]["tokens"] == reports[1]["tokens"]
     assert reports[1]["stats"]["rounds"] < reports[0]["stats"]["rounds"]
@@ -180,6 +181,12 @@ def test_generate_keeps_what_the_drafter_learned(model, capsys, tmp_path):
     drafting._kept.clear()  # a runner keeps its drafters; this stands for another runner
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and "fingerprint" in err and "another" in err
+
+
+def test_generate_computes_what_a_drafter_needs(model, capsys):
+    code, out, _ = run(capsys, "generate", "hello", "--drafter", "ngrammys", "--json", "--max-new-tokens", 30)
+    report = json.loads(out)
+    assert code == 0 and report["plain"]["equal"] and report["drafter"] == "ngrammys"
 
 
 def test_nan_is_a_failure_that_keeps_the_text(model, capsys, monkeypatch):
@@ -273,6 +280,8 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         (["generate", "x", "--cache", "int5"], "--cache"),
         (["generate", "x", "--cache", "int4"], "cache must be dense for a FakeRunner"),
         (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),
+        (["generate", "x", "--drafter", "ngrammys", "--drafter-state", "file"], "drafter that learns"),
+        (["generate", "x", "--drafter", "layer_skip"], "able to run some of its layers"),
         (["generate", "x", "--drafter-state", "/nowhere/file"], "/nowhere"),
         (["generate", "x" * 5000], "context"),
         (["bench", "--limit", "0"], "--limit"),

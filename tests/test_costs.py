@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyspec import costs, generate
-from pyspec.costs import AutoBudget, Costs
+from pyspec.costs import AutoBudget, Costs, DrawnBudget
 from pyspec.trees import DraftTree
 
 
@@ -81,6 +81,20 @@ def test_the_next_tree_is_asked_for_about_as_large_as_was_worth_it():
     assert auto.nodes == costs.LARGEST
     auto.cut([tree_of([0.1] * 20)])
     assert auto.nodes == costs.FEWEST
+
+
+def test_drawn_trees_get_the_size_that_paid_before():
+    chain = DraftTree.chain(range(9))
+    for accepted, fewest, most in [(8, 9, 64), (2, 2, 9), (0, 1, 2)]:
+        drawn = DrawnBudget(Costs((1, 64), (1.0, 8.0)))
+        assert drawn.cut([chain]) == [chain]
+        for _ in range(100):
+            drawn.learn(chain, range(1 + accepted))
+        assert fewest <= drawn.nodes <= most
+        for _ in range(300):  # without trials, what was held against them fades
+            drawn.learn(chain.first(1), [0])
+        assert 1 < drawn.nodes < 64
+    assert DrawnBudget(Costs((1, 64), (1.0, 64.0))).nodes == 1 < DrawnBudget(Costs((1, 64), (1.0, 1.001))).nodes
 
 
 class SlowRunner(FakeRunner):

@@ -10,7 +10,7 @@ PYSPEC_KERNEL_TABLE(pyspec_gear_packed_attention, pyspec::GearAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_gear_encode, pyspec::GearEncodeParams);
 
 pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t outliers, bool rotate,
-                             int64_t head_dim) {
+                             int64_t key_channels, int64_t head_dim) {
   STD_TORCH_CHECK(head_dim % 16 == 0 && head_dim >= 64 && head_dim <= 256,
                   "the head_dim must be a multiple of 16 from 64 to 256, got ", head_dim);
   STD_TORCH_CHECK(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8, got ", bits);
@@ -23,25 +23,38 @@ pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t 
                   "outliers must be an even number in [0, ", pyspec::kMostOutliers, "], got ", outliers);
   STD_TORCH_CHECK(!rotate || (head_dim & (head_dim - 1)) == 0,
                   "rotate needs a head_dim that is a power of two, got ", head_dim);
-  return {bits, group, rank, outliers, rotate};
+  STD_TORCH_CHECK(
+      key_channels % 16 == 0 && key_channels >= 0 && key_channels < head_dim && !(key_channels && rotate),
+      "key_channels must be 0 or, without rotate, a multiple of 16 below the head_dim ", head_dim, ", got ",
+      key_channels);
+  return {bits, group, rank, outliers, rotate, key_channels};
 }
 
 void copy_strides(const Tensor& tensor, int64_t* strides) {
   for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
 }
 
-Tensor gear_encode(const Tensor& k, const Tensor& v, int64_t bits, int64_t group, int64_t rank,
-                   int64_t outliers, bool rotate) {
-  STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "k and v must have 4 dimensions");
+Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int64_t bits, int64_t group,
+                   int64_t rank, int64_t outliers, bool rotate, int64_t key_channels, bool fitted) {
+  STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && channels.dim() == 4,
+                  "k, v and channels must have 4 dimensions");
   pyspec::GearEncodeParams p{};
   p.element = pyspec::element_of(k, "k");
   STD_TORCH_CHECK(v.scalar_type() == k.scalar_type(), "v must have the dtype of k");
-  for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(v.size(i) == k.size(i), "v must have the shape of k");
+  for (int i = 0; i < 3; ++i) STD_TORCH_CHECK(v.size(i) == k.size(i), "v must have the shape of k");
   STD_TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1, "k and v must have a contiguous last dimension");
   STD_TORCH_CHECK(k.size(2) % pyspec::kBlock == 0, "k must have a multiple of ", pyspec::kBlock,
                   " tokens, got ", k.size(2));
-  p.batch = k.size(0), p.kv_heads = k.size(1), p.blocks = k.size(2) / pyspec::kBlock, p.head_dim = k.size(3);
-  p.format = format_of(bits, group, rank, outliers, rotate, p.head_dim);
+  p.batch = k.size(0), p.kv_heads = k.size(1), p.blocks = k.size(2) / pyspec::kBlock, p.head_dim = v.size(3);
+  p.format = format_of(bits, group, rank, outliers, rotate, key_channels, p.head_dim);
+  p.fitted = fitted;
+  int64_t key_dim = pyspec::gear_key_dim(p.format, p.head_dim);
+  STD_TORCH_CHECK(k.size(3) == key_dim, "k must have ", key_dim, " channels, got ", k.size(3));
+  Tensor kept = torch::stable::contiguous(channels);
+  STD_TORCH_CHECK(kept.scalar_type() == torch::headeronly::ScalarType::Byte && kept.size(0) == p.batch &&
+                      kept.size(1) == p.kv_heads && kept.size(2) == p.blocks && kept.size(3) == key_channels,
+                  "channels must be uint8 [batch, kv_heads, blocks, ", key_channels, "]");
+  p.channels = static_cast<const uint8_t*>(kept.data_ptr());
   Tensor packed = torch::stable::new_empty(
       k, {p.batch, p.kv_heads, p.blocks, pyspec::gear_record_bytes(p.format, p.head_dim)},
       torch::headeronly::ScalarType::Byte);
@@ -54,13 +67,13 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, int64_t bits, int64_t group
 
 std::tuple<Tensor, Tensor> gear_packed_attention(const Tensor& q, const Tensor& packed, const Tensor& seen,
                                                  int64_t bits, int64_t group, int64_t rank, int64_t outliers,
-                                                 bool rotate, double scale) {
+                                                 bool rotate, int64_t key_channels, double scale) {
   STD_TORCH_CHECK(q.dim() == 4 && packed.dim() == 4, "q and packed must have 4 dimensions");
   pyspec::GearAttentionParams p{};
   p.element = pyspec::element_of(q, "q");
   p.batch = q.size(0), p.heads = q.size(1), p.nodes = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = packed.size(1);
-  p.format = format_of(bits, group, rank, outliers, rotate, p.head_dim);
+  p.format = format_of(bits, group, rank, outliers, rotate, key_channels, p.head_dim);
   STD_TORCH_CHECK(q.stride(3) == 1, "q must have a contiguous last dimension");
   STD_TORCH_CHECK(packed.scalar_type() == torch::headeronly::ScalarType::Byte && packed.size(0) == p.batch &&
                       packed.size(3) == pyspec::gear_record_bytes(p.format, p.head_dim) &&

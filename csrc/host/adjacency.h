@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "coupling.h"
 #include "growth.h"
+#include "levels.h"
 #include "params/row_statistics.h"
 
 namespace pyspec {
@@ -16,7 +18,6 @@ namespace pyspec {
 // of them, by hash, the newest pair evicting the one before it.
 class Adjacency : public Source {
  public:
-  static constexpr int kLevels = 10;
   static constexpr int kRanks = 3;  // ranks from here on are one kind
   static constexpr int kPairBits = 16;
   static constexpr int64_t kPairRows = int64_t{1} << kPairBits;
@@ -31,9 +32,10 @@ class Adjacency : public Source {
         levels(rows * kTop, 0) {}
 
   std::vector<double> priors() const override {
-    constexpr double kByLevel[kLevels] = {0.68, 0.53, 0.45, 0.38, 0.3, 0.22, 0.16, 0.13, 0.1, 0.09};
     std::vector<double> priors{0};
-    for (int rank = 0; rank < kRanks; ++rank) priors.insert(priors.end(), kByLevel, kByLevel + kLevels);
+    for (int rank = 0; rank < kRanks; ++rank) {
+      priors.insert(priors.end(), kPriorByLevel, kPriorByLevel + kLevels);
+    }
     return priors;
   }
 
@@ -56,18 +58,24 @@ class Adjacency : public Source {
       keys[row] = key;
       for (int rank = 0; rank < kTop; ++rank) {
         successors[row * kTop + rank] = top_tokens[node * kTop + rank];
-        levels[row * kTop + rank] = level(weights[rank] / total);
+        levels[row * kTop + rank] = level_of(weights[rank] / total);
       }
     }
   }
 
-  void offer(const int32_t* recent, int64_t length, std::vector<Offer>& offers) const override {
+  void offer(const int32_t* recent, int64_t length, const Draw& draw,
+             std::vector<Offer>& offers) const override {
     const int64_t key = key_of(length > 1 ? recent[length - 2] : -1, recent[length - 1]);
     if (key < 0 || keys[row_of(key)] != key) return;
     const int64_t first = row_of(key) * kTop;
-    for (int rank = 0; rank < kTop && successors[first + rank] >= 0; ++rank) {
-      const int kind = (rank < kRanks ? rank : kRanks - 1) * kLevels + levels[first + rank];
-      offers.push_back({successors[first + rank], 1 + kind});
+    const int32_t* tokens = successors.data() + first;
+    double weights[kTop];
+    int known = 0;
+    for (; known < kTop && tokens[known] >= 0; ++known) weights[known] = kShareOfLevel[levels[first + known]];
+    const auto order = ranked(draw, tokens, weights, known);
+    for (int rank = 0; rank < known; ++rank) {
+      const int level = draw.noise ? level_of(weights[order[rank]]) : levels[first + rank];
+      offers.push_back({tokens[order[rank]], 1 + (rank < kRanks ? rank : kRanks - 1) * kLevels + level});
     }
   }
 
@@ -87,14 +95,6 @@ class Adjacency : public Source {
   int64_t row_of(int64_t key) const {
     if (context == 1) return key;
     return static_cast<int64_t>((static_cast<uint64_t>(key) * 0x9E3779B97F4A7C15ull) >> (64 - kPairBits));
-  }
-
-  // share: of the row's kTop tokens together.
-  static uint8_t level(double share) {
-    constexpr double kAbove[kLevels - 1] = {0.95, 0.85, 0.7, 0.5, 0.35, 0.22, 0.13, 0.07, 0.03};
-    uint8_t level = 0;
-    while (level < kLevels - 1 && !(share > kAbove[level])) ++level;
-    return level;
   }
 };
 

@@ -1,13 +1,14 @@
 // pyspec._host: structures that live on the host. pyspec/drafting/reference.py is the same in plain Python.
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 
 #include "adjacency.h"
+#include "arrays.h"
 #include "growth.h"
 #include "ngram_index.h"
+#include "tables.h"
 #include "tiles.h"
 #include "tree.h"
 
@@ -15,14 +16,6 @@ namespace py = pybind11;
 using namespace pyspec;
 
 namespace {
-
-template <typename T>
-using Array = py::array_t<T, py::array::c_style>;
-
-template <typename T>
-Array<T> array_of(const std::vector<T>& values) {
-  return Array<T>(static_cast<py::ssize_t>(values.size()), values.data());
-}
 
 // An array that owns the vector: nothing is copied.
 template <typename T, typename Element>
@@ -138,12 +131,33 @@ void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32
   }
 }
 
+// Learns from what the text became: the tokens said after the root, as far as the tree goes along with them.
+void learn_said(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
+                const Array<int64_t>& cells, const std::vector<int64_t>& said) {
+  const py::ssize_t nodes = tokens.size();
+  if (parents.size() != nodes || cells.size() != nodes) {
+    throw std::invalid_argument("tokens, parents and cells must be equally many");
+  }
+  py::ssize_t at = 0;
+  for (size_t i = 0; i < said.size() && at >= 0; ++i) {
+    py::ssize_t right = -1;
+    for (py::ssize_t node = at + 1; node < nodes; ++node) {
+      if (parents.data()[node] != at) continue;
+      const bool hit = tokens.data()[node] == said[i];
+      estimates.learn(cells.data()[node], hit);
+      if (hit) right = node;
+    }
+    at = right;
+  }
+}
+
 py::tuple grow_tree(const std::vector<const Source*>& sources, const Estimates& estimates,
-                    const std::vector<int32_t>& recent, int budget) {
+                    const std::vector<int32_t>& recent, int budget, const SamplerNoise* noise,
+                    int64_t position) {
   if (static_cast<int>(sources.size()) != estimates.sources() || recent.empty() || budget < 1) {
     throw std::invalid_argument("grow needs as many sources as the estimates know, a token and a budget");
   }
-  const GrownTree tree = grow(sources, estimates, recent, budget);
+  const GrownTree tree = grow(sources, estimates, recent, budget, noise, position);
   return py::make_tuple(array_of(tree.tokens), array_of(tree.parents), array_of(tree.cells),
                         array_of(tree.chances));
 }
@@ -158,16 +172,20 @@ PYBIND11_MODULE(_host, module) {
              py::arg("words"));
   module.def("tree_tiles", &tree_tiles, py::arg("trees"), py::arg("rows"), py::arg("keys"), py::arg("words"));
   module.def("grow", &grow_tree, py::arg("sources"), py::arg("estimates"), py::arg("recent"),
-             py::arg("budget"));
+             py::arg("budget"), py::arg("noise") = py::none(), py::arg("position") = 0);
 
+  py::class_<SamplerNoise>(module, "SamplerNoise")
+      .def(py::init<uint64_t, double>(), py::arg("seed"), py::arg("temperature"))
+      .def("gumbel", &SamplerNoise::gumbel, py::arg("position"), py::arg("token"));
   py::class_<Source>(module, "Source").def("priors", &Source::priors);
+  add_tables(module);
   py::class_<NgramIndex, Source>(module, "NgramIndex")
       .def(py::init<>())
       .def("extend", &NgramIndex::extend, py::arg("tokens"))
       .def("__len__", &NgramIndex::size);
   py::class_<Adjacency, Source>(module, "Adjacency")
       .def(py::init<int64_t, int>(), py::arg("vocab_size"), py::arg("context"))
-      .def_property_readonly_static("level_count", [](py::object) { return Adjacency::kLevels; })
+      .def_property_readonly_static("level_count", [](py::object) { return kLevels; })
       .def("update", &update, py::arg("tokens"), py::arg("parents"), py::arg("previous"),
            py::arg("top_tokens"), py::arg("top_logits"))
       .def_property_readonly("keys",
@@ -187,6 +205,8 @@ PYBIND11_MODULE(_host, module) {
   py::class_<Estimates>(module, "Estimates")
       .def(py::init<std::vector<std::vector<double>>, double>(), py::arg("priors"), py::arg("smoothing"))
       .def("learn", &learn, py::arg("tokens"), py::arg("parents"), py::arg("cells"), py::arg("top_tokens"))
+      .def("learn_said", &learn_said, py::arg("tokens"), py::arg("parents"), py::arg("cells"),
+           py::arg("said"))
       .def_property_readonly("hits",
                              [](py::object self) {
                                auto& hits = self.cast<Estimates&>().hits;

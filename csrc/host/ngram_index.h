@@ -6,6 +6,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "generations.h"
 #include "growth.h"
 
 namespace pyspec {
@@ -41,7 +42,7 @@ class NgramIndex : public Source {
       uint64_t key = 0;
       followers_[key].add(token);
       for (int order = 1; order <= std::min<int64_t>(kMaxOrder, size()); ++order) {
-        key = longer(key, tokens_[tokens_.size() - order]);
+        key = longer_key(key, tokens_[tokens_.size() - order]);
         followers_[key].add(token);
       }
       tokens_.push_back(token);
@@ -49,7 +50,7 @@ class NgramIndex : public Source {
   }
 
   // Longest match first; a shorter one adds only tokens that no longer one offered.
-  void offer(const int32_t* recent, int64_t length, std::vector<Offer>& offers) const override {
+  void offer(const int32_t* recent, int64_t length, const Draw&, std::vector<Offer>& offers) const override {
     const Followers* matches[kMaxOrder + 1];
     int found = 0;
     uint64_t key = 0;
@@ -58,7 +59,7 @@ class NgramIndex : public Source {
       if (match == followers_.end()) break;
       matches[found++] = &match->second;
       if (found > length) break;
-      key = longer(key, recent[length - found]);
+      key = longer_key(key, recent[length - found]);
     }
     for (int order = found - 1; order >= 0; --order) {
       const Followers& match = *matches[order];
@@ -101,11 +102,6 @@ class NgramIndex : public Source {
       latest = token;
     }
   };
-
-  static uint64_t longer(uint64_t key, int32_t earlier) {
-    key = (key ^ (static_cast<uint64_t>(earlier) + 1)) * 0x9E3779B97F4A7C15ull;
-    return key ^ (key >> 29);
-  }
 
   std::vector<int32_t> tokens_;
   std::unordered_map<uint64_t, Followers> followers_;

@@ -10,6 +10,8 @@
 // are the lanes of scores and channels those of values, so that one query row keeps all lanes busy. A row's
 // sums have one order whatever rows are beside it: that is the row rule.
 //
+// Where keys have fewer channels than there are, each record gathers its own from the queries.
+//
 // Few rows are bound by unpacking (a shift, a table look-up and a store for 16 codes) and by multiply-adds.
 #include "params/gear.h"
 
@@ -85,6 +87,7 @@ struct Scratch {
   alignas(64) int32_t key_places[kMostHeadDim], value_places[kBlock];
   alignas(64) int32_t places[kMostOutliers * kMostHeadDim];  // of outliers in a tile
   alignas(64) float bias[kGearRows];                         // queries times middles
+  alignas(64) float gathered[kGearRows * kMostHeadDim];      // queries in the channels that keys have
   alignas(64) float before[kGearRows], now[kGearRows], alpha[kGearRows];
   bool visible[kGearRows];
 };
@@ -100,7 +103,7 @@ struct Kernel {
 
   const GearAttentionParams& p;
   GearSide keys, values;
-  int64_t d, group, width, rank, outliers, heads_a_group, row_count, sets, max_chunks, state_floats;
+  int64_t d, key_dim, group, width, rank, outliers, heads_a_group, row_count, sets, max_chunks, state_floats;
   float middle_code, score_factor;
   float *queries, *states;
 
@@ -109,6 +112,7 @@ struct Kernel {
         keys(params.format, params.head_dim, false),
         values(params.format, params.head_dim, true),
         d(params.head_dim),
+        key_dim(pyspec::gear_key_dim(params.format, params.head_dim)),
         group(params.format.group),
         width(params.format.group < d ? params.format.group : d),
         rank(params.format.rank),
@@ -176,14 +180,16 @@ struct Kernel {
     }
   }
 
-  void read_low_rank(Scratch& s, const uint8_t* side, const GearSide& at) const {
+  void read_low_rank(Scratch& s, const uint8_t* side, bool is_values) const {
+    const GearSide& at = is_values ? values : keys;
+    int64_t dim = is_values ? d : key_dim;
     for (int64_t k = 0; k < rank; ++k) {
       float factor;
       std::memcpy(&factor, side + at.factor + 4 * k, 4);
       const int8_t* a = reinterpret_cast<const int8_t*>(side + at.a) + k * kBlock;
-      const int8_t* b = reinterpret_cast<const int8_t*>(side + at.b) + k * d;
+      const int8_t* b = reinterpret_cast<const int8_t*>(side + at.b) + k * dim;
       for (int64_t i = 0; i < kBlock; i += 16) store(s.a[k] + i, load_as_float(a + i));
-      for (int64_t i = 0; i < d; i += 16) store(s.b[k] + i, mul(set1(factor), load_as_float(b + i)));
+      for (int64_t i = 0; i < dim; i += 16) store(s.b[k] + i, mul(set1(factor), load_as_float(b + i)));
     }
   }
 
@@ -191,19 +197,20 @@ struct Kernel {
   void unpack_part(Scratch& s, const uint8_t* side, bool is_values, int64_t part) const {
     const GearSide& at = is_values ? values : keys;
     constexpr int64_t kParts = kHalf / kTokens;
+    int64_t dim = is_values ? d : key_dim;
     const uint8_t* codes = side + at.codes + part / kParts * at.half_codes;
     switch (p.format.bits) {
       case 2:
-        unpack<2, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        unpack<2, kPairs>(codes, dim, is_values, part % kParts, s.tile);
         break;
       case 3:
-        unpack<3, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        unpack<3, kPairs>(codes, dim, is_values, part % kParts, s.tile);
         break;
       case 4:
-        unpack<4, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        unpack<4, kPairs>(codes, dim, is_values, part % kParts, s.tile);
         break;
       default:
-        unpack<8, kPairs>(codes, d, is_values, part % kParts, s.tile);
+        unpack<8, kPairs>(codes, dim, is_values, part % kParts, s.tile);
     }
     if (outliers) is_values ? place_values(s, part) : place_keys(s, side + at.outlier_indices, part);
   }
@@ -213,7 +220,7 @@ struct Kernel {
   // Where in the tile of its part a vector of keys or values begins.
   void lay_out(Scratch& s) const {
     constexpr int64_t kSecond = kPairs ? 1 : 16;  // from the first number of a pair to the second
-    for (int64_t c = 0; c < d; ++c)
+    for (int64_t c = 0; c < key_dim; ++c)
       s.key_places[c] = static_cast<int32_t>(c / 2 * (kTokens / 16 * 32) + c % 2 * kSecond);
     for (int64_t token = 0; token < kBlock; ++token)
       s.value_places[token] = static_cast<int32_t>(token % kTokens / 2 * (d / 16 * 32) + token % 2 * kSecond);
@@ -222,7 +229,7 @@ struct Kernel {
   // Outliers as numbers, and their places.
   void read_outliers(Scratch& s, const uint8_t* side, bool is_values) const {
     const GearSide& at = is_values ? values : keys;
-    int64_t vectors = is_values ? kBlock : d;
+    int64_t vectors = is_values ? kBlock : key_dim;
     const BFloat16* outlier = reinterpret_cast<const BFloat16*>(side + at.outlier_values);
     const uint8_t* indices = side + at.outlier_indices;
     if constexpr (kPairs) {
@@ -245,9 +252,9 @@ struct Kernel {
     const Number* numbers = reinterpret_cast<const Number*>(s.outliers);
     Number* tile = reinterpret_cast<Number*>(s.tile);
     constexpr uint8_t kOtherParts = static_cast<uint8_t>(~(kTokens - 1));
-    for (int64_t begin = 0; begin < outliers * d; begin += 64) {
+    for (int64_t begin = 0; begin < outliers * key_dim; begin += 64) {
       uint64_t here = 0;  // outliers whose token is in this part
-      for (int64_t i = begin; i < outliers * d && i < begin + 64; i += 16)
+      for (int64_t i = begin; i < outliers * key_dim && i < begin + 64; i += 16)
         here |= uint64_t{equal_bytes(indices + i, kOtherParts, static_cast<uint8_t>(part * kTokens))}
                 << (i - begin);
       for (; here; here &= here - 1) {
@@ -268,13 +275,23 @@ struct Kernel {
 
   // ==== scores ====
 
+  // Rows of queries [count][key_dim], in the channels that the record's keys have.
+  const float* gather_queries(Scratch& s, const uint8_t* record, const float* query, int64_t count) const {
+    const uint8_t* channels = record + keys.channels;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t c = 0; c < key_dim; ++c)
+        s.gathered[r * key_dim + c] = channels[c] < d ? query[r * d + channels[c]] : 0.0f;
+    }
+    return s.gathered;
+  }
+
   // factors[row] = query * scale, bias[row] = query . middle, of one group of tokens.
   void scale_queries(Scratch& s, const float* query, int64_t count, int64_t which) const {
-    const float *scale = s.scale + which * d, *middle = s.middle + which * d;
-    for (int64_t r = 0; r < count; ++r, query += d) {
+    const float *scale = s.scale + which * key_dim, *middle = s.middle + which * key_dim;
+    for (int64_t r = 0; r < count; ++r, query += key_dim) {
       F16 bias = set1(0.0f);
-      char* to = reinterpret_cast<char*>(s.factors) + r * d * kFactorBytes;
-      for (int64_t c = 0; c < d; c += 16) {
+      char* to = reinterpret_cast<char*>(s.factors) + r * key_dim * kFactorBytes;
+      for (int64_t c = 0; c < key_dim; c += 16) {
         F16 x = load(query + c);
         store_factors<kPairs>(to + c * kFactorBytes, mul(x, load(scale + c)));
         bias = fma(x, load(middle + c), bias);
@@ -284,10 +301,10 @@ struct Kernel {
   }
 
   void multiply_low_rank(Scratch& s, const float* query, int64_t count) const {
-    for (int64_t r = 0; r < count; ++r, query += d) {
+    for (int64_t r = 0; r < count; ++r, query += key_dim) {
       for (int64_t k = 0; k < rank; ++k) {
         F16 product = set1(0.0f);
-        for (int64_t c = 0; c < d; c += 16) product = fma(load(query + c), load(s.b[k] + c), product);
+        for (int64_t c = 0; c < key_dim; c += 16) product = fma(load(query + c), load(s.b[k] + c), product);
         s.low[r][k] = sum(product);
       }
     }
@@ -300,10 +317,10 @@ struct Kernel {
     for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) sums[r][v] = set1(0.0f);
     const float* tile = s.tile + token % kTokens / 16 * kVectorFloats<kPairs>;
-    const char* factors = reinterpret_cast<const char*>(s.factors) + row * d * kFactorBytes;
-    for (int64_t pair = 0; pair < d / 2; ++pair) {
+    const char* factors = reinterpret_cast<const char*>(s.factors) + row * key_dim * kFactorBytes;
+    for (int64_t pair = 0; pair < key_dim / 2; ++pair) {
       multiply<kPairs, kRows, kVectors>(tile + pair * (kTokens / 16) * kVectorFloats<kPairs>,
-                                        factors + pair * 2 * kFactorBytes, d * kFactorBytes, sums);
+                                        factors + pair * 2 * kFactorBytes, key_dim * kFactorBytes, sums);
     }
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
@@ -316,10 +333,11 @@ struct Kernel {
   }
 
   void score(Scratch& s, const uint8_t* record, const float* query, int64_t count) const {
-    read_scales(s, record, keys, kBlock / group * d);
+    if (key_dim < d) query = gather_queries(s, record, query, count);
+    read_scales(s, record, keys, kBlock / group * key_dim);
     if (outliers) read_outliers(s, record, false);
     if (rank) {
-      read_low_rank(s, record, keys);
+      read_low_rank(s, record, false);
       multiply_low_rank(s, query, count);
     }
     for (int64_t token = 0; token < kBlock; token += kLeastGroup) {
@@ -423,7 +441,7 @@ struct Kernel {
       }
     }
     if (!rank) return;
-    read_low_rank(s, side, values);
+    read_low_rank(s, side, true);
     for (int64_t r = 0; r < count; ++r, out += state_floats) {
       for (int64_t k = 0; k < rank; ++k) {
         F16 product = set1(0.0f);

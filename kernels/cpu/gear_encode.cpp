@@ -1,6 +1,9 @@
-// Packs a block of keys and values into a record: outliers out, a scale for each group, then low rank of what
-// is left by power iteration. One item is one record; nothing in it depends on the records beside it.
-// Backbone and outliers are the reference's to the byte.
+// Packs a block of keys and values into a record: outliers out, a range for each group, then low rank of what
+// is left by power iteration. One item is one record; nothing in it depends on the records beside it. With
+// ranges from the smallest to the largest value, backbone and outliers are the reference's to the byte.
+// Fitted ranges are tried at several widths and moved to the least squares of their codes; then low rank and
+// backbone take turns, each fitted to what the other leaves.
+#include "cpu/gear_ranges.h"
 #include "cpu/hadamard.h"
 #include "cpu/simd.h"
 #include "params/gear.h"
@@ -15,14 +18,16 @@ using pyspec::kHalf;
 using pyspec::kMostOutliers;
 using pyspec::kMostRank;
 
-constexpr int64_t kMostHeadDim = 256;
-constexpr int64_t kMostLength = kMostHeadDim > kBlock ? kMostHeadDim : kBlock;
+constexpr int64_t kMostHeadDim = kMostLength;
 constexpr int kPasses = 3;             // of the power iteration
+constexpr int kRounds = 4;             // of low rank and backbone, when fitted to each other
 constexpr float kIndependent = 1e-3f;  // of its length that a column must have left beside those before it
 
 struct Scratch {
   alignas(64) float x[kBlock * kMostHeadDim];         // [token][channel]
   alignas(64) float vectors[kBlock * kMostHeadDim];   // the same, vector after vector
+  alignas(64) float kept[kBlock * kMostHeadDim];      // 0 for outliers, else 1
+  alignas(64) float left[kBlock * kMostHeadDim];      // vectors without low rank
   alignas(64) float residual[kBlock * kMostHeadDim];  // [token][channel]
   alignas(64) float a[kMostRank][kBlock], b[kMostRank][kMostHeadDim];
   uint8_t codes[kBlock * kMostHeadDim];  // [token][channel]
@@ -32,18 +37,6 @@ struct Scratch {
 Scratch& scratch() {
   static thread_local Scratch* instance = new Scratch();
   return *instance;
-}
-
-// x in fp16, rounded to the side.
-Float16 half_towards(float x, bool upwards) {
-  Float16 half;
-  from_float(x, &half);
-  float back = to_float(half);
-  if (upwards ? back >= x : back <= x) return half;
-  if ((half.bits & 0x7fff) == 0) return {static_cast<uint16_t>(upwards ? 0x0001 : 0x8001)};
-  bool is_negative = half.bits >> 15;
-  half.bits = static_cast<uint16_t>(half.bits + (is_negative != upwards ? 1 : -1));
-  return half;
 }
 
 // The count largest (sign 1) or smallest (sign -1), the first of equals first.
@@ -139,78 +132,136 @@ void pack(const uint8_t* codes, const GearFormat& f, int64_t d, bool values, uin
 
 // ==== one side of a record: s.x, keys or values, to out ====
 
-void encode_side(Scratch& s, const GearFormat& f, int64_t d, bool values, uint8_t* out) {
-  GearSide at(f, d, values);
-  int64_t vectors = values ? kBlock : d, length = values ? d : kBlock;
-  int64_t group = values && f.group > d ? d : f.group, half = f.outliers / 2;
-  int64_t levels = (int64_t{1} << f.bits) - 1;
-  Float16 *scales = reinterpret_cast<Float16*>(out + at.scale),
-          *zeros = reinterpret_cast<Float16*>(out + at.zero);
-  auto place = [&](int64_t vector, int64_t i) { return values ? vector * d + i : i * d + vector; };
+struct Side {
+  Scratch& s;
+  const GearFormat& f;
+  GearSide at;
+  uint8_t* out;
+  int64_t d, vectors, length, group;
+  bool values;
+  float levels;
 
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    float* y = s.vectors + vector * length;
-    for (int64_t i = 0; i < length; ++i) y[i] = s.x[place(vector, i)];
-    uint8_t* indices = s.outliers[vector];
-    pick(y, length, half, 1.0f, indices);
-    pick(y, length, half, -1.0f, indices + half);
-    bool is_outlier[kMostLength] = {};
-    for (int64_t o = 0; o < f.outliers; ++o) is_outlier[indices[o]] = true;
-    for (int64_t g = 0; g < length / group; ++g) {
-      float lowest = kInfinity, highest = -kInfinity;
-      for (int64_t i = g * group; i < (g + 1) * group; ++i) {
-        if (is_outlier[i]) continue;
-        lowest = y[i] < lowest ? y[i] : lowest;
-        highest = y[i] > highest ? y[i] : highest;
-      }
-      Float16 zero = half_towards(lowest + 0.0f, false);
-      float step = (highest - to_float(zero)) / static_cast<float>(levels);
-      Float16 scale = half_towards(step > pyspec::kSmallestScale ? step : pyspec::kSmallestScale, true);
-      std::memcpy(scales + g * vectors + vector, &scale, 2);
-      std::memcpy(zeros + g * vectors + vector, &zero, 2);
-      float base = to_float(zero), unit = to_float(scale), most = static_cast<float>(levels);
-      for (int64_t i = g * group; i < (g + 1) * group; ++i) {
-        float code = __builtin_rintf((y[i] - base) / unit);
-        code = code > 0.0f ? code < most ? code : most : 0.0f;
-        s.codes[place(vector, i)] = static_cast<uint8_t>(code);
-        s.residual[place(vector, i)] = is_outlier[i] ? 0.0f : y[i] - (base + unit * code);
+  Side(Scratch& scratch, const GearFormat& format, int64_t head_dim, bool is_values, uint8_t* to)
+      : s(scratch),
+        f(format),
+        at(format, head_dim, is_values),
+        out(to),
+        d(head_dim),
+        vectors(is_values ? kBlock : d),
+        length(is_values ? d : kBlock),
+        group(is_values && format.group > d ? d : format.group),
+        values(is_values),
+        levels(static_cast<float>((int64_t{1} << format.bits) - 1)) {}
+
+  int64_t place(int64_t vector, int64_t i) const { return values ? vector * d + i : i * d + vector; }
+  Group group_of(const float* from, int64_t vector, int64_t g) const {
+    int64_t start = vector * length + g * group;
+    return {from + start, s.kept + start, group, levels};
+  }
+  Range range(int64_t vector, int64_t g) const {
+    Range found;
+    std::memcpy(&found.zero, out + at.zero + 2 * (g * vectors + vector), 2);
+    std::memcpy(&found.scale, out + at.scale + 2 * (g * vectors + vector), 2);
+    return found;
+  }
+  void set_range(int64_t vector, int64_t g, Range range) const {
+    std::memcpy(out + at.zero + 2 * (g * vectors + vector), &range.zero, 2);
+    std::memcpy(out + at.scale + 2 * (g * vectors + vector), &range.scale, 2);
+  }
+
+  void take_outliers() const {
+    int64_t half = f.outliers / 2;
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      float *y = s.vectors + vector * length, *kept = s.kept + vector * length;
+      for (int64_t i = 0; i < length; ++i) y[i] = s.x[place(vector, i)], kept[i] = 1.0f;
+      uint8_t* indices = s.outliers[vector];
+      pick(y, length, half, 1.0f, indices);
+      pick(y, length, half, -1.0f, indices + half);
+      for (int64_t o = 0; o < f.outliers; ++o) kept[indices[o]] = 0.0f;
+    }
+  }
+
+  // Codes of what s.left holds, in ranges that are moved to it or as they are, and what they leave of the
+  // vectors.
+  void quantise(bool move) const {
+    alignas(64) float codes[kMostLength];
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      for (int64_t g = 0; g < length / group; ++g) {
+        Group from = group_of(s.left, vector, g);
+        Range at_range = range(vector, g);
+        find_codes(from, at_range, codes);
+        if (move) {
+          at_range = least_squares(from, codes);
+          set_range(vector, g, at_range);
+          find_codes(from, at_range, codes);
+        }
+        float zero = to_float(at_range.zero), scale = to_float(at_range.scale);
+        Group whole = group_of(s.vectors, vector, g);
+        for (int64_t i = 0; i < group; ++i) {
+          int64_t to = place(vector, g * group + i);
+          s.codes[to] = static_cast<uint8_t>(codes[i]);
+          s.residual[to] = whole.kept[i] == 0.0f ? 0.0f : whole.values[i] - (zero + scale * codes[i]);
+        }
       }
     }
   }
-  pack(s.codes, f, d, values, out + at.codes);
 
-  if (f.rank) {
+  // Low rank of the residual to the record, and the vectors without it to s.left.
+  void fit_low_rank() const {
     power_iteration(s, f.rank, d);
+    std::memcpy(s.left, s.vectors, vectors * length * sizeof(float));
     for (int64_t k = 0; k < f.rank; ++k) {
       int8_t* a = reinterpret_cast<int8_t*>(out + at.a) + k * kBlock;
       int8_t* b = reinterpret_cast<int8_t*>(out + at.b) + k * d;
       float factor = to_int8(s.a[k], kBlock, a);
       factor *= to_int8(s.b[k], d, b);
       std::memcpy(out + at.factor + 4 * k, &factor, 4);
-      for (int64_t token = 0; token < kBlock; ++token) {
-        for (int64_t c = 0; c < d; ++c) s.x[token * d + c] -= factor * static_cast<float>(a[token] * b[c]);
+      const int8_t *own = values ? a : b, *along = values ? b : a;
+      for (int64_t vector = 0; vector < vectors; ++vector) {
+        float* y = s.left + vector * length;
+        for (int64_t i = 0; i < length; ++i) y[i] -= factor * static_cast<float>(own[vector] * along[i]);
       }
     }
   }
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    for (int64_t o = 0; o < f.outliers; ++o) {
-      int64_t i = s.outliers[vector][o], g = i / group;
-      Float16 zero, scale;
-      std::memcpy(&zero, zeros + g * vectors + vector, 2);
-      std::memcpy(&scale, scales + g * vectors + vector, 2);
-      float value =
-          (s.x[place(vector, i)] - to_float(zero)) / to_float(scale) - static_cast<float>(levels) / 2;
-      BFloat16 rounded;
-      from_float(value, &rounded);
-      std::memcpy(out + at.outlier_values + 2 * (o * vectors + vector), &rounded, 2);
-      out[at.outlier_indices + o * vectors + vector] = static_cast<uint8_t>(i);
+
+  void write_outliers() const {
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      for (int64_t o = 0; o < f.outliers; ++o) {
+        int64_t i = s.outliers[vector][o];
+        Range at_range = range(vector, i / group);
+        float value =
+            (s.left[vector * length + i] - to_float(at_range.zero)) / to_float(at_range.scale) - levels / 2;
+        BFloat16 rounded;
+        from_float(value, &rounded);
+        std::memcpy(out + at.outlier_values + 2 * (o * vectors + vector), &rounded, 2);
+        out[at.outlier_indices + o * vectors + vector] = static_cast<uint8_t>(i);
+      }
     }
   }
-}
+
+  void encode(bool fit) const {
+    take_outliers();
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      for (int64_t g = 0; g < length / group; ++g) {
+        Group from = group_of(s.vectors, vector, g);
+        set_range(vector, g, fit ? fitted(from) : min_max(from));
+      }
+    }
+    std::memcpy(s.left, s.vectors, vectors * length * sizeof(float));
+    quantise(false);
+    for (int round = 0; f.rank && round < (fit ? kRounds : 1); ++round) {
+      if (round) quantise(true);
+      fit_low_rank();
+    }
+    pack(s.codes, f, d, values, out + at.codes);
+    write_outliers();
+  }
+};
 
 template <class Storage>
 void encode(const GearEncodeParams& p) {
-  int64_t d = p.head_dim, record = pyspec::gear_record_bytes(p.format, d);
+  int64_t d = p.head_dim, key_dim = pyspec::gear_key_dim(p.format, d),
+          record = pyspec::gear_record_bytes(p.format, d);
   int64_t value_side = GearSide(p.format, d, false).bytes,
           end = value_side + GearSide(p.format, d, true).bytes;
   auto item = [&](int64_t index) {
@@ -220,13 +271,16 @@ void encode(const GearEncodeParams& p) {
     for (int side = 0; side < 2; ++side) {
       bool values = side == 1;
       const int64_t* strides = values ? p.v_strides : p.k_strides;
+      int64_t width = values ? d : key_dim;
       const Storage* from = static_cast<const Storage*>(values ? p.v : p.k) + b * strides[0] + h * strides[1];
       for (int64_t token = 0; token < kBlock; ++token) {
-        convert_row(from + (block * kBlock + token) * strides[2], s.x + token * d, d);
+        convert_row(from + (block * kBlock + token) * strides[2], s.x + token * width, width);
         if (p.format.rotate && !values) rotate(s.x + token * d, d);
       }
-      encode_side(s, p.format, d, values, out + (values ? value_side : 0));
+      Side(s, p.format, width, values, out + (values ? value_side : 0)).encode(p.fitted);
     }
+    int64_t count = p.format.key_channels;
+    std::memcpy(out + value_side - count, p.channels + index * count, count);
     std::memset(out + end, 0, record - end);
   };
   pyspec::parallel(p.parallel_for, p.batch * p.kv_heads * p.blocks, item);

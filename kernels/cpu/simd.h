@@ -24,11 +24,6 @@
 #define PYSPEC_HAS_X86_VECTORS 1
 #endif
 
-// A kernel's entry point: PYSPEC_ENTRY(pyspec_topk) is pyspec_topk_avx2 in the object file for AVX2.
-#define PYSPEC_ENTRY_(name, isa) name##_##isa
-#define PYSPEC_ENTRY_OF(name, isa) PYSPEC_ENTRY_(name, isa)
-#define PYSPEC_ENTRY(name) PYSPEC_ENTRY_OF(name, PYSPEC_ISA)
-
 #define PYSPEC_INLINE inline __attribute__((always_inline))
 #define PYSPEC_INLINE_LAMBDA __attribute__((always_inline))
 // Before a loop over vectors that are to stay in registers.

@@ -3,6 +3,18 @@
 
 #include <cstdint>
 
+// A kernel's entry point: PYSPEC_ENTRY(pyspec_topk) is pyspec_topk_avx2 in the object file for AVX2.
+#define PYSPEC_ENTRY_(name, isa) name##_##isa
+#define PYSPEC_ENTRY_OF(name, isa) PYSPEC_ENTRY_(name, isa)
+#define PYSPEC_ENTRY(name) PYSPEC_ENTRY_OF(name, PYSPEC_ISA)
+
+// For what kernels call on either side.
+#ifdef __CUDACC__
+#define PYSPEC_HOST_DEVICE __host__ __device__
+#else
+#define PYSPEC_HOST_DEVICE
+#endif
+
 namespace pyspec {
 
 enum class Element : int32_t { kFloat32, kFloat16, kBFloat16 };

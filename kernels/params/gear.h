@@ -17,6 +17,9 @@
 //   outliers     bf16 value [outliers][vectors], uint8 index [outliers][vectors]; a vector is a channel of
 //                keys, its index a token; or a token of values, its index a channel. There
 //                (x without the low rank) is zero + scale * ((2^bits - 1) / 2 + value).
+//   channels     keys only: uint8 [key_channels], ascending. Where key_channels is not 0, a record has that
+//   many
+//                channels of its keys, these, and head_dim above is key_channels; the others count as 0.
 // and zeros up to a multiple of 64 bytes. Numbers are little-endian. Rotated keys were multiplied by the
 // Hadamard matrix / sqrt(head_dim), in the order of Sylvester.
 #pragma once
@@ -26,11 +29,12 @@
 namespace pyspec {
 
 struct GearFormat {
-  int64_t bits;      // 2, 3, 4 or 8
-  int64_t group;     // 32, 64 or 128
-  int64_t rank;      // 0 .. 16
-  int64_t outliers;  // 0 .. 16 of each vector, half of them its smallest
-  int64_t rotate;    // 0 or 1
+  int64_t bits;          // 2, 3, 4 or 8
+  int64_t group;         // 32, 64 or 128
+  int64_t rank;          // 0 .. 16
+  int64_t outliers;      // 0 .. 16 of each vector, half of them its smallest
+  int64_t rotate;        // 0 or 1
+  int64_t key_channels;  // 0 for all, or a multiple of 16 below head_dim
 };
 
 struct GearAttentionParams {
@@ -53,13 +57,16 @@ struct GearAttentionParams {
 };
 
 struct GearEncodeParams {
-  const void* k;    // [batch, kv_heads, blocks * kBlock, head_dim], the last dimension contiguous
-  const void* v;    // like k
-  uint8_t* packed;  // [batch, kv_heads, blocks, record], contiguous
+  const void*
+      k;  // [batch, kv_heads, blocks * kBlock, key_channels or head_dim], the last dimension contiguous
+  const void* v;            // [batch, kv_heads, blocks * kBlock, head_dim], the last dimension contiguous
+  const uint8_t* channels;  // [batch, kv_heads, blocks, key_channels], contiguous
+  uint8_t* packed;          // [batch, kv_heads, blocks, record], contiguous
 
   int64_t k_strides[3], v_strides[3];  // in elements
   int64_t batch, kv_heads, blocks, head_dim;
   GearFormat format;
+  int64_t fitted;  // 0 or 1: ranges and low rank for the least squared error
   Element element;
   ParallelFor parallel_for;
 };
@@ -72,11 +79,17 @@ constexpr int64_t kMostRank = 16, kMostOutliers = 16;
 constexpr float kSmallestScale =
     0x1p-14f;  // of a group whose values are all the same; fp16's smallest normal
 
+// Channels of a record's keys.
+inline int64_t gear_key_dim(const GearFormat& f, int64_t head_dim) {
+  return f.key_channels ? f.key_channels : head_dim;
+}
+
 // Where the parts of a side, keys or values, begin, in bytes.
 struct GearSide {
-  int64_t scale, zero, codes, half_codes, factor, a, b, outlier_values, outlier_indices, bytes;
+  int64_t scale, zero, codes, half_codes, factor, a, b, outlier_values, outlier_indices, channels, bytes;
 
   GearSide(const GearFormat& f, int64_t head_dim, bool values) {
+    if (!values) head_dim = gear_key_dim(f, head_dim);
     int64_t width = f.group < head_dim ? f.group : head_dim;
     int64_t scales = values ? head_dim / width * kBlock : kBlock / f.group * head_dim;
     int64_t vectors = values ? kBlock : head_dim;
@@ -89,7 +102,8 @@ struct GearSide {
     b = a + f.rank * kBlock;
     outlier_values = b + f.rank * head_dim;
     outlier_indices = outlier_values + 2 * f.outliers * vectors;
-    bytes = outlier_indices + f.outliers * vectors;
+    channels = outlier_indices + f.outliers * vectors;
+    bytes = channels + (values ? 0 : f.key_channels);
   }
 };
 

@@ -36,7 +36,7 @@ struct SelectiveStateParams {
 
 namespace {  // compiled once per instruction set, so never shared between object files
 
-inline int64_t record_width(const SelectiveStateParams& p) {
+PYSPEC_HOST_DEVICE inline int64_t record_width(const SelectiveStateParams& p) {
   return p.channels + p.heads + p.groups * p.state_size;
 }
 

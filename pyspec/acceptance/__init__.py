@@ -60,7 +60,7 @@ def acceptance_from_name(name: str | AcceptanceRule) -> AcceptanceRule:
     return getattr(import_module(f"pyspec.acceptance.{module}"), rule)()
 
 
-def check_laws(drafter: Drafter | None, rule: AcceptanceRule, budget: int | str) -> None:
+def check_laws(drafter: Drafter | None, rule: AcceptanceRule) -> None:
     """Raises ValueError for a drafter and a rule that together would bias the text, saying what to use instead."""
     if drafter is None or rule.siblings is None:
         return
@@ -75,9 +75,4 @@ def check_laws(drafter: Drafter | None, rule: AcceptanceRule, budget: int | str)
             f"{names} do not go together: the rule is for siblings drawn as {' or '.join(sorted(rule.siblings))}, the "
             f"drafter's are {drafter.siblings}, and the wrong q biases the text or fails. Use "
             'acceptance="traversal" or "recursive", which take what was drawn out of q'
-        )
-    if budget == "auto":
-        raise ValueError(
-            f'budget="auto" leaves out nodes after they were drawn, and {type(rule).__name__} would take the others '
-            'for plain draws, which biases the text. Use a number of nodes, or acceptance="exact"'
         )

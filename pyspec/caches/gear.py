@@ -22,13 +22,31 @@ from pyspec.trees import DraftTree
 
 __all__ = ["CACHES", "GearCache", "PackedCache", "PackedSettings", "cache_from_name"]
 
+KEEPS = (1.0, 0.5, 0.25, 0.125)
+RECENT = 32  # queries that channels of keys are chosen by
+
 
 class PackedSettings:
     """What a PackedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
 
-    encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D].
+    encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D]; channels
+        [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
     attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
     """
+
+    keep = 1.0
+    whole_layers = 0
+    key_channels = 0
+
+    @property
+    def span(self) -> int:
+        """Tokens of a block."""
+        return round(BLOCK / self.keep)
+
+    @property
+    def records(self) -> int:
+        """Of a block, in a layer that keeps all its tokens."""
+        return self.span // BLOCK
 
     @property
     def largest_tree(self) -> int:
@@ -50,11 +68,13 @@ class PackedSettings:
         """Bits for each number of a text of so many tokens: its records, and what is kept in 16 bits beside them.
 
         In both forms are kept the tokens of a block that a row may see packed or not. Scratch slots for a tree's keys
-        are not counted; a cache in full precision has them too.
+        are not counted; a cache in full precision has them too. The layers that keep all tokens while others do not
+        have the bits of keep = 1.
         """
         self.check_head_dim(head_dim)
-        packed = length // BLOCK * self.record_bytes(head_dim) * 8
-        exact = (length - blocks_seen(length, self.window) * BLOCK) * 2 * head_dim * 16
+        packed = length // self.span * self.record_bytes(head_dim) * 8
+        packed += RECENT * head_dim * 32 if self.key_channels else 0  # queries
+        exact = (length - blocks_seen(length, self.window, self.span) * self.span) * 2 * head_dim * 16
         return (packed + exact) / (2 * head_dim * length)
 
     def start(
@@ -78,28 +98,37 @@ class GearCache(GearFormat, PackedSettings):
     Args:
         window: how many positions behind a block's end a row must be to see it packed. A tree has at most window + 1
             nodes, for a deeper node would need a block that is not committed yet.
+        keep: share of the tokens that each head keeps, 1, 1/2, 1/4 or 1/8: a block is then 128 / keep tokens, and the
+            128 with the shortest keys go into its record (L2-norm eviction).
+        whole_layers: how many layers, from the first on, keep all tokens nevertheless.
     """
 
     window: int = 64
+    keep: float = 1.0
+    whole_layers: int = 2
 
     def __post_init__(self):
         super().__post_init__()
         self.check_window()
+        if self.keep not in KEEPS:
+            raise ValueError(f"keep must be one of {KEEPS}, got {self.keep!r}")
+        if isinstance(self.whole_layers, bool) or not isinstance(self.whole_layers, int) or self.whole_layers < 0:
+            raise ValueError(f"whole_layers must be an integer of at least 0, got {self.whole_layers!r}")
 
-    def encode(self, k: Tensor, v: Tensor) -> Tensor:
-        return encode_packed(k, v, self)
+    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None) -> Tensor:
+        return encode_packed(k, v, self, channels)
 
-    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float) -> tuple[Tensor, Tensor]:
-        return attend_tree(q, packed, k, v, rows, self, scale)
+    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
+        return attend_tree(q, packed, k, v, rows, self, scale, records)
 
 
 CACHES = {
     "int8": GearCache(8, 128),
     "int4": GearCache(4, 128),
     "kivi-2bit": GearCache(2, 64),
-    "gear-l-2bit": GearCache(2, 64, rank=4),
-    "gear-2bit": GearCache(2, 64, rank=4, outliers=2),
-    "gear-4bit": GearCache(4, 128, rank=4, outliers=2),
+    "gear-l-2bit": GearCache(2, 64, rank=4, fitted=True),
+    "gear-2bit": GearCache(2, 64, rank=4, outliers=2, fitted=True),
+    "gear-4bit": GearCache(4, 128, rank=4, outliers=2, fitted=True),
 }
 
 
@@ -125,9 +154,13 @@ def cache_from_name(cache: str | PackedSettings) -> PackedSettings | None:
 class PackedCache:
     """Keys and values of B sequences, each with its own length.
 
-    `packed` [layers, B, Hkv, capacity / 128, record] uint8 are the blocks. `keys_values`
+    `packed` [layers, B, Hkv, blocks, record] uint8 are the blocks of the layers that keep a share of their tokens, one
+    record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them, which
+    keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
     [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
-    DenseCache, scratch for a tree's keys. slots does not grow with the text.
+    DenseCache, scratch for a tree's keys. slots does not grow with the text. Where keys keep some of their channels,
+    `queries` [layers, B, Hkv, RECENT + nodes, D] fp32 are squares, summed over a group's heads, of the last committed
+    tokens' queries and then of a tree's; else it has no layers.
 
     Args:
         settings: how blocks are packed.
@@ -153,23 +186,30 @@ class PackedCache:
         self.settings = settings
         self.capacity = capacity
         self.lengths = [0] * sequences
-        slots = min(capacity, settings.window + BLOCK - 1 + settings.largest_tree)
+        self.span = settings.span
+        slots = min(capacity, settings.window + self.span - 1 + settings.largest_tree)
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, slots, head_dim, dtype=dtype, device=device)
         record = settings.record_bytes(head_dim)
-        self.packed = torch.empty(
-            layers, sequences, kv_heads, capacity // BLOCK, record, dtype=torch.uint8, device=device
+        blocks, whole_layers = capacity // self.span, min(settings.whole_layers, layers) if settings.keep < 1 else 0
+        self.whole, self.packed = (
+            torch.empty(count, sequences, kv_heads, records, record, dtype=torch.uint8, device=device)
+            for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
+        )
+        nodes = settings.largest_tree
+        self.queries = torch.zeros(
+            layers if settings.key_channels else 0, sequences, kv_heads, RECENT + nodes, head_dim, device=device
         )
         self._scale = head_dim**-0.5
 
     @property
     def starts(self) -> list[int]:
         """The position of each sequence's first slot in full precision."""
-        return [blocks_seen(length, self.settings.window) * BLOCK for length in self.lengths]
+        return [blocks_seen(length, self.settings.window, self.span) * self.span for length in self.lengths]
 
     @property
     def nbytes(self) -> int:
         """Of everything that was allocated."""
-        return self.packed.nbytes + self.keys_values.nbytes
+        return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
 
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless a tree of count nodes fits behind a sequence's committed tokens."""
@@ -187,13 +227,20 @@ class PackedCache:
         """What the nodes of a tree behind a sequence see."""
         device = self.keys_values.device
         length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
-        return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window)
+        return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window, self.span)
 
     def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
-        packed = self.packed[layer, sequence, None]
-        out, _ = self.settings.attend(layer, q.transpose(0, 1)[None], packed, k, v, rows, self._scale)
+        if len(self.queries):
+            grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
+            # sum() adds head by head: an order that the number of nodes cannot change
+            self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
+        if layer < len(self.whole):
+            packed, records = self.whole[layer, sequence, None], self.settings.records
+        else:
+            packed, records = self.packed[layer - len(self.whole), sequence, None], 1
+        out, _ = self.settings.attend(layer, q.transpose(0, 1)[None], packed, k, v, rows, self._scale, records)
         return out[0].transpose(0, 1)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
@@ -206,16 +253,43 @@ class PackedCache:
         after = before + len(path)
         slots = self.keys_values[:, :, sequence]
         keep_path(slots[..., before - start :, :], path)
-        blocks = range(before // BLOCK, after // BLOCK)
-        parts = [slots[..., block * BLOCK - start :, :][..., :BLOCK, :] for block in blocks]
+        blocks = range(before // self.span, after // self.span)
+        parts = [slots[..., block * self.span - start :, :][..., : self.span, :] for block in blocks]
         for block, part in zip(blocks, parts, strict=True):
             self._check(sequence, block, part)
+        recent = None
+        if len(self.queries):
+            queries = self.queries[:, sequence]
+            nodes = torch.tensor([*range(RECENT), *(RECENT + node for node in path)], device=queries.device)
+            recent = queries[:, :, nodes]  # of the positions from before - RECENT on
+            queries[:, :, :RECENT] = recent[:, :, len(path) :]
         for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
-            self.packed[:, sequence, :, block] = self.settings.encode(part[:, 0], part[:, 1])[:, :, 0]
+            channels = None
+            if recent is not None:
+                end = (block + 1) * self.span - before
+                channels = _channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
+            self._pack(sequence, block, part, channels)
         self.lengths[sequence] = after
         if (past := self.starts[sequence] - start) > 0:
             kept = slots[..., past : after - start, :].clone()
             slots[..., : after - start - past, :] = kept
+
+    def _pack(self, sequence: int, block: int, part: Tensor, channels: Tensor | None) -> None:
+        """Makes the records of a block, keys and values [layers, 2, Hkv, span, D] with channels [layers, Hkv, C]."""
+
+        def encode(layers: slice, kept: Tensor) -> Tensor:
+            records = kept.shape[3] // BLOCK
+            wanted = None if channels is None else channels[layers, :, None].expand(-1, -1, records, -1)
+            return self.settings.encode(kept[:, 0], kept[:, 1], wanted)
+
+        first = len(self.whole)
+        if first:
+            records = self.settings.records
+            self.whole[:, sequence, :, block * records : (block + 1) * records] = encode(slice(first), part[:first])
+        rest = part[first:]
+        if self.span > BLOCK:
+            rest = _shortest_keys(rest)
+        self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
         bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
@@ -224,5 +298,26 @@ class PackedCache:
             what = "keys" if name == "k" else "values"
             raise ValueError(
                 f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
-                f"head {head}, position {block * BLOCK + token}, channel {channel} of sequence {sequence}"
+                f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
+
+
+def _shortest_keys(part: Tensor) -> Tensor:
+    """Of keys and values [layers, 2, Hkv, span, D] those of each head's BLOCK tokens with the shortest keys, in order.
+
+    Keys are turned to their positions already, so nothing else knows where they were (Devoto et al., arXiv:2406.11430).
+    """
+    lengths = part[:, 0].float().square().sum(-1)  # [layers, Hkv, span]
+    kept = lengths.sort(dim=-1, stable=True).indices[..., :BLOCK].sort(dim=-1).values
+    return part.gather(3, kept[:, None, :, :, None].expand(-1, 2, -1, -1, part.shape[-1]))
+
+
+def _channels(queries: Tensor, k: Tensor, count: int) -> Tensor:
+    """The channels [layers, Hkv, count] uint8, ascending, that matter most to squared queries [layers, Hkv, RECENT, D].
+
+    Leaving a channel of keys k [layers, Hkv, span, D] out takes the product of the lengths of the two columns from the
+    scores (ThinK, Xu et al., arXiv:2407.21018).
+    """
+    score = queries.contiguous().sum(2) * k.float().square().contiguous().sum(2)
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return kept.sort(dim=-1).values.to(torch.uint8)

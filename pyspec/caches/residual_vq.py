@@ -66,9 +66,9 @@ class ResidualVqCache(PackedSettings):
         settings = replace(self, codebooks=self.codebooks.to(device))
         return PackedCache(settings, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
 
-    def encode(self, k: Tensor, v: Tensor) -> Tensor:
+    def encode(self, k: Tensor, v: Tensor, channels: None) -> Tensor:
         return encode_codes(k, v, self.codebooks.tables)
 
-    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
         packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale)
         return join_exact(packed_part, q, k, v, rows, scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -13,7 +14,19 @@ from pyspec.trees import DraftTree
 if TYPE_CHECKING:
     from pyspec.models import Runner
 
-__all__ = ["Drafter", "drafter_from_name"]
+__all__ = ["NAMES", "Drafter", "drafter_from_name", "new_drafter"]
+
+# drafters that a runner alone is enough for: name, module, class
+NAMES = {
+    "merged": ("merged", "MergedDrafter"),
+    "lookup": ("lookup", "LookupDrafter"),
+    "recycling": ("recycling", "RecyclingDrafter"),
+    "suffix": ("suffix", "SuffixDrafter"),
+    "stand": ("stand", "StandDrafter"),
+    "aded": ("aded", "AdedDrafter"),
+    "ngrammys": ("ngrammys", "NgrammysDrafter"),
+    "layer_skip": ("layer_skip", "LayerSkipDrafter"),
+}
 
 
 class Drafter(Protocol):
@@ -25,6 +38,9 @@ class Drafter(Protocol):
     A "deterministic" drafter chooses its drafts, in whatever way. A "sampled" one draws each of them from the law that
     tree.q holds, and decides to draw it, and to keep it, before it knows the draw; it also has `siblings`, a
     pyspec.trees.Siblings. Calling chosen drafts sampled biases the text: rules that trust q are told so by this.
+
+    A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
+    the noise of a draw is known before the draw, and a guess may look at it.
     """
 
     proposal: Literal["deterministic", "sampled"]
@@ -46,7 +62,7 @@ _kept: WeakKeyDictionary[Runner, dict[str, Drafter]] = WeakKeyDictionary()
 
 
 def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
-    """The drafter that a name stands for: "lookup", "recycling" or "merged". A drafter or None is returned as it is.
+    """The drafter that a name of NAMES stands for. A drafter or None is returned as it is.
 
     A runner's drafter of a name is made once and lives as long as the runner, so that each request starts from what
     the earlier ones taught. Make one yourself (say, MergedDrafter) to start from nothing.
@@ -56,18 +72,24 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
     """
     if not isinstance(drafter, str):
         return drafter
-    from pyspec.drafting.lookup import LookupDrafter
-    from pyspec.drafting.merged import MergedDrafter
-    from pyspec.drafting.recycling import RecyclingDrafter
-
-    makers = {
-        "lookup": lambda: LookupDrafter(runner.vocab_size),
-        "recycling": lambda: RecyclingDrafter(runner.vocab_size, runner.fingerprint),
-        "merged": lambda: MergedDrafter(runner.vocab_size, runner.fingerprint),
-    }
-    if drafter not in makers:
-        raise ValueError(f'drafter must be "lookup", "recycling", "merged", a Drafter or None, got {drafter!r}')
+    if drafter not in NAMES:
+        raise ValueError(f"drafter must be one of {', '.join(NAMES)}, a Drafter or None, got {drafter!r}")
     kept = _kept.setdefault(runner, {})
     if drafter not in kept:
-        kept[drafter] = makers[drafter]()
+        kept[drafter] = new_drafter(drafter, runner)
     return kept[drafter]
+
+
+def new_drafter(name: str, runner: Runner) -> Drafter:
+    """A drafter of a name that knows nothing yet, but what is computed from the model itself."""
+    module, kind = NAMES[name]
+    made = getattr(import_module(f"pyspec.drafting.{module}"), kind)
+    if name == "lookup":
+        return made(runner.vocab_size)
+    if name == "layer_skip":
+        return made(runner)
+    if name == "ngrammys":
+        from pyspec.drafting.ngrammys import model_bigrams
+
+        return made(runner.vocab_size, runner.fingerprint, model_bigrams(runner))
+    return made(runner.vocab_size, runner.fingerprint)

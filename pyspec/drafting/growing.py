@@ -4,20 +4,72 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from pyspec.acceptance.sampling import Sampler
+from pyspec.drafting import saving
 from pyspec.drafting.engine import engine
 from pyspec.readback import read_top_tokens
 from pyspec.trees import DraftTree
 
-__all__ = ["GrowingDrafter"]
+__all__ = ["GrowingDrafter", "Part", "best_tokens"]
 
 LARGEST_BUDGET = 4096
-LONGEST_MATCH = 6  # tokens that a source looks back on: NgramIndex's longest n-gram
+LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth
+
+
+class Part:
+    """What one drafter knows: sources that a tree grows from, and how they learn. This one has nothing to learn.
+
+    name: of its tables in a saved file.
+    sources: of the host module, asked in this order at every node.
+    wants_logits: whether observe is of any use.
+    wants_texts: whether read_text is.
+    """
+
+    name: str
+    sources: list
+    wants_logits = False
+    wants_texts = False
+
+    def start(self) -> Part:
+        """The part of a drafter for one new sequence: what sequences share stays shared."""
+        return self
+
+    def read(self, context: Sequence[int], first: int) -> None:
+        """The sequence has new tokens, from `first` on."""
+
+    def look(self, context: Sequence[int]) -> None:
+        """A tree is about to grow below the last token."""
+
+    def observe(
+        self,
+        tokens: np.ndarray,
+        parents: np.ndarray,
+        before: list[int],
+        top_tokens: np.ndarray,
+        top_logits: np.ndarray,
+    ) -> None:
+        """What the target said: its 8 best tokens [T, 8] after every node of a tree, which stands behind `before`."""
+
+    def read_text(self, tokens: Sequence[int]) -> None:
+        """A text of no sequence, to draft from."""
+
+    def tables(self) -> saving.Tables:
+        """What is saved, by name; none where nothing is."""
+        return {}
+
+    def load(self, tables: saving.Tables) -> None:
+        """Takes over saved tables, checked against `layout`."""
+
+    def layout(self) -> dict[str, saving.Column]:
+        """What the saved tables must be like."""
+        return {}
 
 
 class GrowingDrafter:
@@ -29,20 +81,23 @@ class GrowingDrafter:
 
     Args:
         vocab_size: tokens of the target.
-        lookup: take what followed earlier occurrences of the newest tokens as a source.
-        recycling: take what the target last thought could follow a token, and two tokens, as two sources.
+        parts: what is drafted from.
+        fingerprint: names the target; a file saved with another one is refused.
     """
 
     proposal = "deterministic"
 
-    def __init__(self, vocab_size: int, *, lookup: bool, recycling: bool):
+    def __init__(self, vocab_size: int, parts: Sequence[Part], fingerprint: str = ""):
         self.vocab_size = vocab_size
-        self._index = engine().NgramIndex() if lookup else None
-        self._adjacencies = [engine().Adjacency(vocab_size, context) for context in (1, 2)] if recycling else []
-        self._estimates = engine().Estimates([source.priors() for source in self._sources()], SMOOTHING)
+        self.fingerprint = fingerprint
+        self.parts = list(parts)
+        priors = [source.priors() for source in self._sources()]
+        # greedy texts and drawn ones say different things about the same kind of offer
+        self._greedy, self._drawn = (engine().Estimates(priors, SMOOTHING) for _ in range(2))
+        self._noise = None
         self._read = 0  # tokens of the context seen so far
-        # the last tree, the cell of each of its edges, and the token before its root or -1
-        self._proposed: tuple[DraftTree | None, np.ndarray | None, int] = (None, None, -1)
+        # the last tree, the cell of each of its edges, and the tokens before its root
+        self._proposed: tuple[DraftTree | None, np.ndarray | None, list[int]] = (None, None, [])
 
     def start(self, prompt: Sequence[int]) -> GrowingDrafter:
         """A drafter for one new sequence; what was learned from others is shared with it.
@@ -51,9 +106,18 @@ class GrowingDrafter:
             ValueError: if a token is outside the vocabulary.
         """
         drafter = copy.copy(self)
-        drafter._index = None if self._index is None else engine().NgramIndex()
-        drafter._read, drafter._proposed = 0, (None, None, -1)
+        drafter.parts = [part.start() for part in self.parts]
+        drafter._read, drafter._proposed = 0, (None, None, [])
         drafter._read_context(prompt)
+        return drafter
+
+    def coupled_to(self, sampler: Sampler) -> GrowingDrafter:
+        """This drafter for texts that a sampler draws: where a source knows shares, the sampler's own noise tells which
+        of its tokens the draw is likely to take. The draw depends on no draft, so the text is the same.
+        """
+        drafter = copy.copy(self)
+        greedy = sampler.temperature == 0
+        drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
         return drafter
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
@@ -75,9 +139,14 @@ class GrowingDrafter:
             raise ValueError("context must have at least one token, got none")
         self._read_context(context)
         recent = list(context[-LONGEST_MATCH:])
-        tokens, parents, cells, chances = engine().grow(self._sources(), self._estimates, recent, budget)
+        for part in self.parts:
+            part.look(context)
+        estimates = self._greedy if self._noise is None else self._drawn
+        tokens, parents, cells, chances = engine().grow(
+            self._sources(), estimates, recent, budget, self._noise, len(context)
+        )
         tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))
-        self._proposed = (tree, cells, recent[-2] if len(recent) > 1 else -1)
+        self._proposed = (tree, cells, recent[:-1])
         return tree
 
     def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
@@ -93,30 +162,82 @@ class GrowingDrafter:
         """
         if logits.shape != (len(tree), self.vocab_size):
             raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
-        proposed, cells, previous = self._proposed
+        proposed, cells, before = self._proposed
         is_proposed = proposed is not None and _begins_with(proposed, tree)
-        if not is_proposed and not self._adjacencies:
+        readers = [part for part in self.parts if part.wants_logits]
+        learns_rates = is_proposed and self._noise is None
+        if not learns_rates and not readers:
             return
-        top_tokens, top_logits = _top_tokens(logits)
         tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
-        for adjacency in self._adjacencies:
-            adjacency.update(tokens, parents, previous if is_proposed else -1, top_tokens, top_logits)
-        if is_proposed:
+        if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
+        top_tokens, top_logits = best_tokens(logits)
+        for part in readers:
+            part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
+        if learns_rates:
             # all of the tree: a node that was left out is still right or wrong where its parent was verified
-            self._estimates.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
+            self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
+
+    def read_text(self, tokens: Sequence[int]) -> None:
+        """Reads a text to draft from, for all sequences that share this drafter's tables: say, the documents that
+        answers will quote.
+
+        Raises:
+            ValueError: if a token is outside the vocabulary, or nothing here keeps texts.
+        """
+        readers = [part for part in self.parts if part.wants_texts]
+        if not readers:
+            raise ValueError(f'{type(self).__name__} keeps no texts: use "suffix" or "aded", or merge one of them')
+        tokens = self._checked(tokens, "text")
+        for part in readers:
+            part.read_text(tokens)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tables as a NumPy archive; an existing file is replaced whole."""
+        saving.save(path, self._identity(), {name: table for part in self.parts for name, table in _named(part)})
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Takes over saved tables, for all sequences that share this one's.
+
+        Raises:
+            OSError: if the file cannot be opened.
+            ValueError: if it is damaged, or of another model or vocabulary; nothing changes then.
+        """
+        layouts = {part.name + name: column for part in self.parts for name, column in part.layout().items()}
+        tables = saving.load(path, self._identity(), layouts)
+        for part in self.parts:
+            part.load({name: tables[part.name + name] for name in part.layout()})
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
     def _sources(self) -> list:
-        return ([] if self._index is None else [self._index]) + self._adjacencies
+        return [source for part in self.parts for source in part.sources]
 
     def _read_context(self, context: Sequence[int]) -> None:
         if len(context) < self._read:
             raise ValueError(f"context only grows, but it has {len(context)} tokens after {self._read}")
-        new = [operator.index(token) for token in context[self._read :]]
-        if new and not (min(new) >= 0 and max(new) < self.vocab_size):
-            raise ValueError(f"context tokens must be in [0, {self.vocab_size}), got {min(new)} to {max(new)}")
-        if self._index is not None:
-            self._index.extend(new)
+        new = self._checked(context[self._read :], "context")
+        if not new:
+            return
+        proposed, cells, _ = self._proposed
+        if self._noise is not None and proposed is not None:
+            self._drawn.learn_said(proposed.tokens.numpy(), proposed.parents.numpy(), cells, new)
+            self._proposed = (None, None, [])
+        for part in self.parts:
+            part.read(context, self._read)
         self._read = len(context)
+
+    def _checked(self, tokens: Sequence[int], name: str) -> list[int]:
+        tokens = [operator.index(token) for token in tokens]
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
+            raise ValueError(f"{name} tokens must be in [0, {self.vocab_size}), got {min(tokens)} to {max(tokens)}")
+        return tokens
+
+
+def _named(part: Part) -> list[tuple[str, np.ndarray]]:
+    return [(part.name + name, table) for name, table in part.tables().items()]
 
 
 def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
@@ -124,7 +245,7 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
     return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
 
 
-def _top_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def best_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
     logits = logits.float() if logits.dtype == torch.float64 else logits
     return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from pyspec.drafting.growing import GrowingDrafter
+from collections.abc import Sequence
+
+from pyspec.drafting.engine import engine
+from pyspec.drafting.growing import GrowingDrafter, Part
 
 __all__ = ["LookupDrafter"]
+
+
+class Lookup(Part):
+    """The n-grams of one sequence."""
+
+    name = "lookup_"
+
+    def __init__(self):
+        self.sources = [engine().NgramIndex()]
+
+    def start(self) -> Lookup:
+        return Lookup()
+
+    def read(self, context: Sequence[int], first: int) -> None:
+        self.sources[0].extend(context[first:])
 
 
 class LookupDrafter(GrowingDrafter):
@@ -15,4 +33,4 @@ class LookupDrafter(GrowingDrafter):
     """
 
     def __init__(self, vocab_size: int):
-        super().__init__(vocab_size, lookup=True, recycling=False)
+        super().__init__(vocab_size, [Lookup()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
@@ -29,8 +30,8 @@ class ModelDrafter:
     Args:
         draft: any runner but the target itself.
         target: the model to draft for.
-        growth: by default the likeliest paths, which acceptance="exact" and budget="auto" fit. A policy that draws,
-            say DySpecThreshold, makes the drafter "sampled": then give acceptance="traversal" and a number as budget.
+        growth: by default the likeliest paths, which acceptance="exact" fits. A policy that draws, say DySpecThreshold,
+            makes the drafter "sampled": then give acceptance="traversal".
         temperature, top_k, top_p: of the draft's laws, see Sampler; a drafter that draws needs a temperature above 0.
         seed: of the draws.
 
@@ -52,6 +53,9 @@ class ModelDrafter:
         if draft is target:
             raise ValueError("draft must be another runner than target: their states differ during a round")
         _check_vocabularies(draft, target)
+        self._set_up(draft, growth, temperature, top_k, top_p, seed)
+
+    def _set_up(self, draft: Runner, growth: GrowthPolicy | None, temperature, top_k, top_p, seed) -> None:
         self.growth = Reranked(TopPaths(width=4, depth=5)) if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
@@ -66,10 +70,9 @@ class ModelDrafter:
 
     def start(self, prompt: Sequence[int]) -> ModelDrafter:
         """A drafter for one more sequence of the batch; of a new batch once the last one has begun to draft."""
-        drafter = ModelDrafter.__new__(ModelDrafter)
-        drafter.__dict__.update(self.__dict__)
+        drafter = copy.copy(self)
         if self._batch is None or self._batch.capacity:
-            self._batch = _Batch(self._draft)
+            self._batch = self._new_batch()
         drafter._batch, drafter._sequence = self._batch, self._batch.add(prompt)
         return drafter
 
@@ -85,6 +88,9 @@ class ModelDrafter:
 
     def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
         """Nothing is learned: the next round reads the context."""
+
+    def _new_batch(self) -> _Batch:
+        return _Batch(self._draft)
 
 
 class _Laws:

@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
-from pathlib import Path
-
 import numpy as np
 
-from pyspec.drafting.growing import GrowingDrafter
+from pyspec.drafting.engine import engine
+from pyspec.drafting.growing import GrowingDrafter, Part
+from pyspec.drafting.saving import Column, Tables
 
 __all__ = ["RecyclingDrafter"]
 
-FORMAT_VERSION = 1
+
+class Recycling(Part):
+    """Rows of successors by the last token, and by the last two."""
+
+    name = ""
+    wants_logits = True
+
+    def __init__(self, vocab_size: int):
+        self.sources = [engine().Adjacency(vocab_size, context) for context in (1, 2)]
+        self._vocab_size = vocab_size
+
+    def observe(self, tokens, parents, before: list[int], top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
+        for adjacency in self.sources:
+            adjacency.update(tokens, parents, before[-1] if before else -1, top_tokens, top_logits)
+
+    def tables(self) -> Tables:
+        return {
+            f"{field}_{context}": getattr(adjacency, field)
+            for context, adjacency in enumerate(self.sources, start=1)
+            for field in ("keys", "successors", "levels")
+        }
+
+    def load(self, tables: Tables) -> None:
+        for name, table in self.tables().items():
+            table[:] = tables[name]
+
+    def layout(self) -> dict[str, Column]:
+        ranges = {"successors": (-1, self._vocab_size), "levels": (0, self.sources[0].level_count)}
+        return {
+            name: Column(table.shape, table.dtype, *ranges.get(name.split("_")[0], ()))
+            for name, table in self.tables().items()
+        }
 
 
 class RecyclingDrafter(GrowingDrafter):
@@ -20,58 +49,12 @@ class RecyclingDrafter(GrowingDrafter):
 
     After Luo et al., "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token
     Recycling", arXiv 2408.08696, but grown to a budget instead of a fixed template, and read from the prompt too.
-    The tables outlive a request: later ones start from them, and `save` keeps them for the next process.
+    The tables (48 bytes a token and 3 MB) outlive a request: later ones start from them.
 
     Args:
         vocab_size: tokens of the target.
         fingerprint: names the target; a file saved with another one is refused.
     """
 
-    _lookup = False
-
     def __init__(self, vocab_size: int, fingerprint: str):
-        super().__init__(vocab_size, lookup=self._lookup, recycling=True)
-        self.fingerprint = fingerprint
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the tables as a NumPy archive (48 bytes a token and 3 MB); an existing file is replaced whole."""
-        path = Path(path)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with open(unfinished, "wb") as file:
-            np.savez(file, **self._identity(), **self._tables())
-        os.replace(unfinished, path)
-
-    def load(self, path: str | os.PathLike) -> None:
-        """Takes over saved tables, for all sequences that share this one's.
-
-        Raises:
-            OSError: if the file cannot be opened.
-            ValueError: if it is damaged, or of another model or vocabulary; nothing changes then.
-        """
-        try:
-            with open(path, "rb") as file, zipfile.ZipFile(file), np.load(path, allow_pickle=False) as archive:
-                saved = dict(archive)
-        except (zipfile.BadZipFile, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not a saved drafter, or damaged: {error}") from error
-        for name, value in self._identity().items():
-            if name not in saved or saved[name].shape or saved[name].item() != value:
-                raise ValueError(f"{path} has {name} {saved.get(name)}, but this drafter needs {value!r}")
-        tables = self._tables()
-        for name, table in tables.items():
-            if name not in saved or saved[name].shape != table.shape or saved[name].dtype != table.dtype:
-                raise ValueError(f"{path} has no {name} of shape {list(table.shape)} and type {table.dtype}")
-            least, bound = (0, self._adjacencies[0].level_count) if "levels" in name else (-1, self.vocab_size)
-            if "keys" not in name and not (saved[name].min() >= least and saved[name].max() < bound):
-                raise ValueError(f"{path} is damaged: {name} must be in [{least}, {bound})")
-        for name, table in tables.items():
-            table[:] = saved[name]
-
-    def _identity(self) -> dict[str, int | str]:
-        return {"format_version": FORMAT_VERSION, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
-
-    def _tables(self) -> dict[str, np.ndarray]:
-        return {
-            f"{field}_{context}": getattr(adjacency, field)
-            for context, adjacency in enumerate(self._adjacencies, start=1)
-            for field in ("keys", "successors", "levels")
-        }
+        super().__init__(vocab_size, [Recycling(vocab_size)], fingerprint)

@@ -9,9 +9,34 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pyspec.drafting.reference_tables import (
+    PRIORS,
+    SHARES,
+    Bigrams,
+    Cursor,
+    Draw,
+    NgramMemory,
+    SamplerNoise,
+    SuffixLookup,
+    Trigrams,
+    hashed,
+    level_of,
+    ranked,
+)
 from pyspec.ops.row_statistics import TOP
 
-__all__ = ["Adjacency", "Estimates", "NgramIndex", "grow"]
+__all__ = [
+    "Adjacency",
+    "Bigrams",
+    "Cursor",
+    "Estimates",
+    "NgramIndex",
+    "NgramMemory",
+    "SamplerNoise",
+    "SuffixLookup",
+    "Trigrams",
+    "grow",
+]
 
 
 class NgramIndex:
@@ -50,7 +75,7 @@ class NgramIndex:
                 self._totals[ngram] = (self._totals.get(ngram, (0, 0))[0] + 1, token)
             self._tokens.append(token)
 
-    def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
+    def offer(self, recent: Sequence[int], draw: Draw) -> list[tuple[int, int]]:
         offers: dict[int, int] = {}
         for order in range(min(self.MAX_ORDER, len(recent)), -1, -1):
             ngram = tuple(recent[len(recent) - order :])
@@ -69,8 +94,6 @@ class Adjacency:
     """Token Recycling: what the target last thought could follow a token, or two; see csrc/host/adjacency.h."""
 
     RANKS = 3
-    ABOVE = (0.95, 0.85, 0.7, 0.5, 0.35, 0.22, 0.13, 0.07, 0.03)
-    PRIORS = (0.68, 0.53, 0.45, 0.38, 0.3, 0.22, 0.16, 0.13, 0.1, 0.09)  # by level
     PAIR_BITS = 16
     level_count = len(PRIORS)
 
@@ -83,7 +106,7 @@ class Adjacency:
         self.levels = np.zeros((rows, TOP), np.uint8)
 
     def priors(self) -> list[float]:
-        return [0.0, *self.PRIORS * self.RANKS]
+        return [0.0, *PRIORS * self.RANKS]
 
     def update(
         self,
@@ -106,18 +129,19 @@ class Adjacency:
             total = sum(weights)
             self.keys[row] = key
             self.successors[row] = top_tokens[node]
-            self.levels[row] = [self._level(weight / total) for weight in weights]
+            self.levels[row] = [level_of(weight / total) for weight in weights]
 
-    def offer(self, recent: Sequence[int]) -> list[tuple[int, int]]:
+    def offer(self, recent: Sequence[int], draw: Draw) -> list[tuple[int, int]]:
         key = self._key(recent[-2] if len(recent) > 1 else -1, recent[-1])
         if key < 0 or self.keys[self._row(key)] != key:
             return []
+        tokens, levels = self.successors[self._row(key)].tolist(), self.levels[self._row(key)].tolist()
+        tokens = [token for token in tokens if token >= 0]
+        order, weights = ranked(draw, tokens, [SHARES[level] for level in levels[: len(tokens)]])
         offers = []
-        successors, levels = self.successors[self._row(key)].tolist(), self.levels[self._row(key)].tolist()
-        for rank, (token, level) in enumerate(zip(successors, levels, strict=True)):
-            if token < 0:
-                break
-            offers.append((token, 1 + min(rank, self.RANKS - 1) * self.level_count + level))
+        for rank, place in enumerate(order):
+            level = levels[rank] if draw.noise is None else level_of(weights[place])
+            offers.append((tokens[place], 1 + min(rank, self.RANKS - 1) * self.level_count + level))
         return offers
 
     def _key(self, previous: int, token: int) -> int:
@@ -128,47 +152,79 @@ class Adjacency:
     def _row(self, key: int) -> int:
         if self.context == 1:
             return key
-        return (key * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> (64 - self.PAIR_BITS)
-
-    def _level(self, share: float) -> int:
-        return next((level for level, above in enumerate(self.ABOVE) if share > above), len(self.ABOVE))
+        return hashed(key, self.PAIR_BITS)
 
 
 class Estimates:
     """How often offers of each kind turned out to be what the target said; see csrc/host/growth.h."""
 
+    CELL_BITS = 16
+
     def __init__(self, priors: Sequence[Sequence[float]], smoothing: float):
         self.priors = priors
         self.smoothing = smoothing
-        self.strides = [math.prod(len(prior) for prior in priors[:source]) for source in range(len(priors))]
-        self.hits = np.zeros(math.prod(len(prior) for prior in priors))
+        sizes = [len(prior) for prior in priors]
+        self.strides = [math.prod(sizes[:source]) for source in range(len(sizes))]
+        self._firsts = [sum(sizes[:source]) for source in range(len(sizes))]
+        self._together = sum(sizes)
+        self._keys = np.full(1 << self.CELL_BITS, -1, np.int64)
+        self.hits = np.zeros(sum(sizes) + len(self._keys))
         self.trials = np.zeros_like(self.hits)
 
     def rate(self, cell: int) -> float:
-        missed, offering = 1.0, self._offering(cell)
-        for source, alone in offering:
-            missed *= 1 - self._smoothed(alone, self.priors[source][alone // self.strides[source]])
-        return 1 - missed if len(offering) == 1 else self._smoothed(cell, 1 - missed)
+        offering = self._offering(cell)
+        rates = sorted(
+            self._smoothed(self._firsts[source] + feature, self.priors[source][feature]) for source, feature in offering
+        )
+        if len(offering) == 1:
+            return rates[0]
+        either = 1 - (1 - rates[-1]) * (1 - rates[-2])
+        slot = hashed(cell, self.CELL_BITS)
+        return either if self._keys[slot] != cell else self._smoothed(self._together + slot, either)
 
     def learn(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, top_tokens: np.ndarray) -> None:
         for token, parent, cell in list(zip(tokens.tolist(), parents.tolist(), cells.tolist(), strict=True))[1:]:
-            if parent >= len(top_tokens):
-                continue
-            offering = self._offering(cell)
-            for counted in [alone for _, alone in offering] + [cell] * (len(offering) > 1):
-                self.hits[counted] += int(top_tokens[parent, 0]) == token
-                self.trials[counted] += 1
+            if parent < len(top_tokens):
+                self._count(cell, int(top_tokens[parent, 0]) == token)
+
+    def learn_said(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, said: Sequence[int]) -> None:
+        node = 0
+        for token in said:
+            children = np.flatnonzero(parents == node).tolist()
+            for child in children:
+                self._count(int(cells[child]), int(tokens[child]) == token)
+            node = next((child for child in children if int(tokens[child]) == token), None)
+            if node is None:
+                break
+
+    def _count(self, cell: int, hit: bool) -> None:
+        offering = self._offering(cell)
+        places = [self._firsts[source] + feature for source, feature in offering]
+        if len(offering) > 1:
+            slot = hashed(cell, self.CELL_BITS)
+            places.append(self._together + slot)
+            if self._keys[slot] != cell:
+                self._keys[slot] = cell
+                self.hits[places[-1]] = self.trials[places[-1]] = 0
+        for place in places:
+            self.hits[place] += hit
+            self.trials[place] += 1
 
     def _offering(self, cell: int) -> list[tuple[int, int]]:
         features = [cell // stride % len(prior) for stride, prior in zip(self.strides, self.priors, strict=True)]
-        return [(source, feature * self.strides[source]) for source, feature in enumerate(features) if feature]
+        return [(source, feature) for source, feature in enumerate(features) if feature]
 
-    def _smoothed(self, cell: int, prior: float) -> float:
-        return (float(self.hits[cell]) + self.smoothing * prior) / (float(self.trials[cell]) + self.smoothing)
+    def _smoothed(self, place: int, prior: float) -> float:
+        return (float(self.hits[place]) + self.smoothing * prior) / (float(self.trials[place]) + self.smoothing)
 
 
 def grow(
-    sources: Sequence[NgramIndex | Adjacency], estimates: Estimates, recent: Sequence[int], budget: int
+    sources: Sequence,
+    estimates: Estimates,
+    recent: Sequence[int],
+    budget: int,
+    noise: SamplerNoise | None = None,
+    position: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """A tree below recent[-1], best node first: tokens int64, parents int32, each edge's cell int64, chances fp32."""
     tokens: list[int] = []
@@ -188,7 +244,8 @@ def grow(
         paths.append(paths[parent] + [token] if node else [])
         children: dict[int, int] = {}
         for source, stride in zip(sources, estimates.strides, strict=True):
-            for child, feature in source.offer([*recent, *paths[node]]):
+            draw = Draw(noise, position + len(paths[node]))
+            for child, feature in source.offer([*recent, *paths[node]], draw):
                 children[child] = children.get(child, 0) + feature * stride
         for child, cell in children.items():
             heapq.heappush(candidates, (negated * estimates.rate(cell), discovered, child, node, cell))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyspec.models.bamba import BambaConfig
 from pyspec.models.llama import LlamaConfig, RopeScaling, Unsupported
 from pyspec.models.mamba import MambaConfig
 from pyspec.models.mamba2 import Mamba2Config
@@ -44,12 +45,12 @@ def read_description(folder: Path) -> dict:
     raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
 
 
-def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaConfig | Mamba2Config:
+def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaConfig | Mamba2Config | BambaConfig:
     """The shape of the model that a config.json, or the like, describes; source is its name in errors.
 
     Raises:
         Unsupported: another architecture, or a feature that LlamaRunner does not have.
-        ValueError: an entry is missing, or one of Mamba's is not supported.
+        ValueError: an entry is missing, or one of Mamba's or Bamba's is not supported.
     """
     try:
         architecture = (description.get("architectures") or [None])[0]
@@ -59,6 +60,8 @@ def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaC
             return _mamba_config(source, description)
         if architecture == "Mamba2ForCausalLM":
             return _mamba2_config(source, description)
+        if architecture == "BambaForCausalLM":
+            return _bamba_config(source, description)
         return _llama_config(source, description)
     except KeyError as error:
         raise ValueError(f"{source}: config.json is incomplete: it has no {error}") from None
@@ -84,10 +87,7 @@ def _mamba_config(source: Path | str, config: dict) -> MambaConfig:
 
 def _mamba2_config(source: Path | str, config: dict) -> Mamba2Config:
     _check_silu(source, config, "Mamba2Runner")
-    lowest, highest = config.get("time_step_limit") or (0.0, float("inf"))
-    highest = highest["__float__"] if isinstance(highest, dict) else highest  # how transformers writes infinity
-    if lowest > 0 or float(highest) != float("inf"):
-        raise ValueError(f"{source} has time_step_limit {lowest, highest}, Mamba2Runner has no limit")
+    _check_no_limit(source, config, "Mamba2Runner")
     return Mamba2Config(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -102,6 +102,60 @@ def _mamba2_config(source: Path | str, config: dict) -> Mamba2Config:
         conv_bias=config.get("use_conv_bias", True),
         tied_embedding=config.get("tie_word_embeddings", False),
     )
+
+
+def _bamba_config(source: Path | str, config: dict) -> BambaConfig:
+    _check_silu(source, config, "BambaRunner")
+    _check_no_limit(source, config, "BambaRunner")
+    rope = config.get("rope_parameters") or {}
+    kind = rope.get("rope_type") or "default"
+    for name, found in (("mlp_bias", config.get("mlp_bias", False)), ("rope scaling", kind != "default" and kind)):
+        if found:
+            raise ValueError(f"{source} has {name} {found!r}, BambaRunner has none")
+    hidden, heads, layers = (config[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = config.get("head_dim") or hidden // heads
+    places = set(config.get("attn_layer_indices") or ())
+    is_attention = tuple(layer in places for layer in range(layers))
+    shared = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": hidden,
+        "norm_epsilon": config["rms_norm_eps"],
+        "tied_embedding": config.get("tie_word_embeddings", False),
+    }
+    attention = LlamaConfig(
+        architecture=config["model_type"],
+        intermediate_size=config["intermediate_size"],
+        layers=sum(is_attention),
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        context_length=config["max_position_embeddings"],
+        rope_base=float(rope.get("rope_theta") or config.get("rope_theta", 10000.0)),
+        qkv_bias=config.get("attention_bias", False),
+        output_bias=config.get("attention_bias", False),
+        **shared,
+    )
+    channels = config.get("mamba_expand", 2) * hidden
+    state_head_dim = config.get("mamba_d_head", "auto")
+    recurrence = Mamba2Config(
+        layers=layers - sum(is_attention),
+        heads=config["mamba_n_heads"],
+        head_dim=channels // config["mamba_n_heads"] if state_head_dim == "auto" else state_head_dim,
+        groups=config["mamba_n_groups"],
+        state_size=config["mamba_d_state"],
+        conv_taps=config["mamba_d_conv"],
+        projection_bias=config.get("mamba_proj_bias", False),
+        conv_bias=config.get("mamba_conv_bias", True),
+        **shared,
+    )
+    return BambaConfig(attention, recurrence, is_attention, int(head_dim * rope.get("partial_rotary_factor", 0.5)))
+
+
+def _check_no_limit(source: Path | str, config: dict, runner: str) -> None:
+    lowest, highest = config.get("time_step_limit") or (0.0, float("inf"))
+    highest = highest["__float__"] if isinstance(highest, dict) else highest  # how transformers writes infinity
+    if lowest > 0 or float(highest) != float("inf"):
+        raise ValueError(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
 
 
 def _mamba_ssm_config(source: Path | str, config: dict) -> MambaConfig | Mamba2Config:

@@ -7,31 +7,29 @@ accepted, so prefill is verify and commit, and gives the same bits in any chunks
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
-from pyspec.models._checks import check_paths, check_prompts, check_trees
-from pyspec.models._weights import Matrix, dense, move_together, packed
+from pyspec.caches.saved import load_packed, save_packed
+from pyspec.models._checks import check_prompts, check_trees
+from pyspec.models._runner import NativeRunner
+from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
-from pyspec.ops.linear import PackedWeight, linear
-from pyspec.ops.llama_layers import layers_by_ops, llama_layers
+from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention
-from pyspec.readback import send_statistics
 from pyspec.trees import DraftTree
 
-__all__ = ["LayerWeights", "LlamaConfig", "LlamaRunner", "LlamaWeights", "RopeScaling", "Unsupported"]
+__all__ = ["LayerWeights", "LlamaConfig", "LlamaRunner", "LlamaWeights", "RopeScaling", "Unsupported", "rope_table"]
 
 PREFILL_CHUNK = 128
-MATRICES = ("qkv", "output", "gate_up", "down")  # of a layer, in the order of their use
 
 
 class Unsupported(ValueError):
@@ -86,6 +84,9 @@ class LlamaConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
+    def empty_layers(self, blank: Blank) -> list[LayerWeights]:
+        return [LayerWeights.empty(self, blank) for _ in range(self.layers)]
+
     def rope_frequencies(self) -> Tensor:
         """[head_dim / 2] fp32: radians per position."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
@@ -106,8 +107,10 @@ class LlamaConfig:
 
 
 @dataclass
-class LayerWeights:
+class LayerWeights(NativeLayer):
     """One layer. Queries, keys and values are one matrix, and so are gate and up; `pack` packs the matrices."""
+
+    MATRICES = ("qkv", "output", "gate_up", "down")
 
     attention_norm: Tensor  # [hidden]
     qkv: Matrix  # [(heads + 2 kv_heads) * head_dim, hidden]
@@ -119,27 +122,20 @@ class LayerWeights:
     down: Matrix  # [hidden, intermediate]
 
     @classmethod
-    def empty(cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        def new_exact(*shape: int) -> Tensor:  # norms and biases: as exact as the arithmetic they are part of
-            return new(*shape, dtype=torch.float32)
-
+    def empty(cls, config: LlamaConfig, blank: Blank) -> LayerWeights:
         qkv_rows = (config.heads + 2 * config.kv_heads) * config.head_dim
         return cls(
-            attention_norm=new_exact(config.hidden_size),
-            qkv=new(qkv_rows, config.hidden_size),
-            qkv_bias=new_exact(qkv_rows) if config.qkv_bias else None,
-            output=new(config.hidden_size, config.heads * config.head_dim),
-            output_bias=new_exact(config.hidden_size) if config.output_bias else None,
-            feed_forward_norm=new_exact(config.hidden_size),
-            gate_up=new(2 * config.intermediate_size, config.hidden_size),
-            down=new(config.hidden_size, config.intermediate_size),
+            attention_norm=blank.vector(config.hidden_size),
+            qkv=blank.matrix(qkv_rows, config.hidden_size),
+            qkv_bias=blank.vector(qkv_rows) if config.qkv_bias else None,
+            output=blank.matrix(config.hidden_size, config.heads * config.head_dim),
+            output_bias=blank.vector(config.hidden_size) if config.output_bias else None,
+            feed_forward_norm=blank.vector(config.hidden_size),
+            gate_up=blank.matrix(2 * config.intermediate_size, config.hidden_size),
+            down=blank.matrix(config.hidden_size, config.intermediate_size),
         )
 
     def named(self, config: LlamaConfig, prefix: str) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: views, or copies of what is packed."""
         kv_rows = config.kv_heads * config.head_dim
         qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
         tensors = {
@@ -159,71 +155,18 @@ class LayerWeights:
             tensors[f"{prefix}mlp.{name}_proj.weight"] = part
         return tensors
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs the matrices that are not packed yet; each takes the place of its dense form."""
-        for name in MATRICES:
-            setattr(self, name, packed(getattr(self, name), dtype))
+
+class LlamaWeights(NativeWeights):
+    """All weights, by the names of Hugging Face's Llama."""
 
 
-@dataclass
-class LlamaWeights:
-    """All weights. Where embedding and head are tied, they are one matrix here too."""
-
-    LAYERS = "model.layers."  # and a number: what the names of a layer's tensors begin with
-
-    embedding: Matrix  # [vocab, hidden]
-    layers: list[LayerWeights] = field(repr=False)
-    norm: Tensor  # [hidden]
-    head: Matrix  # [vocab, hidden]
-
-    @classmethod
-    def empty(cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-        """Dense weights to be filled through `named`."""
-
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        embedding = new(config.vocab_size, config.hidden_size)
-        layers = [LayerWeights.empty(config, dtype, device) for _ in range(config.layers)]
-        head = embedding if config.tied_embedding else new(config.vocab_size, config.hidden_size)
-        return cls(embedding, layers, new(config.hidden_size, dtype=torch.float32), head)
-
-    def named(self, config: LlamaConfig) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
-        tensors = self.named_outside(config)
-        for index, layer in enumerate(self.layers):
-            tensors |= layer.named(config, f"{self.LAYERS}{index}.")
-        return tensors
-
-    def named_outside(self, config: LlamaConfig) -> dict[str, Tensor]:
-        """`named` without the layers."""
-        tensors = {"model.embed_tokens.weight": dense(self.embedding), "model.norm.weight": self.norm}
-        if not config.tied_embedding:
-            tensors["lm_head.weight"] = dense(self.head)
-        return tensors
-
-    def pack_outside(self, dtype: torch.dtype) -> None:
-        """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
-        tied = self.embedding is self.head
-        self.head = packed(self.head, dtype)
-        if tied:
-            self.embedding = self.head
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs every matrix that `linear` reads, to float32, float16, bfloat16 or int8."""
-        self.pack_outside(dtype)
-        for layer in self.layers:
-            layer.pack(dtype)
-
-    def move_together(self) -> None:
-        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
-        tied = self.embedding is self.head
-        move_together([(layer, name) for layer in self.layers for name in MATRICES] + [(self, "head")])
-        if tied:
-            self.embedding = self.head
+def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:
+    """[positions, 2, head_dim / 2] fp32: cosines and sines, as rotary_write takes them."""
+    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()), 1).to(device)
 
 
-class LlamaRunner:
+class LlamaRunner(NativeRunner):
     """A Llama-shaped model with its KV cache; see pyspec.models.Runner for the calls.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
@@ -247,23 +190,9 @@ class LlamaRunner:
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
     ):
-        weights.pack(weights.head.dtype)
-        if weights.norm.device.type == "cpu":
-            weights.move_together()
-        self.config = config
-        self.weights = weights
-        self.tokenizer = tokenizer
-        self.eos_tokens = frozenset(eos_tokens)
-        self.vocab_size = config.vocab_size
-        self.context_length = config.context_length
-        self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
-        self.device = weights.norm.device
-        vocabulary = "" if tokenizer is None else tokenizer.fingerprint
-        description = repr(sorted(asdict(config).items())) + vocabulary
-        self.fingerprint = f"{config.architecture}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
+        super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         self._frequencies = config.rope_frequencies()
-        self._cos_sin = torch.empty(0, 2, config.head_dim // 2, device=self.device)
+        self._cos_sin = rope_table(self._frequencies, 0, self.device)
         self._windows = [window or 0 for window in config.windows]
         self._matrices = [
             tensor
@@ -282,14 +211,8 @@ class LlamaRunner:
             none = torch.empty(0, device=self.device)
             pairs = ((layer.qkv_bias, layer.output_bias) for layer in weights.layers)
             self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
-        self._cache: DenseCache | PackedCache | None = None
-        self._verified: list[DraftTree | None] | None = None
         self._is_static = self.device.type == "cuda"
         self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
-
-    def lengths(self) -> list[int]:
-        """Committed tokens of each sequence."""
-        return [] if self._cache is None else list(self._cache.lengths)
 
     @torch.inference_mode()
     def prefill(
@@ -342,47 +265,66 @@ class LlamaRunner:
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(tokens))]
 
+    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
+        for sequence in active:
+            self._cache.check_room(sequence, len(trees[sequence]))
+
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+        if self._steps is not None:
+            return self._steps.together(self._step, trees)
+        return self._forward([trees[sequence] for sequence in active], active, self._cache)
+
+    def free_slots(self, sequence: int) -> int:
+        """Nodes of the largest tree that fits behind a sequence."""
+        return self._cache.capacity - self._cache.lengths[sequence]
+
     @torch.inference_mode()
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+    def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
+        """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
+
+        A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
+
+        Args:
+            layers: of the model, ascending; at least one.
 
         Raises:
             RuntimeError: before any prefill.
-            ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
+            ValueError: the tree does not fit, as in verify, the layers are none of the model, or the cache is packed.
         """
         cache = self._cache
-        check_trees(trees, None if cache is None else len(cache.lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        if not active:
-            self._verified = list(trees)
-            return [None] * len(trees)
-        for sequence in active:
-            cache.check_room(sequence, len(trees[sequence]))
-        if self._steps is not None:
-            hidden = self._steps.together(self._step, trees)
-        else:
-            hidden = self._forward([trees[sequence] for sequence in active], active, cache)
-        self._verified = list(trees)
-        logits = self._logits(hidden)
-        parts = logits.split([len(trees[sequence]) for sequence in active])
-        if logits.is_cuda:
-            send_statistics(logits, parts)
-        parts = iter(parts)
-        return [None if tree is None else next(parts) for tree in trees]
+        trees = [None] * sequence + [tree]
+        check_trees(trees, None if cache is None else len(trees), self.vocab_size)
+        if not isinstance(cache, DenseCache):
+            raise ValueError("some layers alone can read a dense cache only, got a packed one")
+        ascending = all(left < right for left, right in zip(layers, layers[1:], strict=False))
+        if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
+            raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
+        cache.check_room(sequence, len(tree))
+        return self._logits(self._forward([tree], [sequence], cache, layers))
 
-    @torch.inference_mode()
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
+    def save_cache(self, path: str | Path) -> None:
+        """Writes what is committed over a packed cache to a file, for `load_cache`.
 
         Raises:
-            RuntimeError: there is no verified tree.
-            ValueError: a path does not follow its tree; nothing is committed then.
+            RuntimeError: there is no packed cache.
         """
-        check_paths(paths, self._verified)
-        self._verified = None
-        for sequence, path in enumerate(paths):
-            if path is not None:
-                self._cache.commit(sequence, path)
+        if not isinstance(self._cache, PackedCache):
+            raise RuntimeError("there is no packed cache to save: prefill with cache first")
+        save_packed(self._cache, path, self.fingerprint)
+
+    def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
+        """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
+
+        Raises:
+            FileNotFoundError, ValueError: the file does not fit, see load_packed; the batch before is then untouched.
+        """
+        capacity = self.context_length if capacity is None else capacity
+        cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
+        if cache.keys_values.dtype != self.dtype:
+            raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
+        self._steps = self._verified = None
+        self._extend_rope(capacity)
+        self._cache = cache
 
     def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
@@ -421,30 +363,43 @@ class LlamaRunner:
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])
 
-    def _forward(self, trees: list[DraftTree], sequences: list[int], cache: DenseCache | PackedCache) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed."""
+    def _forward(
+        self,
+        trees: list[DraftTree],
+        sequences: list[int],
+        cache: DenseCache | PackedCache,
+        layers: Sequence[int] | None = None,
+    ) -> Tensor:
+        """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed.
+
+        layers: those to run, ascending; None runs all.
+        """
         if isinstance(cache, PackedCache):
             return self._forward_packed(trees, sequences, cache)
         lengths = [cache.lengths[sequence] for sequence in sequences]
         positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
         tokens = [tree.tokens for tree in trees]
         positions, tokens = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (positions, tokens))
-        return llama_layers(
-            self._embed(tokens),
-            self._matrices,
-            self._biases,
-            self.weights.norm,
-            cache.keys_values,
-            self._cos_sin,
-            positions,
-            [tree.ancestor_bits for tree in trees],
-            sequences,
-            lengths,
-            windows=self._windows,
-            heads=self.config.heads,
-            intermediate=self.config.intermediate_size,
-            epsilon=self.config.norm_epsilon,
-        )
+        hidden = self._embed(tokens)
+        for first, end in [(0, self.config.layers)] if layers is None else _runs(layers):
+            # hidden is changed in place: after a run of layers it is what the next one begins with
+            normed = llama_layers(
+                hidden,
+                self._matrices[first * WEIGHTS : end * WEIGHTS],
+                self._biases[2 * first : 2 * end],
+                self.weights.norm,
+                cache.keys_values[first:end],
+                self._cos_sin,
+                positions,
+                [tree.ancestor_bits for tree in trees],
+                sequences,
+                lengths,
+                windows=self._windows[first:end],
+                heads=self.config.heads,
+                intermediate=self.config.intermediate_size,
+                epsilon=self.config.norm_epsilon,
+            )
+        return normed
 
     def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: PackedCache) -> Tensor:
         """`_forward` over a packed cache, op by op."""
@@ -503,18 +458,18 @@ class LlamaRunner:
             self.config.norm_epsilon,
         )
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedding = self.weights.embedding
-        if isinstance(embedding, PackedWeight):
-            return embedding.rows(tokens)
-        return F.embedding(tokens, embedding).float()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weights.head, out_dtype=torch.float32)
-
     def _extend_rope(self, positions: int) -> None:
-        """Makes the table of cosines and sines, [positions, 2, head_dim / 2] fp32, long enough."""
-        if positions <= len(self._cos_sin):
-            return
-        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
-        self._cos_sin = torch.stack((angles.cos(), angles.sin()), 1).to(self.device)
+        """Makes the table of cosines and sines long enough."""
+        if positions > len(self._cos_sin):
+            self._cos_sin = rope_table(self._frequencies, positions, self.device)
+
+
+def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, end) of the runs of neighbours in ascending numbers."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs

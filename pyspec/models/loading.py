@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from pyspec.models._weights import NativeWeights
+from pyspec.models.bamba import BambaConfig, BambaRunner, BambaWeights
 from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights, Unsupported
 from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
@@ -23,6 +25,7 @@ NATIVE = {
     LlamaConfig: (LlamaWeights, LlamaRunner),
     MambaConfig: (StateSpaceWeights, MambaRunner),
     Mamba2Config: (StateSpaceWeights, Mamba2Runner),
+    BambaConfig: (BambaWeights, BambaRunner),
 }
 
 Progress = Callable[[int, int], None]
@@ -47,8 +50,8 @@ def load(
         progress: called with (tensors read, all tensors).
 
     Returns:
-        A pyspec.models.Runner: LlamaRunner, MambaRunner or Mamba2Runner for their families, TransformersRunner for
-        other causal models.
+        A pyspec.models.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
+        TransformersRunner for other causal models.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -148,7 +151,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
         from pyspec.models.transformers import load_folder
 
         if dtype == torch.int8:
-            raise ValueError(f"dtype int8 needs a model of the Llama or Mamba family: {reason}") from None
+            raise ValueError(f"dtype int8 needs a model of the Llama, Mamba or Bamba family: {reason}") from None
         return load_folder(folder, description, dtype, device, str(reason))
     tokenizer = Tokenizer.from_folder(folder)
     weights = _read_weights(read_checkpoint(folder), config, folder, dtype, device, progress)
@@ -164,7 +167,8 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
         dtype: of weights and cache; the model's own by default. See `load`.
 
     Returns:
-        LlamaRunner, MambaRunner or Mamba2Runner for their families, TransformersRunner for other causal models.
+        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
+        models.
 
     Raises:
         ValueError: the model is not supported; the message names its family.
@@ -200,7 +204,7 @@ def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
 
 def _read_weights(
     checkpoint, config, path: Path | str, dtype: torch.dtype, device: torch.device, progress: Progress | None
-) -> LlamaWeights | StateSpaceWeights:
+) -> NativeWeights:
     """Weights from a checkpoint, packed part by part so that little is ever there twice; checked before."""
     dense_dtype = torch.float32 if dtype == torch.int8 else dtype
     weights_class = NATIVE[type(config)][0]

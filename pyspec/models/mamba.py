@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pyspec.models._weights import Matrix, dense
-from pyspec.models.state_space import StateSpaceLayer, StateSpaceRunner
+from pyspec.models._weights import Blank, Matrix
+from pyspec.models.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
 
 __all__ = ["MambaConfig", "MambaLayer", "MambaRunner"]
 
 
 @dataclass(frozen=True)
-class MambaConfig:
+class MambaConfig(StateSpaceConfig):
     """The shape of a model."""
 
     vocab_size: int
@@ -32,9 +31,7 @@ class MambaConfig:
     architecture: str = "mamba"
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "layers", "channels", "state_size", "dt_rank", "conv_taps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.check_positive("vocab_size", "hidden_size", "layers", "channels", "state_size", "dt_rank", "conv_taps")
         if self.channels % LANES or self.state_size % MULTIPLE:
             raise ValueError(
                 f"MambaRunner has channels in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
@@ -49,34 +46,39 @@ class MambaConfig:
     def record_width(self) -> int:
         return 2 * self.channels + self.state_size
 
-    def empty_layer(self, dtype: torch.dtype, device: torch.device) -> MambaLayer:
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        def new_exact(*shape: int) -> Tensor:  # vectors: as exact as the arithmetic they are part of
-            return new(*shape, dtype=torch.float32)
-
+    def empty_layer(self, blank: Blank) -> MambaLayer:
         return MambaLayer(
-            norm=new_exact(self.hidden_size),
-            in_proj=new(2 * self.channels, self.hidden_size),
-            in_bias=new_exact(2 * self.channels) if self.projection_bias else None,
-            conv_weight=new_exact(self.conv_taps, self.channels),
-            conv_bias=new_exact(self.channels) if self.conv_bias else None,
-            x_proj=new(self.dt_rank + 2 * self.state_size, self.channels),
-            dt_proj=new(self.channels, self.dt_rank),
-            dt_bias=new_exact(self.channels),
-            A_log=new_exact(self.channels, self.state_size),
-            D=new_exact(self.channels),
-            out_proj=new(self.hidden_size, self.channels),
-            out_bias=new_exact(self.hidden_size) if self.projection_bias else None,
+            norm=blank.vector(self.hidden_size),
+            in_proj=blank.matrix(2 * self.channels, self.hidden_size),
+            in_bias=blank.vector(2 * self.channels) if self.projection_bias else None,
+            conv_weight=blank.vector(self.conv_taps, self.channels),
+            conv_bias=blank.vector(self.channels) if self.conv_bias else None,
+            x_proj=blank.matrix(self.dt_rank + 2 * self.state_size, self.channels),
+            dt_proj=blank.matrix(self.channels, self.dt_rank),
+            dt_bias=blank.vector(self.channels),
+            A_log=blank.vector(self.channels, self.state_size),
+            D=blank.vector(self.channels),
+            out_proj=blank.matrix(self.hidden_size, self.channels),
+            out_bias=blank.vector(self.hidden_size) if self.projection_bias else None,
         )
 
 
 @dataclass
 class MambaLayer(StateSpaceLayer):
-    """One layer, as checkpoints have it but for the convolution, whose taps come first."""
+    """One layer; see StateSpaceLayer."""
 
     MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    NAMES = {
+        "in_proj": "in_proj.weight",
+        "in_bias": "in_proj.bias",
+        "conv_weight": "conv1d.weight",
+        "conv_bias": "conv1d.bias",
+        "x_proj": "x_proj.weight",
+        "dt_proj": "dt_proj.weight",
+        "dt_bias": "dt_proj.bias",
+        "out_proj": "out_proj.weight",
+        "out_bias": "out_proj.bias",
+    }
 
     norm: Tensor  # [hidden]
     in_proj: Matrix  # [2 channels, hidden]: x, then z
@@ -91,40 +93,8 @@ class MambaLayer(StateSpaceLayer):
     out_proj: Matrix  # [hidden, channels]
     out_bias: Tensor | None
 
-    def named(self, config: MambaConfig, prefix: str) -> dict[str, Tensor]:
-        mixer = prefix + "mixer."
-        tensors = {
-            prefix + "norm.weight": self.norm,
-            mixer + "in_proj.weight": dense(self.in_proj),
-            mixer + "in_proj.bias": self.in_bias,
-            mixer + "conv1d.weight": self.conv_weight.T[:, None],
-            mixer + "conv1d.bias": self.conv_bias,
-            mixer + "x_proj.weight": dense(self.x_proj),
-            mixer + "dt_proj.weight": dense(self.dt_proj),
-            mixer + "dt_proj.bias": self.dt_bias,
-            mixer + "A_log": self.A_log,
-            mixer + "D": self.D,
-            mixer + "out_proj.weight": dense(self.out_proj),
-            mixer + "out_proj.bias": self.out_bias,
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-    def kernel_tensors(self, config: MambaConfig) -> dict[str, Tensor]:
-        tensors = {
-            "norm": self.norm,
-            "in_proj": self.in_proj.data,
-            "in_bias": self.in_bias,
-            "conv_weight": self.conv_weight,
-            "conv_bias": self.conv_bias,
-            "x_proj": self.x_proj.data,
-            "dt_proj": self.dt_proj.data,
-            "A": to_panels(-self.A_log.exp()),
-            "D": self.D,
-            "dt_bias": self.dt_bias,
-            "out_proj": self.out_proj.data,
-            "out_bias": self.out_bias,
-        }
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def computed(self, config: MambaConfig) -> dict[str, Tensor]:
+        return {"A": to_panels(-self.A_log.exp())}
 
 
 class MambaRunner(StateSpaceRunner):

@@ -7,31 +7,32 @@ accepted as a whole, through the same kernels in the same order, so it may be re
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
-from pyspec.models._checks import check_paths, check_prompts, check_trees
-from pyspec.models._weights import Matrix, dense, move_together, packed
-from pyspec.ops.linear import PackedWeight, linear
+from pyspec.models._checks import check_prompts
+from pyspec.models._runner import NativeRunner
+from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.models.static_rounds import StaticRounds
+from pyspec.models.static_steps import GraphRecorder
+from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
+from pyspec.ops.selective_state import Round
 from pyspec.trees import DraftTree
 
-__all__ = ["StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
+__all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
 
 PREFILL_CHUNK = 128
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 ROLLBACKS = ("replay", "joint")
 
 
-class StateSpaceConfig(Protocol):
-    """What the runner asks of MambaConfig and Mamba2Config."""
+class StateSpaceConfig:
+    """What MambaConfig and Mamba2Config share, and what the runner asks of them."""
 
     architecture: str
     vocab_size: int
@@ -46,87 +47,110 @@ class StateSpaceConfig(Protocol):
     norm_epsilon: float
     tied_embedding: bool
 
-    def empty_layer(self, dtype: torch.dtype, device: torch.device) -> StateSpaceLayer: ...
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def empty_layer(self, blank: Blank) -> StateSpaceLayer:
+        raise NotImplementedError
+
+    def empty_layers(self, blank: Blank) -> list[StateSpaceLayer]:
+        return [self.empty_layer(blank) for _ in range(self.layers)]
 
 
-class StateSpaceLayer:
-    """Weights of one layer: MambaLayer or Mamba2Layer."""
+class StateSpaceLayer(NativeLayer):
+    """Weights of one layer, as checkpoints have it but for the convolution, whose taps come first."""
 
-    MATRICES: tuple[str, ...]  # in the order of their use
+    MIXER = "mixer."  # what the names of all but the norm begin with
+    NORM = "norm.weight"
+    NAMES: dict[str, str]  # of tensors whose names in a checkpoint are not ours
 
     def named(self, config: StateSpaceConfig, prefix: str) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes: views, or copies of what is packed."""
-        raise NotImplementedError
-
-    def kernel_tensors(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """What the layer has of mamba_layers.WEIGHTS."""
-        raise NotImplementedError
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs the matrices that are not packed yet; each takes the place of its dense form."""
-        for name in self.MATRICES:
-            setattr(self, name, packed(getattr(self, name), dtype))
-
-
-@dataclass
-class StateSpaceWeights:
-    """All weights. Where embedding and head are tied, they are one matrix here too."""
-
-    LAYERS = "backbone.layers."  # and a number: what the names of a layer's tensors begin with
-
-    embedding: Matrix  # [vocab, hidden]
-    layers: list[StateSpaceLayer] = field(repr=False)
-    norm: Tensor  # [hidden]
-    head: Matrix  # [vocab, hidden]
-
-    @classmethod
-    def empty(cls, config: StateSpaceConfig, dtype: torch.dtype, device: torch.device) -> StateSpaceWeights:
-        """Dense weights to be filled through `named`."""
-
-        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        embedding = new(config.vocab_size, config.hidden_size)
-        layers = [config.empty_layer(dtype, device) for _ in range(config.layers)]
-        head = embedding if config.tied_embedding else new(config.vocab_size, config.hidden_size)
-        return cls(embedding, layers, new(config.hidden_size, dtype=torch.float32), head)
-
-    def named(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
-        tensors = self.named_outside(config)
-        for index, layer in enumerate(self.layers):
-            tensors |= layer.named(config, f"{self.LAYERS}{index}.")
+        tensors = {prefix + self.NORM: self.norm}
+        for name in WEIGHTS[1:]:
+            name = {"A": "A_log"}.get(name, name)
+            if (tensor := getattr(self, name, None)) is None:
+                continue
+            tensor = tensor.T[:, None] if name == "conv_weight" else dense(tensor)
+            tensors[prefix + self.MIXER + self.NAMES.get(name, name)] = tensor
         return tensors
 
-    def named_outside(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """`named` without the layers."""
-        tensors = {"backbone.embeddings.weight": dense(self.embedding), "backbone.norm_f.weight": self.norm}
-        if not config.tied_embedding:
-            tensors["lm_head.weight"] = dense(self.head)
-        return tensors
+    def kernel_tensors(self, config: StateSpaceConfig) -> list[Tensor]:
+        """mamba_layers.WEIGHTS of this layer; what it lacks is empty."""
+        none, own = self.norm.new_empty(0), self.computed(config)
+        tensors = [own[name] if name in own else getattr(self, name, None) for name in WEIGHTS]
+        return [none if t is None else t.data if isinstance(t, PackedWeight) else t for t in tensors]
 
-    def pack_outside(self, dtype: torch.dtype) -> None:
-        """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
-        tied = self.embedding is self.head
-        self.head = packed(self.head, dtype)
-        if tied:
-            self.embedding = self.head
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Packs every matrix that `linear` reads, to float32, float16, bfloat16 or int8."""
-        self.pack_outside(dtype)
-        for layer in self.layers:
-            layer.pack(dtype)
-
-    def move_together(self) -> None:
-        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
-        tied = self.embedding is self.head
-        move_together([(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")])
-        if tied:
-            self.embedding = self.head
+    def computed(self, config: StateSpaceConfig) -> dict[str, Tensor]:
+        """Those of them that are not as in a checkpoint."""
+        raise NotImplementedError
 
 
-class StateSpaceRunner:
+class StateSpaceWeights(NativeWeights):
+    """All weights, by the names of Hugging Face's Mamba."""
+
+    LAYERS = "backbone.layers."
+    EMBEDDING = "backbone.embeddings.weight"
+    NORM = "backbone.norm_f.weight"
+
+
+class RecurrentRunner(NativeRunner):
+    """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        capacity: int | None = None,
+        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+    ) -> list[Tensor]:
+        """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
+
+        Args:
+            tokens: B prompts, none empty.
+            capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
+                tree, the context length by default. States need none.
+            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+
+        Raises:
+            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+        """
+        check_prompts(tokens, self.vocab_size, self.context_length)
+        longest = max(map(len, tokens))
+        if capacity is not None and capacity < longest:
+            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
+        self._cache = self._verified = None  # the old batch makes room for the new one
+        cache = self._empty_cache(len(tokens), capacity)
+        last_logits = []
+        for sequence, prompt in enumerate(tokens):
+            for start in range(0, len(prompt), PREFILL_CHUNK):
+                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
+                hidden = self._forward([chain], [sequence], [True], cache)
+                cache.advance(sequence, len(chain))
+                if observe is not None:
+                    observe(sequence, chain, self._logits(hidden))
+            last_logits.append(self._logits(hidden[-1:])[0])
+        self._cache = cache
+        return last_logits
+
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+        cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
+        hidden = self._forward([trees[sequence] for sequence in active], active, [False] * len(active), cache)
+        self._cache = cache
+        return hidden
+
+    def _empty_cache(self, sequences: int, capacity: int | None):
+        """The cache of a new batch."""
+        raise NotImplementedError
+
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache) -> Tensor:
+        """[R, hidden] of all nodes, tree after tree, after the last norm; see StateCache.round."""
+        raise NotImplementedError
+
+
+class StateSpaceRunner(RecurrentRunner):
     """A state space model with its recurrent state; see pyspec.models.Runner for the calls.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
@@ -141,9 +165,11 @@ class StateSpaceRunner:
         rollback: how a state comes to be behind what was accepted. "replay" takes the steps again from their recorded
             inputs. "joint" (Joint Attainment and Advancement) runs the accepted tokens through the whole model again
             beside the next tree, once below it and once to move the state; it is there to be compared with.
+        history: with "replay", the longest path that is kept before it is folded into the state, in nodes; None is what
+            rounds of so many sequences cost least with on this machine, measured once. Bits are the same.
 
     Raises:
-        ValueError: rollback is neither.
+        ValueError: rollback is neither, or history is negative or given with "joint".
     """
 
     def __init__(
@@ -154,131 +180,59 @@ class StateSpaceRunner:
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
         rollback: str = "replay",
+        history: int | None = None,
     ):
         if rollback not in ROLLBACKS:
             raise ValueError(f"rollback must be one of {', '.join(ROLLBACKS)}, got {rollback!r}")
+        if history is not None and (history < 0 or rollback != "replay"):
+            raise ValueError(f"history must be None, or at least 0 with rollback 'replay', got {history}")
+        super().__init__(config, weights, CONTEXT_LENGTH, tokenizer, eos_tokens, dtype)
         self.rollback = rollback
-        weights.pack(weights.head.dtype)
-        if weights.norm.device.type == "cpu":
-            weights.move_together()
-        self.config = config
-        self.weights = weights
-        self.tokenizer = tokenizer
-        self.eos_tokens = frozenset(eos_tokens)
-        self.vocab_size = config.vocab_size
-        self.context_length = CONTEXT_LENGTH
-        self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
-        self.device = weights.norm.device
-        vocabulary = "" if tokenizer is None else tokenizer.fingerprint
-        description = repr(sorted(asdict(config).items())) + vocabulary
-        self.fingerprint = f"{config.architecture}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
-        none = torch.empty(0, device=self.device)
-        self._layers = []
-        for layer in weights.layers:
-            has = layer.kernel_tensors(config)
-            self._layers += [has.get(name, none) for name in WEIGHTS]
-        self._cache: StateCache | None = None
-        self._verified: list[DraftTree | None] | None = None
+        self._histories: dict[int, int] = {}  # by sequences
+        self._history = 0 if rollback == "joint" else history
+        self._is_static = self.device.type == "cuda" and rollback == "replay"
+        self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
+        self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
-    def lengths(self) -> list[int]:
-        """Committed tokens of each sequence."""
-        return [] if self._cache is None else list(self._cache.lengths)
+    def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
+        self._behind = [[] for _ in range(sequences)]
+        if self._rounds is not None and len(self._rounds.cache.lengths) == sequences:
+            self._rounds.cache.restart()
+            return self._rounds.cache
+        self._rounds = None  # makes room
+        cache = StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
+        cache.history = self._history_for(cache, sequences) if self._history is None else self._history
+        if self._is_static:
+            self._rounds = StaticRounds(cache, GraphRecorder(self.device))
+        return cache
 
-    @torch.inference_mode()
-    def prefill(
-        self,
-        tokens: Sequence[Sequence[int]],
-        *,
-        capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
-    ) -> list[Tensor]:
-        """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
+    def _history_for(self, cache: StateCache, sequences: int) -> int:
+        if sequences not in self._histories:
+            rates = self._layers[WEIGHTS.index("A") :: len(WEIGHTS)]
+            heads = rates[0].shape[0] if rates[0].dim() == 1 else self.config.channels
+            groups = (self.config.record_width - self.config.channels - heads) // self.config.state_size
+            self._histories[sequences] = history_for(cache, rates, heads, groups)
+        return self._histories[sequences]
 
-        Args:
-            tokens: B prompts, none empty.
-            capacity: a state needs none, whatever the length of a text; at least the longest prompt.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+        if self.rollback == "joint" and not any(advances):
+            return self._run_joint(trees, sequences, cache)
+        if self._rounds is not None and not any(advances):
+            hidden = self._rounds.run(lambda tokens, round: self._run_round(tokens, round, cache), trees, sequences)
+            if hidden is not None:
+                return hidden
+        return self._run(trees, sequences, advances, cache)
 
-        Raises:
-            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
-        """
-        check_prompts(tokens, self.vocab_size, self.context_length)
-        longest = max(map(len, tokens))
-        if capacity is not None and capacity < longest:
-            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
-        self._cache = self._verified = None  # the old batch makes room for the new one
-        config = self.config
-        cache = StateCache(
-            config.layers,
-            len(tokens),
-            channels=config.channels,
-            state_size=config.state_size,
-            taps=config.conv_taps,
-            conv_channels=config.conv_channels,
-            record_width=config.record_width,
-            device=self.device,
-            copies=1 if self.rollback == "replay" else 2,
-        )
-        last_logits = []
-        for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), PREFILL_CHUNK):
-                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
-                hidden = self._forward([chain], [sequence], [True], cache)
-                cache.lengths[sequence] += len(chain)
-                if observe is not None:
-                    observe(sequence, chain, self._logits(hidden))
-            last_logits.append(self._logits(hidden[-1:])[0])
-        self._cache, self._behind = cache, [[] for _ in tokens]
-        return last_logits
+    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
+        if self.rollback == "joint":
+            self._behind[sequence] = tree.tokens[list(path)].tolist()
+            self._cache.advance(sequence, len(path))
+        else:
+            self._cache.commit(sequence, path)
 
-    @torch.inference_mode()
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
-
-        Raises:
-            RuntimeError: before any prefill, or after a verify that was interrupted.
-            ValueError: a tree has tokens outside of the vocabulary.
-        """
-        cache = self._cache
-        check_trees(trees, None if cache is None else len(cache.lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        self._verified = None
-        if active:
-            self._cache = None  # an interrupt between two layers would leave some of them a path ahead
-            run = self._forward_joint if self.rollback == "joint" else self._forward
-            hidden = run([trees[sequence] for sequence in active], active, [False] * len(active), cache)
-            self._cache = cache
-        self._verified = list(trees)
-        if not active:
-            return [None] * len(trees)
-        parts = iter(self._logits(hidden).split([len(trees[sequence]) for sequence in active]))
-        return [None if tree is None else next(parts) for tree in trees]
-
-    @torch.inference_mode()
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
-
-        Raises:
-            RuntimeError: there is no verified tree.
-            ValueError: a path does not follow its tree; nothing is committed then.
-        """
-        check_paths(paths, self._verified)
-        for sequence, (path, tree) in enumerate(zip(paths, self._verified, strict=True)):
-            if path is None:
-                continue
-            if self.rollback == "joint":
-                self._behind[sequence] = tree.tokens[list(path)].tolist()
-                self._cache.lengths[sequence] += len(path)
-            else:
-                self._cache.commit(sequence, path)
-        self._verified = None
-
-    def _forward_joint(
-        self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache
-    ) -> Tensor:
-        """`_forward` of trees below tokens that the states do not have yet, which then do."""
+    def _run_joint(self, trees: list[DraftTree], sequences: list[int], cache: StateCache) -> Tensor:
+        """`_run` of trees below tokens that the states do not have yet, which then do."""
         batch, behind = len(cache.lengths), [self._behind[sequence] for sequence in sequences]
         moving = [sequence for sequence in sequences if self._behind[sequence]]
         for sequence in sequences:  # the drafts' state, for the other one moves in the same call
@@ -286,18 +240,24 @@ class StateSpaceRunner:
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
         places = moving + [batch + sequence for sequence in sequences]
         below = [_below(tokens, tree) for tokens, tree in zip(behind, trees, strict=True)]
-        hidden = self._forward([*chains, *below], places, [True] * len(chains) + advances, cache)
+        advances = [True] * len(chains) + [False] * len(below)
+        hidden = self._run([*chains, *below], places, advances, cache)
         for sequence in sequences:
             self._behind[sequence] = []
         parts = hidden[sum(map(len, chains)) :].split([len(tree) for tree in below])
         return torch.cat([part[len(tokens) :] for part, tokens in zip(parts, behind, strict=True)])
 
-    def _forward(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+    def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
         tokens = [tree.tokens for tree in trees]
-        round = cache.round(trees, places, advances)  # may replace the records
-        hidden = mamba_layers(
-            self._embed(tokens[0] if len(tokens) == 1 else torch.cat(tokens)),
+        round = cache.round(trees, places, advances)
+        hidden = self._run_round(tokens[0] if len(tokens) == 1 else torch.cat(tokens), round, cache)
+        cache.done(places, advances)
+        return hidden
+
+    def _run_round(self, tokens: Tensor, round: Round, cache: StateCache) -> Tensor:
+        return mamba_layers(
+            self._embed(tokens),
             self._layers,
             self.weights.norm,
             cache.states,
@@ -309,17 +269,6 @@ class StateSpaceRunner:
             epsilon=self.config.norm_epsilon,
             dtype=self.dtype,
         )
-        cache.done(places, advances)
-        return hidden
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        embedding = self.weights.embedding
-        if isinstance(embedding, PackedWeight):
-            return embedding.rows(tokens)
-        return F.embedding(tokens, embedding).float()
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weights.head, out_dtype=torch.float32)
 
 
 def _below(tokens: list[int], tree: DraftTree) -> DraftTree:

@@ -32,6 +32,7 @@ def causal_conv_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
+    keeps: Tensor,
     advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -48,11 +49,15 @@ def causal_conv_reference(
             above = seen[parent][1:] if parent >= 0 else before
             seen.append(torch.cat((above, x[row, None])))
             out[row] = (seen[-1] * weight).sum(0)
-        if not advances[tree]:
+        keep = int(keeps[tree])
+        if advances[tree]:
+            before = seen[-1][1:] if seen else before
+        elif keep < 0:
             record[1 - half, sequence, : last - first] = x[first:last]
-        elif seen:
-            before = seen[-1][1:]
-        window[sequence] = before
+        else:
+            record[half, sequence, keep : keep + last - first] = x[first:last]
+        if keep < 0:
+            window[sequence] = before
     return F.silu(out if bias is None else out + bias).to(out_dtype)
 
 
@@ -63,9 +68,10 @@ def _fake(window, record, x, *rest) -> Tensor:
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
-    "Tensor parents, Tensor paths, Tensor halves, Tensor advances, ScalarType out_dtype) -> Tensor",
+    "Tensor parents, Tensor paths, Tensor halves, Tensor keeps, Tensor advances, ScalarType out_dtype) -> Tensor",
     causal_conv_reference,
     _fake,
+    cuda=True,
 )
 
 

@@ -8,6 +8,7 @@ token; on a GPU the ops run one by one, replayed as a CUDA graph (pyspec/models/
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.swiglu import swiglu
 from pyspec.ops.tree_attention import tree_attention
 
-__all__ = ["layers_by_ops", "llama_layers", "llama_layers_reference"]
+__all__ = ["TreeRows", "attention_block", "feed_forward", "layers_by_ops", "llama_layers", "llama_layers_reference"]
 
 WEIGHTS = 6  # of a layer: attention_norm, qkv, output, feed_forward_norm, gate_up, down
 
@@ -44,25 +45,82 @@ def layers_by_ops(
     Takes what llama_layers takes, but sequences and slots are those of every row, [R] int32, and attention is the
     caller's: attend(layer, q [R, heads, D], k, v [B, kv_heads, S, D]) gives [R, heads, D].
     """
-    dtype, size, head_dim = keys_values.dtype, hidden.shape[1], keys_values.shape[-1]
-    qkv_size = (heads + 2 * keys_values.shape[3]) * head_dim
-
-    def project(x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-        bias = None if bias is None or not bias.numel() else bias
-        return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=torch.float32)
-
-    delta = None
+    dtype, delta = keys_values.dtype, None
     for layer, (k, v) in enumerate(keys_values.unbind(0)):
         attention_norm, qkv, output, feed_forward_norm, gate_up, down = weights[WEIGHTS * layer :][:WEIGHTS]
         qkv_bias, output_bias = biases[2 * layer :][:2] if biases else (None, None)
         x = rms_norm(hidden, attention_norm, epsilon, delta=delta, out_dtype=dtype)
-        projected = project(x, qkv, qkv_size, qkv_bias)
-        q = rotary_write(projected, cos_sin, positions, sequences, slots, k, v, heads=heads)
-        delta = project(attend(layer, q, k, v).flatten(1), output, size, output_bias)
+        place = (cos_sin, positions, sequences, slots, k, v)
+        delta = attention_block(x, (qkv, output), (qkv_bias, output_bias), *place, partial(attend, layer), heads)
         x = rms_norm(hidden, feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
-        x = swiglu(project(x, gate_up, 2 * intermediate), out_dtype=dtype)
-        delta = project(x, down, size)
+        delta = feed_forward(x, gate_up, down, intermediate)
     return rms_norm(hidden, last_norm, epsilon, delta=delta, out_dtype=dtype)
+
+
+def attention_block(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    cos_sin: Tensor,
+    positions: Tensor,
+    sequences: Tensor,
+    slots: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    heads: int,
+) -> Tensor:
+    """[R, H] fp32: what attention adds to normed rows x [R, H]; weights and biases are those of qkv and output."""
+    head_dim = k.shape[-1]
+    projected = _project(x, weights[0], (heads + 2 * k.shape[1]) * head_dim, biases[0])
+    q = rotary_write(projected, cos_sin, positions, sequences, slots, k, v, heads=heads)
+    return _project(attend(q, k, v).flatten(1), weights[1], x.shape[1], biases[1])
+
+
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, intermediate: int) -> Tensor:
+    """[R, H] fp32: what the feed-forward layer adds to normed rows x [R, H]."""
+    gated = swiglu(_project(x, gate_up, 2 * intermediate), out_dtype=x.dtype)
+    return _project(gated, down, x.shape[1])
+
+
+def _project(x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None or not bias.numel() else bias
+    return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=torch.float32)
+
+
+class TreeRows:
+    """Where the rows of some trees lie in a cache, and their attention, tree by tree.
+
+    Args:
+        ancestor_bits: for each tree [T, ceil(T / 32)] int32.
+        sequences, lengths: for each tree its sequence of the cache and how many keys are committed there.
+        device: of the cache.
+    """
+
+    sequences: Tensor  # [R] int32
+    slots: Tensor  # [R] int32
+
+    def __init__(
+        self, ancestor_bits: Sequence[Tensor], sequences: Sequence[int], lengths: Sequence[int], device: torch.device
+    ):
+        self._sizes = [len(bits) for bits in ancestor_bits]
+        repeats = torch.tensor(self._sizes, device=device)
+        starts = torch.tensor(lengths, dtype=torch.int32, device=device)
+        nodes = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in self._sizes])
+        self.sequences = torch.tensor(sequences, dtype=torch.int32, device=device).repeat_interleave(repeats)
+        self.slots = starts.repeat_interleave(repeats) + nodes
+        bits = [of_tree.to(device) for of_tree in ancestor_bits]
+        self._trees = list(zip(sequences, bits, starts.split(1), strict=True))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """[R, heads, D] of queries [R, heads, D] and keys and values [B, kv_heads, S, D]."""
+        mixed = [
+            tree_attention(
+                part.transpose(0, 1)[None], k[sequence, None], v[sequence, None], bits[None], start, window=window
+            )[0].transpose(0, 1)
+            for part, (sequence, bits, start) in zip(q.split(self._sizes), self._trees, strict=True)
+        ]
+        return torch.cat(mixed)
 
 
 def llama_layers_reference(
@@ -82,29 +140,10 @@ def llama_layers_reference(
     epsilon: float,
 ) -> Tensor:
     """The layers, op by op; hidden and keys_values are changed in place. The specification of the program."""
-    device = hidden.device
-    sizes = [len(bits) for bits in ancestor_bits]
-    repeats = torch.tensor(sizes, device=device)
-    row_sequences = torch.tensor(sequences, dtype=torch.int32, device=device).repeat_interleave(repeats)
-    starts = torch.tensor(lengths, dtype=torch.int32, device=device)
-    nodes = torch.cat([torch.arange(n, dtype=torch.int32, device=device) for n in sizes])
-    slots = starts.repeat_interleave(repeats) + nodes
-
-    trees = list(zip(sequences, ancestor_bits, starts.split(1), strict=True))
+    rows = TreeRows(ancestor_bits, sequences, lengths, hidden.device)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mixed = [
-            tree_attention(
-                part.transpose(0, 1)[None],
-                k[sequence, None],
-                v[sequence, None],
-                bits[None],
-                start,
-                window=windows[layer] or None,
-            )[0].transpose(0, 1)
-            for part, (sequence, bits, start) in zip(q.split(sizes), trees, strict=True)
-        ]
-        return torch.cat(mixed)
+        return rows.attend(q, k, v, windows[layer] or None)
 
     return layers_by_ops(
         hidden,
@@ -114,8 +153,8 @@ def llama_layers_reference(
         keys_values,
         cos_sin,
         positions,
-        row_sequences,
-        slots,
+        rows.sequences,
+        rows.slots,
         attend,
         heads,
         intermediate,

@@ -25,7 +25,7 @@ from pyspec.ops.linear import PackedWeight, linear
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.selective_state import LANES, Round, selective_state
 
-__all__ = ["WEIGHTS", "mamba_layers", "mamba_layers_reference"]
+__all__ = ["WEIGHTS", "mamba2_mixer", "mamba_layers", "mamba_layers_reference"]
 
 # Of a layer, in the order that the program counts on. gate_norm is Mamba-2's, x_proj and dt_proj are Mamba's; what a
 # model lacks is empty.
@@ -59,45 +59,84 @@ def mamba_layers_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
+    keeps: Tensor,
     advances: Tensor,
     dt_rank: int,
     epsilon: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """The layers, op by op; hidden and the state are changed in place. The specification of the program."""
-    round = Round(sequences, starts, parents, paths, halves, advances)
-    channels, state_size = states.shape[2] * LANES, states.shape[3]
+    round = Round(sequences, starts, parents, paths, halves, keeps, advances)
     delta = None
     for layer in range(len(states)):
         own = weights[len(WEIGHTS) * layer :][: len(WEIGHTS)]
-        norm, in_proj, in_bias, conv_weight, conv_bias, x_proj, dt_proj = own[:7]
-        A, D, dt_bias, gate_norm, out_proj, out_bias = own[7:]
-        conv_state = (windows[layer], conv_records[layer])
-        conv_weights = (conv_weight, conv_bias if conv_bias.numel() else None)
-        state, settings = (states[layer], records[layer]), {"D": D, "dt_bias": dt_bias}
-        x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
-        if A.dim() == 1:
-            parts = [channels, conv_weight.shape[1], len(A)]
-            z, x, dt = _project(x, in_proj, sum(parts), in_bias).split(parts, 1)
-            x = causal_conv(*conv_state, x, *conv_weights, round)
-            x, B, C = x.split([channels, *[(x.shape[1] - channels) // 2] * 2], 1)
-            y = selective_state(*state, x, dt, A, B, C, round, z=z, **settings)
-            y = rms_norm(y.view(-1, gate_norm.shape[1]), gate_norm, epsilon, out_dtype=dtype).view(-1, channels)
+        own = dict(zip(WEIGHTS, own, strict=True))
+        x = rms_norm(hidden, own["norm"], epsilon, delta=delta, out_dtype=dtype)
+        state = (states[layer], windows[layer], records[layer], conv_records[layer])
+        if own["A"].dim() == 1:
+            delta = mamba2_mixer(x, own, *state, round, epsilon)
         else:
-            x, z = _project(x, in_proj, 2 * channels, in_bias).split(channels, 1)
-            x = causal_conv(*conv_state, x, *conv_weights, round, out_dtype=dtype)
-            parts = [dt_rank, state_size, state_size]
-            low, B, C = _project(x, x_proj, sum(parts), out_dtype=dtype).split(parts, 1)
-            dt = _project(low, dt_proj, channels)
-            y = selective_state(*state, x, dt, A, B, C, round, z=z, out_dtype=dtype, **settings)
-        delta = _project(y, out_proj, hidden.shape[1], out_bias)
+            delta = _mamba_mixer(x, own, *state, round, dt_rank)
     return rms_norm(hidden, last_norm, epsilon, delta=delta, out_dtype=dtype)
+
+
+def mamba2_mixer(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    state: Tensor,
+    window: Tensor,
+    record: Tensor,
+    conv_record: Tensor,
+    round: Round,
+    epsilon: float,
+) -> Tensor:
+    """[R, H] fp32: what a layer of Mamba-2 adds to normed rows x [R, H]; its state is changed in place.
+
+    weights are those of WEIGHTS; state, window, record and conv_record are one layer's of mamba_layers.
+    """
+    channels, conv_channels, dtype = state.shape[1] * LANES, window.shape[2], x.dtype
+    parts = [channels, conv_channels, len(weights["A"])]
+    z, inner, dt = _project(x, weights["in_proj"], sum(parts), weights["in_bias"]).split(parts, 1)
+    inner = causal_conv(window, conv_record, inner, weights["conv_weight"], _present(weights["conv_bias"]), round)
+    inner, B, C = inner.split([channels, *[(conv_channels - channels) // 2] * 2], 1)
+    settings = {"D": weights["D"], "dt_bias": weights["dt_bias"]}
+    y = selective_state(state, record, inner, dt, weights["A"], B, C, round, z=z, **settings)
+    group = weights["gate_norm"].shape[1]
+    y = rms_norm(y.view(-1, group), weights["gate_norm"], epsilon, out_dtype=dtype).view(-1, channels)
+    return _project(y, weights["out_proj"], x.shape[1], weights["out_bias"])
+
+
+def _mamba_mixer(
+    x: Tensor,
+    weights: dict[str, Tensor],
+    state: Tensor,
+    window: Tensor,
+    record: Tensor,
+    conv_record: Tensor,
+    round: Round,
+    dt_rank: int,
+) -> Tensor:
+    """The same for Mamba."""
+    channels, state_size, dtype = window.shape[2], state.shape[2], x.dtype
+    inner, z = _project(x, weights["in_proj"], 2 * channels, weights["in_bias"]).split(channels, 1)
+    taps = (weights["conv_weight"], _present(weights["conv_bias"]))
+    inner = causal_conv(window, conv_record, inner, *taps, round, out_dtype=dtype)
+    parts = [dt_rank, state_size, state_size]
+    low, B, C = _project(inner, weights["x_proj"], sum(parts), out_dtype=dtype).split(parts, 1)
+    dt = _project(low, weights["dt_proj"], channels)
+    settings = {"D": weights["D"], "dt_bias": weights["dt_bias"], "z": z, "out_dtype": dtype}
+    y = selective_state(state, record, inner, dt, weights["A"], B, C, round, **settings)
+    return _project(y, weights["out_proj"], x.shape[1], weights["out_bias"])
+
+
+def _present(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
 
 
 def _project(
     x: Tensor, weight: Tensor, outputs: int, bias: Tensor | None = None, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    bias = None if bias is None or not bias.numel() else bias
+    bias = None if bias is None else _present(bias)
     return linear(x, PackedWeight(weight, outputs, x.shape[1]), bias, out_dtype=out_dtype)
 
 
@@ -105,9 +144,10 @@ _OP = Op(
     "mamba_layers",
     "(Tensor(a!) hidden, Tensor[] weights, Tensor last_norm, Tensor(b!) states, Tensor(c!) windows, "
     "Tensor(d!) records, Tensor(e!) conv_records, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, "
-    "Tensor halves, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
+    "Tensor halves, Tensor keeps, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
     mamba_layers_reference,
     lambda hidden, *rest: torch.empty_like(hidden, dtype=rest[-1]),
+    lambda: mamba_layers_reference,
 )
 
 

@@ -32,8 +32,9 @@ MULTIPLE = 16  # of states
 class Round:
     """Which trees a call reads, and what of the last round is replayed first. All tensors are int32.
 
-    A sequence has a record of two halves. Its accepted nodes are replayed from one; those of its tree go to the
-    other. Sequences that are not named are left alone, to the bit.
+    A sequence has a record of two halves. Its accepted nodes are replayed from one. Either they are folded into the
+    state, and those of its tree go to the other half; or the state stays what it is, and those of its tree go behind
+    them. Sequences that are not named are left alone, to the bit.
     """
 
     sequences: Tensor  # [trees]: places in the state, each at most once
@@ -41,6 +42,7 @@ class Round:
     parents: Tensor  # [rows]: as in DraftTree
     paths: Tensor  # [trees, longest]: recorded nodes that were accepted, then -1
     halves: Tensor  # [trees]: the half of the record that they lie in, 0 or 1
+    keeps: Tensor  # [trees]: -1 to fold them, else the place in the half where the tree's nodes begin, behind them
     advances: Tensor  # [trees]: 1 for a chain that is accepted as a whole: the state moves behind it, unrecorded
 
     @classmethod
@@ -51,10 +53,14 @@ class Round:
         paths: Sequence[Sequence[int]],
         halves: Sequence[int],
         *,
+        keeps: Sequence[int] | None = None,
         advances: Sequence[bool] | bool = False,
         device: torch.device | str = "cpu",
     ) -> Round:
-        """A round of these trees, with a sequence, a path (it may be empty) and a half for each, and who advances."""
+        """A round of these trees, with a sequence, a path (it may be empty) and a half for each, and who advances.
+
+        keeps: None folds all paths.
+        """
         starts = [0]
         for tree in trees:
             starts.append(starts[-1] + len(tree))
@@ -62,21 +68,29 @@ class Round:
         filled = [[*path, *[-1] * (longest - len(path))] for path in paths]
 
         def places(values, *shape: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).reshape(shape).to(device)
+            return torch.tensor(values, dtype=torch.int32).reshape(shape)
 
         parents = [tree.parents for tree in trees]
-        return cls(
+        round = cls(
             places(list(sequences), len(trees)),
             places(starts, len(starts)),
-            (parents[0] if len(parents) == 1 else torch.cat(parents)).to(device),
+            parents[0] if len(parents) == 1 else torch.cat(parents),
             places(filled, len(trees), longest),
             places(list(halves), len(trees)),
+            places([-1] * len(trees) if keeps is None else list(keeps), len(trees)),
             places([advances] * len(trees) if isinstance(advances, bool) else list(advances), len(trees)),
         )
+        return round if torch.device(device).type == "cpu" else round.to(device)
+
+    def to(self, device: torch.device | str) -> Round:
+        """The same on another device, in one copy."""
+        tensors = self.tensors()
+        parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
+        return Round(*(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)))
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the ops take them."""
-        return self.sequences, self.starts, self.parents, self.paths, self.halves, self.advances
+        return self.sequences, self.starts, self.parents, self.paths, self.halves, self.keeps, self.advances
 
 
 def to_panels(values: Tensor) -> Tensor:
@@ -105,6 +119,7 @@ def selective_state_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
+    keeps: Tensor,
     advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -137,11 +152,15 @@ def selective_state_reference(
         for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
             reached.append(step(reached[parent] if parent >= 0 else s, nodes[row]))
             y[row] = (reached[-1] * of_channels(C[row].view(-1, states))).sum(1).flatten()
+        keep = int(keeps[tree])
         if advances[tree]:
             s = reached[-1] if reached else s
-        else:
+        elif keep < 0:
             record[1 - half, sequence, : last - first] = nodes[first:last]
-        state[sequence] = s
+        else:
+            record[half, sequence, keep : keep + last - first] = nodes[first:last]
+        if keep < 0:
+            state[sequence] = s
     if D is not None:
         y += D * x
     if z is not None:
@@ -157,9 +176,10 @@ _OP = Op(
     "selective_state",
     "(Tensor(a!) state, Tensor(b!) record, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? dt_bias, Tensor? z, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, Tensor halves, "
-    "Tensor advances, ScalarType out_dtype) -> Tensor",
+    "Tensor keeps, Tensor advances, ScalarType out_dtype) -> Tensor",
     selective_state_reference,
     _fake,
+    cuda=True,
 )
 
 

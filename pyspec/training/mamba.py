@@ -1,10 +1,11 @@
 """Trains a small Mamba-2 language model on the sources of Python's standard library, to speculate on.
 
     python -m pyspec.training.mamba out/                    some hours on a GPU; Ctrl-C, and the same command goes on
+    python -m pyspec.training.mamba out/ --text docs/       the texts of a folder too
     pyspec generate --model out/ "def main("
 
-The folder that it writes is a Hugging Face model: config.json, model.safetensors (bf16), tokenizer.json, with the loss
-curve beside it (loss.csv, loss.png). Needs the extra `train`: pip install pyspec-kernels[train].
+The folder that it writes is a Hugging Face model: config.json, model.safetensors (bf16), tokenizer.json, with a model
+card (README.md) and the loss curve (loss.csv, loss.png). Needs the extra `train`: pip install pyspec-kernels[train].
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import csv
 import json
 import math
+import platform
+import shutil
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,11 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["Recipe", "main", "standard_library", "train"]
+from pyspec.training.ssd import use_ssd
+
+__all__ = ["Recipe", "main", "standard_library", "texts_of", "train"]
 
 END = "<|end|>"  # of a file
 HELD_OUT = 50  # one file of so many is kept for validation
 CHECKPOINT = "checkpoint.pt"
+SUFFIXES = (".py", ".txt", ".rst", ".md")  # of files that are texts
+SHOWN = 10  # steps between two looks at the loss, each of which waits for the device
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,16 @@ class Recipe:
     seed: int = 0
 
 
-def standard_library(folder: Path | None = None) -> list[str]:
+def standard_library() -> list[str]:
     """The texts of the standard library's modules, in the order of their paths."""
-    folder = folder or Path(sysconfig.get_path("stdlib"))
+    return texts_of(Path(sysconfig.get_path("stdlib")), (".py",))
+
+
+def texts_of(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
+    """The texts of a folder's files, in the order of their paths."""
     texts = []
-    for path in sorted(folder.rglob("*.py")):
-        if "site-packages" in path.parts:
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in suffixes or "site-packages" in path.parts or not path.is_file():
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -112,12 +123,13 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def rows_of(tokens: np.ndarray, recipe: Recipe, step: int, device: torch.device) -> torch.Tensor:
+def rows_of(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     """[batch, length + 1]: the same rows for the same step, however often training was interrupted."""
     generator = np.random.default_rng((recipe.seed, step))
-    starts = generator.integers(0, len(tokens) - recipe.length - 1, recipe.batch)
-    rows = tokens[starts[:, None] + np.arange(recipe.length + 1)]
-    return torch.from_numpy(rows.astype(np.int64)).to(device)
+    starts = torch.from_numpy(generator.integers(0, len(tokens) - recipe.length - 1, recipe.batch))
+    if tokens.is_cuda:
+        starts = starts.pin_memory().to(tokens.device, non_blocking=True)
+    return tokens[starts[:, None] + torch.arange(recipe.length + 1, device=tokens.device)]
 
 
 def loss_of(model, rows: torch.Tensor) -> torch.Tensor:
@@ -128,12 +140,9 @@ def loss_of(model, rows: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def validate(model, tokens: np.ndarray, recipe: Recipe, device: torch.device) -> float:
+def validate(model, tokens: torch.Tensor, recipe: Recipe) -> float:
     """The loss on held-out text, on the same rows each time."""
-    model.eval()
-    losses = [float(loss_of(model, rows_of(tokens, recipe, index, device))) for index in range(8)]
-    model.train()
-    return sum(losses) / len(losses)
+    return float(torch.stack([loss_of(model, rows_of(tokens, recipe, index)) for index in range(8)]).mean())
 
 
 class Run:
@@ -144,7 +153,7 @@ class Run:
         matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
         vectors = [parameter for parameter in model.parameters() if parameter.dim() != 2]
         groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
         self.step, self.curve = 0, []  # (step, training loss, held-out loss)
         if (out / CHECKPOINT).is_file():
             kept = torch.load(out / CHECKPOINT, map_location=device, weights_only=True)
@@ -163,31 +172,38 @@ class Run:
         with (self.out / "loss.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("step", "training loss", "held-out loss"), *self.curve])
 
-    def steps(self, tokens: np.ndarray, device: torch.device) -> Iterator[float]:
+    def steps(self, tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         """Trains to the end; gives the loss of each step."""
-        self.model.train()
         while self.step < self.recipe.steps:
             rate = learning_rate(self.recipe, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of(self.model, rows_of(tokens, self.recipe, self.step, device))
+            loss = loss_of(self.model, rows_of(tokens, self.recipe, self.step))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
-            yield float(loss.detach())
+            yield loss.detach()
 
 
-def train(out: Path, recipe: Recipe, texts: list[str], device: torch.device, every: int = 250) -> Path:
+def train(
+    out: Path,
+    recipe: Recipe,
+    sources: dict[str, list[str]],
+    device: torch.device,
+    every: int = 250,
+    compiled: bool = False,
+) -> Path:
     """Trains, or goes on, and writes the model.
 
     Args:
         out: the folder of the model; made if need be.
         recipe: what is trained.
-        texts: the files that are learned from; one of HELD_OUT is held out.
+        sources: the files that are learned from, by where they are from; one of HELD_OUT is held out.
         device: where it is trained.
         every: steps between two checkpoints, which are also the points of the loss curve.
+        compiled: see use_ssd.
 
     Raises:
         ValueError: the folder holds a checkpoint of another recipe, the vocabulary is too large, or there is too
@@ -199,28 +215,33 @@ def train(out: Path, recipe: Recipe, texts: list[str], device: torch.device, eve
     if recipe.vocabulary > 2**16:
         raise ValueError(f"vocabulary must be at most {2**16}, got {recipe.vocabulary}")
     out.mkdir(parents=True, exist_ok=True)
+    texts = [text for source in sources.values() for text in source]
     learned = [text for index, text in enumerate(texts) if (index + 1) % HELD_OUT]
     held_out = texts[HELD_OUT - 1 :: HELD_OUT]
     file = out / "tokenizer.json"
     if not file.is_file():
         train_tokenizer(learned, recipe.vocabulary).save(str(file))
     tokenizer = Tokenizer.from_file(str(file))
-    tokens, others = (encode(tokenizer, part) if part else np.zeros(0) for part in (learned, held_out))
-    if min(len(tokens), len(others)) <= recipe.length + 1:
+    encoded = [encode(tokenizer, part) if part else np.zeros(0) for part in (learned, held_out)]
+    if min(map(len, encoded)) <= recipe.length + 1:
         raise ValueError(f"texts must have more than {recipe.length + 1} tokens to learn and to hold out each")
+    tokens, others = (torch.from_numpy(part.astype(np.int64)).to(device) for part in encoded)
 
     torch.manual_seed(recipe.seed)
     run = Run(out, recipe, new_model(recipe, tokenizer.token_to_id(END), tokenizer.get_vocab_size()), device)
+    use_ssd(run.model, compiled)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=recipe.steps, completed=run.step)
         losses = []
         try:
-            for loss in run.steps(tokens, device):
+            for loss in run.steps(tokens):
                 losses.append(loss)
-                progress.update(task, completed=run.step, description=f"loss {loss:.3f}")
+                if run.step % SHOWN == 0 or run.step == recipe.steps:
+                    progress.update(task, completed=run.step, description=f"loss {float(loss):.3f}")
                 if run.step % every == 0 or run.step == recipe.steps:
-                    run.curve.append((run.step, sum(losses) / len(losses), validate(run.model, others, recipe, device)))
+                    mean = float(torch.stack(losses).mean())
+                    run.curve.append((run.step, mean, validate(run.model, others, recipe)))
                     losses = []
                     run.keep()
         except KeyboardInterrupt:
@@ -230,7 +251,47 @@ def train(out: Path, recipe: Recipe, texts: list[str], device: torch.device, eve
     run.model.to(torch.bfloat16).save_pretrained(out)
     settings = {"eos_token": END, "bos_token": END}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / "README.md").write_text(model_card(run, sources, len(tokens)), encoding="utf-8")
     return out
+
+
+def model_card(run: Run, sources: dict[str, list[str]], tokens: int) -> str:
+    """What the weights were made of, in the layout of the Hugging Face hub."""
+    recipe, (_, _, held_out) = run.recipe, run.curve[-1]
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    seen = recipe.steps * recipe.batch * recipe.length
+    lines = [f"- {name}: {len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} MB" for name, texts in sources.items()]
+    data = "\n".join(lines)
+    return f"""---
+license: apache-2.0
+library_name: pyspec
+pipeline_tag: text-generation
+---
+# A small Mamba-2 that writes Python
+
+{parameters / 1e6:.1f}M parameters: {recipe.layers} layers of {recipe.hidden}, states of {recipe.state}, a
+byte-level BPE of {recipe.vocabulary} tokens. Made to show speculative decoding on a state
+space model, and good for nothing else:
+
+    pyspec generate --model FOLDER "def main("
+
+## Data
+
+{data}
+
+That is {tokens / 1e6:.1f}M tokens without one file of {HELD_OUT}, which is held out. The licences of
+the texts are those of their sources.
+
+## Training
+
+{recipe.steps} steps of {recipe.batch} rows of {recipe.length} tokens, {seen / 1e6:.0f}M in all, by
+`python -m pyspec.training.mamba`; AdamW, a learning rate of up to {recipe.learning_rate:g}.
+
+Loss on held-out files: **{held_out:.3f} nats a token**, a perplexity of {math.exp(held_out):.1f}. The curve is
+in loss.csv and loss.png.
+
+![loss](loss.png)
+"""
 
 
 def draw(curve: list[tuple[int, float, float]], path: Path) -> None:
@@ -254,13 +315,16 @@ def draw(curve: list[tuple[int, float, float]], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder of the model; a checkpoint there goes on")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="folders of more texts to learn from")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
-    out, device = options.pop("out"), torch.device(options.pop("device"))
+    out, device, folders = options.pop("out"), torch.device(options.pop("device")), options.pop("text")
+    sources = {f"the standard library of Python {platform.python_version()} (PSF license)": standard_library()}
+    sources |= {folder.resolve().name: texts_of(folder) for folder in folders}
     try:
-        train(out, Recipe(**options), standard_library(), device)
+        train(out, Recipe(**options), sources, device, compiled=shutil.which("c++") is not None)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; the same command goes on from {out / CHECKPOINT}") from None
     print(f"wrote {out}")

@@ -13,7 +13,7 @@ from pyspec.ops.gear import BLOCK
 def rows():
     model = random_llama(dtype=torch.float32)
     pages = [random_tokens(kv_cache.FIRST + BLOCK, seed) for seed in range(2)]
-    return {row["cache"]: row for row in kv_cache.run(model, pages, ["int8", "kivi-2bit", "gear-2bit"])}
+    return {row["cache"]: row for row in kv_cache.run(model, pages, ["int8", "kivi-2bit", "gear-2bit", "int4, half"])}
 
 
 def test_more_bits_are_nearer_to_the_dense_cache(rows):
@@ -27,10 +27,46 @@ def test_errors_are_beside_those_of_the_backbone(rows):
         assert rows[name]["key_ratio"] == rows[name]["value_ratio"] == pytest.approx(1)
     assert rows["gear-2bit"]["key_ratio"] < 1 and rows["gear-2bit"]["value_ratio"] < 1
     assert rows["int8"]["effective_bits_at_8k"] == GearCache(8, 128).effective_bits(64, 8192)
+    assert "key_error" not in rows["int4, half"] and rows["dense"]["kl"] == rows["dense"]["change"] == 0
     assert all(row["accepted"] >= 1 for row in rows.values())
 
 
 def test_the_table_is_shown(rows, capsys):
     kv_cache.show(list(rows.values()))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and len({len(line) for line in lines}) == 1
+    assert len(lines) == 6 and len({len(line) for line in lines}) == 1
+
+
+class Words:
+    """A tokenizer whose tokens are letters."""
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+def test_numbers_are_hidden_at_their_depths():
+    class Model:
+        tokenizer = Words()
+
+    for (text, key), depth in zip(kv_cache.passkeys(Model, 2000), kv_cache.DEPTHS, strict=True):
+        text = "".join(map(chr, text))
+        assert len(key) == 5 and text.count(key) == 2 and 1900 < len(text) < 2400
+        assert text.index(key) / len(text) == pytest.approx(depth, abs=0.08)
+        assert text.endswith("The pass key is")
+
+
+def test_peers_are_beside_their_own_dense_cache(monkeypatch):
+    text = random_tokens(kv_cache.FIRST + BLOCK)
+    dense = torch.randn(len(text) - 1, 50).log_softmax(-1)
+
+    def broken():
+        raise ImportError("no such package")
+
+    def engines(model, tokens, threads):
+        yield "here", lambda: (lambda text: dense, {"same": lambda text: dense, "other": lambda text: dense.roll(1, 0)})
+        yield "away", broken
+
+    monkeypatch.setattr(kv_cache.cache_peers, "engines", engines)
+    (same, other), missing = kv_cache.run_peers(None, [[token % 50 for token in text]], 1)
+    assert same["cache"] == "here same" and same["kl"] == same["change"] == 0 and same["same_top"] == 1
+    assert other["kl"] > 0.1 and missing == {"away": "ImportError: no such package"}

@@ -27,7 +27,9 @@ def build_on_host(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
     if compiler is None:
         pytest.skip("there is no C++ compiler to run CUDA kernels on the CPU with")
     command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags]
-    made_of = [*sources, *HERE.glob("*.h"), *(ROOT / "kernels").glob("**/*.h"), *(ROOT / "csrc/cuda").glob("*.h")]
+    made_of = [*sources, *HERE.glob("*.h")]
+    for folder, pattern in (("kernels", "**/*.h"), ("csrc", "*.h"), ("csrc/cuda", "*.h")):
+        made_of += (ROOT / folder).glob(pattern)
     digest = hashlib.sha256(repr(command).encode())
     for path in sorted(made_of):
         digest.update(path.read_bytes())

@@ -82,14 +82,34 @@ def test_what_may_be_combined(name, growth):
     if fits:
         plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=30)
         assert generate(FakeRunner(), PROMPT, **call).tokens == plain.tokens
-        if siblings is not None:
-            with pytest.raises(ValueError, match='budget="auto" leaves out nodes after they were drawn'):
-                generate(FakeRunner(), PROMPT, **call | dict(budget="auto"))
+        assert generate(FakeRunner(), PROMPT, **call | dict(budget="auto")).tokens == plain.tokens
     else:
         model = FakeRunner()
         model.prefill = None  # before any work
         with pytest.raises(ValueError, match="do not go together.*Use acceptance="):
             generate(model, PROMPT, **call)
+
+
+@pytest.mark.parametrize("growth", [DySpecGreedy(), StochasticBeam(3, 4), FixedBranching((2, 2, 1))], ids=ids)
+def test_no_drawn_node_is_left_out_for_what_it_is(growth, monkeypatch):
+    """The automatic budget is set before the draw, by earlier rounds, and the tree is verified as it was drawn."""
+    drawn, budgets = [], []
+
+    class Watched(ModelDrafter):
+        def propose(self, context, budget):
+            budgets.append(budget)
+            drawn.append(super().propose(context, budget))
+            return drawn[-1]
+
+    class Model(FakeRunner):
+        def verify(self, trees):
+            if len(trees[0]) > 1:
+                assert trees[0] is drawn[-1]
+            return super().verify(trees)
+
+    drafter = Watched(Draft(), FakeRunner(), growth)
+    generate(Model(), PROMPT, drafter=drafter, acceptance="traversal", temperature=1.0, seed=2, max_new_tokens=60)
+    assert len(set(budgets)) > 1 and all(1 < len(tree) <= budget for tree, budget in zip(drawn, budgets, strict=True))
 
 
 def test_published_bugs_say_what_to_use_instead():

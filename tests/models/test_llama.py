@@ -5,6 +5,7 @@ import torch
 from random_llama import VOCABULARY, random_tokens, random_tree, root_path
 from tiny_models import KINDS, expected_logits, tiny_model
 
+import pyspec.models._runner
 import pyspec.models.llama
 from pyspec import DraftTree, load
 from pyspec.models.llama import LlamaWeights
@@ -252,7 +253,7 @@ def test_the_row_rule_tests_have_teeth(models, monkeypatch):
     first = DraftTree.chain([int(tree.tokens[0])])
     assert torch.equal(verify(tree)[:1], verify(first))
     monkeypatch.setattr(importlib.import_module("pyspec.ops.llama_layers"), "linear", torch_linear)
-    monkeypatch.setattr(pyspec.models.llama, "linear", torch_linear)
+    monkeypatch.setattr(pyspec.models._runner, "linear", torch_linear)
     monkeypatch.setattr(pyspec.models.llama, "llama_layers", composed_layers)
     if torch.equal(verify(tree)[:1], verify(first)):
         pytest.skip("torch's matrix product happens to be row-invariant for these shapes on this processor")

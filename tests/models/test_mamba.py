@@ -108,16 +108,6 @@ def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
         assert text == [int(logits.argmax()) for logits in expected]
 
 
-def test_the_cache_of_transformers_still_loses_mamba_states():
-    """Why speculation on Mamba needs this runner: several tokens at once start from an empty state there."""
-    model, text = tiny_mamba("mamba"), torch.tensor([random_tokens(16)])
-    with torch.inference_mode():
-        expected = model(text, use_cache=False).logits
-        cache = model(text[:, :8], use_cache=True).cache_params
-        if torch.allclose(model(text[:, 8:], cache_params=cache).logits, expected[:, 8:], atol=1e-3):
-            pytest.fail("transformers verifies several tokens of Mamba rightly now: say so in docs/selective_state.md")
-
-
 # ==== bits ====
 
 

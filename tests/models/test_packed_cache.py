@@ -12,6 +12,7 @@ from pyspec.caches import CACHES, GearCache, PackedCache
 from pyspec.ops.gear import BLOCK
 
 PACKED = {**CACHES, "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30)}
+SPARSE = {"half": GearCache(4, 64, keep=0.5, whole_layers=1), "channels": GearCache(4, 64, key_channels=48)}
 LENGTHS = (190, 192, 319, 700)  # of prompts: trees behind them see one more block below some depth, and do not
 
 
@@ -43,10 +44,10 @@ def test_before_the_first_block_it_is_the_dense_cache(runner):
     assert torch.equal(runner.verify([tree])[0], expected)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
-    cache, prompt, tree = PACKED[name], random_tokens(length), random_tree(24)
+    cache, prompt, tree = (PACKED | SPARSE)[name], random_tokens(length), random_tree(24)
     runner.prefill([prompt], cache=cache)
     (logits,) = runner.verify([tree])
     for node in (3, 14, 23):
@@ -84,11 +85,11 @@ def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name
             assert torch.equal(part, expected)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
 @pytest.mark.parametrize("drafter", ["lookup", "merged"])
 def test_greedy_text_is_that_of_plain_decoding(runner, name, drafter):
     prompts = [random_tokens(20) * 9, random_tokens(11, 3) * 20]
-    settings = dict(max_new_tokens=90, cache=PACKED[name])
+    settings = dict(max_new_tokens=90, cache=(PACKED | SPARSE)[name])
     plain = generate(runner, prompts, drafter=None, **settings)
     result = generate(runner, prompts, drafter=drafter, budget=16, **settings)
     assert result.tokens == plain.tokens
@@ -166,3 +167,20 @@ def test_demo_model():
         assert generate(runner, tokens, max_new_tokens=24, budget=8, cache=cache).tokens == plain.tokens
     # a head_dim of 64 and 4 bits: still the model's own words
     assert "2, 3, 5, 7, 11" in plain.text
+
+
+def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
+    prompt, tree = random_tokens(330), random_tree(20)
+    with pytest.raises(RuntimeError, match="there is no packed cache to save"):
+        runner.prefill([prompt])
+        runner.save_cache(tmp_path / "cache")
+    runner.prefill([prompt, prompt[:50]], cache=CACHES["gear-2bit"])
+    runner.save_cache(tmp_path / "cache")
+    expected = runner.verify([tree, tree])
+    other = random_llama(dtype=torch.bfloat16)
+    other.load_cache(tmp_path / "cache")
+    assert other.lengths() == [330, 50]
+    for found, right in zip(other.verify([tree, tree]), expected, strict=True):
+        assert torch.equal(found, right)
+    with pytest.raises(ValueError, match="is a cache in torch.bfloat16, the model runs in torch.float32"):
+        random_llama(dtype=torch.float32).load_cache(tmp_path / "cache")

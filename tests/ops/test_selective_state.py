@@ -1,5 +1,6 @@
 """selective_state: every instruction set against a closed form in float64, and plain decoding bit for bit."""
 
+import random
 from dataclasses import dataclass
 
 import pytest
@@ -245,6 +246,23 @@ def test_trees_and_batches_have_the_bits_of_their_paths(isa, shape):
     assert torch.equal(layer.state[2], replayed)
 
 
+def test_siblings_may_come_in_any_order(isa):
+    """Nodes renumbered, parents still first: every node has the bits it had."""
+    layer, tree = Layer(), random_tree(NODES, seed=9)
+    inputs, parents = layer.inputs(NODES), tree.parents.tolist()
+    expected = layer.call(selective_state, inputs, Round.of([tree], [2], [[]], [0]))
+    for seed in range(5):
+        generator, order, ready = random.Random(seed), [], [0]
+        while ready:
+            node = ready.pop(generator.randrange(len(ready)))
+            order.append(node)
+            ready += tree.children(node)
+        places = {node: place for place, node in enumerate(order)}
+        other = DraftTree([0] * NODES, [-1] + [places[parents[node]] for node in order[1:]])
+        out = layer.call(selective_state, rows_of(inputs, order), Round.of([other], [2], [[]], [0]))
+        assert torch.equal(out, expected[order])
+
+
 def test_one_tree_may_advance_beside_another_that_is_verified(isa):
     layer = Layer()
     layer.state[0].normal_()
@@ -367,3 +385,13 @@ def test_places_outside_are_refused_before_anything_is_written():
         with pytest.raises(RuntimeError, match=message):
             layer.call(selective_state, layer.inputs(3), round)
     torch.testing.assert_close((layer.state, layer.record), before, equal_nan=True, atol=0, rtol=0)
+
+
+def test_a_round_moves_to_another_device_in_one_piece():
+    round = Round.of(
+        [DraftTree([0] * 3, [-1, 0, 0]), DraftTree.chain([0])], [2, 0], [[0, 2], []], [1, 0], keeps=[3, -1]
+    )
+    for moved, tensor in zip(round.to("cpu").tensors(), round.tensors(), strict=True):
+        assert moved.is_contiguous() and torch.equal(moved, tensor) and moved.dtype == torch.int32
+    shapes = [tensor.shape for tensor in round.to("meta").tensors()]
+    assert shapes == [tensor.shape for tensor in round.tensors()]

@@ -1,6 +1,7 @@
 """pyspec inside transformers, on stock models.
 
     model.generate(**inputs, custom_generate=pyspec.integrations.transformers.generate)  # speculated
+    model.generate(**inputs, past_key_values=GearCache("gear-4bit"))  # packed keys and values
     register_attention(); model.set_attn_implementation("pyspec")  # block masks, tree attention
     fix_mamba_steps(model)  # Mamba-1 that reads several tokens after a cache rightly
 
@@ -12,7 +13,8 @@ from pyspec.integrations import require
 require("transformers", "5.0", "6")
 
 from pyspec.integrations.transformers.attention import register_attention  # noqa: E402
+from pyspec.integrations.transformers.cache import GearCache, GearLayer  # noqa: E402
 from pyspec.integrations.transformers.generation import generate  # noqa: E402
 from pyspec.integrations.transformers.mamba import fix_mamba_steps  # noqa: E402
 
-__all__ = ["fix_mamba_steps", "generate", "register_attention"]
+__all__ = ["GearCache", "GearLayer", "fix_mamba_steps", "generate", "register_attention"]

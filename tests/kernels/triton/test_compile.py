@@ -18,6 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from pyspec.kernels import (  # noqa: E402
     block_masked_attention,
+    gear,
     linear,
     merge_attention,
     rms_norm,
@@ -336,3 +337,72 @@ def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_pat
     assert used["STACK"] <= 32 and used["LOCAL"] == 0
     assert compiled.metadata.shared <= SHARED_LIMIT
     assert re.search(TENSOR_CORES[90], compiled.asm["ptx"])
+
+
+# ==== gear ====
+
+GEAR = {  # bits, group, rank, outliers, channels of keys
+    "gear": (2, 64, 4, 2, 0),
+    "3 bits": (3, 32, 4, 2, 0),
+    "int4": (4, 128, 0, 0, 0),
+    "int8": (8, 128, 0, 0, 0),
+    "channels": (2, 64, 4, 2, 64),
+}
+
+
+def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True):
+    """As the launcher compiles it. aligned: strides of 16s."""
+    bits, group, rank, outliers, key_channels = GEAR[name]
+    key_dim = key_channels or head_dim
+    constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    constants |= {"VALUE_SIDE": gear.side_bytes(key_dim, bits, group, rank, outliers, key_channels), "UPCAST": False}
+    constants |= {"KEY_DIM": key_dim, "BLOCK_K": triton.next_power_of_2(key_dim)}
+    constants |= {"BITS": bits, "GROUP": group, "RANK": rank, "OUTLIERS": outliers}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "packed": "*u8", "seen": "*i32", "scale": "fp32"}
+    types |= dict.fromkeys(("chunk_largest", "chunk_total", "chunk_weighted", "lse"), "*fp32")
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("stride") and aligned)
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    options = gear.compile_options(head_dim, dtype)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gear_spills_nothing(head_dim, architecture, tmp_path):
+    compiled = compile_gear(gear.fold_kernel, architecture, torch.bfloat16, head_dim)
+    used = resources(compiled, tmp_path)
+    assert used["REG"] <= 255 and used["STACK"] == used["LOCAL"] == 0
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    assert re.search(TENSOR_CORES[80], compiled.asm["ptx"]) and "tf32" not in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    "name, dtype, head_dim",
+    [
+        ("int4", torch.bfloat16, 128),
+        ("3 bits", torch.bfloat16, 96),
+        ("int8", torch.bfloat16, 128),
+        ("int8", torch.float32, 64),
+        ("channels", torch.bfloat16, 128),
+    ],
+    ids=str,
+)
+def test_other_formats_of_gear_spill_nothing(name, dtype, head_dim, tmp_path):
+    used = resources(compile_gear(gear.fold_kernel, 90, dtype, head_dim, name), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    used = resources(compile_gear(gear.merge_kernel, 90, dtype, head_dim, name), tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+
+
+def test_every_variant_of_gear_sums_in_one_order():
+    """Whatever is aligned; multiply-adds are never contracted."""
+    compiled = [compile_gear(gear.fold_kernel, 90, torch.bfloat16, 64, aligned=aligned) for aligned in (True, False)]
+    orders = [arithmetic(each) for each in compiled]
+    assert len(orders[0]) >= 4 and orders[0] == orders[1]
+    assert not any(re.search(r"\b(mul|add|sub)\.f32", each.asm["ptx"]) for each in compiled)

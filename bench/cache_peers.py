@@ -1,0 +1,83 @@
+"""What peers' quantised caches do to the law of the next token: transformers' QuantizedCache, and llama.cpp's.
+
+Each is compared with the dense cache of the same engine on the same weights, so that only the cache differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import peers
+import torch
+
+CHUNK = 32  # tokens of a step of transformers: the decode path, without one pass for each token
+QUANTIZED = [("quanto", 4), ("quanto", 2), ("hqq", 4), ("hqq", 2)]
+LLAMA_CPP = {"q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
+
+Laws = Callable[[list[int]], torch.Tensor]  # [n - 1, V] log-probabilities of the next token along a text
+
+
+def engines(model, tokens: int, threads: int) -> Iterator[tuple[str, Callable[[], tuple[Laws, dict[str, Laws]]]]]:
+    """Name, and what makes the dense laws and those of each quantised cache; raises where a peer cannot run."""
+    yield "transformers", lambda: _transformers(model)
+    yield "llama.cpp", lambda: _llama_cpp(model, tokens, threads)
+
+
+def _transformers(model) -> tuple[Laws, dict[str, Laws]]:
+    from transformers import DynamicCache, QuantizedCache
+
+    dense_model = peers.dense_transformers(model)
+
+    @torch.inference_mode()
+    def along(text: list[int], cache) -> torch.Tensor:
+        rows = []
+        for start in range(0, len(text) - 1, CHUNK):
+            piece = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
+            rows.append(dense_model(piece, past_key_values=cache).logits[0].float().log_softmax(-1))
+        return torch.cat(rows)
+
+    def quantised(backend: str, bits: int) -> Laws:
+        axis = {"axis_key": 0, "axis_value": 0} if backend == "quanto" else {"axis_key": 1, "axis_value": 1}
+        make = lambda: QuantizedCache(backend, dense_model.config, nbits=bits, **axis)  # noqa: E731
+        make()  # raises where the backend is not installed
+        return lambda text: along(text, make())
+
+    found, reasons = {}, []
+    for backend, bits in QUANTIZED:
+        try:
+            found[f"{backend} {bits} bits"] = quantised(backend, bits)
+        except ImportError as error:
+            reasons.append(f"{backend}: {str(error).splitlines()[0]}")
+    if not found:
+        raise ImportError("; ".join(sorted(set(reasons))))
+    return lambda text: along(text, DynamicCache()), found
+
+
+def _llama_cpp(model, tokens: int, threads: int) -> tuple[Laws, dict[str, Laws]]:
+    import llama_cpp
+
+    file = peers.llama_cpp_file(model.weight_dtype)
+
+    def laws(kind: int) -> Laws:
+        def along(text: list[int]) -> torch.Tensor:
+            llama = llama_cpp.Llama(
+                str(file),
+                n_ctx=tokens,
+                n_threads=threads,
+                n_threads_batch=threads,
+                type_k=kind,
+                type_v=kind,
+                flash_attn=True,  # it has no quantised values without
+                logits_all=True,
+                verbose=False,
+            )
+            llama.eval(text[:-1])
+            rows = torch.from_numpy(llama.scores[: len(text) - 1]).log_softmax(-1)
+            llama.close()
+            return rows
+
+        return along
+
+    return laws(llama_cpp.GGML_TYPE_F16), {
+        name: laws(getattr(llama_cpp, attribute)) for name, attribute in LLAMA_CPP.items()
+    }

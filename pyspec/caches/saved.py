@@ -1,0 +1,106 @@
+"""Packed caches in files: what is committed, with the version of the format and the model that it belongs to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pyspec.caches.gear import RECENT, GearCache, PackedCache
+from pyspec.ops.gear_format import FORMAT_VERSION
+
+__all__ = ["load_packed", "save_packed"]
+
+KIND = "pyspec packed cache"
+
+
+def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
+    """Writes the committed tokens of all sequences to a safetensors file.
+
+    Args:
+        cache: it is not changed.
+        path: a file, overwritten.
+        fingerprint: of the model whose keys these are.
+
+    Raises:
+        TypeError: its settings are not a GearCache.
+    """
+    from safetensors.torch import save_file
+
+    if type(cache.settings) is not GearCache:
+        raise TypeError(f"cache must be packed by a GearCache, got {cache.settings!r}")
+    tensors = {}
+    for sequence, (length, start) in enumerate(zip(cache.lengths, cache.starts, strict=True)):
+        blocks = length // cache.span
+        records = blocks * cache.settings.records
+        tensors[f"{sequence}.packed"] = cache.packed[:, sequence, :, :blocks].contiguous()
+        tensors[f"{sequence}.whole"] = cache.whole[:, sequence, :, :records].contiguous()
+        tensors[f"{sequence}.queries"] = cache.queries[:, sequence, :, :RECENT].contiguous()
+        tensors[f"{sequence}.exact"] = cache.keys_values[:, :, sequence, :, : length - start].contiguous()
+    about = {
+        "kind": KIND,
+        "version": str(FORMAT_VERSION),
+        "model": fingerprint,
+        "settings": json.dumps(asdict(cache.settings)),
+        "lengths": json.dumps(cache.lengths),
+    }
+    save_file(tensors, path, about)
+
+
+def load_packed(path: str | Path, fingerprint: str, *, capacity: int, device: torch.device | str) -> PackedCache:
+    """A cache with what `save_packed` wrote.
+
+    Args:
+        path: the file.
+        fingerprint: of the model that will read it.
+        capacity: in tokens of a sequence.
+        device: where the cache will lie.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, no packed cache, of another version or model, or has more than capacity
+            tokens.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            _check(path, about, fingerprint)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
+    settings, lengths = GearCache(**json.loads(about["settings"])), json.loads(about["lengths"])
+    if capacity < max(lengths):
+        raise ValueError(f"capacity must be at least the {max(lengths)} tokens of {path}, got {capacity}")
+    layers, _, kv_heads, _, head_dim = tensors["0.exact"].shape
+    dtype = tensors["0.exact"].dtype
+    cache = settings.start(layers, len(lengths), kv_heads, capacity, head_dim, dtype, torch.device(device))
+    cache.lengths = lengths
+    for sequence, (length, start) in enumerate(zip(lengths, cache.starts, strict=True)):
+        blocks = length // cache.span
+        for name, to in (
+            ("packed", cache.packed[:, sequence, :, :blocks]),
+            ("whole", cache.whole[:, sequence, :, : blocks * settings.records]),
+            ("queries", cache.queries[:, sequence, :, :RECENT]),
+            ("exact", cache.keys_values[:, :, sequence, :, : length - start]),
+        ):
+            saved = tensors[f"{sequence}.{name}"]
+            if saved.shape != to.shape or saved.dtype != to.dtype:
+                raise ValueError(
+                    f"{path} is damaged: {sequence}.{name} must be {to.dtype} {tuple(to.shape)} for {length} tokens "
+                    f"and {settings}, got {saved.dtype} {tuple(saved.shape)}"
+                )
+            to.copy_(saved)
+    return cache
+
+
+def _check(path: str | Path, about: dict[str, str], fingerprint: str) -> None:
+    if about.get("kind") != KIND:
+        raise ValueError(f"{path} is no packed cache")
+    if about.get("version") != str(FORMAT_VERSION):
+        raise ValueError(f"{path} has version {about.get('version')} of the format, this is version {FORMAT_VERSION}")
+    if about.get("model") != fingerprint:
+        raise ValueError(f"{path} is a cache of model {about.get('model')}, not of {fingerprint}")

@@ -1,0 +1,171 @@
+"""GearCache for transformers: packed keys and values behind any model that takes a cache.
+
+    from pyspec.integrations.transformers import GearCache
+
+    model.generate(**inputs, past_key_values=GearCache("gear-4bit"))
+
+Stock attention reads tensors, so each layer unpacks its blocks for the time of its attention, at every step: memory is
+saved, not time. All rows of a pass see a block in one form, packed if it is so for the first of them. Drafts across
+the place where a block turns (once in 128 tokens), or in the pass that reads the prompt, see it as it was, in full
+precision; there, and only there, a text with drafts may differ from one without. Nothing of transformers is changed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pyspec import caches
+from pyspec.ops.gear import BLOCK, blocks_seen, encode_packed, find_unpackable, gear_decode
+
+__all__ = ["GearCache", "GearLayer"]
+
+
+class GearCache(Cache):
+    """Packed keys and values of all layers, for `past_key_values`.
+
+    What is in the cache when a forward pass begins counts as accepted: drafts that were rejected must have been
+    cropped by then, as assisted generation does. A block of 128 tokens is packed when a pass begins at least `window`
+    positions behind its end; its record depends on its own keys and values alone.
+
+    Args:
+        cache: a pyspec.GearCache, or the name of one in pyspec.caches.CACHES. It keeps all tokens and channels.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+
+    def __init__(self, cache: str | caches.GearCache = "gear-4bit"):
+        settings = caches.cache_from_name(cache)
+        if not isinstance(settings, caches.GearCache):
+            raise ValueError(f"cache must name or be a pyspec.GearCache, got {cache!r}")
+        if settings.keep < 1:
+            raise ValueError(f"keep must be 1 with transformers, whose masks count all tokens, got {settings.keep}")
+        if settings.key_channels:
+            raise ValueError(f"key_channels must be 0 with transformers: a cache sees no queries, got {settings}")
+        super().__init__(layers=[])
+        self.settings = settings
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        """Adds keys and values [B, Hkv, T, D] of a layer; returns all of them, [B, Hkv, S, D]."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(GearLayer(self.settings, len(self.layers)))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class GearLayer(DynamicLayer):
+    """One layer: `packed` [B, Hkv, blocks, record] uint8, then `keys` and `values` [B, Hkv, S, D] as they came."""
+
+    def __init__(self, settings: caches.GearCache, index: int):
+        super().__init__()
+        self.settings = settings
+        self.index = index
+        self.packed: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.packed, self.keys, self.values) if self.is_initialized else ()
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, heads, _, head_dim = key_states.shape
+        if value_states.shape[-1] != head_dim:
+            raise ValueError(
+                f"keys and values of layer {self.index} must have one head_dim to be packed, "
+                f"got {head_dim} and {value_states.shape[-1]}"
+            )
+        self.settings.check_head_dim(head_dim)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        record = self.settings.record_bytes(head_dim)
+        self.packed = torch.empty(batch, heads, 0, record, dtype=torch.uint8, device=self.device)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._pack()
+        self.keys = torch.cat((self.keys, key_states), -2)
+        self.values = torch.cat((self.values, value_states), -2)
+        if not self.packed.shape[2]:
+            return self.keys, self.values
+        unpacked = gear_decode(self.packed, self.settings, self.keys.shape[-1])
+        k, v = (
+            torch.cat((part.to(exact.dtype), exact), -2)
+            for part, exact in zip(unpacked, (self.keys, self.values), strict=True)
+        )
+        return k, v
+
+    def _pack(self) -> None:
+        """Packs the blocks that are far enough behind the tokens to come."""
+        blocks = blocks_seen(self.get_seq_length(), self.settings.window) - self.packed.shape[2]
+        if blocks <= 0:
+            return
+        parts = [states[:, :, : blocks * BLOCK] for states in (self.keys, self.values)]
+        bad = find_unpackable(*parts, self.settings)
+        if bad is not None:
+            name, (sequence, head, token, channel), value, limit = bad
+            raise ValueError(
+                f"{'keys' if name == 'k' else 'values'} must be at most {limit:.0f} in magnitude to be packed, got "
+                f"{value} in layer {self.index}, head {head}, position {self.packed.shape[2] * BLOCK + token}, "
+                f"channel {channel} of sequence {sequence}"
+            )
+        self.packed = torch.cat((self.packed, encode_packed(*parts, self.settings)), 2)
+        self.keys, self.values = (states[:, :, blocks * BLOCK :].clone() for states in (self.keys, self.values))
+
+    def get_seq_length(self, *args) -> int:
+        return self.packed.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
+        # early versions pass the positions instead of their number
+        query_length = query_length if isinstance(query_length, int) else len(query_length)
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, length: int) -> None:
+        """Removes the last -length tokens, or, with a positive length, all but the first `length`.
+
+        Raises:
+            ValueError: tokens that were packed would be removed.
+        """
+        held = self.get_seq_length()
+        kept = length if length > 0 else held + length
+        if kept >= held or not self.is_initialized:
+            return
+        packed = self.packed.shape[2] * BLOCK
+        if kept < packed:
+            raise ValueError(
+                f"a cache cannot be cropped to {kept} tokens: {packed} are packed in layer {self.index}, and none is "
+                f"unpacked again; {self.settings.window} behind the last pass are always exact"
+            )
+        self.keys, self.values = (states[:, :, : kept - packed] for states in (self.keys, self.values))
+
+    def reset(self) -> None:
+        self.keys = self.values = self.packed = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._select(lambda states: states.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(lambda states: states[indices.to(states.device)])
+
+    def offload(self) -> None:
+        self._select(lambda states: states.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._select(lambda states: states.to(self.device, non_blocking=True))
+
+    def _select(self, change) -> None:
+        if self.is_initialized:
+            self.keys, self.values, self.packed = map(change, (self.keys, self.values, self.packed))

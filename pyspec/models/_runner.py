@@ -1,0 +1,123 @@
+"""NativeRunner: what the runners on our own kernels share, whatever their state is: verify and commit of a batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.models._checks import check_paths, check_trees
+from pyspec.models._weights import NativeWeights
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.readback import send_statistics
+from pyspec.trees import DraftTree
+
+__all__ = ["NativeRunner"]
+
+
+class NativeRunner:
+    """A model with its state, `_cache`, which has the `lengths` of its sequences; see pyspec.models.Runner.
+
+    Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
+    prompt was read in.
+
+    Args:
+        config: the model's shape.
+        weights: filled weights; what is not packed yet is packed here, in its place.
+        context_length: positions the model was made for.
+        tokenizer: a pyspec.models.tokenizer.Tokenizer, or None.
+        eos_tokens: tokens that end a text.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+    """
+
+    def __init__(
+        self,
+        config,
+        weights: NativeWeights,
+        context_length: int,
+        tokenizer=None,
+        eos_tokens: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ):
+        weights.pack(weights.head.dtype)
+        if weights.norm.device.type == "cpu":
+            weights.move_together()
+        self.config = config
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.eos_tokens = frozenset(eos_tokens)
+        self.vocab_size = config.vocab_size
+        self.context_length = context_length
+        self.weight_dtype = weights.head.dtype
+        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
+        self.device = weights.norm.device
+        vocabulary = "" if tokenizer is None else tokenizer.fingerprint
+        description = repr(sorted(asdict(config).items())) + vocabulary
+        self.fingerprint = f"{config.architecture}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
+        self._cache = None
+        self._verified: list[DraftTree | None] | None = None
+
+    def lengths(self) -> list[int]:
+        """Committed tokens of each sequence."""
+        return [] if self._cache is None else list(self._cache.lengths)
+
+    @torch.inference_mode()
+    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
+        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+
+        Raises:
+            RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
+            ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
+        """
+        check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
+        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
+        self._check_room(trees, active)
+        self._verified = None
+        if not active:
+            self._verified = list(trees)
+            return [None] * len(trees)
+        logits = self._logits(self._run_layers(trees, active))
+        self._verified = list(trees)
+        parts = logits.split([len(trees[sequence]) for sequence in active])
+        if logits.is_cuda:
+            send_statistics(logits, parts)
+        parts = iter(parts)
+        return [None if tree is None else next(parts) for tree in trees]
+
+    @torch.inference_mode()
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Makes a path of the last verified tree (node indices from the root, root included) state.
+
+        Raises:
+            RuntimeError: there is no verified tree.
+            ValueError: a path does not follow its tree; nothing is committed then.
+        """
+        check_paths(paths, self._verified)
+        trees, self._verified = self._verified, None
+        for sequence, path in enumerate(paths):
+            if path is not None:
+                self._extend(sequence, path, trees[sequence])
+
+    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
+        """Raises ValueError unless the trees of the active sequences fit."""
+
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+        """[R, hidden] of all nodes of the active sequences, tree after tree, after the last norm."""
+        raise NotImplementedError
+
+    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
+        """Makes a path of its verified tree state."""
+        self._cache.commit(sequence, path)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedding, tokens = self.weights.embedding, tokens.to(self.device)
+        if isinstance(embedding, PackedWeight):
+            return embedding.rows(tokens)
+        return F.embedding(tokens, embedding).float()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weights.head, out_dtype=torch.float32)

@@ -1,0 +1,116 @@
+"""Rounds of fixed shape: how a state space model verifies on a GPU, and the CUDA graphs that replay it.
+
+Whatever a round changes (tokens, trees, paths, where the record is) is numbers in one buffer on the device, which one
+copy from pinned memory fills; so the same launches serve every round of a shape. Rows beyond the last tree's belong to
+nobody: the recurrence passes them over, and no other op looks from row to row. A sequence that sits out has a tree
+without nodes and a path without any, which is no work at all, down to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyspec.caches.state import StateCache
+from pyspec.models.static_steps import Recorder
+from pyspec.ops.selective_state import Round
+from pyspec.trees import DraftTree
+
+__all__ = ["ROWS", "RoundInputs", "StaticRounds"]
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of a round with a graph; larger ones run launch by launch
+FEWEST_PATH = 4  # places for the nodes of a path; doubled until the longest fits
+
+Step = Callable[[Tensor, Round], Tensor]
+
+
+class RoundInputs:
+    """What a round reads beside weights and states, as views of one int32 buffer.
+
+    Args:
+        sequences, rows, longest: of the batch, of all trees with padding, and places of a path.
+        device: where the round runs.
+        pin_memory: for the host's copy of a buffer on a GPU.
+    """
+
+    tokens: Tensor  # [rows]; 0 in padding, and so are parents
+    round: Round
+
+    def __init__(self, sequences: int, rows: int, longest: int, device: torch.device, pin_memory: bool = False):
+        self._shape = sequences, rows, longest
+        each = (sequences,)
+        shapes = [(rows,), each, (sequences + 1,), (rows,), (sequences, longest), each, each, each]
+        sizes = [math.prod(shape) for shape in shapes]
+        aligned = [size + -size % 4 for size in sizes]  # to 16 bytes
+        self.buffer = torch.zeros(sum(aligned), dtype=torch.int32, device=device, pin_memory=pin_memory)
+        parts = zip(shapes, sizes, self.buffer.split(aligned), strict=True)
+        self.tokens, *rest = (part[:size].view(shape) for shape, size, part in parts)
+        self.round = Round(*rest)
+
+    def fill(
+        self,
+        trees: Sequence[DraftTree],
+        sequences: Sequence[int],
+        paths: Sequence[Sequence[int]],
+        halves: Sequence[int],
+        keeps: Sequence[int],
+    ) -> None:
+        """Describes some sequences' trees, and for each what StateCache.plan says. Does not wait for the device."""
+        host = RoundInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
+        round, end = host.round, 0
+        torch.arange(self._shape[0], dtype=torch.int32, out=round.sequences)
+        round.paths.fill_(-1)
+        round.keeps.fill_(-1)
+        for tree, sequence, path, half, keep in zip(trees, sequences, paths, halves, keeps, strict=True):
+            host.tokens[end : end + len(tree)] = tree.tokens
+            round.parents[end : end + len(tree)] = tree.parents
+            end += len(tree)
+            round.starts[sequence + 1 :] = end
+            round.paths[sequence, : len(path)] = torch.tensor(path, dtype=torch.int32)
+            round.halves[sequence], round.keeps[sequence] = half, keep
+        self.buffer.copy_(host.buffer, non_blocking=True)
+
+
+class StaticRounds:
+    """Runs the layers over the trees of a batch, with everything that changes on the device.
+
+    A step is a function of (tokens [rows], round) that gives [rows, hidden] by launches that take their sizes from
+    shapes alone. It is passed to every call and not kept, because its model keeps the rounds.
+
+    Args:
+        cache: of the batch. Graphs know its address and serve no other.
+        record: makes a function that repeats a step's launches, such as GraphRecorder.
+    """
+
+    def __init__(self, cache: StateCache, record: Recorder):
+        self.cache = cache
+        self._record = record
+        self._records = cache.records  # that the graphs know
+        self._replays: dict[tuple[int, int], tuple[RoundInputs, Callable[[], Tensor]]] = {}  # by rows and places
+
+    def run(self, step: Step, trees: Sequence[DraftTree], sequences: Sequence[int]) -> Tensor | None:
+        """[R, hidden] of the nodes of all trees, tree after tree, until the next run; None if they are too many.
+
+        sequences: of the trees, ascending.
+        """
+        nodes = sum(map(len, trees))
+        if nodes > ROWS[-1]:
+            return None
+        plan = self.cache.plan(trees, sequences, [False] * len(trees))
+        if self.cache.records is not self._records:  # the plan has made room
+            self._records, self._replays = self.cache.records, {}
+        rows, longest = next(rows for rows in ROWS if rows >= nodes), FEWEST_PATH
+        while longest < max(map(len, plan.paths)):
+            longest *= 2
+        if (rows, longest) not in self._replays:
+            inputs = RoundInputs(len(self.cache.lengths), rows, longest, self.cache.states.device)
+            inputs.fill((), (), (), (), ())  # recording runs the step too, which must not replay a path twice
+            self._replays[rows, longest] = inputs, self._record(lambda: step(inputs.tokens, inputs.round))
+        inputs, replay = self._replays[rows, longest]
+        inputs.fill(trees, sequences, *plan)
+        hidden = replay()[:nodes]
+        self.cache.done(sequences, [False] * len(trees))
+        return hidden

@@ -1,0 +1,163 @@
+"""A Mamba and a Mamba-2 whose recurrences run on the CUDA kernels: on a GPU all of the model, else these kernels on the
+CPU through tests/cuda_on_host, between ops of the CPU."""
+
+import importlib
+import random
+
+import pytest
+import torch
+from cuda_on_host.loading import op_on_host
+
+import pyspec.models.state_space
+import pyspec.models.static_rounds
+from pyspec import DraftTree, generate
+from pyspec.models.mamba import MambaConfig, MambaRunner
+from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.models.state_space import StateSpaceWeights
+from pyspec.ops.mamba_layers import mamba_layers_reference
+
+HAS_GPU = torch.cuda.is_available()
+VOCABULARY = 97
+SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
+MODELS = {
+    "mamba": (MambaRunner, MambaConfig(**SHARED, channels=96, state_size=16, dt_rank=16)),
+    "mamba2": (Mamba2Runner, Mamba2Config(**SHARED, heads=3, head_dim=32, groups=1, state_size=32)),
+}
+
+
+def random_runner(kind: str, device: str, dtype: torch.dtype, **options):
+    runner, config = MODELS[kind]
+    weights, generator = StateSpaceWeights.empty(config, dtype, torch.device(device)), torch.Generator().manual_seed(0)
+    for name, tensor in weights.named(config).items():
+        mean, deviation = (1.0, 0.2) if tensor.dim() == 1 else (0.0, 0.3)
+        if "dt" in name and "bias" in name or "A_log" in name:
+            mean, deviation = -2.0, 1.0
+        tensor.copy_(torch.normal(mean, deviation, tensor.shape, generator=generator))
+    return runner(config, weights, **options)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    if HAS_GPU:
+        return "cuda"
+
+    def by_ops(hidden, weights, last_norm, *state, dt_rank, epsilon, dtype):
+        *state, round = state
+        return mamba_layers_reference(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)
+
+    for name in ("selective_state", "causal_conv"):
+        module = importlib.import_module(f"pyspec.ops.{name}")  # the function has its name too
+        monkeypatch.setattr(module, "_OP", op_on_host(name)[0])
+    monkeypatch.setattr(pyspec.models.state_space, "mamba_layers", by_ops)
+    return "cpu"
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(VOCABULARY) for _ in range(count)]
+
+
+def random_tree(size: int, seed: int = 0) -> DraftTree:
+    generator = random.Random(seed)
+    parents = [-1] + [generator.randrange(max(0, node - 4), node) for node in range(1, size)]
+    return DraftTree(random_tokens(size, seed + 1), parents)
+
+
+def root_path(tree: DraftTree, node: int) -> list[int]:
+    path, parents = [], tree.parents.tolist()
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_are_those_of_the_cpu(kind, device, monkeypatch):
+    runner = random_runner(kind, device, torch.float32)
+    prompt, tree = random_tokens(30), random_tree(17)
+    found = [runner.prefill([prompt])[0], runner.verify([tree])[0]]
+    runner.commit([root_path(tree, 16)])
+    found.append(runner.verify([random_tree(3)])[0])
+    monkeypatch.undo()
+    runner = random_runner(kind, "cpu", torch.float32)
+    expected = [runner.prefill([prompt])[0], runner.verify([tree])[0]]
+    runner.commit([root_path(tree, 16)])
+    expected.append(runner.verify([random_tree(3)])[0])
+    for ours, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), other, atol=2e-3 if HAS_GPU else 1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("kind", MODELS)
+def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, history, device):
+    runner = random_runner(kind, device, torch.bfloat16, history=history)
+    plain = type(runner)(runner.config, runner.weights)
+    generator, texts = random.Random(0), [random_tokens(length, length) for length in (3, 9)]
+    runner.prefill(texts)
+    for turn in range(12):
+        trees = [random_tree(size, turn) if size else None for size in generator.choices((0, 1, 2, 7), k=2)]
+        found = runner.verify(trees)
+        paths = [tree and root_path(tree, generator.randrange(len(tree))) for tree in trees]
+        runner.commit(paths)
+        for text, tree, path, logits in zip(texts, trees, paths, found, strict=True):
+            if tree is None:
+                continue
+            plain.prefill([text])
+            for node in path:
+                assert torch.equal(plain.verify([DraftTree.chain([int(tree.tokens[node])])])[0][0], logits[node]), turn
+                plain.commit([[0]])
+                text.append(int(tree.tokens[node]))
+    assert runner.lengths() == list(map(len, texts))
+
+
+class FakeRecorder:
+    """Repeats a step; as with a graph, it is run once to record it, and every result lies in the same memory."""
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, step):
+        result = step()
+        return lambda: result.copy_(step())
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("kind", MODELS)
+def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, monkeypatch):
+    """Padding, sequences that sit out, more rows than have a graph, records that grow, and a second batch."""
+    if not HAS_GPU:
+        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(pyspec.models.static_rounds, "ROWS", (4, 16))
+    static = random_runner(kind, device, torch.bfloat16, history=history)
+    dynamic = type(static)(static.config, static.weights, history=history)
+    static._is_static, dynamic._is_static = True, False
+    generator = random.Random(0)
+    for batch in range(2):
+        prompts = [random_tokens(length + batch, length) for length in (3, 9, 1)]
+        for ours, other in zip(static.prefill(prompts), dynamic.prefill(prompts), strict=True):
+            assert torch.equal(ours, other)
+        cache = static._cache
+        cache.states[:, 2], cache.windows[:, 2] = torch.nan, torch.nan  # sits out, always
+        for turn in range(14):
+            sizes = generator.choices((0, 1, 2, 7 if turn < 5 else 17), k=2)
+            trees = [*(random_tree(size, turn) if size else None for size in sizes), None]
+            found, expected = static.verify(trees), dynamic.verify(trees)
+            for ours, other in zip(found, expected, strict=True):
+                assert ours is other is None or torch.equal(ours, other)
+            paths = [tree and root_path(tree, generator.randrange(len(tree))) for tree in trees]
+            if turn % 5 == 4:
+                paths = [None] * 3
+            static.commit(paths)
+            dynamic.commit(paths)
+        assert static._rounds._replays and dynamic._rounds is None
+        assert static._cache is static._rounds.cache and static.lengths() == dynamic.lengths()
+        assert torch.equal(cache.states[:, :2], dynamic._cache.states[:, :2])
+        assert cache.states[:, 2].isnan().all() and not cache.states[:, :2].isnan().any()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_drafts_do_not_change_the_text(kind, device):
+    runner = random_runner(kind, device, torch.bfloat16)
+    plain = generate(runner, random_tokens(6), drafter=None, max_new_tokens=20).tokens
+    assert generate(runner, random_tokens(6), drafter="merged", budget=5, max_new_tokens=20).tokens == plain

@@ -1,0 +1,89 @@
+"""The Triton kernels of gear_attention: against the reference, and the row rule bit for bit."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed for this platform")
+import pyspec  # noqa: E402
+from pyspec.kernels.gear import gear_packed_attention  # noqa: E402
+from pyspec.ops.gear import gear_packed_attention_reference  # noqa: E402
+from pyspec.ops.gear_encode import encode_packed  # noqa: E402
+from pyspec.ops.gear_format import BLOCK, GearFormat  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("kernel_device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+FORMATS = {
+    "int8": (GearFormat(8, 128), 64),
+    "int4, odd head": (GearFormat(4, 128), 80),
+    "int4, groups of a token": (GearFormat(4, 32, rank=1), 96),
+    "3 bits": (GearFormat(3, 32, outliers=4), 64),
+    "kivi": (GearFormat(2, 64), 128),
+    "gear": (GearFormat(2, 64, rank=4, outliers=2), 64),
+    "channels": (GearFormat(4, 64, rank=1, outliers=2, key_channels=48), 64),
+    "rotated": (GearFormat(4, 64, rank=2, outliers=2, rotate=True), 64),
+}
+
+
+def make_case(format, head_dim, seen, heads=2, kv_heads=1, blocks=6, dtype=torch.float32, seed=0):
+    """Queries, records of keys with outlier channels, and how many blocks each of the nodes sees."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, nodes = len(seen), len(seen[0])
+    k, v = torch.randn(2, batch, kv_heads, blocks * BLOCK, head_dim, generator=generator).unbind(0)
+    k = k * torch.randn(head_dim, generator=generator).exp() + torch.randn(head_dim, generator=generator)
+    channels = None
+    if format.key_channels:
+        order = torch.rand(batch, kv_heads, blocks, head_dim, generator=generator).argsort(-1)
+        channels = order[..., : format.key_channels].sort(-1).values.to(torch.uint8)
+    with pyspec.backend("reference"):
+        packed = encode_packed(k, v, format, channels)
+    q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
+    return q, packed, torch.tensor(seen, dtype=torch.int32), *format.layout, head_dim**-0.5
+
+
+def run(q, packed, seen, *rest):
+    return [x.cpu() for x in gear_packed_attention(q.to(DEVICE), packed.to(DEVICE), seen.to(DEVICE), *rest)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_it_is_the_reference(name):
+    format, head_dim = FORMATS[name]
+    heads, kv_heads = (4, 2) if name == "kivi" else (2, 1)
+    case = make_case(format, head_dim, [[5, 0, 4], [1, 6, 2]], heads, kv_heads)
+    for found, expected in zip(run(*case), gear_packed_attention_reference(*case), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_in_16_bits(dtype):
+    case = make_case(*FORMATS["gear"], [[5, 2, 4]], dtype=dtype)
+    out, lse = run(*case)
+    expected = gear_packed_attention_reference(*case)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected[0].float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_rows_have_the_bits_that_they_have_alone():
+    """In any number and company, of nodes that see more or fewer records."""
+    seen = [[5, 0, 4, 6, 6, 1, 2]]
+    q, packed, counts, *rest = make_case(*FORMATS["gear"], seen, heads=3, kv_heads=1)
+    out, lse = run(q, packed, counts, *rest)
+    for nodes in ([0], [1], [3], [6, 2, 4]):
+        few, few_lse = run(q[:, :, nodes], packed, counts[:, nodes], *rest)
+        assert torch.equal(few, out[:, :, nodes]) and torch.equal(few_lse, lse[:, :, nodes])
+
+
+def test_what_no_row_sees_may_hold_anything():
+    q, packed, counts, *rest = make_case(*FORMATS["gear"], [[2, 3]])
+    expected = run(q, packed, counts, *rest)
+    packed[:, :, 3:] = 255  # NaN scales
+    wide = torch.full((1, 1, 9, packed.shape[3]), 255, dtype=torch.uint8)
+    wide[:, :, 1:7] = packed
+    turned = q.transpose(1, 2).contiguous().transpose(1, 2)
+    for found, right in zip(run(turned, wide[:, :, 1:7], counts, *rest), expected, strict=True):
+        assert torch.equal(found, right)
+    out, lse = run(q, packed, counts * 0, *rest)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    out, lse = run(q, packed[:, :, :0], counts * 0, *rest)
+    assert (out == 0).all() and (lse == -torch.inf).all()
