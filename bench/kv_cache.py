@@ -31,7 +31,7 @@ import torch
 from rich.console import Console
 
 from pyspec import generate, load
-from pyspec.caches import CACHES, GearCache
+from pyspec.caches import CACHES, GearCache, cache_from_name
 from pyspec.ops import gear_decode, gear_encode
 from pyspec.ops.gear import BLOCK
 
@@ -48,6 +48,11 @@ FIRST = 2 * BLOCK  # from here on every position sees a packed block
 DEPTHS = (0.1, 0.5, 0.9)  # of a hidden number in its text
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def settings_of(name: str):
+    """How a cache of the table is packed."""
+    return SETTINGS[name] if name in SETTINGS else cache_from_name(name)
 
 
 def texts(model, count: int, tokens: int) -> list[list[int]]:
@@ -153,13 +158,13 @@ def run(model, pages: list[list[int]], names: list[str], hidden: list[tuple[list
             parts = keys_values(model, text)
             progress.advance(task)
             for name in names:
-                settings = SETTINGS[name]
+                settings = settings_of(name)
                 figures = against_dense(dense, laws(model, text, settings), text) | of_backbone(parts, settings)
                 found[name].append(figures | {"accepted": accepted_length(model, text, settings)})
                 progress.advance(task)
         rows = [summary(name, figures) for name, figures in found.items()]
         for row in rows:
-            settings = SETTINGS.get(row["cache"], "dense")
+            settings = settings_of(row["cache"]) or "dense"
             row["effective_bits_at_8k"] = 16.0 if settings == "dense" else settings.effective_bits(head_dim, 8192)
             if hidden:
                 row["passkeys"] = statistics.mean(is_found(model, *each, settings) for each in hidden)
@@ -217,7 +222,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one text of 640 tokens, and 512 around one number")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--caches", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--caches", nargs="+", choices=[*SETTINGS, "rvq"], default=[*SETTINGS, "rvq"])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.quick:

@@ -70,3 +70,9 @@ def test_peers_are_beside_their_own_dense_cache(monkeypatch):
     (same, other), missing = kv_cache.run_peers(None, [[token % 50 for token in text]], 1)
     assert same["cache"] == "here same" and same["kl"] == same["change"] == 0 and same["same_top"] == 1
     assert other["kl"] > 0.1 and missing == {"away": "ImportError: no such package"}
+
+
+def test_caches_are_found_by_their_names():
+    assert kv_cache.settings_of("dense") is None
+    assert kv_cache.settings_of("int4, half") == kv_cache.SETTINGS["int4, half"]
+    assert type(kv_cache.settings_of("rvq")).__name__ == "ResidualVqCache"
