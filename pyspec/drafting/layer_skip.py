@@ -20,8 +20,9 @@ SEARCH_PROMPTS = (
     "Write a Python function that counts the words of a text, with a test.",
     "Translate into German: The weather was fine, so we walked along the river until evening.",
 )
-SEARCH_TOKENS = 48  # that the model adds to each prompt of the search
-TRIED = 6  # layers that a step of the search tries to leave out
+SEARCH_TOKENS = 32  # that the model adds to each prompt of the search
+TRIED = 4  # layers that a step of the search tries to leave out
+LEAST_AGREED = 0.3  # where the search ends: drafts that are right less often do not pay
 DEEPEST = 6  # drafts of a chain that the search thinks of
 
 
@@ -112,7 +113,7 @@ def find_skipped_layers(
     They are searched for once and kept in the user's cache folder; the model's batch is lost then. The search leaves
     out one layer after another, each time the one without which the others most often have the model's own best token
     on the texts that it writes after the prompts, and takes the set for which a chain of drafts promises most tokens
-    by layers run.
+    by weights read. That may be less than plain decoding gives: then the model needs its layers.
 
     Args:
         prompts: token ids; by default a few of pyspec's own. Given ones are searched with anew.
@@ -134,7 +135,7 @@ def find_skipped_layers(
             model.tokenizer.encode(text) if chat is None else chat([{"role": "user", "content": text}])
             for text in SEARCH_PROMPTS
         ]
-    found = _search(_Agreement(model, prompts), model.config.layers, progress)
+    found = _search(_Agreement(model, prompts), model.config.layers, _head_in_layers(model.config), progress)
     measured.keep("layers", key, {"skipped": found})
     return found
 
@@ -162,7 +163,8 @@ class _Agreement:
         return [logits[first:] for logits, first in zip(rows, self._firsts, strict=True)]
 
 
-def _search(agreement: Callable[[Sequence[int]], float], layers: int, progress) -> list[int]:
+def _search(agreement: Callable[[Sequence[int]], float], layers: int, head: float, progress) -> list[int]:
+    """The skipped layers; the head, which every draft reads, is as large as `head` layers."""
     total, tried = layers + TRIED * (layers - 1), 0
 
     def of(skipped: Sequence[int]) -> float:
@@ -179,10 +181,19 @@ def _search(agreement: Callable[[Sequence[int]], float], layers: int, progress) 
         candidates = [layer for layer in needless if layer not in skipped][:TRIED]
         agreed, layer = max((of([*skipped, layer]), -layer) for layer in candidates)
         skipped.append(-layer)
-        promised = _promise(agreed, 1 - len(skipped) / layers)
+        promised = _promise(agreed, 1 - len(skipped) / (layers + head))
         if promised > most:
             best, most = sorted(skipped), promised
+        if agreed < LEAST_AGREED:
+            break
+    if progress is not None:
+        progress(total, total)
     return best
+
+
+def _head_in_layers(config) -> float:
+    qkv, mixed = (config.heads + 2 * config.kv_heads) * config.head_dim, config.heads * config.head_dim
+    return config.vocab_size / (qkv + mixed + 3 * config.intermediate_size)
 
 
 def _promise(agreed: float, cost: float) -> float:
