@@ -103,7 +103,7 @@ def test_generate_passes_every_setting_on(model, capsys, tmp_path):
 
 
 def test_caches_of_the_command_line_are_those_of_generate():
-    assert pyspec.cli.CACHES == ("dense", *CACHES, "rvq")
+    assert pyspec.cli.arguments.CACHES == ("dense", *CACHES, "rvq")
 
 
 def test_generate_packs_its_cache(model, capsys, monkeypatch):

@@ -113,3 +113,24 @@ def test_bad_input(tmp_path):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match="is not a result of"):
             kernels.read(tmp_path / "a.json")
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch, result):
+    pytest.importorskip("rich")
+    from pyspec.cli import main
+
+    page = tmp_path / "report.html"
+    assert main(["bench", "kernels", "--op", "swiglu", "--op", "rms_norm", "--json", "--html", str(page)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {row["op"] for row in printed["rows"]} == {"swiglu", "rms_norm"} and page.read_text().count("<svg") == 2
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    before.write_text(json.dumps(result))
+    result["rows"][0]["share_of_floor"] /= 2
+    after.write_text(json.dumps(result))
+    assert main(["bench", "compare", str(before), str(before)]) == 0
+    assert main(["bench", "compare", str(before), str(after)]) == 1
+    assert "1 of" in capsys.readouterr().out
+    assert main(["bench", "kernels", "--op", "nothing"]) == 2
+    assert "op must be one of" in capsys.readouterr().err
+    monkeypatch.setattr(cases.ops, "swiglu", lambda x: x[:, : x.shape[1] // 2])
+    assert main(["bench", "kernels", "--op", "swiglu"]) == 1, "a wrong kernel is a failure"

@@ -1,0 +1,54 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+
+from pyspec.cli.shared import DTYPES
+
+ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
+CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="demo", help="demo, a GGUF file, a Hugging Face folder or a hub id; default: demo"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the model's own")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    parser.add_argument(
+        "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
+    )
+    parser.add_argument(
+        "--acceptance",
+        choices=ACCEPTANCE,
+        default="exact",
+        help="default: exact; see docs/acceptance.md; typical is lossy",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
+    parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
+    parser.add_argument("--cache", choices=CACHES, default="dense", help="how keys and values are kept; default: dense")
+
+
+def budget(text: str) -> int | str:
+    if text != "auto" and not text.lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or auto, got {text!r}")
+    return text if text == "auto" else int(text)
+
+
+def generation_settings(arguments: argparse.Namespace) -> dict:
+    """The settings of generate, checked before a model is loaded for them."""
+    from pyspec.acceptance.sampling import Sampler
+    from pyspec.generate import check_limits
+
+    check_limits(arguments.budget, arguments.max_new_tokens)
+    Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")
+    return {name: getattr(arguments, name) for name in names}

@@ -1,0 +1,198 @@
+"""pyspec generate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
+from pyspec.cli.shared import (
+    DRAFTERS,
+    PHASES,
+    BadInput,
+    fail,
+    first_difference,
+    load_model,
+    make_console,
+    new_table,
+    prepare,
+    prompt_tokens,
+    ratio_of,
+    write,
+)
+
+ENDINGS = {
+    "eos": "ended by the model",
+    "stop": "ended by a stop string",
+    "length": "ended at the limit",
+    "interrupted": "interrupted",
+    "error": "ended by an error",
+}
+
+
+def add_parser(commands) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
+    prompt.add_argument("--file", type=Path, help="read the prompt from a file")
+    add_model_arguments(generate)
+    drafter = generate.add_mutually_exclusive_group()
+    drafter.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
+    drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
+    add_generation_arguments(generate, max_new_tokens=256)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
+    generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
+    generate.add_argument(
+        "--drafter-state", type=Path, metavar="FILE", help="what the drafter has learned: read it if there, then write"
+    )
+    generate.set_defaults(command=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt = _read_prompt(arguments)
+    if arguments.drafter_state is not None:
+        _check_state(arguments)
+    settings = generation_settings(arguments) | {"stop": arguments.stop}
+    console = make_console()
+    model = load_model(arguments, console)
+    from pyspec.generate import generate
+
+    tokens = prompt_tokens(model, prompt, arguments.raw)
+    drafter = _drafter(arguments, model, console)
+    if arguments.drafter_state is not None and arguments.drafter_state.exists():
+        drafter.load(arguments.drafter_state)
+
+    stream = None if arguments.json else write
+    result = generate(model, tokens, drafter=drafter, stream=stream, **settings)
+    if stream is not None and result.text and not result.text.endswith("\n"):
+        write("\n")
+    if arguments.drafter_state is not None:
+        drafter.save(arguments.drafter_state)
+
+    plain = None
+    if drafter is not None and not arguments.no_compare and result.finish_reason in ("eos", "stop", "length"):
+        settings |= {"seed": result.stats.seed, "acceptance": "exact"}
+        with console.status("plain decoding of the same prompt, for comparison (--no-compare leaves it out)"):
+            plain = generate(model, tokens, drafter=None, **settings)
+        if plain.finish_reason == "interrupted":
+            plain = None
+    if arguments.json:
+        print(json.dumps(_generate_report(arguments, model, tokens, result, plain), ensure_ascii=False))
+    else:
+        _show_figures(console, arguments, tokens, result, plain)
+    if result.finish_reason == "error":
+        return fail(result.error, 1)
+    return 130 if result.finish_reason == "interrupted" else 0
+
+
+def _drafter(arguments: argparse.Namespace, model, console):
+    """The drafter that was asked for, or None."""
+    from pyspec.drafting import drafter_from_name
+
+    if arguments.draft_model is None:
+        if arguments.drafter == "none":
+            return None
+        prepare([arguments.drafter], model, console)
+        return drafter_from_name(arguments.drafter, model)
+    from pyspec.drafting.model import ModelDrafter
+    from pyspec.growth.dyspec import DySpecThreshold
+    from pyspec.growth.static import FixedBranching
+
+    growth = {
+        "with_replacement": FixedBranching((3, 2, 1, 1), "with replacement"),
+        "k_seq": FixedBranching((3, 2, 1, 1), "with replacement"),
+        "recursive": DySpecThreshold(0.05),
+        "traversal": DySpecThreshold(0.05),
+        "block": FixedBranching((1,) * 6),
+    }
+    return ModelDrafter(
+        load_model(arguments, console, arguments.draft_model),
+        model,
+        growth.get(arguments.acceptance),
+        temperature=arguments.temperature or 1.0,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+    )
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str:
+    if arguments.file is not None:
+        prompt = arguments.file.read_text(encoding="utf-8")
+    else:
+        prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    if not prompt.strip():
+        raise BadInput("the prompt is empty")
+    return prompt
+
+
+def _generate_report(arguments, model, tokens, result, plain) -> dict:
+    report = {
+        "model": arguments.model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "drafter": _drafter_name(arguments),
+        "budget": arguments.budget,
+        "acceptance": arguments.acceptance,
+        "cache": arguments.cache,
+        "prompt_tokens": len(tokens),
+        "tokens": result.tokens,
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "error": result.error,
+        "stats": result.stats.to_dict(),
+        "plain": None,
+    }
+    if plain is not None:
+        report["plain"] = {
+            "stats": plain.stats.to_dict(),
+            "speed_up": ratio_of(result.stats.tokens_per_second, plain.stats.tokens_per_second),
+            "equal": plain.tokens == result.tokens,
+            "first_difference": first_difference(result.tokens, plain.tokens),
+        }
+    return report
+
+
+def _show_figures(console, arguments, tokens, result, plain) -> None:
+    stats = result.stats
+    rows = [("plain" if _drafter_name(arguments) == "none" else _drafter_name(arguments), stats)]
+    columns = ["tokens/s", "tokens/round", *PHASES]
+    if plain is not None:
+        rows.append(("plain", plain.stats))
+        columns.append("speed-up")
+    table = new_table("", *columns)
+    for name, figures in rows:
+        cells = [name, f"{figures.tokens_per_second:.1f}", f"{figures.mean_accepted_length:.2f}"]
+        cells += [f"{ratio_of(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
+        if plain is not None:
+            cells.append(f"{ratio_of(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
+        table.add_row(*cells)
+    console.print(table)
+    seed = f", seed {stats.seed}" if arguments.temperature > 0 else ""
+    console.print(
+        f"{len(tokens)} prompt tokens in {stats.prefill_seconds:.2f} s, {stats.new_tokens} new tokens in "
+        f"{stats.decode_seconds:.2f} s, {ENDINGS[result.finish_reason]}{seed}",
+        highlight=False,
+    )
+    if plain is not None:
+        first = first_difference(result.tokens, plain.tokens)
+        if first is None:
+            console.print(f"plain decoding says the same {len(plain.tokens)} tokens", style="green", highlight=False)
+        else:
+            message = f"plain decoding says something else from token {first} on"
+            if arguments.acceptance != "exact" and arguments.temperature > 0:
+                console.print(f"{message}, as it may with acceptance {arguments.acceptance}", highlight=False)
+            else:
+                console.print(message, style="red", highlight=False)
+
+
+def _drafter_name(arguments: argparse.Namespace) -> str:
+    return arguments.drafter if arguments.draft_model is None else arguments.draft_model
+
+
+def _check_state(arguments: argparse.Namespace) -> None:
+    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "layer_skip", "none"):
+        raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
+    if not arguments.drafter_state.absolute().parent.is_dir():
+        raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")

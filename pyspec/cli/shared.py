@@ -1,0 +1,118 @@
+"""What the commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
+PHASES = ("draft", "verify", "accept", "commit")
+
+
+class BadInput(Exception):
+    """What the user gave does not fit; its text is for the terminal."""
+
+
+def fail(error: object, code: int) -> int:
+    print(f"pyspec: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def set_threads(arguments: argparse.Namespace) -> None:
+    """What --threads says, if it is given."""
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise BadInput(f"--threads must be at least 1, got {arguments.threads}")
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+
+def load_model(arguments: argparse.Namespace, console, source: str | None = None):
+    """Loads the model, or another source, with a progress bar where that takes long."""
+    import torch
+
+    import pyspec
+
+    set_threads(arguments)
+    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
+    source = arguments.model if source is None else source
+    with progress_of(console, f"loading {source}") as progress:
+        model = pyspec.load(source, dtype=dtype, progress=progress)
+    if model.tokenizer is None:
+        raise BadInput(f"{source} has no tokenizer, and the command line works with text")
+    return model
+
+
+def prepare(names: Sequence[str], model, console) -> None:
+    """Computes what some drafters need of a model, once for each model, with a progress bar."""
+    from pyspec.drafting.layer_skip import find_skipped_layers
+    from pyspec.drafting.ngrammys import model_bigrams
+
+    for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
+        if name in names:
+            with progress_of(console, f"what {name} needs of the model, once") as progress:
+                compute(model, progress=progress)
+
+
+@contextmanager
+def progress_of(console, description: str) -> Iterator[Callable[[int, int], None]]:
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def prompt_tokens(model, prompt: str, raw: bool) -> list[int]:
+    """The prompt as the user's turn of a chat, or as it is: then names of special tokens are those tokens."""
+    if raw or model.tokenizer.chat_template is None:
+        return model.tokenizer.encode(prompt, special=raw)
+    return model.tokenizer.chat([{"role": "user", "content": prompt}])
+
+
+def make_console():
+    try:
+        from rich.console import Console
+    except ImportError:
+        raise ImportError("this command needs rich: pip install 'pyspec-kernels[hf]'") from None
+    return Console(stderr=True)
+
+
+def new_table(first: str, *columns: str):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def write(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:
+    """Index of the first token in which two texts differ, None where they are equal."""
+    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
+        if token != other:
+            return index
+    return None if len(tokens) == len(others) else min(len(tokens), len(others))
+
+
+def ratio_of(value: float, of: float) -> float:
+    return value / of if of else 0.0
