@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -58,9 +57,6 @@ class Drafter(Protocol):
         ...
 
 
-_kept: WeakKeyDictionary[Runner, dict[str, Drafter]] = WeakKeyDictionary()
-
-
 def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
     """The drafter that a name of NAMES stands for. A drafter or None is returned as it is.
 
@@ -74,7 +70,7 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
         return drafter
     if drafter not in NAMES:
         raise ValueError(f"drafter must be one of {', '.join(NAMES)}, a Drafter or None, got {drafter!r}")
-    kept = _kept.setdefault(runner, {})
+    kept = vars(runner).setdefault("_drafters", {})  # kept by the runner itself, which some of them hold
     if drafter not in kept:
         kept[drafter] = new_drafter(drafter, runner)
     return kept[drafter]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
@@ -131,8 +131,8 @@ def _path_to(node: int, parents: Sequence[int]) -> list[int]:
     return path
 
 
-# whose texts a draft model has in its state
-_owners: WeakKeyDictionary[Runner, _Batch] = WeakKeyDictionary()
+# whose texts a draft model has in its state; the batch holds the model, so that nothing here may hold the batch
+_owners: WeakKeyDictionary[Runner, ref[_Batch]] = WeakKeyDictionary()
 
 
 class _Batch:
@@ -152,7 +152,8 @@ class _Batch:
         """[T, V] of a tree below context, whose last token is the root; what of the context was not read yet, is."""
         text, slots = list(context[:-1]), len(context) + len(tokens)
         self._texts[sequence] = text
-        is_mine = _owners.get(self.runner) is self
+        owner = _owners.get(self.runner)
+        is_mine = owner is not None and owner() is self
         if not is_mine or slots > self.capacity or self.runner.lengths()[sequence] > len(text):
             self._begin(slots)
         unread = text[self.runner.lengths()[sequence] :]
@@ -169,7 +170,7 @@ class _Batch:
     def _begin(self, slots: int) -> None:
         self.capacity = max(LEAST_SLOTS, 2 * max(slots, *map(len, self._texts)))
         self.runner.prefill(self._texts, capacity=self.capacity)
-        _owners[self.runner] = self
+        _owners[self.runner] = ref(self)
 
     def _alone(self, call, sequence: int, what):
         return call([what if index == sequence else None for index in range(len(self._texts))])

@@ -35,6 +35,7 @@ TREE_NODES = 32  # among which the likeliest path is looked for
 SIZES = (1, 2, 4, 8, 16)  # tokens of a call that are timed
 TEXT = 32  # tokens before them
 REPEATS = 3
+NEED_A_RUNNER = ("ngrammys", "layer_skip")
 OBSERVED_AT_ONCE = 256  # rows of a prompt's logits
 
 
@@ -66,6 +67,8 @@ class DraftModel(LlamaDraftModel):
 
     def __init__(self, llama, drafter: str | Drafter):
         self._llama = llama
+        if drafter in NEED_A_RUNNER:
+            raise ValueError(f"drafter must not need a model of pyspec's own, as {drafter!r} does")
         runner = _Described(llama)
         self._shared = drafter_from_name(drafter, runner)
         if self._shared is None or self._shared.proposal != "deterministic":

@@ -19,9 +19,10 @@ import numpy as np
 
 from pyspec.drafting import Drafter
 from pyspec.drafting.lookup import LookupDrafter
+from pyspec.drafting.suffix import SuffixDrafter
 from pyspec.integrations import require
 
-__all__ = ["LookupProposer", "register"]
+__all__ = ["LookupProposer", "SuffixProposer", "register"]
 
 LEAST_CHANCE = 0.2  # of a draft that is worth verifying
 
@@ -37,14 +38,16 @@ class Proposer:
     Rows are told apart by their tokens, because vLLM moves requests from row to row without a word.
     """
 
-    drafter_class: type
-
     def __init__(self, vllm_config):
         require("vllm", "0.33", "0.34")
         self._most = vllm_config.speculative_config.num_speculative_tokens
         self._length = vllm_config.model_config.max_model_len
-        self._drafter = self.drafter_class(vllm_config.model_config.get_vocab_size())
+        self._drafter = self.make(vllm_config.model_config.get_vocab_size())
         self._rows: dict[int, tuple[np.ndarray, Drafter]] = {}  # what was read of a row, and its drafter
+
+    def make(self, vocab_size: int) -> Drafter:
+        """The drafter that each request starts from."""
+        raise NotImplementedError
 
     def load_model(self, *args, **kwargs) -> None:
         """There is no model."""
@@ -82,9 +85,17 @@ class Proposer:
 
 
 class LookupProposer(Proposer):
-    """Prompt lookup: what followed earlier occurrences of the newest tokens."""
+    """Prompt lookup: what followed earlier occurrences of the newest tokens in the request."""
 
-    drafter_class = LookupDrafter
+    def make(self, vocab_size: int) -> Drafter:
+        return LookupDrafter(vocab_size)
+
+
+class SuffixProposer(Proposer):
+    """Suffix lookup: what followed their longest earlier occurrence, in the request or in earlier ones."""
+
+    def make(self, vocab_size: int) -> Drafter:
+        return SuffixDrafter(vocab_size, "")  # its tables are never saved
 
 
 def _continued(known: dict[int, tuple[np.ndarray, Drafter]], row: int, context: np.ndarray) -> Drafter | None:

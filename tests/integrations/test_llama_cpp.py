@@ -60,6 +60,8 @@ def test_drafts_are_of_the_type_that_llama_cpp_reads(llama):
 def test_bad_input(llama):
     with pytest.raises(ValueError, match="drafter must be"):
         speculate(llama, "nobody")
+    with pytest.raises(ValueError, match="must not need a model"):
+        speculate(llama, "layer_skip")
     drawn = LookupDrafter(llama.n_vocab())
     drawn.proposal = "sampled"
     with pytest.raises(ValueError, match="drafter must be one that chooses"):

@@ -64,6 +64,12 @@ def test_requests_that_change_rows_keep_their_drafters(config):
     assert proposer._rows[0][1] not in drafters and len(proposer._rows) == 1, "requests that ended are forgotten"
 
 
+def test_suffix_lookup_knows_earlier_requests(config):
+    proposer = integration.SuffixProposer(config)
+    call(proposer, [[20, 21, 22, 23, 24, 25]])
+    assert call(proposer, [[5, 6, 20, 21, 22]])[0][:2] == [23, 24]
+
+
 def test_the_plugin_is_found_and_may_be_called_again():
     from importlib.metadata import entry_points
 

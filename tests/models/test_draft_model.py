@@ -1,9 +1,13 @@
 """Real runners as drafters: the target's twin must guess everything, or its state does not follow the text."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from random_llama import random_llama, random_tokens
 
+from pyspec.drafting import drafter_from_name
 from pyspec.drafting.model import ModelDrafter
 from pyspec.generate import generate
 from pyspec.growth.dyspec import DySpecThreshold
@@ -35,3 +39,14 @@ def test_greedy_text_is_the_plain_one_bit_for_bit(growth):
     acceptance = "exact" if growth is None else "traversal"
     said = generate(model, PROMPTS, drafter=drafter, acceptance=acceptance, budget=9, max_new_tokens=40)
     assert said.tokens == plain.tokens and said.stats.mean_accepted_length > 1.2
+
+
+def test_models_that_drafted_can_be_forgotten():
+    """No table of drafters or of whose state is whose may hold a model: it is gigabytes."""
+    model, draft = random_llama(), random_llama()
+    generate(model, [1, 2, 3], drafter=ModelDrafter(draft, model), budget=4, max_new_tokens=8)
+    drafter_from_name("merged", model)
+    found = weakref.ref(model), weakref.ref(draft)
+    del model, draft
+    gc.collect()
+    assert [reference() for reference in found] == [None, None]
