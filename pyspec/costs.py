@@ -20,12 +20,13 @@ import torch
 
 from pyspec import measured
 from pyspec.caches import PackedSettings
+from pyspec.drafting import Drafter
 from pyspec.machine import cpu_name
 from pyspec.models import Runner
 from pyspec.ops import backends
 from pyspec.trees import DraftTree
 
-__all__ = ["AutoBudget", "Costs", "DrawnBudget", "costs_of", "measure_costs"]
+__all__ = ["AutoBudget", "Costs", "DrawnBudget", "auto_budget", "costs_of", "measure_costs"]
 
 FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
 CONTEXT = 128  # tokens before the trees that are measured
@@ -134,6 +135,11 @@ class DrawnBudget:
         self._tried *= MEMORY
         self._tried[: len(tree) - 1] += 1
         self._accepted[np.array(path[1:], int) - 1] += 1
+
+
+def auto_budget(drafter: Drafter, costs: Costs) -> AutoBudget | DrawnBudget:
+    """The budget for a drafter: drawn trees may not be cut, chosen ones may."""
+    return (DrawnBudget if drafter.proposal == "sampled" else AutoBudget)(costs)
 
 
 def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import Sampler
 from pyspec.caches import PackedSettings, cache_from_name
-from pyspec.costs import LARGEST, AutoBudget, DrawnBudget, costs_of
+from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.loop import Continuation, Stats, speculate, timed
 from pyspec.models import Runner
@@ -98,8 +98,7 @@ def generate(
         shared_drafter = shared_drafter.coupled_to(sampler)
     auto = None
     if budget == "auto" and shared_drafter is not None:
-        auto_budget = DrawnBudget if shared_drafter.proposal == "sampled" else AutoBudget
-        auto = auto_budget(costs_of(model, packed))
+        auto = auto_budget(shared_drafter, costs_of(model, packed))
     largest = LARGEST if budget == "auto" else budget
     if packed is not None:
         largest = min(largest, packed.largest_tree)

@@ -12,7 +12,7 @@ import torch
 
 from pyspec.acceptance import AcceptanceRule
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.costs import AutoBudget
+from pyspec.costs import AutoBudget, DrawnBudget
 from pyspec.drafting import Drafter
 from pyspec.models import Runner
 from pyspec.text import TextStream
@@ -86,7 +86,7 @@ def speculate(
     rule: AcceptanceRule,
     *,
     largest: int,
-    auto: AutoBudget | None,
+    auto: AutoBudget | DrawnBudget | None,
     packed,
     stats: Stats,
 ) -> None:

@@ -73,7 +73,7 @@ class DraftModel(LlamaDraftModel):
         self._shared = drafter_from_name(drafter, runner)
         if self._shared is None or self._shared.proposal != "deterministic":
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")
-        check_laws(self._shared, ExactAcceptance(), TREE_NODES)
+        check_laws(self._shared, ExactAcceptance())
         self.costs = _measure_costs(llama)
         self._auto = AutoBudget(self.costs)
         self._drafter: Drafter | None = None

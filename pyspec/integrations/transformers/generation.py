@@ -12,7 +12,7 @@ from torch import Tensor
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.acceptance.sampling import Sampler
-from pyspec.costs import LARGEST, AutoBudget, costs_of
+from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import Continuation, Stats, speculate
@@ -105,8 +105,8 @@ def generate(
     if max(map(len, prompts)) >= runner.context_length:
         raise ValueError(f"input_ids must leave room in the context of {runner.context_length}, got {input_ids.shape}")
     shared_drafter = drafter_from_name(drafter, runner)
-    check_laws(shared_drafter, ExactAcceptance(), budget)
-    auto = AutoBudget(costs_of(runner)) if budget == "auto" and shared_drafter is not None else None
+    check_laws(shared_drafter, ExactAcceptance())
+    auto = auto_budget(shared_drafter, costs_of(runner)) if budget == "auto" and shared_drafter is not None else None
     keeps = _Kept.asked_for(generation_config)
     rows = [
         _Row(

@@ -1,0 +1,142 @@
+"""Every Python block of the README and the docs runs, page by page, with what it takes for granted given here."""
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyspec
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = {
+    str(path.relative_to(ROOT)): BLOCK.findall(path.read_text())
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+WITH_BLOCKS = [page for page, blocks in PAGES.items() if blocks]
+GENERATE, LOAD = pyspec.generate, pyspec.load
+
+
+def heads(*lengths: int, kv_heads: int = 2):
+    """Queries of 4 heads and so many rows, and keys and values of so many."""
+    rows, keys = lengths
+    q, kv = torch.randn(1, 4, rows, 64), torch.randn(2, 1, kv_heads, keys, 64)
+    return {"q": q, "k": kv[0], "v": kv[1]}
+
+
+def tiny(family: str):
+    import transformers
+
+    options = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
+    if family == "Mamba":
+        options |= {"state_size": 16}
+    else:
+        options |= {"intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**options)).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+def inputs():
+    ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 4}
+
+
+@functools.cache
+def demo(number: int = 0):
+    return LOAD("demo")
+
+
+def with_demo():
+    model = demo()
+    return {
+        "pyspec": pyspec,
+        "model": model,
+        "draft": demo(1),
+        "tokens": model.tokenizer.encode("one two three one two"),
+    }
+
+
+# What the blocks of a page know before they begin, by the number of the block that needs it.
+GIVEN = {
+    "docs/acceptance.md": {0: with_demo},
+    "docs/block_masked_attention.md": {0: lambda: heads(2200, 2200), 1: lambda: heads(2200, 2700)},
+    "docs/drafting.md": {0: lambda: with_demo() | {"handbook": "Turn it off and on again."}},
+    "docs/gear.md": {0: with_demo, 1: lambda: {"model": tiny("Llama"), "inputs": inputs()}},
+    "docs/integrations.md": {
+        0: lambda: {"model": tiny("Llama"), "inputs": {k: v for k, v in inputs().items() if k != "max_new_tokens"}},
+        2: lambda: {"model": tiny("Mamba")},
+    },
+    "docs/linear.md": {0: lambda: {"w": torch.randn(48, 32), "x": torch.randn(3, 32), "bias": torch.zeros(48)}},
+    "docs/residual_vq.md": {0: with_demo},
+    "docs/row_statistics.md": {0: lambda: {"logits": torch.randn(3, 50), "drafted": torch.tensor([[1, 2]] * 3)}},
+    "docs/selective_state.md": {0: lambda: {"model": tiny("Mamba"), "tokens": [1, 2, 3]}},
+    "docs/sparse_attention.md": {
+        0: lambda: heads(1, 300) | {"q": torch.randn(1, 4, 64), "lengths": torch.tensor([300], dtype=torch.int32)}
+    },
+    "docs/topk.md": {0: lambda: {"x": torch.randn(4, 4096)}},
+    "docs/tree_attention.md": {
+        0: lambda: heads(4, 104) | {"prefix_lens": torch.tensor([100], dtype=torch.int32)}
+    },
+}  # fmt: skip
+# Blocks that need an engine which the tests do not install, by a word of theirs.
+ENGINES = {"llama_cpp": "llama_cpp", "LLM(": "vllm"}
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS)
+def test_blocks_run(page, monkeypatch, tmp_path):
+    if any(word in block for block in PAGES[page] for word in ("transformers", "from_transformers")):
+        pytest.importorskip("transformers")
+    monkeypatch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    # any model that a page loads is the demo model, or a small one; texts are short
+    monkeypatch.setattr(pyspec, "load", known_model)
+    monkeypatch.setattr(pyspec, "generate", functools.partial(GENERATE, max_new_tokens=6))
+    if "mine.safetensors" in "".join(PAGES[page]):
+        from pyspec.caches.codebooks import demo_codebooks
+
+        demo_codebooks().save("mine.safetensors")
+    known: dict = {}
+    for number, block in enumerate(PAGES[page]):
+        engine = next((package for word, package in ENGINES.items() if word in block), None)
+        if engine is not None:
+            if importlib.util.find_spec(engine) is None or engine == "vllm":
+                compile(block, page, "exec")
+                continue
+            import llama_cpp
+
+            importlib.import_module("pyspec.integrations.llama_cpp")
+            from pyspec.models.loading import demo_file
+
+            Path("model.gguf").symlink_to(demo_file())
+            quiet = functools.partial(llama_cpp.Llama, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
+            known |= {"llama_cpp": type("Engine", (), {"Llama": staticmethod(quiet)}), "pyspec": pyspec}
+            block = block.replace("max_tokens=200", "max_tokens=4")
+        known |= GIVEN.get(page, {}).get(number, dict)()
+        exec(compile(block, f"{page}, block {number + 1}", "exec"), known)
+
+
+def known_model(source: str):
+    from pyspec.models import from_transformers
+
+    if source.startswith("state-spaces/"):
+        return from_transformers(tiny("Mamba"))
+    return demo(int(source == "draft.gguf"))
+
+
+def test_pages_are_linked_and_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        shown = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if path != page]
+        assert any(page.name in other for other in shown), f"nothing links to {page.name}"
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (ROOT / target).exists(), f"README.md links to {target}"
