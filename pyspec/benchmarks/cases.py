@@ -276,7 +276,10 @@ def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
     """For each op that a part of a model runs, its calls."""
     product = f"{part.intermediate} to {part.hidden}" if isinstance(part, Attention) else f"{part.hidden} to in and z"
     wide = [
-        (f"{product}, {rows} rows, {name}", lambda p, d, rows=rows, dtype=dtype: _linear(p, rows, dtype, d))
+        (
+            f"{product}, {rows} row{'s' * (rows > 1)}, {name}",
+            lambda p, d, rows=rows, dtype=dtype: _linear(p, rows, dtype, d),
+        )
         for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))
         for rows in (1, TREE)
     ]

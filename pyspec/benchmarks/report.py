@@ -95,6 +95,7 @@ def _chart(rows: Sequence[dict]) -> str:
         axis.plot([row["floor_us"]] * 2, [place - 0.4, place + 0.4], color=FLOOR, linewidth=2)
     axis.set_xscale("log")
     axis.set_yticks(range(len(rows)), [f"{row['model']}: {row['shape']}" for row in rows], fontsize=8)
+    axis.margins(y=0.02)
     axis.invert_yaxis()
     axis.set_xlabel("microseconds", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
