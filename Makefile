@@ -7,7 +7,7 @@ PROMPT ?= Write a Python function that checks whether a word is a palindrome, th
 SSM := models/demo-ssm
 SSM_PROMPT ?= def read_lines(
 
-.PHONY: demo demo-ssm train-ssm test build lint format wheel test-wheel bench clean
+.PHONY: demo demo-ssm train-ssm test test-engines count-instructions build lint format wheel test-wheel bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -25,6 +25,15 @@ train-ssm: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
 	$(BIN)/python -m pytest --ignore tests/kernels
+
+# The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
+test-engines: $(VENV)/ready
+	$(PIP) --no-build-isolation -e '.[integrations]'
+	$(BIN)/python -m pytest tests/integrations
+
+# Did a CPU kernel grow? Needs valgrind.
+count-instructions: $(VENV)/ready
+	$(BIN)/python bench/instructions.py
 
 # The environment: torch first and pinned, because the compiled parts are built against it without isolation.
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt constraints.txt
@@ -59,6 +68,7 @@ test-wheel: wheel
 	build/wheel-test/env/bin/python -m pip install -q --no-deps dist/pyspec_kernels-*.whl
 	cp -r tests/ops build/wheel-test/ops
 	cd build/wheel-test && env/bin/python -m pytest -q -p no:cacheprovider ops
+	cd build/wheel-test && env/bin/pyspec --help > /dev/null
 
 bench: $(VENV)/ready
 	$(PIP) --no-build-isolation -e '.[bench]'

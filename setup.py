@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -54,20 +54,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[
-        "pyspec",
-        "pyspec.acceptance",
-        "pyspec.caches",
-        "pyspec.drafting",
-        "pyspec.growth",
-        "pyspec.integrations",
-        "pyspec.integrations.transformers",
-        "pyspec.kernels",
-        "pyspec.masks",
-        "pyspec.models",
-        "pyspec.ops",
-        "pyspec.training",
-    ],
+    packages=sorted({*find_packages(include=["pyspec", "pyspec.*"]), "pyspec.kernels"}),
     package_data={"pyspec.caches": ["demo_codebooks.safetensors"]},
     package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
     ext_modules=[Extension("pyspec._host", sources=[])],

@@ -16,13 +16,15 @@ from torch import Tensor
 from pyspec import ops
 from pyspec.caches import CACHES
 from pyspec.masks import BlockMask
-from pyspec.ops.gear import BLOCK, blocks_seen
+from pyspec.ops.gear import BLOCK, HALF, blocks_seen
+from pyspec.ops.residual_vq import WIDTH
 from pyspec.trees import DraftTree
 
 __all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
 
 TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a packed prompt
 DOCUMENTS = 8  # in the prompt
+DEPTH, CODES = 8, 256  # of residual VQ
 
 
 @dataclass(frozen=True)
@@ -138,22 +140,46 @@ def _block_masked_attention(a: Attention, device: str) -> Problem:
     )
 
 
-def _gear(a: Attention, device: str) -> Problem:
-    random, cache = _Random(device), CACHES["gear-4bit"]
+def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callable, operations: int) -> Problem:
+    """One row over packed blocks and the exact keys behind them; a window of half a block stays exact."""
+    random = _Random(device)
     q = random(1, a.heads, 1, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, CONTEXT + BLOCK, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
-    blocks = blocks_seen(CONTEXT, cache.window)
-    packed = ops.gear_encode(k[:, :, : blocks * BLOCK].contiguous(), v[:, :, : blocks * BLOCK].contiguous(), cache)
+    blocks = blocks_seen(CONTEXT, HALF)
+    packed = pack(k[:, :, : blocks * BLOCK].contiguous(), v[:, :, : blocks * BLOCK].contiguous())
     tail = [x[:, :, blocks * BLOCK :].contiguous() for x in (k, v)]
     bits = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
     lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
     return Problem(
-        lambda: ops.gear_attention(q, packed, *tail, bits, lens, cache, window=cache.window),
+        lambda: attend(q, packed, *tail, bits, lens),
         bytes=_nbytes(q, packed, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
-        operations=4 * a.heads * CONTEXT * a.head_dim,
+        operations=operations,
         tolerance=2e-2,
         peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)},
         dtype=torch.bfloat16,
+    )
+
+
+def _gear(a: Attention, device: str) -> Problem:
+    cache = CACHES["gear-4bit"]
+    return _packed_attention(
+        a,
+        device,
+        lambda k, v: ops.gear_encode(k, v, cache),
+        lambda *call: ops.gear_attention(*call, cache, window=HALF),
+        operations=4 * a.heads * CONTEXT * a.head_dim,
+    )
+
+
+def _residual_vq(a: Attention, device: str) -> Problem:
+    codebooks = _Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
+    adds = 2 * a.heads * CONTEXT * a.head_dim // WIDTH * DEPTH  # of table entries and of masses
+    return _packed_attention(
+        a,
+        device,
+        lambda k, v: ops.residual_vq_encode(k, v, codebooks),
+        lambda *call: ops.residual_vq_attention(*call, codebooks, window=HALF),
+        operations=adds + 4 * a.heads * a.head_dim * DEPTH * CODES,
     )
 
 
@@ -297,6 +323,7 @@ def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
         "tree_attention": [(f"{TREE} nodes behind {CONTEXT}, {heads}", _tree_attention)],
         "block_masked_attention": [(f"{DOCUMENTS} documents, {PROMPT} tokens, {heads}", _block_masked_attention)],
         "gear": [(f"gear-4bit, 1 row behind {CONTEXT}, {heads}", _gear)],
+        "residual_vq": [(f"{DEPTH} x {CODES} codes, 1 row behind {CONTEXT}, {heads}", _residual_vq)],
         "linear": wide,
         "row_statistics": [(f"{TREE} rows of {part.vocab}", _row_statistics)],
         "topk": [(f"64 of {part.vocab}, {TREE} rows", _topk)],
