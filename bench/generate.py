@@ -32,6 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {
     "pyspec merged": {"pyspec plain": 1.4, "llama.cpp": 1.35, "transformers": 7.0, "transformers lookup": 5.0},
     "transformers pyspec": {"transformers": 2.0, "transformers lookup": 1.5},
+    "transformers native": {"transformers": 2.0, "transformers lookup": 1.5},
     "llama.cpp pyspec": {"llama.cpp": 1.15},
 }
 LEAST_OF_A_CATEGORY = 0.97  # of plain decoding

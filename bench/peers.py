@@ -237,6 +237,7 @@ def _transformers_engines(model: LlamaRunner) -> dict[str, Engine]:
         "transformers": Transformers(dense_model, ends),
         "transformers lookup": Transformers(dense_model, ends, prompt_lookup_num_tokens=LOOKUP_TOKENS),
         "transformers pyspec": Transformers(dense_model, ends, custom_generate=speculated),
+        "transformers native": Transformers(dense_model, ends, custom_generate=speculated, native=True),
     }
 
 

@@ -84,6 +84,24 @@ def test_processors_are_honoured(llama, options):
     assert not torch.equal(plain, expected), "the option must matter"
 
 
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_native_runs_in_our_kernels_and_says_the_same(family, monkeypatch):
+    model = tiny(family)
+    for ids, options in ((torch.tensor(PROMPT), {}), (PADDED, {"attention_mask": PADDING, "repetition_penalty": 1.3})):
+        expected, found = both(model, ids, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "forward", None)  # it is not needed
+            native = model.generate(ids, custom_generate=generate, native=True, **OPTIONS | options)
+        assert torch.equal(native, expected) and torch.equal(found, expected)
+
+
+def test_native_is_refused_where_there_are_no_kernels():
+    model = tiny("Qwen3")
+    with pytest.raises(ValueError, match="native must be False: pyspec has no kernels for Qwen3ForCausalLM"):
+        model.generate(torch.tensor(PROMPT), custom_generate=generate, native=True, **OPTIONS)
+    both(model, torch.tensor(PROMPT))
+
+
 def test_sampling_follows_the_processed_law(llama):
     """Over many draws of one token the shares are those of the warped law, for every warper at once."""
     options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "max_new_tokens": 2}

@@ -42,22 +42,32 @@ _BATCH_PROCESSORS = ("PrefixConstrained", "RepetitionPenalty", "EncoderRepetitio
 _STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidance", "ClassifierFreeGuidance", "SynthIDTextWatermark", "Whisper")
 
 
-def runner_of(model) -> Runner:
+def runner_of(model, native: bool = False) -> Runner:
     """The runner that reads a live model; made once, and kept with the model.
 
-    Models with a cache of keys run as they are, through their own forward. Others (Mamba, Mamba-2, sliding windows)
-    run in our kernels, on a copy of their weights as they are at the first call.
+    Models with a cache of keys run as they are, through their own forward. Others (Mamba, Mamba-2, sliding windows),
+    and with native all of them, run in our kernels, on a copy of their weights as they are at the first call.
 
     Raises:
-        ValueError: neither can read the model; the message names its family.
+        ValueError: the model cannot be read so; the message names its family.
     """
-    runner = vars(model).get("_pyspec_runner")
-    if runner is None:
-        try:
-            runner = TransformersRunner(model)
-        except ValueError:
-            runner = from_transformers(model)
-        model._pyspec_runner = runner
+    kept = vars(model).setdefault("_pyspec_runners", {})
+    if native not in kept:
+        kept[native] = _native_runner(model) if native else _runner(model)
+    return kept[native]
+
+
+def _runner(model) -> Runner:
+    try:
+        return TransformersRunner(model)
+    except ValueError:
+        return runner_of(model, native=True)
+
+
+def _native_runner(model) -> Runner:
+    runner = from_transformers(model)
+    if isinstance(runner, TransformersRunner):
+        raise ValueError(f"native must be False: pyspec has no kernels for {type(model).__name__}")
     return runner
 
 
@@ -71,6 +81,7 @@ def generate(
     *,
     drafter: str | Drafter | None = "merged",
     budget: int | str = "auto",
+    native: bool = False,
     stream=None,
     synced_gpus: bool = False,
     **model_kwargs,
@@ -85,6 +96,8 @@ def generate(
 
     Args:
         drafter, budget: as for pyspec.generate.
+        native: run the model in pyspec's kernels, on a copy of its weights, instead of its own forward: the Llama
+            family, and state space models, which always do. On a CPU that is several times as fast.
         stream: a streamer of transformers, or a function of the new tokens; one sequence only. transformers does not
             pass its own `streamer` on to a custom_generate, and does not say so.
 
@@ -101,7 +114,7 @@ def generate(
     if stream is not None and len(input_ids) > 1:
         raise ValueError(f"stream takes one sequence, got {len(input_ids)}")
     prompts = _without_padding(input_ids, model_kwargs.get("attention_mask"))
-    runner = runner_of(model)
+    runner = runner_of(model, native)
     if max(map(len, prompts)) >= runner.context_length:
         raise ValueError(f"input_ids must leave room in the context of {runner.context_length}, got {input_ids.shape}")
     shared_drafter = drafter_from_name(drafter, runner)
