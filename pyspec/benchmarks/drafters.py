@@ -207,8 +207,8 @@ def plot(report: dict, path: str | Path, title: str = "") -> None:
         axis.set_xticks(ticks, [category.replace("_", "\n") for category in categories], fontsize=8)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylabel("speed over plain")
-        axis.set_title(f"temperature {temperature}", fontsize=10)
-        axis.legend(fontsize=8, ncols=len(names), frameon=False)
+        axis.set_title(f"temperature {temperature}", fontsize=10, loc="left")
+        axis.legend(fontsize=8, ncols=len(names), frameon=False, loc="lower right", bbox_to_anchor=(1, 0.98))
     if report["answers"]:
         rates = [row["over_recycling"] for row in report["answers"].values()]
         bars = axes[-1].bar(list(report["answers"]), rates, color="tab:gray")
