@@ -19,6 +19,7 @@ p { margin: .3rem 0; } nav a { margin-right: .9rem; } a { color: #2f6fb7; } .mut
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .88rem; }
 th { text-align: right; font-weight: 600; border-bottom: 1px solid #c7ccd4; }
 td { text-align: right; border-bottom: 1px solid #eceef1; } td, th { padding: .2rem .55rem; }
+td:not(:nth-child(2)) { white-space: nowrap; }
 td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left; } .failed { color: #d1495b; } svg { max-width: 100%; }
 """
 COLUMNS = ("model", "shape", "time", "floor", "of the floor", "GB/s", "GFLOP/s", "best peer", "faster")
