@@ -31,10 +31,10 @@ class Stats:
     seed: int
     new_tokens: int = 0
     rounds: int = 0
-    nodes: int = 0  # tree nodes verified, roots included
-    accepted_lengths: list[int] = field(default_factory=list)  # [k]: how often one sequence's round gave k tokens
-    prefill_seconds: float = 0.0  # with the drafter's reading of the prompt
-    draft_seconds: float = 0.0  # propose and observe
+    nodes: int = 0  #: tree nodes verified, roots included
+    accepted_lengths: list[int] = field(default_factory=list)  #: [k]: how often one sequence's round gave k tokens
+    prefill_seconds: float = 0.0  #: with the drafter's reading of the prompt
+    draft_seconds: float = 0.0  #: propose and observe
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
     commit_seconds: float = 0.0

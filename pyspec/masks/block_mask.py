@@ -24,7 +24,7 @@ class BlockMask:
     """Which of M keys each of N query rows sees, by tiles; block_masked_attention visits only those with something.
 
     Full tiles are named by a list for each row block; so are partial tiles, with 64 x 64 bits that equal tiles share. A
-    mask is made by a from_... method, and joined with & and |. It describes one attention pattern for all batch entries
+    mask is made by a `from_...` method, and joined with `&` and `|`. It describes one attention pattern for all batch entries
     and heads, or one for each (stack). It is a snapshot and never changes.
 
     Attributes:

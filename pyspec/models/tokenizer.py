@@ -175,7 +175,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The tokens of a prompt, after the token for the beginning if the model wants one.
 
-        special: read names of special tokens ("<|im_end|>") as those tokens; they are plain text otherwise.
+        special: read names of special tokens (`<|im_end|>`) as those tokens; they are plain text otherwise.
         """
         tokens = self._encode(text, special)
         if self._bos is not None and tokens[:1] != [self._bos]:
