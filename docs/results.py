@@ -195,12 +195,16 @@ def setup(app) -> None:
 
 
 def filled(text: str) -> str:
-    """A page with its tables in place of the comments, and behind them the runs that no comment names."""
+    """A page with its tables in place of the comments, and behind them the runs and plots that it does not name."""
     names = MARK.findall(text)
-    if names:
-        for path in sorted(RESULTS.glob("*.json")):
-            if path.stem not in names:
-                text += f"\n## {path.stem}\n\n<!-- results: {path.stem} -->\n"
+    if not names:
+        return text
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.stem not in names:
+            text += f"\n## {path.stem}\n\n<!-- results: {path.stem} -->\n"
+    for path in sorted(RESULTS.glob("*.png")):
+        if path.name not in text:
+            text += f"\n![{path.stem}](../bench/results/{path.name})\n"
     return MARK.sub(lambda match: tables(match[1]), text)
 
 

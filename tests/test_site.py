@@ -86,14 +86,14 @@ def test_table_of_numbers(results):
 
 
 def test_a_run_that_no_page_knows_is_shown_whole(results, tmp_path, monkeypatch):
-    run = {
-        "machine": {"cpu": "a CPU", "date": "2030-01-01"},
-        "rows": [{"op": "new", "ms": {"ours": 1.5, "peer | it": 3.0}}],
-    }
+    run = {"machine": {"cpu": "a CPU", "threads": 2, "date": "2030-01-01"}, "dtype": "bf16", "rows": [{"op": "new"}]}
+    (tmp_path / "old.json").write_text(json.dumps(run))
+    run["rows"] += [{"op": "newer", "ms": {"ours": 1.5, "peer | it": 3.0}}]
     (tmp_path / "new.json").write_text(json.dumps(run))
+    (tmp_path / "new.png").write_bytes(b"")
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    page = results.filled("# Results\n")
-    assert page == "# Results\n"  # another page
-    page = results.tables("new")
-    assert "a CPU, 2030-01-01." in page
-    assert r"| new | ours 1.5, peer \| it 3 |" in page
+    assert results.filled("# Another page") == "# Another page"
+    page = results.filled("# Results\n\n<!-- results: old -->\n")
+    assert page.count("a CPU, 2 threads, 2030-01-01, bf16.") == 2 and "\n## new\n" in page
+    assert "| op | ms |" in page and r"| newer | ours 1.5, peer \| it 3 |" in page
+    assert "![new](../bench/results/new.png)" in page
