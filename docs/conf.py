@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import pyspec.integrations  # noqa: E402
@@ -34,7 +34,15 @@ autodoc_mock_imports = ["llama_cpp", "lm_eval"]
 pyspec.integrations.require = lambda package, first, beyond: None
 
 
-def setup(app):
-    # A file outside docs/ is a download, Markdown too, which would be taken for a page that is missing.
-    outside = re.compile(r"\]\((\.\./[^)#\s]*\.md)(#[^)\s]*)?\)")
-    app.connect("source-read", lambda app, page, source: source.append(outside.sub(r"](path:\1)", source.pop())))
+def setup(app) -> None:
+    app.connect("source-read", link_outside)
+
+
+def link_outside(app, page: str, source: list[str]) -> None:
+    """Makes links to Markdown outside docs/ downloads, as those to other files are; they would be taken for pages."""
+
+    def link(match: re.Match) -> str:
+        is_outside = not (DOCS / page).parent.joinpath(match[1]).resolve().is_relative_to(DOCS)
+        return f"](path:{match[1]})" if is_outside else match[0]
+
+    source[0] = re.sub(r"\]\((\.\./[^)#\s]*\.md)(#[^)\s]*)?\)", link, source[0])

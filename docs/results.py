@@ -72,6 +72,22 @@ TABLES = {
             ],
         )
     ],
+    "attention_implementation_cpu": [
+        (
+            "",
+            "rows",
+            [
+                ("dtype", "dtype"),
+                ("documents", "documents"),
+                ("attention, sdpa ms", "ms/sdpa/attention"),
+                ("pyspec ms", "ms/pyspec/attention"),
+                ("faster", "ms/sdpa/attention", "ms/pyspec/attention"),
+                ("mask, sdpa ms", "ms/sdpa/mask"),
+                ("pyspec's ms", "ms/pyspec/mask"),
+                ("forward, faster", "ms/sdpa/forward", "ms/pyspec/forward"),
+            ],
+        )
+    ],
     "tree_attention_cpu": [
         (
             "",
@@ -191,7 +207,11 @@ TABLES = {
 
 
 def setup(app) -> None:
-    app.connect("source-read", lambda app, page, source: source.append(filled(source.pop())))
+    app.connect("source-read", fill)
+
+
+def fill(app, page: str, source: list[str]) -> None:
+    source[0] = filled(source[0])
 
 
 def filled(text: str) -> str:

@@ -155,5 +155,7 @@ def test_links_lead_somewhere(page):
 
 def test_pages_are_linked():
     for page in (ROOT / "docs").rglob("*.md"):
-        targets = {(other.parent / target).resolve() for other in LINKED for target, _ in LINK.findall(other.read_text())}
+        targets = {
+            (other.parent / target).resolve() for other in LINKED for target, _ in LINK.findall(other.read_text())
+        }
         assert page.resolve() in targets, f"nothing links to {page.name}"

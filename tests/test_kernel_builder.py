@@ -1,4 +1,4 @@
-"""build.toml builds what CMake builds: all sources and headers are named, and the ops have the schemas of pyspec/ops."""
+"""build.toml builds what CMake builds: all sources and headers are named, and the schemas are those of pyspec/ops."""
 
 import importlib.util
 import re
@@ -82,9 +82,7 @@ def test_schemas_are_those_of_the_package():
     calls = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", BINDING)
     schemas = ["".join(re.findall(r'"([^"]*)"', call)) for call in calls]
     registered = {
-        name
-        for path in (ROOT / "csrc").glob("c*/*.cpp")
-        for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
+        name for path in (ROOT / "csrc").glob("c*/*.cpp") for name in re.findall(r'm\.impl\("(\w+)"', path.read_text())
     }
     assert {schema.split("(")[0] for schema in schemas} == registered
     for schema in schemas:

@@ -1,4 +1,4 @@
-"""The site is whole: every page is in the map, every op has a page, every public name is in the API, every run is shown."""
+"""The site is whole: pages are in the map, ops have a page, public names are in the API, and runs are shown."""
 
 import importlib
 import importlib.util
@@ -76,7 +76,12 @@ def test_tables_are_as_wide_as_their_heads(results):
 
 def test_table_of_numbers(results):
     rows = [{"ms": {"pyspec": 2.0, "sdpa": 5.0}, "share": 0.123}, {"ms": {"pyspec": 1234.5}}]
-    columns = [("ms", "ms/pyspec"), ("over SDPA", "ms/sdpa", "ms/pyspec"), ("share", "share", "%"), ("none", "no/where")]
+    columns = [
+        ("ms", "ms/pyspec"),
+        ("over SDPA", "ms/sdpa", "ms/pyspec"),
+        ("share", "share", "%"),
+        ("none", "no/where"),
+    ]
     assert results.table(rows, columns).splitlines() == [
         "| ms | over SDPA | share |",
         "| --- | --- | --- |",

@@ -33,8 +33,9 @@ class StateCache:
     Attributes:
         states: [layers, places, channels / 16, N, 16].
         windows: [layers, places, taps - 1, conv_channels].
-        records, conv_records: [layers, 2, places, nodes, record_width or conv_channels], with room for as many nodes
-            as the largest tree so far, and the history.
+        records: [layers, 2, places, nodes, record_width], with room for as many nodes as the largest tree so far, and
+            the history.
+        conv_records: [layers, 2, places, nodes, conv_channels].
 
     Args:
         history: the longest path that is kept, in nodes; 0 folds every path into the state. May be set at any time.

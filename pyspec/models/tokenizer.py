@@ -72,7 +72,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the vocabulary: a hash of all tokens in order."""
+        """A hash of all tokens in order, which names the vocabulary."""
         vocabulary = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
         return hashlib.sha256(repr(vocabulary).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

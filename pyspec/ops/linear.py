@@ -38,7 +38,8 @@ class PackedWeight:
 
     Attributes:
         data: on the CPU panels of 32 outputs, elsewhere rows; uint8 for int8 weights, else of the weight's dtype.
-        outputs, inputs: the weight's shape.
+        outputs: rows of the weight.
+        inputs: its columns.
     """
 
     data: Tensor
