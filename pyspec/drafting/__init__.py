@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "Drafter", "drafter_from_name", "new_drafter"]
 
-#: Drafters that a runner alone is enough for: module and class by name.
+#: Module and class, by name, of the drafters that a runner alone is enough for.
 NAMES = {
     "merged": ("merged", "MergedDrafter"),
     "lookup": ("lookup", "LookupDrafter"),

@@ -43,7 +43,7 @@ class Round:
     paths: Tensor  #: [trees, longest]: recorded nodes that were accepted, then -1
     halves: Tensor  #: [trees]: the half of the record that they lie in, 0 or 1
     keeps: Tensor  #: [trees]: -1 to fold them, else the place in the half where the tree's nodes begin, behind them
-    advances: Tensor  #: [trees]: 1 for a chain that is accepted as a whole: the state moves behind it, unrecorded
+    advances: Tensor  #: [trees]: 1 for a chain that is accepted as a whole; the state moves behind it, unrecorded
 
     @classmethod
     def of(
