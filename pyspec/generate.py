@@ -26,10 +26,12 @@ MOST_NEW_TOKENS = 2**24
 class Generation:
     """What generate gives back; for a batch, every field but stats is a list with an entry per prompt.
 
-    tokens: new tokens, the prompt not included; the end token and the tokens of a stop string are.
-    text: of these tokens, without end token and stop string; None where the model has no tokenizer.
-    finish_reason: "eos", "stop" (a stop string), "length", "interrupted" (Ctrl-C) or "error".
-    error: what went wrong where finish_reason is "error", else None.
+    Attributes:
+        tokens: new tokens, the prompt not included; the end token and the tokens of a stop string are.
+        text: of these tokens, without end token and stop string; None where the model has no tokenizer.
+        finish_reason: "eos", "stop" (a stop string), "length", "interrupted" (Ctrl-C) or "error".
+        error: what went wrong where finish_reason is "error", else None.
+        stats: what was done, and where the time went.
     """
 
     tokens: list

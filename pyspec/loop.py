@@ -31,10 +31,10 @@ class Stats:
     seed: int
     new_tokens: int = 0
     rounds: int = 0
-    nodes: int = 0  # tree nodes verified, roots included
-    accepted_lengths: list[int] = field(default_factory=list)  # [k]: how often one sequence's round gave k tokens
-    prefill_seconds: float = 0.0  # with the drafter's reading of the prompt
-    draft_seconds: float = 0.0  # propose and observe
+    nodes: int = 0  #: tree nodes verified, roots included
+    accepted_lengths: list[int] = field(default_factory=list)  #: at k, how often one sequence's round gave k tokens
+    prefill_seconds: float = 0.0  #: with the drafter's reading of the prompt
+    draft_seconds: float = 0.0  #: propose and observe
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
     commit_seconds: float = 0.0
@@ -48,7 +48,7 @@ class Stats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """[d - 1]: the share of rounds that accepted a draft at depth d. They add up to the mean length - 1."""
+        """By depth d, at d - 1, the share of rounds that accepted a draft there. They add up to the mean length - 1."""
         rounds = max(1, sum(self.accepted_lengths))
         return [sum(self.accepted_lengths[length:]) / rounds for length in range(2, len(self.accepted_lengths))]
 
@@ -59,7 +59,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the rounds over the decode time: the tokens that the prefill gave are not counted."""
+        """Tokens of the rounds over the decode time; the tokens that the prefill gave are not counted."""
         tokens = sum(length * count for length, count in enumerate(self.accepted_lengths))
         return tokens / self.decode_seconds if tokens else 0.0
 

@@ -10,8 +10,8 @@ import torch
 
 __all__ = ["DraftTree", "Siblings"]
 
-# How the children of a node of a sampled tree were drawn, in index order: never more than one; independently of each
-# other, how many being decided before any was drawn; or each unlike those before it.
+#: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
+#: other, how many being decided before any was drawn; or each unlike those before it.
 Siblings = Literal["none", "with replacement", "without replacement"]
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = {
     str(path.relative_to(ROOT)): BLOCK.findall(path.read_text())
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 WITH_BLOCKS = [page for page, blocks in PAGES.items() if blocks]
 GENERATE, LOAD = pyspec.generate, pyspec.load
@@ -129,14 +129,33 @@ def known_model(source: str):
     return demo(int(source == "draft.gguf"))
 
 
-def test_pages_are_linked_and_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text()
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        shown = [path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if path != page]
-        assert any(page.name in other for other in shown), f"nothing links to {page.name}"
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
-        if "://" not in target:
-            assert (ROOT / target).exists(), f"README.md links to {target}"
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]+))?[^)]*\)")
+LINKED = [*(ROOT / page for page in PAGES), ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Those of a page's headings, as GitHub and the site name them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        if "://" in target:
+            continue
+        found = page.parent / target if target else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if page.is_relative_to(ROOT / "docs"):  # the site has files, not folders
+            assert found.is_file(), f"{page.name} links to the folder {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name} links to {target}#{anchor}"
+
+
+def test_pages_are_linked():
+    for page in (ROOT / "docs").rglob("*.md"):
+        targets = {
+            (other.parent / target).resolve() for other in LINKED for target, _ in LINK.findall(other.read_text())
+        }
+        assert page.resolve() in targets, f"nothing links to {page.name}"

@@ -28,7 +28,12 @@ NAMES = {
 
 
 class Accepted(NamedTuple):
-    """path: accepted nodes from the root on, root included; next_token: what the target says after it."""
+    """What a rule decided.
+
+    Attributes:
+        path: accepted nodes from the root on, root included.
+        next_token: what the target says after it.
+    """
 
     path: list[int]
     next_token: int
@@ -37,9 +42,10 @@ class Accepted(NamedTuple):
 class AcceptanceRule(Protocol):
     """Turns target logits at every node into an accepted path and the next token.
 
-    law: of the text. "exact" is the target's, "mixture" a stated mixture with the drafter's, "heuristic" neither.
-    siblings: None if the rule takes every tree, whoever made it. A rule that trusts tree.q takes drawn trees only, and
-    of those the ones whose siblings were drawn in one of these ways.
+    Attributes:
+        law: of the text. "exact" is the target's, "mixture" a stated mixture with the drafter's, "heuristic" neither.
+        siblings: None if the rule takes every tree, whoever made it. A rule that trusts tree.q takes drawn trees only,
+            and of those the ones whose siblings were drawn in one of these ways.
     """
 
     law: Literal["exact", "mixture", "heuristic"]

@@ -11,7 +11,7 @@ __all__ = ["RecursiveRejection", "recursive_rejection"]
 
 
 def recursive_rejection(tree: DraftTree, p, q, noise: Noise, lenience: float = 1.0) -> Accepted:
-    """At a node with law p, in the order of the draws:
+    """At a node with law p, in the order of the draws::
 
         accept child x with probability min(1, p(x) / q(x)); else p <- [p - q]+ and q(x) <- 0, both normalised
 

@@ -11,7 +11,7 @@ __all__ = ["WithReplacement", "with_replacement"]
 
 
 def with_replacement(tree: DraftTree, p, q, noise: Noise) -> Accepted:
-    """At a node with law p, in the order of the draws:
+    """At a node with law p, in the order of the draws::
 
         accept child x with probability min(1, p(x) / q(x)); else p <- [p - q]+, normalised
 

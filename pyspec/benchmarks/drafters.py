@@ -53,9 +53,10 @@ def measure(
         advance: called with the name of the drafter before each text; `runs_of` tells how many there are.
 
     Returns:
-        "temperatures": by temperature, then "all" or category, then "plain" or drafter: tokens_per_second, speed_up,
-        tokens_per_round, draft_share, and how many texts are those of plain decoding (equal) of how many (texts).
-        "answers": by drafter, the same without a plain decoding, and over_recycling, a ratio of tokens a second.
+        Under "temperatures", by temperature, then "all" or category, then "plain" or drafter, tokens_per_second,
+        speed_up, tokens_per_round, draft_share, and how many texts are those of plain decoding (equal) of how many
+        (texts). Under "answers", by drafter, the same without a plain decoding, and over_recycling, a ratio of tokens
+        a second.
 
     Raises:
         ValueError: for a setting that does not fit, before any work.

@@ -29,9 +29,10 @@ RECENT = 32  # queries that channels of keys are chosen by
 class PackedSettings:
     """What a PackedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
 
-    encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D]; channels
-        [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
-    attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
+    Attributes:
+        encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D]; channels
+            [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
+        attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
     """
 
     keep = 1.0
@@ -122,6 +123,7 @@ class GearCache(GearFormat, PackedSettings):
         return attend_tree(q, packed, k, v, rows, self, scale, records)
 
 
+#: Settings by name.
 CACHES = {
     "int8": GearCache(8, 128),
     "int4": GearCache(4, 128),

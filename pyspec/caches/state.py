@@ -30,9 +30,12 @@ class StateCache:
     `windows` lie behind `lengths`. They store what they replayed, unless the path is short enough to be kept: then
     states and windows stay what they are, a checkpoint, and later rounds replay the longer path.
 
-    states: [layers, places, channels / 16, N, 16]; windows: [layers, places, taps - 1, conv_channels].
-    records: [layers, 2, places, nodes, record_width] and conv_records: [layers, 2, places, nodes, conv_channels], with
-    room for as many nodes as the largest tree so far, and the history.
+    Attributes:
+        states: [layers, places, channels / 16, N, 16].
+        windows: [layers, places, taps - 1, conv_channels].
+        records: [layers, 2, places, nodes, record_width], with room for as many nodes as the largest tree so far, and
+            the history.
+        conv_records: [layers, 2, places, nodes, conv_channels].
 
     Args:
         history: the longest path that is kept, in nodes; 0 folds every path into the state. May be set at any time.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "Drafter", "drafter_from_name", "new_drafter"]
 
-# drafters that a runner alone is enough for: name, module, class
+#: Module and class, by name, of the drafters that a runner alone is enough for.
 NAMES = {
     "merged": ("merged", "MergedDrafter"),
     "lookup": ("lookup", "LookupDrafter"),

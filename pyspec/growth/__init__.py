@@ -19,7 +19,7 @@ from pyspec.trees import DraftTree, Siblings
 
 __all__ = ["Children", "GrowthPolicy", "LawSource", "Sapling", "top_tokens"]
 
-# How a node's children come from its law: the likeliest tokens; independent draws; draws of tokens not drawn before.
+#: How a node's children come from its law. The likeliest tokens; independent draws; draws of tokens not drawn before.
 Children = Literal["top", "with replacement", "without replacement"]
 
 LARGEST_BUDGET = 4096

@@ -24,17 +24,20 @@ class BlockMask:
     """Which of M keys each of N query rows sees, by tiles; block_masked_attention visits only those with something.
 
     Full tiles are named by a list for each row block; so are partial tiles, with 64 x 64 bits that equal tiles share. A
-    mask is made by a from_... method, and joined with & and |. It describes one attention pattern for all batch entries
-    and heads, or one for each (stack). It is a snapshot and never changes.
+    mask is made by a `from_...` method, and joined with `&` and `|`. It describes one attention pattern for all batch
+    entries and heads, or one for each (stack). It is a snapshot and never changes.
 
     Attributes:
-        rows, keys: N and M.
-        full_ranges, partial_ranges: [B or 1, Hq or 1, blocks, 2] int32, begin and end of each row block's list.
+        rows: N.
+        keys: M.
+        full_ranges: [B or 1, Hq or 1, blocks, 2] int32, begin and end of each row block's list of full tiles.
+        partial_ranges: the same of partial tiles.
         full_tiles: [F] int32, key tiles all of whose keys every row of the block sees.
         partial_tiles: [P, 2] int32, key tiles and where their bits are.
         bits: [U, W, 64] int64; bit r of word [u, w, j] says whether row 64 w + r of the tile sees its key j. A row
             block has 64 W rows: 64 on a CPU, 128 on a GPU.
-        row_order, key_order: [B or 1, N] and [B or 1, M] int32, or None: place i of the tiles holds row row_order[i].
+        row_order: [B or 1, N] int32, or None; place i of the tiles holds row row_order[i].
+        key_order: [B or 1, M] int32, or None; the same of keys.
     """
 
     rows: int
@@ -248,7 +251,7 @@ class BlockMask:
 
     @property
     def density(self) -> float:
-        """The share of tiles that are visited: not empty."""
+        """The share of tiles that are visited, because they are not empty."""
         blocks = self.full_ranges.shape[:3].numel()
         count = blocks * -(-self.keys // WORD)
         return (len(self.full_tiles) + len(self.partial_tiles)) / count if count else 0.0

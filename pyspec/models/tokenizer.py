@@ -72,7 +72,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the vocabulary: a hash of all tokens in order."""
+        """A hash of all tokens in order, which names the vocabulary."""
         vocabulary = sorted(self.backend.get_vocab().items(), key=lambda entry: entry[1])
         return hashlib.sha256(repr(vocabulary).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -175,7 +175,7 @@ class Tokenizer:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The tokens of a prompt, after the token for the beginning if the model wants one.
 
-        special: read names of special tokens ("<|im_end|>") as those tokens; they are plain text otherwise.
+        special: read names of special tokens (`<|im_end|>`) as those tokens; they are plain text otherwise.
         """
         tokens = self._encode(text, special)
         if self._bos is not None and tokens[:1] != [self._bos]:

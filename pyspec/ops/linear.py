@@ -36,7 +36,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class PackedWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
-    data: on the CPU panels of 32 outputs, elsewhere rows; uint8 for int8 weights, else of the weight's dtype.
+    Attributes:
+        data: on the CPU panels of 32 outputs, elsewhere rows; uint8 for int8 weights, else of the weight's dtype.
+        outputs: rows of the weight.
+        inputs: its columns.
     """
 
     data: Tensor

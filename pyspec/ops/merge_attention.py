@@ -59,7 +59,8 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         lse_a, lse_b: [...] fp32, natural log-sum-exp of each part's scores; -inf where a part saw no key.
 
     Returns:
-        out [..., D] of the dtype of out_a, and its lse [...] fp32, both contiguous. Both parts empty: 0 and -inf.
+        out [..., D] of the dtype of out_a, and its lse [...] fp32, both contiguous; 0 and -inf where both parts
+        are empty.
 
     Raises:
         TypeError: a dtype is not supported or the two differ.

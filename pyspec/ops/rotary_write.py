@@ -78,7 +78,7 @@ def rotary_write(
         heads: of the queries.
 
     Returns:
-        [R, heads, D] of the keys' dtype: the turned queries.
+        The turned queries, [R, heads, D] of the keys' dtype.
 
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.

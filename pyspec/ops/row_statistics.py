@@ -30,11 +30,11 @@ TOP = 8  # tokens that are told for each row: kTop in kernels/params/row_statist
 class RowStatistics(NamedTuple):
     """Statistics of logits [R, V]."""
 
-    top_tokens: Tensor  # [R, 8] int64, best first, the lower token first among equals; -1 where there is none
-    top_logits: Tensor  # [R, 8] fp32; -inf where there is none
-    log_sum_exp: Tensor  # [R] fp32, natural log
-    entropy: Tensor  # [R] fp32, nats
-    token_probabilities: Tensor | None  # [R, M] fp32, of the tokens asked for
+    top_tokens: Tensor  #: [R, 8] int64, best first, the lower token first among equals; -1 where there is none
+    top_logits: Tensor  #: [R, 8] fp32; -inf where there is none
+    log_sum_exp: Tensor  #: [R] fp32, natural log
+    entropy: Tensor  #: [R] fp32, nats
+    token_probabilities: Tensor | None  #: [R, M] fp32, of the tokens asked for
 
 
 def row_statistics_reference(logits: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -37,13 +37,13 @@ class Round:
     them. Sequences that are not named are left alone, to the bit.
     """
 
-    sequences: Tensor  # [trees]: places in the state, each at most once
-    starts: Tensor  # [trees + 1]: the nodes of tree i are rows starts[i] .. starts[i + 1] - 1
-    parents: Tensor  # [rows]: as in DraftTree
-    paths: Tensor  # [trees, longest]: recorded nodes that were accepted, then -1
-    halves: Tensor  # [trees]: the half of the record that they lie in, 0 or 1
-    keeps: Tensor  # [trees]: -1 to fold them, else the place in the half where the tree's nodes begin, behind them
-    advances: Tensor  # [trees]: 1 for a chain that is accepted as a whole: the state moves behind it, unrecorded
+    sequences: Tensor  #: [trees]: places in the state, each at most once
+    starts: Tensor  #: [trees + 1]: the nodes of tree i are rows starts[i] .. starts[i + 1] - 1
+    parents: Tensor  #: [rows]: as in DraftTree
+    paths: Tensor  #: [trees, longest]: recorded nodes that were accepted, then -1
+    halves: Tensor  #: [trees]: the half of the record that they lie in, 0 or 1
+    keeps: Tensor  #: [trees]: -1 to fold them, else the place in the half where the tree's nodes begin, behind them
+    advances: Tensor  #: [trees]: 1 for a chain that is accepted as a whole; the state moves behind it, unrecorded
 
     @classmethod
     def of(

@@ -33,8 +33,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class TopK(NamedTuple):
     """The best of x along a dimension, which has k of them."""
 
-    values: Tensor  # of x's dtype; always x.gather(dim, indices)
-    indices: Tensor  # int64, different from each other
+    values: Tensor  #: of x's dtype; always x.gather(dim, indices)
+    indices: Tensor  #: int64, different from each other
 
 
 def topk_reference(

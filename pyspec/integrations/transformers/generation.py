@@ -86,7 +86,7 @@ def generate(
     synced_gpus: bool = False,
     **model_kwargs,
 ):
-    """transformers' generate, speculated: give it as custom_generate.
+    """transformers' generate, speculated: give it as custom_generate::
 
         model.generate(**inputs, custom_generate=generate, drafter="merged", budget=16, max_new_tokens=128)
 

@@ -1,0 +1,47 @@
+"""The compiled ops of pyspec as torch calls them: every argument given, few of them checked.
+
+What they take is told by the functions of the same names in pyspec.ops. A build for CUDA has kernels for causal_conv,
+residual_vq, selective_state and topk; those of the other ops are written in Triton and come with pyspec.
+"""
+
+from ._ops import ops
+
+block_masked_attention = ops.block_masked_attention
+causal_conv = ops.causal_conv
+gear_encode = ops.gear_encode
+gear_packed_attention = ops.gear_packed_attention
+linear = ops.linear
+linear_rows = ops.linear_rows
+llama_layers = ops.llama_layers
+mamba_layers = ops.mamba_layers
+merge_attention = ops.merge_attention
+residual_vq = ops.residual_vq
+residual_vq_encode = ops.residual_vq_encode
+rms_norm = ops.rms_norm
+rotary_write = ops.rotary_write
+row_statistics = ops.row_statistics
+selective_state = ops.selective_state
+swiglu = ops.swiglu
+topk = ops.topk
+tree_attention = ops.tree_attention
+
+__all__ = [
+    "block_masked_attention",
+    "causal_conv",
+    "gear_encode",
+    "gear_packed_attention",
+    "linear",
+    "linear_rows",
+    "llama_layers",
+    "mamba_layers",
+    "merge_attention",
+    "residual_vq",
+    "residual_vq_encode",
+    "rms_norm",
+    "rotary_write",
+    "row_statistics",
+    "selective_state",
+    "swiglu",
+    "topk",
+    "tree_attention",
+]
