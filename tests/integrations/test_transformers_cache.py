@@ -212,11 +212,11 @@ def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
     register_attention()
     own = copy.deepcopy(model)
     own.set_attn_implementation("pyspec")
-    prompt = torch.randint(1, VOCABULARY, (2, 350), generator=torch.Generator().manual_seed(4))
+    prompt = torch.randint(1, VOCABULARY, (2, 380), generator=torch.Generator().manual_seed(4))
     cache = GearCache(name)
-    model(prompt[:, :300], past_key_values=cache)
+    model(prompt[:, :330], past_key_values=cache)
     caches = [copy.deepcopy(cache) for _ in range(3)]
-    texts = prompt[:, 300:305], prompt[:, 305:306], prompt[:, 306:330]  # the last is too long to be read so
+    texts = prompt[:, 330:335], prompt[:, 335:336], prompt[:, 336:360]  # the last is too long to be read so
     expected = [model(text, past_key_values=caches[0]).logits for text in texts]
     unpacking = []
     decode = cache_module.gear_decode
@@ -225,7 +225,7 @@ def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
         found = own(text, past_key_values=caches[1]).logits
         torch.testing.assert_close(found, logits, atol=2e-4, rtol=2e-4)
         assert len(unpacking) == times  # of both layers
-    padded = torch.ones(2, 305, dtype=torch.long)
+    padded = torch.ones(2, 335, dtype=torch.long)
     padded[0, :9] = 0
     found = own(texts[0], past_key_values=caches[2], attention_mask=padded).logits
     torch.testing.assert_close(found[1], expected[0][1], atol=2e-4, rtol=2e-4)
