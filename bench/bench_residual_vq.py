@@ -3,9 +3,11 @@
     python bench/bench_residual_vq.py                a table, and bench/results/residual_vq_cpu.json
     pytest bench/bench_residual_vq.py                a few sizes under pytest-benchmark
 
-"depth x codes" is how a group of 32 channels is kept. The floor is the larger of the records that must be read and the
-operations that must be done: an add of a table entry for each code and query row, twice (scores and masses), and the
-multiply-adds of tables and masses with the codebooks. Codebooks are random: times do not hang on what they hold.
+"depth x codes" is how a group of 32 channels is kept, of keys as they are cached or before rotary embedding. The floor
+is the larger of the records that must be read and the operations that must be done: an add of a table entry for each
+code and query row, twice (scores and masses), and the multiply-adds of tables and masses with the codebooks. Keys
+before rotary embedding have no tables but are rebuilt, an add for each of their numbers and levels, and multiplied.
+Codebooks are random: times do not hang on what they hold.
 """
 
 import argparse
@@ -16,13 +18,15 @@ import torch
 from bench_gear import HEAD_DIM, HEADS, KV_HEADS, LENGTHS, NODES, PIECE, Problem
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyspec.ops import residual_vq_decode, residual_vq_encode
+from pyspec.ops import residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, join_exact
-from pyspec.ops.residual_vq import WIDTH, attend_codes, format_of
+from pyspec.ops.residual_vq import WIDTH, attend_codes, format_of, turn_keys
 
 WINDOW = 64
 CHUNK = 32 * BLOCK  # tokens whose masses meet the codebooks together (kernels/params/residual_vq.h)
-SHAPES = {"8 x 256": (8, 256), "4 x 256": (4, 256), "8 x 2048": (8, 2048)}
+PRE_ROPE = "8 x 256, pre-rope"
+SHAPES = {"8 x 256": (8, 256), "4 x 256": (4, 256), "8 x 2048": (8, 2048), PRE_ROPE: (8, 256)}
+FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 TARGETS = {("8 x 256", 1, 32768): 1.0}
 
 
@@ -32,35 +36,45 @@ def codebooks(name: str) -> torch.Tensor:
     return (words * 0.8 * 0.8 ** torch.arange(depth)[:, None, None]).half()
 
 
-def attention(problem: Problem, books: torch.Tensor):
+def attention(problem: Problem, books: torch.Tensor, pre_rope: bool = False):
     """As a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
     packed = residual_vq_encode(*problem.piece, books).repeat(1, 1, -(-problem.length // PIECE), 1)
     start = blocks_seen(problem.length, WINDOW) * BLOCK
     k, v = (x[:, :, start:].contiguous() for x in (problem.k, problem.v))
     rows, scale = TreeRows.of(problem.bits, problem.lens, WINDOW), HEAD_DIM**-0.5
+    rotary = rotary_of_blocks(FREQUENCIES, packed.shape[2]) if pre_rope else None
 
     def call() -> torch.Tensor:
-        return join_exact(attend_codes(problem.q, packed, rows.seen, books, scale), problem.q, k, v, rows, scale)[0]
+        packed_part = attend_codes(problem.q, packed, rows.seen, books, scale, rotary)
+        return join_exact(packed_part, problem.q, k, v, rows, scale)[0]
 
     return call
 
 
-def check(problem: Problem, books: torch.Tensor) -> None:
+def check(problem: Problem, books: torch.Tensor, pre_rope: bool = False) -> None:
     """Refuses to time a wrong result."""
     k, v = problem.k.double(), problem.v.double()
     start = blocks_seen(problem.length, WINDOW) * BLOCK
     decoded = residual_vq_decode(residual_vq_encode(*problem.piece, books), books, HEAD_DIM)
-    for exact, x in zip((k, v), decoded, strict=True):
-        exact[:, :, :start] = x.double().repeat(1, 1, -(-problem.length // PIECE), 1)[:, :, :start]
+    whole = [x.repeat(1, 1, -(-problem.length // PIECE), 1) for x in decoded]
+    if pre_rope:
+        whole[0] = turn_keys(whole[0], rotary_of_blocks(FREQUENCIES, whole[0].shape[2] // BLOCK))
+    for exact, x in zip((k, v), whole, strict=True):
+        exact[:, :, :start] = x[:, :, :start].double()
     expected = scaled_dot_product_attention(problem.q.double(), k, v, problem.mask, enable_gqa=True)
-    torch.testing.assert_close(attention(problem, books)().double(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(attention(problem, books, pre_rope)().double(), expected, atol=2e-2, rtol=2e-2)
 
 
-def floor_ms(nodes: int, length: int, books: torch.Tensor, bandwidth: float, rate: float) -> float:
+def floor_ms(
+    nodes: int, length: int, books: torch.Tensor, bandwidth: float, rate: float, pre_rope: bool = False
+) -> float:
     format = format_of(books)
     read = KV_HEADS * length // BLOCK * format.record_bytes(HEAD_DIM)
     adds = 2 * HEADS * nodes * length * HEAD_DIM // WIDTH * format.depth
     products = 2 * HEADS * nodes * HEAD_DIM * format.depth * format.codes * (1 + -(-length // CHUNK))
+    if pre_rope:
+        adds = adds // 2 + KV_HEADS * length * HEAD_DIM * format.depth
+        products -= 2 * HEADS * nodes * HEAD_DIM * (format.depth * format.codes - length)
     return 1e3 * max(read / bandwidth, (adds + products) / rate)
 
 
@@ -75,15 +89,15 @@ def run(names: list[str], lengths: list[int], repeats: int) -> dict:
     bandwidth, rate = measure.read_bandwidth(), measure.multiply_rate(torch.float32)
     books = {name: codebooks(name) for name in names}
     for name in names:
-        check(Problem(8, 1024), books[name])
+        check(Problem(8, 1024), books[name], name == PRE_ROPE)
     rows = []
     for nodes in NODES:
         for length in lengths:
             problem = Problem(nodes, length)
             calls = {"dense": problem.dense, "sdpa": problem.sdpa}
-            calls |= {name: attention(problem, books[name]) for name in names}
+            calls |= {name: attention(problem, books[name], name == PRE_ROPE) for name in names}
             ms = {name: 1e3 * seconds for name, seconds in measure.in_turn(calls, repeats).items()}
-            floors = {name: floor_ms(nodes, length, books[name], bandwidth, rate) for name in names}
+            floors = {name: floor_ms(nodes, length, books[name], bandwidth, rate, name == PRE_ROPE) for name in names}
             rows.append({"nodes": nodes, "length": length, "ms": ms, "floor_ms": floors})
             show(rows[-1])
     return {
@@ -94,7 +108,7 @@ def run(names: list[str], lengths: list[int], repeats: int) -> dict:
         "read_gb_s": bandwidth / 1e9,
         "fp32_gflop_s": rate / 1e9,
         "rows": rows,
-        "encode": encode_times(books, rate, repeats),
+        "encode": encode_times({name: b for name, b in books.items() if name != PRE_ROPE}, rate, repeats),
     }
 
 
@@ -104,7 +118,7 @@ def show(row: dict) -> None:
     for name, floor in floors.items():
         target = TARGETS.get((name, row["nodes"], row["length"]))
         print(
-            f"    {name:<10} {ms[name]:8.2f} ms  {ms['dense'] / ms[name]:5.2f}x dense  {ms['sdpa'] / ms[name]:5.2f}x "
+            f"    {name:<17} {ms[name]:8.2f} ms  {ms['dense'] / ms[name]:5.2f}x dense  {ms['sdpa'] / ms[name]:5.2f}x "
             f"sdpa  floor {floor:.2f} ms ({floor / ms[name]:.0%})" + (f"  target {target}x" if target else ""),
             flush=True,
         )

@@ -11,7 +11,8 @@ import peers
 import torch
 
 CHUNK = 32  # tokens of a step of transformers: the decode path, without one pass for each token
-QUANTIZED = [("quanto", 4), ("quanto", 2), ("hqq", 4), ("hqq", 2)]
+QUANTIZED = {"quanto": 0, "hqq": 1}  # backends of transformers, and the axis that groups lie along
+BITS = (4, 2)
 LLAMA_CPP = {"q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
 
 Laws = Callable[[list[int]], torch.Tensor]  # [n - 1, V] log-probabilities of the next token along a text
@@ -19,11 +20,12 @@ Laws = Callable[[list[int]], torch.Tensor]  # [n - 1, V] log-probabilities of th
 
 def engines(model, tokens: int, threads: int) -> Iterator[tuple[str, Callable[[], tuple[Laws, dict[str, Laws]]]]]:
     """Name, and what makes the dense laws and those of each quantised cache; raises where a peer cannot run."""
-    yield "transformers", lambda: _transformers(model)
+    for backend in QUANTIZED:
+        yield f"transformers {backend}", lambda backend=backend: _transformers(model, backend)
     yield "llama.cpp", lambda: _llama_cpp(model, tokens, threads)
 
 
-def _transformers(model) -> tuple[Laws, dict[str, Laws]]:
+def _transformers(model, backend: str) -> tuple[Laws, dict[str, Laws]]:
     from transformers import DynamicCache, QuantizedCache
 
     dense_model = peers.dense_transformers(model)
@@ -36,20 +38,12 @@ def _transformers(model) -> tuple[Laws, dict[str, Laws]]:
             rows.append(dense_model(piece, past_key_values=cache).logits[0].float().log_softmax(-1))
         return torch.cat(rows)
 
-    def quantised(backend: str, bits: int) -> Laws:
-        axis = {"axis_key": 0, "axis_value": 0} if backend == "quanto" else {"axis_key": 1, "axis_value": 1}
-        make = lambda: QuantizedCache(backend, dense_model.config, nbits=bits, **axis)  # noqa: E731
-        make()  # raises where the backend is not installed
-        return lambda text: along(text, make())
+    def quantised(bits: int) -> QuantizedCache:
+        axis = QUANTIZED[backend]
+        return QuantizedCache(backend, dense_model.config, nbits=bits, axis_key=axis, axis_value=axis)
 
-    found, reasons = {}, []
-    for backend, bits in QUANTIZED:
-        try:
-            found[f"{backend} {bits} bits"] = quantised(backend, bits)
-        except ImportError as error:
-            reasons.append(f"{backend}: {str(error).splitlines()[0]}")
-    if not found:
-        raise ImportError("; ".join(sorted(set(reasons))))
+    quantised(BITS[0])  # raises where the backend is not installed
+    found = {f"{bits} bits": lambda text, bits=bits: along(text, quantised(bits)) for bits in BITS}
     return lambda text: along(text, DynamicCache()), found
 
 

@@ -2,6 +2,7 @@
 
     python bench/kv_cache.py                a table, bench/results/kv_cache.json; a quarter of an hour
     python bench/kv_cache.py --quick        the same of one short text
+    python bench/kv_cache.py --caches rvq kivi-2bit --codebooks mine.safetensors    beside codebooks of your own
 
 Texts are pages of Python's own documentation. Perplexity is teacher-forced through the decode path: a prompt is read as
 chains of accepted drafts, with the bits of decoding it token by token, so every position reads the cache as it would
@@ -9,6 +10,7 @@ when the model speaks. Against the dense cache in the same dtype, over the posit
 
     perplexity, its change, the mean KL divergence of the next token's law, how often the best token is the same;
     the relative Frobenius error of keys and values, and over that of the same backbone without low rank and outliers;
+    of codes, that of the first levels alone too;
     effective bits of a number at 8k tokens; the accepted length of the lookup drafter;
     how many of the numbers that were hidden in a long text are found again.
 
@@ -23,6 +25,7 @@ import math
 import random
 import statistics
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import cache_peers
@@ -31,9 +34,10 @@ import torch
 from rich.console import Console
 
 from pyspec import generate, load
-from pyspec.caches import CACHES, GearCache, cache_from_name
-from pyspec.ops import gear_decode, gear_encode
+from pyspec.caches import CACHES, Codebooks, GearCache, PackedSettings, ResidualVqCache, cache_from_name
+from pyspec.ops import gear_decode, gear_encode, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK
+from pyspec.ops.residual_vq import turn_keys
 
 SETTINGS = {
     **CACHES,
@@ -86,7 +90,7 @@ def is_found(model, text: list[int], key: str, cache: str | GearCache) -> bool:
     return key in generate(model, text, drafter="lookup", max_new_tokens=8, cache=cache).text
 
 
-def laws(model, text: list[int], cache: GearCache | None) -> torch.Tensor:
+def laws(model, text: list[int], cache: PackedSettings | None) -> torch.Tensor:
     """[n, V] log-probabilities of the next token at every position but the last."""
     rows = []
     model.prefill([text], cache=cache, observe=lambda _, chain, logits: rows.append(logits.log_softmax(-1)))
@@ -100,10 +104,23 @@ def keys_values(model, text: list[int]) -> list[torch.Tensor]:
     return [part[:, 0, :, :whole].clone() for part in model._cache.keys_values.unbind(1)]
 
 
-def errors(parts: list[torch.Tensor], settings: GearCache) -> list[float]:
+def errors(parts: list[torch.Tensor], decoded: tuple[torch.Tensor, torch.Tensor]) -> list[float]:
     """Relative Frobenius errors of keys and values."""
-    decoded = gear_decode(gear_encode(*parts, settings), settings, parts[0].shape[-1])
     return [float((x - exact.float()).norm() / exact.float().norm()) for x, exact in zip(decoded, parts, strict=True)]
+
+
+def gear_errors(parts: list[torch.Tensor], settings: GearCache) -> list[float]:
+    return errors(parts, gear_decode(gear_encode(*parts, settings), settings, parts[0].shape[-1]))
+
+
+def code_errors(parts: list[torch.Tensor], codebooks: Codebooks, depth: int) -> list[float]:
+    """Of the first levels of each layer's codebooks."""
+    (k, v), tables, rotary = (part.float() for part in parts), codebooks.tables[:, :, :depth], None
+    if codebooks.frequencies is not None:
+        rotary = rotary_of_blocks(codebooks.frequencies, k.shape[2] // BLOCK)
+        k = turn_keys(k, rotary, back=True)
+    k, v = residual_vq_decode(residual_vq_encode(k, v, tables), tables, codebooks.head_dim)
+    return errors(parts, (k if rotary is None else turn_keys(k, rotary), v))
 
 
 def accepted_length(model, text: list[int], cache: str | GearCache) -> float:
@@ -122,11 +139,23 @@ def against_dense(dense: torch.Tensor, other: torch.Tensor, text: list[int]) -> 
     }
 
 
-def of_backbone(parts: list[torch.Tensor], settings: GearCache) -> dict[str, float]:
-    """Errors of keys and values, and over those of min-max in as many bits; none where some are left out."""
-    if not isinstance(settings, GearCache) or settings.keep < 1 or settings.key_channels:
+def error_figures(parts: list[torch.Tensor], settings: PackedSettings) -> dict[str, float]:
+    """Errors of keys and values; of codes by depth, else over those of min-max in as many bits.
+
+    None where some are left out.
+    """
+    if isinstance(settings, ResidualVqCache):
+        depth = settings.codebooks.format.depth
+        found = {level: code_errors(parts, settings.codebooks, level) for level in range(1, depth + 1)}
+        by_depth = {
+            f"{side}_error_depth_{level}": error
+            for level, both in found.items()
+            for side, error in zip(("key", "value"), both, strict=True)
+        }
+        return {"key_error": found[depth][0], "value_error": found[depth][1]} | by_depth
+    if settings.keep < 1 or settings.key_channels:
         return {}
-    found, plain = errors(parts, settings), errors(parts, GearCache(settings.bits, settings.group))
+    found, plain = gear_errors(parts, settings), gear_errors(parts, GearCache(settings.bits, settings.group))
     return {
         "key_error": found[0],
         "value_error": found[1],
@@ -159,7 +188,7 @@ def run(model, pages: list[list[int]], names: list[str], hidden: list[tuple[list
             progress.advance(task)
             for name in names:
                 settings = settings_of(name)
-                figures = against_dense(dense, laws(model, text, settings), text) | of_backbone(parts, settings)
+                figures = against_dense(dense, laws(model, text, settings), text) | error_figures(parts, settings)
                 found[name].append(figures | {"accepted": accepted_length(model, text, settings)})
                 progress.advance(task)
         rows = [summary(name, figures) for name, figures in found.items()]
@@ -214,6 +243,19 @@ def show(rows: list[dict]) -> None:
         print(f"{row['cache']:<{width}}" + "".join(cells))
 
 
+def show_depths(rows: list[dict]) -> None:
+    """Errors of what is codes, by how many of their levels."""
+    for row in rows:
+        depths = [int(name.rpartition("_")[2]) for name in row if name.startswith("key_error_depth")]
+        if not depths:
+            continue
+        title = f"{row['cache']}, by depth"
+        print("\n" + title + "".join(f"{depth:>7}" for depth in depths))
+        for side in ("key", "value"):
+            found = "".join(f"{row[f'{side}_error_depth_{depth}']:7.3f}" for depth in depths)
+            print(f"{side + 's':>{len(title)}}{found}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", type=measure.positive, default=2)
@@ -223,6 +265,7 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--caches", nargs="+", choices=[*SETTINGS, "rvq"], default=[*SETTINGS, "rvq"])
+    parser.add_argument("--codebooks", nargs="+", type=Path, default=[], help="measured as rvq and the file's name")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     if options.quick:
@@ -230,12 +273,16 @@ def main() -> None:
     if options.tokens < FIRST + BLOCK:
         sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a packed block")
     torch.set_num_threads(options.threads)
+    for path in options.codebooks:
+        options.caches.append(f"rvq {path.stem}")
+        SETTINGS[options.caches[-1]] = ResidualVqCache(Codebooks.load(path))
     model = load("demo", dtype=DTYPES[options.dtype], device="cpu")
     pages = texts(model, options.texts, options.tokens)
     hidden = passkeys(model, options.passkey_tokens, DEPTHS[1:2] if options.quick else DEPTHS)
     rows = run(model, pages, options.caches, hidden)
     peer_rows, missing = ([], {}) if options.no_peers else run_peers(model, pages, options.threads)
     show(rows + peer_rows)
+    show_depths(rows)
     for peer, reason in missing.items():
         print(f"missing: {peer}: {reason}")
     result = {"machine": measure.machine(), "dtype": options.dtype, "tokens": options.tokens, "rows": rows}

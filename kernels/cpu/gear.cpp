@@ -17,7 +17,7 @@
 
 #include "cpu/gear_codes.h"
 #include "cpu/hadamard.h"
-#include "cpu/simd.h"
+#include "cpu/packed_rows.h"
 
 namespace {
 
@@ -28,8 +28,7 @@ using pyspec::kGearRows;
 using pyspec::kMostOutliers;
 using pyspec::kMostRank;
 
-constexpr int64_t kMostHeadDim = 256, kLeastGroup = 32;
-constexpr float kLn2 = 0.693147181f;
+constexpr int64_t kLeastGroup = 32;
 
 // Sums that stay in registers: rows of a pass, and vectors of channels.
 #if PYSPEC_HAS_AVX512
@@ -98,27 +97,25 @@ Scratch& scratch() {
 }
 
 template <class Storage, bool kPairs>
-struct Kernel {
+struct Kernel : PackedRows<Storage, GearAttentionParams> {
+  using Rows = PackedRows<Storage, GearAttentionParams>;
+  using Rows::d, Rows::p, Rows::row_count, Rows::seen;
   static constexpr int64_t kFactorBytes = kPairs ? 2 : 4, kTokens = kPart<kPairs>;
 
-  const GearAttentionParams& p;
   GearSide keys, values;
-  int64_t d, key_dim, group, width, rank, outliers, heads_a_group, row_count, sets, max_chunks, state_floats;
+  int64_t key_dim, group, width, rank, outliers, sets, max_chunks, state_floats;
   float middle_code, score_factor;
   float *queries, *states;
 
   explicit Kernel(const GearAttentionParams& params)
-      : p(params),
+      : Rows(params),
         keys(params.format, params.head_dim, false),
         values(params.format, params.head_dim, true),
-        d(params.head_dim),
         key_dim(pyspec::gear_key_dim(params.format, params.head_dim)),
         group(params.format.group),
         width(params.format.group < d ? params.format.group : d),
         rank(params.format.rank),
         outliers(params.format.outliers),
-        heads_a_group(params.heads / params.kv_heads),
-        row_count(params.nodes * heads_a_group),
         sets(pyspec::gear_row_sets(params)),
         max_chunks(pyspec::gear_chunks(params.most_seen)),
         state_floats(pyspec::gear_state_floats(d)),
@@ -131,9 +128,6 @@ struct Kernel {
     int64_t left = row_count - set * kGearRows;
     left = (left + kPassRows - 1) / kPassRows * kPassRows;
     return left < kGearRows ? left : kGearRows;
-  }
-  int64_t seen(int64_t b, int64_t row) const {
-    return row < row_count ? p.seen[b * p.nodes + row / heads_a_group] : 0;
   }
   int64_t most_seen(int64_t b, int64_t set) const {
     int64_t most = 0;
@@ -160,10 +154,7 @@ struct Kernel {
         std::memset(to, 0, d * sizeof(float));
         continue;
       }
-      const Storage* from = static_cast<const Storage*>(p.q) + b * p.q_strides[0] +
-                            (h * heads_a_group + row % heads_a_group) * p.q_strides[1] +
-                            row / heads_a_group * p.q_strides[2];
-      convert_row(from, to, d);
+      this->read_query(b, h, row, to);
       if (p.format.rotate) rotate(to, d);
     }
   }
@@ -500,29 +491,9 @@ struct Kernel {
   void finish_set(int64_t item) const {
     int64_t set = item % sets, sequence_head = item / sets;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
-    alignas(64) float merged[kMostHeadDim];
-    for (int64_t r = 0; r < kGearRows; ++r) {
-      int64_t row = set * kGearRows + r;
-      if (row >= row_count) return;
-      float max = -kInfinity, sum = 0.0f;
-      for (int64_t i = 0; i < d; ++i) merged[i] = 0.0f;
-      for (int64_t chunk = 0; pyspec::gear_first_block(chunk) < seen(b, row); ++chunk) {
-        const float* from = state(sequence_head, chunk, row);
-        float largest = from[d] > max ? from[d] : max, safe = largest == -kInfinity ? 0.0f : largest;
-        F16 weight = exp2(set1(max - safe)), other = exp2(set1(from[d] - safe));
-        for (int64_t i = 0; i < d; i += 16)
-          store(merged + i, fma(load(from + i), other, mul(load(merged + i), weight)));
-        alignas(64) float sums[16];
-        store(sums, fma(set1(from[d + 1]), other, mul(set1(sum), weight)));
-        max = largest, sum = sums[0];
-      }
-      int64_t head = h * heads_a_group + row % heads_a_group, node = row / heads_a_group;
-      Storage* out = static_cast<Storage*>(p.out) + b * p.out_strides[0] + head * p.out_strides[1] +
-                     node * p.out_strides[2];
-      F16 factor = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-      for (int64_t i = 0; i < d; i += 16) store_as(out + i, mul(load(merged + i), factor));
-      p.lse[(b * p.heads + head) * p.nodes + node] =
-          sum == 0.0f ? -kInfinity : (max + __builtin_log2f(sum)) * kLn2;
+    for (int64_t row = set * kGearRows; row < (set + 1) * kGearRows && row < row_count; ++row) {
+      this->merge_chunks(b, h, row, pyspec::gear_chunks(seen(b, row)),
+                         [&](int64_t chunk) { return state(sequence_head, chunk, row); });
     }
   }
 

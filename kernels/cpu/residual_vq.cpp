@@ -11,11 +11,13 @@
 // the number of lanes: table entries in the order of levels, masses in that of tokens. That is the row rule.
 //
 // A token costs a load and an add for each code and set of rows, for its values a store too; a table costs
-// head_dim * depth * codes multiply-adds for each row, and so does a chunk.
+// head_dim * depth * codes multiply-adds for each row, and so does a chunk. Keys that were coded before
+// rotary embedding have no tables: vq_turned.h.
 #include "params/residual_vq.h"
 
-#include "cpu/simd.h"
+#include "cpu/packed_rows.h"
 #include "cpu/vq_codes.h"
+#include "cpu/vq_turned.h"
 
 namespace {
 
@@ -25,9 +27,8 @@ using pyspec::kVqMostCodes;
 using pyspec::kVqWidth;
 using pyspec::VqAttentionParams;
 
-constexpr int64_t kMostHeadDim = 256, kMostRows = 16;
+constexpr int64_t kMostRows = TurnedBlock::kMostRows;
 constexpr int64_t kRunBlocks = 4;  // whose scores stay in the first-level cache
-constexpr float kLn2 = 0.693147181f;
 
 // kRows floats. The compiler's own vectors: on every instruction set there are instructions for 4 of them.
 template <int kRows>
@@ -50,6 +51,7 @@ struct Scratch {
   alignas(64) float out[kMostRows * kMostHeadDim];
   alignas(64) float scales[kVqBlock];
   uint16_t codes[4][kVqBlock];  // where they are not bytes
+  TurnedBlock turned;
 };
 
 Scratch& scratch() {
@@ -58,33 +60,29 @@ Scratch& scratch() {
 }
 
 template <class Storage, int kRows>
-struct Kernel {
+struct Kernel : PackedRows<Storage, VqAttentionParams> {
+  using Rows = PackedRows<Storage, VqAttentionParams>;
+  using Rows::d, Rows::p, Rows::row_count, Rows::seen;
   using Lanes = typename LanesOf<kRows>::Lanes;
   static constexpr int kLevels = kRows == 4 ? 4 : 1;  // of a pass
 
-  const VqAttentionParams& p;
-  int64_t d, groups, depth, codes, heads_a_group, row_count, sets, chunks, level_bytes, side_bytes;
-  float *transposed, *tables, *states;
+  int64_t groups, depth, codes, sets, chunks, level_bytes, side_bytes;
+  float *words, *tables, *places, *states;
 
   explicit Kernel(const VqAttentionParams& params)
-      : p(params),
-        d(params.head_dim),
+      : Rows(params),
         groups(d / kVqWidth),
         depth(params.format.depth),
         codes(params.format.codes),
-        heads_a_group(params.heads / params.kv_heads),
-        row_count(pyspec::vq_rows(params)),
         sets(pyspec::vq_sets(params)),
         chunks(pyspec::vq_chunks(params.most_seen)),
         level_bytes(pyspec::vq_level_bytes(params.format)),
         side_bytes(pyspec::vq_side_bytes(params.format, d)),
-        transposed(params.workspace),
-        tables(transposed + depth * kVqWidth * codes),
-        states(tables + p.batch * p.kv_heads * sets * pyspec::vq_table_floats(p)) {}
+        words(params.workspace),
+        tables(words + depth * kVqWidth * codes),
+        places(tables + p.batch * p.kv_heads * sets * pyspec::vq_table_floats(p)),
+        states(places + pyspec::vq_place_floats(p)) {}
 
-  int64_t seen(int64_t b, int64_t row) const {
-    return row < row_count ? p.seen[b * p.nodes + row / heads_a_group] : 0;
-  }
   float* table(int64_t set_item, int64_t group) const {
     return tables + (set_item * groups + group) * depth * codes * kRows;
   }
@@ -92,37 +90,41 @@ struct Kernel {
     return states + ((set_item * chunks + chunk) * kRows + row) * pyspec::vq_state_floats(d);
   }
 
-  // ==== phase 1: codewords of a level of the keys, [32][codes] in fp32 ====
+  // The queries of a set of rows, and how many there are.
+  int64_t read_queries(Scratch& s, int64_t set_item) const {
+    int64_t set = set_item % sets, b = set_item / sets / p.kv_heads, h = set_item / sets % p.kv_heads;
+    int64_t rows = row_count - set * kRows < kRows ? row_count - set * kRows : kRows;
+    for (int64_t r = 0; r < rows; ++r) this->read_query(b, h, set * kRows + r, s.queries[r]);
+    return rows;
+  }
 
-  void transpose_level(int64_t level) const {
-    transpose_codewords(p.codebooks + level * codes * kVqWidth, codes, transposed + level * kVqWidth * codes);
+  // ==== phase 1: codewords of a level of the keys in fp32 ====
+
+  // [32][codes], or for keys that are to be turned [codes][32].
+  void convert_level(int64_t level) const {
+    const uint16_t* from = p.codebooks + level * codes * kVqWidth;
+    float* to = words + level * codes * kVqWidth;
+    if (p.rotary) return convert_row(reinterpret_cast<const Float16*>(from), to, codes * kVqWidth);
+    transpose_codewords(from, codes, to);
   }
 
   // ==== phase 2: the tables of a set of rows and a group of channels ====
 
   void fill_table(int64_t item) const {
-    int64_t group = item % groups, set_item = item / groups, set = set_item % sets;
-    int64_t b = set_item / sets / p.kv_heads, h = set_item / sets % p.kv_heads;
+    int64_t group = item % groups, set_item = item / groups;
     Scratch& s = scratch();
-    int64_t rows = row_count - set * kRows < kRows ? row_count - set * kRows : kRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t row = set * kRows + r;
-      const Storage* from = static_cast<const Storage*>(p.q) + b * p.q_strides[0] +
-                            (h * heads_a_group + row % heads_a_group) * p.q_strides[1] +
-                            row / heads_a_group * p.q_strides[2];
-      convert_row(from, s.queries[r], d);
-    }
+    int64_t rows = read_queries(s, set_item);
     float* to = table(set_item, group);
     std::memset(to, 0, depth * codes * kRows * sizeof(float));  // rows that are not there
     for (int64_t level = 0; level < depth; ++level, to += codes * kRows) {
-      const float* words = transposed + level * kVqWidth * codes;
+      const float* of_level = words + level * kVqWidth * codes;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t code = 0; code < codes; code += 128) {
           F16 sums[8];
           for (int i = 0; i < 8; ++i) sums[i] = set1(0.0f);
           for (int64_t c = 0; c < kVqWidth; ++c) {
             F16 x = set1(s.queries[r][c * groups + group]);
-            for (int i = 0; i < 8; ++i) sums[i] = fma(x, load(words + c * codes + code + 16 * i), sums[i]);
+            for (int i = 0; i < 8; ++i) sums[i] = fma(x, load(of_level + c * codes + code + 16 * i), sums[i]);
           }
           for (int i = 0; i < 8; ++i) store(s.row[r] + code + 16 * i, sums[i]);
         }
@@ -178,6 +180,50 @@ struct Kernel {
       float* of_block = scores + block * kVqBlock * kRows;
       with_codes<kCount>(s, codes_of_level + block * p.packed_strides[2],
                          [&](const auto& code) { add_entries<kCount>(code, table, of_block); });
+    }
+  }
+
+  // Of a chunk's tokens, by the tables of its set.
+  void score_by_tables(Scratch& s, int64_t set_item, const uint8_t* first, int64_t blocks) const {
+    std::memset(s.scores, 0, blocks * kVqBlock * kRows * sizeof(float));
+    for (int64_t run = 0; run < blocks; run += kRunBlocks) {
+      int64_t count = blocks - run < kRunBlocks ? blocks - run : kRunBlocks;
+      float* scores = s.scores + run * kVqBlock * kRows;
+      for (int64_t group = 0; group < groups; ++group) {
+        const uint8_t* at = first + run * p.packed_strides[2] + 2 * kVqBlock + group * depth * level_bytes;
+        const float* entries = table(set_item, group);
+        int64_t level = 0;
+        for (; level + kLevels <= depth; level += kLevels)
+          score_pass<kLevels>(s, at + level * level_bytes, count, entries + level * codes * kRows, scores);
+        for (; level < depth; ++level)
+          score_pass<1>(s, at + level * level_bytes, count, entries + level * codes * kRows, scores);
+      }
+    }
+  }
+
+  template <int kCount>
+  void rebuild_pass(Scratch& s, const uint8_t* codes_of_level, int64_t level) const {
+    const float* from = words + level * codes * kVqWidth;
+    with_codes<kCount>(s, codes_of_level,
+                       [&](const auto& code) { s.turned.template add_codewords<kCount>(code, from, codes); });
+  }
+
+  // Of a chunk's tokens, by keys that are rebuilt and turned; `block` is the first.
+  void score_turned(Scratch& s, int64_t set_item, const uint8_t* record, int64_t block,
+                    int64_t blocks) const {
+    int64_t rows = read_queries(s, set_item);
+    for (float* scores = s.scores; blocks > 0; --blocks, ++block, scores += kVqBlock * kRows) {
+      s.turned.turn_queries(s.queries, rows, d, p.rotary + (kVqBlock + block) * d);
+      for (int64_t group = 0; group < groups; ++group) {
+        const uint8_t* at = record + 2 * kVqBlock + group * depth * level_bytes;
+        std::memset(s.turned.group, 0, sizeof s.turned.group);
+        int64_t level = 0;
+        for (; level + 4 <= depth; level += 4) rebuild_pass<4>(s, at + level * level_bytes, level);
+        for (; level < depth; ++level) rebuild_pass<1>(s, at + level * level_bytes, level);
+        s.turned.turn_group(group, groups, d, places);
+      }
+      s.turned.template multiply<kRows>(d, scores);
+      record += p.packed_strides[2];
     }
   }
 
@@ -275,19 +321,10 @@ struct Kernel {
       if (set * kRows + r >= row_count) visible[r] = kVqChunkBlocks;
     const uint8_t* first = p.packed + b * p.packed_strides[0] + h * p.packed_strides[1] +
                            chunk * kVqChunkBlocks * p.packed_strides[2];
-    std::memset(s.scores, 0, blocks * kVqBlock * kRows * sizeof(float));
-    for (int64_t run = 0; run < blocks; run += kRunBlocks) {
-      int64_t count = blocks - run < kRunBlocks ? blocks - run : kRunBlocks;
-      float* scores = s.scores + run * kVqBlock * kRows;
-      for (int64_t group = 0; group < groups; ++group) {
-        const uint8_t* at = first + run * p.packed_strides[2] + 2 * kVqBlock + group * depth * level_bytes;
-        const float* entries = table(set_item, group);
-        int64_t level = 0;
-        for (; level + kLevels <= depth; level += kLevels)
-          score_pass<kLevels>(s, at + level * level_bytes, count, entries + level * codes * kRows, scores);
-        for (; level < depth; ++level)
-          score_pass<1>(s, at + level * level_bytes, count, entries + level * codes * kRows, scores);
-      }
+    if (p.rotary) {
+      score_turned(s, set_item, first, chunk * kVqChunkBlocks, blocks);
+    } else {
+      score_by_tables(s, set_item, first, blocks);
     }
     float largest[kRows], total[kRows];
     scale_scores(s, first, blocks, visible, largest);
@@ -312,41 +349,27 @@ struct Kernel {
 
   void finish_set(int64_t set_item) const {
     int64_t set = set_item % sets, b = set_item / sets / p.kv_heads, h = set_item / sets % p.kv_heads;
-    alignas(64) float merged[kMostHeadDim];
-    for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t r = 0; r < kRows && set * kRows + r < row_count; ++r) {
       int64_t row = set * kRows + r;
-      if (row >= row_count) return;
-      float max = -kInfinity, sum = 0.0f;
-      for (int64_t i = 0; i < d; ++i) merged[i] = 0.0f;
-      for (int64_t chunk = 0; chunk * kVqChunkBlocks < seen(b, row); ++chunk) {
-        const float* from = state(set_item, chunk, r);
-        float largest = from[d] > max ? from[d] : max, safe = largest == -kInfinity ? 0.0f : largest;
-        F16 weight = exp2(set1(max - safe)), other = exp2(set1(from[d] - safe));
-        for (int64_t i = 0; i < d; i += 16)
-          store(merged + i, fma(load(from + i), other, mul(load(merged + i), weight)));
-        alignas(64) float sums[16];
-        store(sums, fma(set1(from[d + 1]), other, mul(set1(sum), weight)));
-        max = largest, sum = sums[0];
-      }
-      int64_t head = h * heads_a_group + row % heads_a_group, node = row / heads_a_group;
-      Storage* out = static_cast<Storage*>(p.out) + b * p.out_strides[0] + head * p.out_strides[1] +
-                     node * p.out_strides[2];
-      F16 factor = set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-      for (int64_t i = 0; i < d; i += 16) store_as(out + i, mul(load(merged + i), factor));
-      p.lse[(b * p.heads + head) * p.nodes + node] =
-          sum == 0.0f ? -kInfinity : (max + __builtin_log2f(sum)) * kLn2;
+      this->merge_chunks(b, h, row, pyspec::vq_chunks(seen(b, row)),
+                         [&](int64_t chunk) { return state(set_item, chunk, r); });
     }
   }
 
   void run() const {
     int64_t set_items = p.batch * p.kv_heads * sets;
-    auto level = [&](int64_t item) { transpose_level(item); };
+    auto level = [&](int64_t item) { convert_level(item); };
+    auto place = [&](int64_t tile) { lay_out_places(p.rotary, d, tile, places + tile * 16 * d); };
     auto fill = [&](int64_t item) { fill_table(item); };
     auto chunk = [&](int64_t item) { fold_chunk(item); };
     auto finish = [&](int64_t item) { finish_set(item); };
     if (chunks > 0) {
       pyspec::parallel(p.parallel_for, depth, level);
-      pyspec::parallel(p.parallel_for, set_items * groups, fill);
+      if (p.rotary) {
+        pyspec::parallel(p.parallel_for, TurnedBlock::kTiles, place);
+      } else {
+        pyspec::parallel(p.parallel_for, set_items * groups, fill);
+      }
       pyspec::parallel(p.parallel_for, set_items * chunks, chunk);
     }
     pyspec::parallel(p.parallel_for, set_items, finish);

@@ -6,6 +6,10 @@
 // gathers weight * scale by code in shared memory, and multiplies what was gathered with the codebook.
 // merge: a row's chunks, in order.
 //
+// Keys that were coded before rotary embedding have no tables: each thread rebuilds its tokens', some
+// channels at a time, turns them to their places in the record, and multiplies with queries that were turned
+// back by the record's first position.
+//
 // Masses are added as integers: their sum does not hang on which thread came first. Everything else of a row
 // has one order too, whatever rows are beside it: the row rule.
 //
@@ -128,6 +132,68 @@ __device__ void fill_table(const uint4* words, int codes, const Shared& s, float
   }
 }
 
+// Adds a group's products of the queries turned back, [kRows][kVqWidth] for each warp, with the keys rebuilt
+// and turned to their places: 4 pairs of channels at a time, that all are in registers.
+__device__ void add_turned(const VqAttentionParams& p, const Sizes& sizes, int64_t group,
+                           const uint8_t* codes, bool is_there, const float* query,
+                           float (&scores)[kTokens][kRows]) {
+  int64_t groups = p.head_dim / kVqWidth;
+  for (int part = 0; part < 4; ++part) {
+    float key[kTokens][8] = {};
+    for (int64_t level = 0; level < p.format.depth; ++level) {
+      const uint2* words = reinterpret_cast<const uint2*>(p.codebooks + level * p.format.codes * kVqWidth);
+      uint32_t code[kTokens];
+      read_codes(codes + level * sizes.level_bytes, sizes.planes, is_there, code);
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        uint2 first = words[code[i] * 8 + part], second = words[code[i] * 8 + 4 + part];
+        uint32_t pairs[4] = {first.x, first.y, second.x, second.y};
+#pragma unroll
+        for (int c = 0; c < 8; ++c) key[i][c] += half_at(pairs[c / 2], c % 2);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const float* cosines = p.rotary + (threadIdx.x % 32 * kTokens + i) * p.head_dim;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        int64_t channel = (4 * part + c) * groups + group;
+        float cosine = cosines[channel], sine = cosines[p.head_dim / 2 + channel];
+        float first = key[i][c] * cosine - key[i][4 + c] * sine,
+              second = key[i][4 + c] * cosine + key[i][c] * sine;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float* row = query + r * kVqWidth + 4 * part + c;
+          scores[i][r] += row[0] * first + row[kVqWidth / 2] * second;
+        }
+      }
+    }
+  }
+}
+
+// The queries of a set of rows in one group of channels, turned back by a record's first position, by its
+// warp.
+template <class Storage>
+__device__ void turn_back(const VqAttentionParams& p, int64_t b, int64_t kv_head, int64_t first_row,
+                          int64_t group, int64_t block, float* to) {
+  int lane = threadIdx.x % 32, c = lane % 16;
+  int64_t groups = p.head_dim / kVqWidth, half = p.head_dim / 2, channel = c * groups + group;
+  const float* cosines = p.rotary + (kVqBlock + block) * p.head_dim;
+  float cosine = cosines[channel], sine = cosines[half + channel];
+  for (int r = lane / 16; r < kRows; r += 2) {
+    float first = 0.0f, second = 0.0f;
+    int64_t row = first_row + r;
+    if (row < p.nodes * (p.heads / p.kv_heads)) {
+      Row at(p, kv_head, row);
+      const Storage* q = static_cast<const Storage*>(p.q) + b * p.q_strides[0] + at.head * p.q_strides[1] +
+                         at.node * p.q_strides[2] + channel;
+      first = to_float(q[0]), second = to_float(q[half]);
+    }
+    to[r * kVqWidth + c] = first * cosine + second * sine;
+    to[r * kVqWidth + 16 + c] = second * cosine - first * sine;
+  }
+}
+
 template <class Storage>
 __global__ void __launch_bounds__(kThreads) fold(VqAttentionParams p, Sizes sizes) {
   __shared__ Shared s;
@@ -155,7 +221,15 @@ __global__ void __launch_bounds__(kThreads) fold(VqAttentionParams p, Sizes size
 
   float4* table = reinterpret_cast<float4*>(dynamic_shared);
   float weights[kTokens][kRows] = {};
-  for (int64_t group = 0; group < groups; ++group) {
+  for (int64_t group = 0; group < groups && p.rotary; ++group) {
+    float* own = reinterpret_cast<float*>(dynamic_shared) + warp * kRows * kVqWidth;
+    turn_back<Storage>(p, b, kv_head, first_row, group, is_there ? block : 0, own);
+    __syncthreads();
+    const uint8_t* codes_of_group = keys + 2 * kVqBlock + group * depth * level_bytes;
+    add_turned(p, sizes, group, codes_of_group, is_there, own, weights);
+    __syncthreads();
+  }
+  for (int64_t group = 0; group < groups && !p.rotary; ++group) {
     if (tid < kRows * kVqWidth) {
       int64_t row = first_row + tid / kVqWidth, c = tid % kVqWidth;
       float x = 0.0f;

@@ -11,7 +11,8 @@
 //                                          byte t / 8 is token t's. 256 codes have none, 2048 have three.
 // and zeros up to a multiple of 64 bytes. Numbers are little-endian. A vector of a group is
 //   scale * (C_0[code_0] + C_1[code_1] + ...)
-// with codebooks C fp16 [2 (keys, values)][depth][codes][32].
+// with codebooks C fp16 [2 (keys, values)][depth][codes][32]. Whether keys were coded before rotary embedding
+// is the codebooks' to know, not the record's: attention is given `rotary` then.
 #pragma once
 
 #include "params/common.h"
@@ -28,9 +29,10 @@ struct VqAttentionParams {
   const uint8_t* packed;      // [batch, kv_heads, blocks, record], the last dimension contiguous
   const int32_t* seen;        // [batch, nodes], contiguous: the first blocks that a node sees
   const uint16_t* codebooks;  // fp16 [2, depth, codes, 32], contiguous
-  void* out;                  // [batch, heads, nodes, head_dim]
-  float* lse;                 // [batch, heads, nodes], contiguous, natural log
-  float* workspace;           // 64-byte aligned; on the CPU vq_workspace_floats() of these params
+  const float* rotary;  // [kVqBlock + blocks, 2, head_dim / 2], contiguous: see below; null: keys are turned
+  void* out;            // [batch, heads, nodes, head_dim]
+  float* lse;           // [batch, heads, nodes], contiguous, natural log
+  float* workspace;     // 64-byte aligned; on the CPU vq_workspace_floats() of these params
 
   int64_t q_strides[3], out_strides[3];  // in elements; the last dimension is contiguous
   int64_t packed_strides[3];             // in bytes
@@ -42,6 +44,11 @@ struct VqAttentionParams {
   Element element;
   ParallelFor parallel_for;  // on the CPU
 };
+
+// Keys that were coded before rotary embedding are turned by attention: with cosines and sines of a token's
+// place in its block, rows 0 .. kVqBlock - 1 of `rotary`, after the query was turned back by those of the
+// block's first position, row kVqBlock + block. Channel c is turned with channel c + head_dim / 2; both are
+// of one group.
 
 struct VqEncodeParams {
   const void* k;              // [batch, kv_heads, blocks * kVqBlock, head_dim], the last dimension contiguous
@@ -88,14 +95,17 @@ inline int64_t vq_sets(const VqAttentionParams& p) {
 }
 inline int64_t vq_state_floats(int64_t head_dim) { return head_dim + 16; }  // values, maximum, sum
 inline int64_t vq_table_floats(const VqAttentionParams& p) {
-  return p.head_dim / kVqWidth * p.format.depth * p.format.codes * vq_set_rows(p);
+  return p.rotary ? 0 : p.head_dim / kVqWidth * p.format.depth * p.format.codes * vq_set_rows(p);
 }
+inline int64_t vq_place_floats(const VqAttentionParams& p) { return p.rotary ? kVqBlock * p.head_dim : 0; }
 
-// [depth, 32, codes] the codewords of keys in fp32, transposed; [batch, kv_heads, sets, groups, depth, codes,
-// set_rows] tables; then [batch, kv_heads, sets, chunks, set_rows] states.
+// [depth, 32, codes] the codewords of keys in fp32, transposed, or with `rotary` [depth, codes, 32] as they
+// are; then either [batch, kv_heads, sets, groups, depth, codes, set_rows] tables or [kVqBlock / 16, head_dim
+// / 2, 2, 16] cosines and sines of places, tokens as lanes; then [batch, kv_heads, sets, chunks, set_rows]
+// states.
 inline int64_t vq_workspace_floats(const VqAttentionParams& p) {
   int64_t states = vq_chunks(p.most_seen) * vq_set_rows(p) * vq_state_floats(p.head_dim);
-  return p.format.depth * kVqWidth * p.format.codes +
+  return p.format.depth * kVqWidth * p.format.codes + vq_place_floats(p) +
          p.batch * p.kv_heads * vq_sets(p) * (vq_table_floats(p) + states);
 }
 

@@ -30,8 +30,8 @@ class PackedSettings:
     """What a PackedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
 
     Attributes:
-        encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D]; channels
-            [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
+        encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
+            channels [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
         attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
     """
 
@@ -61,8 +61,8 @@ class PackedSettings:
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
-    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str) -> None:
-        """Raises ValueError unless a model's keys can be packed so."""
+    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str, frequencies: Tensor) -> None:
+        """Raises ValueError unless the keys of a model, whose rotary frequencies these are, can be packed so."""
         self.check_head_dim(head_dim)
 
     def effective_bits(self, head_dim: int, length: int) -> float:
@@ -78,6 +78,10 @@ class PackedSettings:
         exact = (length - blocks_seen(length, self.window, self.span) * self.span) * 2 * head_dim * 16
         return (packed + exact) / (2 * head_dim * length)
 
+    def ready(self, capacity: int, device: torch.device) -> PackedSettings:
+        """The same with what a cache of so many tokens needs beside it, on its device."""
+        return self
+
     def start(
         self,
         layers: int,
@@ -89,7 +93,7 @@ class PackedSettings:
         device: torch.device,
     ) -> PackedCache:
         """An empty cache of these sizes."""
-        return PackedCache(self, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
+        return PackedCache(self.ready(capacity, device), layers, sequences, kv_heads, capacity, head_dim, dtype, device)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class GearCache(GearFormat, PackedSettings):
         if isinstance(self.whole_layers, bool) or not isinstance(self.whole_layers, int) or self.whole_layers < 0:
             raise ValueError(f"whole_layers must be an integer of at least 0, got {self.whole_layers!r}")
 
-    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None) -> Tensor:
+    def encode(self, k: Tensor, v: Tensor, channels: Tensor | None, block: int) -> Tensor:
         return encode_packed(k, v, self, channels)
 
     def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
@@ -282,7 +286,7 @@ class PackedCache:
         def encode(layers: slice, kept: Tensor) -> Tensor:
             records = kept.shape[3] // BLOCK
             wanted = None if channels is None else channels[layers, :, None].expand(-1, -1, records, -1)
-            return self.settings.encode(kept[:, 0], kept[:, 1], wanted)
+            return self.settings.encode(kept[:, 0], kept[:, 1], wanted, block)
 
         first = len(self.whole)
         if first:

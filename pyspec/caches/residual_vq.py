@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pyspec.caches.codebooks import Codebooks, demo_codebooks
-from pyspec.caches.gear import PackedCache, PackedSettings
-from pyspec.ops.gear import TreeRows, join_exact
-from pyspec.ops.residual_vq import attend_codes, encode_codes
+from pyspec.caches.gear import PackedSettings
+from pyspec.ops.gear import BLOCK, TreeRows, join_exact
+from pyspec.ops.residual_vq import attend_codes, encode_codes, rotary_of_blocks, turn_keys
 
 __all__ = ["ResidualVqCache"]
 
@@ -33,15 +34,16 @@ class ResidualVqCache(PackedSettings):
         self.check_window()
 
     rotate = False  # as of ResidualVqFormat
+    _rotary: ClassVar[Tensor | None] = None  # of a started cache's blocks, where keys are coded before it
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError unless the codebooks are those of heads of this size."""
         if head_dim != self.codebooks.head_dim:
             raise ValueError(f"head_dim must be that of {self.codebooks}, {self.codebooks.head_dim}, got {head_dim}")
 
-    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str) -> None:
+    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str, frequencies: Tensor) -> None:
         """Raises ValueError unless the codebooks are those of this model."""
-        self.codebooks.check_model(layers, kv_heads, head_dim, fingerprint)
+        self.codebooks.check_model(layers, kv_heads, head_dim, fingerprint, frequencies)
 
     def record_bytes(self, head_dim: int) -> int:
         """Of a block of 128 tokens of one head, keys and values."""
@@ -52,23 +54,19 @@ class ResidualVqCache(PackedSettings):
         numbers = 2 * self.codebooks.kv_heads * head_dim * length
         return super().effective_bits(head_dim, length) + self.codebooks.tables[0].nbytes * 8 / numbers
 
-    def start(
-        self,
-        layers: int,
-        sequences: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> PackedCache:
-        """An empty cache of these sizes, the codebooks beside it."""
+    def ready(self, capacity: int, device: torch.device) -> ResidualVqCache:
+        """The same with the codebooks on a device, and cosines and sines where keys are coded before them."""
         settings = replace(self, codebooks=self.codebooks.to(device))
-        return PackedCache(settings, layers, sequences, kv_heads, capacity, head_dim, dtype, device)
+        if settings.codebooks.frequencies is not None:
+            rotary = rotary_of_blocks(settings.codebooks.frequencies, capacity // BLOCK)
+            object.__setattr__(settings, "_rotary", rotary)
+        return settings
 
-    def encode(self, k: Tensor, v: Tensor, channels: None) -> Tensor:
+    def encode(self, k: Tensor, v: Tensor, channels: None, block: int) -> Tensor:
+        if self._rotary is not None:
+            k, v = turn_keys(k, self._rotary, block, back=True), v.float()
         return encode_codes(k, v, self.codebooks.tables)
 
     def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
-        packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale)
+        packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
         return join_exact(packed_part, q, k, v, rows, scale)

@@ -328,7 +328,8 @@ class LlamaRunner(NativeRunner):
 
     def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
-        cache.check_model(self.config.layers, self.config.kv_heads, self.config.head_dim, self.fingerprint)
+        config = self.config
+        cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         for layer, window in enumerate(self.config.windows):
             if window is not None and window < self.context_length:
                 raise ValueError(

@@ -8,7 +8,7 @@ from pyspec.ops.linear import PackedWeight, linear, pack_weight
 from pyspec.ops.llama_layers import llama_layers
 from pyspec.ops.mamba_layers import mamba_layers
 from pyspec.ops.merge_attention import merge_attention
-from pyspec.ops.residual_vq import residual_vq_attention, residual_vq_decode, residual_vq_encode
+from pyspec.ops.residual_vq import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.row_statistics import RowStatistics, row_statistics
@@ -43,6 +43,7 @@ __all__ = [
     "residual_vq_decode",
     "residual_vq_encode",
     "rms_norm",
+    "rotary_of_blocks",
     "rotary_write",
     "row_statistics",
     "selective_state",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyspec.ops._library import Op
 from pyspec.ops.gear_encode import check_floats, encode_packed, find_unpackable, gear_encode
-from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_packed, gear_decode
+from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_records, gear_decode
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.tree_attention import tree_attention
 
@@ -26,9 +26,9 @@ __all__ = [
     "GearFormat",
     "TreeRows",
     "attend_packed",
+    "attention_to_blocks",
     "attend_tree",
     "blocks_seen",
-    "check_floats",
     "check_tree",
     "encode_packed",
     "find_unpackable",
@@ -37,6 +37,7 @@ __all__ = [
     "gear_encode",
     "gear_packed_attention_reference",
     "join_exact",
+    "used_blocks",
 ]
 
 
@@ -53,6 +54,23 @@ def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tens
 # ==== attention to packed blocks ====
 
 
+def used_blocks(packed: Tensor, seen: Tensor) -> Tensor:
+    """packed with zeros for the blocks that no row sees, which may hold anything."""
+    used = torch.arange(packed.shape[2], device=packed.device) < seen.amax(1, keepdim=True)  # [B, blocks]
+    return packed.masked_fill(~used[:, None, :, None], 0)
+
+
+def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The references' attention, to the first seen [B, T] blocks of decoded k and v [B, Hkv, S, D] fp32."""
+    slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
+    visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
+    grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
+    scores = (torch.einsum("bhgtd,bhsd->bhgts", grouped, k) * scale).masked_fill(~visible, -torch.inf)
+    weights = torch.where(visible, scores.softmax(-1), 0.0)
+    out = torch.einsum("bhgts,bhsd->bhgtd", weights, v).flatten(1, 2)
+    return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
+
+
 def gear_packed_attention_reference(
     q: Tensor,
     packed: Tensor,
@@ -66,16 +84,9 @@ def gear_packed_attention_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
-    used = torch.arange(packed.shape[2], device=q.device) < seen.amax(1, keepdim=True)  # [B, blocks]
-    packed = packed.masked_fill(~used[:, None, :, None], 0)  # blocks that no row sees may hold anything
-    k, v = gear_decode(packed, GearFormat(bits, group, rank, outliers, rotate, False, key_channels), q.shape[3])
-    slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
-    visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
-    grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
-    scores = (torch.einsum("bhgtd,bhsd->bhgts", grouped, k) * scale).masked_fill(~visible, -torch.inf)
-    weights = torch.where(visible, scores.softmax(-1), 0.0)
-    out = torch.einsum("bhgts,bhsd->bhgtd", weights, v).flatten(1, 2)
-    return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
+    format = GearFormat(bits, group, rank, outliers, rotate, False, key_channels)
+    k, v = gear_decode(used_blocks(packed, seen), format, q.shape[3])
+    return attention_to_blocks(q, k, v, seen, scale)
 
 
 def _fake(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale) -> tuple[Tensor, Tensor]:
@@ -190,7 +201,7 @@ def gear_attention(
     """
     check_floats("q", q)
     head_dim = q.shape[3]
-    check_packed(packed, format, head_dim)
+    check_records(packed, format, head_dim)
     check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     out, lse = attend_tree(q, packed, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)

@@ -21,7 +21,14 @@ from torch import Tensor
 from pyspec.ops._library import Op
 from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes, rotated
 
-__all__ = ["check_floats", "encode_packed", "find_unpackable", "gear_encode", "gear_encode_reference"]
+__all__ = [
+    "check_floats",
+    "check_keys_values",
+    "encode_packed",
+    "find_unpackable",
+    "gear_encode",
+    "gear_encode_reference",
+]
 
 LARGEST = 65504.0  # fp16, which zeros are kept in
 SMALLEST_SCALE = 2.0**-14
@@ -235,6 +242,25 @@ def find_unpackable(k: Tensor, v: Tensor, format: GearFormat) -> tuple[str, list
     return None
 
 
+def check_keys_values(k: Tensor, v: Tensor, format: GearFormat) -> None:
+    """Raises TypeError or ValueError unless keys and values are whole blocks that can be packed."""
+    check_floats("k", k)
+    check_floats("v", v)
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(
+            f"v must be like k, {k.dtype} {tuple(k.shape)} on {k.device}, got {v.dtype} {tuple(v.shape)} on {v.device}"
+        )
+    if k.shape[2] % BLOCK:
+        raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
+    format.check_head_dim(k.shape[3])
+    if (bad := find_unpackable(k, v, format)) is not None:
+        name, (sequence, head, position, channel), value, limit = bad
+        raise ValueError(
+            f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
+            f"head {head}, position {position}, channel {channel}"
+        )
+
+
 def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
     """Packs keys and values, block by block: a block's record does not depend on what is packed beside it.
 
@@ -251,21 +277,7 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | Non
         ValueError: a shape, stride or device does not fit, or a value is NaN, infinite or too large for fp16; the
             message names the argument, and where the value is.
     """
-    check_floats("k", k)
-    check_floats("v", v)
-    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(
-            f"v must be like k, {k.dtype} {tuple(k.shape)} on {k.device}, got {v.dtype} {tuple(v.shape)} on {v.device}"
-        )
-    if k.shape[2] % BLOCK:
-        raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
-    format.check_head_dim(k.shape[3])
-    if (bad := find_unpackable(k, v, format)) is not None:
-        name, (sequence, head, position, channel), value, limit = bad
-        raise ValueError(
-            f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
-            f"head {head}, position {position}, channel {channel}"
-        )
+    check_keys_values(k, v, format)
     expected = (*k.shape[:2], k.shape[2] // BLOCK, format.key_channels)
     if channels is None and format.key_channels or channels is not None and channels.shape != expected:
         got = None if channels is None else tuple(channels.shape)

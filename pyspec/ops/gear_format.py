@@ -30,7 +30,7 @@ __all__ = [
     "BLOCK",
     "FORMAT_VERSION",
     "GearFormat",
-    "check_packed",
+    "check_records",
     "gear_decode",
     "low_rank_values",
     "pack_codes",
@@ -222,7 +222,7 @@ def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tens
     Raises:
         TypeError, ValueError: packed is not of this format.
     """
-    check_packed(packed, format, head_dim)
+    check_records(packed, format, head_dim)
     sides, start = [], 0
     for values in (False, True):
         parts = {}
@@ -236,12 +236,14 @@ def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tens
     return sides[0], sides[1]
 
 
-def check_packed(packed: Tensor, f: GearFormat, head_dim: int) -> None:
-    f.check_head_dim(head_dim)
+def check_records(packed: Tensor, format, head_dim: int) -> None:
+    """Raises TypeError or ValueError unless packed is records of a format, GEAR's or another."""
+    format.check_head_dim(head_dim)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if packed.dim() != 4 or packed.shape[3] != f.record_bytes(head_dim) or packed.stride(3) != 1:
+    if packed.dim() != 4 or packed.shape[3] != format.record_bytes(head_dim) or packed.stride(3) != 1:
         raise ValueError(
-            f"packed must be [batch, kv_heads, blocks, {f.record_bytes(head_dim)}] with a contiguous last dimension "
-            f"for {f} and head_dim {head_dim}, got shape {tuple(packed.shape)} and strides {packed.stride()}"
+            f"packed must be [batch, kv_heads, blocks, {format.record_bytes(head_dim)}] with a contiguous last "
+            f"dimension for {format} and head_dim {head_dim}, got shape {tuple(packed.shape)} and strides "
+            f"{packed.stride()}"
         )

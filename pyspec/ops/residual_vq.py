@@ -12,8 +12,11 @@ KV head are a record; kernels/params/residual_vq.h has the layout.
 
 Scores need no keys: with the table T[g][l][j] = q_g . C_l[j], made once for a query, a token's score is
 scale * sum of T[g][l][code] over groups and levels. Nor values: with the mass m[g][l][j], the sum of weight * scale
-over the tokens whose code is j, the result is sum of m[g][l][j] C_l[j]. Keys are coded as they are cached, rotated to
-their positions, or the table would have to be made for every position.
+over the tokens whose code is j, the result is sum of m[g][l][j] C_l[j].
+
+Keys are coded as they are cached, turned to their positions by rotary embedding, or as they were before. Then the
+table would have to be made for every position: keys are rebuilt, a block at a time, and turned. What turns them is
+`rotary` (`rotary_of_blocks`): a key at place t of block b is turned by t and by 128 b.
 
 `residual_vq_attention` is the attention of a draft tree to packed blocks, then to the exact keys behind them, with
 the row rule, as gear_attention is.
@@ -29,15 +32,9 @@ import torch
 from torch import Tensor
 
 from pyspec.ops._library import Op
-from pyspec.ops.gear import (
-    BLOCK,
-    HALF,
-    TreeRows,
-    check_floats,
-    check_tree,
-    find_unpackable,
-    join_exact,
-)
+from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_tree, join_exact, used_blocks
+from pyspec.ops.gear_encode import check_floats, check_keys_values
+from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS
 
 __all__ = [
@@ -52,9 +49,10 @@ __all__ = [
     "residual_vq_encode",
     "residual_vq_encode_reference",
     "residual_vq_reference",
+    "rotary_of_blocks",
+    "turn_keys",
 ]
 
-FORMAT_VERSION = 1
 WIDTH = 32  # channels of a group
 CODES = (256, 2048)  # of 8 and 11 bits
 MOST_DEPTH = 16
@@ -115,6 +113,46 @@ def _channels(groups: Tensor, values: bool) -> Tensor:
     return (groups if values else groups.transpose(-1, -2)).flatten(-2)
 
 
+# ==== keys before rotary embedding ====
+
+
+def rotary_of_blocks(frequencies: Tensor, blocks: int) -> Tensor:
+    """[128 + blocks, 2, D / 2] fp32: cosines and sines of a token's place in its block, then of each block's first.
+
+    frequencies: [D / 2] radians a position, of channels c and c + D / 2.
+    """
+    positions = torch.cat((torch.arange(BLOCK), torch.arange(blocks) * BLOCK))
+    angles = positions.double()[:, None] * frequencies.cpu().double()
+    return torch.stack((angles.cos(), angles.sin()), 1).float().to(frequencies.device)
+
+
+def turn_keys(k: Tensor, rotary: Tensor, first_block: int = 0, *, back: bool = False) -> Tensor:
+    """Keys [..., S, D] turned to their positions, or back, in fp32; the first is that of a block."""
+    places, starts = rotary[:BLOCK], rotary[BLOCK + first_block :][: -(-k.shape[-2] // BLOCK), None]
+    (cos, sin), (first_cos, first_sin) = places.unbind(1), starts.unbind(2)
+    cos, sin = (
+        both.flatten(0, 1)[: k.shape[-2]]
+        for both in (first_cos * cos - first_sin * sin, first_sin * cos + first_cos * sin)
+    )
+    sin = -sin if back else sin
+    left, right = k.float().chunk(2, -1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
+
+
+def check_rotary(rotary: Tensor, blocks: int, head_dim: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless rotary is that of so many blocks of heads of this size."""
+    if rotary.dtype != torch.float32:
+        raise TypeError(f"rotary must be float32, got {rotary.dtype}")
+    fits = rotary.dim() == 3 and rotary.shape[1:] == (2, head_dim // 2) and len(rotary) >= BLOCK + blocks
+    if not fits or not rotary.is_contiguous():
+        raise ValueError(
+            f"rotary must be contiguous [{BLOCK} + blocks, 2, {head_dim // 2}] for {blocks} blocks and head_dim "
+            f"{head_dim}, as rotary_of_blocks makes it, got shape {tuple(rotary.shape)}"
+        )
+    if rotary.device != device:
+        raise ValueError(f"rotary must be on {device} like q, got {rotary.device}")
+
+
 # ==== packing ====
 
 
@@ -170,7 +208,7 @@ def residual_vq_encode_reference(k: Tensor, v: Tensor, codebooks: Tensor) -> Ten
 
 
 def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as attention reads them.
+    """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as they were coded.
 
     Args:
         packed: of residual_vq_encode.
@@ -182,7 +220,7 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
     """
     codebooks = _batched(codebooks, packed.shape[0])
     format = format_of(codebooks)
-    _check_packed(packed, format, head_dim)
+    check_records(packed, format, head_dim)
     groups, sides, start = head_dim // WIDTH, [], 0
     for side in range(2):
         scale = packed[..., start : start + 2 * BLOCK].clone(memory_format=torch.contiguous_format).view(torch.float16)
@@ -203,19 +241,11 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
 
 
 def residual_vq_reference(
-    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float
+    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32, on rebuilt keys: out like q and lse [B, Hq, T]. The specification of the kernels."""
-    used = torch.arange(packed.shape[2], device=q.device) < seen.amax(1, keepdim=True)  # [B, blocks]
-    packed = packed.masked_fill(~used[:, None, :, None], 0)  # blocks that no row sees may hold anything
-    k, v = residual_vq_decode(packed, codebooks, q.shape[3])
-    slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
-    visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
-    grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
-    scores = (torch.einsum("bhgtd,bhsd->bhgts", grouped, k) * scale).masked_fill(~visible, -torch.inf)
-    weights = torch.where(visible, scores.softmax(-1), 0.0)
-    out = torch.einsum("bhgts,bhsd->bhgtd", weights, v).flatten(1, 2)
-    return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
+    k, v = residual_vq_decode(used_blocks(packed, seen), codebooks, q.shape[3])
+    return attention_to_blocks(q, k if rotary is None else turn_keys(k, rotary), v, seen, scale)
 
 
 def _fake_encode(k, v, codebooks) -> Tensor:
@@ -223,7 +253,7 @@ def _fake_encode(k, v, codebooks) -> Tensor:
     return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
 
 
-def _fake_attention(q, packed, seen, codebooks, scale) -> tuple[Tensor, Tensor]:
+def _fake_attention(q, packed, seen, codebooks, scale, rotary=None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -235,7 +265,7 @@ _ENCODE = Op(
 )
 _ATTENTION = Op(
     "residual_vq",
-    "(Tensor q, Tensor packed, Tensor seen, Tensor codebooks, float scale) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor packed, Tensor seen, Tensor codebooks, float scale, Tensor? rotary=None) -> (Tensor, Tensor)",
     residual_vq_reference,
     _fake_attention,
     cuda=True,
@@ -250,18 +280,6 @@ def check_codebooks(codebooks: Tensor, name: str = "codebooks", dims: int = 4) -
         front = {4: "", 5: "layers, "}[dims]
         raise ValueError(f"{name} must be [{front}2, depth, codes, {WIDTH}], got shape {tuple(codebooks.shape)}")
     format_of(codebooks)
-
-
-def _check_packed(packed: Tensor, format: ResidualVqFormat, head_dim: int) -> None:
-    format.check_head_dim(head_dim)
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if packed.dim() != 4 or packed.shape[3] != format.record_bytes(head_dim) or packed.stride(3) != 1:
-        raise ValueError(
-            f"packed must be [batch, kv_heads, blocks, {format.record_bytes(head_dim)}] with a contiguous last "
-            f"dimension for {format} and head_dim {head_dim}, got shape {tuple(packed.shape)} and strides "
-            f"{packed.stride()}"
-        )
 
 
 def _batched(codebooks: Tensor, batch: int) -> Tensor:
@@ -289,24 +307,11 @@ def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
             message names the argument, and where the value is.
     """
     check_floats("k", k)
-    check_floats("v", v)
-    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
-        raise ValueError(
-            f"v must be like k, {k.dtype} {tuple(k.shape)} on {k.device}, got {v.dtype} {tuple(v.shape)} on {v.device}"
-        )
-    if k.shape[2] % BLOCK:
-        raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
     codebooks = _batched(codebooks, k.shape[0])
     format = format_of(codebooks)
-    format.check_head_dim(k.shape[3])
+    check_keys_values(k, v, format)
     if codebooks.device != k.device:
         raise ValueError(f"codebooks must be on {k.device} like k, got {codebooks.device}")
-    if (bad := find_unpackable(k, v, format)) is not None:
-        name, (sequence, head, position, channel), value, limit = bad
-        raise ValueError(
-            f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
-            f"head {head}, position {position}, channel {channel}"
-        )
     return encode_codes(k, v, codebooks)
 
 
@@ -315,9 +320,11 @@ def encode_codes(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
     return _ENCODE(k, v, codebooks)
 
 
-def attend_codes(q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def attend_codes(
+    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 blocks of packed: out like q and lse [B, Hq, T]."""
-    return _ATTENTION(q, packed, seen, codebooks, scale)
+    return _ATTENTION(q, packed, seen, codebooks, scale, rotary)
 
 
 def residual_vq_attention(
@@ -329,6 +336,7 @@ def residual_vq_attention(
     prefix_lens: Tensor,
     codebooks: Tensor,
     *,
+    rotary: Tensor | None = None,
     window: int = HALF,
     scale: float | None = None,
     return_lse: bool = False,
@@ -340,6 +348,8 @@ def residual_vq_attention(
         packed: [B, Hkv, blocks, record] uint8 of residual_vq_encode, at least the blocks that are seen.
         k, v, ancestor_bits, prefix_lens, window, scale, return_lse: as for gear_attention.
         codebooks: of packed, [2, depth, codes, 32] fp16.
+        rotary: [128 + blocks, 2, D / 2] fp32 of rotary_of_blocks, where packed has keys as they were before rotary
+            embedding; q and k are turned to their positions all the same.
 
     Returns:
         out like q; with return_lse also lse [B, Hq, T] fp32.
@@ -353,10 +363,12 @@ def residual_vq_attention(
     check_codebooks(codebooks)
     if codebooks.device != q.device:
         raise ValueError(f"codebooks must be on {q.device} like q, got {codebooks.device}")
-    _check_packed(packed, format_of(codebooks), q.shape[3])
+    check_records(packed, format_of(codebooks), q.shape[3])
+    if rotary is not None:
+        check_rotary(rotary, packed.shape[2], q.shape[3], q.device)
     check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    packed_part = attend_codes(q, packed, rows.seen, codebooks.contiguous(), scale)
+    packed_part = attend_codes(q, packed, rows.seen, codebooks.contiguous(), scale, rotary)
     out, lse = join_exact(packed_part, q, k, v, rows, scale)
     return (out, lse) if return_lse else out

@@ -2,6 +2,7 @@
 
     python -m pyspec.training.residual_vq MODEL codebooks.safetensors      Ctrl-C, and the same command goes on
     python -m pyspec.training.residual_vq demo out.safetensors --steps 8   a quick one
+    python -m pyspec.training.residual_vq MODEL codebooks.safetensors --keys pre-rope    of keys before rotary embedding
 
 MODEL is what pyspec.load takes. The model reads pages of Python's documentation, the sources of its standard library
 and what --texts names; of each step's keys and values every layer learns its codebooks, level by level: k-means of the
@@ -20,8 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.caches.codebooks import Codebooks
-from pyspec.ops.residual_vq import WIDTH, ResidualVqFormat, group_channels, nearest, scales_of
+from pyspec.caches.codebooks import KEYS, Codebooks
+from pyspec.ops.gear import BLOCK
+from pyspec.ops.residual_vq import (
+    WIDTH,
+    ResidualVqFormat,
+    group_channels,
+    nearest,
+    rotary_of_blocks,
+    scales_of,
+    turn_keys,
+)
 from pyspec.training.mamba import standard_library
 
 __all__ = ["Quantiser", "Recipe", "documentation", "main", "train"]
@@ -43,6 +53,11 @@ class Recipe:
     iterations: int = 5  # of the first k-means
     decay: float = 0.99
     seed: int = 0
+    keys: str = "post-rope"  # as they are cached, or "pre-rope", before rotary embedding
+
+    def __post_init__(self):
+        if self.keys not in KEYS:
+            raise ValueError(f"keys must be one of {', '.join(KEYS)}, got {self.keys!r}")
 
 
 def documentation() -> list[str]:
@@ -76,6 +91,15 @@ def vectors(keys_values: Tensor) -> Tensor:
     x = keys_values.float()
     x = x / scales_of(x).float()[..., None]
     return torch.stack([group_channels(x[:, side], side == 1).flatten(1, -2) for side in range(2)], 1)
+
+
+def _coded(keys_values: Tensor, frequencies: Tensor | None) -> Tensor:
+    """Keys and values [2, ..., n, D] from position 0 on with the keys as they were before rotary embedding."""
+    if frequencies is None:
+        return keys_values
+    k, v = keys_values
+    rotary = rotary_of_blocks(frequencies, -(-k.shape[-2] // BLOCK))
+    return torch.stack((turn_keys(k, rotary, back=True), v.float()))
 
 
 def _nearest(x: Tensor, codewords: Tensor) -> Tensor:
@@ -165,6 +189,7 @@ def train(runner, out: Path, recipe: Recipe, sources: list[list[str]]) -> Codebo
     vectors_a_step = recipe.rows * recipe.length * config.kv_heads * config.head_dim // WIDTH
     if vectors_a_step < 8 * recipe.codes:
         raise ValueError(f"a step must have {8 * recipe.codes} vectors or more, got {vectors_a_step}: use more rows")
+    frequencies = config.rope_frequencies() if recipe.keys == "pre-rope" else None
     reader = Reader(runner.tokenizer, sources, recipe)
     fixed = {name: value for name, value in asdict(recipe).items() if name != "steps"} | {"model": runner.fingerprint}
     state = torch.zeros(config.layers, 2, recipe.depth, recipe.codes, 2 * WIDTH + 1)
@@ -189,7 +214,7 @@ def train(runner, out: Path, recipe: Recipe, sources: list[list[str]]) -> Codebo
             runner.prefill(reader.rows(step), capacity=recipe.length)
             errors = []
             for layer, keys_values in enumerate(runner._cache.keys_values):
-                for side, x in enumerate(vectors(keys_values[None])[0]):
+                for side, x in enumerate(vectors(_coded(keys_values, frequencies)[None])[0]):
                     generator = torch.Generator().manual_seed(recipe.seed + (step * config.layers + layer) * 2 + side)
                     if step == 0:
                         quantisers[layer][side].start(x, recipe.iterations, generator)
@@ -199,7 +224,7 @@ def train(runner, out: Path, recipe: Recipe, sources: list[list[str]]) -> Codebo
             progress.update(task, completed=step, description=f"error keys {keys**0.5:.3f} values {values**0.5:.3f}")
             keep()
     tables = state[..., :WIDTH].clamp(-100, 100).half()
-    codebooks = Codebooks(tables, config.kv_heads, config.head_dim, runner.fingerprint)
+    codebooks = Codebooks(tables, config.kv_heads, config.head_dim, runner.fingerprint, frequencies)
     codebooks.save(out)
     checkpoint.unlink()
     return codebooks
@@ -213,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="safetensors file of the codebooks; a checkpoint beside it goes on")
     parser.add_argument("--texts", type=Path, nargs="*", default=[], help="more text files to learn from")
     for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(f"--{name}", type=type(value), default=value, choices=KEYS if name == "keys" else None)
     options = vars(parser.parse_args(arguments))
     out, source, texts = options.pop("out"), options.pop("model"), options.pop("texts")
     prose = [*documentation(), *(path.read_text(encoding="utf-8") for path in texts)]

@@ -1,95 +1,17 @@
-"""ResidualVqCache: the commit rule over codes, its bits, and codebooks that are saved, damaged or of another model."""
+"""ResidualVqCache: its bits, and codebooks that are saved, damaged or of another model.
+
+When blocks are packed is in test_packed_cache.py.
+"""
 
 import dataclasses
 
 import pytest
 import torch
-from test_gear_cache import HEAD_DIM, HEADS, LAYERS, chunks_of, feed, start, state, text_of, write
+from test_packed_cache import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
 
 from pyspec.caches import Codebooks, ResidualVqCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE, demo_codebooks
-from pyspec.ops import residual_vq_decode
 from pyspec.ops.gear import BLOCK
-from pyspec.trees import DraftTree
-
-
-def codebooks(depth=4, codes=256, layers=LAYERS, heads=HEADS, name="toy"):
-    words = torch.randn(layers, 2, depth, codes, 32, generator=torch.Generator().manual_seed(depth))
-    words *= 0.8 * 0.8 ** torch.arange(depth)[:, None, None]
-    return Codebooks(words.half(), heads, HEAD_DIM, name)
-
-
-SETTINGS = ResidualVqCache(codebooks())
-
-
-@pytest.mark.parametrize("tokens", [1, 128, 191, 192, 450])
-def test_the_chunks_of_a_text_change_no_bit(tokens):
-    text, caches = text_of(tokens), []
-    for chunks in ([1] * tokens, chunks_of(tokens, SETTINGS.largest_tree, 0), chunks_of(tokens, 3, 2)):
-        cache = start(SETTINGS)
-        feed(cache, 1, text, chunks)
-        caches.append(state(cache, 1))
-    for other in caches[1:]:
-        for part, expected in zip(other, caches[0], strict=True):
-            assert torch.equal(part, expected)
-    packed, exact = caches[0]
-    assert torch.equal(exact, text[..., tokens - exact.shape[3] :, :])
-    for layer in range(LAYERS):  # each by its own layer's codebooks
-        k, v = residual_vq_decode(packed[layer, None], SETTINGS.codebooks.tables[layer], HEAD_DIM)
-        for found, x in ((k, text[layer, 0]), (v, text[layer, 1])):
-            x = x[:, : found.shape[2]]
-            assert not len(x[0]) or float((found[0] - x).norm() / x.norm()) < 0.75
-
-
-def test_a_rejected_tree_leaves_no_trace():
-    text = text_of(300)
-    for length in (122, 128, 250):
-        for kept in (1, 3, 5):
-            touched, clean = start(SETTINGS), start(SETTINGS)
-            for cache in (touched, clean):
-                feed(cache, 0, text, chunks_of(length, SETTINGS.largest_tree, 3))
-            nodes = torch.full((LAYERS, 2, HEADS, 6, HEAD_DIM), 55.0)
-            nodes[..., :kept, :] = text[..., length : length + kept, :]
-            write(touched, 0, nodes)
-            touched.commit(0, range(kept))
-            for token in range(length, length + kept):
-                write(clean, 0, text[..., token : token + 1, :])
-                clean.commit(0, [0])
-            for part, expected in zip(state(touched, 0), state(clean, 0), strict=True):
-                assert torch.equal(part, expected)
-
-
-def test_nothing_outside_the_buffers_is_written():
-    cache, guards = start(SETTINGS), []
-    for attribute in ("packed", "keys_values"):
-        buffer = getattr(cache, attribute)
-        wide = torch.full((buffer.nbytes + 512,), 171, dtype=torch.uint8)
-        inside = wide[256 : 256 + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
-        inside.copy_(buffer)
-        setattr(cache, attribute, inside)
-        guards.append(wide)
-    feed(cache, 1, text_of(850), chunks_of(850, SETTINGS.largest_tree, 1))
-    write(cache, 1, text_of(3))
-    rows = cache.rows(1, DraftTree.chain([0] * 3))
-    assert cache.attend(1, 1, torch.randn(3, 6, HEAD_DIM), rows).isfinite().all()
-    for wide in guards:
-        assert (wide[:256] == 171).all() and (wide[-256:] == 171).all()
-
-
-@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e6])
-@pytest.mark.parametrize("side, what", [(0, "keys"), (1, "values")])
-def test_what_cannot_be_packed_is_refused_and_named(value, side, what):
-    cache, text = start(SETTINGS), text_of(256)
-    feed(cache, 1, text, [64] * 3)
-    before = [part.clone() for part in state(cache, 1)]
-    bad = text[..., 192:256, :].clone()
-    bad[1, side, 2, 8, 33] = value
-    write(cache, 1, bad)
-    with pytest.raises(ValueError, match=rf"{what} must be .* layer 1, head 2, position 200, channel 33 of sequence 1"):
-        cache.commit(1, range(64))
-    assert cache.lengths == [0, 192]
-    for part, expected in zip(state(cache, 1), before, strict=True):
-        assert torch.equal(part, expected)
 
 
 def test_effective_bits():
@@ -110,10 +32,16 @@ def test_effective_bits():
 # ==== codebooks ====
 
 
-def test_codebooks_come_back_as_they_were_saved(tmp_path):
-    path, books = tmp_path / "books.safetensors", codebooks(5, 2048)
+@pytest.mark.parametrize("frequencies, keys, version", [(None, "post-rope", "1"), (FREQUENCIES, "pre-rope", "2")])
+def test_codebooks_come_back_as_they_were_saved(tmp_path, frequencies, keys, version):
+    from safetensors import safe_open
+
+    path, books = tmp_path / "books.safetensors", codebooks(5, 2048, frequencies=frequencies)
     books.save(path)
     again = Codebooks.load(path)
+    assert again.keys == books.keys == keys and (frequencies is None or torch.equal(again.frequencies, frequencies))
+    with safe_open(path, "pt") as file:  # the file says which it is, and older versions refuse what they cannot read
+        assert (file.metadata()["keys"], file.metadata()["version"]) == (keys, version)
     assert again == books and hash(again) == hash(books) and torch.equal(again.tables, books.tables)
     assert again != codebooks(5, 256) and str(books) == str(again)
     assert [file.name for file in tmp_path.iterdir()] == ["books.safetensors"]
@@ -130,7 +58,10 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError, match="books.safetensors is cut off or damaged"):
             Codebooks.load(path)
     path.write_bytes(whole.replace(b'"version":"1"', b'"version":"7"'))
-    with pytest.raises(ValueError, match="is of format version 7, this pyspec reads 1"):
+    with pytest.raises(ValueError, match="is of format version 7, this pyspec reads 1 and 2"):
+        Codebooks.load(path)
+    path.write_bytes(whole.replace(b'"version":"1"', b'"version":"2"'))
+    with pytest.raises(ValueError, match="cut off or damaged: .*frequencies"):
         Codebooks.load(path)
     save_file({"tables": books.tables}, path)
     with pytest.raises(ValueError, match="does not hold codebooks"):
@@ -148,6 +79,8 @@ def test_codebooks_that_do_not_exist():
         ({"tables": good.tables[0]}, ValueError, r"tables must be \[layers, 2, depth, codes, 32\]"),
         ({"tables": bad}, ValueError, "tables must be finite, those of layer 1 are not"),
         ({"head_dim": 80}, ValueError, "head_dim must be one of"),
+        ({"frequencies": torch.ones(64)}, ValueError, r"frequencies must be float32 \[32\] for head_dim 64, got .*64"),
+        ({"frequencies": torch.ones(32).half()}, ValueError, "frequencies must be float32"),
     ):
         with pytest.raises(error, match=message):
             dataclasses.replace(good, **change)
@@ -158,12 +91,19 @@ def test_codebooks_that_do_not_exist():
 
 
 def test_codebooks_of_another_model_are_refused():
-    good = (LAYERS, HEADS, HEAD_DIM, "toy")
-    SETTINGS.check_model(*good)
+    good = (LAYERS, HEADS, HEAD_DIM, "toy", FREQUENCIES)
+    codes, pre_rope = SETTINGS["codes"], SETTINGS["pre-rope codes"]
+    codes.check_model(*good)
+    pre_rope.check_model(*good)
     for place, other in enumerate((7, 4, 128, "other")):
         model = (*good[:place], other, *good[place + 1 :])
         with pytest.raises(ValueError, match="codebooks must be those of .*: train them with python -m"):
-            SETTINGS.check_model(*model)
+            codes.check_model(*model)
+    stretched = FREQUENCIES.clone()
+    stretched[7] /= 2
+    codes.check_model(*good[:4], stretched)
+    with pytest.raises(ValueError, match="pre-rope keys must have the rotary frequencies of the model, .* channel 7,"):
+        pre_rope.check_model(*good[:4], stretched)
 
 
 @pytest.mark.skipif(not DEMO_FILE.is_file(), reason="the demo model's codebooks are not there")

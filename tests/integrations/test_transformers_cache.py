@@ -11,7 +11,8 @@ transformers = pytest.importorskip("transformers")
 
 import pyspec  # noqa: E402
 from pyspec.caches import CACHES  # noqa: E402
-from pyspec.integrations.transformers import GearCache, GearLayer  # noqa: E402
+from pyspec.integrations.transformers import GearCache, GearLayer, register_attention  # noqa: E402
+from pyspec.integrations.transformers import cache as cache_module  # noqa: E402
 from pyspec.ops import gear_decode, gear_encode  # noqa: E402
 from pyspec.ops.gear_format import BLOCK  # noqa: E402
 
@@ -203,6 +204,32 @@ def test_beams_and_copies(model):
     torch.testing.assert_close(
         model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits, atol=0, rtol=0
     )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["int8", "gear-2bit"])
+def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
+    register_attention()
+    own = copy.deepcopy(model)
+    own.set_attn_implementation("pyspec")
+    prompt = torch.randint(1, VOCABULARY, (2, 380), generator=torch.Generator().manual_seed(4))
+    cache = GearCache(name)
+    model(prompt[:, :330], past_key_values=cache)
+    caches = [copy.deepcopy(cache) for _ in range(3)]
+    texts = prompt[:, 330:335], prompt[:, 335:336], prompt[:, 336:360]  # the last is too long to be read so
+    expected = [model(text, past_key_values=caches[0]).logits for text in texts]
+    unpacking = []
+    decode = cache_module.gear_decode
+    monkeypatch.setattr(cache_module, "gear_decode", lambda *args: unpacking.append(1) or decode(*args))
+    for text, logits, times in zip(texts, expected, (0, 0, 2), strict=True):
+        found = own(text, past_key_values=caches[1]).logits
+        torch.testing.assert_close(found, logits, atol=2e-4, rtol=2e-4)
+        assert len(unpacking) == times  # of both layers
+    padded = torch.ones(2, 335, dtype=torch.long)
+    padded[0, :9] = 0
+    found = own(texts[0], past_key_values=caches[2], attention_mask=padded).logits
+    torch.testing.assert_close(found[1], expected[0][1], atol=2e-4, rtol=2e-4)
+    assert len(unpacking) == 4 and caches[1].layers[0].packed.shape[2] == 2
 
 
 def test_what_does_not_fit_is_named():

@@ -14,11 +14,12 @@ def runner():
     return random_llama(dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def cache(runner):
+@pytest.fixture(scope="module", params=["post-rope", "pre-rope"])
+def cache(runner, request):
     words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
     words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
-    return ResidualVqCache(Codebooks(words.half(), 2, 64, runner.fingerprint))
+    frequencies = runner.config.rope_frequencies() if request.param == "pre-rope" else None
+    return ResidualVqCache(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
 
 
 def test_logits_are_near_those_of_the_dense_cache(runner, cache):

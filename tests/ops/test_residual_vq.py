@@ -5,42 +5,16 @@ import os
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_tree_attention import available_instruction_sets, make_case, path_to
+from packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
+from test_gear_encode import BACKENDS, backend_runner, relative_error
 
 import pyspec
-from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_encode, tree_attention
-from pyspec.ops.gear import BLOCK, blocks_seen
-from pyspec.ops.residual_vq import ResidualVqFormat, format_of
+from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
+from pyspec.ops.gear import BLOCK
+from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
 
-BACKENDS = ["reference", *available_instruction_sets()]
 HEAD_DIMS = (64, 96, 128, 256)
-
-
-@pytest.fixture(params=BACKENDS)
-def on_backend(request, monkeypatch):
-    """Runs a function on one backend or instruction set."""
-    if request.param == "reference":
-
-        def call(function, *args, **options):
-            with pyspec.backend("reference"):
-                return function(*args, **options)
-
-        return call
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return lambda function, *args, **options: function(*args, **options)
-
-
-def codebooks_of(depth=4, codes=256, batch=None, seed=0):
-    """Random codewords that shrink with their level, as trained ones do."""
-    generator = torch.Generator().manual_seed(seed)
-    front = () if batch is None else (batch,)
-    words = torch.randn(*front, 2, depth, codes, 32, generator=generator)
-    return (words * 0.8 * 0.8 ** torch.arange(depth)[:, None, None]).half()
-
-
-BOOKS = {"256": codebooks_of(), "deep": codebooks_of(9), "2048": codebooks_of(3, 2048)}
+on_backend = pytest.fixture(params=BACKENDS)(backend_runner)
 
 
 def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):
@@ -48,10 +22,6 @@ def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.flo
     k, v = torch.randn(2, batch, heads, tokens, head_dim, generator=generator).unbind(0)
     sizes = torch.randn(batch, heads, tokens, 1, generator=generator).exp()
     return (k * sizes).to(dtype), (v / sizes).to(dtype)
-
-
-def relative_error(found, expected):
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 # ==== the format, read by its description in kernels/params/residual_vq.h and nothing else ====
@@ -169,189 +139,48 @@ def test_tokens_do_not_depend_on_each_other(on_backend):
             assert torch.equal(codes[0][:, 4:], codes[1][:, 4:])
 
 
-# ==== attention ====
-
-
-def packed_case(lens, nodes, books, window=64, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, seed=0):
-    """A case of tree_attention with everything in full precision, its packed blocks and what lies behind them."""
-    case = make_case(lens, nodes, heads, kv_heads, head_dim, dtype, seed)
-    blocks = max(case.k.shape[2] // BLOCK, 1)
-    room = blocks * BLOCK - case.k.shape[2]
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, max(room, 0)))[:, :, : blocks * BLOCK] for x in (case.k, case.v))
-    packed = residual_vq_encode(k, v, books)
-    starts = [blocks_seen(n, window) * BLOCK for n in lens]
-    longest = case.k.shape[2] - min(starts)
-    dense = [torch.zeros(len(lens), kv_heads, longest, head_dim, dtype=dtype) for _ in range(2)]
-    for to, x in zip(dense, (case.k, case.v), strict=True):
-        for b, start in enumerate(starts):
-            to[b, :, : x.shape[2] - start] = x[b, :, start:]
-    return case, packed, *dense
-
-
-def oracle(case, packed, books, window):
-    """Row by row in float64, on rebuilt keys: a row's position alone decides what it sees packed."""
-    heads, head_dim, kv_heads = case.q.shape[1], case.q.shape[3], case.k.shape[1]
-    decoded = [x.double() for x in residual_vq_decode(packed, books, head_dim)]
-    out = torch.zeros(case.q.shape, dtype=torch.float64)
-    lse = torch.full(case.q.shape[:3], -torch.inf, dtype=torch.float64)
-    for b, n in enumerate(case.lens.tolist()):
-        for node in range(len(case.parents[b])):
-            path = path_to(case.parents[b], node)
-            start = max(0, (n + len(path) - 1 - window) // BLOCK * BLOCK)
-            slots = [*range(start, n), *(n + j for j in path)]
-            for head in range(heads):
-                of = head // (heads // kv_heads)
-                k, v = (
-                    torch.cat((x[b, of, :start], exact[b, of, slots].double()))
-                    for x, exact in zip(decoded, (case.k, case.v), strict=True)
-                )
-                scores = k @ case.q[b, head, node].double() * head_dim**-0.5
-                lse[b, head, node] = scores.logsumexp(0)
-                out[b, head, node] = scores.softmax(0) @ v
-    return out, lse
-
-
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def check_attention(on_backend, books, lens, nodes, window=64, dtype=torch.float32, **shape):
-    """Tables and masses against keys and values that were rebuilt."""
-    case, packed, k, v = packed_case(lens, nodes, books, window, dtype=dtype, **shape)
-    out, lse = on_backend(
-        residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, books, window=window, return_lse=True
-    )
-    expected, expected_lse = oracle(case, packed, books, window)
-    assert out.dtype == dtype and out.shape == case.q.shape
-    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(lse.double(), expected_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("name", BOOKS)
-def test_attention_matches_float64(on_backend, name):
-    check_attention(on_backend, BOOKS[name], [330, 0, 700], [5, 9, 3])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_attention_in_16_bits(on_backend, dtype):
-    check_attention(on_backend, BOOKS["256"], [330, 0], [5, 9], dtype=dtype)
+# ==== keys before rotary embedding ====
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_attention_head_dims(on_backend, head_dim):
-    check_attention(on_backend, BOOKS["256"], [300], [3], head_dim=head_dim)
+def test_keys_are_turned_to_their_positions_and_back(head_dim):
+    """Against pairs as complex numbers in float64, whatever part of a text they are."""
+    k = torch.randn(2, 5 * BLOCK, head_dim, generator=torch.Generator().manual_seed(head_dim))
+    rotary = rotary_of_blocks(frequencies_of(head_dim), 6)
+    torch.testing.assert_close(turn_keys(k, rotary).double(), turned(k), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(turn_keys(k, rotary, back=True).double(), turned(k, back=True), atol=2e-6, rtol=2e-6)
+    for block in (0, 3):
+        part = k[:, block * BLOCK :][:, : BLOCK + 7]
+        assert torch.equal(turn_keys(part, rotary, block), turn_keys(k, rotary)[:, block * BLOCK :][:, : BLOCK + 7])
 
 
-@pytest.mark.parametrize("prefix, nodes", [(0, 1), (127, 33), (191, 1), (192, 1), (192, 33), (319, 33), (4400, 3)])
-def test_prefix_and_tree_sizes(on_backend, prefix, nodes):
-    check_attention(on_backend, BOOKS["256"], [prefix], [nodes], heads=3, kv_heads=1, seed=prefix + nodes)
+def test_attention_to_keys_of_the_other_kind_is_another(on_backend):
+    """The op cannot know what records hold: rotary says it, and it counts."""
+    packing = PACKINGS["pre-rope codes 256"]
+    case, packed, k, v = packing.case([700], [3])
+    right = on_backend(packing.attend, case.q, packed, k, v, case.bits, case.lens)
+    wrong = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
+    assert (right - wrong).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (5, 1), (9, 3), (8, 8), (40, 1)])
-def test_groups(on_backend, heads, kv_heads):
-    check_attention(on_backend, BOOKS["256"], [250, 200], [7, 6], heads=heads, kv_heads=kv_heads)
-
-
-@pytest.mark.parametrize("window", [1, 20, 200])
-def test_windows(on_backend, window):
-    nodes = min(window + 1, 20)
-    check_attention(on_backend, BOOKS["256"], [127 + window, 400], [nodes, 1], window=window)
-
-
-def test_padding_rows_give_zero(on_backend):
-    books = BOOKS["256"]
-    case, packed, k, v = packed_case([300, 300], [2, 6], books)
-    out, lse = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, books, return_lse=True)
-    assert (out[0, :, 2:] == 0).all() and (lse[0, :, 2:] == -torch.inf).all()
-    assert (out[0, :, :2] != 0).any()
-
-
-def test_without_packed_blocks_it_is_tree_attention(on_backend):
-    case, packed, k, v = packed_case([100], [6], BOOKS["256"])
-    found = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
-    torch.testing.assert_close(found, tree_attention(case.q, k, v, case.bits, case.lens))
-
-
-def test_blocks_that_no_row_sees_may_hold_anything(on_backend):
-    case, packed, k, v = packed_case([330], [4], BOOKS["256"])
+def test_rotary_that_does_not_fit_is_named():
+    case, packed, k, v = PACKINGS["pre-rope codes 256"].case([600], [2])
+    good = rotary_of_blocks(frequencies_of(64), packed.shape[2])
     args = (case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
-    expected = on_backend(residual_vq_attention, *args)
-    packed[:, :, blocks_seen(333, 64) :] = 255  # NaN scales
-    assert torch.equal(on_backend(residual_vq_attention, *args), expected)
-
-
-def test_nan_is_not_hidden(on_backend):
-    case, packed, k, v = packed_case([330], [2], BOOKS["256"])
-    case.q[0, 1, 1] = torch.nan
-    out = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
-    assert out[0, 1, 1].isnan().all() and out[0, 0].isfinite().all() and out[0, 1, 0].isfinite().all()
-
-
-def test_large_scores_do_not_overflow(on_backend):
-    books = BOOKS["256"]
-    case, packed, k, v = packed_case([400], [3], books)
-    case.q *= 300
-    found = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, books)
-    torch.testing.assert_close(found.double(), oracle(case, packed, books, 64)[0], atol=2e-3, rtol=2e-3)
-
-
-def test_strides_and_guards(on_backend):
-    """Any strides; records between guard bytes are only read, whole records are written."""
-    books = BOOKS["256"]
-    case, packed, k, v = packed_case([330], [6], books)
-    expected = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, books)
-    q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
-    wide = torch.full((1, 2, packed.shape[2] + 2, packed.shape[3]), 171, dtype=torch.uint8)
-    wide[:, :, 1:-1] = packed
-    before = wide.clone()
-    found = on_backend(residual_vq_attention, q, wide[:, :, 1:-1], k, v, case.bits, case.lens, books)
-    assert torch.equal(found, expected) and torch.equal(wide, before)
-
-
-# ==== the row rule ====
-
-
-def plain_decode(case, packed, b, node, books, window):
-    """The node's row as plain decoding computes it: its path committed, one row."""
-    n, path = int(case.lens[b]), path_to(case.parents[b], node)
-    slots = [*range(n), *(n + j for j in path)]
-    start = blocks_seen(len(slots) - 1, window) * BLOCK
-    return residual_vq_attention(
-        case.q[b : b + 1, :, node : node + 1],
-        packed[b : b + 1],
-        case.k[b : b + 1, :, slots[start:]],
-        case.v[b : b + 1, :, slots[start:]],
-        torch.ones(1, 1, 1, dtype=torch.int32),
-        torch.tensor([len(slots) - 1], dtype=torch.int32),
-        books,
-        window=window,
-        return_lse=True,
-    )
-
-
-@settings(max_examples=20, deadline=None, database=None, derandomize=True)
-@given(st.data())
-def test_row_rule(data):
-    if not BACKENDS[1:]:
-        pytest.skip("no compiled kernel to test")
-    heads, kv_heads = data.draw(st.sampled_from([(3, 1), (4, 2), (8, 1), (17, 1)]))
-    batch = data.draw(st.integers(1, 2))
-    edge = st.sampled_from([0, 128, 192, 320, 448, 1216, 4288])  # where nodes of one tree see different blocks
-    lens = [max(0, data.draw(edge) - data.draw(st.integers(0, 12))) for _ in range(batch)]
-    nodes = data.draw(st.lists(st.integers(1, 30), min_size=batch, max_size=batch))
-    dtype = data.draw(st.sampled_from(list(TOLERANCE)))
-    books = BOOKS[data.draw(st.sampled_from(list(BOOKS)))]
-    seed = data.draw(st.integers(0, 99))
-    os.environ["PYSPEC_ISA"] = data.draw(st.sampled_from(BACKENDS[1:]))
-    try:
-        case, packed, k, v = packed_case(lens, nodes, books, 64, heads, kv_heads, 64, dtype, seed)
-        out, lse = residual_vq_attention(case.q, packed, k, v, case.bits, case.lens, books, return_lse=True)
-        for b, parents in enumerate(case.parents):
-            for node in range(len(parents)):
-                row, row_lse = plain_decode(case, packed, b, node, books, 64)
-                assert torch.equal(out[b, :, node], row[0, :, 0]), (b, node)
-                assert torch.equal(lse[b, :, node], row_lse[0, :, 0]), (b, node)
-    finally:
-        del os.environ["PYSPEC_ISA"]
+    residual_vq_attention(*args, rotary=good)
+    for wrong, error, message in (
+        (good.double(), TypeError, "rotary must be float32, got torch.float64"),
+        (good[:-1], ValueError, r"rotary must be contiguous \[128 \+ blocks, 2, 32\] for 4 blocks and head_dim 64"),
+        (rotary_of_blocks(frequencies_of(128), 9), ValueError, "rotary must be .* got shape .137, 2, 64."),
+        (good.transpose(0, 1).contiguous().transpose(0, 1), ValueError, "rotary must be contiguous"),
+        (good[:, 0], ValueError, "rotary must be"),
+    ):
+        with pytest.raises(error, match=message):
+            residual_vq_attention(*args, rotary=wrong)
+    if BACKENDS[1:]:
+        seen = torch.ones(1, 2, dtype=torch.int32)
+        with pytest.raises(RuntimeError, match="rotary must be contiguous float32"):
+            torch.ops.pyspec.residual_vq(case.q, packed, seen, BOOKS["256"], 0.125, good[:-1])
 
 
 # ==== the ops as torch sees them ====
@@ -364,6 +193,8 @@ def test_opcheck(name):
     q, seen = torch.randn(1, 4, 3, 64), torch.tensor([[1, 2, 0]], dtype=torch.int32)
     packed = residual_vq_encode(k, v, books)
     torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, packed, seen, books, 0.125))
+    rotary = rotary_of_blocks(frequencies_of(64), 2)
+    torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, packed, seen, books, 0.125, rotary))
 
 
 def test_compiles_as_one_graph():
@@ -411,28 +242,8 @@ def test_values_that_cannot_be_packed_are_named(value, name):
         residual_vq_encode(tensors["k"], tensors["v"], BOOKS["256"])
 
 
-def test_attention_names_what_does_not_fit():
-    books = BOOKS["256"]
-    case, packed, k, v = packed_case([300], [4], books)
-    good = dict(q=case.q, packed=packed, k=k, v=v, ancestor_bits=case.bits, prefix_lens=case.lens, codebooks=books)
-    residual_vq_attention(**good)
-    for change, error, message in (
-        ({"q": case.q.double()}, TypeError, "q must be float32"),
-        ({"packed": packed.to(torch.int8)}, TypeError, "packed must be uint8"),
-        ({"packed": packed[..., :-64]}, ValueError, r"packed must be \[batch, kv_heads, blocks, .* ResidualVqFormat"),
-        ({"codebooks": codebooks_of(5)}, ValueError, "packed must be .*depth=5"),
-        ({"packed": packed[:, :0]}, ValueError, "packed must have batch 1"),
-        ({"k": k[:, :1], "v": v[:, :1]}, ValueError, "k must have the 2 heads"),
-        ({"prefix_lens": case.lens.long()}, ValueError, "prefix_lens must be int32"),
-        ({"window": 2}, ValueError, r"q must have at most window \+ 1 = 3 nodes, got 4"),
-        ({"scale": -1.0}, ValueError, "scale must be positive"),
-    ):
-        with pytest.raises(error, match=message):
-            residual_vq_attention(**good | change)
-
-
-@pytest.mark.skipif(not BACKENDS[1:], reason="no compiled kernel to test")
-def test_rows_that_see_blocks_that_are_not_there_are_refused():
-    case, packed, k, v = packed_case([600], [2], BOOKS["256"])
-    with pytest.raises(RuntimeError, match=r"seen\[0\]\[\d\] is 4, packed has 2 blocks"):
-        residual_vq_attention(case.q, packed[:, :, :2], k, v, case.bits, case.lens, BOOKS["256"])
+def test_records_of_other_codebooks_are_refused():
+    case, packed, k, v = PACKINGS["codes 256"].case([300], [4])
+    for books, field in ((codebooks_of(5), "depth=5"), (BOOKS["2048"], "codes=2048")):
+        with pytest.raises(ValueError, match=f"packed must be .*{field}"):
+            residual_vq_attention(case.q, packed, k, v, case.bits, case.lens, books)

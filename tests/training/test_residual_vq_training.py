@@ -12,8 +12,8 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 from pyspec import ResidualVqCache, generate  # noqa: E402
 from pyspec.caches import Codebooks  # noqa: E402
-from pyspec.ops import residual_vq_decode, residual_vq_encode  # noqa: E402
-from pyspec.ops.residual_vq import nearest  # noqa: E402
+from pyspec.ops import residual_vq_decode, residual_vq_encode, rotary_of_blocks  # noqa: E402
+from pyspec.ops.residual_vq import nearest, turn_keys  # noqa: E402
 from pyspec.training import residual_vq  # noqa: E402
 from pyspec.training.residual_vq import Quantiser, Reader, Recipe, documentation, main, train, vectors  # noqa: E402
 
@@ -115,8 +115,11 @@ def test_vectors_are_what_is_encoded():
         assert (cosine > 0.999).float().mean() > 0.99
 
 
-def test_a_run_learns_goes_on_and_is_used(runner, tmp_path, monkeypatch):
-    whole = train(runner, tmp_path / "whole.safetensors", RECIPE, TEXTS)
+@pytest.mark.parametrize("keys", ["post-rope", "pre-rope"])
+def test_a_run_learns_goes_on_and_is_used(runner, tmp_path, monkeypatch, keys):
+    recipe = dataclasses.replace(RECIPE, keys=keys)
+    whole = train(runner, tmp_path / "whole.safetensors", recipe, TEXTS)
+    assert whole.keys == keys
     real = vectors
     calls = []
 
@@ -129,16 +132,18 @@ def test_a_run_learns_goes_on_and_is_used(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(residual_vq, "vectors", interrupted)
     parts = tmp_path / "parts.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train(runner, parts, RECIPE, TEXTS)
+        train(runner, parts, recipe, TEXTS)
     with pytest.raises(ValueError, match="is of another recipe or model"):
-        train(runner, parts, dataclasses.replace(RECIPE, decay=0.5), TEXTS)
-    assert train(runner, parts, RECIPE, TEXTS) == whole
+        train(runner, parts, dataclasses.replace(recipe, decay=0.5), TEXTS)
+    assert train(runner, parts, recipe, TEXTS) == whole
     assert Codebooks.load(parts) == Codebooks.load(tmp_path / "whole.safetensors") == whole
     assert sorted(file.name for file in tmp_path.iterdir()) == ["parts.safetensors", "whole.safetensors"]
 
     prompt = Characters().encode(TEXTS[0][0])[:300]
     runner.prefill([prompt])
     k, v = runner._cache.keys_values[:, :, 0, :, :256].unbind(1)
+    if keys == "pre-rope":
+        k = turn_keys(k, rotary_of_blocks(whole.frequencies, 2), back=True)
     before = 1.0
     for depth in (1, 2, 3):
         books = whole.tables[:, :, :depth]
@@ -162,6 +167,8 @@ def test_what_does_not_fit_is_refused(runner, tmp_path):
         train(runner, tmp_path / "x", dataclasses.replace(RECIPE, rows=1), TEXTS)
     with pytest.raises(ValueError, match="codes must be one of"):
         train(runner, tmp_path / "x", dataclasses.replace(RECIPE, codes=300), TEXTS)
+    with pytest.raises(ValueError, match="keys must be one of post-rope, pre-rope, got 'rope'"):
+        dataclasses.replace(RECIPE, keys="rope")
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyspec.integrations.transformers.cache import PackedStates
 from pyspec.masks import BlockMask
 from pyspec.ops import block_masked_attention, tree_attention
 
@@ -21,7 +22,8 @@ _latest: tuple[weakref.ref, int, BlockMask] | None = None
 def register_attention() -> None:
     """Makes "pyspec" a name that model.set_attn_implementation takes; no other name of transformers is touched.
 
-    Causal attention after a cache of few new tokens is tree_attention; everything else is block_masked_attention:
+    Causal attention after a cache of few new tokens is tree_attention, or gear_attention after a GearCache, whose
+    records it reads as they lie; everything else is block_masked_attention:
     packed sequences, sliding windows, padding, and 4D masks of the caller's.
     """
     from transformers import AttentionInterface
@@ -91,6 +93,9 @@ def _attention(
     if attention_mask is None and (is_causal or rows == 1) and rows <= _MOST_TREE_ROWS:
         bits = torch.tensor([(2 << row) - 1 for row in range(rows)], dtype=torch.int32, device=query.device)
         bits = bits[None, :, None].expand(len(query), rows, 1)
+        if isinstance(key, PackedStates) and softcap is None:
+            out = key.attend(query, bits, query.shape[3] ** -0.5 if scaling is None else scaling)
+            return out.transpose(1, 2).contiguous(), None
         before = torch.full((len(query),), keys - rows, dtype=torch.int32, device=query.device)
         out = tree_attention(query, key, value, bits, before, **options)
     else:

@@ -4,22 +4,27 @@
 
     model.generate(**inputs, past_key_values=GearCache("gear-4bit"))
 
-Stock attention reads tensors, so each layer unpacks its blocks for the time of its attention, at every step: memory is
-saved, not time. All rows of a pass see a block in one form, packed if it is so for the first of them. Drafts across
-the place where a block turns (once in 128 tokens), or in the pass that reads the prompt, see it as it was, in full
-precision; there, and only there, a text with drafts may differ from one without. Nothing of transformers is changed.
+Attention "pyspec" (register_attention) reads the records of a step as they lie. Stock attention reads tensors: for it
+each layer unpacks its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
+pass see a block in one form, packed if it is so for the first of them. Drafts across the place where a block turns
+(once in 128 tokens), or in the pass that reads the prompt, see it as it was, in full precision; there, and only there,
+a text with drafts may differ from one without. Nothing of transformers is changed.
 """
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pyspec import caches
-from pyspec.ops.gear import BLOCK, blocks_seen, encode_packed, find_unpackable, gear_decode
+from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable, gear_decode
 
-__all__ = ["GearCache", "GearLayer"]
+__all__ = ["GearCache", "GearLayer", "PackedStates"]
 
 
 class GearCache(Cache):
@@ -97,12 +102,8 @@ class GearLayer(DynamicLayer):
         self.values = torch.cat((self.values, value_states), -2)
         if not self.packed.shape[2]:
             return self.keys, self.values
-        unpacked = gear_decode(self.packed, self.settings, self.keys.shape[-1])
-        k, v = (
-            torch.cat((part.to(exact.dtype), exact), -2)
-            for part, exact in zip(unpacked, (self.keys, self.values), strict=True)
-        )
-        return k, v
+        held = _Held(self.settings, self.packed, self.keys, self.values)
+        return PackedStates(held, 0), PackedStates(held, 1)
 
     def _pack(self) -> None:
         """Packs the blocks that are far enough behind the tokens to come."""
@@ -169,3 +170,56 @@ class GearLayer(DynamicLayer):
     def _select(self, change) -> None:
         if self.is_initialized:
             self.keys, self.values, self.packed = map(change, (self.keys, self.values, self.packed))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a layer holds during a pass: records, then keys and values as they came."""
+
+    settings: caches.GearCache
+    packed: Tensor  # [B, Hkv, blocks, record] uint8
+    keys: Tensor  # [B, Hkv, S, D]
+    values: Tensor
+
+    @functools.cached_property
+    def unpacked(self) -> tuple[Tensor, ...]:
+        """All keys and all values."""
+        decoded = gear_decode(self.packed, self.settings, self.keys.shape[-1])
+        return tuple(
+            torch.cat((part.to(exact.dtype), exact), -2)
+            for part, exact in zip(decoded, (self.keys, self.values), strict=True)
+        )
+
+
+class PackedStates(Tensor):
+    """Keys or values of a layer, [B, Hkv, S, D], of which the first are packed: any op on them unpacks them first."""
+
+    @staticmethod
+    def __new__(cls, held: _Held, side: int):
+        batch, heads, exact, head_dim = held.keys.shape
+        shape = (batch, heads, held.packed.shape[2] * BLOCK + exact, head_dim)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=held.keys.dtype, device=held.keys.device)
+
+    def __init__(self, held: _Held, side: int):
+        self.held, self.side = held, side
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        def unpack(x):
+            return x.unpack() if isinstance(x, cls) else x
+
+        return func(*tree_map(unpack, args), **tree_map(unpack, kwargs or {}))
+
+    def unpack(self) -> Tensor:
+        """An ordinary tensor of the same."""
+        return self.held.unpacked[self.side]
+
+    def attend(self, q: Tensor, ancestor_bits: Tensor, scale: float) -> Tensor:
+        """Causal attention, like q [B, Hq, T, D], of the last T tokens to all, reading records as they lie."""
+        held, (batch, _, nodes, _) = self.held, q.shape
+        seen = torch.full((batch, nodes), held.packed.shape[2], dtype=torch.int32, device=q.device)
+        exact = torch.full((batch,), held.keys.shape[2] - nodes, dtype=torch.int32, device=q.device)
+        rows = TreeRows(ancestor_bits, seen, seen[:, :1], exact, 0)
+        return attend_tree(q, held.packed, held.keys, held.values, rows, held.settings, scale)[0]

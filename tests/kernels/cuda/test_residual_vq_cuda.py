@@ -5,7 +5,12 @@ import pytest
 import torch
 from cuda_on_host.loading import fenced_memory, op_on_host
 
-from pyspec.ops.residual_vq import _ATTENTION, residual_vq_encode_reference, residual_vq_reference
+from pyspec.ops.residual_vq import (
+    _ATTENTION,
+    residual_vq_encode_reference,
+    residual_vq_reference,
+    rotary_of_blocks,
+)
 
 HAS_GPU = torch.cuda.is_available()
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -17,8 +22,9 @@ def kernel():
         return op_on_host("residual_vq")[0]
     assert _ATTENTION.backend_for("cuda")[0] == "cuda", _ATTENTION.backend_for("cuda")[1]
 
-    def call(q, packed, seen, books, scale):
-        found = _ATTENTION.overload(q.cuda(), packed.cuda(), seen.cuda(), books.cuda(), scale)
+    def call(q, packed, seen, books, scale, rotary=None):
+        rotary = None if rotary is None else rotary.cuda()
+        found = _ATTENTION.overload(q.cuda(), packed.cuda(), seen.cuda(), books.cuda(), scale, rotary)
         return tuple(part.cpu() for part in found)
 
     return call
@@ -46,6 +52,13 @@ def case_of(seen, heads=4, kv_heads=2, head_dim=64, depth=3, codes=256, dtype=to
     return q, packed, seen, books, head_dim**-0.5
 
 
+def pre_rope(case):
+    """The same with records taken for those of keys before rotary embedding."""
+    q, packed, *rest = case
+    frequencies = 10000.0 ** (-torch.arange(0, q.shape[3], 2) / q.shape[3])
+    return q, packed, *rest, rotary_of_blocks(frequencies, packed.shape[2])
+
+
 def check(kernel, case):
     q = case[0]
     (out, lse), (expected, expected_lse) = kernel(*case), residual_vq_reference(*case)
@@ -71,6 +84,13 @@ def test_head_dims(kernel, head_dim):
     check(kernel, case_of([[1, 2]], 2, 1, head_dim, depth=2))
 
 
+@pytest.mark.parametrize("head_dim, depth, codes", [(64, 3, 256), (96, 1, 256), (256, 2, 256), (128, 2, 2048)])
+def test_keys_before_rotary_embedding(kernel, device, head_dim, depth, codes):
+    device(seed=head_dim)
+    check(kernel, pre_rope(case_of([[1, 9, 2], [10, 10, 0]], 4, 2, head_dim, depth, codes)))
+    check(kernel, pre_rope(case_of([[2, 1]], 5, 1, head_dim, depth, codes, dtype=torch.bfloat16)))
+
+
 @pytest.mark.parametrize("depth, codes", [(1, 256), (9, 256), (2, 2048)])
 def test_formats(kernel, depth, codes):
     check(kernel, case_of([[2, 1]], 2, 1, depth=depth, codes=codes))
@@ -83,11 +103,14 @@ def test_dtypes(kernel, dtype):
 
 def test_nothing_packed(kernel):
     check(kernel, case_of([[0, 0]], blocks=0))
+    check(kernel, pre_rope(case_of([[0, 0]], blocks=0)))
     check(kernel, case_of([[0, 0]], blocks=2))
 
 
-def test_a_row_has_the_bits_that_it_has_alone(kernel, device):
+@pytest.mark.parametrize("keys", ["post-rope", "pre-rope"])
+def test_a_row_has_the_bits_that_it_has_alone(kernel, device, keys):
     case = case_of([[9, 3, 9, 10, 1]], heads=6)
+    case = pre_rope(case) if keys == "pre-rope" else case
     out, lse = kernel(*case)
     q, packed, seen, *rest = case
     for node in range(5):
@@ -115,15 +138,18 @@ def test_scores_of_any_size_and_nan(kernel):
 
 @pytest.mark.skipif(HAS_GPU, reason="fences are the CPU's memory")
 def test_nothing_outside_is_touched(kernel):
-    q, packed, seen, books, scale = case_of([[2, 9]])
-    expected = kernel(q, packed, seen, books, scale)
+    q, packed, seen, books, scale, rotary = pre_rope(case_of([[2, 9]]))
     fenced = []
-    for tensor in (q, packed, seen, books):
+    for tensor in (q, packed, seen, books, rotary):
         memory, before = fenced_memory(tensor.nbytes)
         inside = memory.view(tensor.dtype).view(tensor.shape)
         fenced.append((inside.copy_(tensor), before))
-    found = kernel(*(inside for inside, _ in fenced), scale)
-    assert torch.equal(found[0], expected[0]) and all((before == 0xA7).all() for _, before in fenced)
+    *inside, inside_rotary = (inside for inside, _ in fenced)
+    for more in ((), (rotary,)):
+        expected = kernel(q, packed, seen, books, scale, *more)
+        found = kernel(*inside, scale, *([inside_rotary] if more else []))
+        assert torch.equal(found[0], expected[0])
+    assert all((before == 0xA7).all() for _, before in fenced)
 
 
 def test_what_does_not_fit_is_refused(kernel):
@@ -134,6 +160,7 @@ def test_what_does_not_fit_is_refused(kernel):
         (q, packed, seen, books.float(), scale),
         (q, packed, seen, books[:, :, :100].contiguous(), scale),
         (q, packed, seen, books, -1.0),
+        (q, packed, seen, books, scale, torch.zeros(128, 2, 32)),
     ):
         with pytest.raises(RuntimeError):
             kernel(*change)

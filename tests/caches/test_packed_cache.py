@@ -1,0 +1,197 @@
+"""PackedCache: what is packed when, that it hangs on the committed tokens alone, and what is written."""
+
+import pytest
+import torch
+
+from pyspec.caches import CACHES, Codebooks, GearCache, ResidualVqCache
+from pyspec.ops import gear_decode, residual_vq_decode
+from pyspec.ops.gear import BLOCK
+from pyspec.trees import DraftTree
+
+LAYERS, HEADS, HEAD_DIM = 2, 3, 64
+FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+
+
+def codebooks(depth=4, codes=256, layers=LAYERS, heads=HEADS, name="toy", frequencies=None):
+    words = torch.randn(layers, 2, depth, codes, 32, generator=torch.Generator().manual_seed(depth))
+    words *= 0.8 * 0.8 ** torch.arange(depth)[:, None, None]
+    return Codebooks(words.half(), heads, HEAD_DIM, name, frequencies)
+
+
+SETTINGS = {
+    "gear": GearCache(2, 64, rank=2, outliers=2),
+    "int4": CACHES["int4"],
+    "narrow": GearCache(3, 32, window=5),
+    "codes": ResidualVqCache(codebooks()),
+    "pre-rope codes": ResidualVqCache(codebooks(frequencies=FREQUENCIES)),
+}
+
+
+def decoded(settings, packed, layer):
+    """Keys and values [heads, S, D] of a layer's records, and the relative error that they may have."""
+    if isinstance(settings, GearCache):
+        k, v = gear_decode(packed[layer, None], settings, HEAD_DIM)
+        return k[0], v[0], {2: 0.5, 3: 0.25, 4: 0.15}[settings.bits]
+    k, v = residual_vq_decode(packed[layer, None], settings.codebooks.tables[layer], HEAD_DIM)
+    if settings.codebooks.frequencies is not None:  # by position, pairs as complex numbers
+        angles = torch.arange(k.shape[2])[:, None] * FREQUENCIES
+        pairs = torch.complex(*k.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
+        k = torch.cat((pairs.real, pairs.imag), -1)
+    return k[0], v[0], 0.75
+
+
+def text_of(tokens, seed=0):
+    """Keys and values [layers, 2, heads, tokens, D] of a text."""
+    return torch.randn(LAYERS, 2, HEADS, tokens, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def start(settings, capacity=900, sequences=2):
+    cache = settings.start(LAYERS, sequences, HEADS, capacity, HEAD_DIM, torch.float32, torch.device("cpu"))
+    cache.keys_values.fill_(torch.nan)  # what is read must have been written
+    cache.packed.fill_(255)
+    return cache
+
+
+def write(cache, sequence, parts):
+    """Puts the keys and values of a tree's nodes behind the committed ones, as a runner does."""
+    slot = cache.lengths[sequence] - cache.starts[sequence]
+    cache.keys_values[:, :, sequence, :, slot : slot + parts.shape[3]] = parts
+
+
+def feed(cache, sequence, text, chunks):
+    """Commits a text in chunks, each written as a tree with wrong nodes between the right ones."""
+    done = 0
+    for count in chunks:
+        right = text[..., done : done + count, :]
+        if 2 * count <= cache.settings.largest_tree:
+            nodes = torch.full((LAYERS, 2, HEADS, 2 * count, HEAD_DIM), 77.0)
+            nodes[..., ::2, :] = right
+            write(cache, sequence, nodes)
+            cache.commit(sequence, list(range(0, 2 * count, 2)))
+        else:
+            write(cache, sequence, right)
+            cache.commit(sequence, range(count))
+        done += count
+    assert cache.lengths[sequence] == done
+
+
+def state(cache, sequence):
+    """All that a sequence's next tree can read."""
+    length = cache.lengths[sequence]
+    packed = cache.packed[:, sequence, :, : length // BLOCK]
+    return packed, cache.keys_values[:, :, sequence, :, : length - cache.starts[sequence]]
+
+
+def chunks_of(total, most, seed):
+    generator = torch.Generator().manual_seed(seed)
+    chunks = []
+    while sum(chunks) < total:
+        chunks.append(min(int(torch.randint(1, most + 1, (1,), generator=generator)), total - sum(chunks)))
+    return chunks
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("tokens", [1, 127, 128, 191, 192, 193, 450])
+def test_the_chunks_of_a_text_change_no_bit(name, tokens):
+    settings, text = SETTINGS[name], text_of(tokens)
+    caches = []
+    for chunks in (
+        [1] * tokens,
+        chunks_of(tokens, settings.largest_tree, 0),
+        chunks_of(tokens, settings.largest_tree, 1),
+        chunks_of(tokens, 3, 2),
+    ):
+        cache = start(settings)
+        feed(cache, 1, text, chunks)
+        caches.append(state(cache, 1))
+        assert (
+            cache.lengths == [0, tokens]
+            and cache.packed[:, 0].eq(255).all()
+            and cache.keys_values[:, :, 0].isnan().all()
+        )
+    for other in caches[1:]:
+        for part, expected in zip(other, caches[0], strict=True):
+            assert torch.equal(part, expected)
+    packed, exact = caches[0]
+    assert torch.equal(exact, text[..., tokens - exact.shape[3] :, :])
+    assert exact.shape[3] >= min(tokens, settings.window)
+    for layer in range(LAYERS):
+        if packed.shape[2]:
+            *sides, most = decoded(settings, packed, layer)  # each layer by its own codebooks
+            for found, x in zip(sides, text[layer], strict=True):
+                x = x[:, : found.shape[1]]
+                assert float((found - x).norm() / x.norm()) < most
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_rejected_tree_leaves_no_trace(name):
+    """Any prefix of a tree may be kept: what follows is as if the rest had never been there."""
+    settings, text = SETTINGS[name], text_of(300)
+    for length in (122, 128, 250, 260):
+        for kept in range(1, 6):
+            touched, clean = start(settings), start(settings)
+            for cache in (touched, clean):
+                feed(cache, 0, text, chunks_of(length, settings.largest_tree, 3))
+            before = [part.clone() for part in state(touched, 0)]
+            nodes = torch.full((LAYERS, 2, HEADS, 6, HEAD_DIM), 55.0)
+            nodes[..., :kept, :] = text[..., length : length + kept, :]
+            write(touched, 0, nodes)
+            for part, expected in zip(state(touched, 0), before, strict=True):
+                assert torch.equal(part, expected)
+            touched.commit(0, range(kept))
+            for token in range(length, length + kept):
+                write(clean, 0, text[..., token : token + 1, :])
+                clean.commit(0, [0])
+            for part, expected in zip(state(touched, 0), state(clean, 0), strict=True):
+                assert torch.equal(part, expected)
+
+
+def test_sequences_do_not_touch_each_other():
+    settings = SETTINGS["gear"]
+    both, alone = start(settings), start(settings)
+    feed(both, 0, text_of(140, 1), chunks_of(140, 60, 1))
+    feed(both, 1, text_of(333, 2), chunks_of(333, 60, 2))
+    feed(alone, 1, text_of(333, 2), chunks_of(333, 9, 3))
+    for part, expected in zip(state(both, 1), state(alone, 1), strict=True):
+        assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_nothing_outside_the_buffers_is_written(name):
+    """The buffers of a cache between guard bytes."""
+    settings = SETTINGS[name]
+    cache, guards = start(settings), []
+    for attribute in ("packed", "keys_values"):
+        buffer = getattr(cache, attribute)
+        wide = torch.full((buffer.nbytes + 512,), 171, dtype=torch.uint8)
+        inside = wide[256 : 256 + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+        inside.copy_(buffer)
+        setattr(cache, attribute, inside)
+        guards.append(wide)
+    for sequence in range(2):
+        feed(cache, sequence, text_of(850, sequence), chunks_of(850, settings.largest_tree, sequence))
+        rows = cache.rows(sequence, DraftTree.chain([0] * 3))
+        write(cache, sequence, text_of(3))
+        assert cache.attend(1, sequence, torch.randn(3, 6, HEAD_DIM), rows).isfinite().all()
+    for wide in guards:
+        assert (wide[:256] == 171).all() and (wide[-256:] == 171).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e6])
+@pytest.mark.parametrize("side, what", [(0, "keys"), (1, "values")])
+@pytest.mark.parametrize("name", ["gear", "codes", "pre-rope codes"])
+def test_what_cannot_be_packed_is_refused_and_named(name, value, side, what):
+    cache, text = start(SETTINGS[name]), text_of(256)
+    feed(cache, 1, text, [64] * 3)
+    before = [part.clone() for part in state(cache, 1)]
+    bad = text[..., 192:256, :].clone()
+    bad[1, side, 2, 8, 33] = value
+    write(cache, 1, bad)
+    with pytest.raises(ValueError, match=rf"{what} must be .* layer 1, head 2, position 200, channel 33 of sequence 1"):
+        cache.commit(1, range(64))
+    assert cache.lengths == [0, 192]
+    for part, expected in zip(state(cache, 1), before, strict=True):
+        assert torch.equal(part, expected)
+    write(cache, 1, text[..., 192:256, :])
+    cache.commit(1, range(64))
+    assert cache.lengths == [0, 256]
