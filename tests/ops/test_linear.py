@@ -1,44 +1,20 @@
 """linear: packing byte by byte, every backend and instruction set against float64, and the row rule bit for bit."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from every_backend import KERNELS, each_backend, each_kernel, on_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree_attention import available_instruction_sets
 
-import pyspec
 from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, linear_rows_reference, pack_weight
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PACKED = (*FLOATS, torch.int8)
 INPUTS = [(dtype, dtype) for dtype in FLOATS] + [(dtype, torch.int8) for dtype in FLOATS]  # of x, of the weight
 SIZES = [(1, 1), (1, 2), (5, 1), (1, 65), (31, 33), (32, 32), (33, 31), (65, 97)]  # outputs, inputs
-KERNELS = available_instruction_sets()
-
-
-@pytest.fixture(params=["reference", *KERNELS])
-def run(request, monkeypatch):
-    """linear on the reference or one instruction set."""
-    if request.param == "reference":
-
-        def call(*args, **options):
-            with pyspec.backend("reference"):
-                return linear(*args, **options)
-
-        return call
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return linear
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request, monkeypatch):
-    """Only the kernels, where bits are promised."""
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return linear
+run, kernel = each_backend(linear), each_kernel(linear)
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -147,13 +123,10 @@ def test_random_shapes(data):
         if name == "reference":
             found = linear_reference(x, data_packed.data, None, outputs, torch.float32)
         else:
-            os.environ["PYSPEC_ISA"] = name
-            try:
+            with on_backend(name):
                 found = linear(x, data_packed, out_dtype=torch.float32)
                 row = data.draw(st.integers(0, rows - 1))
                 assert same_bits(found[row : row + 1], linear(x[row : row + 1], data_packed, out_dtype=torch.float32))
-            finally:
-                del os.environ["PYSPEC_ISA"]
         assert_close(found, *expected, inputs)
 
 

@@ -5,30 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from every_backend import KERNELS, each_backend, each_kernel
 from rounds import chain_round, random_tree, root_path
-from test_tree_attention import BACKENDS
 
-import pyspec
 from pyspec import DraftTree
 from pyspec.ops import Round, selective_state
 from pyspec.ops.selective_state import from_panels, to_panels
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-COMPILED = [name for name in BACKENDS if name != "reference"]
 SEQUENCES, NODES = 4, 24
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    if request.param != "reference":
-        monkeypatch.setenv("PYSPEC_ISA", request.param)
-        return selective_state
-
-    def call(*args, **options):
-        with pyspec.backend("reference"):
-            return selective_state(*args, **options)
-
-    return call
+run, isa = each_backend(selective_state), each_kernel(selective_state)
 
 
 @dataclass
@@ -161,11 +147,6 @@ def test_what_is_not_used_may_be_nan(run):
 
 
 # ==== bits ====
-
-
-@pytest.fixture(params=COMPILED)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
 
 
 @pytest.mark.parametrize("shape", LAYERS.values(), ids=LAYERS)
@@ -373,7 +354,7 @@ def test_bad_input_is_named(changed, error, message):
         selective_state(**given | {"round": chain_round(3, 2)} | changed)
 
 
-@pytest.mark.skipif(not COMPILED, reason="the reference leaves places to torch's own indexing")
+@pytest.mark.skipif(not KERNELS, reason="the reference leaves places to torch's own indexing")
 def test_places_outside_are_refused_before_anything_is_written():
     layer = Layer()
     before = layer.state.clone(), layer.record.clone()
