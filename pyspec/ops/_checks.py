@@ -19,7 +19,7 @@ def check_floating(name: str, dtype: torch.dtype) -> None:
 def check_tensors(
     beside: str, at: Tensor, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]
 ) -> None:
-    """Raises unless each name's tensor, where there is one, has its dtype and shape, and is where argument beside is."""
+    """Raises unless each name's tensor, where there is one, has its dtype and shape and lies where `at` does."""
     for name, tensor, dtype, shape in expected:
         if tensor is None:
             continue
