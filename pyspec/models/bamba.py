@@ -215,7 +215,7 @@ class BambaRunner(RecurrentRunner):
         states = zip(state.states, state.windows, state.records, state.conv_records, strict=True)
         keys_values = iter(cache.dense.keys_values)
 
-        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees]).to(self.device)), None
+        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees])), None
         for layer, recurrent in zip(self.weights.layers, self._recurrent, strict=True):
             if recurrent is None:
                 x = rms_norm(hidden, layer.attention_norm, epsilon, delta=delta, out_dtype=self.dtype)

@@ -416,21 +416,8 @@ class LlamaRunner(NativeRunner):
             parts = zip(sequences, q.split(sizes), seen, strict=True)
             return torch.cat([cache.attend(layer, sequence, part, rows) for sequence, part, rows in parts])
 
-        return layers_by_ops(
-            self._embed(torch.cat([tree.tokens for tree in trees]).to(self.device)),
-            self._matrices,
-            self._biases,
-            self.weights.norm,
-            cache.keys_values,
-            self._cos_sin,
-            positions,
-            row_sequences,
-            slots,
-            attend,
-            self.config.heads,
-            self.config.intermediate_size,
-            self.config.norm_epsilon,
-        )
+        tokens = torch.cat([tree.tokens for tree in trees])
+        return self._by_ops(tokens, positions, row_sequences, slots, cache.keys_values, attend)
 
     def _step(self, inputs: StepInputs, keys_values: Tensor) -> Tensor:
         """`_forward` for StaticSteps: sizes come from shapes, and what changes from round to round from inputs."""
@@ -442,21 +429,17 @@ class LlamaRunner(NativeRunner):
             mixed = tree_attention(q, k, v, inputs.ancestor_bits, inputs.prefix_lens, window=window)
             return mixed.transpose(1, 2).flatten(0, 1)
 
-        return layers_by_ops(
-            self._embed(inputs.tokens.flatten()),
-            self._matrices,
-            self._biases,
-            self.weights.norm,
-            keys_values,
-            self._cos_sin,
-            inputs.positions.flatten(),
-            inputs.sequences.flatten(),
-            inputs.slots.flatten(),
-            attend,
-            self.config.heads,
-            self.config.intermediate_size,
-            self.config.norm_epsilon,
-        )
+        rows = (places.flatten() for places in (inputs.tokens, inputs.positions, inputs.sequences, inputs.slots))
+        return self._by_ops(*rows, keys_values, attend)
+
+    def _by_ops(
+        self, tokens: Tensor, positions: Tensor, sequences: Tensor, slots: Tensor, keys_values: Tensor, attend: Callable
+    ) -> Tensor:
+        """[R, hidden] of rows at these places, after the last norm; attend as layers_by_ops takes it."""
+        weights = (self._matrices, self._biases, self.weights.norm)
+        place = (keys_values, self._cos_sin, positions, sequences, slots)
+        sizes = (self.config.heads, self.config.intermediate_size, self.config.norm_epsilon)
+        return layers_by_ops(self._embed(tokens), *weights, *place, attend, *sizes)
 
     def _extend_rope(self, positions: int) -> None:
         """Makes the table of cosines and sines long enough."""
