@@ -238,11 +238,8 @@ class LlamaRunner(NativeRunner):
             ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
                 keys or values cannot be packed: NaN, infinite or too large.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length)
-        longest = max(map(len, tokens))
+        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
-        if capacity < longest:
-            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
         if cache is not None:
             self._check_packs(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
