@@ -214,11 +214,7 @@ def title(result: dict) -> str:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     names = list(result["engines"])
     palette = {
         "pyspec": plt.get_cmap("Blues"),
