@@ -2,10 +2,24 @@
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
 from random_llama import VOCABULARY, random_tokens, random_tree, root_path
+from runner_checks import (
+    alone_and_together,
+    check_batches,
+    check_commits,
+    check_greedy_text,
+    check_nodes,
+    check_prompt,
+    check_prompts_refused,
+    check_row_rule,
+    check_trees_and_paths_refused,
+    path_tokens,
+    plain_steps,
+)
 from safetensors.torch import load_file, save_file
 from tiny_mambas import FAMILIES, KINDS, Knows, expected_logits, step_by_step, tiny_mamba
 
@@ -37,15 +51,6 @@ def models():
     return get
 
 
-def plain_steps(runner, tokens):
-    """The logits of a text that is committed token by token; the state is left behind all of it."""
-    rows = []
-    for token in tokens:
-        rows.append(runner.verify([DraftTree.chain([token])])[0][0])
-        runner.commit([[0]])
-    return rows
-
-
 # ==== the logits of transformers ====
 
 
@@ -54,58 +59,28 @@ def plain_steps(runner, tokens):
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
     monkeypatch.setattr(pyspec.models.state_space, "PREFILL_CHUNK", chunk)
     model, runner = models(kind)
-    prompt, pieces = random_tokens(30), []
-    expected = expected_logits(model, prompt)
-    assert expected.std() > 0.5  # or a tolerance of 1e-4 would say little
-    (last,) = runner.prefill([prompt], observe=lambda b, chain, logits: pieces.append((chain, logits)))
-    assert [token for chain, _ in pieces for token in chain.tokens.tolist()] == prompt
-    torch.testing.assert_close(torch.cat([logits for _, logits in pieces]), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(last, expected[-1], atol=1e-4, rtol=1e-4)
+    check_prompt(runner, partial(expected_logits, model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_node_gets_the_logits_of_its_root_path(models, kind):
     model, runner = models(kind)
-    prompt, tree = random_tokens(2), random_tree(40)  # the prompt is shorter than the convolution
+    prompt = random_tokens(2)  # shorter than the convolution
     runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
-    for node in range(0, len(tree), 3):
-        path = [int(tree.tokens[ancestor]) for ancestor in root_path(tree, node)]
-        torch.testing.assert_close(logits[node], expected_logits(model, prompt + path)[-1], atol=1e-4, rtol=1e-4)
+    check_nodes(runner, partial(expected_logits, model), prompt, random_tree(40))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_commit_extends_the_state_by_the_path(models, kind):
     model, runner = models(kind)
-    context = random_tokens(5)
-    runner.prefill([context])
-    for seed in range(6):
-        tree = random_tree(1 + 3 * seed, seed)
-        runner.verify([tree])
-        path = root_path(tree, len(tree) - 1 - seed)
-        runner.commit([path])
-        context += [int(tree.tokens[node]) for node in path]
-        assert runner.lengths() == [len(context)]
-        probe = random_tokens(2, seed)
-        expected = expected_logits(model, context + probe)[-2:]
-        torch.testing.assert_close(runner.verify([DraftTree.chain(probe)])[0], expected, atol=1e-4, rtol=1e-4)
-        runner.commit([None])
-        assert runner.lengths() == [len(context)]
+    check_commits(runner, partial(expected_logits, model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
     model, runner = models(kind)
     prompt = random_tokens(9)
-    expected = step_by_step(model, prompt, 64)
-    text = generate(runner, prompt, drafter="merged", budget=8, max_new_tokens=64).tokens
-    for token, logits in zip(text, expected, strict=True):
-        best = logits.topk(2).values
-        if token != int(logits.argmax()):
-            assert best[0] - best[1] < 1e-4
-            break
-    else:
-        assert text == [int(logits.argmax()) for logits in expected]
+    check_greedy_text(runner, prompt, step_by_step(model, prompt, 64))
 
 
 # ==== bits ====
@@ -114,20 +89,7 @@ def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_what_is_beside_them(models, kind, dtype):
-    """The row rule through the whole model: the tree, the batch and the number of threads."""
-    _, runner = models(kind, dtype)
-    prompt, tree = random_tokens(20), random_tree(24)
-    runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
-    threads = torch.get_num_threads()
-    for node in (3, 11, 23):
-        torch.set_num_threads(1)
-        runner.prefill([prompt])
-        rows = plain_steps(runner, [int(tree.tokens[step]) for step in root_path(tree, node)])
-        torch.set_num_threads(threads)
-        assert torch.equal(rows[-1], logits[node])
-    runner.prefill([random_tokens(7, 1), prompt])
-    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+    check_row_rule(models(kind, dtype)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,29 +123,8 @@ def test_verify_reads_only(models):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_ragged_batch_has_the_bits_of_each_sequence_alone(models, kind):
-    _, runner = models(kind)
-    prompts = [random_tokens(length, length) for length in (3, 17, 1, 8)]
-    rounds = [[random_tree(size, size + b) if size else None for b, size in enumerate(sizes)] for sizes in
-              ((4, 33, 1, 7), (0, 5, 0, 9), (6, 0, 2, 0), (3, 3, 3, 3))]  # fmt: skip
-
-    alone = []
-    for b, prompt in enumerate(prompts):
-        results = [runner.prefill([prompt])[0]]
-        for trees in rounds:
-            if trees[b] is not None:
-                results.append(runner.verify([trees[b]])[0])
-                runner.commit([root_path(trees[b], len(trees[b]) - 1)])
-        alone.append(results)
-
-    together = [[logits] for logits in runner.prefill(prompts, capacity=80)]
-    for trees in rounds:
-        for b, logits in enumerate(runner.verify(trees)):
-            assert (logits is None) == (trees[b] is None)
-            if logits is not None:
-                together[b].append(logits)
-        runner.commit([tree and root_path(tree, len(tree) - 1) for tree in trees])
-    for results, expected in zip(together, alone, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    for alone, together in alone_and_together(models(kind)[1]):
+        assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -201,7 +142,7 @@ def test_a_thousand_rounds_do_not_drift(models, kind):
         if node < 0:
             continue
         path = root_path(tree, node)
-        rows = plain_steps(plain, [int(tree.tokens[step]) for step in path])
+        rows = plain_steps(plain, path_tokens(tree, node))
         assert torch.equal(torch.stack(rows), logits[path]), turn
         runner.commit([path])
     assert runner.lengths() == plain.lengths()
@@ -272,12 +213,7 @@ def test_any_drafter_gives_the_plain_text(models, kind, dtype):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_batches_and_sampling_give_the_plain_texts(models, kind):
-    _, runner = models(kind, torch.bfloat16)
-    prompts = [random_tokens(length, length) for length in (3, 1, 20)]
-    for settings in ({}, {"temperature": 0.8, "seed": 5}):
-        alone = [generate(runner, prompt, drafter=None, max_new_tokens=40, **settings).tokens for prompt in prompts]
-        batch = generate(runner, prompts, drafter="merged", budget=6, max_new_tokens=40, **settings)
-        assert batch.tokens == alone
+    check_batches(models(kind, torch.bfloat16)[1], new_tokens=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -307,42 +243,14 @@ def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch)
 
 
 def test_prefill_refuses_what_does_not_fit_and_keeps_the_batch(models):
-    _, runner = models("mamba")
-    runner.prefill([[1, 2, 3, 4]])
-    for prompts, options, message in (
-        ([], {}, "at least one prompt"),
-        ([[1], []], {}, r"tokens\[1\] is empty"),
-        ([[1, VOCABULARY]], {}, rf"tokens\[0\] must hold token ids in \[0, {VOCABULARY}\), got {VOCABULARY}"),
-        ([[1, 2, 3]], {"capacity": 2}, "capacity must be at least .* 3 tokens, got 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            runner.prefill(prompts, **options)
-    assert runner.lengths() == [4]
-    assert runner.verify([DraftTree.chain([5])])[0].shape == (1, VOCABULARY)
+    check_prompts_refused(models("mamba")[1])
 
 
 def test_verify_and_commit_refuse_what_does_not_fit(models):
     _, runner = models("mamba2")
-    runner.prefill([[1, 2, 3]])
-    with pytest.raises(ValueError, match="one entry for each of the 1 sequences, got 2"):
-        runner.verify([DraftTree.chain([1]), None])
-    with pytest.raises(ValueError, match=rf"trees\[0\].tokens must hold .* got {VOCABULARY}"):
-        runner.verify([DraftTree.chain([1, VOCABULARY])])
-    with pytest.raises(RuntimeError, match="call verify first"):
-        runner.commit([[0]])
-    (before,) = runner.verify([DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])])
-    for path in ([1], [0, 3], [0, 1, 3], [0, 4], []):
-        with pytest.raises(ValueError, match=r"paths\[0\] must"):
-            runner.commit([path])
-    assert runner.lengths() == [3]
-    assert torch.equal(runner.verify([DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])])[0], before)
-    runner.commit([[0, 2, 3]])
-    assert runner.lengths() == [6]
+    check_trees_and_paths_refused(runner)
     with pytest.raises(ValueError, match="rollback must be one of replay, joint, got 'snapshots'"):
         Mamba2Runner(runner.config, runner.weights, rollback="snapshots")
-    fresh = Mamba2Runner(runner.config, runner.weights)
-    with pytest.raises(RuntimeError, match="call prefill first"):
-        fresh.verify([DraftTree.chain([1])])
 
 
 def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):
