@@ -16,7 +16,7 @@ from pyspec.caches.dense import DenseCache
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
 from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, dense
-from pyspec.models.llama import LayerWeights, LlamaConfig, rope_table
+from pyspec.models.llama_weights import LayerWeights, LlamaConfig, rope_table
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Layer
 from pyspec.models.state_space import RecurrentRunner
 from pyspec.ops.linear import PackedWeight
