@@ -22,29 +22,44 @@ def plain_steps(runner, tokens):
     return rows
 
 
-# ==== the logits of another implementation: expected(tokens) gives [n, V] ====
+# ==== the logits of transformers, whose model is given beside the runner ====
 
 
-def check_prompt(runner, expected):
+@torch.inference_mode()
+def expected_logits(model, tokens):
+    """[n, V] fp32 of transformers' own forward, without a cache."""
+    return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
+
+
+def check_last(runner, model, tolerance=1e-4):
+    """The logits behind a prompt."""
+    prompt = random_tokens(20)
+    expected = expected_logits(model, prompt)[-1]
+    torch.testing.assert_close(runner.prefill([prompt])[0], expected, atol=tolerance, rtol=tolerance)
+
+
+def check_prompt(runner, model):
+    """The logits of every token of a prompt, as they are observed and behind it."""
     prompt, pieces = random_tokens(30), []
     (last,) = runner.prefill([prompt], observe=lambda b, chain, logits: pieces.append((chain, logits)))
     assert [token for chain, _ in pieces for token in chain.tokens.tolist()] == prompt
     logits = torch.cat([logits for _, logits in pieces])
     assert logits.dtype == last.dtype == torch.float32
-    wanted = expected(prompt)
-    assert wanted.std() > 0.5  # or a tolerance of 1e-4 would say little
-    torch.testing.assert_close(logits, wanted, **CLOSE)
-    torch.testing.assert_close(last, wanted[-1], **CLOSE)
+    expected = expected_logits(model, prompt)
+    assert expected.std() > 0.5  # or a tolerance of 1e-4 would say little
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    torch.testing.assert_close(last, expected[-1], **CLOSE)
 
 
-def check_nodes(runner, expected, context, tree, every=3):
+def check_nodes(runner, model, context, tree, every=3):
     """Every node has the logits of its path behind the context, which is committed."""
     (logits,) = runner.verify([tree])
     for node in range(0, len(tree), every):
-        torch.testing.assert_close(logits[node], expected(context + path_tokens(tree, node))[-1], **CLOSE)
+        expected = expected_logits(model, context + path_tokens(tree, node))[-1]
+        torch.testing.assert_close(logits[node], expected, **CLOSE)
 
 
-def check_commits(runner, expected):
+def check_commits(runner, model):
     context = random_tokens(5)
     runner.prefill([context])
     for seed in range(6):
@@ -56,7 +71,7 @@ def check_commits(runner, expected):
         assert runner.lengths() == [len(context)]
         probe = random_tokens(2, seed)
         (logits,) = runner.verify([DraftTree.chain(probe)])
-        torch.testing.assert_close(logits, expected(context + probe)[-2:], **CLOSE)
+        torch.testing.assert_close(logits, expected_logits(model, context + probe)[-2:], **CLOSE)
         runner.commit([None])
         assert runner.lengths() == [len(context)]
 

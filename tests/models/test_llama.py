@@ -1,5 +1,4 @@
 import importlib
-from functools import partial
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ from runner_checks import (
     check_prompts_refused,
     check_row_rule,
     check_trees_and_paths_refused,
+    expected_logits,
     path_tokens,
 )
-from tiny_models import KINDS, expected_logits, tiny_model
+from tiny_models import KINDS, tiny_model
 
 import pyspec.models._runner
 import pyspec.models.llama
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
     monkeypatch.setattr(pyspec.models.llama, "PREFILL_CHUNK", chunk)
     model, runner = models(kind)
-    check_prompt(runner, partial(expected_logits, model))
+    check_prompt(runner, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -53,13 +53,13 @@ def test_a_tree_node_gets_the_logits_of_its_root_path(models, kind):
     model, runner = models(kind)
     prompt = random_tokens(11)
     runner.prefill([prompt])
-    check_nodes(runner, partial(expected_logits, model), prompt, random_tree(40))
+    check_nodes(runner, model, prompt, random_tree(40))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 def test_commit_extends_the_state_by_the_path(models, kind):
     model, runner = models(kind)
-    check_commits(runner, partial(expected_logits, model))
+    check_commits(runner, model)
 
 
 def test_verify_reads_only(models):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from random_llama import VOCABULARY, random_tokens
+from random_llama import VOCABULARY
+from runner_checks import check_last
 from safetensors.torch import load_file, save_file
-from tiny_mambas import FAMILIES, KINDS, expected_logits, tiny_mamba
+from tiny_mambas import FAMILIES, KINDS, tiny_mamba
 
 from pyspec import load
 from pyspec.models import from_transformers
@@ -19,11 +20,6 @@ from pyspec.ops.linear import PackedWeight
 transformers = pytest.importorskip("transformers")
 
 
-def check_logits(runner, model):
-    prompt = random_tokens(20)
-    torch.testing.assert_close(runner.prefill([prompt])[0], expected_logits(model, prompt)[-1], atol=1e-4, rtol=1e-4)
-
-
 def load_cpu(folder, dtype=torch.float32):
     return load(str(folder), dtype=dtype, device="cpu")
 
@@ -34,7 +30,7 @@ def test_folders_of_transformers_are_read(kind, tmp_path):
     model.save_pretrained(tmp_path)
     runner = load_cpu(tmp_path)
     assert isinstance(runner, MambaRunner if KINDS[kind][0] == "Mamba" else Mamba2Runner)
-    check_logits(runner, model)
+    check_last(runner, model)
     assert runner.config.tied_embedding == (runner.weights.head is runner.weights.embedding)
     assert load_cpu(tmp_path, torch.int8).weight_dtype == torch.int8
 
@@ -62,7 +58,7 @@ def test_folders_of_mamba_ssm_are_read(index, tmp_path):
     model, description = mamba_ssm_models()[index]
     (tmp_path / "config.json").write_text(json.dumps(description))
     torch.save(renamed(model), tmp_path / "pytorch_model.bin")
-    check_logits(load_cpu(tmp_path), model)
+    check_last(load_cpu(tmp_path), model)
 
     for changed, message in (
         ({"rms_norm": False}, "rms_norm False"),
@@ -94,7 +90,7 @@ def test_a_hub_repository_without_safetensors_brings_its_pytorch_file(tmp_path, 
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    check_logits(load_cpu("state-spaces/mamba2-tiny"), model)
+    check_last(load_cpu("state-spaces/mamba2-tiny"), model)
 
 
 def test_codestral_mambas_folder_is_read(tmp_path):
@@ -103,7 +99,7 @@ def test_codestral_mambas_folder_is_read(tmp_path):
     description |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "tie_embeddings": True}
     (tmp_path / "params.json").write_text(json.dumps(description))
     save_file(renamed(model, "model."), tmp_path / "consolidated.safetensors")
-    check_logits(load_cpu(tmp_path), model)
+    check_last(load_cpu(tmp_path), model)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +144,7 @@ def test_live_models_run_on_our_kernels_where_there_are_some():
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=64, eos_token_id=7))
     runner = from_transformers(llama.eval())
     assert isinstance(runner, LlamaRunner) and runner.eos_tokens == {7}
-    torch.testing.assert_close(
-        runner.prefill([[1, 2, 3]])[0], expected_logits(llama, [1, 2, 3])[-1], atol=1e-4, rtol=1e-4
-    )
+    check_last(runner, llama)
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2))
     assert isinstance(from_transformers(other), TransformersRunner)
     with pytest.raises(ValueError, match="dtype must be the model's own"):
