@@ -1,6 +1,7 @@
 """Hybrids of attention and Mamba-2: the logits of transformers, and the bits of plain decoding whatever is drafted."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -61,13 +62,11 @@ def tiny_bamba(kind: str):
 @pytest.fixture(scope="module")
 def models():
     """kind and dtype -> (transformers model in fp32, runner), made when first asked for."""
-    made = {}
 
+    @cache
     def get(kind="bamba", dtype=torch.float32):
-        if (kind, dtype) not in made:
-            model = tiny_bamba(kind)
-            made[kind, dtype] = model, from_transformers(model, dtype=dtype)
-        return made[kind, dtype]
+        model = tiny_bamba(kind)
+        return model, from_transformers(model, dtype=dtype)
 
     return get
 

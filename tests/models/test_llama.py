@@ -1,4 +1,5 @@
 import importlib
+from functools import cache
 
 import pytest
 import torch
@@ -27,15 +28,13 @@ from pyspec.ops.llama_layers import llama_layers_reference
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """kind -> (transformers model, runner in fp32), made when first asked for."""
-    made = {}
 
+    @cache
     def get(kind):
-        if kind not in made:
-            model = tiny_model(kind)
-            folder = tmp_path_factory.mktemp(kind)
-            model.save_pretrained(folder)
-            made[kind] = model, load(str(folder), dtype=torch.float32, device="cpu")
-        return made[kind]
+        model = tiny_model(kind)
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        return model, load(str(folder), dtype=torch.float32, device="cpu")
 
     return get
 

@@ -1,6 +1,7 @@
 """Mamba and Mamba-2: the logits of transformers, and the bits of plain decoding whatever is drafted."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -33,13 +34,11 @@ DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
 @pytest.fixture(scope="module")
 def models():
     """kind and dtype -> (transformers model in fp32, runner), made when first asked for."""
-    made = {}
 
+    @cache
     def get(kind, dtype=torch.float32):
-        if (kind, dtype) not in made:
-            model = tiny_mamba(kind)
-            made[kind, dtype] = model, from_transformers(model, dtype=dtype)
-        return made[kind, dtype]
+        model = tiny_mamba(kind)
+        return model, from_transformers(model, dtype=dtype)
 
     return get
 
