@@ -199,10 +199,6 @@ class BambaRunner(RecurrentRunner):
         dense = DenseCache(*shape, self.dtype, self.device)
         return HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
 
-    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
-        for sequence in active:
-            self._cache.dense.check_room(sequence, len(trees[sequence]))
-
     def _forward(
         self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache
     ) -> Tensor:

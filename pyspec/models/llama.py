@@ -126,10 +126,6 @@ class LlamaRunner(NativeRunner):
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(tokens))]
 
-    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
-        for sequence in active:
-            self._cache.check_room(sequence, len(trees[sequence]))
-
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         if self._steps is not None:
             return self._steps.together(self._step, trees)
