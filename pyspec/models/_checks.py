@@ -9,9 +9,7 @@ from pyspec.trees import DraftTree
 __all__ = ["check_paths", "check_prompts", "check_trees"]
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int, capacity: int | None
-) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int, capacity: int | None) -> None:
     """Raises ValueError unless there are prompts, none empty, too long or with tokens outside of the vocabulary.
 
     capacity: slots of a sequence, which must hold the longest; None is enough for any.

@@ -16,9 +16,7 @@ def check_floating(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {dtype}")
 
 
-def check_tensors(
-    beside: str, at: Tensor, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]
-) -> None:
+def check_tensors(beside: str, at: Tensor, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
     """Raises unless each name's tensor, where there is one, has its dtype and shape and lies where `at` does."""
     for name, tensor, dtype, shape in expected:
         if tensor is None:
