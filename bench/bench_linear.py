@@ -150,11 +150,7 @@ def show(row: dict) -> None:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     formats = list(dict.fromkeys(row["weights"] for row in result["results"]))
     figure, axes = plt.subplots(1, len(formats), figsize=(4.2 * len(formats), 4), sharey=True)
     for axis, weights in zip(axes, formats, strict=True):
@@ -172,14 +168,7 @@ def plot(result: dict, path) -> None:
         axis.set_xlabel("rows in one verify")
         axis.legend(fontsize=8)
     axes[0].set_ylabel("ms for all linears of the model")
-    machine = result["machine"]
-    where = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    figure.suptitle(
-        f"all linears of SmolLM2-135M; {where}, torch {machine['torch']}, {machine['date']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    measure.save_figure(figure, "all linears of SmolLM2-135M", result, path)
 
 
 def main() -> None:

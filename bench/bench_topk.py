@@ -197,11 +197,7 @@ def run(repeats: int, device: str = "cpu") -> dict:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     figure, (curve, grid) = plt.subplots(1, 2, figsize=(11, 4))
     points = result["curve"]["points"]
     for per_bucket in PER_BUCKET:
@@ -234,11 +230,7 @@ def plot(result: dict, path) -> None:
     grid.set_ylabel("exact topk, times faster than torch.topk")
     grid.grid(alpha=0.3, which="both")
     grid.legend(fontsize=7)
-    machine = result["machine"]
-    where = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
-    figure.suptitle(f"{where}, torch {machine['torch']}, {machine['date']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    measure.save_figure(figure, "topk", result, path)
 
 
 def main() -> None:

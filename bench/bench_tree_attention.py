@@ -145,12 +145,7 @@ def show(row: dict) -> None:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    machine = result["machine"]
+    plt = measure.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
@@ -167,14 +162,8 @@ def plot(result: dict, path) -> None:
         axis.set_title(dtype)
     axes[0].set_ylabel("time of the peer over time of tree_attention")
     axes[0].legend(fontsize=8)
-    where = machine.get("gpu", machine["cpu"]) if result["device"] == "cuda" else machine["cpu"]
-    figure.suptitle(
-        f"tree_attention, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}; {where}, {machine['threads']} threads, "
-        f"torch {machine['torch']}, {machine['date']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    what = f"tree_attention, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}"
+    measure.save_figure(figure, what, result, path)
 
 
 def main() -> None:

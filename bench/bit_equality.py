@@ -34,6 +34,7 @@ from recording import Text, record
 from resume import Finished, seconds_a_token, work_through
 
 import pyspec
+from pyspec.cli.shared import first_difference
 from pyspec.ops.llama_layers import llama_layers_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -63,7 +64,7 @@ def hash_of(row: torch.Tensor) -> bytes:
 
 def compare(text: Text, expected: Expected) -> dict:
     """How many tokens, and how many rows of logits, differ, and the first place of each (None where all are equal)."""
-    place = peers.first_difference(text.tokens, expected.tokens)
+    place = first_difference(text.tokens, expected.tokens)
     # logits after a different token follow another text; those which it was drawn from still belong
     rows = min(len(text.tokens), len(expected.tokens), len(text.tokens) if place is None else place + 1)
     different_rows = [row for row in range(rows) if hash_of(text.logits[row]) != expected.hashes[row]]

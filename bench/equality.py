@@ -27,6 +27,7 @@ from recording import record
 from resume import Finished, seconds_a_token, work_through
 
 import pyspec
+from pyspec.cli.shared import first_difference
 
 SEED = 2024
 SAMPLED = {"temperature 0.8": {"temperature": 0.8}, "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95}}
@@ -50,7 +51,7 @@ def check_drafters(
     for name, drafter in drafters.items():
         ((drafted,), _) = record(model, [prompt], drafter=drafter, **settings)
         tokens = drafted.tokens
-        place = peers.first_difference(tokens, expected)
+        place = first_difference(tokens, expected)
         # logits after a difference follow another text; the ones that made the difference still belong
         shared = min(len(tokens), len(expected)) if place is None else place + 1
         drifts = [

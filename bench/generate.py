@@ -23,9 +23,10 @@ import peers
 import prompts
 import steps
 import torch
-from peers import PHASES, Engine, Run, first_difference
+from peers import Engine, Run
 
 import pyspec
+from pyspec.cli.shared import PHASES, first_difference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # in bf16, from the project's plan: how many times as fast in decoding
@@ -215,11 +216,7 @@ def title(result: dict) -> str:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     names = list(result["engines"])
     palette = {
         "pyspec": plt.get_cmap("Blues"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import measure
+
 
 def draw(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     sizes = sorted({row["size"] for row in result["rows"]})
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["rows"]))
     lines = 1 + (len(dtypes) if len(sizes) > 1 else 0)
@@ -27,15 +25,8 @@ def draw(result: dict, path) -> None:
     for axis in grid.flat:
         if not axis.has_data():
             axis.set_axis_off()
-    machine = result["machine"]
-    where = machine.get("gpu", machine["cpu"]) if result["device"] == "cuda" else machine["cpu"]
-    figure.suptitle(
-        f"batch {result['batch']}, {result['heads']} heads of {result['head_dim']}; {where}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    what = f"batch {result['batch']}, {result['heads']} heads of {result['head_dim']}"
+    measure.save_figure(figure, what, result, path)
 
 
 def _ratios(axis, rows: list[dict]) -> None:

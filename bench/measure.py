@@ -18,9 +18,11 @@ __all__ = [
     "on_device",
     "positive",
     "progress",
+    "pyplot",
     "read_bandwidth",
     "replayed",
     "save",
+    "save_figure",
 ]
 
 RESULTS = Path(__file__).parent / "results"
@@ -72,3 +74,22 @@ def save(name: str, result: dict) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def pyplot():
+    """matplotlib.pyplot, for figures that go to files."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def save_figure(figure, what: str, result: dict, path: Path) -> None:
+    """Writes a figure, titled with what it shows, and where and when that was measured."""
+    machine = result["machine"]
+    where = machine["gpu"] if result["device"] == "cuda" else f"{machine['cpu']}, {machine['threads']} threads"
+    figure.suptitle(f"{what}; {where}, torch {machine['torch']}, {machine['date']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)

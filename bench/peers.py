@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from pyspec.cli.shared import PHASES
 from pyspec.drafting.lookup import LookupDrafter
 from pyspec.drafting.merged import MergedDrafter
 from pyspec.drafting.recycling import RecyclingDrafter
@@ -21,7 +22,6 @@ from pyspec.models.llama import LlamaRunner
 from pyspec.models.loading import demo_file
 
 LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
-PHASES = ("draft", "verify", "accept", "commit")
 DRAFTERS = {
     "merged": lambda model: MergedDrafter(model.vocab_size, model.fingerprint),
     "lookup": lambda model: LookupDrafter(model.vocab_size),
@@ -288,14 +288,6 @@ def logits_along(dense_model, prompt: Sequence[int], tokens: Sequence[int]) -> t
     """[len(tokens), V] fp32: a transformers model's logits for each of the tokens, given all that come before it."""
     input_ids = torch.tensor([[*prompt, *tokens[:-1]]], device=dense_model.device)
     return dense_model(input_ids, use_cache=False, logits_to_keep=len(tokens)).logits[0].float()
-
-
-def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """Index of the first token in which two texts differ, None where they are equal."""
-    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
-        if token != other:
-            return index
-    return None if len(tokens) == len(others) else min(len(tokens), len(others))
 
 
 def llama_cpp_file(dtype: torch.dtype) -> Path:

@@ -1,5 +1,5 @@
 // The tensors of causal_conv as params, but for the round and the result: shapes and dtypes are checked, on
-// any device. element_of is the device's.
+// any device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,11 +8,10 @@
 
 #include <optional>
 
+#include "element.h"
 #include "params/causal_conv.h"
 
 namespace pyspec {
-
-Element element_of(const torch::stable::Tensor& tensor, const char* name);
 
 inline CausalConvParams causal_conv_params_of(torch::stable::Tensor window, torch::stable::Tensor record,
                                               const torch::stable::Tensor& x,

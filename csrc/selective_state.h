@@ -1,5 +1,5 @@
 // The tensors of selective_state as params, but for the round and the result: shapes and dtypes are checked,
-// on any device. element_of is the device's.
+// on any device.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -8,11 +8,10 @@
 
 #include <optional>
 
+#include "element.h"
 #include "params/selective_state.h"
 
 namespace pyspec {
-
-Element element_of(const torch::stable::Tensor& tensor, const char* name);
 
 namespace selective {
 

@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "params/common.h"
+#include "../element.h"
 #include "params/linear.h"
 
 // Declares a kernel's entry point for every instruction set and a table to pick from.
@@ -52,20 +52,6 @@ void set_weight(LinearParams& p, const torch::stable::Tensor& weight);
 // A buffer of the calling thread that only grows, 64-byte aligned: a workspace is not worth page faults a
 // call.
 float* workspace(int64_t floats);
-
-inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Element::kFloat32;
-    case torch::headeronly::ScalarType::Half:
-      return Element::kFloat16;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-  }
-  return Element::kFloat32;
-}
 
 // An uninitialised tensor on the CPU, without a look-up of aten::new_empty by its name, which costs as much
 // as a small kernel.

@@ -10,7 +10,7 @@
 
 #include <memory>
 
-#include "params/common.h"
+#include "../element.h"
 
 // Registers bindings for CUDA tensors. tests/cuda_on_host has its own, for the kernels that it runs on the
 // CPU.
@@ -45,20 +45,6 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& beside, int64_t 
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
   return torch::stable::Tensor(handle);
-}
-
-inline Element element_of(const torch::stable::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Element::kFloat32;
-    case torch::headeronly::ScalarType::Half:
-      return Element::kFloat16;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16 or bfloat16");
-  }
-  return Element::kFloat32;
 }
 
 }  // namespace pyspec

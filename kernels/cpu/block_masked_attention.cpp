@@ -342,18 +342,5 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_block_masked_attention)(const BlockMaskedAttentionParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return Kernel<float, float, false>(p).run();
-    case pyspec::Element::kFloat16:
-      return Kernel<Float16, float, false>(p).run();
-    case pyspec::Element::kBFloat16:
-#if PYSPEC_HAS_AMX
-      if (p.head_dim % 32 == 0) return Kernel<BFloat16, BFloat16, true>(p).run();
-#endif
-#if PYSPEC_HAS_BF16_DOT
-      return Kernel<BFloat16, BFloat16, false>(p).run();
-#endif
-      return Kernel<BFloat16, float, false>(p).run();
-  }
+  run_for_element<Kernel>(p);
 }

@@ -202,4 +202,23 @@ struct Flash {
   }
 };
 
+// Runs an op's kernel for the element type of its tensors, on the best products that there are for it.
+template <template <class Storage, class Compute, bool kAmx> class Kernel, class Params>
+void run_for_element(const Params& p) {
+  switch (p.element) {
+    case pyspec::Element::kFloat32:
+      return Kernel<float, float, false>(p).run();
+    case pyspec::Element::kFloat16:
+      return Kernel<Float16, float, false>(p).run();
+    case pyspec::Element::kBFloat16:
+#if PYSPEC_HAS_AMX
+      if (p.head_dim % 32 == 0) return Kernel<BFloat16, BFloat16, true>(p).run();
+#endif
+#if PYSPEC_HAS_BF16_DOT
+      return Kernel<BFloat16, BFloat16, false>(p).run();
+#endif
+      return Kernel<BFloat16, float, false>(p).run();
+  }
+}
+
 }  // namespace

@@ -20,6 +20,10 @@ class HybridCache:
     def lengths(self) -> list[int]:
         return self.dense.lengths
 
+    def check_room(self, sequence: int, count: int) -> None:
+        """Raises ValueError unless count more tokens fit behind a sequence."""
+        self.dense.check_room(sequence, count)
+
     def advance(self, sequence: int, count: int) -> None:
         """Counts tokens behind which the state has moved, and keeps their written slots."""
         self.state.advance(sequence, count)

@@ -136,6 +136,9 @@ class StateCache:
         for values in (self.states, self.windows):
             values[:, target].copy_(values[:, source])
 
+    def check_room(self, sequence: int, count: int) -> None:
+        """Does nothing: a state has room for any text."""
+
     def advance(self, sequence: int, count: int) -> None:
         """Counts tokens behind which the state has moved."""
         self.lengths[sequence] += count

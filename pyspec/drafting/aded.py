@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyspec.drafting.engine import engine
-from pyspec.drafting.growing import GrowingDrafter, Part
-from pyspec.drafting.saving import Column, Tables
+from pyspec.drafting.growing import GrowingDrafter, TablePart
+from pyspec.drafting.saving import Column
 
 __all__ = ["AdedDrafter"]
 
@@ -17,7 +17,7 @@ FOLLOWERS = 12  # of a pair
 WINDOW = 16  # newest tokens whose trigrams get a bonus in every round
 
 
-class Aded(Part):
+class Aded(TablePart):
     """A table of trigrams."""
 
     name = "aded_"
@@ -38,12 +38,6 @@ class Aded(Part):
 
     def read_text(self, tokens: Sequence[int]) -> None:
         self.sources[0].extend(list(tokens), 0)
-
-    def tables(self) -> Tables:
-        return dict(zip(self.layout(), self.sources[0].saved(), strict=True))
-
-    def load(self, tables: Tables) -> None:
-        self.sources[0].load(**tables)
 
     def layout(self) -> dict[str, Column]:
         return {

@@ -16,7 +16,7 @@ from pyspec.drafting.engine import engine
 from pyspec.readback import read_top_tokens
 from pyspec.trees import DraftTree
 
-__all__ = ["GrowingDrafter", "Part", "best_tokens"]
+__all__ = ["GrowingDrafter", "Part", "TablePart", "best_tokens"]
 
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
@@ -70,6 +70,16 @@ class Part:
     def layout(self) -> dict[str, saving.Column]:
         """What the saved tables must be like."""
         return {}
+
+
+class TablePart(Part):
+    """A part whose one source keeps a table, of the columns of `layout`."""
+
+    def tables(self) -> saving.Tables:
+        return dict(zip(self.layout(), self.sources[0].saved(), strict=True))
+
+    def load(self, tables: saving.Tables) -> None:
+        self.sources[0].load(**tables)
 
 
 class GrowingDrafter:

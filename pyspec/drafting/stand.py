@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pyspec.drafting.engine import engine
-from pyspec.drafting.growing import GrowingDrafter, Part
-from pyspec.drafting.saving import Column, Tables
+from pyspec.drafting.growing import GrowingDrafter, TablePart
+from pyspec.drafting.saving import Column
 from pyspec.ops.row_statistics import TOP
 
 __all__ = ["StandDrafter"]
@@ -14,7 +14,7 @@ __all__ = ["StandDrafter"]
 CAPACITY = 2**17  # n-grams
 
 
-class Stand(Part):
+class Stand(TablePart):
     """The mean law after every n-gram."""
 
     name = "stand_"
@@ -28,12 +28,6 @@ class Stand(Part):
 
     def observe(self, tokens, parents, before: list[int], top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
         self.sources[0].update(tokens, parents, before, top_tokens, top_logits)
-
-    def tables(self) -> Tables:
-        return dict(zip(self.layout(), self.sources[0].saved(), strict=True))
-
-    def load(self, tables: Tables) -> None:
-        self.sources[0].load(**tables)
 
     def layout(self) -> dict[str, Column]:
         return {

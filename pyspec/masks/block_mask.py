@@ -342,25 +342,9 @@ class BlockMask:
         per_block, height = self.bits.shape[1], WORD * self.bits.shape[1]
         first, last = start // height, -(-stop // height)
         words = self._words(first, last).transpose(3, 4)[..., : -(-keys // WORD), :]  # [B, H, R, W, C, 64]
-        words = words.flatten(2, 3)[:, :, (start - first * height) // WORD :]
-        shift = start % WORD
-        if shift and words.shape[2]:
-            above = torch.nn.functional.pad(words[:, :, 1:], (0, 0, 0, 0, 0, 1))
-            low = (words >> shift) & ((1 << (WORD - shift)) - 1)
-            words = low | (above << (WORD - shift))
-        rows = stop - start
-        strips = tiles.block_count(rows, per_block) * per_block
-        words = torch.nn.functional.pad(words[:, :, :strips], (0, 0, 0, 0, 0, max(strips - words.shape[2], 0)))
-        if rows % height:  # as everywhere, what comes after the last row is like it
-            at, bit = (rows - 1) // WORD, (rows - 1) % WORD
-            like_last = -((words[:, :, at] >> bit) & 1)
-            keep = (1 << (bit + 1)) - 1 if bit < WORD - 1 else -1
-            words[:, :, at] = (words[:, :, at] & keep) | (like_last & ~keep)
-            words[:, :, at + 1 :] = like_last[:, :, None]
-        if keys % WORD:
-            words[..., -1, keys % WORD :] = 0
-        words = words.unflatten(2, (strips // per_block, per_block)).transpose(3, 4)
-        mask = BlockMask._from_words(words, rows, keys)
+        strips = words.flatten(2, 3)[:, :, (start - first * height) // WORD :]
+        words = tiles.cut(strips, start % WORD, stop - start, keys, per_block)
+        mask = BlockMask._from_words(words, stop - start, keys)
         mask._dense = self._dense
         return mask
 
@@ -378,18 +362,9 @@ class BlockMask:
         if order == "dfs":
             if self._trees is None:
                 raise ValueError('order must be "rcm" for a mask that was not built by from_tree, got "dfs"')
-            depth_first = [orders.depth_first(parents) for parents, _ in self._trees]
-            described = [
-                (orders.renumbered(parents, nodes), n)
-                for (parents, n), nodes in zip(self._trees, depth_first, strict=True)
-            ]
+            described, row_order, key_order = orders.depth_first_trees(self._trees, self.rows, self.keys)
             mask = BlockMask._from_parents(described, self.device)
             mask._trees = self._trees
-            row_order = [np.r_[nodes, len(nodes) : self.rows] for nodes in depth_first]
-            key_order = [
-                np.r_[0:n, n + nodes, n + len(nodes) : self.keys]
-                for (_, n), nodes in zip(self._trees, depth_first, strict=True)
-            ]
         elif order == "rcm":
             if self.rows != self.keys or self.full_ranges.shape[1] != 1:
                 raise ValueError(f'order "rcm" must be for as many rows as keys and all heads, got {self!r}')
@@ -403,58 +378,26 @@ class BlockMask:
         return mask
 
     def _cuthill_mckee(self) -> tuple[BlockMask, list[np.ndarray]]:
-        batch, row, key = (index.cpu() for index in self._entries())
+        seen = tiles.entries(self._tile_map()[:, 0], self._table(), self.rows)
+        batch, row, key = (index.cpu() for index in seen)
         found, places = [], []
         for b in range(self.full_ranges.shape[0]):
             mine = batch == b
             found.append(orders.reverse_cuthill_mckee(row[mine].numpy(), key[mine].numpy(), self.rows))
             places.append(np.argsort(found[-1]))
         place = torch.from_numpy(np.stack(places).astype(np.int64))
-        mask = BlockMask._from_entries(
-            batch, place[batch, row], place[batch, key], len(found), self.rows, self.keys, self.bits.shape[1]
-        )
-        return mask.to(self.device), found
-
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Batch entry, row and key of everything that is seen, of a mask for all heads."""
-        tile_map = self._tile_map()[:, 0]
-        batch, block, column = (tile_map != EMPTY).nonzero(as_tuple=True)
-        visible = tiles.unpack(self._table()[tile_map[batch, block, column].long()])  # [E, W, 64 keys, 64 rows]
-        at, word, key, row = visible.nonzero(as_tuple=True)
-        row = (block[at] * self.bits.shape[1] + word) * WORD + row
-        inside = row < self.rows
-        return batch[at][inside], row[inside], (column[at] * WORD + key)[inside]
-
-    @classmethod
-    def _from_entries(cls, batch, row, key, batches: int, rows: int, keys: int, words: int) -> BlockMask:
-        """The reverse of _entries, in no more memory than the tiles with something."""
-        height = WORD * words
-        tile_map = torch.full((batches, 1, tiles.block_count(rows, words), -(-keys // WORD)), EMPTY, dtype=torch.int32)
-        tile = (batch * tile_map.shape[2] + row // height) * tile_map.shape[3] + key // WORD
-        used, which = torch.unique(tile, return_inverse=True)
-        visible = torch.zeros((len(used), WORD, height), dtype=torch.bool)
-        visible[which, key % WORD, row % height] = True
-        if rows % height:
-            is_last = used // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1
-            visible[is_last, :, rows % height :] = visible[is_last, :, rows % height - 1, None]
-        states, bits = tiles.classify(tiles.pack(visible).transpose(-1, -2))
-        tile_map.view(-1)[used] = states
-        return cls._from_map(tile_map, bits, rows, keys)
+        moved = (batch, place[batch, row], place[batch, key])
+        found_tiles = tiles.of_entries(*moved, len(found), self.rows, self.keys, self.bits.shape[1])
+        return BlockMask._from_map(*found_tiles, self.rows, self.keys).to(self.device), found
 
     # ==== tile maps [B, H, R, C], words [B, H, R, C, W, 64], and lists ====
 
     @classmethod
     def _from_map(cls, tile_map: Tensor, bits: Tensor, rows: int, keys: int) -> BlockMask:
-        def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
-            counts = chosen.sum(-1, dtype=torch.int32)
-            ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
-            columns = chosen.flatten().nonzero()[:, 0] % max(chosen.shape[-1], 1)
-            return torch.stack([ends - counts, ends], -1), columns.to(torch.int32)
-
         is_partial = tile_map >= 0
-        partial_ranges, columns = lists(is_partial)
+        partial_ranges, columns = tiles.lists(is_partial)
         partial_tiles = torch.stack([columns, tile_map[is_partial]], -1)
-        return cls(rows, keys, *lists(tile_map == FULL), partial_ranges, partial_tiles, bits.contiguous())
+        return cls(rows, keys, *tiles.lists(tile_map == FULL), partial_ranges, partial_tiles, bits.contiguous())
 
     @classmethod
     def _from_words(cls, words: Tensor, rows: int, keys: int) -> BlockMask:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["depth_first", "renumbered", "reverse_cuthill_mckee"]
+from pyspec.masks.trees import TreeAndPrefix
+
+__all__ = ["depth_first", "depth_first_trees", "reverse_cuthill_mckee"]
 
 
 def depth_first(parents: np.ndarray) -> np.ndarray:
@@ -23,10 +25,16 @@ def depth_first(parents: np.ndarray) -> np.ndarray:
     return order
 
 
-def renumbered(parents: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Parents of the nodes in another order."""
-    places = np.argsort(order).astype(np.int32)
-    return np.concatenate([[-1], places[parents[order[1:]]]]).astype(np.int32)
+def depth_first_trees(trees: list[TreeAndPrefix], rows: int, keys: int):
+    """Trees with their nodes in depth-first order, and the orders of rows [N] and of keys [M] that this is for each."""
+    described, row_orders, key_orders = [], [], []
+    for parents, n in trees:
+        nodes = depth_first(parents)
+        places = np.argsort(nodes).astype(np.int32)
+        described.append((np.concatenate([[-1], places[parents[nodes[1:]]]]).astype(np.int32), n))
+        row_orders.append(np.r_[nodes, len(nodes) : rows])
+        key_orders.append(np.r_[0:n, n + nodes, n + len(nodes) : keys])
+    return described, row_orders, key_orders
 
 
 def reverse_cuthill_mckee(rows: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:

@@ -25,8 +25,12 @@ __all__ = [
     "WORD",
     "block_count",
     "classify",
+    "cut",
+    "entries",
+    "lists",
     "no_bits",
     "of_dense",
+    "of_entries",
     "pack",
     "unpack",
     "words_per_block",
@@ -101,3 +105,58 @@ def _words_of_dense(visible: Tensor, words: int) -> Tensor:
         packed |= octets[:, :, :, :, bit] << bit
     packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
     return packed.contiguous().view(torch.int64)[..., 0]
+
+
+def entries(tile_map: Tensor, table: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch entry, row and key of everything that is seen; tile_map [B, R, C], table [U + 2, W, 64] of its entries."""
+    batch, block, column = (tile_map != EMPTY).nonzero(as_tuple=True)
+    visible = unpack(table[tile_map[batch, block, column].long()])  # [E, W, 64 keys, 64 rows]
+    at, word, key, row = visible.nonzero(as_tuple=True)
+    row = (block[at] * table.shape[1] + word) * WORD + row
+    inside = row < rows
+    return batch[at][inside], row[inside], (column[at] * WORD + key)[inside]
+
+
+def of_entries(
+    batch: Tensor, row: Tensor, key: Tensor, batches: int, rows: int, keys: int, words: int
+) -> tuple[Tensor, Tensor]:
+    """The reverse of entries, for all heads: a tile map and bits, in no more memory than the tiles with something."""
+    height = WORD * words
+    tile_map = torch.full((batches, 1, block_count(rows, words), -(-keys // WORD)), EMPTY, dtype=torch.int32)
+    tile = (batch * tile_map.shape[2] + row // height) * tile_map.shape[3] + key // WORD
+    used, which = torch.unique(tile, return_inverse=True)
+    visible = torch.zeros((len(used), WORD, height), dtype=torch.bool)
+    visible[which, key % WORD, row % height] = True
+    if rows % height:
+        is_last = used // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1
+        visible[is_last, :, rows % height :] = visible[is_last, :, rows % height - 1, None]
+    states, bits = classify(pack(visible).transpose(-1, -2))
+    tile_map.view(-1)[used] = states
+    return tile_map, bits
+
+
+def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Ranges [B, H, R, 2] and columns, both int32, of the tiles that are chosen [B, H, R, C] bool."""
+    counts = chosen.sum(-1, dtype=torch.int32)
+    ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
+    columns = chosen.flatten().nonzero()[:, 0] % max(chosen.shape[-1], 1)
+    return torch.stack([ends - counts, ends], -1), columns.to(torch.int32)
+
+
+def cut(strips: Tensor, first: int, rows: int, keys: int, words: int) -> Tensor:
+    """[B, H, R, C, W, 64] of some rows, the first one within the first of strips [B, H, n, C, 64] of 64 rows each."""
+    if first and strips.shape[2]:
+        above = torch.nn.functional.pad(strips[:, :, 1:], (0, 0, 0, 0, 0, 1))
+        low = (strips >> first) & ((1 << (WORD - first)) - 1)
+        strips = low | (above << (WORD - first))
+    count = block_count(rows, words) * words
+    strips = torch.nn.functional.pad(strips[:, :, :count], (0, 0, 0, 0, 0, max(count - strips.shape[2], 0)))
+    if rows % (WORD * words):  # as everywhere, what comes after the last row is like it
+        at, bit = (rows - 1) // WORD, (rows - 1) % WORD
+        like_last = -((strips[:, :, at] >> bit) & 1)
+        keep = (1 << (bit + 1)) - 1 if bit < WORD - 1 else -1
+        strips[:, :, at] = (strips[:, :, at] & keep) | (like_last & ~keep)
+        strips[:, :, at + 1 :] = like_last[:, :, None]
+    if keys % WORD:
+        strips[..., -1, keys % WORD :] = 0
+    return strips.unflatten(2, (count // words, words)).transpose(3, 4)

@@ -9,8 +9,11 @@ from pyspec.trees import DraftTree
 __all__ = ["check_paths", "check_prompts", "check_trees"]
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int) -> None:
-    """Raises ValueError unless there are prompts, none empty, too long or with tokens outside of the vocabulary."""
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context_length: int, capacity: int | None) -> None:
+    """Raises ValueError unless there are prompts, none empty, too long or with tokens outside of the vocabulary.
+
+    capacity: slots of a sequence, which must hold the longest; None is enough for any.
+    """
     if not len(prompts):
         raise ValueError("tokens must hold at least one prompt, got none")
     for index, prompt in enumerate(prompts):
@@ -19,6 +22,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, context_len
         if len(prompt) > context_length:
             raise ValueError(f"tokens[{index}] has {len(prompt)} tokens, the model's context is {context_length}")
         _check_tokens(f"tokens[{index}]", prompt, vocab_size)
+    longest = max(map(len, prompts))
+    if capacity is not None and capacity < longest:
+        raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
 
 
 def check_trees(trees: Sequence[DraftTree | None], sequences: int | None, vocab_size: int) -> None:

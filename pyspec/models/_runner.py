@@ -20,7 +20,9 @@ __all__ = ["NativeRunner"]
 
 
 class NativeRunner:
-    """A model with its state, `_cache`, which has the `lengths` of its sequences; see pyspec.models.Runner.
+    """A model with its state, `_cache`, which has the `lengths` of its sequences and their `check_room`.
+
+    See pyspec.models.Runner for the calls.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
     prompt was read in.
@@ -75,7 +77,8 @@ class NativeRunner:
         """
         check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
         active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        self._check_room(trees, active)
+        for sequence in active:
+            self._cache.check_room(sequence, len(trees[sequence]))
         self._verified = None
         if not active:
             self._verified = list(trees)
@@ -101,9 +104,6 @@ class NativeRunner:
         for sequence, path in enumerate(paths):
             if path is not None:
                 self._extend(sequence, path, trees[sequence])
-
-    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
-        """Raises ValueError unless the trees of the active sequences fit."""
 
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         """[R, hidden] of all nodes of the active sequences, tree after tree, after the last norm."""

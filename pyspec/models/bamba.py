@@ -16,7 +16,7 @@ from pyspec.caches.dense import DenseCache
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
 from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, dense
-from pyspec.models.llama import LayerWeights, LlamaConfig, rope_table
+from pyspec.models.llama_weights import LayerWeights, LlamaConfig, rope_table
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Layer
 from pyspec.models.state_space import RecurrentRunner
 from pyspec.ops.linear import PackedWeight
@@ -199,10 +199,6 @@ class BambaRunner(RecurrentRunner):
         dense = DenseCache(*shape, self.dtype, self.device)
         return HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
 
-    def _check_room(self, trees: Sequence[DraftTree | None], active: list[int]) -> None:
-        for sequence in active:
-            self._cache.dense.check_room(sequence, len(trees[sequence]))
-
     def _forward(
         self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache
     ) -> Tensor:
@@ -215,7 +211,7 @@ class BambaRunner(RecurrentRunner):
         states = zip(state.states, state.windows, state.records, state.conv_records, strict=True)
         keys_values = iter(cache.dense.keys_values)
 
-        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees]).to(self.device)), None
+        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees])), None
         for layer, recurrent in zip(self.weights.layers, self._recurrent, strict=True):
             if recurrent is None:
                 x = rms_norm(hidden, layer.attention_norm, epsilon, delta=delta, out_dtype=self.dtype)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.models.llama import LlamaConfig, RopeScaling, Unsupported
+from pyspec.models.llama_weights import LlamaConfig, RopeScaling, Unsupported
 
 __all__ = ["ARCHITECTURES", "GGUFCheckpoint", "GGUFFile", "llama_config"]
 

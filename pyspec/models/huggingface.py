@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyspec.models.bamba import BambaConfig
-from pyspec.models.llama import LlamaConfig, RopeScaling, Unsupported
+from pyspec.models.llama_weights import LlamaConfig, RopeScaling, Unsupported
 from pyspec.models.mamba import MambaConfig
 from pyspec.models.mamba2 import Mamba2Config
 

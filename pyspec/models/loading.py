@@ -11,7 +11,8 @@ import torch
 
 from pyspec.models._weights import NativeWeights
 from pyspec.models.bamba import BambaConfig, BambaRunner, BambaWeights
-from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights, Unsupported
+from pyspec.models.llama import LlamaRunner
+from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, Unsupported
 from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.models.state_space import StateSpaceWeights

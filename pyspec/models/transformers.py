@@ -84,11 +84,8 @@ class TransformersRunner:
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length)
-        longest = max(map(len, tokens))
+        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
-        if capacity < longest:
-            raise ValueError(f"capacity must be at least the longest prompt, {longest} tokens, got {capacity}")
         self._slots = self._verified = None  # the old batch makes room for the new one
         self._slots = _Slots(len(tokens), capacity)
         self._lengths = [0] * len(tokens)

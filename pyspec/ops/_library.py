@@ -149,12 +149,6 @@ class Op:
         return ("reference", missing) if missing else ("triton", "compiled at first use")
 
 
-def check_out_dtype(out_dtype: torch.dtype) -> None:
-    """Raises TypeError unless out_dtype is one that ops can give."""
-    if out_dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
-
-
 @functools.cache
 def _warn_slow(reason: str) -> None:
     warnings.warn(f"pyspec runs on its slow reference implementation: {reason}", RuntimeWarning, stacklevel=4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyspec.masks import BlockMask
 from pyspec.ops._library import Op
-from pyspec.ops.tree_attention import HEAD_DIMS
+from pyspec.ops.tree_attention import check_attention, dense_attention
 
 __all__ = ["block_masked_attention", "block_masked_attention_reference"]
 
@@ -42,19 +42,7 @@ def block_masked_attention_reference(
     mask = BlockMask(rows, keys, full_ranges, full_tiles, partial_ranges, partial_tiles, bits)
     mask.row_order, mask.key_order = row_order, key_order
     visible = mask.to_dense().expand(q.shape[0], heads, rows, keys)
-
-    seen = visible.unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3).any(2)  # by some row of [B, Hkv]
-    visible = visible.unflatten(1, (kv_heads, heads // kv_heads))
-    grouped_q = q.float().unflatten(1, (kv_heads, heads // kv_heads))
-    scores = torch.einsum("bhgtd,bhsd->bhgts", grouped_q, k.float()) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.where(visible, scores.softmax(-1), 0.0)
-    values = torch.where(seen[..., None], v.float(), 0.0)  # a value that no row may see could be NaN
-    out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
-    return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
+    return dense_attention(q, k, v, visible.unflatten(1, (kv_heads, heads // kv_heads)), scale, softcap)
 
 
 def _fake(q, k, v, full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order, scale, softcap):
@@ -79,26 +67,10 @@ _OP = Op(
 
 
 def _check(q, k, v, mask, scale, softcap) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
-            raise TypeError(
-                f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})"
-            )
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.stride(3) != 1:
-            raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
-    batch, heads, rows, head_dim = q.shape
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"q must have a head_dim of {HEAD_DIMS}, got {head_dim}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k must have batch {batch} and head_dim {head_dim} like q, got shape {tuple(k.shape)}")
-    if k.shape[1] < 1 or heads % k.shape[1]:
-        raise ValueError(f"k must have a number of heads that divides the {heads} of q, got {k.shape[1]}")
+    check_attention(q, k, v, scale, softcap)
+    batch, heads, rows, _ = q.shape
+    if k.shape[0] != batch:
+        raise ValueError(f"k must have batch {batch} like q, got shape {tuple(k.shape)}")
     if not isinstance(mask, BlockMask):
         raise TypeError(f"mask must be a BlockMask, got {type(mask).__name__}")
     if (mask.rows, mask.keys) != (rows, k.shape[2]):
@@ -112,10 +84,6 @@ def _check(q, k, v, mask, scale, softcap) -> None:
         )
     if mask.bits.device != q.device:
         raise ValueError(f"mask must be on {q.device} like q, got {mask.bits.device}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
     if not torch.compiler.is_compiling():
         mask.check_current()
 

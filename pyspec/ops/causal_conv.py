@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._library import Op, check_out_dtype
+from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._library import Op
 from pyspec.ops.selective_state import Round
 
 __all__ = ["MOST_TAPS", "causal_conv", "causal_conv_reference"]
@@ -112,24 +113,19 @@ def causal_conv(
     taps, channels = weight.shape
     sequences = len(window)
     nodes = record.shape[2] if record.dim() == 4 else 0
-    for name, tensor, shape in (
-        ("window", window, (sequences, taps - 1, channels)),
-        ("record", record, (2, sequences, nodes, channels)),
-        ("x", x, (len(x), channels)),
-        ("weight", weight, (taps, channels)),
-        ("bias", bias, (channels,)),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
-        if tensor.device != window.device:
-            raise ValueError(f"{name} must be on {window.device} like window, got {tensor.device}")
-        if name != "x" and not tensor.is_contiguous():
+    check_tensors(
+        "window",
+        window,
+        ("window", window, torch.float32, (sequences, taps - 1, channels)),
+        ("record", record, torch.float32, (2, sequences, nodes, channels)),
+        ("x", x, torch.float32, (len(x), channels)),
+        ("weight", weight, torch.float32, (taps, channels)),
+        ("bias", bias, torch.float32, (channels,)),
+    )
+    for name, tensor in (("window", window), ("record", record), ("weight", weight), ("bias", bias)):
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     if x.stride(1) != 1:
         raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
-    check_out_dtype(out_dtype)
+    check_floating("out_dtype", out_dtype)
     return _OP(window, record, x, weight, bias, *round.tensors(), out_dtype)

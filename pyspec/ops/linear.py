@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyspec.ops._checks import FLOATS, check_floating
 from pyspec.ops._library import Op
 
 __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
@@ -29,7 +30,6 @@ __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack
 FORMAT_VERSION = 1  # of kernels/params/linear.h
 PANEL = 32  # outputs
 GROUP = 32  # inputs that share a scale
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -229,10 +229,8 @@ def linear(
 
 
 def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    if x.dtype not in FLOATS:
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    if out_dtype not in FLOATS:
-        raise TypeError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+    check_floating("x", x.dtype)
+    check_floating("out_dtype", out_dtype)
     if weight.dtype not in (torch.int8, x.dtype):
         raise TypeError(f"weight must be int8 or {x.dtype} like x, got {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != weight.inputs:

@@ -145,21 +145,8 @@ def llama_layers_reference(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return rows.attend(q, k, v, windows[layer] or None)
 
-    return layers_by_ops(
-        hidden,
-        weights,
-        biases,
-        last_norm,
-        keys_values,
-        cos_sin,
-        positions,
-        rows.sequences,
-        rows.slots,
-        attend,
-        heads,
-        intermediate,
-        epsilon,
-    )
+    place = (keys_values, cos_sin, positions, rows.sequences, rows.slots)
+    return layers_by_ops(hidden, weights, biases, last_norm, *place, attend, heads, intermediate, epsilon)
 
 
 def _fake(hidden, weights, biases, last_norm, keys_values, *rest) -> Tensor:
@@ -219,19 +206,5 @@ def llama_layers(
     Raises:
         RuntimeError, ValueError, TypeError: something does not fit; the message names it.
     """
-    return _OP(
-        hidden,
-        weights,
-        biases,
-        last_norm,
-        keys_values,
-        cos_sin,
-        positions,
-        ancestor_bits,
-        sequences,
-        lengths,
-        windows,
-        heads,
-        intermediate,
-        epsilon,
-    )
+    place = (keys_values, cos_sin, positions, ancestor_bits, sequences, lengths)
+    return _OP(hidden, weights, biases, last_norm, *place, windows, heads, intermediate, epsilon)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import FLOATS, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["merge_attention", "merge_attention_reference"]
@@ -66,18 +67,17 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         TypeError: a dtype is not supported or the two differ.
         ValueError: shapes do not fit, or tensors are on different devices.
     """
-    if out_a.dtype not in (torch.float32, torch.float16, torch.bfloat16) or out_b.dtype != out_a.dtype:
+    if out_a.dtype not in FLOATS or out_b.dtype != out_a.dtype:
         raise TypeError(
             f"out_a and out_b must share a dtype of float32, float16 or bfloat16, got {out_a.dtype} and {out_b.dtype}"
         )
     if out_a.dim() < 1 or out_b.shape != out_a.shape:
         raise ValueError(f"out_b must have the shape of out_a {tuple(out_a.shape)}, got {tuple(out_b.shape)}")
-    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
-        if lse.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {lse.dtype}")
-        if lse.shape != out_a.shape[:-1]:
-            raise ValueError(f"{name} must have shape {tuple(out_a.shape[:-1])}, got {tuple(lse.shape)}")
-    for name, tensor in (("lse_a", lse_a), ("out_b", out_b), ("lse_b", lse_b)):
-        if tensor.device != out_a.device:
-            raise ValueError(f"{name} must be on {out_a.device} like out_a, got {tensor.device}")
+    check_tensors(
+        "out_a",
+        out_a,
+        ("lse_a", lse_a, torch.float32, out_a.shape[:-1]),
+        ("out_b", out_b, out_a.dtype, out_a.shape),
+        ("lse_b", lse_b, torch.float32, out_a.shape[:-1]),
+    )
     return _OP(out_a, lse_a, out_b, lse_b)

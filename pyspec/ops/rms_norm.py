@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._library import Op, check_out_dtype
+from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._library import Op
 
 __all__ = ["rms_norm", "rms_norm_reference"]
 
@@ -70,20 +71,14 @@ def rms_norm(
     """
     if hidden.dim() != 2 or not hidden.is_contiguous():
         raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
-    for name, tensor, shape in (
-        ("hidden", hidden, hidden.shape),
-        ("weight", weight, hidden.shape[1:] if weight.dim() < 2 else (len(weight), *hidden.shape[1:])),
-        ("delta", delta, hidden.shape),
-    ):
-        if tensor is None:
-            continue
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {tensor.dtype}")
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} like hidden, got {tensor.device}")
+    check_tensors(
+        "hidden",
+        hidden,
+        ("hidden", hidden, torch.float32, hidden.shape),
+        ("weight", weight, torch.float32, hidden.shape[1:] if weight.dim() < 2 else (len(weight), *hidden.shape[1:])),
+        ("delta", delta, torch.float32, hidden.shape),
+    )
     if weight.dim() == 2 and (not len(weight) or len(hidden) % len(weight)):
         raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
-    check_out_dtype(out_dtype)
+    check_floating("out_dtype", out_dtype)
     return _OP(hidden, delta, weight, epsilon, out_dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import FLOATS, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["rotary_write", "rotary_write_reference"]
@@ -90,26 +91,21 @@ def rotary_write(
                 f"{name} must be [batch, kv_heads, slots, head_dim] with a contiguous last dimension, "
                 f"got shape {tuple(tensor.shape)} and strides {tensor.stride()}"
             )
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != keys.dtype:
+        if tensor.dtype not in FLOATS or tensor.dtype != keys.dtype:
             raise TypeError(f"{name} must be float32, float16 or bfloat16 and like keys, got {tensor.dtype}")
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     if head_dim % 16 or not 0 < head_dim <= 256:
         raise ValueError(f"keys must have a head_dim that is a multiple of 16 up to 256, got {head_dim}")
     rows = qkv.shape[0]
-    expected = [
+    check_tensors(
+        "keys",
+        keys,
         ("qkv", qkv, torch.float32, (rows, (heads + 2 * kv_heads) * head_dim)),
         ("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], 2, head_dim // 2)),
         ("positions", positions, torch.int32, (rows,)),
         ("sequences", sequences, torch.int32, (rows,)),
         ("slots", slots, torch.int32, (rows,)),
-    ]
-    for name, tensor, dtype, shape in expected:
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {str(dtype)[6:]}, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.device != keys.device:
-            raise ValueError(f"{name} must be on {keys.device} like keys, got {tensor.device}")
+    )
     if not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin must be contiguous, got strides {cos_sin.stride()}")
     return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads)

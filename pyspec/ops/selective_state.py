@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._library import Op, check_out_dtype
+from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._library import Op
 from pyspec.trees import DraftTree
 
 __all__ = ["LANES", "Round", "from_panels", "selective_state", "selective_state_reference", "to_panels"]
@@ -244,37 +245,22 @@ def selective_state(
         raise ValueError(f"dt must have heads of a multiple of {LANES} channels, got {heads} for {channels}")
     width = channels + heads + groups * states
     nodes = record.shape[2] if record.dim() == 4 else 0
-    for name, tensor, shape in (
-        ("record", record, (2, sequences, nodes, width)),
-        ("x", x, (rows, channels)),
-        ("dt", dt, (rows, heads)),
-        ("A", A, (panels, states, LANES) if per_state else (heads,)),
-        ("B", B, (rows, groups * states)),
-        ("C", C, (rows, groups * states)),
-        ("D", D, (channels,)),
-        ("dt_bias", dt_bias, (heads,)),
-        ("z", z, (rows, channels)),
-    ):
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor is not None and tensor.device != state.device:
-            raise ValueError(f"{name} must be on {state.device} like state, got {tensor.device}")
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
-    check_out_dtype(out_dtype)
-    for name, tensor, dtype in (
-        ("state", state, torch.float32),
-        ("record", record, torch.float32),
-        ("dt", dt, torch.float32),
-        ("A", A, torch.float32),
-        ("B", B, x.dtype),
-        ("C", C, x.dtype),
-        ("D", D, torch.float32),
-        ("dt_bias", dt_bias, torch.float32),
-        ("z", z, torch.float32),
-    ):
-        if tensor is not None and tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+    check_floating("x", x.dtype)
+    check_floating("out_dtype", out_dtype)
+    check_tensors(
+        "state",
+        state,
+        ("state", state, torch.float32, state.shape),
+        ("record", record, torch.float32, (2, sequences, nodes, width)),
+        ("x", x, x.dtype, (rows, channels)),
+        ("dt", dt, torch.float32, (rows, heads)),
+        ("A", A, torch.float32, (panels, states, LANES) if per_state else (heads,)),
+        ("B", B, x.dtype, (rows, groups * states)),
+        ("C", C, x.dtype, (rows, groups * states)),
+        ("D", D, torch.float32, (channels,)),
+        ("dt_bias", dt_bias, torch.float32, (heads,)),
+        ("z", z, torch.float32, (rows, channels)),
+    )
     for name, tensor in (("state", state), ("record", record), ("A", A)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -20,6 +20,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_floating
 from pyspec.ops.topk import topk
 
 __all__ = ["sparse_attention"]
@@ -139,8 +140,7 @@ def _choose(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, value_mean: Tensor | None) -> None:
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"q must be float32, float16 or bfloat16, got {q.dtype}")
+    check_floating("q", q.dtype)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must be [B, Hq, D], got shape {tuple(q.shape)}")
     if k.dim() != 4 or k.shape[0] != len(q) or k.shape[3] != q.shape[2] or 0 in k.shape[1:]:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._library import Op, check_out_dtype
+from pyspec.ops._checks import check_floating
+from pyspec.ops._library import Op
 
 __all__ = ["swiglu", "swiglu_reference"]
 
@@ -47,5 +48,5 @@ def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor
         raise TypeError(f"gate_up must be float32, got {gate_up.dtype}")
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [rows, 2 * size], got shape {tuple(gate_up.shape)}")
-    check_out_dtype(out_dtype)
+    check_floating("out_dtype", out_dtype)
     return _OP(gate_up, out_dtype)

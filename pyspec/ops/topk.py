@@ -21,13 +21,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import FLOATS
 from pyspec.ops._library import Op
 from pyspec.ops.topk_recall import EXACT, MOST_PER_BUCKET, bucket_sizes, choose_buckets
 
 __all__ = ["TopK", "topk", "topk_reference"]
 
 ASSIGNMENTS = ("interleaved", "contiguous")
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class TopK(NamedTuple):

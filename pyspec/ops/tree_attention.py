@@ -20,9 +20,10 @@ import math
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import FLOATS, check_tensors
 from pyspec.ops._library import Op
 
-__all__ = ["HEAD_DIMS", "tree_attention", "tree_attention_reference"]
+__all__ = ["HEAD_DIMS", "check_attention", "dense_attention", "tree_attention", "tree_attention_reference"]
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
@@ -42,7 +43,7 @@ def tree_attention_reference(
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
         k = k[block_table.long()].transpose(1, 2).flatten(2, 3)
         v = v[block_table.long()].transpose(1, 2).flatten(2, 3)
-    heads, nodes, kv_heads, slots = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
+    nodes, slots = q.shape[2], k.shape[2]
 
     index = torch.arange(nodes, device=q.device)
     is_ancestor = (ancestor_bits[:, :, index // 32] >> (index % 32)) & 1 == 1  # [B, T, T]
@@ -60,16 +61,22 @@ def tree_attention_reference(
         slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
         visible &= depth[..., None] - slot_depth[:, None] < window
 
-    seen = visible.any(1)  # [B, S]; a value that no row may see could be NaN
-    visible = visible[:, None, None]
-    grouped_q = q.float().unflatten(1, (kv_heads, heads // kv_heads))
+    return dense_attention(q, k, v, visible[:, None, None], scale, softcap)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention to the keys that visible [B, Hkv or 1, group or 1, T, S] names, in fp32: out like q, lse [B, Hq, T]."""
+    seen = visible.any(3).any(2)  # [B, Hkv or 1, S]; a value that no row may see could be NaN
+    grouped_q = q.float().unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
     scores = torch.einsum("bhgtd,bhsd->bhgts", grouped_q, k.float()) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = torch.where(visible, scores.softmax(-1), 0.0)
-    values = torch.where(seen[:, None, :, None], v.float(), 0.0)
+    values = torch.where(seen[..., None], v.float(), 0.0)
     out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
     return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
 
@@ -94,9 +101,10 @@ _OP = Op(
 )
 
 
-def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
+def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
+    """Raises unless the heads of q [B, Hq, T, D] can attend to k and v [any, Hkv, S, D] on one device."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16) or tensor.dtype != q.dtype:
+        if tensor.dtype not in FLOATS or tensor.dtype != q.dtype:
             raise TypeError(
                 f"{name} must be float32, float16 or bfloat16 and like q, got {tensor.dtype} (q is {q.dtype})"
             )
@@ -104,35 +112,38 @@ def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_ta
             raise ValueError(f"{name} must have 4 dimensions, got shape {tuple(tensor.shape)}")
         if tensor.stride(3) != 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
-    batch, heads, nodes, head_dim = q.shape
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
+    heads, head_dim = q.shape[1], q.shape[3]
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"q must have a head_dim of {HEAD_DIMS}, got {head_dim}")
-    if nodes < 1:
-        raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[3] != head_dim:
         raise ValueError(f"k must have head_dim {head_dim} like q, got shape {tuple(k.shape)}")
     if k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(f"k must have a number of heads that divides the {heads} of q, got {k.shape[1]}")
-    words = (nodes + 31) // 32
-    integers = [("ancestor_bits", ancestor_bits, (batch, nodes, words)), ("prefix_lens", prefix_lens, (batch,))]
-    if block_table is not None:
-        integers.append(("block_table", block_table, (batch, block_table.shape[-1])))
-    elif k.shape[0] != batch:
-        raise ValueError(f"k must have batch {batch} like q, got shape {tuple(k.shape)}")
-    for name, tensor, shape in integers:
-        if tensor.dtype != torch.int32:
-            raise TypeError(f"{name} must be int32, got {tensor.dtype}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    for name, tensor in (("k", k), ("v", v), *(entry[:2] for entry in integers)):
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
+
+
+def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
+    check_attention(q, k, v, scale, softcap)
+    batch, _, nodes, _ = q.shape
+    if nodes < 1:
+        raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")
+    if block_table is None and k.shape[0] != batch:
+        raise ValueError(f"k must have batch {batch} like q, got shape {tuple(k.shape)}")
+    pages = () if block_table is None else block_table.shape[-1:]
+    check_tensors(
+        "q",
+        q,
+        ("ancestor_bits", ancestor_bits, torch.int32, (batch, nodes, (nodes + 31) // 32)),
+        ("prefix_lens", prefix_lens, torch.int32, (batch,)),
+        ("block_table", block_table, torch.int32, (batch, *pages)),
+    )
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
 

@@ -1,11 +1,21 @@
 """Hybrids of attention and Mamba-2: the logits of transformers, and the bits of plain decoding whatever is drafted."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
 from random_llama import VOCABULARY, random_tokens, random_tree, root_path
-from tiny_mambas import Knows, expected_logits
+from runner_checks import (
+    check_batches,
+    check_greedy_text,
+    check_nodes,
+    check_prompt,
+    check_row_rule,
+    path_tokens,
+    plain_steps,
+)
+from tiny_mambas import Knows
 
 import pyspec.models.state_space
 from pyspec import DraftTree, generate, load
@@ -52,24 +62,13 @@ def tiny_bamba(kind: str):
 @pytest.fixture(scope="module")
 def models():
     """kind and dtype -> (transformers model in fp32, runner), made when first asked for."""
-    made = {}
 
+    @cache
     def get(kind="bamba", dtype=torch.float32):
-        if (kind, dtype) not in made:
-            model = tiny_bamba(kind)
-            made[kind, dtype] = model, from_transformers(model, dtype=dtype)
-        return made[kind, dtype]
+        model = tiny_bamba(kind)
+        return model, from_transformers(model, dtype=dtype)
 
     return get
-
-
-def plain_steps(runner, tokens):
-    """The logits of a text that is committed token by token."""
-    rows = []
-    for token in tokens:
-        rows.append(runner.verify([DraftTree.chain([token])])[0][0])
-        runner.commit([[0]])
-    return rows
 
 
 @torch.inference_mode()
@@ -95,12 +94,7 @@ def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
     monkeypatch.setattr(pyspec.models.state_space, "PREFILL_CHUNK", chunk)
     model, runner = models(kind)
     assert isinstance(runner, BambaRunner)
-    prompt, pieces = random_tokens(30), []
-    expected = expected_logits(model, prompt)
-    assert expected.std() > 0.5  # or a tolerance of 1e-4 would say little
-    (last,) = runner.prefill([prompt], observe=lambda b, chain, logits: pieces.append(logits))
-    torch.testing.assert_close(torch.cat(pieces), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(last, expected[-1], atol=1e-4, rtol=1e-4)
+    check_prompt(runner, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,13 +104,10 @@ def test_trees_and_paths_are_those_of_transformers(models, kind):
     runner.prefill([context], capacity=200)
     for seed in range(5):
         tree = random_tree(3 + 5 * seed, seed)
-        (logits,) = runner.verify([tree])
-        for node in range(0, len(tree), 4):
-            path = [int(tree.tokens[step]) for step in root_path(tree, node)]
-            torch.testing.assert_close(logits[node], expected_logits(model, context + path)[-1], atol=1e-4, rtol=1e-4)
-        path = root_path(tree, len(tree) - 1 - seed)
-        runner.commit([path])
-        context += [int(tree.tokens[node]) for node in path]
+        check_nodes(runner, model, context, tree, every=4)
+        node = len(tree) - 1 - seed
+        runner.commit([root_path(tree, node)])
+        context += path_tokens(tree, node)
         assert runner.lengths() == [len(context)]
 
 
@@ -124,15 +115,7 @@ def test_trees_and_paths_are_those_of_transformers(models, kind):
 def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
     model, runner = models(kind)
     prompt = random_tokens(9)
-    expected = step_by_step(model, prompt, 64)
-    text = generate(runner, prompt, drafter="merged", budget=8, max_new_tokens=64).tokens
-    for token, logits in zip(text, expected, strict=True):
-        best = logits.topk(2).values
-        if token != int(logits.argmax()):
-            assert best[0] - best[1] < 1e-4
-            break
-    else:
-        assert text == [int(logits.argmax()) for logits in expected]
+    check_greedy_text(runner, prompt, step_by_step(model, prompt, 64))
 
 
 # ==== bits ====
@@ -140,16 +123,7 @@ def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_do_not_depend_on_what_is_beside_them(models, dtype):
-    _, runner = models(dtype=dtype)
-    prompt, tree = random_tokens(20), random_tree(24)
-    runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
-    for node in (3, 11, 23):
-        runner.prefill([prompt])
-        rows = plain_steps(runner, [int(tree.tokens[step]) for step in root_path(tree, node)])
-        assert torch.equal(rows[-1], logits[node])
-    runner.prefill([random_tokens(7, 1), prompt])
-    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+    check_row_rule(models(dtype=dtype)[1])
 
 
 @torch.inference_mode()
@@ -193,12 +167,7 @@ def test_any_drafter_gives_the_plain_text(models, kind, dtype):
 
 
 def test_batches_and_sampling_give_the_plain_texts(models):
-    _, runner = models(dtype=torch.bfloat16)
-    prompts = [random_tokens(length, length) for length in (3, 1, 20)]
-    for settings in ({}, {"temperature": 0.8, "seed": 5}):
-        alone = [generate(runner, prompt, drafter=None, max_new_tokens=24, **settings).tokens for prompt in prompts]
-        batch = generate(runner, prompts, drafter="merged", budget=6, max_new_tokens=24, **settings)
-        assert batch.tokens == alone
+    check_batches(models(dtype=torch.bfloat16)[1], new_tokens=24)
 
 
 # ==== loading, and what does not fit ====

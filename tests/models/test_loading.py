@@ -7,8 +7,9 @@ import gguf
 import pytest
 import torch
 from random_llama import random_tokens
+from runner_checks import check_last, expected_logits
 from safetensors.torch import load_file, save_file
-from tiny_models import KINDS, expected_logits, tiny_model, write_gguf
+from tiny_models import KINDS, tiny_model, write_gguf
 
 from pyspec import load
 from pyspec.models import loading
@@ -24,13 +25,6 @@ def load_cpu(source, dtype=torch.float32, **options):
     return load(str(source), dtype=dtype, device="cpu", **options)
 
 
-def check_logits(runner, model, tolerance=1e-4):
-    prompt = random_tokens(20)
-    torch.testing.assert_close(
-        runner.prefill([prompt])[0], expected_logits(model, prompt)[-1], atol=tolerance, rtol=tolerance
-    )
-
-
 # GGUF files say nothing of windows per layer or linear scaling in the way transformers does
 @pytest.mark.parametrize("kind", ["llama", "llama_tied_with_biases", "llama3_scaling", "qwen2"])
 def test_a_gguf_file_gives_the_logits_of_transformers(kind, tmp_path):
@@ -39,7 +33,7 @@ def test_a_gguf_file_gives_the_logits_of_transformers(kind, tmp_path):
     write_gguf(path, model)
     steps = []
     runner = load_cpu(path, progress=lambda done, total: steps.append((done, total)))
-    check_logits(runner, model)
+    check_last(runner, model)
     assert steps == [(done, len(steps)) for done in range(1, len(steps) + 1)]
     assert runner.config.tied_embedding == model.config.tie_word_embeddings
     assert runner.tokenizer is None and runner.context_length == 128
@@ -73,7 +67,7 @@ def test_shards_are_one_model(tmp_path):
     model = tiny_model("qwen2")
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    check_logits(load_cpu(tmp_path), model)
+    check_last(load_cpu(tmp_path), model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +85,7 @@ def test_settings_of_transformers_4_are_read(kind, tmp_path):
         }
         del description["rope_scaling"]["rope_theta"]
     (tmp_path / "config.json").write_text(json.dumps(description))
-    check_logits(load_cpu(tmp_path), model)
+    check_last(load_cpu(tmp_path), model)
 
 
 def test_dtype_and_device_are_as_asked(folder):

@@ -1,49 +1,46 @@
 """Mamba and Mamba-2: the logits of transformers, and the bits of plain decoding whatever is drafted."""
 
-import json
 import random
+from functools import cache
 
 import pytest
 import torch
-from random_llama import VOCABULARY, random_tokens, random_tree, root_path
-from safetensors.torch import load_file, save_file
-from tiny_mambas import FAMILIES, KINDS, Knows, expected_logits, step_by_step, tiny_mamba
+from random_llama import random_tokens, random_tree, root_path
+from runner_checks import (
+    alone_and_together,
+    check_batches,
+    check_commits,
+    check_greedy_text,
+    check_nodes,
+    check_prompt,
+    check_prompts_refused,
+    check_row_rule,
+    check_trees_and_paths_refused,
+    path_tokens,
+    plain_steps,
+)
+from tiny_mambas import FAMILIES, KINDS, Knows, step_by_step, tiny_mamba
 
 import pyspec.models.state_space
-from pyspec import DraftTree, generate, load
+from pyspec import DraftTree, generate
 from pyspec.models import from_transformers
-from pyspec.models.llama import LlamaRunner
-from pyspec.models.mamba import MambaRunner
 from pyspec.models.mamba2 import Mamba2Runner
-from pyspec.models.transformers import TransformersRunner
-from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import mamba_layers_reference
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
 
 
 @pytest.fixture(scope="module")
 def models():
     """kind and dtype -> (transformers model in fp32, runner), made when first asked for."""
-    made = {}
 
+    @cache
     def get(kind, dtype=torch.float32):
-        if (kind, dtype) not in made:
-            model = tiny_mamba(kind)
-            made[kind, dtype] = model, from_transformers(model, dtype=dtype)
-        return made[kind, dtype]
+        model = tiny_mamba(kind)
+        return model, from_transformers(model, dtype=dtype)
 
     return get
-
-
-def plain_steps(runner, tokens):
-    """The logits of a text that is committed token by token; the state is left behind all of it."""
-    rows = []
-    for token in tokens:
-        rows.append(runner.verify([DraftTree.chain([token])])[0][0])
-        runner.commit([[0]])
-    return rows
 
 
 # ==== the logits of transformers ====
@@ -54,58 +51,28 @@ def plain_steps(runner, tokens):
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
     monkeypatch.setattr(pyspec.models.state_space, "PREFILL_CHUNK", chunk)
     model, runner = models(kind)
-    prompt, pieces = random_tokens(30), []
-    expected = expected_logits(model, prompt)
-    assert expected.std() > 0.5  # or a tolerance of 1e-4 would say little
-    (last,) = runner.prefill([prompt], observe=lambda b, chain, logits: pieces.append((chain, logits)))
-    assert [token for chain, _ in pieces for token in chain.tokens.tolist()] == prompt
-    torch.testing.assert_close(torch.cat([logits for _, logits in pieces]), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(last, expected[-1], atol=1e-4, rtol=1e-4)
+    check_prompt(runner, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tree_node_gets_the_logits_of_its_root_path(models, kind):
     model, runner = models(kind)
-    prompt, tree = random_tokens(2), random_tree(40)  # the prompt is shorter than the convolution
+    prompt = random_tokens(2)  # shorter than the convolution
     runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
-    for node in range(0, len(tree), 3):
-        path = [int(tree.tokens[ancestor]) for ancestor in root_path(tree, node)]
-        torch.testing.assert_close(logits[node], expected_logits(model, prompt + path)[-1], atol=1e-4, rtol=1e-4)
+    check_nodes(runner, model, prompt, random_tree(40))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_commit_extends_the_state_by_the_path(models, kind):
     model, runner = models(kind)
-    context = random_tokens(5)
-    runner.prefill([context])
-    for seed in range(6):
-        tree = random_tree(1 + 3 * seed, seed)
-        runner.verify([tree])
-        path = root_path(tree, len(tree) - 1 - seed)
-        runner.commit([path])
-        context += [int(tree.tokens[node]) for node in path]
-        assert runner.lengths() == [len(context)]
-        probe = random_tokens(2, seed)
-        expected = expected_logits(model, context + probe)[-2:]
-        torch.testing.assert_close(runner.verify([DraftTree.chain(probe)])[0], expected, atol=1e-4, rtol=1e-4)
-        runner.commit([None])
-        assert runner.lengths() == [len(context)]
+    check_commits(runner, model)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
     model, runner = models(kind)
     prompt = random_tokens(9)
-    expected = step_by_step(model, prompt, 64)
-    text = generate(runner, prompt, drafter="merged", budget=8, max_new_tokens=64).tokens
-    for token, logits in zip(text, expected, strict=True):
-        best = logits.topk(2).values
-        if token != int(logits.argmax()):
-            assert best[0] - best[1] < 1e-4
-            break
-    else:
-        assert text == [int(logits.argmax()) for logits in expected]
+    check_greedy_text(runner, prompt, step_by_step(model, prompt, 64))
 
 
 # ==== bits ====
@@ -114,20 +81,7 @@ def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_what_is_beside_them(models, kind, dtype):
-    """The row rule through the whole model: the tree, the batch and the number of threads."""
-    _, runner = models(kind, dtype)
-    prompt, tree = random_tokens(20), random_tree(24)
-    runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
-    threads = torch.get_num_threads()
-    for node in (3, 11, 23):
-        torch.set_num_threads(1)
-        runner.prefill([prompt])
-        rows = plain_steps(runner, [int(tree.tokens[step]) for step in root_path(tree, node)])
-        torch.set_num_threads(threads)
-        assert torch.equal(rows[-1], logits[node])
-    runner.prefill([random_tokens(7, 1), prompt])
-    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+    check_row_rule(models(kind, dtype)[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,29 +115,8 @@ def test_verify_reads_only(models):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_ragged_batch_has_the_bits_of_each_sequence_alone(models, kind):
-    _, runner = models(kind)
-    prompts = [random_tokens(length, length) for length in (3, 17, 1, 8)]
-    rounds = [[random_tree(size, size + b) if size else None for b, size in enumerate(sizes)] for sizes in
-              ((4, 33, 1, 7), (0, 5, 0, 9), (6, 0, 2, 0), (3, 3, 3, 3))]  # fmt: skip
-
-    alone = []
-    for b, prompt in enumerate(prompts):
-        results = [runner.prefill([prompt])[0]]
-        for trees in rounds:
-            if trees[b] is not None:
-                results.append(runner.verify([trees[b]])[0])
-                runner.commit([root_path(trees[b], len(trees[b]) - 1)])
-        alone.append(results)
-
-    together = [[logits] for logits in runner.prefill(prompts, capacity=80)]
-    for trees in rounds:
-        for b, logits in enumerate(runner.verify(trees)):
-            assert (logits is None) == (trees[b] is None)
-            if logits is not None:
-                together[b].append(logits)
-        runner.commit([tree and root_path(tree, len(tree) - 1) for tree in trees])
-    for results, expected in zip(together, alone, strict=True):
-        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+    for alone, together in alone_and_together(models(kind)[1]):
+        assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -201,7 +134,7 @@ def test_a_thousand_rounds_do_not_drift(models, kind):
         if node < 0:
             continue
         path = root_path(tree, node)
-        rows = plain_steps(plain, [int(tree.tokens[step]) for step in path])
+        rows = plain_steps(plain, path_tokens(tree, node))
         assert torch.equal(torch.stack(rows), logits[path]), turn
         runner.commit([path])
     assert runner.lengths() == plain.lengths()
@@ -272,12 +205,7 @@ def test_any_drafter_gives_the_plain_text(models, kind, dtype):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_batches_and_sampling_give_the_plain_texts(models, kind):
-    _, runner = models(kind, torch.bfloat16)
-    prompts = [random_tokens(length, length) for length in (3, 1, 20)]
-    for settings in ({}, {"temperature": 0.8, "seed": 5}):
-        alone = [generate(runner, prompt, drafter=None, max_new_tokens=40, **settings).tokens for prompt in prompts]
-        batch = generate(runner, prompts, drafter="merged", budget=6, max_new_tokens=40, **settings)
-        assert batch.tokens == alone
+    check_batches(models(kind, torch.bfloat16)[1], new_tokens=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -307,42 +235,14 @@ def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch)
 
 
 def test_prefill_refuses_what_does_not_fit_and_keeps_the_batch(models):
-    _, runner = models("mamba")
-    runner.prefill([[1, 2, 3, 4]])
-    for prompts, options, message in (
-        ([], {}, "at least one prompt"),
-        ([[1], []], {}, r"tokens\[1\] is empty"),
-        ([[1, VOCABULARY]], {}, rf"tokens\[0\] must hold token ids in \[0, {VOCABULARY}\), got {VOCABULARY}"),
-        ([[1, 2, 3]], {"capacity": 2}, "capacity must be at least .* 3 tokens, got 2"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            runner.prefill(prompts, **options)
-    assert runner.lengths() == [4]
-    assert runner.verify([DraftTree.chain([5])])[0].shape == (1, VOCABULARY)
+    check_prompts_refused(models("mamba")[1])
 
 
 def test_verify_and_commit_refuse_what_does_not_fit(models):
     _, runner = models("mamba2")
-    runner.prefill([[1, 2, 3]])
-    with pytest.raises(ValueError, match="one entry for each of the 1 sequences, got 2"):
-        runner.verify([DraftTree.chain([1]), None])
-    with pytest.raises(ValueError, match=rf"trees\[0\].tokens must hold .* got {VOCABULARY}"):
-        runner.verify([DraftTree.chain([1, VOCABULARY])])
-    with pytest.raises(RuntimeError, match="call verify first"):
-        runner.commit([[0]])
-    (before,) = runner.verify([DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])])
-    for path in ([1], [0, 3], [0, 1, 3], [0, 4], []):
-        with pytest.raises(ValueError, match=r"paths\[0\] must"):
-            runner.commit([path])
-    assert runner.lengths() == [3]
-    assert torch.equal(runner.verify([DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])])[0], before)
-    runner.commit([[0, 2, 3]])
-    assert runner.lengths() == [6]
+    check_trees_and_paths_refused(runner)
     with pytest.raises(ValueError, match="rollback must be one of replay, joint, got 'snapshots'"):
         Mamba2Runner(runner.config, runner.weights, rollback="snapshots")
-    fresh = Mamba2Runner(runner.config, runner.weights)
-    with pytest.raises(RuntimeError, match="call prefill first"):
-        fresh.verify([DraftTree.chain([1])])
 
 
 def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):
@@ -358,163 +258,3 @@ def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):
             runner.verify([DraftTree.chain([1])])
     with pytest.raises(RuntimeError, match="call prefill first"):
         runner.verify([DraftTree.chain([1])])
-
-
-# ==== loading ====
-
-
-def check_logits(runner, model):
-    prompt = random_tokens(20)
-    torch.testing.assert_close(runner.prefill([prompt])[0], expected_logits(model, prompt)[-1], atol=1e-4, rtol=1e-4)
-
-
-def load_cpu(folder, dtype=torch.float32):
-    return load(str(folder), dtype=dtype, device="cpu")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_folders_of_transformers_are_read(kind, tmp_path):
-    model = tiny_mamba(kind)
-    model.save_pretrained(tmp_path)
-    runner = load_cpu(tmp_path)
-    assert isinstance(runner, MambaRunner if KINDS[kind][0] == "Mamba" else Mamba2Runner)
-    check_logits(runner, model)
-    assert runner.config.tied_embedding == (runner.weights.head is runner.weights.embedding)
-    assert load_cpu(tmp_path, torch.int8).weight_dtype == torch.int8
-
-
-def renamed(model, prefix="") -> dict[str, torch.Tensor]:
-    """The state of a model under mamba_ssm's names."""
-    state = model.state_dict()
-    return {prefix + name.replace(".embeddings.", ".embedding."): values.clone() for name, values in state.items()}
-
-
-def mamba_ssm_models():
-    """(transformers model, its config.json as mamba_ssm writes it), with a vocabulary that was padded."""
-    shared = {"vocab_size": 104, "hidden_size": 64, "num_hidden_layers": 2}
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**shared))
-    groups = {"n_groups": 2, "num_heads": 2, "head_dim": 64, "state_size": 128, "chunk_size": 8}
-    mamba2 = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**shared, **groups, tie_word_embeddings=True))
-    description = {"d_model": 64, "n_layer": 2, "vocab_size": 99, "pad_vocab_size_multiple": 8, "rms_norm": True}
-    description |= {"residual_in_fp32": True, "fused_add_norm": True, "ssm_cfg": {}}
-    newer = description | {"ssm_cfg": {"layer": "Mamba2", "ngroups": 2}, "attn_layer_idx": [], "tie_embeddings": True}
-    return [(mamba.eval(), description), (mamba2.eval(), newer)]
-
-
-@pytest.mark.parametrize("index", [0, 1], ids=FAMILIES)
-def test_folders_of_mamba_ssm_are_read(index, tmp_path):
-    model, description = mamba_ssm_models()[index]
-    (tmp_path / "config.json").write_text(json.dumps(description))
-    torch.save(renamed(model), tmp_path / "pytorch_model.bin")
-    check_logits(load_cpu(tmp_path), model)
-
-    for changed, message in (
-        ({"rms_norm": False}, "rms_norm False"),
-        ({"attn_layer_idx": [1]}, r"attn_layer_idx \[1\]"),
-        ({"ssm_cfg": {"layer": "Mamba3"}}, "layers of Mamba3, the families are Mamba1 and Mamba2"),
-        ({"n_layer": 3}, "has no tensor backbone.layers.2"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(description | changed))
-        with pytest.raises(ValueError, match=message):
-            load_cpu(tmp_path)
-    del description["n_layer"]
-    (tmp_path / "config.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="config.json is incomplete: it has no 'n_layer'"):
-        load_cpu(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(description | {"n_layer": 2}))
-    (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "pytorch_model.bin").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="pytorch_model.bin is truncated or corrupt"):
-        load_cpu(tmp_path)
-
-
-def test_a_hub_repository_without_safetensors_brings_its_pytorch_file(tmp_path, monkeypatch):
-    huggingface_hub = pytest.importorskip("huggingface_hub")
-    model, description = mamba_ssm_models()[1]
-
-    def download(hub_id, allow_patterns):
-        if "pytorch_model.bin" in allow_patterns:
-            torch.save(renamed(model), tmp_path / "pytorch_model.bin")
-        (tmp_path / "config.json").write_text(json.dumps(description))
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    check_logits(load_cpu("state-spaces/mamba2-tiny"), model)
-
-
-def test_codestral_mambas_folder_is_read(tmp_path):
-    model, _ = mamba_ssm_models()[1]
-    description = {"dim": 64, "n_layers": 2, "vocab_size": 104, "n_groups": 2, "pad_vocab_size_multiple": 1}
-    description |= {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "tie_embeddings": True}
-    (tmp_path / "params.json").write_text(json.dumps(description))
-    save_file(renamed(model, "model."), tmp_path / "consolidated.safetensors")
-    check_logits(load_cpu(tmp_path), model)
-
-
-@pytest.mark.parametrize(
-    "kind, changed, message",
-    [
-        ("mamba", {"hidden_act": "gelu"}, "hidden_act 'gelu', MambaRunner has silu"),
-        ("mamba", {"state_size": 24}, "MambaRunner has .* state_size in multiples of 16, got 96 and 24"),
-        ("mamba2", {"hidden_act": "gelu"}, "hidden_act 'gelu', Mamba2Runner has silu"),
-        ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit .* Mamba2Runner has no limit"),
-        ("mamba2", {"head_dim": 24}, "Mamba2Runner has head_dim in multiples of 16"),
-        ("mamba2", {"n_groups": 2}, "heads must be a multiple of groups, got 3 and 2"),
-        ("mamba2", {"num_hidden_layers": 0}, "layers must be at least 1, got 0"),
-        ("mamba2", {"vocab_size": 90}, r"embeddings.weight must have shape \(90, 48\)"),
-    ],
-)
-def test_configurations_that_are_not_supported_are_named(kind, changed, message, tmp_path):
-    tiny_mamba(kind).save_pretrained(tmp_path)
-    description = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(description | changed))
-    with pytest.raises(ValueError, match=message):
-        load_cpu(tmp_path)
-
-
-def test_missing_tensors_are_named(tmp_path):
-    tiny_mamba("mamba2").save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    name = "backbone.layers.1.mixer.A_log"
-    save_file({key: values for key, values in tensors.items() if key != name}, file)
-    with pytest.raises(ValueError, match=f"has no tensor {name}"):
-        load_cpu(tmp_path)
-    save_file(tensors | {name: tensors[name] * torch.nan}, file)
-    with pytest.raises(ValueError, match=f"tensor {name} has values that are NaN or infinite"):
-        load_cpu(tmp_path)
-
-
-def test_live_models_run_on_our_kernels_where_there_are_some(models):
-    model, runner = models("mamba_untied_with_biases")
-    assert isinstance(runner, MambaRunner) and runner.eos_tokens == frozenset()
-    assert from_transformers(tiny_mamba("mamba2").to(torch.bfloat16)).dtype == torch.bfloat16
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=64, eos_token_id=7))
-    runner = from_transformers(llama.eval())
-    assert isinstance(runner, LlamaRunner) and runner.eos_tokens == {7}
-    torch.testing.assert_close(
-        runner.prefill([[1, 2, 3]])[0], expected_logits(llama, [1, 2, 3])[-1], atol=1e-4, rtol=1e-4
-    )
-    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2))
-    assert isinstance(from_transformers(other), TransformersRunner)
-    with pytest.raises(ValueError, match="dtype must be the model's own"):
-        from_transformers(other, dtype=torch.float16)
-    falcon = transformers.FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="FalconMambaForCausalLM is not supported: it keeps a recurrent state"):
-        from_transformers(transformers.FalconMambaForCausalLM(falcon))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_exist_once(models, kind):
-    _, runner = models(kind)
-    config = runner.config
-    dense = type(runner.weights).empty(config, torch.float32, torch.device("cpu"))
-    places = dense.named(config)  # views, no copies
-    for name, values in runner.weights.named(config).items():
-        places[name].copy_(values)
-    dense.pack(torch.float32)
-    assert (dense.head is dense.embedding) == config.tied_embedding
-    assert all(isinstance(getattr(layer, name), PackedWeight) for layer in dense.layers for name in layer.MATRICES)
-    other = type(runner)(config, dense)
-    assert other.fingerprint == runner.fingerprint
-    assert torch.equal(other.prefill([[1, 2, 3]])[0], runner.prefill([[1, 2, 3]])[0])

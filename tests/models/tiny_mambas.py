@@ -40,12 +40,6 @@ def tiny_mamba(kind: str):
 
 
 @torch.inference_mode()
-def expected_logits(model, tokens: list[int]) -> torch.Tensor:
-    """[n, V] fp32 of transformers' own forward, without a cache."""
-    return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
-
-
-@torch.inference_mode()
 def step_by_step(model, prompt: list[int], new_tokens: int) -> list[torch.Tensor]:
     """The [V] logits of every greedy token by transformers, one token at a time, the prompt too."""
     cache, rows, tokens = None, [], list(prompt)

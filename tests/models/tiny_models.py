@@ -52,12 +52,6 @@ def tiny_model(kind: str):
     return model
 
 
-@torch.inference_mode()
-def expected_logits(model, tokens: list[int]) -> torch.Tensor:
-    """[n, V] fp32 of transformers' own forward."""
-    return model(torch.tensor([tokens])).logits[0].float()
-
-
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved."""
     config = model.config

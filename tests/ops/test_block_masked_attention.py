@@ -1,62 +1,19 @@
 """block_masked_attention: every backend and instruction set against float64, row by row, over an explicit mask."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
+from every_backend import BACKENDS, KERNELS, each_backend, each_kernel, on_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import pyspec
 from pyspec import BlockMask, DraftTree
 from pyspec.masks import tiles
-from pyspec.ops import backends, block_masked_attention, tree_attention
+from pyspec.ops import block_masked_attention, tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def available_instruction_sets() -> list[str]:
-    """What this processor can run, by asking for each; none without the compiled library."""
-    on_cpu = next(row for row in backends() if row["op"] == "block_masked_attention" and row["device"] == "cpu")
-    if on_cpu["backend"] != "compiled":
-        return []
-    one, found = torch.zeros(1, 1, 1, 64), []
-    for name in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"):
-        os.environ["PYSPEC_ISA"] = name
-        try:
-            block_masked_attention(one, one, one, BlockMask.from_documents([1]))
-            found.append(name)
-        except RuntimeError:
-            pass
-        finally:
-            del os.environ["PYSPEC_ISA"]
-    return found
-
-
-BACKENDS = ["reference", *available_instruction_sets()]
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    """block_masked_attention on one backend or instruction set."""
-    if request.param == "reference":
-
-        def call(*args, **options):
-            with pyspec.backend("reference"):
-                return block_masked_attention(*args, **options)
-
-        return call
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return block_masked_attention
-
-
-@pytest.fixture(params=BACKENDS[1:])
-def kernel(request, monkeypatch):
-    """Only the kernels: the reference promises values, not bits."""
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return block_masked_attention
+run, kernel = each_backend(block_masked_attention), each_kernel(block_masked_attention)
 
 
 def tensors(rows, keys, batch=1, heads=2, kv_heads=1, head_dim=64, dtype=torch.float32, seed=0):
@@ -124,16 +81,9 @@ def test_random_masks_of_every_alignment(data):
     visible = visible.view(*shape, rows, keys)
     qkv = tensors(rows, keys, batch, heads, kv_heads, dtype=dtype, seed=seed)
     name = data.draw(st.sampled_from(BACKENDS))
-    if name == "reference":
-        with pyspec.backend("reference"):
-            check(block_masked_attention, qkv, BlockMask.from_dense(visible), visible, **options)
-        return
-    os.environ["PYSPEC_ISA"] = name
-    try:
-        tolerance = 1e-5 if options and dtype == torch.float32 else None
+    tolerance = 1e-5 if options and dtype == torch.float32 and name != "reference" else None
+    with on_backend(name):
         check(block_masked_attention, qkv, BlockMask.from_dense(visible), visible, tolerance, **options)
-    finally:
-        del os.environ["PYSPEC_ISA"]
 
 
 def test_two_runs_of_full_tiles_in_a_row(run):
@@ -395,7 +345,7 @@ def test_an_edited_dense_mask_is_refused():
         block_masked_attention(*tensors(4, 9), mask)
 
 
-@pytest.mark.skipif(not BACKENDS[1:], reason="the compiled kernel does these checks")
+@pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
 @pytest.mark.parametrize("name", ["full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "row_order"])
 @pytest.mark.parametrize("value", [-1, 1000])
 def test_lists_that_point_outside_are_refused(name, value):

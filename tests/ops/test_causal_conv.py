@@ -2,29 +2,15 @@
 
 import pytest
 import torch
+from every_backend import KERNELS, each_backend, each_kernel
 from rounds import chain_round, random_tree, root_path
-from test_tree_attention import BACKENDS
 
-import pyspec
 from pyspec import DraftTree
 from pyspec.ops import Round, causal_conv
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-COMPILED = [name for name in BACKENDS if name != "reference"]
 SEQUENCES, NODES = 4, 20
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    if request.param != "reference":
-        monkeypatch.setenv("PYSPEC_ISA", request.param)
-        return causal_conv
-
-    def call(*args, **options):
-        with pyspec.backend("reference"):
-            return causal_conv(*args, **options)
-
-    return call
+run, kernel = each_backend(causal_conv), each_kernel(causal_conv)
 
 
 def layer(channels=48, taps=4, has_bias=True):
@@ -74,21 +60,19 @@ def test_a_replay_gives_the_window_of_plain_decoding(run, accepted):
         assert place.isnan().all()
 
 
-@pytest.mark.parametrize("name", COMPILED)
-def test_bits_do_not_depend_on_how_a_text_is_cut(name, monkeypatch):
+def test_bits_do_not_depend_on_how_a_text_is_cut(kernel):
     """Prompts in chunks, chains replayed in part, trees and batches: each gives the bits of one node at a time."""
-    monkeypatch.setenv("PYSPEC_ISA", name)
     weight, bias, start, record = layer(272)
     inputs = torch.randn(12, 272)
 
     window, plain = start.clone(), []
     for row in range(12):
-        plain.append(causal_conv(window, record, inputs[row : row + 1], weight, bias, chain_round(1, 2, advance=True)))
+        plain.append(kernel(window, record, inputs[row : row + 1], weight, bias, chain_round(1, 2, advance=True)))
     plain = torch.cat(plain)
     for cuts in ([12], [5, 7], [1, 2, 9]):
         other = start.clone()
         parts = [
-            causal_conv(other, record, part, weight, bias, chain_round(len(part), 2, advance=True))
+            kernel(other, record, part, weight, bias, chain_round(len(part), 2, advance=True))
             for part in inputs.split(cuts)
         ]
         assert torch.equal(torch.cat(parts), plain) and torch.equal(other[2], window[2])
@@ -101,10 +85,10 @@ def test_bits_do_not_depend_on_how_a_text_is_cut(name, monkeypatch):
     other, record = start.clone(), torch.full((2, SEQUENCES, 23, 272), torch.nan)
     other[0] = 1.0
     both = Round.of([DraftTree.chain([0] * 5), tree], [0, 2], [[], []], [0, 0])
-    out = causal_conv(other, record, rows, weight, bias, both)
+    out = kernel(other, record, rows, weight, bias, both)
     assert torch.equal(out[5:][path], plain) and torch.equal(other[2], start[2])
     after = Round.of([DraftTree.chain([0])], [2], [path], [1])
-    causal_conv(other, record, inputs[:1], weight, bias, after)
+    kernel(other, record, inputs[:1], weight, bias, after)
     assert torch.equal(other[2], window[2]) and (other[0] == 1.0).all()
 
 
@@ -145,7 +129,7 @@ def test_bad_input_is_named(changed, error, message):
         causal_conv(**arguments() | changed)
 
 
-@pytest.mark.skipif(not COMPILED, reason="the reference leaves places to torch's own indexing")
+@pytest.mark.skipif(not KERNELS, reason="the reference leaves places to torch's own indexing")
 @pytest.mark.parametrize(
     "trees, sequences, paths, halves, message",
     [
@@ -167,7 +151,7 @@ def test_places_outside_are_refused_before_anything_is_written(trees, sequences,
     assert (given["window"] == 1).all() and (given["record"] == 1).all()
 
 
-@pytest.mark.skipif(not COMPILED, reason="the reference leaves places to torch's own indexing")
+@pytest.mark.skipif(not KERNELS, reason="the reference leaves places to torch's own indexing")
 def test_rounds_that_do_not_fit_are_refused():
     given = arguments()
     wide = given | {"x": torch.zeros(21, 48), "round": chain_round(21, 2)}

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from test_tree_attention import BACKENDS
+from every_backend import BACKENDS, KERNELS, on_backend
 
-import pyspec
 from pyspec import DraftTree
 from pyspec.ops import pack_weight
 from pyspec.ops.llama_layers import llama_layers, llama_layers_reference
@@ -12,7 +11,6 @@ from pyspec.ops.llama_layers import llama_layers, llama_layers_reference
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, SLOTS, POSITIONS = 2, 4, 2, 64, 80, 112, 90, 100
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 MATRICES = {1: (QKV, HIDDEN), 2: (HIDDEN, HEADS * HEAD_DIM), 4: (2 * INTERMEDIATE, HIDDEN), 5: (HIDDEN, INTERMEDIATE)}
-KERNELS = [name for name in BACKENDS if name != "reference"]
 TREES = [DraftTree([1] * 7, [-1, 0, 0, 1, 1, 3, 2]), DraftTree([1] * 3, [-1, 0, 0])]
 LENGTHS = [70, 5]
 
@@ -108,13 +106,9 @@ def plain_llama(given, dense, tree):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("biases", [False, True])
-def test_equals_a_textbook_llama(backend, biases, monkeypatch):
+def test_equals_a_textbook_llama(backend, biases):
     given, dense = arguments(biases=biases)
-    if backend == "reference":
-        with pyspec.backend("reference"):
-            out, _ = call(given)
-    else:
-        monkeypatch.setenv("PYSPEC_ISA", backend)
+    with on_backend(backend):
         out, _ = call(given)
     expected = torch.cat([plain_llama(given, dense, tree) for tree in TREES])
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_backend import BACKENDS, KERNELS, on_backend
 from rounds import root_path
-from test_tree_attention import BACKENDS
 
-import pyspec
 from pyspec import DraftTree
 from pyspec.ops import Round, pack_weight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers, mamba_layers_reference
@@ -15,7 +14,6 @@ from pyspec.ops.selective_state import to_panels
 
 LAYERS, HIDDEN, CHANNELS, STATES, TAPS, HEADS, GROUPS, RANK = 2, 48, 96, 16, 4, 6, 2, 5
 SEQUENCES, NODES, EPSILON = 4, 12, 1e-5
-KERNELS = [name for name in BACKENDS if name != "reference"]
 KINDS = ("mamba", "mamba2")
 TREES = [DraftTree([1] * 7, [-1, 0, 0, 1, 1, 3, 2]), DraftTree([1] * 3, [-1, 0, 0])]
 PLACES = [2, 0]
@@ -158,13 +156,9 @@ def plain_mamba(kind, given, dense, index, path):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_a_textbook_mamba(kind, biases, backend, monkeypatch):
+def test_equals_a_textbook_mamba(kind, biases, backend):
     given, dense = arguments(kind, biases=biases)
-    if backend == "reference":
-        with pyspec.backend("reference"):
-            out, _ = call(given)
-    else:
-        monkeypatch.setenv("PYSPEC_ISA", backend)
+    with on_backend(backend):
         out, _ = call(given)
     expected = [
         plain_mamba(kind, given, dense, index, root_path(tree, node))

@@ -2,22 +2,12 @@
 
 import pytest
 import torch
+from every_backend import each_backend
 
-import pyspec
 from pyspec.ops import merge_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(params=["reference", "kernel"])
-def run(request):
-    def call(*args):
-        if request.param == "kernel":
-            return merge_attention(*args)
-        with pyspec.backend("reference"):
-            return merge_attention(*args)
-
-    return call
+run = each_backend(merge_attention)
 
 
 def attention(scores: torch.Tensor, values: torch.Tensor):

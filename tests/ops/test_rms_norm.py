@@ -3,25 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from test_tree_attention import BACKENDS
+from every_backend import each_backend, each_kernel
 
-import pyspec
 from pyspec.ops import rms_norm
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    if request.param != "reference":
-        monkeypatch.setenv("PYSPEC_ISA", request.param)
-        return rms_norm
-
-    def call(*args, **options):
-        with pyspec.backend("reference"):
-            return rms_norm(*args, **options)
-
-    return call
+run, kernel = each_backend(rms_norm), each_kernel(rms_norm)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -47,13 +34,11 @@ def test_rows_that_are_groups_have_weights_of_their_own(run):
         torch.testing.assert_close(out[group::3], run(hidden[group::3].contiguous(), weight[group], 1e-5))
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
-def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
-    monkeypatch.setenv("PYSPEC_ISA", name)
+def test_a_row_has_the_bits_it_has_alone(kernel):
     hidden, weight = torch.randn(64, 577), torch.randn(577)
     hidden[7, 3] = torch.nan  # stays in its row
-    together = rms_norm(hidden, weight, 1e-5, out_dtype=torch.bfloat16)
-    alone = torch.cat([rms_norm(row[None].clone(), weight, 1e-5, out_dtype=torch.bfloat16) for row in hidden])
+    together = kernel(hidden, weight, 1e-5, out_dtype=torch.bfloat16)
+    alone = torch.cat([kernel(row[None].clone(), weight, 1e-5, out_dtype=torch.bfloat16) for row in hidden])
     assert torch.equal(together.view(torch.int16), alone.view(torch.int16))
     assert together.isnan().any(1).tolist() == [row == 7 for row in range(64)]
 

@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from test_tree_attention import BACKENDS
+from every_backend import KERNELS, each_backend, each_kernel
 
-import pyspec
 from pyspec.ops import rotary_write
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HEADS, KV_HEADS, POSITIONS = 4, 2, 50
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    if request.param != "reference":
-        monkeypatch.setenv("PYSPEC_ISA", request.param)
-        return rotary_write
-
-    def call(*args, **options):
-        with pyspec.backend("reference"):
-            return rotary_write(*args, **options)
-
-    return call
+run, kernel = each_backend(rotary_write), each_kernel(rotary_write)
 
 
 def angles(head_dim):
@@ -64,14 +51,12 @@ def test_equals_a_complex_rotation(run, head_dim, dtype):
         assert (cache == 7.0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
-def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
-    monkeypatch.setenv("PYSPEC_ISA", name)
+def test_a_row_has_the_bits_it_has_alone(kernel):
     given = arguments(rows=9)
-    q, keys = rotary_write(**given), given["keys"].clone()
+    q, keys = kernel(**given), given["keys"].clone()
     for row in range(9):
         one = given | {name: given[name][row : row + 1] for name in ("qkv", "positions", "sequences", "slots")}
-        assert torch.equal(rotary_write(**one)[0], q[row])
+        assert torch.equal(kernel(**one)[0], q[row])
     assert torch.equal(given["keys"], keys)
 
 
@@ -95,7 +80,7 @@ def test_bad_input_is_named(changed, error, message):
         rotary_write(**arguments() | changed)
 
 
-@pytest.mark.skipif(len(BACKENDS) == 1, reason="the reference leaves places to torch's own indexing")
+@pytest.mark.skipif(not KERNELS, reason="the reference leaves places to torch's own indexing")
 @pytest.mark.parametrize("name, value", [("positions", POSITIONS), ("sequences", 3), ("slots", 20), ("slots", -1)])
 def test_places_outside_are_refused_before_anything_is_written(name, value):
     given = arguments()

@@ -1,62 +1,18 @@
 """row_statistics: every backend and instruction set against Python's floats, and the row rule bit for bit."""
 
 import math
-import os
 
 import pytest
 import torch
+from every_backend import BACKENDS, each_backend, each_kernel, on_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyspec
-from pyspec.ops import backends, row_statistics
+from pyspec.ops import row_statistics
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN, HUGE = math.inf, math.nan, 3e38
-
-
-def available_instruction_sets() -> list[str]:
-    """What this processor can run, by asking for each; none without the compiled library."""
-    on_cpu = next(row for row in backends() if row["op"] == "row_statistics" and row["device"] == "cpu")
-    if on_cpu["backend"] != "compiled":
-        return []
-    found = []
-    for name in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"):
-        os.environ["PYSPEC_ISA"] = name
-        try:
-            row_statistics(torch.zeros(1, 1))
-            found.append(name)
-        except RuntimeError:
-            pass
-        finally:
-            del os.environ["PYSPEC_ISA"]
-    return found
-
-
-BACKENDS = ["reference", *available_instruction_sets()]
-
-
-def run_on(backend: str, *args):
-    if backend == "reference":
-        with pyspec.backend("reference"):
-            return row_statistics(*args)
-    os.environ["PYSPEC_ISA"] = backend
-    try:
-        return row_statistics(*args)
-    finally:
-        del os.environ["PYSPEC_ISA"]
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request):
-    """row_statistics on one backend or instruction set."""
-    return lambda *args: run_on(request.param, *args)
-
-
-@pytest.fixture(params=BACKENDS[1:])
-def kernel(request):
-    """Only the kernels: the reference promises values, not bits."""
-    return lambda *args: run_on(request.param, *args)
+run, kernel = each_backend(row_statistics), each_kernel(row_statistics)
 
 
 def oracle(row: list[float], tokens: list[int]):
@@ -166,7 +122,8 @@ def test_any_rows(data):
     tokens = torch.zeros(len(rows), 2, dtype=torch.int64)
     tokens[:, 1] = vocab - 1
     backend = data.draw(st.sampled_from(BACKENDS))
-    check(lambda *args: run_on(backend, *args), torch.tensor(rows), tokens)
+    with on_backend(backend):
+        check(row_statistics, torch.tensor(rows), tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -223,11 +180,10 @@ def test_opcheck_and_compile(tokens):
         assert ours is theirs is None or torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_unknown_tokens_have_no_probability_where_they_are_not_looked_at(monkeypatch, backend):
+def test_unknown_tokens_have_no_probability_where_they_are_not_looked_at(monkeypatch, run):
     tokens = torch.tensor([[-1, 0, 4, 2**40, -(2**63)]])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    probabilities = run_on(backend, torch.zeros(1, 4), tokens).token_probabilities
+    probabilities = run(torch.zeros(1, 4), tokens).token_probabilities
     torch.testing.assert_close(probabilities, torch.tensor([[NAN, 0.25, NAN, NAN, NAN]]), equal_nan=True)
 
 

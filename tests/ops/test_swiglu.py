@@ -2,25 +2,12 @@
 
 import pytest
 import torch
-from test_tree_attention import BACKENDS
+from every_backend import each_backend, each_kernel
 
-import pyspec
 from pyspec.ops import swiglu
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    if request.param != "reference":
-        monkeypatch.setenv("PYSPEC_ISA", request.param)
-        return swiglu
-
-    def call(*args, **options):
-        with pyspec.backend("reference"):
-            return swiglu(*args, **options)
-
-    return call
+run, kernel = each_backend(swiglu), each_kernel(swiglu)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -40,11 +27,9 @@ def test_far_gates(run):
     assert out[:3].abs().max() < 1e-6 and torch.equal(out[3:7], gates[0, 3:7]) and out[7].isnan()
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "reference"])
-def test_a_row_has_the_bits_it_has_alone(name, monkeypatch):
-    monkeypatch.setenv("PYSPEC_ISA", name)
+def test_a_row_has_the_bits_it_has_alone(kernel):
     gate_up = torch.randn(33, 2 * 577)
-    assert torch.equal(swiglu(gate_up), torch.cat([swiglu(row[None]) for row in gate_up]))
+    assert torch.equal(kernel(gate_up), torch.cat([kernel(row[None]) for row in gate_up]))
 
 
 def test_opcheck():

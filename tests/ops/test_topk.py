@@ -1,67 +1,23 @@
 """topk: every backend and instruction set against Python's sort of each bucket."""
 
 import math
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from every_backend import BACKENDS, each_backend, each_kernel, on_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pyspec
-from pyspec.ops import backends, topk
+from pyspec.ops import topk
 from pyspec.ops.topk_recall import MOST_PER_BUCKET
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ASSIGNMENTS = ["interleaved", "contiguous"]
 INF, NAN = math.inf, math.nan
-
-
-def available_instruction_sets() -> list[str]:
-    """What this processor can run, by asking for each; none without the compiled library."""
-    on_cpu = next(row for row in backends() if row["op"] == "topk" and row["device"] == "cpu")
-    if on_cpu["backend"] != "compiled":
-        return []
-    found = []
-    for name in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"):
-        os.environ["PYSPEC_ISA"] = name
-        try:
-            topk(torch.zeros(1, 1), 1)
-            found.append(name)
-        except RuntimeError:
-            pass
-        finally:
-            del os.environ["PYSPEC_ISA"]
-    return found
-
-
-BACKENDS = ["reference", *available_instruction_sets()]
-
-
-def run_on(backend: str, *args, **options):
-    if backend == "reference":
-        with pyspec.backend("reference"):
-            return topk(*args, **options)
-    os.environ["PYSPEC_ISA"] = backend
-    try:
-        return topk(*args, **options)
-    finally:
-        del os.environ["PYSPEC_ISA"]
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request):
-    """topk on one backend or instruction set."""
-    return lambda *args, **options: run_on(request.param, *args, **options)
-
-
-@pytest.fixture(params=BACKENDS[1:])
-def kernel(request):
-    """Only the kernels."""
-    return lambda *args, **options: run_on(request.param, *args, **options)
+run, kernel = each_backend(topk), each_kernel(topk)
 
 
 def members(n: int, buckets: int, assignment: str) -> list[list[int]]:
@@ -247,7 +203,8 @@ def test_any_rows(data):
         per_bucket = data.draw(st.integers(1, MOST_PER_BUCKET))
         buckets = data.draw(st.integers(-(-k // per_bucket), n + 20))
         knobs = dict(buckets=buckets, per_bucket=per_bucket, assignment=data.draw(st.sampled_from(ASSIGNMENTS)))
-    check(lambda *args, **options: run_on(backend, *args, **options), x, k, largest, **knobs)
+    with on_backend(backend):
+        check(topk, x, k, largest, **knobs)
 
 
 # ==== shapes ====

@@ -5,54 +5,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from every_backend import KERNELS, available_instruction_sets, each_backend, each_kernel, on_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyspec
-from pyspec.ops import backends, tree_attention
+from pyspec.ops import tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention_reference
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def _on_cpu() -> dict[str, str]:
-    return next(row for row in backends() if row["op"] == "tree_attention" and row["device"] == "cpu")
-
-
-def available_instruction_sets() -> list[str]:
-    """What this processor can run, by asking for each; none without the compiled library."""
-    if _on_cpu()["backend"] != "compiled":
-        return []
-    one = torch.zeros(1, 1, 1, 64)
-    bits, lens = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    found = []
-    for name in ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"):
-        os.environ["PYSPEC_ISA"] = name
-        try:
-            tree_attention(one, one, one, bits, lens)
-            found.append(name)
-        except RuntimeError:
-            pass
-        finally:
-            del os.environ["PYSPEC_ISA"]
-    return found
-
-
-BACKENDS = ["reference", *available_instruction_sets()]
-
-
-@pytest.fixture(params=BACKENDS)
-def run(request, monkeypatch):
-    """tree_attention on one backend or instruction set."""
-    if request.param == "reference":
-
-        def call(*args, **options):
-            with pyspec.backend("reference"):
-                return tree_attention(*args, **options)
-
-        return call
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return tree_attention
+run, kernel = each_backend(tree_attention), each_kernel(tree_attention)
 
 
 @dataclass
@@ -235,17 +197,10 @@ def assert_row_rule(run, case: Case, **options):
             assert torch.equal(lse[b, :, node], row_lse[0, :, 0]), (b, node)
 
 
-@pytest.fixture(params=BACKENDS[1:])
-def kernel(request, monkeypatch):
-    """Only the kernels: the reference promises values, not bits."""
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return tree_attention
-
-
 @settings(max_examples=25, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_row_rule(data):
-    if not BACKENDS[1:]:
+    if not KERNELS:
         pytest.skip("no compiled kernel to test")
     heads, kv_heads = data.draw(st.sampled_from([(3, 1), (4, 2), (8, 1), (17, 1)]))
     batch = data.draw(st.integers(1, 3))
@@ -257,11 +212,8 @@ def test_row_rule(data):
     head_dim = data.draw(st.sampled_from([64, 80, 128]))
     options = data.draw(st.sampled_from([{}, {"window": 5}, {"window": 100}, {"softcap": 20.0}]))
     case = make_case(lens, nodes, heads, kv_heads, head_dim, dtype, seed=data.draw(st.integers(0, 99)))
-    os.environ["PYSPEC_ISA"] = data.draw(st.sampled_from(BACKENDS[1:]))
-    try:
+    with on_backend(data.draw(st.sampled_from(KERNELS))):
         assert_row_rule(tree_attention, case, **options)
-    finally:
-        del os.environ["PYSPEC_ISA"]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -409,7 +361,7 @@ def test_bad_input_names_the_argument(error, name, change):
         bad(case, **change(case))
 
 
-@pytest.mark.skipif(not BACKENDS[1:], reason="the compiled kernel does these checks")
+@pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
 @pytest.mark.parametrize(
     "name, change",
     [
@@ -427,7 +379,7 @@ def test_data_that_points_outside_is_refused(name, change):
 
 
 def test_unknown_instruction_set_is_an_error(monkeypatch):
-    if not BACKENDS[1:]:
+    if not available_instruction_sets():
         pytest.skip("no compiled kernel")
     monkeypatch.setenv("PYSPEC_ISA", "z80")
     with pytest.raises(RuntimeError, match="PYSPEC_ISA must be one of"):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from cuda_on_host.loading import op_on_host
+from random_llama import VOCABULARY, random_tokens, random_tree, root_path
 
 import pyspec.models.state_space
 import pyspec.models.static_rounds
@@ -17,7 +18,6 @@ from pyspec.models.state_space import StateSpaceWeights
 from pyspec.ops.mamba_layers import mamba_layers_reference
 
 HAS_GPU = torch.cuda.is_available()
-VOCABULARY = 97
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
 MODELS = {
     "mamba": (MambaRunner, MambaConfig(**SHARED, channels=96, state_size=16, dt_rank=16)),
@@ -50,25 +50,6 @@ def device(monkeypatch):
         monkeypatch.setattr(module, "_OP", op_on_host(name)[0])
     monkeypatch.setattr(pyspec.models.state_space, "mamba_layers", by_ops)
     return "cpu"
-
-
-def random_tokens(count: int, seed: int = 0) -> list[int]:
-    generator = random.Random(seed)
-    return [generator.randrange(VOCABULARY) for _ in range(count)]
-
-
-def random_tree(size: int, seed: int = 0) -> DraftTree:
-    generator = random.Random(seed)
-    parents = [-1] + [generator.randrange(max(0, node - 4), node) for node in range(1, size)]
-    return DraftTree(random_tokens(size, seed + 1), parents)
-
-
-def root_path(tree: DraftTree, node: int) -> list[int]:
-    path, parents = [], tree.parents.tolist()
-    while node >= 0:
-        path.append(node)
-        node = parents[node]
-    return path[::-1]
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from cuda_on_host.loading import fenced_memory, op_on_host
+from random_llama import root_path
 
 from pyspec import DraftTree
 from pyspec.ops import Round, causal_conv, selective_state  # noqa: F401, which define the ops
@@ -52,14 +53,6 @@ def seed():
 
 def random_tree(rng: random.Random, size: int) -> DraftTree:
     return DraftTree([0] * size, [-1] + [rng.randrange(max(0, node - 5), node) for node in range(1, size)])
-
-
-def root_path(tree: DraftTree, node: int) -> list[int]:
-    path, parents = [], tree.parents.tolist()
-    while node >= 0:
-        path.append(node)
-        node = parents[node]
-    return path[::-1]
 
 
 class Recurrence:

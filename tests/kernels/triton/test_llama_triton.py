@@ -1,16 +1,10 @@
 """LlamaRunner as on a GPU, step by step through the Triton kernels, beside the same model on the CPU."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from random_llama import random_llama, random_tokens, random_tree
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
-sys.path.append(str(Path(__file__).parents[2] / "models"))
-
-from random_llama import random_llama, random_tokens, random_tree  # noqa: E402
-
 import pyspec.models.llama  # noqa: E402
 from pyspec import DraftTree  # noqa: E402
 from pyspec.ops import _library  # noqa: E402

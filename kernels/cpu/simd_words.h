@@ -1,0 +1,129 @@
+// Sixteen words of 32 bits: bit fields, and products of bytes, whose sums of four are exact. See simd.h.
+#pragma once
+
+#include "cpu/simd_floats.h"
+
+namespace {
+
+#if PYSPEC_HAS_AVX512
+struct I16 {
+  __m512i v;
+};
+PYSPEC_INLINE F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+#elif PYSPEC_HAS_X86_VECTORS
+struct I16 {
+  __m256i lo, hi;
+};
+PYSPEC_INLINE F16 to_float(I16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+#else
+struct I16 {
+  int32_t v[16];
+};
+PYSPEC_INLINE F16 to_float(I16 a) {
+  F16 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = static_cast<float>(a.v[i]);
+  return result;
+}
+#endif
+
+PYSPEC_INLINE I16 load_words(const void* p) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_loadu_si512(p)};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m256i* halves = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+#else
+  I16 a;
+  std::memcpy(a.v, p, sizeof a.v);
+  return a;
+#endif
+}
+// (a >> shift) & mask, the sign bit being a bit like others.
+PYSPEC_INLINE I16 bit_field(I16 a, int shift, int32_t mask) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_and_si512(_mm512_srlv_epi32(a.v, _mm512_set1_epi32(shift)), _mm512_set1_epi32(mask))};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i count = _mm256_set1_epi32(shift), bits = _mm256_set1_epi32(mask);
+  return {_mm256_and_si256(_mm256_srlv_epi32(a.lo, count), bits),
+          _mm256_and_si256(_mm256_srlv_epi32(a.hi, count), bits)};
+#else
+  for (int i = 0; i < 16; ++i) a.v[i] = static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> shift) & mask;
+  return a;
+#endif
+}
+// high << shift | low.
+PYSPEC_INLINE I16 join_bits(I16 low, I16 high, int shift) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_or_si512(low.v, _mm512_sllv_epi32(high.v, _mm512_set1_epi32(shift)))};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i count = _mm256_set1_epi32(shift);
+  return {_mm256_or_si256(low.lo, _mm256_sllv_epi32(high.lo, count)),
+          _mm256_or_si256(low.hi, _mm256_sllv_epi32(high.hi, count))};
+#else
+  for (int i = 0; i < 16; ++i) low.v[i] |= high.v[i] << shift;
+  return low;
+#endif
+}
+// Bit i is set where byte i of 16, under a mask, is value.
+PYSPEC_INLINE uint32_t equal_bytes(const uint8_t* p, uint8_t mask, uint8_t value) {
+#if PYSPEC_HAS_X86_VECTORS
+  __m128i bytes = _mm_and_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                                _mm_set1_epi8(static_cast<char>(mask)));
+  return static_cast<uint32_t>(
+      _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_set1_epi8(static_cast<char>(value)))));
+#else
+  uint32_t equal = 0;
+  for (int i = 0; i < 16; ++i) equal |= uint32_t{(p[i] & mask) == value} << i;
+  return equal;
+#endif
+}
+
+// ==== products of bytes ====
+//
+// Weights are stored as unsigned bytes, weight + 128, because the instruction that sums four products wants
+// one unsigned factor. start_dot takes away what the 128 adds; without that instruction weights are signed.
+
+// x_sum: of the signed bytes that the dot products will take.
+PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_set1_epi32(-128 * x_sum)};
+#else
+  (void)x_sum;
+  return I16();
+#endif
+}
+
+// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[i].
+PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(four))};
+#elif PYSPEC_HAS_AVX512
+  // |weight| * (x with weight's sign): at most 2 * 128 * 127 a pair, so 16 bits hold it
+  __m512i w = _mm512_xor_si512(_mm512_loadu_si512(weights), _mm512_set1_epi8(-128));
+  __m512i values = _mm512_set1_epi32(four);
+  values = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(w), _mm512_setzero_si512(), values);
+  __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), values);
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m256i* halves = reinterpret_cast<const __m256i*>(weights);
+  __m256i values = _mm256_set1_epi32(four), flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  __m256i lo = _mm256_xor_si256(_mm256_loadu_si256(halves), flip);
+  __m256i hi = _mm256_xor_si256(_mm256_loadu_si256(halves + 1), flip);
+  __m256i low_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(values, lo));
+  __m256i high_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(values, hi));
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(low_pairs, ones)),
+          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(high_pairs, ones))};
+#else
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      int32_t weight = static_cast<uint8_t>(weights[lane * 4 + i]) - 128;
+      sum.v[lane] += weight * static_cast<int8_t>(x[i]);
+    }
+  }
+  return sum;
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,29 @@
+"""The checks that ops share: each names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "check_floating", "check_tensors"]
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_floating(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless dtype is one that ops take and give."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {dtype}")
+
+
+def check_tensors(beside: str, at: Tensor, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
+    """Raises unless each name's tensor, where there is one, has its dtype and shape and lies where `at` does."""
+    for name, tensor, dtype, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {str(dtype)[6:]}, got {tensor.dtype}")
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != at.device:
+            raise ValueError(f"{name} must be on {at.device} like {beside}, got {tensor.device}")
