@@ -30,6 +30,16 @@ ENGINES = [
 ]
 STEPS = [("nodes", NAME), ("seconds", "value")]
 PACKED = [("nodes", "nodes"), ("tokens", "length"), ("dense ms", "ms/dense"), ("SDPA ms", "ms/sdpa")]
+DRAFTERS = [
+    ("drafter", NAME),
+    ("tokens/s", "tokens_per_second"),
+    ("over plain", "speed_up"),
+    ("over recycling", "over_recycling"),
+    ("tokens a round", "tokens_per_round"),
+    ("share of drafting", "draft_share", "%"),
+    ("texts", "texts"),
+    ("those of plain decoding", "equal"),
+]
 QUALITY = [
     ("cache", "cache"),
     ("bits at 8k", "effective_bits_at_8k"),
@@ -46,6 +56,11 @@ FASTER = "How many times as fast as our dense attention"
 TABLES = {
     "generate_bf16": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
     "generate_int8": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
+    "drafters_bf16": [
+        ("Greedy, all categories", "temperatures/0.0/all", DRAFTERS),
+        ("Temperature 0.8", "temperatures/0.8/all", DRAFTERS),
+        ("Several drawn answers to one problem", "answers", DRAFTERS),
+    ],
     "equality": [
         (
             "Texts with a drafter that are those of plain decoding, token by token",
