@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_tree_attention import available_instruction_sets
+from every_backend import available_instruction_sets
 
 import pyspec
 from pyspec.ops import GearFormat, gear_decode, gear_encode

@@ -17,7 +17,6 @@ from pyspec.ops.residual_vq import nearest, turn_keys  # noqa: E402
 from pyspec.training import residual_vq  # noqa: E402
 from pyspec.training.residual_vq import Quantiser, Reader, Recipe, documentation, main, train, vectors  # noqa: E402
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
 from random_llama import random_llama  # noqa: E402
 
 RECIPE = Recipe(depth=3, length=64, rows=16, steps=3, iterations=2)
