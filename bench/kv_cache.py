@@ -14,7 +14,8 @@ when the model speaks. Against the dense cache in the same dtype, over the posit
     effective bits of a number at 8k tokens; the accepted length of the lookup drafter;
     how many of the numbers that were hidden in a long text are found again.
 
-Peers are measured against their own dense cache: transformers' QuantizedCache where quanto or hqq is installed, and
+Peers are measured against their own dense cache: transformers' QuantizedCache where quanto (optimum-quanto, which
+compiles an extension at its first use) or hqq is installed, and
 llama.cpp's q8_0 and q4_0 caches.
 """
 
