@@ -90,7 +90,7 @@ def test_native_runs_in_our_kernels_and_says_the_same(family, monkeypatch):
     for ids, options in ((torch.tensor(PROMPT), {}), (PADDED, {"attention_mask": PADDING, "repetition_penalty": 1.3})):
         expected, found = both(model, ids, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(model, "forward", None)  # it is not needed
+            patch.setattr(model.model, "forward", None)  # it is not needed
             native = model.generate(ids, custom_generate=generate, native=True, **OPTIONS | options)
         assert torch.equal(native, expected) and torch.equal(found, expected)
 
