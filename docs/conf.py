@@ -15,6 +15,7 @@ version = release = pyspec.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "results"]
 html_theme = "furo"
+html_show_copyright = False
 html_title = "pyspec"
 html_copy_source = False
 
