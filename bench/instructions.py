@@ -1,6 +1,6 @@
 """How many instructions does each CPU kernel take? A number that no neighbour on the machine can change.
 
-    python bench/instructions.py            compares with bench/results/instructions.json; 1 if any takes 3% more
+    python bench/instructions.py            compares with bench/results/instructions.json; 1 if any takes 5% more
     python bench/instructions.py --update   writes it
 
 Runs the cases of `pyspec bench kernels` in the shape of a small model once each, on one thread, under valgrind's
@@ -22,7 +22,7 @@ from pathlib import Path
 
 RESULT = Path(__file__).parent / "results" / "instructions.json"
 LIBRARY = Path(__file__).parent.parent / "pyspec" / "lib" / "libpyspec_cpu.so"
-MOST = 1.03  # times as many as before
+MOST = 1.05  # times as many as before
 
 
 def compiler() -> str:
