@@ -6,12 +6,14 @@ maximises
     (1 + sum of the chances of the first m - 1 drafts) / seconds(m)
 
 over trees that drafters grow best node first. m = 1 is plain decoding, so speculation that does not pay is left out.
+Drafting takes time too: while rounds with it lose against plain decoding, it is tried rarely (Budget).
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from pyspec.models import Runner
 from pyspec.ops import backends
 from pyspec.trees import DraftTree
 
-__all__ = ["AutoBudget", "Costs", "DrawnBudget", "auto_budget", "costs_of", "measure_costs"]
+__all__ = ["AutoBudget", "Budget", "Costs", "DrawnBudget", "auto_budget", "costs_of", "measure_costs"]
 
 FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
 CONTEXT = 128  # tokens before the trees that are measured
@@ -34,6 +36,9 @@ SECONDS = 1.5  # that measuring takes
 SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of it spans the range: a slow model gets no further
 TRUST = 8.0  # accepted drafts that the drafter's own word is worth
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
+RECENT = 0.1  # what the last round counts in the mean of what rounds with drafts lost
+MOST_LOST = 2.0  # plain rounds that one round is taken to have lost at most: a machine may hang
+TRIALS = 0.02  # share of the time that drafting may lose
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,54 @@ class Costs:
         return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
 
 
-class AutoBudget:
+class Budget(ABC):
+    """How many nodes of a round pay, decided from what earlier rounds cost and gave.
+
+    When rounds with drafts give less than plain decoding would in their time, drafting with it, as many plain rounds
+    follow each of them as keep the loss at TRIALS of the time.
+    """
+
+    def __init__(self, costs: Costs):
+        self._costs = costs
+        self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
+        self._resting = 0  # plain rounds that are left
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that a drafter should propose; 1 while drafting rests."""
+        return 1 if self._resting else self._wanted()
+
+    def learn(
+        self,
+        trees: Sequence[DraftTree],
+        paths: Sequence[Sequence[int]],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """How much of a round's trees was accepted, and what proposing and verifying them took."""
+        for tree, path in zip(trees, paths, strict=True):
+            self._learn(tree, path)
+        if self._resting:
+            self._resting -= 1
+            return
+        # both times were taken on the machine as it is now, the costs when it was perhaps less busy
+        seconds = self._costs(sum(map(len, trees))) * (1 + draft_seconds / verify_seconds)
+        lost = float(seconds / self._costs(len(trees))) - sum(map(len, paths)) / len(trees)
+        self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
+        self._resting = max(0, int(self._lost / TRIALS))
+
+    @abstractmethod
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """What is verified of the trees of a round."""
+
+    @abstractmethod
+    def _wanted(self) -> int: ...
+
+    @abstractmethod
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None: ...
+
+
+class AutoBudget(Budget):
     """Cuts the trees of a round to the nodes that pay.
 
     Drafters state chances for greedy text and are sometimes wrong; what they promised is therefore scaled by what was
@@ -59,14 +111,13 @@ class AutoBudget:
     """
 
     def __init__(self, costs: Costs):
-        self._costs = costs
+        super().__init__(costs)
         self._seconds: list[float] = []  # by number of nodes
         self._promised = self._accepted = 0.0
         self._largest_kept = LARGEST
 
-    @property
-    def nodes(self) -> int:
-        """Nodes that a drafter should propose: twice what was worth it last time, for growing costs time too."""
+    def _wanted(self) -> int:
+        # twice what was worth it last time, for growing costs time too
         return min(max(2 * self._largest_kept, FEWEST), LARGEST)
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
@@ -95,29 +146,26 @@ class AutoBudget:
         self._largest_kept = max(kept)
         return [tree.first(count) for tree, count in zip(trees, kept, strict=True)]
 
-    def learn(self, tree: DraftTree, path: Sequence[int]) -> None:
-        """How much of a verified tree was accepted."""
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
         if tree.chances is not None:
             self._promised = self._promised * MEMORY + sum(tree.chances[1:].tolist())
             self._accepted = self._accepted * MEMORY + len(path) - 1
 
 
-class DrawnBudget:
+class DrawnBudget(Budget):
     """The number of nodes that pays, for drafters that draw: decided before, for no drawn node may be left out.
 
     How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
     """
 
     def __init__(self, costs: Costs):
-        self._costs = costs
+        super().__init__(costs)
         # until more is known, a tree of m nodes gives about log(m) + 1 tokens
         self._promised = 1 / (1 + np.arange(1, LARGEST))
         self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
         self._trees = 1
 
-    @property
-    def nodes(self) -> int:
-        """Nodes that a drafter should draw."""
+    def _wanted(self) -> int:
         tried = self._tried @ self._promised
         scale = (self._accepted.sum() + TRUST) / (tried + TRUST)
         chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
@@ -129,15 +177,14 @@ class DrawnBudget:
         self._trees = len(trees)
         return list(trees)
 
-    def learn(self, tree: DraftTree, path: Sequence[int]) -> None:
-        """Which nodes of a verified tree were accepted."""
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
         self._accepted *= MEMORY
         self._tried *= MEMORY
         self._tried[: len(tree) - 1] += 1
         self._accepted[np.array(path[1:], int) - 1] += 1
 
 
-def auto_budget(drafter: Drafter, costs: Costs) -> AutoBudget | DrawnBudget:
+def auto_budget(drafter: Drafter, costs: Costs) -> Budget:
     """The budget for a drafter: drawn trees may not be cut, chosen ones may."""
     return (DrawnBudget if drafter.proposal == "sampled" else AutoBudget)(costs)
 

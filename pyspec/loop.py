@@ -12,7 +12,7 @@ import torch
 
 from pyspec.acceptance import AcceptanceRule
 from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.costs import AutoBudget, DrawnBudget
+from pyspec.costs import Budget
 from pyspec.drafting import Drafter
 from pyspec.models import Runner
 from pyspec.text import TextStream
@@ -86,7 +86,7 @@ def speculate(
     rule: AcceptanceRule,
     *,
     largest: int,
-    auto: AutoBudget | DrawnBudget | None,
+    auto: Budget | None,
     packed,
     stats: Stats,
 ) -> None:
@@ -128,6 +128,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
     active = [index for index, sequence in enumerate(sequences) if sequence.going]
     trees: list = [None] * len(sequences)
     paths: list = [None] * len(sequences)
+    draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with timed(stats, "draft"):
         nodes = largest if auto is None else min(auto.nodes, largest)
@@ -140,6 +141,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
         logits = model.verify(trees)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)  # or the kernels' time would show as acceptance
+    draft_seconds, verify_seconds = stats.draft_seconds - draft_seconds, stats.verify_seconds - verify_seconds
     stats.rounds += 1
     for index in active:
         sequence = sequences[index]
@@ -147,11 +149,11 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
             said = sequence.accept(trees[index], logits[index], rule)
         kept = sequence.emit(said)
         paths[index] = said.path
-        if auto is not None:
-            auto.learn(trees[index], said.path)
         stats.nodes += len(trees[index])
         stats.accepted_lengths += [0] * (kept + 1 - len(stats.accepted_lengths))
         stats.accepted_lengths[kept] += 1
+    if auto is not None:
+        auto.learn(proposed, [paths[index] for index in active], draft_seconds, verify_seconds)
     with timed(stats, "commit"):
         model.commit([path if sequence.going else None for sequence, path in zip(sequences, paths, strict=True)])
     with timed(stats, "draft"):

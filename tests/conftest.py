@@ -1,7 +1,11 @@
 import pytest
 from fake_runner import FakeRunner
+from hypothesis import settings
 
 from pyspec import costs, measured
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -9,5 +13,6 @@ def own_cache_folder(tmp_path_factory):
     """No test reads or writes the user's costs; those of the fake runners are known, so that nothing hangs on time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(costs, "MOST_LOST", 0.0)  # drafting never rests, however long a draft takes
         measured.keep("costs", costs._key(FakeRunner()), {"nodes": [1, 64], "seconds": [1.0, 2.0]})
         yield

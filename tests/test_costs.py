@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyspec import costs, generate
-from pyspec.costs import AutoBudget, Costs, DrawnBudget
+from pyspec.costs import AutoBudget, Budget, Costs, DrawnBudget
 from pyspec.trees import DraftTree
 
 
@@ -20,6 +20,20 @@ def tree_of(chances) -> DraftTree:
     """A chain below a root, with the chances of its drafts."""
     nodes = len(chances) + 1
     return DraftTree(range(nodes), range(-1, nodes - 1), chances=torch.tensor([1.0, *chances]))
+
+
+def learn(auto: Budget, tree: DraftTree, path, drafting: float = 0.0) -> None:
+    """A round of one sequence, drafting taking so much of a verification."""
+    auto.learn([tree], [path], drafting, 1.0)
+
+
+def rest(auto: Budget) -> int:
+    """Lets drafting rest as long as it should; the number of rounds."""
+    rounds = 0
+    while auto._resting:
+        learn(auto, DraftTree.chain([0]), [0])
+        rounds += 1
+    return rounds
 
 
 def test_costs_lie_on_lines_between_and_beyond_what_was_measured():
@@ -69,10 +83,10 @@ def test_a_drafter_that_promises_too_much_is_believed_less_and_can_earn_it_back(
     tree = tree_of([0.6, 0.5])
     assert len(auto.cut([tree])[0]) == 3
     for _ in range(40):
-        auto.learn(tree, [0])
+        learn(auto, tree, [0])
     assert len(auto.cut([tree])[0]) == 1
     for _ in range(200):  # nothing was tried, so what was held against it fades
-        auto.learn(tree.first(1), [0])
+        learn(auto, tree.first(1), [0])
     assert len(auto.cut([tree])[0]) == 3
 
 
@@ -89,12 +103,54 @@ def test_drawn_trees_get_the_size_that_paid_before():
         drawn = DrawnBudget(Costs((1, 64), (1.0, 8.0)))
         assert drawn.cut([chain]) == [chain]
         for _ in range(100):
-            drawn.learn(chain, range(1 + accepted))
+            learn(drawn, chain, range(1 + accepted))
         assert fewest <= drawn.nodes <= most
         for _ in range(300):  # without trials, what was held against them fades
-            drawn.learn(chain.first(1), [0])
+            learn(drawn, chain.first(1), [0])
         assert 1 < drawn.nodes < 64
     assert DrawnBudget(Costs((1, 64), (1.0, 64.0))).nodes == 1 < DrawnBudget(Costs((1, 64), (1.0, 1.001))).nodes
+
+
+@pytest.fixture
+def may_rest(monkeypatch):
+    monkeypatch.setattr(costs, "MOST_LOST", 2.0)
+
+
+@pytest.mark.parametrize("kind", [AutoBudget, DrawnBudget])
+def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(may_rest, kind):
+    auto, tree = kind(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    tried = rounds = 0
+    while rounds < 3000:  # a round with drafts takes as long as two and a half plain ones and gives two tokens
+        learn(auto, tree, [0, 1], drafting=1.5)
+        tried, rounds = tried + 1, rounds + 1 + rest(auto)
+    assert auto.nodes > 1 and 0.01 < 0.5 * tried / rounds < 0.03
+    for _ in range(30):  # it pays again, after a while
+        learn(auto, tree, [0, 1, 2], drafting=1.5)
+        assert rest(auto) < 60
+    learn(auto, tree, [0, 1, 2], drafting=1.5)
+    assert auto.nodes > 1
+
+
+def test_drafting_that_pays_never_rests_and_a_hanging_machine_is_soon_forgotten(may_rest):
+    auto, tree = AutoBudget(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    for _ in range(100):
+        learn(auto, tree, [0, 1], drafting=0.5)
+        assert auto.nodes > 1
+    learn(auto, tree, [0], drafting=1000.0)
+    assert auto.nodes > 1
+    fresh = AutoBudget(Costs((1, 64), (1.0, 1.01)))
+    learn(fresh, tree, [0], drafting=1000.0)
+    assert 0 < rest(fresh) <= 10
+
+
+def test_a_batch_is_weighed_as_one(may_rest):
+    auto, tree = AutoBudget(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    for _ in range(100):  # one sequence pays for both
+        auto.learn([tree, tree], [[0, 1, 2], [0]], 0.8, 1.0)
+        assert auto.nodes > 1
+    for _ in range(100):
+        auto.learn([tree, tree], [[0, 1], [0]], 0.8, 1.0)
+    assert auto.nodes == 1
 
 
 class SlowRunner(FakeRunner):

@@ -79,23 +79,30 @@ class DraftModel(LlamaDraftModel):
         self._drafter: Drafter | None = None
         self._context: list[int] = []
         self._proposed: DraftTree | None = None
+        self._draft_seconds = self._ended = 0.0  # what the last call took, and when it ended
 
     def __call__(self, input_ids: np.ndarray, /, **kwargs) -> np.ndarray:
         """The drafts after input_ids [n]: [m] tokens, m of at least 0 and at most what pays."""
+        start = time.perf_counter()
         context = input_ids.tolist()
         known = len(self._context)
         if self._drafter is None or known > len(context) or context[:known] != self._context:
             self._drafter, self._proposed, known = self._shared.start(context), None, 0
-        self._learn(context, known)
+        self._learn(context, known, start - self._ended)
         self._context = context
-        tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
+        tree = DraftTree.chain(context[-1:])
+        if self._auto.nodes > 1:
+            tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
         (self._proposed,) = self._auto.cut([tree])
+        self._ended = time.perf_counter()
+        self._draft_seconds = self._ended - start
         return self._proposed.tokens[1:].numpy().astype(np.intc)
 
-    def _learn(self, context: Sequence[int], known: int) -> None:
+    def _learn(self, context: Sequence[int], known: int, verify_seconds: float) -> None:
         """Shows the drafter what the model said since the last call: its logits after context[known - 1 : -1]."""
         if self._proposed is not None:
-            self._auto.learn(self._proposed, range(len(context) - known))
+            path = range(len(context) - known)
+            self._auto.learn([self._proposed], [path], self._draft_seconds, verify_seconds)
         for start in range(max(known - 1, 0), len(context) - 1, OBSERVED_AT_ONCE):
             end = min(start + OBSERVED_AT_ONCE, len(context) - 1)
             chain = DraftTree.chain(context[start:end])

@@ -7,11 +7,26 @@ import torch
 from random_llama import random_llama, random_tokens, random_tree, root_path
 
 import pyspec.models.llama
-from pyspec import DraftTree, generate, load
-from pyspec.caches import CACHES, GearCache, PackedCache
+from pyspec import DraftTree, ResidualVqCache, generate, load
+from pyspec.caches import CACHES, Codebooks, GearCache, PackedCache
+from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
 
-PACKED = {**CACHES, "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30)}
+
+def random_codes(pre_rope: bool) -> ResidualVqCache:
+    runner = random_llama()
+    words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
+    words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
+    frequencies = runner.config.rope_frequencies() if pre_rope else None
+    return ResidualVqCache(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
+
+
+PACKED = {
+    **CACHES,
+    "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30),
+    "rvq": random_codes(pre_rope=False),
+    "rvq pre-rope": random_codes(pre_rope=True),
+}
 SPARSE = {"half": GearCache(4, 64, keep=0.5, whole_layers=1), "channels": GearCache(4, 64, key_channels=48)}
 LENGTHS = (190, 192, 319, 700)  # of prompts: trees behind them see one more block below some depth, and do not
 
@@ -21,8 +36,9 @@ def runner():
     return random_llama(dtype=torch.bfloat16)
 
 
-def bits(packed):
-    return {2: 1.2, 3: 0.8, 4: 0.4, 8: 0.1}[packed.bits]
+def error(packed):
+    """Of logits, that is allowed, in standard deviations."""
+    return {2: 1.2, 3: 0.8, 4: 0.4, 8: 0.1}[getattr(packed, "bits", 2)]
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -33,7 +49,7 @@ def test_logits_are_near_those_of_the_dense_cache(runner, name):
     runner.prefill([prompt], cache=PACKED[name])
     (found,) = runner.verify([tree])
     assert not torch.equal(found, expected)
-    assert (found - expected).abs().mean() < bits(PACKED[name]) * expected.std()
+    assert (found - expected).abs().mean() < error(PACKED[name]) * expected.std()
 
 
 def test_before_the_first_block_it_is_the_dense_cache(runner):
@@ -143,6 +159,11 @@ def test_bad_input(runner):
             generate(runner, prompt, **settings)
 
 
+def test_codebooks_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="codebooks must be those of llama-.* got codebooks of llama-"):
+        generate(random_llama(context=2000), random_tokens(9), cache=PACKED["rvq"])
+
+
 def test_nan_keys_are_refused(runner):
     """A weight that gives NaN values in the last layer only: generation says so instead of packing them."""
     broken = random_llama(dtype=torch.float32)
@@ -162,11 +183,11 @@ def test_demo_model():
     text = "The list of the first prime numbers is 2, 3, 5, 7, 11. Once more: the list of the first prime numbers is "
     tokens = runner.tokenizer.encode(text * 9)
     assert len(tokens) > 192
-    for cache in ("gear-2bit", "int4"):
+    for cache in ("gear-2bit", "int4", *(["rvq"] if DEMO_FILE.is_file() else [])):
         plain = generate(runner, tokens, drafter=None, max_new_tokens=24, cache=cache)
         assert generate(runner, tokens, max_new_tokens=24, budget=8, cache=cache).tokens == plain.tokens
-    # a head_dim of 64 and 4 bits: still the model's own words
-    assert "2, 3, 5, 7, 11" in plain.text
+        if cache != "gear-2bit":  # still the model's own words
+            assert "2, 3, 5, 7, 11" in plain.text
 
 
 def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
