@@ -73,6 +73,23 @@ TABLES = {
             ],
         )
     ],
+    "bit_equality": [
+        (
+            "Tokens, and rows of logits they were drawn from, that differ from plain decoding's in any bit",
+            "checks",
+            [
+                ("dtype", "dtype"),
+                ("drafter", "drafter"),
+                ("nodes", "budget"),
+                ("batch", "batch"),
+                ("texts", "sequences"),
+                ("tokens", "tokens"),
+                ("rounds", "rounds"),
+                ("tokens that differ", "token_differences"),
+                ("rows that differ", "logit_differences"),
+            ],
+        )
+    ],
     "kernels_cpu": [
         (
             "Every op in the shapes of five models",
