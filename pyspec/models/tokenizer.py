@@ -5,8 +5,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 
 __all__ = ["Tokenizer"]
@@ -61,9 +61,11 @@ class Tokenizer:
         self.backend = backend
         self.chat_template = chat_template
         self._byte_level = byte_level
+        self._spelled: dict[int, bytes] = {}
         self._bos = bos
         self._named_tokens = named_tokens or {}
-        special = {token: text for token, text in backend.get_added_tokens_decoder().items() if text.special}
+        self._added = backend.get_added_tokens_decoder()
+        special = {token: text for token, text in self._added.items() if text.special}
         self.eos_tokens = frozenset(eos) | {token for token, text in special.items() if text.content in _END_NAMES}
 
     @property
@@ -209,21 +211,17 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be part of a character; none for special and unknown tokens."""
-        return self._bytes[token] if 0 <= token < len(self._bytes) else b""
+        if token not in self._spelled:  # one by one: spelling a whole vocabulary takes half a second
+            self._spelled[token] = self._spell(token)
+        return self._spelled[token]
 
-    @cached_property
-    def _bytes(self) -> list[bytes]:
-        spell = _byte_level_bytes() if self._byte_level else _sentencepiece_bytes
-        added = self.backend.get_added_tokens_decoder()
-        spelled = [b""] * self.vocab_size
-        for text, token in self.backend.get_vocab().items():
-            if token >= len(spelled):
-                continue
-            if token not in added:
-                spelled[token] = spell(text)
-            elif not added[token].special:
-                spelled[token] = added[token].content.encode()
-        return spelled
+    def _spell(self, token: int) -> bytes:
+        text = self.backend.id_to_token(token) if 0 <= token < 2**32 else None
+        if text is None:
+            return b""
+        if token in self._added:
+            return b"" if self._added[token].special else self._added[token].content.encode()
+        return _byte_level_bytes(text) if self._byte_level else _sentencepiece_bytes(text)
 
     def _encode(self, text: str, special: bool) -> list[int]:
         self.backend.encode_special_tokens = not special
@@ -281,17 +279,17 @@ def _sentencepiece_backend(metadata: dict, path: Path):
     return backend
 
 
-def _byte_level_bytes() -> Callable[[str], bytes]:
+@cache
+def _bytes_of_characters() -> dict[str, int]:
     """How byte-level tokenizers spell bytes: printable Latin-1 as itself, the others from U+0100 on, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
 
-    def spell(text: str) -> bytes:
-        return bytes(byte_of[character] for character in text) if byte_of.keys() >= set(text) else text.encode()
 
-    return spell
+def _byte_level_bytes(text: str) -> bytes:
+    byte_of = _bytes_of_characters()
+    return bytes(byte_of[character] for character in text) if byte_of.keys() >= set(text) else text.encode()
 
 
 def _sentencepiece_bytes(text: str) -> bytes:
