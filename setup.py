@@ -23,11 +23,15 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        work = Path(self.build_temp).resolve()
+        # one folder for editable installs, builds in place and wheels, or each would compile everything again
+        work = ROOT.resolve() / "build" / f"cmake-{sys.implementation.cache_tag}"
         work.mkdir(parents=True, exist_ok=True)
         torch = importlib.util.find_spec("torch")
+        # cmake and ninja may be installed beside this Python without being on PATH
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja", path=environment["PATH"]) or "ninja",  # not an earlier one
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -35,8 +39,6 @@ class CMakeBuild(build_ext):
             "PYSPEC_CUDA": os.environ.get("PYSPEC_CUDA", ""),
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
         }
-        # cmake and ninja may be installed beside this Python without being on PATH.
-        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         subprocess.run(
             ["cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *(f"-D{key}={value}" for key, value in options.items())],
             check=True,
