@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q -c constraints.txt
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
 SSM := models/demo-ssm
-SSM_PROMPT ?= def read_lines(
+SSM_PROMPT ?= import os
+SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
 .PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench clean
 
@@ -13,13 +14,12 @@ demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
 
 demo-ssm: $(VENV)/ready
-	@test -f $(SSM)/model.safetensors || { echo "$(SSM) has no weights: 'make train-ssm' trains them" >&2; exit 1; }
-	$(BIN)/pyspec generate --model $(SSM) "$(SSM_PROMPT)" --max-new-tokens 256
+	$(BIN)/pyspec generate --model $(SSM) "$(SSM_PROMPT)" --max-new-tokens 256 --temperature 0.7 --seed 1
 
-# Some hours on a GPU, days without; Ctrl-C, and the same command goes on. SSM_TEXT="--text FOLDER" adds texts.
+# As $(SSM) was made, an hour on two cores; Ctrl-C, and the same command goes on. SSM_RECIPE= asks for more, for a GPU.
 train-ssm: $(VENV)/ready
 	$(PIP) --no-build-isolation -e '.[train]'
-	$(BIN)/python -m pyspec.training.mamba $(SSM) $(SSM_TEXT)
+	$(BIN)/python -m pyspec.training.mamba build/demo-ssm $(SSM_RECIPE)
 
 # GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
 test: $(VENV)/ready

@@ -233,6 +233,30 @@ TABLES = {
             [("codebooks", NAME), ("us a token and layer", "us_per_token_and_layer"), ("bits", "bits")],
         ),
     ],
+    "selective_state_cpu": [
+        (
+            "A round of six drafts, all accepted, over a plain step",
+            "results",
+            [
+                ("model", "model"),
+                ("weights", "weights"),
+                ("batch", "batch"),
+                *((way, f"over_plain/{way} 6") for way in ("replay", "kept", "snapshots", "joint", "recompute")),
+                ("plain step, s", "seconds/replay 1"),
+                ("over its floor", "plain_over_floor"),
+                ("transformers' step over ours", "over_plain/transformers 1"),
+            ],
+        ),
+        (
+            "Texts of a trained model, tokens a second",
+            "texts",
+            [
+                ("model", "model"),
+                *((name, f"tokens_per_second/{name}") for name in ("plain", "lookup", "merged", "transformers")),
+                ("lookup over plain", "tokens_per_second/lookup", "tokens_per_second/plain"),
+            ],
+        ),
+    ],
     "kv_cache": [("", "rows", QUALITY), ("llama.cpp, each over its own dense cache", "peers", QUALITY)],
     "instructions": [("", "instructions", [("kernel", NAME), ("instructions a call", "value")])],
 }

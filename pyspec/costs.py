@@ -65,6 +65,7 @@ class Budget(ABC):
 
     def __init__(self, costs: Costs):
         self._costs = costs
+        self._seconds: list[float] = []  # by number of nodes, as far as they were asked for
         self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
         self._resting = 0  # plain rounds that are left
 
@@ -87,10 +88,17 @@ class Budget(ABC):
             self._resting -= 1
             return
         # both times were taken on the machine as it is now, the costs when it was perhaps less busy
-        seconds = self._costs(sum(map(len, trees))) * (1 + draft_seconds / verify_seconds)
-        lost = float(seconds / self._costs(len(trees))) - sum(map(len, paths)) / len(trees)
+        nodes = sum(map(len, trees))
+        costs = self._costs_up_to(nodes)
+        plain_rounds = costs[nodes] / costs[len(trees)] * (1 + draft_seconds / verify_seconds)
+        lost = plain_rounds - sum(map(len, paths)) / len(trees)
         self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
         self._resting = max(0, int(self._lost / TRIALS))
+
+    def _costs_up_to(self, nodes: int) -> list[float]:
+        if len(self._seconds) <= nodes:
+            self._seconds = self._costs(np.arange(2 * nodes + 1)).tolist()
+        return self._seconds
 
     @abstractmethod
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
@@ -112,7 +120,6 @@ class AutoBudget(Budget):
 
     def __init__(self, costs: Costs):
         super().__init__(costs)
-        self._seconds: list[float] = []  # by number of nodes
         self._promised = self._accepted = 0.0
         self._largest_kept = LARGEST
 
@@ -132,14 +139,13 @@ class AutoBudget(Budget):
         if len(trees) > 1:
             drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
         nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
-        while len(self._seconds) <= nodes + len(drafts):
-            self._seconds = self._costs(np.arange(2 * (nodes + len(drafts)))).tolist()
+        seconds = self._costs_up_to(nodes + len(drafts))
         tokens = float(len(trees))
-        best, most = 0, tokens / self._seconds[nodes]
+        best, most = 0, tokens / seconds[nodes]
         for taken, (chance, _) in enumerate(drafts, start=1):
             tokens += chance
-            if tokens / self._seconds[nodes + taken] > most:
-                best, most = taken, tokens / self._seconds[nodes + taken]
+            if tokens / seconds[nodes + taken] > most:
+                best, most = taken, tokens / seconds[nodes + taken]
         kept = [len(tree) if tree.chances is None else 1 for tree in trees]
         for _, index in drafts[:best]:
             kept[index] += 1

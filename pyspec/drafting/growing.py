@@ -251,6 +251,8 @@ def _named(part: Part) -> list[tuple[str, np.ndarray]]:
 
 
 def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
+    if other is tree:
+        return True
     nodes = len(other)
     return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
 

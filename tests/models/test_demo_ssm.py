@@ -1,4 +1,4 @@
-"""The state space demo model, where its weights are there: the text of transformers, and of plain decoding."""
+"""The state space demo model: the text of transformers, and of plain decoding."""
 
 from pathlib import Path
 
@@ -10,8 +10,6 @@ from pyspec import generate, load
 
 FOLDER = Path(__file__).parents[2] / "models/demo-ssm"
 PROMPTS = ("def read_lines(", "class Queue:\n    def __init__(self", "import os\nimport sys\n")
-
-pytestmark = pytest.mark.skipif(not (FOLDER / "model.safetensors").is_file(), reason="models/demo-ssm has no weights")
 
 
 @pytest.fixture(scope="module")
