@@ -38,6 +38,7 @@ TRUST = 8.0  # accepted drafts that the drafter's own word is worth
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
 RECENT = 0.1  # what the last round counts in the mean of what rounds with drafts lost
 MOST_LOST = 2.0  # plain rounds that one round is taken to have lost at most: a machine may hang
+LEARNING = 0.1  # plain rounds that a round may lose for what is learned from it
 TRIALS = 0.02  # share of the time that drafting may lose
 
 
@@ -59,8 +60,8 @@ class Costs:
 class Budget(ABC):
     """How many nodes of a round pay, decided from what earlier rounds cost and gave.
 
-    When rounds with drafts give less than plain decoding would in their time, drafting with it, as many plain rounds
-    follow each of them as keep the loss at TRIALS of the time.
+    When rounds with drafts give much less than plain decoding would in their time, drafting with it, as many plain
+    rounds follow each of them as keep the loss at about TRIALS of the time.
     """
 
     def __init__(self, costs: Costs):
@@ -93,7 +94,7 @@ class Budget(ABC):
         plain_rounds = costs[nodes] / costs[len(trees)] * (1 + draft_seconds / verify_seconds)
         lost = plain_rounds - sum(map(len, paths)) / len(trees)
         self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
-        self._resting = max(0, int(self._lost / TRIALS))
+        self._resting = max(0, int((self._lost - LEARNING) / TRIALS))
 
     def _costs_up_to(self, nodes: int) -> list[float]:
         if len(self._seconds) <= nodes:
