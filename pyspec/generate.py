@@ -12,7 +12,7 @@ from pyspec.acceptance.sampling import Sampler
 from pyspec.caches import PackedSettings, cache_from_name
 from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
-from pyspec.loop import Continuation, Stats, speculate, timed
+from pyspec.loop import Continuation, Stats, speculate
 from pyspec.models import Runner
 from pyspec.text import TextStream
 
@@ -59,6 +59,8 @@ def generate(
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
+    Calls on one runner wait for each other, from whatever thread; model.fork() gives a runner that need not wait.
+
     The text is what the model alone would say, over the same cache: with one seed (or greedily) it is the same for
     any drafter, budget and batch, unless another acceptance rule is asked for. Ctrl-C ends it early and keeps what
     there is.
@@ -83,6 +85,7 @@ def generate(
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
+        RuntimeError: this thread is generating with the model already, and calls from a callback of that.
     """
     batched, prompts = _prompts(tokens, model)
     stop = _stop_strings(stop, model)
@@ -112,21 +115,20 @@ def generate(
             context=list(prompt),
             prompt_length=len(prompt),
             limit=min(len(prompt) + max_new_tokens, model.context_length),
-            drafter=None if shared_drafter is None else shared_drafter.start(prompt),
+            drafter=shared_drafter,
             sampler=sampler,
             text=None if model.tokenizer is None else TextStream(model.tokenizer, stop),
             stream=None if stream is None else _stream_of(stream, index if batched else None),
         )
         for index, prompt in enumerate(prompts)
     ]
-    with timed(stats, "total"):
-        try:
-            speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
-        except KeyboardInterrupt:
-            for sequence in sequences:
-                if sequence.going:
-                    with suppress(KeyboardInterrupt):  # an impatient second Ctrl-C while the last text is shown
-                        sequence.finish("interrupted")
+    try:
+        speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
+    except KeyboardInterrupt:
+        for sequence in sequences:
+            if sequence.going:
+                with suppress(KeyboardInterrupt):  # an impatient second Ctrl-C while the last text is shown
+                    sequence.finish("interrupted")
     stats.new_tokens = sum(len(sequence.new_tokens) for sequence in sequences)
     return _generation(sequences, stats, batched)
 

@@ -23,7 +23,7 @@ class Runner(Protocol):
     context_length: int  #: positions the model was made for
     device: torch.device
     dtype: torch.dtype
-    fingerprint: str  #: names model and vocabulary; saved drafter state carries it
+    fingerprint: str  #: names shape, vocabulary and a sample of the weights; saved caches and tables carry it
     tokenizer: object | None  #: pyspec.models.tokenizer.Tokenizer, or None where the source has none
     eos_tokens: frozenset[int]
 
@@ -55,6 +55,10 @@ class Runner(Protocol):
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
+        ...
+
+    def fork(self) -> Runner:
+        """A runner on the same weights with a batch of its own, for another thread or for a callback."""
         ...
 
 

@@ -18,6 +18,7 @@ from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
 from pyspec.models._checks import check_prompts, check_trees
 from pyspec.models._runner import NativeRunner
+from pyspec.models.exclusive import waits
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, rope_table
 from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
@@ -78,6 +79,11 @@ class LlamaRunner(NativeRunner):
         self._is_static = self.device.type == "cuda"
         self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
 
+    def _drop_batch(self) -> None:
+        super()._drop_batch()
+        self._steps = None
+
+    @waits
     @torch.inference_mode()
     def prefill(
         self,
@@ -135,6 +141,7 @@ class LlamaRunner(NativeRunner):
         """Nodes of the largest tree that fits behind a sequence."""
         return self._cache.capacity - self._cache.lengths[sequence]
 
+    @waits
     @torch.inference_mode()
     def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
@@ -159,6 +166,7 @@ class LlamaRunner(NativeRunner):
         cache.check_room(sequence, len(tree))
         return self._logits(self._forward([tree], [sequence], cache, layers))
 
+    @waits
     def save_cache(self, path: str | Path) -> None:
         """Writes what is committed over a packed cache to a file, for `load_cache`.
 
@@ -169,6 +177,7 @@ class LlamaRunner(NativeRunner):
             raise RuntimeError("there is no packed cache to save: prefill with cache first")
         save_packed(self._cache, path, self.fingerprint)
 
+    @waits
     def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
         """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
 

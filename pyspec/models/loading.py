@@ -11,6 +11,7 @@ import torch
 
 from pyspec.models._weights import NativeWeights
 from pyspec.models.bamba import BambaConfig, BambaRunner, BambaWeights
+from pyspec.models.fingerprint import WeightSample
 from pyspec.models.llama import LlamaRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, Unsupported
 from pyspec.models.mamba import MambaConfig, MambaRunner
@@ -180,6 +181,7 @@ def _read_weights(
     expected = weights_class.empty(config, dense_dtype, torch.device("meta")).named(config)
     _check_tensors(checkpoint.shapes, {name: tuple(place.shape) for name, place in expected.items()}, path)
     weights = weights_class.empty(config, dense_dtype, device)  # memory comes with the first write
+    sample = WeightSample()
     done = 0
 
     def read(places: dict[str, torch.Tensor]) -> None:
@@ -191,6 +193,7 @@ def _read_weights(
                 is_sure = values.sum().isfinite() and place.dtype != torch.float16
                 if not is_sure and not place[rows].isfinite().all():
                     raise ValueError(f"{path}: tensor {name} has values that are NaN or infinite in {place.dtype}")
+            sample.add([(name, place)])
             done += 1
             if progress is not None:
                 progress(done, len(expected))
@@ -200,6 +203,7 @@ def _read_weights(
     for index, layer in enumerate(weights.layers):
         read(layer.named(config, f"{weights.LAYERS}{index}."))
         layer.pack(dtype)
+    weights.sample = sample.hexdigest()
     return weights
 
 

@@ -17,6 +17,7 @@ from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.models.exclusive import waits
 from pyspec.models.static_rounds import StaticRounds
 from pyspec.models.static_steps import GraphRecorder
 from pyspec.ops.linear import PackedWeight
@@ -98,6 +99,7 @@ class StateSpaceWeights(NativeWeights):
 class RecurrentRunner(NativeRunner):
     """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
 
+    @waits
     @torch.inference_mode()
     def prefill(
         self,
@@ -191,6 +193,10 @@ class StateSpaceRunner(RecurrentRunner):
         self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
+
+    def _drop_batch(self) -> None:
+        super()._drop_batch()
+        self._rounds, self._behind = None, []
 
     def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
         self._behind = [[] for _ in range(sequences)]

@@ -22,6 +22,7 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pyspec import measured
@@ -139,6 +140,9 @@ class _Costs:
     """
 
     def __init__(self, sizes: tuple[int, ...], seconds: list[list[list[float]]]):
+        table = np.asarray(seconds, float)
+        if table.shape != (1 + MOST_PER_BUCKET, len(sizes), len(KEPT)) or not (0 < table.min() <= table.max() < np.inf):
+            raise ValueError(f"seconds must be positive for every mode, size and number of candidates, got {seconds}")
         self._sizes = sizes
         self._logs = [[[math.log(one) for one in row] for row in rows] for rows in seconds]
 

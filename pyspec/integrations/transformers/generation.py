@@ -127,7 +127,7 @@ def generate(
             context=prompt,
             prompt_length=len(prompt),
             limit=min(generation_config.max_length - input_ids.shape[1] + len(prompt), runner.context_length),
-            drafter=None if shared_drafter is None else shared_drafter.start(prompt),
+            drafter=shared_drafter,
             sampler=_RowSampler(input_ids.cpu(), number, logits_processor, generation_config.do_sample, keeps()),
             text=None,
             stream=None,
