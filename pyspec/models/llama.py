@@ -102,7 +102,7 @@ class LlamaRunner(NativeRunner):
             ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
                 keys or values cannot be packed: NaN, infinite or too large.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         if cache is not None:
             self._check_packs(cache)

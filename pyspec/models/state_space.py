@@ -117,7 +117,7 @@ class RecurrentRunner(NativeRunner):
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
         last_logits = []

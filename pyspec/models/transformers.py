@@ -84,7 +84,7 @@ class TransformersRunner:
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         self._slots = self._verified = None  # the old batch makes room for the new one
         self._slots = _Slots(len(tokens), capacity)
