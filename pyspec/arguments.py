@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Set, Sized
 from itertools import chain, islice
 from numbers import Real
 
-__all__ = ["described", "read_integer", "read_number", "read_prompts", "read_tokens"]
+__all__ = ["described", "is_scalar", "read_integer", "read_number", "read_prompts", "read_tokens"]
 
-_IDS = "token ids, and for a batch a list of such lists (tokenizer.encode makes them of text)"
+_IDS = "token ids: a list, an array or a tensor of them, as tokenizer.encode makes of text"
 # what tokenizers return beside token ids that does not change what a language model reads
 _HARMLESS = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}
 
@@ -32,7 +32,7 @@ def read_prompts(tokens, most: int) -> tuple[bool, list[list[int]]]:
     first = list(islice(rows, 1))
     if isinstance(rows, Iterator):
         rows = chain(first, rows)
-    if not first or _is_scalar(first[0]):
+    if not first or is_scalar(first[0]):
         return False, [_ids("tokens", rows, mask, most)]
     rows = list(rows)
     masks = [None] * len(rows) if mask is None else list(_items("attention_mask", mask))
@@ -73,6 +73,11 @@ def read_number(name: str, value) -> float:
         return float(plain)
     except OverflowError:
         return float("inf") if plain > 0 else float("-inf")
+
+
+def is_scalar(value) -> bool:
+    """Whether a value is a number, not a list or an array of them."""
+    return isinstance(value, Real) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
 
 
 def described(value) -> str:
@@ -121,10 +126,6 @@ def _plain(value):
         return value.tolist()
     except (RuntimeError, NotImplementedError, TypeError):  # torch has tensors without data, sparse and nested ones
         return value
-
-
-def _is_scalar(value) -> bool:
-    return isinstance(value, Real) or (hasattr(value, "__index__") and not getattr(value, "ndim", 0))
 
 
 def _ids(name: str, items: Iterable, mask, most: int | None = None) -> list[int]:
