@@ -105,8 +105,7 @@ def _opened(name: str, value) -> tuple:
 
 
 def _items(name: str, value) -> Iterable:
-    """The elements of an iterable, an iterator where it has no length; of arrays and tensors Python's numbers or lists.
-    """
+    """The elements of an iterable, an iterator where it has no length; of arrays Python's numbers or lists."""
     plain = _plain(value)
     if not isinstance(plain, (str, bytes, bytearray, Mapping, Set)) and not hasattr(plain, "tolist"):
         try:

@@ -68,7 +68,7 @@ class BlockMask:
         An edit of visible after this makes the mask unusable: check_current, and so attention, raises ValueError.
         """
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
-            raise TypeError(f"visible must be a bool tensor, got {described(visible)}")
+            raise TypeError(f"visible must be bool, got {described(visible)}")
         if not 2 <= visible.dim() <= 4:
             raise ValueError(f"visible must be [N, M], [B, N, M] or [B, H, N, M], got shape {tuple(visible.shape)}")
         rows, keys = visible.shape[-2:]

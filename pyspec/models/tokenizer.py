@@ -235,7 +235,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"text must be Unicode, got half a character at {error.start}: {described(text)}") from None
+            raise ValueError(
+                f"text must be Unicode, got half a character at {error.start}: {described(text)}"
+            ) from None
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 
