@@ -35,7 +35,7 @@ def parents_of(tree) -> np.ndarray:
 
 def dense_of_trees(described: list[TreeAndPrefix], rows: int, keys: int) -> Tensor:
     """[B, 1, N, M] bool: what the lists of tree_tiles say."""
-    visible = torch.zeros((len(described), 1, rows, keys), dtype=torch.bool)
+    visible = torch.zeros((len(described), 1, rows, keys), dtype=torch.bool, device="cpu")
     for b, (parents, n) in enumerate(described):
         nodes = len(parents)
         bits = np.unpackbits(tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")

@@ -72,7 +72,7 @@ class LlamaRunner(NativeRunner):
         ]
         self._biases = []
         if config.qkv_bias or config.output_bias:
-            none = torch.empty(0, device=self.device)
+            none = torch.empty(0, dtype=torch.float32, device=self.device)
             pairs = ((layer.qkv_bias, layer.output_bias) for layer in weights.layers)
             self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
         self._is_static = self.device.type == "cuda"
@@ -265,7 +265,7 @@ class LlamaRunner(NativeRunner):
         places = []  # position, sequence and slot of every node
         for tree, sequence in zip(trees, sequences, strict=True):
             length = cache.lengths[sequence]
-            slots = torch.arange(len(tree), dtype=torch.int32) + length - cache.starts[sequence]
+            slots = torch.arange(len(tree), dtype=torch.int32, device="cpu") + length - cache.starts[sequence]
             places.append(torch.stack((tree.depths + length, torch.full_like(slots, sequence), slots)))
         positions, row_sequences, slots = torch.cat(places, 1).to(self.device)
         seen = [cache.rows(sequence, tree) for tree, sequence in zip(trees, sequences, strict=True)]

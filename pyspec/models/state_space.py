@@ -273,6 +273,6 @@ def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
     if not tokens:
         return tree
     count = len(tokens)
-    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32), tree.parents + count))
+    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32, device="cpu"), tree.parents + count))
     parents[count] = count - 1
-    return DraftTree(torch.cat((torch.tensor(tokens), tree.tokens)), parents)
+    return DraftTree(torch.cat((torch.tensor(tokens, device="cpu"), tree.tokens)), parents)

@@ -148,10 +148,10 @@ class TransformersRunner:
                 f"trees of {nodes} nodes need slots up to {start + nodes}, capacity is {self._slots.capacity}: "
                 "prefill with a larger one"
             )
-        tokens = torch.zeros(len(rows), nodes, dtype=torch.int64)
-        positions = torch.zeros(len(rows), nodes, dtype=torch.int64)
-        visible = torch.zeros(len(rows), 1, nodes, start + nodes, dtype=torch.bool)
-        index = torch.arange(nodes)
+        tokens = torch.zeros(len(rows), nodes, dtype=torch.int64, device="cpu")
+        positions = torch.zeros(len(rows), nodes, dtype=torch.int64, device="cpu")
+        visible = torch.zeros(len(rows), 1, nodes, start + nodes, dtype=torch.bool, device="cpu")
+        index = torch.arange(nodes, device="cpu")
         for row, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
             if tree is None:
                 continue
@@ -161,7 +161,9 @@ class TransformersRunner:
             visible[row, 0, :size, :length] = True
             bits = tree.ancestor_bits[:, index[:size] // 32] >> (index[:size] % 32)
             visible[row, 0, :size, start : start + size] = (bits & 1).bool()
-        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device="cpu").masked_fill_(
+            ~visible, torch.finfo(self.dtype).min
+        )
         self._slots.rows, self._slots.start = slice(rows[0], rows[-1] + 1), start
         logits = self.model(
             input_ids=tokens.to(self.device),
@@ -221,7 +223,7 @@ class _Slots:
         """Moves the slots start + path[j] of a sequence to length + j, in all layers."""
         if length == self.start and list(path) == list(range(len(path))):
             return
-        source = self.start + torch.tensor(path)
+        source = self.start + torch.tensor(path, device="cpu")
         for layer in self.cache.layers:
             for slots in (layer.keys, layer.values):
                 slots[sequence, :, length : length + len(path)] = slots[sequence, :, source.to(slots.device)]
