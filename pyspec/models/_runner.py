@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.models._checks import check_paths, check_trees
+from pyspec.models._inference import inference
 from pyspec.models._weights import NativeWeights
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.readback import send_statistics
@@ -67,7 +68,7 @@ class NativeRunner:
         """Committed tokens of each sequence."""
         return [] if self._cache is None else list(self._cache.lengths)
 
-    @torch.inference_mode()
+    @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
 
@@ -91,7 +92,7 @@ class NativeRunner:
         parts = iter(parts)
         return [None if tree is None else next(parts) for tree in trees]
 
-    @torch.inference_mode()
+    @inference
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
 

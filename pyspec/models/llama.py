@@ -17,6 +17,7 @@ from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
 from pyspec.models._checks import check_prompts, check_trees
+from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, rope_table
 from pyspec.models.prompts import PromptPlan
@@ -78,7 +79,7 @@ class LlamaRunner(NativeRunner):
         self._is_static = self.device.type == "cuda"
         self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -135,7 +136,7 @@ class LlamaRunner(NativeRunner):
         """Nodes of the largest tree that fits behind a sequence."""
         return self._cache.capacity - self._cache.lengths[sequence]
 
-    @torch.inference_mode()
+    @inference
     def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
+from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
 from pyspec.models.static_rounds import StaticRounds
@@ -98,7 +99,7 @@ class StateSpaceWeights(NativeWeights):
 class RecurrentRunner(NativeRunner):
     """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],

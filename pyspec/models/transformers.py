@@ -5,6 +5,7 @@ The arithmetic is transformers' own: the law of the output is exact, its bits ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyspec.models._checks import check_paths, check_prompts, check_trees
+from pyspec.models._inference import inference
 from pyspec.trees import DraftTree
 
 __all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
@@ -66,7 +68,7 @@ class TransformersRunner:
         """Committed tokens of each sequence."""
         return list(self._lengths)
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -100,7 +102,7 @@ class TransformersRunner:
             last_logits.append(logits[-1])
         return last_logits
 
-    @torch.inference_mode()
+    @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
 
@@ -124,7 +126,7 @@ class TransformersRunner:
         self._verified = list(trees)
         return results
 
-    @torch.inference_mode()
+    @inference
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
 
@@ -165,15 +167,21 @@ class TransformersRunner:
             ~visible, torch.finfo(self.dtype).min
         )
         self._slots.rows, self._slots.start = slice(rows[0], rows[-1] + 1), start
-        logits = self.model(
-            input_ids=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.to(self.device),
-            past_key_values=self._slots.cache,
-            use_cache=True,
-            **({"logits_to_keep": keep} if keep and self._keeps_logits else {}),
-        ).logits.float()
+        with self._own_device():
+            logits = self.model(
+                input_ids=tokens.to(self.device),
+                attention_mask=mask.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=self._slots.cache,
+                use_cache=True,
+                **({"logits_to_keep": keep} if keep and self._keeps_logits else {}),
+            ).logits.float()
         return [None if tree is None else logits[row, : len(tree)] for row, tree in enumerate(trees)]
+
+    def _own_device(self):
+        """Keeps the caller's default device from tensors that a model makes without naming one."""
+        others = torch.get_default_device().type not in ("cpu", self.device.type)
+        return torch.device(self.device) if others else contextlib.nullcontext()
 
     def _check_obeys_mask(self) -> None:
         """Raises ValueError if a node of a tree does not see exactly its ancestors, at its own position."""
