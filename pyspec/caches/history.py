@@ -67,10 +67,8 @@ def measured_history(cache: StateCache, rates: list[torch.Tensor], heads: int, g
     """
     _, sequences, panels, states, lanes = cache.states.shape
     device = cache.states.device
-    record = torch.zeros(2, sequences, MOST_KEPT + ACCEPTED + NODES, cache.records.shape[4], device=device)
-    x, dt, B = (
-        torch.zeros(sequences * NODES, size, device=device) for size in (panels * lanes, heads, groups * states)
-    )
+    record = cache.records.new_zeros(2, sequences, MOST_KEPT + ACCEPTED + NODES, cache.records.shape[4])
+    x, dt, B = (record.new_zeros(sequences * NODES, size) for size in (panels * lanes, heads, groups * states))
     trees, places = [DraftTree.chain([0] * NODES)] * sequences, list(range(sequences))
 
     def seconds(accepted: int, fold: bool) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import operator
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from pyspec.acceptance.sampling import Sampler
+from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafting import saving
 from pyspec.drafting.engine import engine
 from pyspec.readback import read_top_tokens
@@ -130,7 +130,9 @@ class GrowingDrafter:
 
         Raises:
             ValueError: if a token is outside the vocabulary.
+            TypeError: if prompt is no list of token ids.
         """
+        prompt = read_tokens("prompt", prompt)
         drafter = copy.copy(self)
         drafter.parts = [part.start() for part in self.parts]
         drafter._read, drafter._proposed = 0, (None, None, [])
@@ -158,8 +160,7 @@ class GrowingDrafter:
             ValueError: if the context is empty, shrank or has a token outside the vocabulary, or for a bad budget.
             TypeError: if budget is not an integer.
         """
-        if isinstance(budget, bool) or not isinstance(budget, int):
-            raise TypeError(f"budget must be an int, got {budget!r}")
+        budget = read_integer("budget", budget)
         if not 1 <= budget <= LARGEST_BUDGET:
             raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
         if not len(context):
@@ -214,6 +215,7 @@ class GrowingDrafter:
 
         Raises:
             ValueError: if a token is outside the vocabulary, or nothing here keeps texts.
+            TypeError: if tokens is no list of token ids.
         """
         readers = [part for part in self.parts if part.wants_texts]
         if not readers:
@@ -261,7 +263,7 @@ class GrowingDrafter:
         self._read = len(context)
 
     def _checked(self, tokens: Sequence[int], name: str) -> list[int]:
-        tokens = [operator.index(token) for token in tokens]
+        tokens = read_tokens(name, tokens)
         if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
             raise ValueError(f"{name} tokens must be in [0, {self.vocab_size}), got {min(tokens)} to {max(tokens)}")
         return tokens

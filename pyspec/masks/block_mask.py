@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyspec.arguments import described, is_scalar, read_integer
 from pyspec.masks import orders, picture, tiles
 from pyspec.masks.spans import Span, dense_of_spans, span_tiles
 from pyspec.masks.tiles import EMPTY, FULL, WORD
@@ -66,8 +67,8 @@ class BlockMask:
 
         An edit of visible after this makes the mask unusable: check_current, and so attention, raises ValueError.
         """
-        if visible.dtype != torch.bool:
-            raise TypeError(f"visible must be bool, got {visible.dtype}")
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            raise TypeError(f"visible must be bool, got {described(visible)}")
         if not 2 <= visible.dim() <= 4:
             raise ValueError(f"visible must be [N, M], [B, N, M] or [B, H, N, M], got shape {tuple(visible.shape)}")
         rows, keys = visible.shape[-2:]
@@ -164,7 +165,7 @@ class BlockMask:
         if keys < rows:
             raise ValueError(f"keys must be at least rows ({rows}), got {keys}")
         for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
-            if value < 1:
+            if read_integer(name, value) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         most = -(-keys // dilation)
         reach = (most if window is None else min(window - 1, most)) * dilation
@@ -197,16 +198,16 @@ class BlockMask:
         Raises:
             ValueError: parents are not topological, or prefix is negative or not one for each tree.
         """
-        if isinstance(trees, (list, tuple)) and trees and not isinstance(trees[0], int):
-            prefixes = [prefix] * len(trees) if isinstance(prefix, int) else list(prefix)
+        if isinstance(trees, (list, tuple)) and trees and not is_scalar(trees[0]):
+            prefixes = [prefix] * len(trees) if is_scalar(prefix) else list(prefix)
         else:
             trees, prefixes = [trees], [prefix]
         if len(prefixes) != len(trees):
             raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
-        described = [(parents_of(tree), n) for tree, n in zip(trees, prefixes, strict=True)]
-        for _, n in described:
+        sizes = [read_integer("prefix", n) for n in prefixes]
+        for n in sizes:
             _check_sizes(prefix=n)
-        return cls._from_parents(described, device)
+        return cls._from_parents([(parents_of(tree), n) for tree, n in zip(trees, sizes, strict=True)], device)
 
     @classmethod
     def _from_parents(cls, described: list[TreeAndPrefix], device) -> BlockMask:
@@ -275,6 +276,7 @@ class BlockMask:
     def to(self, device) -> BlockMask:
         """This mask on another device."""
         moved = copy.copy(self)
+        moved._dense = self._dense
         for name in ("full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "bits", "row_order", "key_order"):
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else tensor.to(device))
@@ -303,6 +305,13 @@ class BlockMask:
             f"BlockMask(rows={self.rows}, keys={self.keys}, batch={batch}, heads={heads}, "
             f"full_tiles={len(self.full_tiles)}, partial_tiles={len(self.partial_tiles)}, density={self.density:.3f})"
         )
+
+    def __getstate__(self) -> dict:
+        """What pickle and copy keep: all but the dense tensor that it was built from, whose later edits a copy does not
+        look at. Raises ValueError where it has been edited already.
+        """
+        self.check_current()
+        return vars(self) | {"_dense": []}
 
     # ==== masks from masks ====
 
@@ -456,12 +465,12 @@ def _check_answer(visible: Tensor) -> None:
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 0:
+        if read_integer(name, size) < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
 
 
 def _lengths(name: str, values: Sequence[int]) -> np.ndarray:
-    lengths = np.asarray(values, np.int64)
-    if lengths.ndim != 1 or (lengths < 0).any():
-        raise ValueError(f"{name} must be a list of numbers that are not negative, got {lengths.tolist()}")
-    return lengths
+    lengths = np.asarray(values)
+    if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu") or (lengths < 0).any():
+        raise ValueError(f"{name} must be a list of integers that are not negative, got {described(values)}")
+    return lengths.astype(np.int64)

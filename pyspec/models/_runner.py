@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.models._checks import check_paths, check_trees
+from pyspec.models._inference import inference
 from pyspec.models._weights import NativeWeights
-from pyspec.models.exclusive import waits
 from pyspec.models.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.readback import send_statistics
@@ -81,8 +81,7 @@ class NativeRunner:
         """Forgets the batch and all that knows its addresses."""
         self._cache = self._verified = None
 
-    @waits
-    @torch.inference_mode()
+    @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
 
@@ -106,8 +105,7 @@ class NativeRunner:
         parts = iter(parts)
         return [None if tree is None else next(parts) for tree in trees]
 
-    @waits
-    @torch.inference_mode()
+    @inference
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
 

@@ -6,12 +6,10 @@ one. Threads that should not wait use forks: runners on the same weights, each w
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
 from weakref import WeakKeyDictionary
 
-__all__ = ["exclusive_use", "lock_of", "waits"]
+__all__ = ["exclusive_use", "lock_of"]
 
 _locks: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()  # not in the runners: those may be copied
 _making = threading.Lock()
@@ -37,14 +35,3 @@ def exclusive_use(runner: object) -> threading.RLock:
             "from a stream callback. A runner has one batch; use model.fork(), a runner on the same weights"
         )
     return lock
-
-
-def waits(call: Callable) -> Callable:
-    """A method of a runner that waits while another thread uses the runner."""
-
-    @functools.wraps(call)
-    def waiting(self, *args, **kwargs):
-        with lock_of(self):
-            return call(self, *args, **kwargs)
-
-    return waiting

@@ -246,7 +246,7 @@ class GGUFCheckpoint:
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Row numbers and the fp32 values of these rows."""
         original = self._names[name]
-        order = torch.arange(self.shapes[name][0])
+        order = torch.arange(self.shapes[name][0], device="cpu")
         if self._config.architecture == "llama" and original.split(".")[2:3] in (["attn_q"], ["attn_k"]):
             # llama.cpp rotates neighbours, so its files have the two halves of each head interleaved
             order = order.view(-1, 2, self._config.head_dim // 2).transpose(1, 2).flatten()

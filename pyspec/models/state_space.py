@@ -15,9 +15,9 @@ from torch import Tensor
 from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
+from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
-from pyspec.models.exclusive import waits
 from pyspec.models.static_rounds import StaticRounds
 from pyspec.models.static_steps import GraphRecorder
 from pyspec.ops.linear import PackedWeight
@@ -99,8 +99,7 @@ class StateSpaceWeights(NativeWeights):
 class RecurrentRunner(NativeRunner):
     """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
 
-    @waits
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -119,7 +118,7 @@ class RecurrentRunner(NativeRunner):
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
         last_logits = []
@@ -279,6 +278,6 @@ def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
     if not tokens:
         return tree
     count = len(tokens)
-    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32), tree.parents + count))
+    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32, device="cpu"), tree.parents + count))
     parents[count] = count - 1
-    return DraftTree(torch.cat((torch.tensor(tokens), tree.tokens)), parents)
+    return DraftTree(torch.cat((torch.tensor(tokens, device="cpu"), tree.tokens)), parents)

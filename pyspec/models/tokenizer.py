@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
+from pyspec.arguments import described, read_tokens
+
 __all__ = ["Tokenizer"]
 
 # Ways of splitting text into words before byte-pair merging, by the names that GGUF files give them.
@@ -178,6 +180,10 @@ class Tokenizer:
         """The tokens of a prompt, after the token for the beginning if the model wants one.
 
         special: read names of special tokens (`<|im_end|>`) as those tokens; they are plain text otherwise.
+
+        Raises:
+            TypeError: text is no string.
+            ValueError: text has half a character, a lone surrogate, which no UTF-8 has.
         """
         tokens = self._encode(text, special)
         if self._bos is not None and tokens[:1] != [self._bos]:
@@ -207,7 +213,7 @@ class Tokenizer:
 
         A SentencePiece tokenizer puts a space before the first word of a text, and this is in here.
         """
-        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", errors="replace")
+        return b"".join(map(self.token_bytes, read_tokens("tokens", tokens))).decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be part of a character; none for special and unknown tokens."""
@@ -224,6 +230,14 @@ class Tokenizer:
         return _byte_level_bytes(text) if self._byte_level else _sentencepiece_bytes(text)
 
     def _encode(self, text: str, special: bool) -> list[int]:
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {described(text)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text must be Unicode, got half a character at {error.start}: {described(text)}"
+            ) from None
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 

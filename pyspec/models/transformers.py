@@ -5,6 +5,7 @@ The arithmetic is transformers' own: the law of the output is exact, its bits ar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyspec.models._checks import check_paths, check_prompts, check_trees
+from pyspec.models._inference import inference
 from pyspec.trees import DraftTree
 
 __all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
@@ -66,7 +68,7 @@ class TransformersRunner:
         """Committed tokens of each sequence."""
         return list(self._lengths)
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -84,7 +86,7 @@ class TransformersRunner:
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         self._slots = self._verified = None  # the old batch makes room for the new one
         self._slots = _Slots(len(tokens), capacity)
@@ -100,7 +102,7 @@ class TransformersRunner:
             last_logits.append(logits[-1])
         return last_logits
 
-    @torch.inference_mode()
+    @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
 
@@ -124,7 +126,7 @@ class TransformersRunner:
         self._verified = list(trees)
         return results
 
-    @torch.inference_mode()
+    @inference
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
 
@@ -148,10 +150,10 @@ class TransformersRunner:
                 f"trees of {nodes} nodes need slots up to {start + nodes}, capacity is {self._slots.capacity}: "
                 "prefill with a larger one"
             )
-        tokens = torch.zeros(len(rows), nodes, dtype=torch.int64)
-        positions = torch.zeros(len(rows), nodes, dtype=torch.int64)
-        visible = torch.zeros(len(rows), 1, nodes, start + nodes, dtype=torch.bool)
-        index = torch.arange(nodes)
+        tokens = torch.zeros(len(rows), nodes, dtype=torch.int64, device="cpu")
+        positions = torch.zeros(len(rows), nodes, dtype=torch.int64, device="cpu")
+        visible = torch.zeros(len(rows), 1, nodes, start + nodes, dtype=torch.bool, device="cpu")
+        index = torch.arange(nodes, device="cpu")
         for row, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
             if tree is None:
                 continue
@@ -161,17 +163,25 @@ class TransformersRunner:
             visible[row, 0, :size, :length] = True
             bits = tree.ancestor_bits[:, index[:size] // 32] >> (index[:size] % 32)
             visible[row, 0, :size, start : start + size] = (bits & 1).bool()
-        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device="cpu").masked_fill_(
+            ~visible, torch.finfo(self.dtype).min
+        )
         self._slots.rows, self._slots.start = slice(rows[0], rows[-1] + 1), start
-        logits = self.model(
-            input_ids=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.to(self.device),
-            past_key_values=self._slots.cache,
-            use_cache=True,
-            **({"logits_to_keep": keep} if keep and self._keeps_logits else {}),
-        ).logits.float()
+        with self._own_device():
+            logits = self.model(
+                input_ids=tokens.to(self.device),
+                attention_mask=mask.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=self._slots.cache,
+                use_cache=True,
+                **({"logits_to_keep": keep} if keep and self._keeps_logits else {}),
+            ).logits.float()
         return [None if tree is None else logits[row, : len(tree)] for row, tree in enumerate(trees)]
+
+    def _own_device(self):
+        """Keeps the caller's default device from tensors that a model makes without naming one."""
+        others = torch.get_default_device().type not in ("cpu", self.device.type)
+        return torch.device(self.device) if others else contextlib.nullcontext()
 
     def _check_obeys_mask(self) -> None:
         """Raises ValueError if a node of a tree does not see exactly its ancestors, at its own position."""
@@ -221,7 +231,7 @@ class _Slots:
         """Moves the slots start + path[j] of a sequence to length + j, in all layers."""
         if length == self.start and list(path) == list(range(len(path))):
             return
-        source = self.start + torch.tensor(path)
+        source = self.start + torch.tensor(path, device="cpu")
         for layer in self.cache.layers:
             for slots in (layer.keys, layer.values):
                 slots[sequence, :, length : length + len(path)] = slots[sequence, :, source.to(slots.device)]

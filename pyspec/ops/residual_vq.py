@@ -121,7 +121,7 @@ def rotary_of_blocks(frequencies: Tensor, blocks: int) -> Tensor:
 
     frequencies: [D / 2] radians a position, of channels c and c + D / 2.
     """
-    positions = torch.cat((torch.arange(BLOCK), torch.arange(blocks) * BLOCK))
+    positions = torch.cat([torch.arange(count, device="cpu") * step for count, step in ((BLOCK, 1), (blocks, BLOCK))])
     angles = positions.double()[:, None] * frequencies.cpu().double()
     return torch.stack((angles.cos(), angles.sin()), 1).float().to(frequencies.device)
 
@@ -229,7 +229,7 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
         levels = packed[..., start : start + size].unflatten(-1, (groups, format.depth, format.level_bytes))
         start += size
         codes = _unpack_codes(levels, format.codes).movedim(-1, 3)  # [B, Hkv, blocks, 128, G, depth]
-        x = torch.zeros(*codes.shape[:-1], WIDTH, device=packed.device)
+        x = torch.zeros(*codes.shape[:-1], WIDTH, dtype=torch.float32, device=packed.device)
         batch = torch.arange(packed.shape[0], device=packed.device).view(-1, 1, 1, 1, 1)
         for level in range(format.depth):
             x += codebooks[:, side, level].float()[batch, codes[..., level]]

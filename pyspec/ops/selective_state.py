@@ -69,7 +69,7 @@ class Round:
         filled = [[*path, *[-1] * (longest - len(path))] for path in paths]
 
         def places(values, *shape: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).reshape(shape)
+            return torch.tensor(values, dtype=torch.int32, device="cpu").reshape(shape)
 
         parents = [tree.parents for tree in trees]
         round = cls(

@@ -177,13 +177,13 @@ def _costs(device: str, key: str) -> _Costs:
 
 def _measure(device: str) -> list[list[list[float]]]:
     """Seconds for _Costs, without those of a call; the least of some, for what other programs add is no cost."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     modes = range(MOST_PER_BUCKET + 1)
     seconds: list[list[list[float]]] = [[] for _ in modes]
-    tiny = torch.zeros(1, 16, device=device)
+    tiny = torch.zeros(1, 16, dtype=torch.float32, device=device)
     call = min(_timed(tiny, 1, 0) for _ in range(10 * REPEATS))
     for n in SIZES[device]:
-        x = torch.randn(1, n, generator=generator).to(device)
+        x = torch.randn(1, n, generator=generator, dtype=torch.float32, device="cpu").to(device)
         turns = [[[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in modes] for _ in range(REPEATS)]
         for per_bucket in modes:
             least = [min(turn[per_bucket][i] for turn in turns) for i in range(len(KEPT))]
