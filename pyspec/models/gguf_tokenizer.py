@@ -61,13 +61,12 @@ def sentencepiece_backend(entries: Entries, texts: Sequence[str], types: Sequenc
 
 
 def add_tokens(backend, texts: Sequence[str], types: Sequence[int], ends: frozenset[str]) -> None:
-    """Tells the backend which tokens are names rather than text, by their types; ends are names whatever theirs is."""
+    """Tells the backend which tokens are names rather than text: by their types, and ends whatever theirs is."""
     import tokenizers
 
+    types = [CONTROL if text in ends else kind for text, kind in zip(texts, types, strict=False)]
     for wanted, special in ((UNKNOWN, True), (CONTROL, True), (USER_DEFINED, False)):
-        named = [
-            text for text, kind in zip(texts, types, strict=False) if (CONTROL if text in ends else kind) == wanted
-        ]
+        named = [text for text, kind in zip(texts, types, strict=True) if kind == wanted]
         backend.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in named])
 
 

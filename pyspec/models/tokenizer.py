@@ -95,7 +95,7 @@ class Tokenizer:
             backend = gguf_tokenizer.sentencepiece_backend(entries, texts, types)
         is_harmony = not {"<|return|>", "<|call|>"}.isdisjoint(texts)
         ends = _END_NAMES if is_harmony else _END_NAMES | {_END}
-        gguf_tokenizer.add_tokens(backend, texts, types, ends)
+        gguf_tokenizer.add_tokens(backend, texts, types, ends - {"</s>"})  # which is plain text in some vocabularies
 
         def token(name: str, default: int) -> int | None:
             return gguf_tokenizer.token_id(entries, name, len(texts), default if kind == "llama" else None)
