@@ -17,7 +17,6 @@ __all__ = ["TokenizerSettings", "read_settings"]
 
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OF_CLASS = {  # special tokens that a tokenizer's class has of its own
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
 }
@@ -54,7 +53,7 @@ def read_settings(folder: Path) -> TokenizerSettings:
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
     entries = Entries(str(file), config)
-    defaults = _OF_CLASS.get(str(config.get("tokenizer_class")).removesuffix("Fast"), {})
+    stated = entries
     templates, source = _templates(folder, entries)
     if "added_tokens_decoder" in entries:
         decoder = entries.part("added_tokens_decoder")
@@ -66,20 +65,29 @@ def read_settings(folder: Path) -> TokenizerSettings:
         file = folder / "special_tokens_map.json"
         if file.is_file():
             entries = Entries(str(file), config | read_json(file))
+    model = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    is_qwen2 = model.get("model_type") == "qwen2"  # whatever class its files name
+    defaults = _OF_CLASS.get(
+        "Qwen2Tokenizer" if is_qwen2 else str(config.get("tokenizer_class")).removesuffix("Fast"), {}
+    )
     named = {}
-    stated = [*_NAMES, *(name for name in entries.keys() if name.endswith("_token") and name not in _NAMES)]
-    for name in stated:
-        value = entries.get(name, defaults.get(name))
+    for name in [*_NAMES, *(name for name in entries.keys() if name.endswith("_token") and name not in _NAMES)]:
+        value = entries.get(name, None if entries.is_null(name) else defaults.get(name))
         if isinstance(value, (str, dict)):
             named[name] = _token(entries, name, value)
         elif value is not None and name in _NAMES:
             raise entries.wrong(name, value, "a token")
-    extra = entries.get("additional_special_tokens", []) or entries.get("extra_special_tokens", [])
-    if isinstance(extra, dict):
-        named |= {name: _token(entries, "extra_special_tokens", token) for name, token in extra.items()}
-    else:
-        extra = extra if isinstance(extra, list) else [extra]
-        added += [_token(entries, "additional_special_tokens", token) for token in extra]
+    # the two names of one list; here tokenizer_config.json wins
+    keys = ("extra_special_tokens", "additional_special_tokens")
+    found = [(where, key) for where in (stated, entries) for key in keys if where.get(key)]
+    for where, key in found[:1]:
+        extra = where.get(key)
+        if isinstance(extra, dict):
+            named |= {name: _token(where, key, token) for name, token in extra.items()}
+        elif isinstance(extra, list):
+            added += [_token(where, key, token) for token in extra]
+        else:
+            raise where.wrong(key, extra, "a list of tokens, or tokens by their names")
     special = {token["content"] for token in named.values()}
     added = [token | {"special": token["special"] or token["content"] in special} for token in added]
     texts = {name: token["content"] for name, token in named.items()}

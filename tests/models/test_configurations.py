@@ -204,8 +204,15 @@ def test_other_models_are_found_by_their_type_too(tmp_path):
     check_last(load(str(tmp_path), dtype=torch.float32, device="cpu"), model)
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model("llama_tied_with_biases"), lambda: tiny_mamba("mamba"),
-                                  lambda: tiny_bamba("bamba_tied_with_biases")], ids=["llama", "mamba", "bamba"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tiny_model("llama_tied_with_biases"),
+        lambda: tiny_mamba("mamba"),
+        lambda: tiny_bamba("bamba_tied_with_biases"),
+    ],
+    ids=["llama", "mamba", "bamba"],
+)
 def test_a_head_that_is_not_the_embedding_is_not_tied(make, tmp_path):
     """transformers takes a configuration that ties two matrices for wrong where a file has two that differ."""
     make().save_pretrained(tmp_path)
@@ -226,16 +233,45 @@ def test_a_head_that_is_not_the_embedding_is_not_tied(make, tmp_path):
 # ==== whatever a file says ====
 
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 300), st.just(2**40), st.just(10**30), st.floats(), st.text(max_size=3),
-    st.lists(st.integers(-2, 9), max_size=3), st.dictionaries(st.sampled_from(["factor", "type"]), st.integers(0, 2)),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.just(2**40),
+    st.just(10**30),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(-2, 9), max_size=3),
+    st.dictionaries(st.sampled_from(["factor", "type"]), st.integers(0, 2)),
     st.sampled_from(["linear", "auto", "silu", "4", [], {}, {"rope_type": "llama3"}, ["sliding_attention"] * 3]),
-)  # fmt: skip
-ENTRIES = sorted({name for defaults in _DEFAULTS.values() for name in defaults} | {
-    "architectures", "model_type", "head_dim", "rope_scaling", "rope_parameters", "rope_theta", "layer_types",
-    "partial_rotary_factor", "original_max_position_embeddings", "attn_layer_indices", "mamba_d_head", "ssm_cfg",
-    "time_step_limit", "time_step_rank", "intermediate_size", "quantization_config", "d_model", "n_layer", "dim",
-    "n_layers", "pad_vocab_size_multiple", "attn_layer_idx", "rms_norm",
-})  # fmt: skip
+)
+ENTRIES = sorted(
+    {name for defaults in _DEFAULTS.values() for name in defaults}
+    | {
+        "architectures",
+        "model_type",
+        "head_dim",
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+        "layer_types",
+        "partial_rotary_factor",
+        "original_max_position_embeddings",
+        "attn_layer_indices",
+        "mamba_d_head",
+        "ssm_cfg",
+        "time_step_limit",
+        "time_step_rank",
+        "intermediate_size",
+        "quantization_config",
+        "d_model",
+        "n_layer",
+        "dim",
+        "n_layers",
+        "pad_vocab_size_multiple",
+        "attn_layer_idx",
+        "rms_norm",
+    }
+)
 
 
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
