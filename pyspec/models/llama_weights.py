@@ -23,7 +23,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the context of the first training.
 
     "linear" divides all of them by factor; "llama3" leaves wavelengths below original_context / high_factor,
-    divides those above original_context / low_factor and blends between; "table" divides each by its own factor.
+    divides those above original_context / low_factor and blends between; "table" divides each by its own and by factor.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class LlamaConfig:
         if scaling is None:
             return frequencies
         if scaling.kind == "table":
-            return frequencies / torch.tensor(scaling.table, dtype=torch.float32, device="cpu")
+            return frequencies / torch.tensor(scaling.table, dtype=torch.float32, device="cpu") / scaling.factor
         if scaling.kind == "linear":
             return frequencies / scaling.factor
         wavelengths = 2 * math.pi / frequencies

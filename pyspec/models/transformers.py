@@ -304,10 +304,10 @@ def load_folder(
     from pyspec.models.loading import eos_tokens
     from pyspec.models.tokenizer import Tokenizer
 
-    architecture = (description.get("architectures") or [None])[0]
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
     model_class = getattr(transformers, str(architecture), None)
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    if model_class is None or architecture not in causal:
+    if model_class is None or architecture not in causal.values():
         raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {SUPPORTED}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
