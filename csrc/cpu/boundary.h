@@ -59,7 +59,7 @@ inline torch::stable::Tensor empty(int64_t rows, int64_t columns, torch::headero
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
