@@ -10,7 +10,7 @@ Importing this changes nothing in transformers.
 
 from pyspec.integrations import require
 
-require("transformers", "5.0", "6")
+require("transformers", "5.20", "6")
 
 from pyspec.integrations.transformers.attention import register_attention  # noqa: E402
 from pyspec.integrations.transformers.cache import GearCache, GearLayer  # noqa: E402

@@ -125,9 +125,7 @@ class GearLayer(DynamicLayer):
     def get_seq_length(self, *args) -> int:
         return self.packed.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
-        # early versions pass the positions instead of their number
-        query_length = query_length if isinstance(query_length, int) else len(query_length)
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def crop(self, length: int) -> None:
