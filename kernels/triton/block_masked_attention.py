@@ -32,12 +32,11 @@ def slots_of(tile, wanted, key_order):
 @triton.jit
 def visible_of(words, lane, WORDS: tl.constexpr):
     """Which keys of a tile [TILE] the rows at lane [rows] of their block see; words: pointer to the tile's bits."""
-    halves = words + tl.arange(0, TILE) * 2  # of 64 bits
-    half = tl.load(halves)[None, :]
-    for index in tl.static_range(1, 2 * WORDS):
-        later = tl.load(halves + index // 2 * 2 * TILE + index % 2)[None, :]
-        half = tl.where((lane >= index * 32)[:, None], later, half)
-    return ((half >> (lane % 32)[:, None]) & 1) != 0
+    words += tl.arange(0, TILE)
+    word = tl.load(words)[None, :]
+    for index in tl.static_range(1, WORDS):
+        word = tl.where((lane >= index * TILE)[:, None], tl.load(words + index * TILE)[None, :], word)
+    return ((word >> (lane % TILE)[:, None]) & 1) != 0
 
 
 @triton.jit
@@ -61,7 +60,7 @@ def block_masked_attention_kernel(
     full_tiles,  # [F]
     partial_ranges,  # [B or 1, Hq or 1, blocks, 2]
     partial_tiles,  # [P, 2]
-    bits,  # [U, WORDS, TILE, 2], halves of 64 bits
+    bits,  # [U, WORDS, TILE] int64
     row_order,  # [B or 1, N] or None
     key_order,  # [B or 1, M] or None
     out,  # like q, written
@@ -138,7 +137,7 @@ def block_masked_attention_kernel(
         is_spoiled = tl.zeros([TILE], tl.int32)
         for i in range(tl.load(partial_ranges + lists), tl.load(partial_ranges + lists + 1)):
             tile = tl.load(partial_tiles + 2 * i)
-            words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (WORDS * TILE * 2)
+            words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (WORDS * TILE)
             visible = visible_of(words, lane, WORDS)
             wanted = tile * TILE + tl.arange(0, TILE) < keys
             slots = slots_of(tile, wanted, order)
@@ -156,7 +155,7 @@ def block_masked_attention_kernel(
         if tl.max(is_spoiled, 0) != 0:
             for i in range(tl.load(partial_ranges + lists), tl.load(partial_ranges + lists + 1)):
                 tile = tl.load(partial_tiles + 2 * i)
-                words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (WORDS * TILE * 2)
+                words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (WORDS * TILE)
                 wanted = tile * TILE + tl.arange(0, TILE) < keys
                 slots = slots_of(tile, wanted, order)
                 values = load_rows(v_base, slots, slots, wanted, stride_v_slot, 0, HEAD_DIM, BLOCK_D, UPCAST)
@@ -224,7 +223,7 @@ def block_masked_attention(
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
     }
-    lists = (full_ranges, full_tiles, partial_ranges, partial_tiles, bits.view(torch.int32), row_order, key_order)
+    lists = (full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3])
     with torch.cuda.device_of(q):
         block_masked_attention_kernel[(min(items, _programs(q.device)),)](

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["OPTIONS", "float_kernel", "int8_kernel", "linear", "split", "sum_kernel", "tile_of"]
+__all__ = ["INT8_OPTIONS", "OPTIONS", "float_kernel", "int8_kernel", "linear", "split", "sum_kernel", "tile_of"]
 
 GROUP = tl.constexpr(32)  # inputs that share a scale
-LANES = tl.constexpr(4)  # groups of an int8 tile, each the work of two warps
+LANES = tl.constexpr(4)  # groups of an int8 tile, each the work of two warps, or of one
 STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs of floats, two of int8, fit a multiprocessor
 SUM_BLOCK = tl.constexpr(256)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
@@ -26,6 +26,9 @@ IN_FLIGHT = 32768
 MOST_SPLITS = 32
 MOST_ROWS = 512  # of a launch, which bounds the memory of the splits' sums
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+# Before 3.9, Triton has each of two warps do all the work of their lane.
+SHARES_LANES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+INT8_OPTIONS = {**OPTIONS, "num_warps": 8 if SHARES_LANES else 4}
 
 
 @triton.jit
@@ -178,12 +181,13 @@ def linear(x, weight, bias, outputs, out_dtype):
     tile = tile_of(weight.dtype)
     splits, split_tiles = split(outputs, inputs, tile["INPUTS"])
     if weight.dtype == torch.uint8:
-        kernel, constants, row_bytes = int8_kernel, tile, weight.shape[1]
+        kernel, constants, options, row_bytes = int8_kernel, tile, INT8_OPTIONS, weight.shape[1]
         start = row_bytes - triton.cdiv(inputs, GROUP.value) * GROUP.value  # scales come first
         weights, strides = (weight.view(torch.int8)[:, start:], weight.view(torch.float16)), (row_bytes // 16,)
     else:
         upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
-        kernel, constants, weights, strides = float_kernel, {**tile, "UPCAST": upcast}, (weight,), ()
+        kernel, constants, options = float_kernel, {**tile, "UPCAST": upcast}, OPTIONS
+        weights, strides = (weight,), ()
     if splits > 1:
         sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -192,7 +196,7 @@ def linear(x, weight, bias, outputs, out_dtype):
             numbers = (len(some), outputs, inputs, split_tiles, x.stride(0), *strides)
             ends = (bias, result) if splits == 1 else (None, sums)
             grid = (triton.cdiv(len(some), tile["ROWS"]), triton.cdiv(outputs, tile["OUTPUTS"]), splits)
-            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **OPTIONS)
+            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options)
             if splits > 1:
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
                 sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS)

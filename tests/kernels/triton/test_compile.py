@@ -289,8 +289,8 @@ def compile_block_masked(architecture, dtype, head_dim, words=2, group=1, permut
     constants |= {} if permuted else {"row_order": None, "key_order": None}
     constants |= {} if permuted else {"softcap": None}
     types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")} | {"lse": "*fp32"}
-    lists = ("bits", "full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "row_order", "key_order")
-    types |= {name: "*i32" for name in lists} | {"scale": "fp32", "softcap": "fp32"}
+    lists = ("full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "row_order", "key_order")
+    types |= {name: "*i32" for name in lists} | {"bits": "*i64", "scale": "fp32", "softcap": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     divisible = {
         (i,): [["tt.divisibility", 16]]
