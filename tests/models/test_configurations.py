@@ -150,13 +150,13 @@ def test_other_scaling_is_left_to_transformers(rope, message):
         ({"rope_parameters": {"type": "linear"}}, "it has no 'rope_parameters.factor'"),
         (
             {"rope_scaling": {"type": "linear", "factor": "4"}},
-            "its rope_scaling.factor is '4', expected a number above 0",
+            "its rope_scaling.factor must be a number above 0, got '4'",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "its rope_scaling.factor is 0, expected a number above 0"),
-        ({"rope_scaling": {"rope_type": 3}}, "its rope_scaling.rope_type is 3, expected a string"),
-        ({"rope_scaling": [1]}, r"its rope_scaling is \[1\], expected entries of its own"),
-        ({"rope_theta": -1.0}, "its rope_theta is -1.0, expected a number above 0"),
-        ({"rope_theta": math.nan}, "its rope_theta is nan"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "its rope_scaling.factor must be a number above 0, got 0"),
+        ({"rope_scaling": {"rope_type": 3}}, "its rope_scaling.rope_type must be a string, got 3"),
+        ({"rope_scaling": [1]}, r"its rope_scaling must be entries of its own, got \[1\]"),
+        ({"rope_theta": -1.0}, "its rope_theta must be a number above 0, got -1.0"),
+        ({"rope_theta": math.nan}, "its rope_theta must be a number above 0, got nan"),
     ],
 )
 def test_wrong_scaling_is_named(rope, message):
