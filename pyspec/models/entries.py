@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,14 +64,16 @@ class Entries:
     def whole(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST) -> int:
         """A whole number from least to most."""
         value = self._stated(key, default)
-        if type(value) is not int or not least <= value <= most:
-            raise self.wrong(key, value, f"a whole number from {least} to {most}")
+        if type(value) is not int:
+            raise self.wrong(key, value, "a whole number")
+        if not least <= value <= most:
+            raise self.wrong(key, value, f"at least {least}" if value < least else f"at most {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._stated(key, default)
-        if type(value) not in (int, float) or not (0 < value < math.inf):
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.wrong(key, value, "a number above 0")
         return float(value)
 
@@ -111,9 +113,8 @@ class Entries:
         """The error for an entry that is not what was expected."""
         found = repr(value)
         found = found if len(found) <= 60 else found[:57] + "..."
-        return ValueError(
-            f"{self.name} is corrupt: its {self._noun}{self._prefix}{key} is {found}, expected {expected}"
-        )
+        name = f"{self._noun}{self._prefix}{key}"
+        return ValueError(f"{self.name} is corrupt: its {name} must be {expected}, got {found}")
 
     def _stated(self, key: str, default):
         value = self.get(key, default)

@@ -1,11 +1,10 @@
 """Chat templates: our sandbox and transformers' make the same text of one, or both refuse it."""
 
-import importlib
 import sys
 
 import pytest
 
-from pyspec.models.chat_templates import render_chat, select_template
+from pyspec.models.chat_templates import _normalized, render_chat, select_template
 
 USER = [{"role": "user", "content": "Hi ü\"'<b>"}]
 TURNS = [
@@ -187,11 +186,10 @@ VARIABLES = [
 assert len(TEMPLATES) > 30
 
 
-@pytest.fixture
-def without_transformers(monkeypatch):
-    """A process in which transformers cannot be imported."""
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
+def hide_transformers(monkeypatch):
+    """From here on transformers cannot be imported."""
+    for name in ("transformers", "transformers.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
 
 
 def outcome(template, messages, variables):
@@ -206,9 +204,11 @@ def outcome(template, messages, variables):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_our_sandbox_and_that_of_transformers_agree(name, monkeypatch):
     pytest.importorskip("transformers")
-    cases = [(messages, variables) for messages in CONVERSATIONS.values() for variables in VARIABLES]
+    # as the newest transformers hands them to templates, which older ones do not
+    conversations = [[_normalized(message) for message in messages] for messages in CONVERSATIONS.values()]
+    cases = [(messages, variables) for messages in conversations for variables in VARIABLES]
     theirs = [outcome(TEMPLATES[name], *case) for case in cases]
-    monkeypatch.setitem(sys.modules, "transformers.utils.chat_template_utils", None)
+    hide_transformers(monkeypatch)
     assert [outcome(TEMPLATES[name], *case) for case in cases] == theirs
 
 
@@ -255,10 +255,13 @@ def test_nothing_of_this_is_vacuous():
     assert outcomes["tojson(ensure_ascii=False) (GigaChat)"][0] == '[{"role": "user", "content": "Hi ü\\"\'<b>"}]'
 
 
-def test_without_transformers_jinja_is_enough(without_transformers):
+def test_without_transformers_jinja_is_enough(monkeypatch):
+    hide_transformers(monkeypatch)
     assert outcome("{% generation %}{{ tools is none }}{{ documents }}{% endgeneration %}", USER, {}) == "TrueNone"
-    with pytest.raises(ImportError):
-        importlib.import_module("transformers.utils.chat_template_utils")
+    message = {"role": "assistant", "content": None, "reasoning": "so"}
+    assert outcome("{{ messages[0] | tojson }}", [message], {}) == (
+        '{"thinking": "so", "role": "assistant", "reasoning": "so", "reasoning_content": "so"}'
+    )
 
 
 def test_what_is_no_conversation_is_named():

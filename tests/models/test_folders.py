@@ -186,7 +186,7 @@ def test_more_layers_than_there_are_tensors_are_named_at_once(whole):
 @pytest.mark.parametrize("stated", ["2", [1, "2"], 2.5, {"a": 1}, True])
 def test_an_end_that_is_no_token_is_named(stated, whole):
     (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
-    with pytest.raises(ValueError, match="generation_config.json is corrupt: its eos_token_id is"):
+    with pytest.raises(ValueError, match="generation_config.json is corrupt: its eos_token_id must be"):
         load_cpu(whole)
     (whole / "generation_config.json").write_text('{"eos_token_id": -1}')
     assert load_cpu(whole).eos_tokens == {3}
