@@ -308,6 +308,27 @@ def test_token_type_ids_are_taken_where_they_mean_nothing(monkeypatch):
     assert torch.equal(found, expected)
 
 
+def test_models_of_text_and_images_read_text():
+    text = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 4, "num_position_embeddings": 16}
+    marks = {"image_token_id": 190, "video_token_id": 191, "vision_start_token_id": 192, "vision_end_token_id": 193}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    for options in ({}, {"mm_token_type_ids": torch.zeros(1, 8, dtype=torch.long)}):  # as its processor gives them
+        expected, found = both(model, torch.tensor(PROMPT), **options)
+        assert torch.equal(found, expected)
+    expected, found = both(model, PADDED, attention_mask=PADDING)
+    assert torch.equal(found, expected)
+    image = torch.tensor([[5, 192, 190, 193, 6]])
+    pixels = {"pixel_values": torch.randn(4, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(ValueError, match=r"^(pixel_values|image_grid_thw|mm_\w+) is not taken by pyspec's generate"):
+        model.generate(image, mm_token_type_ids=(image == 190).long(), custom_generate=generate, **pixels, **OPTIONS)
+
+
 def test_embeddings_and_encoders_are_refused_by_name(llama):
     embedded = llama.get_input_embeddings()(torch.tensor(PROMPT)).detach()
     with pytest.raises(ValueError, match="inputs_embeds is not taken"):
