@@ -231,30 +231,33 @@ def test_a_rejected_branch_behind_the_switch_leaves_no_trace(family):
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_text_is_whole_after_an_interruption_at_the_switch(monkeypatch):
+@pytest.mark.parametrize("length, broken_call", [(SWITCH - 1, 3), (SWITCH, 2)])
+def test_a_text_is_whole_after_an_interruption_at_the_switch(length, broken_call, monkeypatch):
     runner = TransformersRunner(with_longrope("Phi3"))
-    text = [5, 9, 17, 3, 44, 8, 90, 21, 60, 2] * 3
-    runner.prefill([text[: SWITCH - 1]], capacity=64)
-    across = DraftTree.chain(text[SWITCH - 1 : SWITCH + 2])
-    expected = runner.verify([across])[0]
-    runner.prefill([text[: SWITCH - 1]], capacity=64)
     monkeypatch.setattr("pyspec.models.transformers.PREFILL_CHUNK", 7)
+    text = [5, 9, 17, 3, 44, 8, 90, 21, 60, 2] * 3
+    tree = DraftTree.chain(text[length : length + 3])
+    runner.prefill([text[:length]], capacity=64)
+    expected = runner.verify([tree])[0]
+    runner.prefill([text[:length]], capacity=64)
+    if length < SWITCH:
+        runner.verify([tree.first(1)])
     forward, calls = runner.model.forward, []
 
     def interrupted(*args, **inputs):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == broken_call:
             raise KeyboardInterrupt
         return forward(*args, **inputs)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner.model, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.verify([across])
-    assert runner.lengths() == [SWITCH - 1]
+            runner.verify([tree])
+    assert runner.lengths() == [length]
     with pytest.raises(RuntimeError, match="call verify first"):
         runner.commit([[0]])
-    torch.testing.assert_close(runner.verify([across])[0], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(runner.verify([tree])[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_dynamic_frequencies_are_read_to_where_they_begin_or_refused():
