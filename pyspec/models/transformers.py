@@ -20,6 +20,7 @@ from pyspec.models._checks import check_paths, check_prompts, check_trees
 from pyspec.models._inference import inference
 from pyspec.models.exclusive import lock_of
 from pyspec.models.fingerprint import WeightSample, fingerprint_of
+from pyspec.models.transformers_slots import Slots
 from pyspec.models.transformers_support import (
     SUPPORTED,
     cache_argument,
@@ -109,7 +110,7 @@ class TransformersRunner:
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         self._clear()  # the old batch makes room for the new one
-        self._slots = _Slots(len(tokens), capacity)
+        self._slots = Slots(len(tokens), capacity)
         self._lengths, self._starts = [0] * len(tokens), [0] * len(tokens)
         self._texts = [list(prompt) for prompt in tokens]
         self._are_long = [self._switch is not None and len(prompt) > self._switch for prompt in tokens]
@@ -166,7 +167,7 @@ class TransformersRunner:
                 self._texts[sequence] += trees[sequence].tokens[list(path)].tolist()
 
     def _clear(self) -> None:
-        self._slots: _Slots | None = None
+        self._slots: Slots | None = None
         self._lengths: list[int] = []
         self._starts: list[int] = []  # where the last tree of each sequence was written
         self._texts: list[list[int]] = []  # what is committed
@@ -237,7 +238,7 @@ class TransformersRunner:
         trees: Sequence[DraftTree | None],
         keep: int = 0,
         nodes: Tensor | None = None,
-        is_long: bool | None = False,
+        is_long: bool = False,
     ) -> list[Tensor | None]:
         """[T, V] fp32 logits for the trees of neighbouring rows.
 
@@ -263,11 +264,9 @@ class TransformersRunner:
             visible[row, 0, :own, start : start + own] = (bits & 1).bool()
         if nodes is not None:
             tokens, positions, visible = tokens[:, nodes], positions[:, nodes], visible[:, :, nodes]
-        lone = int(bool(is_long) and int(positions.max()) < self._switch)
+        lone = int(is_long and int(positions.max()) < self._switch)
         if lone:  # one more node, which no other sees, takes the call behind the switch
-            tokens, positions = (
-                F.pad(values, (0, 1), value=self._switch * at) for at, values in enumerate((tokens, positions))
-            )
+            tokens, positions = F.pad(tokens, (0, 1)), F.pad(positions, (0, 1), value=self._switch)
             visible = F.pad(visible, (0, 1, 0, 1))
             visible[..., -1, -1] = True
         for row in rows:
@@ -353,69 +352,6 @@ def eos_tokens_of(model, tokenizer) -> frozenset[int]:
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = named if isinstance(named, list) else [] if named is None else [named]
     return frozenset([*named, *(tokenizer.eos_tokens if tokenizer else ())])
-
-
-class _Slots:
-    """Keys and values of all layers, each [B, H, capacity + 1, D], made when a layer first writes.
-
-    `rows`, `written` and `end` say where the next forward writes, and the end of what it sees. There is one slot more
-    than asked for, for the node that takes a call behind the switch.
-    """
-
-    def __init__(self, sequences: int, capacity: int):
-        from transformers.cache_utils import Cache
-
-        self.sequences = sequences
-        self.capacity = capacity
-        self.place(range(sequences), 0, 0)
-        layer_class = _layer_class()
-        self.cache = Cache(layer_class_to_replicate=lambda: layer_class(self))
-
-    def place(self, rows: Sequence[int], start: int, end: int, nodes: Tensor | None = None) -> None:
-        """The next forward writes to slots start .. end - 1 of neighbouring rows, or to `start + nodes` among them."""
-        self.rows = slice(rows[0], rows[-1] + 1)
-        self.start, self.end = start, end
-        self.written = slice(start, end) if nodes is None else start + nodes
-
-    def move(self, sequence: int, path: Sequence[int], start: int, length: int) -> None:
-        """Moves the slots start + path[j] of a sequence to length + j, in all layers."""
-        if length == start and list(path) == list(range(len(path))):
-            return
-        source = start + torch.tensor(path, device="cpu")
-        for layer in self.cache.layers:
-            for slots in (layer.keys, layer.values):
-                slots[sequence, :, length : length + len(path)] = slots[sequence, :, source.to(slots.device)]
-
-
-def _layer_class() -> type:
-    """A cache layer that writes into the slots; defined on first use because its base is in transformers."""
-    from transformers.cache_utils import DynamicLayer
-
-    class SlotLayer(DynamicLayer):
-        def __init__(self, slots: _Slots):
-            super().__init__()
-            self._slots = slots
-
-        def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-            slots = self._slots
-            if not self.is_initialized:
-                self.keys, self.values = (
-                    states.new_zeros(slots.sequences, states.shape[1], slots.capacity + 1, states.shape[3])
-                    for states in (key_states, value_states)
-                )
-                self.dtype, self.device = key_states.dtype, key_states.device
-                self.is_initialized = True
-            for all_slots, states in ((self.keys, key_states), (self.values, value_states)):
-                all_slots[slots.rows, :, slots.written] = states
-            return self.keys[slots.rows, :, : slots.end], self.values[slots.rows, :, : slots.end]
-
-        def get_seq_length(self) -> int:
-            return self._slots.start
-
-        def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-            return self._slots.end, 0
-
-    return SlotLayer
 
 
 def load_folder(

@@ -33,7 +33,7 @@ def context_of(config) -> int:
 def cache_argument(model_class: type) -> str | None:
     """What a model's forward calls its cache, which depends on the version of transformers; None if it takes none."""
     parameters = inspect.signature(model_class.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
 
 def check_supported(model_class: type, config) -> None:

@@ -2,7 +2,7 @@
 
     from pyspec.integrations.transformers import GearCache
 
-    model.generate(**inputs, past_key_values=GearCache("gear-4bit"))
+    model.generate(**inputs, cache=GearCache("gear-4bit"))  # past_key_values before transformers 5.24
 
 Attention "pyspec" (register_attention) reads the records of a step as they lie. Stock attention reads tensors: for it
 each layer unpacks its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
@@ -28,7 +28,7 @@ __all__ = ["GearCache", "GearLayer", "PackedStates"]
 
 
 class GearCache(Cache):
-    """Packed keys and values of all layers, for `past_key_values`.
+    """Packed keys and values of all layers, for `cache`, or `past_key_values` before transformers 5.24.
 
     What is in the cache when a forward pass begins counts as accepted: drafts that were rejected must have been
     cropped by then, as assisted generation does. A block of 128 tokens is packed when a pass begins at least `window`
