@@ -179,7 +179,7 @@ class TransformersRunner:
     def _behind_switch(self, sequence: int, tree: DraftTree) -> Tensor:
         """[T] bool for the nodes of a tree."""
         if self._switch is None:
-            return torch.zeros(len(tree), dtype=torch.bool)
+            return torch.zeros(len(tree), dtype=torch.bool, device="cpu")
         return tree.depths + self._lengths[sequence] >= self._switch
 
     def _read(self, sequence: int, observe: Callable[[int, DraftTree, Tensor], None] | None = None) -> Tensor:

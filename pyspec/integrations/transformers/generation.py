@@ -318,7 +318,7 @@ class _Row(Continuation):
             self.context.append(token)
             self.sampler.ids = torch.cat([self.sampler.ids, self.sampler.ids.new_tensor([token])])
             if self.put is not None:
-                self.put(torch.tensor([token]))
+                self.put(torch.tensor([token], device="cpu"))
             if self._ends():
                 self.finish("stopped")
                 break
