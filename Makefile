@@ -9,7 +9,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench clean
+.PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -33,6 +33,10 @@ test-engines: $(VENV)/ready-test $(VENV)/ready-integrations
 # Did a CPU kernel grow? Needs valgrind.
 count-instructions: $(VENV)/ready
 	$(BIN)/python bench/instructions.py
+
+# Do the bindings compile against the oldest torch that pyproject.toml names? Fetches its headers once, 150 MB.
+check-oldest-torch: $(VENV)/ready
+	$(BIN)/python csrc/oldest_torch.py
 
 # The site, in build/docs.
 docs: $(VENV)/ready-docs

@@ -29,6 +29,11 @@ warnings.filterwarnings("ignore", "Editable installation")
 class CMakeBuild(build_ext):
     """Runs CMake once; its targets land in the package."""
 
+    def run(self) -> None:
+        # What is installed in place is for this machine, anything else may become a wheel. setuptools' run() forgets inplace.
+        self.isas = "native" if self.editable_mode or self.inplace else "all"
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # one folder for editable installs, builds in place and wheels, or each would compile everything again
@@ -44,8 +49,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": Path(torch.origin).parent if torch else "",
-            # an install in place is for this machine; anything else may become a wheel for others
-            "PYSPEC_ISAS": os.environ.get("PYSPEC_ISAS") or ("native" if self.editable_mode or self.inplace else "all"),
+            "PYSPEC_ISAS": os.environ.get("PYSPEC_ISAS") or self.isas,
             "PYSPEC_CUDA": os.environ.get("PYSPEC_CUDA", ""),
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
         }

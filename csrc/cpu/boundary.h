@@ -17,19 +17,26 @@
 // Declares a kernel's entry point for every instruction set and a table to pick from.
 #if PYSPEC_X86
 #define PYSPEC_WEAK extern "C" __attribute__((weak, visibility("hidden")))
-#define PYSPEC_KERNEL_TABLE(name, Params)              \
-  extern "C" void name##_portable(const Params&);      \
-  PYSPEC_WEAK void name##_avx2(const Params&);         \
-  PYSPEC_WEAK void name##_avx512(const Params&);       \
-  PYSPEC_WEAK void name##_avx512_vnni(const Params&);  \
-  PYSPEC_WEAK void name##_avx512_bf16(const Params&);  \
-  PYSPEC_WEAK void name##_amx_bf16(const Params&);     \
-  static constexpr pyspec::KernelTable<Params> name##_table {{ \
-    name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16 }}
+#define PYSPEC_KERNEL_TABLE(name, Params)                                                                  \
+  extern "C" void name##_portable(const Params&);                                                          \
+  PYSPEC_WEAK void name##_avx2(const Params&);                                                             \
+  PYSPEC_WEAK void name##_avx512(const Params&);                                                           \
+  PYSPEC_WEAK void name##_avx512_vnni(const Params&);                                                      \
+  PYSPEC_WEAK void name##_avx512_bf16(const Params&);                                                      \
+  PYSPEC_WEAK void name##_amx_bf16(const Params&);                                                         \
+  static constexpr pyspec::KernelTable<Params> name##_table {                                              \
+    {                                                                                                      \
+      name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16 \
+    }                                                                                                      \
+  }
 #else
-#define PYSPEC_KERNEL_TABLE(name, Params)         \
-  extern "C" void name##_portable(const Params&); \
-  static constexpr pyspec::KernelTable<Params> name##_table {{ name##_portable }}
+#define PYSPEC_KERNEL_TABLE(name, Params)                     \
+  extern "C" void name##_portable(const Params&);             \
+  static constexpr pyspec::KernelTable<Params> name##_table { \
+    {                                                         \
+      name##_portable                                         \
+    }                                                         \
+  }
 #endif
 
 namespace pyspec {

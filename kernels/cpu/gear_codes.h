@@ -113,8 +113,8 @@ PYSPEC_INLINE void unpack_vectors(const Convert& convert, const uint8_t* codes, 
   }
 }
 
-// The numbers of kPart tokens of a half, of codes of kBits: keys as [pair of channels][16 tokens], values as [pair of tokens]
-// [16 channels].
+// The numbers of kPart tokens of a half, of codes of kBits: keys as [pair of channels][16 tokens], values as
+// [pair of tokens] [16 channels].
 template <int kBits, bool kPairs>
 PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t part, float* tile) {
 #if PYSPEC_HAS_BF16_DOT
@@ -145,8 +145,8 @@ PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t 
 
 // The same for codes of 2, 3, 4 or 8 bits. Not inline: it is large, and the same for every type of queries.
 template <bool kPairs>
-__attribute__((noinline)) void unpack(int64_t bits, const uint8_t* codes, int64_t d, bool values, int64_t part,
-                                      float* tile) {
+__attribute__((noinline)) void unpack(int64_t bits, const uint8_t* codes, int64_t d, bool values,
+                                      int64_t part, float* tile) {
   switch (bits) {
     case 2:
       return unpack<2, kPairs>(codes, d, values, part, tile);
