@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from every_backend import available_instruction_sets
+from every_backend import EACH_BACKEND, backend_runner
 
 import pyspec
 from pyspec.ops import GearFormat, gear_decode, gear_encode
@@ -33,23 +33,7 @@ PRUNED = {
     "3 bits of channels": GearFormat(3, 64, key_channels=32),
     "8 bits of channels": GearFormat(8, 128, rank=4, key_channels=48),
 }
-BACKENDS = ["reference", *available_instruction_sets()]
-
-
-def backend_runner(request, monkeypatch):
-    """Runs a function on one backend or instruction set."""
-    if request.param == "reference":
-
-        def call(function, *args, **options):
-            with pyspec.backend("reference"):
-                return function(*args, **options)
-
-        return call
-    monkeypatch.setenv("PYSPEC_ISA", request.param)
-    return lambda function, *args, **options: function(*args, **options)
-
-
-on_backend = pytest.fixture(params=BACKENDS)(backend_runner)
+on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
 
 
 def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):

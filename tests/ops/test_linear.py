@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from every_backend import KERNELS, each_backend, each_kernel, on_backend
+from every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,20 +19,6 @@ run, kernel = each_backend(linear), each_kernel(linear)
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal to the last bit: -0 is not 0, and a NaN equals itself."""
-    integers = {4: torch.int32, 2: torch.int16}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.view(integers), b.view(integers))
-
-
-def assert_same(run, a: torch.Tensor, b: torch.Tensor) -> None:
-    """The same bits from a kernel; the reference promises values."""
-    if run is linear:
-        assert same_bits(a, b)
-    else:
-        torch.testing.assert_close(a, b)
 
 
 def alone(x: torch.Tensor, *args, **options) -> torch.Tensor:
@@ -200,7 +186,7 @@ def test_a_bad_row_stays_alone(run, x_dtype, packed, value):
         assert not found[row].isfinite().any()
         if packed == torch.int8:  # the group has no scale any more
             assert found[row].isnan().all()
-        assert_same(run, found[others], clean[others])
+        assert_same(found[others], clean[others])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -214,7 +200,7 @@ def test_a_nan_weight_reaches_its_output_only(run, dtype):
         found = run(x, pack_weight(bad))
         others = [i for i in range(45) if i != output]
         assert found[:, output].isnan().all()
-        assert_same(run, found[:, others].contiguous(), clean[:, others].contiguous())
+        assert_same(found[:, others].contiguous(), clean[:, others].contiguous())
 
 
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
@@ -247,15 +233,15 @@ def test_shapes_and_strides(run, x_dtype, packed):
     x = random(2, 3, 77, dtype=x_dtype)
     expected = run(x, weight)
     assert expected.shape == (2, 3, 45) and expected.dtype == x_dtype and expected.is_contiguous()
-    assert_same(run, run(x.flatten(0, 1), weight), expected.flatten(0, 1))
-    assert_same(run, run(x[1, 2], weight), expected[1, 2])
+    assert_same(run(x.flatten(0, 1), weight), expected.flatten(0, 1))
+    assert_same(run(x[1, 2], weight), expected[1, 2])
     wide = random(2, 3, 90, dtype=x_dtype)
     wide[..., 5:82] = x
-    assert_same(run, run(wide[..., 5:82], weight), expected)
-    assert_same(run, run(wide.flatten(0, 1)[::2, 5:82], weight), expected.flatten(0, 1)[::2].contiguous())
+    assert_same(run(wide[..., 5:82], weight), expected)
+    assert_same(run(wide.flatten(0, 1)[::2, 5:82], weight), expected.flatten(0, 1)[::2].contiguous())
     swapped = x.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_same(run, run(swapped, weight), expected)
-    assert_same(run, run(x[0, :1].expand(4, 77), weight), expected[0, :1].expand(4, 45).contiguous())
+    assert_same(run(swapped, weight), expected)
+    assert_same(run(x[0, :1].expand(4, 77), weight), expected[0, :1].expand(4, 45).contiguous())
     for shape in ((0, 77), (0, 3, 77), (2, 0, 77)):
         assert run(x.new_empty(shape), weight).shape == (*shape[:-1], 45)
 
@@ -263,8 +249,8 @@ def test_shapes_and_strides(run, x_dtype, packed):
 def test_one_input_may_have_any_stride(run):
     x = random(4, 6)
     weight = pack_weight(random(5, 1, seed=1))
-    assert_same(run, run(x[:, 2:3], weight), run(x[:, 2:3].contiguous(), weight))
-    assert_same(run, run(x.T[:, 2:3], weight), run(x.T[:, 2:3].contiguous(), weight))
+    assert_same(run(x[:, 2:3], weight), run(x[:, 2:3].contiguous(), weight))
+    assert_same(run(x.T[:, 2:3], weight), run(x.T[:, 2:3].contiguous(), weight))
 
 
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
@@ -273,13 +259,13 @@ def test_bias_and_out_dtype(run, x_dtype, packed):
     weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     x = random(5, 77, dtype=x_dtype)
     total = run(x, weight, out_dtype=torch.float32)
-    assert same_bits(run(x, weight), total.to(x_dtype))
+    assert_same(run(x, weight), total.to(x_dtype))
     for out_dtype in FLOATS:
-        assert same_bits(run(x, weight, out_dtype=out_dtype), total.to(out_dtype))
+        assert_same(run(x, weight, out_dtype=out_dtype), total.to(out_dtype))
         for bias_dtype in (*FLOATS, torch.float64):
             for bias in (random(45, dtype=bias_dtype, seed=2), random(90, dtype=bias_dtype, seed=2)[::2]):
                 found = run(x, weight, bias, out_dtype=out_dtype)
-                assert same_bits(found, (total + bias.float()).to(out_dtype))
+                assert_same(found, (total + bias.float()).to(out_dtype))
 
 
 def test_results_beyond_fp16(run):
@@ -289,7 +275,7 @@ def test_results_beyond_fp16(run):
 
 def test_a_plain_weight_is_packed(run):
     x, weight = random(5, 77), random(45, 77, seed=1)
-    assert same_bits(run(x, weight), run(x, pack_weight(weight)))
+    assert_same(run(x, weight), run(x, pack_weight(weight)))
 
 
 # ==== the op as torch sees it ====

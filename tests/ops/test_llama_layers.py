@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_backend import BACKENDS, KERNELS, on_backend
+from every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
 
 from pyspec import DraftTree
 from pyspec.ops import pack_weight
@@ -104,7 +104,7 @@ def plain_llama(given, dense, tree):
     return norm(hidden, given["last_norm"])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 @pytest.mark.parametrize("biases", [False, True])
 def test_equals_a_textbook_llama(backend, biases):
     given, dense = arguments(biases=biases)
@@ -114,7 +114,7 @@ def test_equals_a_textbook_llama(backend, biases):
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", EACH_KERNEL)
 @pytest.mark.parametrize(
     "weight_dtype, dtype",
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16)],
@@ -129,7 +129,7 @@ def test_the_program_has_the_bits_of_its_ops(name, weight_dtype, dtype, monkeypa
     assert torch.equal(by_ops["keys_values"], cache)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", EACH_KERNEL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_pieces_of_prompts_have_the_bits_of_trees(name, dtype, monkeypatch):
     """The ops send all through tree_attention; the program sends a long chain through block_masked_attention."""

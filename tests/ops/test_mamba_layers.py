@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from every_backend import BACKENDS, KERNELS, on_backend
+from every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
 from rounds import root_path
 
 from pyspec import DraftTree
@@ -153,7 +153,7 @@ def plain_mamba(kind, given, dense, index, path):
     return norm(rows[-1], given["last_norm"].double())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_equals_a_textbook_mamba(kind, biases, backend):
@@ -168,7 +168,7 @@ def test_equals_a_textbook_mamba(kind, biases, backend):
     torch.testing.assert_close(out.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", EACH_KERNEL)
 @pytest.mark.parametrize(
     "weight_dtype, dtype",
     [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.int8, torch.bfloat16)],

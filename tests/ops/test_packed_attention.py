@@ -2,19 +2,21 @@
 
 import os
 
+import every_backend
 import pytest
 import torch
+from every_backend import EACH_BACKEND, KERNELS, assert_same, backend_runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packings import BOOKS, PACKINGS, TOLERANCE, codes, gear
-from test_gear_encode import BACKENDS, backend_runner, formats_for
+from test_gear_encode import formats_for
 
 import pyspec
 from pyspec.ops import tree_attention
 from pyspec.ops.gear import blocks_seen
 from pyspec.ops.tree_attention import HEAD_DIMS
 
-on_backend = pytest.fixture(params=BACKENDS)(backend_runner)
+on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
 EACH = ["gear", "codes 256", "pre-rope codes 256"]  # one of each kind
 
 
@@ -98,7 +100,7 @@ def test_blocks_that_no_row_sees_may_hold_anything(on_backend, name):
     args = (case.q, packed, k, v, case.bits, case.lens)
     expected = on_backend(packing.attend, *args)
     packed[:, :, blocks_seen(333, 64) :] = 255  # NaN scales
-    assert torch.equal(on_backend(packing.attend, *args), expected)
+    assert_same(on_backend(packing.attend, *args), expected)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -130,7 +132,8 @@ def test_strides_and_guards(on_backend, name):
     wide[:, :, 1:-1] = packed
     before, inputs = wide.clone(), [x.clone() for x in (q, k, v)]
     found = on_backend(packing.attend, q, wide[:, :, 1:-1], k, v, case.bits, case.lens)
-    assert torch.equal(found, expected) and torch.equal(wide, before)
+    assert_same(found, expected)
+    assert torch.equal(wide, before)
     for x, kept in zip((q, k, v), inputs, strict=True):
         assert torch.equal(x, kept)
 
@@ -141,7 +144,7 @@ def test_strides_and_guards(on_backend, name):
 @settings(max_examples=60, deadline=None, database=None, derandomize=True)
 @given(st.data())
 def test_row_rule(data):
-    if not BACKENDS[1:]:
+    if not KERNELS:
         pytest.skip("no compiled kernel to test")
     heads, kv_heads = data.draw(st.sampled_from([(3, 1), (4, 2), (8, 1), (17, 1)]))
     batch = data.draw(st.integers(1, 2))
@@ -154,8 +157,7 @@ def test_row_rule(data):
     packing = PACKINGS[data.draw(st.sampled_from([name for name in PACKINGS if ("codes" in name) == is_codes]))]
     head_dim = data.draw(st.sampled_from([64, 128]))
     seed = data.draw(st.integers(0, 99))
-    os.environ["PYSPEC_ISA"] = data.draw(st.sampled_from(BACKENDS[1:]))
-    try:
+    with every_backend.on_backend(data.draw(st.sampled_from(KERNELS))):
         case, packed, k, v = packing.case(lens, nodes, 64, heads, kv_heads, head_dim, dtype, seed)
         out, lse = packing.attend(case.q, packed, k, v, case.bits, case.lens, return_lse=True)
         for b, parents in enumerate(case.parents):
@@ -163,8 +165,6 @@ def test_row_rule(data):
                 row, row_lse = packing.plain_decode(case, packed, b, node)
                 assert torch.equal(out[b, :, node], row[0, :, 0]), (b, node)
                 assert torch.equal(lse[b, :, node], row_lse[0, :, 0]), (b, node)
-    finally:
-        del os.environ["PYSPEC_ISA"]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -209,7 +209,7 @@ def test_attention_names_what_does_not_fit(name):
             packing.attend(**good | change)
 
 
-@pytest.mark.skipif(not BACKENDS[1:], reason="no compiled kernel to test")
+@pytest.mark.skipif(not KERNELS, reason="no compiled kernel to test")
 @pytest.mark.parametrize("name", EACH)
 def test_rows_that_see_blocks_that_are_not_there_are_refused(name):
     packing = PACKINGS[name]

@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from every_backend import EACH_BACKEND, KERNELS, backend_runner
 from packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
-from test_gear_encode import BACKENDS, backend_runner, relative_error
+from test_gear_encode import relative_error
 
 import pyspec
 from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
@@ -14,7 +15,7 @@ from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
 
 HEAD_DIMS = (64, 96, 128, 256)
-on_backend = pytest.fixture(params=BACKENDS)(backend_runner)
+on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
 
 
 def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):
@@ -177,7 +178,7 @@ def test_rotary_that_does_not_fit_is_named():
     ):
         with pytest.raises(error, match=message):
             residual_vq_attention(*args, rotary=wrong)
-    if BACKENDS[1:]:
+    if KERNELS:
         seen = torch.ones(1, 2, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="rotary must be contiguous float32"):
             torch.ops.pyspec.residual_vq(case.q, packed, seen, BOOKS["256"], 0.125, good[:-1])

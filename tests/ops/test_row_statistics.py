@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from every_backend import BACKENDS, each_backend, each_kernel, on_backend
+from every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,10 +142,6 @@ def test_no_rows_and_no_tokens(run):
 
 
 # ==== the row rule ====
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

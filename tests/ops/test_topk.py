@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_backend import BACKENDS, each_backend, each_kernel, on_backend
+from every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,10 +38,6 @@ def oracle(row: list[float], k: int, kept: list[list[int]], per_bucket: int, lar
 
     best = [index for bucket in kept for index in sorted(bucket, key=place)[:per_bucket]]
     return sorted(best, key=place)[:k]
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
 def check(run, x: torch.Tensor, k: int, largest: bool = True, **knobs):
