@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_floating
+from pyspec.ops._checks import FLOATS, BadData, check_floating
 from pyspec.ops._library import Op
 
 __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
@@ -192,11 +192,18 @@ _OP = Op(
 )
 
 
+def _check_index(index: Tensor, weight: Tensor, outputs: int, inputs: int) -> None:
+    for place, row in enumerate(index.tolist()):
+        if not 0 <= row < outputs:
+            raise BadData(f"index must be in [0, {outputs}), got {row} at {place}")
+
+
 _ROWS = Op(
     "linear_rows",
     "(Tensor index, Tensor weight, int outputs, int inputs) -> Tensor",
     linear_rows_reference,
     lambda index, weight, outputs, inputs: index.new_empty((len(index), inputs), dtype=torch.float32),
+    check=_check_index,
 )
 
 

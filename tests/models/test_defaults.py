@@ -8,13 +8,12 @@ import torch
 from random_llama import random_llama, random_tokens, random_tree
 
 import pyspec
-from pyspec import BlockMask, generate, ops
+from pyspec import generate
 from pyspec.caches import CACHES, GearCache
 from pyspec.drafting import NAMES, new_drafter
 from pyspec.drafting.layer_skip import LayerSkipDrafter
 from pyspec.drafting.model import ModelDrafter
 from pyspec.growth.dyspec import DySpecThreshold
-from pyspec.ops.selective_state import to_panels
 
 
 @contextlib.contextmanager
