@@ -141,8 +141,7 @@ class Op:
     def _run_reference(self, *args):
         if self._check is not None:
             self._check(*args)
-        with torch.autocast(_device_of(args), enabled=False):
-            return self.reference(*args)
+        return outside_autocast(self.reference)(*args)
 
     def _slow_reference(self, *args):
         _warn_slow(compiled_library()[1])
@@ -182,9 +181,20 @@ class Op:
         return ("reference", missing) if missing else ("triton", "compiled at first use")
 
 
+def outside_autocast(function: Callable) -> Callable:
+    """A function of tensors in their own dtypes: PyTorch's ops inside do not see the caller's autocast."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with torch.autocast(_device_of((*args, *kwargs.values())), enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def refuse_gradients(op: str, **arguments) -> None:
     """Raises RuntimeError where an argument, a tensor or a list of them, wants a gradient, which op does not have."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for name, value in arguments.items():
             if torch._C._any_requires_grad(value):
                 raise RuntimeError(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.ops._checks import FLOATS, BadData, check_floating
-from pyspec.ops._library import Op
+from pyspec.ops._library import Op, refuse_gradients
 
 __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
 
@@ -76,6 +76,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     Raises:
         TypeError: a dtype is not supported.
         ValueError: weight is not a matrix, is empty, or (int8) a value is too large for a scale in fp16.
+        RuntimeError: weight requires a gradient, which int8 would lose.
     """
     dtype = dtype or weight.dtype
     if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8):
@@ -87,6 +88,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
+        refuse_gradients("pack_weight", weight=weight)
         data = _pack_int8(weight, in_panels)
     elif not in_panels:
         data = weight.to(dtype).contiguous()
