@@ -35,9 +35,9 @@ def deterministic():
 
 
 @contextlib.contextmanager
-def other_threads():
+def one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(3 - min(before, 2))
+    torch.set_num_threads(1)  # more than there are processors would wait for each other
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ SETTINGS = {
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
     "deterministic": deterministic,
-    "threads": other_threads,
+    "threads": one_thread,
     "autocast bfloat16": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "autocast float16": lambda: torch.autocast("cpu", dtype=torch.float16),
 }

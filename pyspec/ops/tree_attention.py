@@ -42,8 +42,8 @@ def tree_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
-        k = k[block_table.long()].transpose(1, 2).flatten(2, 3)
-        v = v[block_table.long()].transpose(1, 2).flatten(2, 3)
+        pages = block_table.long().clamp(0, len(k) - 1)  # those behind a sequence's last key may be anything
+        k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
     nodes, slots = q.shape[2], k.shape[2]
 
     index = torch.arange(nodes, device=q.device)
