@@ -1,13 +1,23 @@
-"""Arguments read by what they are: token ids out of lists, arrays, tensors and tokenizers' results, and numbers."""
+"""Arguments read by what they are: token ids out of lists, arrays, tensors and tokenizers' results, numbers, text."""
 
 from __future__ import annotations
 
+import codecs
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Set, Sized
 from itertools import chain, islice
 from numbers import Real
 
-__all__ = ["described", "is_scalar", "read_integer", "read_number", "read_prompts", "read_tokens"]
+__all__ = [
+    "check_unicode",
+    "decode_text",
+    "described",
+    "is_scalar",
+    "read_integer",
+    "read_number",
+    "read_prompts",
+    "read_tokens",
+]
 
 _IDS = "token ids: a list, an array or a tensor of them, as tokenizer.encode makes of text"
 # what tokenizers return beside token ids that does not change what a language model reads
@@ -73,6 +83,30 @@ def read_number(name: str, value) -> float:
         return float(plain)
     except OverflowError:
         return float("inf") if plain > 0 else float("-inf")
+
+
+def decode_text(name: str, data: bytes) -> str:
+    """Text in UTF-8, with or without a byte order mark, or in UTF-16 with one; its lines end with a line feed alone.
+
+    Raises:
+        ValueError: it is neither; the message tells where.
+    """
+    is_wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text, got byte 0x{data[error.start]:02x} at {error.start}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def check_unicode(name: str, text: str) -> None:
+    """Raises ValueError for a string with a lone surrogate: half a character, or a byte that was no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text that UTF-8 can hold, got {described(text)} with half a character at {error.start}"
+        ) from None
 
 
 def is_scalar(value) -> bool:

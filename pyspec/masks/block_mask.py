@@ -72,7 +72,6 @@ class BlockMask:
         if not 2 <= visible.dim() <= 4:
             raise ValueError(f"visible must be [N, M], [B, N, M] or [B, H, N, M], got shape {tuple(visible.shape)}")
         rows, keys = visible.shape[-2:]
-        _check_sizes(rows=rows, keys=keys)
         missing = (1,) * (4 - visible.dim())
         dense = visible.reshape(*visible.shape[:-2], *missing, rows, keys)
         mask = cls._from_map(*tiles.of_dense(dense, tiles.words_per_block(rows, visible.device)), rows, keys)
@@ -89,7 +88,7 @@ class BlockMask:
         predicate is given int32 tensors that broadcast against one another and returns a bool tensor, like a mask_mod
         of FlexAttention. It is asked about every pair: the other constructors are faster.
         """
-        _check_sizes(rows=rows, keys=keys, batch=batch, heads=heads)
+        rows, keys, batch, heads = _sizes(rows=rows, keys=keys, batch=batch, heads=heads)
         words = tiles.words_per_block(rows, device)
         b, h, row, key = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, heads, rows, keys))
         b, h, row = b[:, None, None, None], h[:, None, None], row[:, None]
@@ -123,7 +122,7 @@ class BlockMask:
         Raises:
             ValueError: a length is negative or does not fit.
         """
-        _check_sizes(prefix=prefix)
+        (prefix,) = _sizes(prefix=prefix)
         lengths = _lengths("lengths", lengths)
         inputs = np.zeros_like(lengths) if inputs is None else _lengths("inputs", inputs)
         if inputs.shape != lengths.shape or (inputs > lengths).any():
@@ -161,11 +160,13 @@ class BlockMask:
             ValueError: a size is negative, window or dilation is below 1, or M is below N.
         """
         keys = rows if keys is None else keys
-        _check_sizes(rows=rows, keys=keys, global_tokens=global_tokens)
+        rows, keys, global_tokens = _sizes(rows=rows, keys=keys, global_tokens=global_tokens)
         if keys < rows:
             raise ValueError(f"keys must be at least rows ({rows}), got {keys}")
+        window = None if window is None else read_integer("window", window)
+        dilation = read_integer("dilation", dilation)
         for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
-            if read_integer(name, value) < 1:
+            if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         most = -(-keys // dilation)
         reach = (most if window is None else min(window - 1, most)) * dilation
@@ -204,9 +205,7 @@ class BlockMask:
             trees, prefixes = [trees], [prefix]
         if len(prefixes) != len(trees):
             raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
-        sizes = [read_integer("prefix", n) for n in prefixes]
-        for n in sizes:
-            _check_sizes(prefix=n)
+        sizes = [_sizes(prefix=n)[0] for n in prefixes]
         return cls._from_parents([(parents_of(tree), n) for tree, n in zip(trees, sizes, strict=True)], device)
 
     @classmethod
@@ -463,10 +462,13 @@ def _check_answer(visible: Tensor) -> None:
         raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if read_integer(name, size) < 0:
+def _sizes(**sizes: int) -> list[int]:
+    """The sizes; raises TypeError or ValueError unless they are integers that are not negative."""
+    found = [read_integer(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, found, strict=True):
+        if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
+    return found
 
 
 def _lengths(name: str, values: Sequence[int]) -> np.ndarray:

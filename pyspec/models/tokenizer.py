@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
-from pyspec.arguments import described, read_tokens
+from pyspec.arguments import check_unicode, described, read_tokens
 from pyspec.models import gguf_tokenizer
 from pyspec.models.chat_templates import render_chat, select_template
 from pyspec.models.entries import Entries
@@ -246,12 +246,7 @@ class Tokenizer:
     def _encode(self, text: str, special: bool) -> list[int]:
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {described(text)}")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text must be Unicode, got half a character at {error.start}: {described(text)}"
-            ) from None
+        check_unicode("text", text)
         self.backend.encode_special_tokens = not special
         return self.backend.encode(text, add_special_tokens=False).ids
 

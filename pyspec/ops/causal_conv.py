@@ -66,6 +66,10 @@ def _fake(window, record, x, *rest) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
+def _check_round(window, record, x, weight, bias, *rest) -> None:
+    Round(*rest[:-1]).check(len(x), len(window), record.shape[2])
+
+
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
@@ -73,6 +77,7 @@ _OP = Op(
     causal_conv_reference,
     _fake,
     cuda=True,
+    check=_check_round,
 )
 
 
@@ -103,8 +108,9 @@ def causal_conv(
         [R, channels] of out_dtype, after silu.
 
     Raises:
-        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-        RuntimeError: what round holds does not fit: a sequence twice, a node or a half that is not there.
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument. On the CPU also when what
+            round holds does not: a sequence twice, a node or a half that is not there.
+        RuntimeError: an argument requires a gradient.
     """
     if weight.dim() != 2 or not 1 <= len(weight) <= MOST_TAPS or weight.shape[1] % LANES:
         raise ValueError(

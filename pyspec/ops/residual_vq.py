@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pyspec.ops._library import Op
-from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_tree, join_exact, used_blocks
+from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_seen, check_tree, join_exact, used_blocks
 from pyspec.ops.gear_encode import check_floats, check_keys_values
 from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS
@@ -269,6 +269,7 @@ _ATTENTION = Op(
     residual_vq_reference,
     _fake_attention,
     cuda=True,
+    check=check_seen,
 )
 
 
@@ -356,8 +357,9 @@ def residual_vq_attention(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: a shape, stride, device or option does not fit; the message names the argument.
-        RuntimeError: on the CPU, when prefix_lens point outside packed or k.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
+            prefix_lens point outside of packed or k.
+        RuntimeError: an argument requires a gradient.
     """
     check_floats("q", q)
     check_codebooks(codebooks)

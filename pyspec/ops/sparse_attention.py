@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from pyspec.ops._checks import check_floating
+from pyspec.ops._library import outside_autocast, refuse_gradients
 from pyspec.ops.topk import topk
 
 __all__ = ["sparse_attention"]
 
 
+@outside_autocast
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -60,7 +62,9 @@ def sparse_attention(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: a shape, device or number does not fit.
+        RuntimeError: an argument requires a gradient.
     """
+    refuse_gradients("sparse_attention", q=q, k=k, v=v, value_mean=value_mean)
     _check(q, k, v, lengths, value_mean)
     head_dim, slots = k.shape[3], k.shape[2]
     for name, value, most in (
