@@ -239,6 +239,7 @@ class TransformersRunner:
         keep: int = 0,
         nodes: Tensor | None = None,
         is_long: bool = False,
+        beyond: int = 0,
     ) -> list[Tensor | None]:
         """[T, V] fp32 logits for the trees of neighbouring rows.
 
@@ -246,6 +247,7 @@ class TransformersRunner:
             keep: the last nodes whose logits are needed; 0 for all.
             nodes: those of the only tree that are read, where the others were read before.
             is_long: whether they are read as those behind the switch, wherever they are.
+            beyond: is added to the positions of the last row.
         """
         lengths = [self._lengths[row] for row in rows]
         start, size = max(lengths), max(len(tree) for tree in trees if tree is not None)
@@ -262,6 +264,7 @@ class TransformersRunner:
             visible[row, 0, :own, :length] = True
             bits = tree.ancestor_bits[:, index[:own] // 32] >> (index[:own] % 32)
             visible[row, 0, :own, start : start + own] = (bits & 1).bool()
+        positions[-1] += beyond
         if nodes is not None:
             tokens, positions, visible = tokens[:, nodes], positions[:, nodes], visible[:, :, nodes]
         lone = int(is_long and int(positions.max()) < self._switch)
@@ -314,27 +317,34 @@ class TransformersRunner:
         """Why a model cannot be read; finds the switch by the way."""
         first, second, third, other = (token % self.vocab_size for token in (11, 22, 33, 44))
         texts = torch.tensor([[first, token, second, third] for token in (second, other)], device=self.device)
-        places = torch.arange(4, device=self.device)[None]
-        expected, changed = (
-            self.model(input_ids=text[None], position_ids=places, use_cache=False).logits[0].float() for text in texts
-        )
-        read = functools.partial(self.prefill, texts[:1].tolist(), capacity=4)
-        switches = find_switches(self.model, read, 4, self.context_length)
+        places, plain = torch.arange(4, device=self.device)[None], []
+
+        def read(text: Tensor) -> None:
+            logits = self.model(input_ids=text[None], position_ids=places, use_cache=False).logits
+            plain.append(logits[0].float())
+
+        switches = find_switches(self.model, functools.partial(read, texts[0]), 4, self.context_length)
         if len(switches) > 1 or None in switches:
             return "its rotary frequencies are others for each length of the longest text of a call"
+        read(texts[1])
+        # what another token in the text changes is the measure of what one that is not in it may change
+        most = 0.05 if self.dtype in (torch.float32, torch.float64) else 0.25
+        allowed = most * (plain[1] - plain[0])[-1].abs().mean()
+        hangs = "its logits depend on what else is in a call"
         before = self.prefill([[first], [other, first, other]], capacity=19)[:1]
         # the path root - 2 - 3 is the same text; node 1 is beside it, and a crowd in the other sequence
-        tree, crowd = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
-        found = torch.cat([torch.stack(before), self.verify([tree, crowd])[0][[0, 2, 3]]])
-        # another token in the text is the measure of what a token that is not in it may change
-        allowed = (0.05 if self.dtype in (torch.float32, torch.float64) else 0.25) * (changed - expected)[
-            -1
-        ].abs().mean()
-        if not (found - expected).abs().mean(-1).max() <= allowed:
-            return (
-                "it does not attend as its attention mask and position_ids tell, or its logits depend on what else is "
-                "in a call"
-            )
+        trees = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
+        path = self.verify(trees)[0][[0, 2, 3]]
+        if not (torch.cat([torch.stack(before), path]) - plain[0]).abs().mean(-1).max() <= allowed:
+            return f"it does not attend as its attention mask and position_ids tell, or {hangs}"
+        if not switches:
+            beside_far = self._forward(range(2), trees, beyond=max(0, self.context_length - 8))[0][[0, 2, 3]]
+            if not (beside_far - path).abs().mean(-1).max() <= allowed:
+                return f"{hangs}, or how far it goes"
+        self._slots.ahead = self.context_length // 2
+        again, self._slots.ahead = self.verify(trees)[0][[0, 2, 3]], 0
+        if not (again - path).abs().max() <= 0.01 * path.abs().max():
+            return "its positions cannot be given, they follow from the length of its cache"
         self._switch = next(iter(switches), None)
         self._reads_again = self._switch is not None and self._drops_its_cache()
         return None

@@ -21,6 +21,7 @@ class Slots:
         from transformers.cache_utils import Cache
 
         self.sequences = sequences
+        self.ahead = 0  # how much longer the cache says that it is
         self.capacity = capacity
         self.place(range(sequences), 0, 0)
         layer_class = _layer_class()
@@ -65,7 +66,7 @@ def _layer_class() -> type:
             return self.keys[slots.rows, :, : slots.end], self.values[slots.rows, :, : slots.end]
 
         def get_seq_length(self) -> int:
-            return self._slots.start
+            return self._slots.start + self._slots.ahead
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return self._slots.end, 0

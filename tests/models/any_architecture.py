@@ -30,6 +30,7 @@ _OTHERS = {
     "dots1": {"num_key_value_heads": 4},
     "granitemoehybrid": {"layer_types": ["attention"] * 2, "mamba_n_heads": 8},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "llama4_text": {"floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [1, 0]},  # attention scaled by position
     "phi3": {"sliding_window": 1000},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},

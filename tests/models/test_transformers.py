@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pyspec import DraftTree, load
 from pyspec.models.transformers import TransformersRunner
+from pyspec.models.transformers_support import cache_argument
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
@@ -162,11 +163,20 @@ def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
         TransformersRunner(model)
 
 
-@pytest.mark.parametrize("fault", ["texts of a batch", "experts that are full", "an error"])
-def test_a_model_whose_rows_hang_on_their_call_is_refused(fault, monkeypatch):
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        ("texts of a batch", "depend on what else is in a call"),
+        ("experts that are full", "depend on what else is in a call"),
+        ("the longest position", "depend on what else is in a call, or how far it goes"),
+        ("the length of the cache", "they follow from the length of its cache"),
+        ("an error", r"its forward fails .*IndexError: out of nothing\)"),
+    ],
+)
+def test_a_model_whose_rows_hang_on_their_call_is_refused(fault, reason, monkeypatch):
     model = tiny_model("GPT2", SUPPORTED["GPT2"])
-    block = model.transformer.h[0]
-    forward = block.mlp.forward
+    block, whole = model.transformer.h[0].mlp, model.forward
+    forward, longest = block.forward, []
 
     def changed(states):
         if fault == "texts of a batch":
@@ -175,11 +185,20 @@ def test_a_model_whose_rows_hang_on_their_call_is_refused(fault, monkeypatch):
             expert = states[..., 0] > 0
             places = torch.where(expert, expert.flatten().cumsum(0).view(expert.shape), 0)
             return forward(states) * (places <= max(1, expert.numel() // 4))[..., None]
-        raise IndexError("out of nothing")
+        if fault == "an error":
+            raise IndexError("out of nothing")
+        return forward(states) * max(1, longest[-1] / 20)  # as attention that is scaled by length behind 20 tokens
 
-    monkeypatch.setattr(block.mlp, "forward", changed)
-    reason = r"its forward fails .*IndexError: out of nothing" if fault == "an error" else "depend on what else is in a"
-    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}"):
+    def seen(*args, **inputs):
+        cache = inputs.get(cache_argument(type(model)))
+        by_cache = fault == "the length of the cache" and cache is not None
+        longest.append(cache.get_seq_length() if by_cache else int(inputs["position_ids"].max()))
+        return whole(*args, **inputs)
+
+    seen.__signature__ = inspect.signature(whole)
+    monkeypatch.setattr(block, "forward", changed)
+    monkeypatch.setattr(model, "forward", seen)
+    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}; supported are Llama"):
         TransformersRunner(model)
 
 
