@@ -30,7 +30,7 @@ class CMakeBuild(build_ext):
     """Runs CMake once; its targets land in the package."""
 
     def run(self) -> None:
-        # What is installed in place is for this machine, anything else may become a wheel. setuptools' run() forgets inplace.
+        # What is installed in place is for this machine; the rest may become wheels. setuptools' run() forgets inplace.
         self.isas = "native" if self.editable_mode or self.inplace else "all"
         super().run()
 

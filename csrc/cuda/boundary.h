@@ -42,8 +42,7 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& beside, int64_t 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &device));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
   return torch::stable::Tensor(handle);
 }
 

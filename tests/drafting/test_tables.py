@@ -160,7 +160,20 @@ def test_suffixes_are_found_where_they_occur():
         assert host.grow([suffixes], estimates, [alphabet + 1], 5)[0].tolist() == [alphabet + 1]
 
 
-def test_a_text_of_one_token_costs_no_more_than_another():
+@pytest.mark.parametrize("step", [1, 100, 5000])
+@pytest.mark.parametrize("module", MODULES)
+def test_a_token_costs_no_more_than_a_piece_of_its_text(module, step):
+    """A token is counted in all suffixes of what was read before it, so a text is read in pieces of 1024 tokens,
+    however it comes: what a piece begins with follows nothing."""
+    suffixes, cursor, text = module.SuffixLookup(10_000), module.Cursor(), list(range(3000))
+    for start in range(0, len(text), step):
+        cursor = suffixes.extend(cursor, text[start : start + step])
+    estimates = module.Estimates([suffixes.priors()], 1.0)
+    followed = [module.grow([suffixes], estimates, [token], 2)[0].tolist() == [token, token + 1] for token in text[:-1]]
+    assert [token for token, is_followed in enumerate(followed) if not is_followed] == [1023, 2047]
+
+
+def test_a_long_text_of_one_token_is_read():
     suffixes = host.SuffixLookup(400_000)
-    suffixes.extend(host.Cursor(), [1] * 100_000)  # seconds, where each token walks through all before it
+    suffixes.extend(host.Cursor(), [1] * 100_000)  # minutes, were it one piece
     assert len(suffixes) == 100_000
