@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.selective_state import Round
+from pyspec.ops.selective_state import Round, check_is_round
 
 __all__ = ["MOST_TAPS", "causal_conv", "causal_conv_reference"]
 
@@ -112,6 +112,8 @@ def causal_conv(
             round holds does not: a sequence twice, a node or a half that is not there.
         RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(window=window, record=record, x=x, weight=weight, bias=bias, optional=("bias",))
+    check_is_round(round)
     if weight.dim() != 2 or not 1 <= len(weight) <= MOST_TAPS or weight.shape[1] % LANES:
         raise ValueError(
             f"weight must be [1 to {MOST_TAPS} taps, a multiple of {LANES} channels], got {tuple(weight.shape)}"

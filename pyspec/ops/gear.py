@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_places
+from pyspec.ops._checks import check_are_tensors, check_places
 from pyspec.ops._library import Op
 from pyspec.ops.gear_encode import check_floats, encode_packed, find_unpackable, gear_encode
 from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_records, gear_decode
@@ -207,6 +207,7 @@ def gear_attention(
             prefix_lens point outside of packed or k.
         RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
     check_floats("q", q)
     head_dim = q.shape[3]
     check_records(packed, format, head_dim)

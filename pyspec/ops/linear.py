@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, BadData, check_floating
+from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_floating
 from pyspec.ops._library import Op, refuse_gradients
 
 __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
@@ -78,6 +78,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
         ValueError: weight is not a matrix, is empty, or (int8) a value is too large for a scale in fp16.
         RuntimeError: weight requires a gradient, which int8 would lose.
     """
+    check_are_tensors(weight=weight)
     dtype = dtype or weight.dtype
     if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8):
         raise TypeError(f"weight must be float32, float16 or bfloat16, or become int8, got {weight.dtype} to {dtype}")
@@ -227,7 +228,8 @@ def linear(
         TypeError: a dtype is not supported, or weight is neither int8 nor of x's dtype.
         ValueError: a shape, stride or device does not fit; the message names the argument.
     """
-    if isinstance(weight, Tensor):
+    check_are_tensors(x=x, bias=bias, optional=("bias",))
+    if not isinstance(weight, PackedWeight):
         weight = pack_weight(weight)
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, out_dtype)

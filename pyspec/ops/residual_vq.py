@@ -31,6 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_seen, check_tree, join_exact, used_blocks
 from pyspec.ops.gear_encode import check_floats, check_keys_values
@@ -307,6 +308,7 @@ def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
         ValueError: a shape, stride or device does not fit, or a value is NaN, infinite or too large for fp16; the
             message names the argument, and where the value is.
     """
+    check_are_tensors(k=k, v=v, codebooks=codebooks)
     check_floats("k", k)
     codebooks = _batched(codebooks, k.shape[0])
     format = format_of(codebooks)
@@ -361,6 +363,8 @@ def residual_vq_attention(
             prefix_lens point outside of packed or k.
         RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
+    check_are_tensors(codebooks=codebooks, rotary=rotary, optional=("rotary",))
     check_floats("q", q)
     check_codebooks(codebooks)
     if codebooks.device != q.device:

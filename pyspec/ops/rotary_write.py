@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_places, check_tensors
+from pyspec.ops._checks import FLOATS, check_are_tensors, check_places, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["rotary_write", "rotary_write_reference"]
@@ -93,6 +93,8 @@ def rotary_write(
             position, sequence or slot is out of range; nothing is written then.
         RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(qkv=qkv, cos_sin=cos_sin, positions=positions, sequences=sequences, slots=slots)
+    check_are_tensors(keys=keys, values=values)
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 4 or tensor.shape != keys.shape or tensor.stride(3) != 1:
             raise ValueError(

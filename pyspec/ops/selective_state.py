@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import BadData, check_floating, check_tensors
+from pyspec.arguments import described
+from pyspec.ops._checks import BadData, check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 from pyspec.trees import DraftTree
 
@@ -214,6 +215,11 @@ def _fake(state, record, x, *rest) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
+def check_is_round(round) -> None:
+    if not isinstance(round, Round):
+        raise TypeError(f"round must be a Round, got {described(round)}")
+
+
 def _check_round(state, record, x, dt, A, B, C, D, dt_bias, z, *rest) -> None:
     Round(*rest[:-1]).check(len(x), len(state), record.shape[2])
 
@@ -272,6 +278,9 @@ def selective_state(
             round holds does not: a sequence twice, a node or a half that is not there.
         RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(state=state, record=record, x=x, dt=dt, A=A, B=B, C=C)
+    check_are_tensors(D=D, dt_bias=dt_bias, z=z, optional=("D", "dt_bias", "z"))
+    check_is_round(round)
     if state.dim() != 4 or state.shape[3] != LANES or state.shape[2] % MULTIPLE:
         raise ValueError(
             f"state must be [sequences, channels / {LANES}, states, {LANES}] with a multiple of {MULTIPLE} states, "

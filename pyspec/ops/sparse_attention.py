@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating
+from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import outside_autocast, refuse_gradients
 from pyspec.ops.topk import topk
 
@@ -64,8 +64,8 @@ def sparse_attention(
         ValueError: a shape, device or number does not fit.
         RuntimeError: an argument requires a gradient.
     """
-    refuse_gradients("sparse_attention", q=q, k=k, v=v, value_mean=value_mean)
     _check(q, k, v, lengths, value_mean)
+    refuse_gradients("sparse_attention", q=q, k=k, v=v, value_mean=value_mean)
     head_dim, slots = k.shape[3], k.shape[2]
     for name, value, most in (
         ("components", components, head_dim),
@@ -144,6 +144,8 @@ def _choose(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, value_mean: Tensor | None) -> None:
+    optional = ("lengths", "value_mean")
+    check_are_tensors(q=q, k=k, v=v, lengths=lengths, value_mean=value_mean, optional=optional)
     check_floating("q", q.dtype)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must be [B, Hq, D], got shape {tuple(q.shape)}")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, BadData, check_places, check_tensors
+from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_places, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["HEAD_DIMS", "check_attention", "dense_attention", "tree_attention", "tree_attention_reference"]
@@ -122,6 +122,7 @@ _OP = Op(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
     """Raises unless the heads of q [B, Hq, T, D] can attend to k and v [any, Hkv, S, D] on one device."""
+    check_are_tensors(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in FLOATS or tensor.dtype != q.dtype:
             raise TypeError(
@@ -150,6 +151,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
 
 def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
     check_attention(q, k, v, scale, softcap)
+    check_are_tensors(
+        ancestor_bits=ancestor_bits, prefix_lens=prefix_lens, block_table=block_table, optional=("block_table",)
+    )
     batch, _, nodes, _ = q.shape
     if nodes < 1:
         raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")

@@ -130,6 +130,21 @@ def tensors_of(result) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else [part for part in result if part is not None]
 
 
+# ---- other things than tensors
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_things_than_tensors_are_refused_by_name(name):
+    function, given = CALLS[name]()
+    for argument, value in given.items():
+        if isinstance(value, (torch.Tensor, Round)):
+            for other in (
+                (value.float().tolist(), value.float().numpy()) if isinstance(value, torch.Tensor) else (None, 5)
+            ):
+                with pytest.raises(TypeError, match=f"^{argument} must be a (tensor|Round).*, got "):
+                    function(**CALLS[name]()[1] | {argument: other})
+
+
 # ---- gradients
 
 
