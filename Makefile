@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported when it is; pip would compile everything, for half a minute.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# One thread for each test, and as many tests at once as there are cores; what threads do has tests that ask for some.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
 SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -21,10 +23,20 @@ demo-ssm: $(VENV)/ready
 train-ssm: $(VENV)/ready-train
 	$(BIN)/python -m pyspec.training.mamba build/demo-ssm $(SSM_RECIPE)
 
-# GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
+# Every module once, on the reference and the best kernels of this machine: minutes.
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
-	$(BIN)/python -m pytest --ignore tests/kernels
+	$(PYTEST) -m 'not slow'
+
+# Every instruction set, every grid, every architecture: what CI runs.
+test-all: $(VENV)/ready-test
+	$(PYTEST)
+
+# What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
+test-transformers: $(VENV)/ready-test
+	$(PIP) --no-deps --target build/transformers-oldest transformers==5.20.0
+	$(subst -c constraints.txt,,$(PIP)) --no-deps --upgrade --target build/transformers-newest 'transformers>=5.20,<6'
+	for end in oldest newest; do PYTHONPATH=build/transformers-$$end:. $(PYTEST) -m 'not slow' tests/integrations \
+	  tests/models/test_transformers.py tests/models/test_mamba_in_transformers.py tests/models/test_any_architecture.py || exit 1; done
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
 test-engines: $(VENV)/ready-test $(VENV)/ready-integrations
