@@ -313,7 +313,9 @@ def load_folder(
         config = transformers.AutoConfig.from_pretrained(folder)
         _check_supported(model_class, config)
         tokenizer = Tokenizer.from_folder(folder)
-        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+        with torch.device("cpu"):  # the caller's default device may have no memory, or too little
+            options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+            model, report = model_class.from_pretrained(folder, **options)
     except (OSError, RuntimeError, KeyError, _safetensor_error()) as error:
         raise ValueError(f"{folder} cannot be loaded, it may be truncated or corrupt: {error}") from error
     if report["missing_keys"]:
