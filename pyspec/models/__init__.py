@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from pyspec.models._inference import as_stored
 from pyspec.trees import DraftTree
 
 __all__ = ["Runner", "from_transformers", "load"]
@@ -91,7 +92,8 @@ def load(
     """
     from pyspec.models.loading import load as load_source
 
-    return load_source(source, dtype=dtype, device=device, progress=progress)
+    with as_stored():
+        return load_source(source, dtype=dtype, device=device, progress=progress)
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
@@ -111,4 +113,5 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     """
     from pyspec.models.loading import from_transformers as runner_of
 
-    return runner_of(model, tokenizer, dtype=dtype)
+    with as_stored():
+        return runner_of(model, tokenizer, dtype=dtype)

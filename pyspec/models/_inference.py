@@ -1,15 +1,23 @@
-"""How a runner's calls are run: one at a time, without gradients, in the model's own arithmetic whatever is set."""
+"""How runners are made and called: one call at a time, without gradients, in the model's own arithmetic always."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from pyspec.models.exclusive import lock_of
 
-__all__ = ["inference"]
+__all__ = ["as_stored", "inference"]
+
+
+@contextlib.contextmanager
+def as_stored() -> Iterator[None]:
+    """Weights are moved and packed in the dtypes that they have, whatever autocast the caller is in."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def inference(method: Callable) -> Callable:

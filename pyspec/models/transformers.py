@@ -388,7 +388,9 @@ def load_folder(
         config = transformers.AutoConfig.from_pretrained(folder)
         check_supported(model_class, config)
         tokenizer = Tokenizer.from_folder(folder)
-        model, report = model_class.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+        with torch.device("cpu"):  # the caller's default device may have no memory, or too little
+            options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+            model, report = model_class.from_pretrained(folder, **options)
     except (ValueError, ImportError):  # which say what it is
         raise
     except Exception as error:  # a configuration that is wrong fails in any way

@@ -7,7 +7,7 @@ import torch
 from random_llama import random_llama, random_tokens, random_tree
 from torch_settings import SETTINGS, default_dtype
 
-from pyspec import generate
+from pyspec import generate, load
 from pyspec.caches import CACHES, GearCache
 from pyspec.drafting import NAMES, new_drafter
 from pyspec.drafting.layer_skip import LayerSkipDrafter
@@ -71,6 +71,17 @@ def llama_texts():
 @cache
 def expected(name: str):
     return texts(name)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "bamba"])
+def test_loading_is_the_same(name, tmp_path):
+    source(name).save_pretrained(tmp_path)
+    expected = load(str(tmp_path), dtype=torch.bfloat16, device="cpu").prefill(PROMPTS)
+    for setting, enter in SETTINGS.items():
+        with enter():
+            found = load(str(tmp_path), dtype=torch.bfloat16, device="cpu")
+        logits = found.prefill(PROMPTS)
+        assert all(torch.equal(row, other) for row, other in zip(logits, expected, strict=True)), setting
 
 
 CASES = [(name, setting) for name in RUNNERS for setting in SETTINGS if name not in FOREIGN or setting != "threads"]

@@ -112,7 +112,7 @@ def generate(
     """
     _check_call(generation_config, logits_processor)
     _check_inputs(model, input_ids, model_kwargs)
-    check_limits(budget, 1)
+    budget, _ = check_limits(budget, 1)
     if stream is not None and len(input_ids) > 1:
         raise ValueError(f"stream takes one sequence, got {len(input_ids)}")
     prompts = _without_padding(input_ids, model_kwargs.get("attention_mask"))
@@ -271,7 +271,7 @@ class _RowSampler:
     """
 
     def __init__(self, input_ids: Tensor, row: int, processors, do_sample: bool, kept: _Kept):
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self._noise = Sampler(1.0 if do_sample else 0.0, seed=seed)
         self._processors = processors
         self._batch, self._row = (len(input_ids), row) if _know_their_row(processors) else (1, 0)
