@@ -34,6 +34,7 @@ from pyspec.trees import DraftTree
 __all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
 
 PREFILL_CHUNK = 256
+_OF_THE_LOAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
 
 class TransformersRunner:
@@ -68,7 +69,9 @@ class TransformersRunner:
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.context_length = context_of(model.config)
         self.device, self.dtype = model.device, model.dtype
-        description = model.config.to_json_string() + (tokenizer.fingerprint if tokenizer else "")
+        # what this model says that others of its type do not, but for where it came from and what it was loaded as
+        stated = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_LOAD}
+        description = repr(sorted(stated.items())) + (tokenizer.fingerprint if tokenizer else "")
         sample = WeightSample().add(sorted(model.state_dict().items())).hexdigest()
         self.fingerprint = fingerprint_of(model.config.model_type, description, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters

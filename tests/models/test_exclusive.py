@@ -1,13 +1,15 @@
 """Runners that several threads use: every text is the text it has alone, and who would disturb another is refused."""
 
+import copy
 import ctypes
+import pickle
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from random_llama import random_llama, random_tokens
+from random_llama import VOCABULARY, random_llama, random_tokens
 from tiny_mambas import tiny_mamba
 
 from pyspec import DraftTree, generate
@@ -16,13 +18,38 @@ from pyspec.drafting.merged import MergedDrafter
 from pyspec.drafting.model import ModelDrafter
 from pyspec.models import from_transformers
 from pyspec.models.exclusive import exclusive_use, lock_of
+from pyspec.models.transformers import TransformersRunner
 
 NEW_TOKENS = 24
 
 
-@pytest.fixture(params=["llama", "mamba2"])
+@pytest.fixture(params=["llama", "mamba2", "transformers"])
 def runner(request):
-    return random_llama() if request.param == "llama" else from_transformers(tiny_mamba("mamba2"))
+    if request.param == "llama":
+        return random_llama()
+    return from_transformers(tiny_mamba("mamba2") if request.param == "mamba2" else tiny_longrope())
+
+
+def tiny_longrope():
+    """A model of transformers that keeps the frequencies of its last call: longer texts have others."""
+    import transformers
+
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [8.0] * 8}
+    config = transformers.Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        eos_token_id=None,
+        rope_parameters=rope | {"factor": 4.0, "original_max_position_embeddings": 20},
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
 
 
 def text_of(model, seed, **options) -> list[int]:
@@ -104,7 +131,8 @@ def test_a_batch_that_is_replaced_is_an_error_and_not_another_text(runner, calls
 
 def test_a_fork_shares_weights_and_nothing_that_changes(runner):
     fork = runner.fork()
-    assert fork.weights is runner.weights and fork.fingerprint == runner.fingerprint
+    shared = "model" if isinstance(runner, TransformersRunner) else "weights"
+    assert getattr(fork, shared) is getattr(runner, shared) and fork.fingerprint == runner.fingerprint
     (logits,) = runner.prefill([[1, 2, 3]], capacity=20)
     assert fork.lengths() == [] and torch.equal(fork.prefill([[1, 2, 3]], capacity=20)[0], logits)
     fork.prefill([[4] * 9], capacity=30)
@@ -189,3 +217,26 @@ def test_stress(runner):
 @pytest.mark.slow
 def test_long_stress(runner):
     stress([runner.fork() for _ in range(3)], runner, requests=50)
+
+
+def test_calls_of_transformers_generate_wait_too():
+    integration = pytest.importorskip("pyspec.integrations.transformers")
+    model = tiny_longrope()
+    ids = [torch.tensor([random_tokens(5 + seed, seed)]) for seed in range(4)]
+
+    def said(ids):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return model.generate(**inputs, custom_generate=integration.generate, max_new_tokens=20, do_sample=False)
+
+    alone = [said(prompt).tolist() for prompt in ids]
+    texts = in_threads([lambda ids=prompt: said(ids) for prompt in ids])
+    assert [text.tolist() for text in texts] == alone
+
+
+def test_a_model_may_be_copied_after_it_has_generated():
+    integration = pytest.importorskip("pyspec.integrations.transformers")
+    model, ids = tiny_longrope(), torch.tensor([[5, 9, 17, 3]])
+    for copied in (lambda: copy.deepcopy(model), lambda: pickle.loads(pickle.dumps(model))):
+        inputs = {"attention_mask": torch.ones_like(ids), "custom_generate": integration.generate, "max_new_tokens": 4}
+        text = model.generate(ids, **inputs, do_sample=False)
+        assert torch.equal(copied().generate(ids, **inputs, do_sample=False), text)

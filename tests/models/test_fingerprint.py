@@ -5,7 +5,7 @@ import torch
 from random_llama import random_llama
 from tiny_mambas import tiny_mamba
 
-from pyspec import GearCache, generate, measured
+from pyspec import GearCache, generate, load, measured
 from pyspec.drafting.merged import MergedDrafter
 from pyspec.drafting.ngrammys import model_bigrams
 from pyspec.models import from_transformers
@@ -70,10 +70,24 @@ def tiny_llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("build", [tiny_llama, lambda: tiny_mamba("mamba2")], ids=["llama", "mamba2"])
+def tiny_gpt2():
+    import transformers
+
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=1, n_head=2)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    "build", [tiny_llama, lambda: tiny_mamba("mamba2"), tiny_gpt2], ids=["llama", "mamba2", "gpt2"]
+)
 def test_every_tensor_of_a_model_counts_in_every_dtype(build):
-    dtypes = (torch.float32, torch.bfloat16, torch.int8)
-    fingerprints = {from_transformers(build(), dtype=dtype).fingerprint for dtype in dtypes}
+    if build is tiny_gpt2:
+        dtypes = (torch.float32, torch.bfloat16)
+        fingerprints = {from_transformers(build().to(dtype)).fingerprint for dtype in dtypes}
+    else:
+        dtypes = (torch.float32, torch.bfloat16, torch.int8)
+        fingerprints = {from_transformers(build(), dtype=dtype).fingerprint for dtype in dtypes}
     assert len(fingerprints) == 1
     names = [name for name, _ in build().named_parameters()]
     for name in names:
@@ -102,3 +116,9 @@ def test_nothing_of_one_fine_tune_is_taken_for_anothers(tmp_path, monkeypatch):
 def test_weights_that_come_from_no_checkpoint_have_one_too():
     assert random_llama().fingerprint == random_llama().fingerprint
     assert random_llama(biases=True).fingerprint != random_llama().fingerprint
+
+
+def test_a_model_is_the_same_from_memory_and_from_its_folder(tmp_path):
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path)
+    assert from_transformers(model).fingerprint == load(tmp_path, dtype=torch.bfloat16).fingerprint

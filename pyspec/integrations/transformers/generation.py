@@ -20,6 +20,7 @@ from pyspec.drafting import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import Continuation, Stats, speculate
 from pyspec.models import Runner, from_transformers
+from pyspec.models.exclusive import lock_of
 from pyspec.models.transformers import TransformersRunner
 
 __all__ = ["generate", "runner_of"]
@@ -43,6 +44,13 @@ _BATCH_PROCESSORS = ("PrefixConstrained", "RepetitionPenalty", "EncoderRepetitio
 _STATEFUL_PROCESSORS = ("UnbatchedClassifierFreeGuidance", "ClassifierFreeGuidance", "SynthIDTextWatermark", "Whisper")
 
 
+class _Runners(dict):
+    """Runners of a model, which a copy of it, or a pickle, begins without."""
+
+    def __reduce__(self):
+        return _Runners, ()
+
+
 def runner_of(model, native: bool = False) -> Runner:
     """The runner that reads a live model; made once, and kept with the model.
 
@@ -52,10 +60,11 @@ def runner_of(model, native: bool = False) -> Runner:
     Raises:
         ValueError: the model cannot be read so; the message names its family.
     """
-    kept = vars(model).setdefault("_pyspec_runners", {})
-    if native not in kept:
-        kept[native] = _native_runner(model) if native else _runner(model)
-    return kept[native]
+    with lock_of(model):
+        kept = vars(model).setdefault("_pyspec_runners", _Runners())
+        if native not in kept:
+            kept[native] = _native_runner(model) if native else _runner(model)
+        return kept[native]
 
 
 def _runner(model) -> Runner:
