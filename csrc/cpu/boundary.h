@@ -16,25 +16,45 @@
 
 // Declares a kernel's entry point for every instruction set and a table to pick from.
 #if PYSPEC_X86
-#define PYSPEC_KERNEL_TABLE(name, Params)                \
-  extern "C" void name##_portable(const Params&);        \
-  extern "C" void name##_avx2(const Params&);            \
-  extern "C" void name##_avx512(const Params&);          \
-  extern "C" void name##_avx512_vnni(const Params&);     \
-  extern "C" void name##_avx512_bf16(const Params&);     \
-  extern "C" void name##_amx_bf16(const Params&);        \
-  static void (*const name##_table[])(const Params&) = { \
-      name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16}
+#define PYSPEC_WEAK extern "C" __attribute__((weak, visibility("hidden")))
+#define PYSPEC_KERNEL_TABLE(name, Params)                                                                  \
+  extern "C" void name##_portable(const Params&);                                                          \
+  PYSPEC_WEAK void name##_avx2(const Params&);                                                             \
+  PYSPEC_WEAK void name##_avx512(const Params&);                                                           \
+  PYSPEC_WEAK void name##_avx512_vnni(const Params&);                                                      \
+  PYSPEC_WEAK void name##_avx512_bf16(const Params&);                                                      \
+  PYSPEC_WEAK void name##_amx_bf16(const Params&);                                                         \
+  static constexpr pyspec::KernelTable<Params> name##_table {                                              \
+    {                                                                                                      \
+      name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16 \
+    }                                                                                                      \
+  }
 #else
-#define PYSPEC_KERNEL_TABLE(name, Params)         \
-  extern "C" void name##_portable(const Params&); \
-  static void (*const name##_table[])(const Params&) = {name##_portable}
+#define PYSPEC_KERNEL_TABLE(name, Params)                     \
+  extern "C" void name##_portable(const Params&);             \
+  static constexpr pyspec::KernelTable<Params> name##_table { \
+    {                                                         \
+      name##_portable                                         \
+    }                                                         \
+  }
 #endif
 
 namespace pyspec {
 
-// Index into a kernel table: the best this processor has, or what the environment variable PYSPEC_ISA names.
-// Throws where the processor does not have that.
+// A kernel's entry points by instruction set, worst first. A set has none where the kernel's code would be
+// that of the set below it, or where the set was not built (CMakeLists.txt).
+template <class Params>
+struct KernelTable {
+  void (*entries[6])(const Params&);
+
+  auto operator[](int instruction_set) const {
+    while (!entries[instruction_set]) --instruction_set;
+    return entries[instruction_set];
+  }
+};
+
+// Index into a kernel table: the best that this processor has and that was built, or what the environment
+// variable PYSPEC_ISA names. Throws where that is not to be had.
 int instruction_set();
 
 // Runs on torch's own threads; each takes the next item when it is done with one.
@@ -59,7 +79,7 @@ inline torch::stable::Tensor empty(int64_t rows, int64_t columns, torch::headero
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }

@@ -13,7 +13,7 @@ Gpu gpu_of(const torch::stable::Tensor& tensor) {
   int32_t device = tensor.get_device_index();
   Gpu gpu{std::make_shared<torch::stable::accelerator::DeviceGuard>(device), nullptr, 0};
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   gpu.stream = static_cast<cudaStream_t>(stream);
   int multiprocessors = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "multiprocessors");

@@ -39,11 +39,10 @@ inline torch::stable::Tensor empty(const torch::stable::Tensor& beside, int64_t 
                                    torch::headeronly::ScalarType type) {
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
   int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), device_type, device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(beside.get(), &device));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, device_type, device, &handle));
   return torch::stable::Tensor(handle);
 }
 

@@ -190,19 +190,7 @@ struct Kernel : PackedRows<Storage, GearAttentionParams> {
     constexpr int64_t kParts = kHalf / kTokens;
     int64_t dim = is_values ? d : key_dim;
     const uint8_t* codes = side + at.codes + part / kParts * at.half_codes;
-    switch (p.format.bits) {
-      case 2:
-        unpack<2, kPairs>(codes, dim, is_values, part % kParts, s.tile);
-        break;
-      case 3:
-        unpack<3, kPairs>(codes, dim, is_values, part % kParts, s.tile);
-        break;
-      case 4:
-        unpack<4, kPairs>(codes, dim, is_values, part % kParts, s.tile);
-        break;
-      default:
-        unpack<8, kPairs>(codes, dim, is_values, part % kParts, s.tile);
-    }
+    unpack<kPairs>(p.format.bits, codes, dim, is_values, part % kParts, s.tile);
     if (outliers) is_values ? place_values(s, part) : place_keys(s, side + at.outlier_indices, part);
   }
 

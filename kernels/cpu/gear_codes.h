@@ -113,8 +113,8 @@ PYSPEC_INLINE void unpack_vectors(const Convert& convert, const uint8_t* codes, 
   }
 }
 
-// The numbers of kPart tokens of a half: keys as [pair of channels][16 tokens], values as [pair of tokens]
-// [16 channels].
+// The numbers of kPart tokens of a half, of codes of kBits: keys as [pair of channels][16 tokens], values as
+// [pair of tokens] [16 channels].
 template <int kBits, bool kPairs>
 PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t part, float* tile) {
 #if PYSPEC_HAS_BF16_DOT
@@ -140,6 +140,22 @@ PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t 
     unpack_vectors<0, kPairs>(convert, codes, high, 2 * d, tile);
   } else {
     unpack_vectors<1, kPairs>(convert, codes, high, 2 * d, tile);
+  }
+}
+
+// The same for codes of 2, 3, 4 or 8 bits. Not inline: it is large, and the same for every type of queries.
+template <bool kPairs>
+__attribute__((noinline)) void unpack(int64_t bits, const uint8_t* codes, int64_t d, bool values,
+                                      int64_t part, float* tile) {
+  switch (bits) {
+    case 2:
+      return unpack<2, kPairs>(codes, d, values, part, tile);
+    case 3:
+      return unpack<3, kPairs>(codes, d, values, part, tile);
+    case 4:
+      return unpack<4, kPairs>(codes, d, values, part, tile);
+    default:
+      return unpack<8, kPairs>(codes, d, values, part, tile);
   }
 }
 

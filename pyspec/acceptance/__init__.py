@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import torch
 
 from pyspec.acceptance.sampling import Sampler
+from pyspec.arguments import described
 from pyspec.trees import DraftTree, Siblings
 
 if TYPE_CHECKING:
@@ -57,11 +58,12 @@ class AcceptanceRule(Protocol):
 
 
 def acceptance_from_name(name: str | AcceptanceRule) -> AcceptanceRule:
-    """The rule of a name; a rule passes through. Raises ValueError for a name there is no rule for."""
-    if not isinstance(name, str):
+    """The rule of a name; a rule passes through. Raises ValueError for a name there is no rule for, else TypeError."""
+    if hasattr(name, "accept") and not isinstance(name, type):
         return name
-    if name not in NAMES:
-        raise ValueError(f"acceptance must be one of {', '.join(NAMES)}, or an acceptance rule, got {name!r}")
+    if not isinstance(name, str) or name not in NAMES:
+        error = ValueError if isinstance(name, str) else TypeError
+        raise error(f"acceptance must be one of {', '.join(NAMES)}, or an acceptance rule, got {described(name)}")
     module, rule = NAMES[name]
     return getattr(import_module(f"pyspec.acceptance.{module}"), rule)()
 

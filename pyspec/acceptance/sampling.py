@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from pyspec.arguments import read_integer, read_number
 from pyspec.readback import HostStatistics, read_statistics
 
 __all__ = ["InvalidLogits", "Sampler", "largest"]
@@ -47,12 +48,9 @@ class Sampler:
     """
 
     def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None):
-        for name, value in (("temperature", temperature), ("top_p", top_p)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        for name, value in (("top_k", top_k), ("seed", 0 if seed is None else seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
+        temperature, top_p = read_number("temperature", temperature), read_number("top_p", top_p)
+        top_k = read_integer("top_k", top_k)
+        seed = None if seed is None else read_integer("seed", seed)
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
         if top_k < 0:
@@ -61,9 +59,7 @@ class Sampler:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}")
-        self.temperature = float(temperature)
-        self.top_k = top_k
-        self.top_p = float(top_p)
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.seed = secrets.randbits(32) if seed is None else seed
 
     def draw(self, logits: torch.Tensor, position: int) -> int:

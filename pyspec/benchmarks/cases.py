@@ -87,16 +87,18 @@ class _Random:
     """Normal numbers, the same for the same case."""
 
     def __init__(self, device: str):
-        self.device, self._generator = device, torch.Generator().manual_seed(0)
+        self.device, self._generator = device, torch.Generator("cpu").manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self.device, dtype)
+        return (torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu") * scale).to(
+            self.device, dtype
+        )
 
 
 def _tree(device: str) -> tuple[Tensor, Tensor]:
     """Ancestor bits [1, T, 1] and what each node sees of the tree [T, T] bool: two children a node."""
     bits = DraftTree([0] * TREE, [(node - 1) // 2 if node else -1 for node in range(TREE)]).ancestor_bits
-    sees = (bits >> torch.arange(TREE)) & 1 == 1
+    sees = (bits >> torch.arange(TREE, device="cpu")) & 1 == 1
     return bits[None].to(device), sees.to(device)
 
 

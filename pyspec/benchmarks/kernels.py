@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import pyspec
+from pyspec.arguments import decode_text
 from pyspec.benchmarks import measure
 from pyspec.benchmarks.cases import OPS, Case, Problem, cases
 from pyspec.ops import backend, backends
@@ -219,9 +220,9 @@ def read(path: Path) -> dict:
         ValueError: it is not one.
     """
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(decode_text(str(path), path.read_bytes()))
         result["device"], result["rows"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} is not a result of pyspec bench kernels --json") from None
     return result
 

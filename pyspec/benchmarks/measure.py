@@ -32,7 +32,7 @@ def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> d
 
 def read_bandwidth(device: str = "cpu") -> float:
     """Bytes a second of one pass over 256 MiB."""
-    data = torch.ones(64 * 2**20, device=device)
+    data = torch.ones(64 * 2**20, dtype=torch.float32, device=device)
     return data.nbytes / in_turn({"read": data.sum}, repeats=9)["read"]
 
 

@@ -67,6 +67,6 @@ def keep_path(slots: torch.Tensor, path: Sequence[int]) -> None:
         in_place += 1
     if moved := path[in_place:]:
         # from pinned memory, so that a GPU reads it when it gets there and nobody waits
-        nodes = torch.tensor(moved, pin_memory=slots.is_cuda).to(slots.device, non_blocking=True)
+        nodes = torch.tensor(moved, device="cpu", pin_memory=slots.is_cuda).to(slots.device, non_blocking=True)
         # index_select copies, so rows may move onto slots that other rows still have to be read from
         slots[..., in_place : len(path), :] = slots.index_select(3, nodes)

@@ -201,10 +201,9 @@ class PackedCache:
             torch.empty(count, sequences, kv_heads, records, record, dtype=torch.uint8, device=device)
             for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
         )
-        nodes = settings.largest_tree
-        self.queries = torch.zeros(
-            layers if settings.key_channels else 0, sequences, kv_heads, RECENT + nodes, head_dim, device=device
-        )
+        query_layers = layers if settings.key_channels else 0
+        shape = (query_layers, sequences, kv_heads, RECENT + settings.largest_tree, head_dim)
+        self.queries = torch.zeros(shape, dtype=torch.float32, device=device)
         self._scale = head_dim**-0.5
 
     @property

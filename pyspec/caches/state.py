@@ -59,10 +59,11 @@ class StateCache:
         history: int = 0,
     ):
         places = sequences * copies
-        self.states = torch.zeros(layers, places, channels // LANES, state_size, LANES, device=device)
-        self.windows = torch.zeros(layers, places, taps - 1, conv_channels, device=device)
-        self.records = torch.empty(layers, 2, places, 0, record_width, device=device)
-        self.conv_records = torch.empty(layers, 2, places, 0, conv_channels, device=device)
+        shape = (layers, places, channels // LANES, state_size, LANES)
+        self.states = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.windows = self.states.new_zeros(layers, places, taps - 1, conv_channels)
+        self.records = self.states.new_empty(layers, 2, places, 0, record_width)
+        self.conv_records = self.states.new_empty(layers, 2, places, 0, conv_channels)
         self.history = history
         self._begin(sequences, places)
 

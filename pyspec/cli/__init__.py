@@ -22,24 +22,39 @@ __all__ = ["main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    if sys.stderr is None:  # closed, as by `2>&-`: nobody wants to hear
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        return fail("there is nowhere to write to: standard output is closed", 1)
     arguments = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" instead of failing
     try:
-        return arguments.command(arguments)
+        code = arguments.command(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     except BrokenPipeError:
-        # the reader of our output left, as `head` does; Python would complain again when it flushes at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader of our output left, as `head` does
         return 1
     except (BadInput, ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return fail(error, 2)
     except ImportError as error:
         return fail(error, 1)
     except Exception as error:
-        return fail(f"{type(error).__name__}: {error}", 1)
+        code = fail(f"{type(error).__name__}: {error}", 1)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()  # a disk that is full, say
+        return code
+
+
+def _drop_output() -> None:
+    """Sends what is left to nowhere, or Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pyspec.arguments import check_unicode
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, budget, generation_settings
 from pyspec.cli.shared import (
     DRAFTERS,
@@ -18,8 +19,10 @@ from pyspec.cli.shared import (
     make_console,
     new_table,
     prepare,
+    print_json,
     prompt_tokens,
     ratio_of,
+    read_text,
     set_threads,
 )
 
@@ -130,7 +133,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.json:
         report = {"model": arguments.model, "dtype": str(model.dtype).removeprefix("torch."), **settings}
         report |= {"drafters": rows, "prompts": [_bench_prompt(i, prompts, runs) for i in range(len(prompts))]}
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return 0
     table = new_table("", "tokens/s", "speed-up", "tokens/round", "draft share", "same as plain")
     for row in rows:
@@ -189,7 +192,7 @@ def _bench_drafters(arguments: argparse.Namespace) -> int:
         drafter_bench.plot(report, picture, f"{arguments.model}, {dtype}, {cpu_name()}")
         console.print(f"wrote {arguments.output} and {picture.name}", highlight=False)
     if arguments.json:
-        print(json.dumps(report))
+        print_json(report)
         return 0
     from rich.console import Console
 
@@ -216,7 +219,7 @@ def _bench_kernels(arguments: argparse.Namespace) -> int:
         arguments.html.write_text(page(result), encoding="utf-8")
         console.print(f"wrote {arguments.html}", highlight=False)
     if arguments.json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         kernels.show(result, Console())
     return 1 if any("failed" in row for row in result["rows"]) else 0
@@ -288,15 +291,17 @@ def _read_bench_prompts(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _prompts_of_file(path: Path) -> Iterator[tuple[str, str]]:
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # not splitlines, which takes characters for ends of lines that JSON has inside of its strings
+    lines = [(number, line) for number, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     if not lines:
         raise BadInput(f"{path} holds no prompts")
-    for number, line in enumerate(lines, start=1):
+    for number, line in lines:
         try:
             entry = json.loads(line)
-            prompt = entry["prompt"] if "prompt" in entry else entry["turns"][0]
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError("empty prompt")
-        except (ValueError, KeyError, IndexError, TypeError):
+            turns = [entry["prompt"]] if "prompt" in entry else entry["turns"]
+            if not isinstance(turns, list) or not isinstance(turns[0], str) or not turns[0].strip():
+                raise ValueError("no prompt")
+            check_unicode("prompt", turns[0])
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
             raise BadInput(f'{path} line {number} must be a JSON object with "prompt" or "turns"') from None
-        yield str(entry.get("category", "all")), prompt
+        yield str(entry.get("category", "all")), turns[0]

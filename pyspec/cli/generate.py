@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from pyspec.arguments import check_unicode, decode_text
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
     DRAFTERS,
@@ -18,8 +18,10 @@ from pyspec.cli.shared import (
     make_console,
     new_table,
     prepare,
+    print_json,
     prompt_tokens,
     ratio_of,
+    read_text,
     write,
 )
 
@@ -53,6 +55,8 @@ def add_parser(commands) -> None:
 
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
+    for text in arguments.stop:
+        check_unicode("--stop", text)
     if arguments.drafter_state is not None:
         _check_state(arguments)
     settings = generation_settings(arguments) | {"stop": arguments.stop}
@@ -80,7 +84,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if plain.finish_reason == "interrupted":
             plain = None
     if arguments.json:
-        print(json.dumps(_generate_report(arguments, model, tokens, result, plain), ensure_ascii=False))
+        print_json(_generate_report(arguments, model, tokens, result, plain))
     else:
         _show_figures(console, arguments, tokens, result, plain)
     if result.finish_reason == "error":
@@ -120,12 +124,21 @@ def _drafter(arguments: argparse.Namespace, model, console):
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.file is not None:
-        prompt = arguments.file.read_text(encoding="utf-8")
+        prompt = read_text(arguments.file)
+    elif arguments.prompt == "-":
+        prompt = _read_stdin()
     else:
-        prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+        prompt = arguments.prompt
+        check_unicode("the prompt", prompt)
     if not prompt.strip():
         raise BadInput("the prompt is empty")
     return prompt
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise BadInput("the prompt cannot be read: standard input is closed")
+    return decode_text("standard input", sys.stdin.buffer.read()) if hasattr(sys.stdin, "buffer") else sys.stdin.read()
 
 
 def _generate_report(arguments, model, tokens, result, plain) -> dict:

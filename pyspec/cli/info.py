@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 from collections.abc import Sequence
 from importlib import util
 
 from pyspec.cli.arguments import add_model_arguments
-from pyspec.cli.shared import load_model, make_console, new_table, version_of
+from pyspec.cli.shared import load_model, make_console, new_table, print_json, version_of
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
@@ -67,7 +66,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "demo_model": _demo_model(),
     }
     if arguments.json:
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return 0
     cpu = report["cpu"]
     _section("versions", report["versions"].items())
@@ -110,7 +109,7 @@ def _info_costs(arguments: argparse.Namespace) -> int:
     dtype = str(model.weight_dtype if hasattr(model, "weight_dtype") else model.dtype).removeprefix("torch.")
     report = {"model": arguments.model, "dtype": dtype, "threads": torch.get_num_threads(), "context": CONTEXT}
     if arguments.json:
-        print(json.dumps(report | {"costs": rows}, ensure_ascii=False))
+        print_json(report | {"costs": rows})
         return 0
     table = new_table("nodes", "ms", "pays from", "and a draft more from")
     for row in rows:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
+
+from pyspec.arguments import decode_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
 DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
@@ -15,6 +19,21 @@ PHASES = ("draft", "verify", "accept", "commit")
 
 class BadInput(Exception):
     """What the user gave does not fit; its text is for the terminal."""
+
+
+def print_json(report: dict) -> None:
+    """Prints one JSON object, in UTF-8 whatever the locale is."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # which is JSON's own way to escape
+    print(json.dumps(report, ensure_ascii=False))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, see decode_text."""
+    try:
+        return decode_text(str(path), path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
 
 
 def fail(error: object, code: int) -> int:

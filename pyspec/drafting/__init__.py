@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
+from pyspec.arguments import described
 from pyspec.trees import DraftTree
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Drafter(Protocol):
     """Guesses what the target will say next.
 
     `start` gives a drafter for one sequence; tables that are learned across sequences stay shared with
-    it. A prompt reaches `observe` as a chain, because a chain is a tree.
+    it, also by sequences of several threads. A prompt reaches `observe` as a chain, because a chain is a tree.
 
     A "deterministic" drafter chooses its drafts, in whatever way. A "sampled" one draws each of them from the law that
     tree.q holds, and decides to draw it, and to keep it, before it knows the draw; it also has `siblings`, a
@@ -65,14 +66,18 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
 
     Raises:
         ValueError: for an unknown name.
+        TypeError: it is neither name nor drafter.
     """
-    if not isinstance(drafter, str):
+    is_drafter = hasattr(drafter, "propose") and not isinstance(drafter, type)
+    if drafter is None or is_drafter:
         return drafter
-    if drafter not in NAMES:
-        raise ValueError(f"drafter must be one of {', '.join(NAMES)}, a Drafter or None, got {drafter!r}")
+    if not isinstance(drafter, str) or drafter not in NAMES:
+        error = ValueError if isinstance(drafter, str) else TypeError
+        raise error(f"drafter must be one of {', '.join(NAMES)}, a Drafter or None, got {described(drafter)}")
     kept = vars(runner).setdefault("_drafters", {})  # kept by the runner itself, which some of them hold
     if drafter not in kept:
-        kept[drafter] = new_drafter(drafter, runner)
+        # two threads may make one each; both go on with the first
+        kept.setdefault(drafter, new_drafter(drafter, runner))
     return kept[drafter]
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-import operator
+import functools
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from pyspec.acceptance.sampling import Sampler
+from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafting import saving
 from pyspec.drafting.engine import engine
 from pyspec.readback import read_top_tokens
@@ -21,6 +23,19 @@ __all__ = ["GrowingDrafter", "Part", "TablePart", "best_tokens"]
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth
+
+# Tables are shared by the sequences of several threads, and parts by several drafters. One lock for all is no loss: the
+# work under it is short, and Python would let one thread at a time do it anyway.
+_tables = threading.RLock()
+
+
+def _holding_tables(call: Callable) -> Callable:
+    @functools.wraps(call)
+    def holding(*args, **kwargs):
+        with _tables:
+            return call(*args, **kwargs)
+
+    return holding
 
 
 class Part:
@@ -109,12 +124,15 @@ class GrowingDrafter:
         # the last tree, the cell of each of its edges, and the tokens before its root
         self._proposed: tuple[DraftTree | None, np.ndarray | None, list[int]] = (None, None, [])
 
+    @_holding_tables
     def start(self, prompt: Sequence[int]) -> GrowingDrafter:
         """A drafter for one new sequence; what was learned from others is shared with it.
 
         Raises:
             ValueError: if a token is outside the vocabulary.
+            TypeError: if prompt is no list of token ids.
         """
+        prompt = read_tokens("prompt", prompt)
         drafter = copy.copy(self)
         drafter.parts = [part.start() for part in self.parts]
         drafter._read, drafter._proposed = 0, (None, None, [])
@@ -130,6 +148,7 @@ class GrowingDrafter:
         drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
         return drafter
 
+    @_holding_tables
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
         """A tree of at most budget nodes below context[-1]; fewer where nothing more is known.
 
@@ -141,8 +160,7 @@ class GrowingDrafter:
             ValueError: if the context is empty, shrank or has a token outside the vocabulary, or for a bad budget.
             TypeError: if budget is not an integer.
         """
-        if isinstance(budget, bool) or not isinstance(budget, int):
-            raise TypeError(f"budget must be an int, got {budget!r}")
+        budget = read_integer("budget", budget)
         if not 1 <= budget <= LARGEST_BUDGET:
             raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
         if not len(context):
@@ -183,18 +201,21 @@ class GrowingDrafter:
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
         top_tokens, top_logits = best_tokens(logits)
-        for part in readers:
-            part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
-        if learns_rates:
-            # all of the tree: a node that was left out is still right or wrong where its parent was verified
-            self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
+        with _tables:
+            for part in readers:
+                part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
+            if learns_rates:
+                # all of the tree: a node that was left out is still right or wrong where its parent was verified
+                self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
 
+    @_holding_tables
     def read_text(self, tokens: Sequence[int]) -> None:
         """Reads a text to draft from, for all sequences that share this drafter's tables: say, the documents that
         answers will quote.
 
         Raises:
             ValueError: if a token is outside the vocabulary, or nothing here keeps texts.
+            TypeError: if tokens is no list of token ids.
         """
         readers = [part for part in self.parts if part.wants_texts]
         if not readers:
@@ -203,10 +224,12 @@ class GrowingDrafter:
         for part in readers:
             part.read_text(tokens)
 
+    @_holding_tables
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tables as a NumPy archive; an existing file is replaced whole."""
         saving.save(path, self._identity(), {name: table for part in self.parts for name, table in _named(part)})
 
+    @_holding_tables
     def load(self, path: str | os.PathLike) -> None:
         """Takes over saved tables, for all sequences that share this one's.
 
@@ -240,7 +263,7 @@ class GrowingDrafter:
         self._read = len(context)
 
     def _checked(self, tokens: Sequence[int], name: str) -> list[int]:
-        tokens = [operator.index(token) for token in tokens]
+        tokens = read_tokens(name, tokens)
         if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
             raise ValueError(f"{name} tokens must be in [0, {self.vocab_size}), got {min(tokens)} to {max(tokens)}")
         return tokens

@@ -11,6 +11,7 @@ from pyspec.drafting.model import ModelDrafter
 from pyspec.growth import GrowthPolicy
 from pyspec.growth.reranked import Reranked, TopPaths
 from pyspec.models import Runner
+from pyspec.models.exclusive import exclusive_use
 from pyspec.trees import DraftTree
 
 __all__ = ["LayerSkipDrafter", "find_skipped_layers"]
@@ -122,6 +123,8 @@ def find_skipped_layers(
     Raises:
         ValueError: if the model cannot run some of its layers, or has no tokenizer for the default prompts.
     """
+    from pyspec.generate import generate
+
     _check_model(model)
     key = f"{model.fingerprint} {model.dtype} {model.weight_dtype}"
     if prompts is None:
@@ -135,19 +138,19 @@ def find_skipped_layers(
             model.tokenizer.encode(text) if chat is None else chat([{"role": "user", "content": text}])
             for text in SEARCH_PROMPTS
         ]
-    found = _search(_Agreement(model, prompts), model.config.layers, _head_in_layers(model.config), progress)
+    texts = generate(model, list(map(list, prompts)), drafter=None, max_new_tokens=SEARCH_TOKENS).tokens
+    with exclusive_use(model):
+        agreement = _Agreement(model, prompts, texts)
+        found = _search(agreement, model.config.layers, _head_in_layers(model.config), progress)
     measured.keep("layers", key, {"skipped": found})
     return found
 
 
 class _Agreement:
-    """How often some of the layers have the model's own best token, on texts that it wrote."""
+    """How often some of the layers have the model's own best token, on the texts that it wrote after prompts."""
 
-    def __init__(self, model: Runner, prompts: Sequence[Sequence[int]]):
-        from pyspec.generate import generate
-
+    def __init__(self, model: Runner, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]):
         self._model = model
-        texts = generate(model, list(map(list, prompts)), drafter=None, max_new_tokens=SEARCH_TOKENS).tokens
         self._chains = [DraftTree.chain([*prompt, *text]) for prompt, text in zip(prompts, texts, strict=True)]
         self._firsts = [len(prompt) - 1 for prompt in prompts]
         # all tokens are drafts behind the first one, which is its own text

@@ -14,6 +14,7 @@ from pyspec.acceptance.sampling import InvalidLogits, Sampler
 from pyspec.growth import GrowthPolicy
 from pyspec.growth.reranked import Reranked, TopPaths
 from pyspec.models import Runner
+from pyspec.models.exclusive import lock_of
 from pyspec.trees import DraftTree
 
 __all__ = ["ModelDrafter"]
@@ -71,9 +72,10 @@ class ModelDrafter:
     def start(self, prompt: Sequence[int]) -> ModelDrafter:
         """A drafter for one more sequence of the batch; of a new batch once the last one has begun to draft."""
         drafter = copy.copy(self)
-        if self._batch is None or self._batch.capacity:
-            self._batch = self._new_batch()
-        drafter._batch, drafter._sequence = self._batch, self._batch.add(prompt)
+        with lock_of(self._draft):
+            if self._batch is None or self._batch.capacity:
+                self._batch = self._new_batch()
+            drafter._batch, drafter._sequence = self._batch, self._batch.add(prompt)
         return drafter
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
@@ -83,8 +85,9 @@ class ModelDrafter:
             return DraftTree.chain(context[-1:])
         source = _Laws(self._batch, self._sequence, context, self._sampler)
         noise = Noise(self._sampler.seed, len(context), Noise.DRAFTS)
-        # a tree of as many nodes as the context has room for is never too deep for it
-        return self.growth.grow(source, int(context[-1]), min(budget, room), noise)
+        with lock_of(self._draft):
+            # a tree of as many nodes as the context has room for is never too deep for it
+            return self.growth.grow(source, int(context[-1]), min(budget, room), noise)
 
     def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
         """Nothing is learned: the next round reads the context."""

@@ -15,6 +15,7 @@ from pyspec.drafting.engine import engine
 from pyspec.drafting.growing import GrowingDrafter, Part, best_tokens
 from pyspec.drafting.lookup import Lookup
 from pyspec.models import Runner
+from pyspec.models.exclusive import exclusive_use
 from pyspec.ops.row_statistics import TOP
 from pyspec.trees import DraftTree
 
@@ -38,11 +39,12 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     except (OSError, ValueError):
         pass
     rows = []
-    for first in range(0, model.vocab_size, BATCH):
-        prompts = [[token] for token in range(first, min(first + BATCH, model.vocab_size))]
-        rows.append(best_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
-        if progress is not None:
-            progress(first + len(prompts), model.vocab_size)
+    with exclusive_use(model):
+        for first in range(0, model.vocab_size, BATCH):
+            prompts = [[token] for token in range(first, min(first + BATCH, model.vocab_size))]
+            rows.append(best_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
+            if progress is not None:
+                progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,10 +30,13 @@ class Column(NamedTuple):
 def save(path: str | os.PathLike, identity: Mapping[str, int | str], tables: Tables) -> None:
     """Writes tables; an existing file is replaced whole."""
     path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        np.savez(file, format_version=FORMAT_VERSION, **identity, **tables)
-    os.replace(unfinished, path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, format_version=FORMAT_VERSION, **identity, **tables)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike, identity: Mapping[str, int | str], columns: Mapping[str, Column]) -> Tables:

@@ -109,7 +109,8 @@ class Sapling:
     def chosen(self, kept: Sequence[int] | None = None) -> DraftTree:
         """The tree of some nodes, or all, as a deterministic proposal; parents come before children in kept."""
         tokens, parents, kept = self._kept(kept)
-        return DraftTree(tokens, parents, chances=torch.tensor([self.chances[node] for node in kept]))
+        chances = torch.tensor([self.chances[node] for node in kept], dtype=torch.float32, device="cpu")
+        return DraftTree(tokens, parents, chances=chances)
 
     def drawn(self, kept: Sequence[int] | None = None) -> DraftTree:
         """The tree of some nodes, or all, as a sampled proposal.

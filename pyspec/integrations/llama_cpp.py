@@ -11,8 +11,10 @@ trees, so of each tree the likeliest path is taken, as far as it pays.
 from __future__ import annotations
 
 import hashlib
+import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +39,7 @@ TEXT = 32  # tokens before them
 REPEATS = 3
 NEED_A_RUNNER = ("ngrammys", "layer_skip")
 OBSERVED_AT_ONCE = 256  # rows of a prompt's logits
+SAMPLES, SAMPLED = 64, 4096  # of a model file, and bytes of each
 
 
 def speculate(llama, drafter: str | Drafter = "merged") -> DraftModel:
@@ -116,24 +119,32 @@ class _Described(SimpleNamespace):
     def __init__(self, llama):
         names = b"".join(llama._model.token_get_text(token).encode() for token in range(llama.n_vocab()))
         described = "".join(f"{name}={value}\n" for name, value in sorted(llama.metadata.items()) if len(value) < 1000)
-        digest = hashlib.sha256(described.encode() + names).hexdigest()[:16]
+        digest = hashlib.sha256(described.encode() + names + _sample(Path(llama.model_path))).hexdigest()[:16]
         super().__init__(vocab_size=llama.n_vocab(), fingerprint=f"llama.cpp-{digest}")
 
     __hash__ = object.__hash__
 
 
+def _sample(file: Path) -> bytes:
+    """Bytes of a model file from places that lie evenly: two fine-tunes are two models."""
+    data = np.memmap(file, np.uint8, "r")
+    step = -(-len(data) // SAMPLES)
+    return b"".join(data[start : start + SAMPLED].tobytes() for start in range(0, len(data), step))
+
+
 def _measure_costs(llama) -> Costs:
     """Times calls of a few tokens behind some others; the model's cache is lost."""
-    sizes = [size for size in SIZES if TEXT + size <= llama.n_ctx()]
+    text = min(TEXT, llama.n_ctx() // 2)
+    sizes = [size for size in SIZES if text + size <= llama.n_ctx()]
     found: dict[int, list[float]] = {size: [] for size in sizes}
     llama.reset()
-    llama.eval([1] * TEXT)
+    llama.eval([1] * text)
     for _ in range(REPEATS + 1):
         for size in sizes:
-            llama.n_tokens = TEXT  # eval forgets what is behind
+            llama.n_tokens = text  # eval forgets what is behind
             start = time.perf_counter()
             llama.eval([1] * size)
             found[size].append(time.perf_counter() - start)
     llama.reset()
-    medians = [float(np.median(found[size][1:])) for size in sizes]  # the first of each warms up
-    return Costs(tuple(sizes), tuple(np.maximum.accumulate(medians).tolist()))
+    # the first of each warms up
+    return Costs.of_medians({size: statistics.median(times[1:]) for size, times in found.items()})

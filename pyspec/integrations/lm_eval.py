@@ -16,6 +16,7 @@ from torch import Tensor
 
 import pyspec
 from pyspec.integrations import require
+from pyspec.models.exclusive import exclusive_use
 from pyspec.ops import row_statistics
 from pyspec.trees import DraftTree
 
@@ -192,7 +193,8 @@ class PyspecLM(TemplateLM):
             greedy[index] &= bool((statistics.top_tokens[:, 0] == targets).all())
 
         prompts = [text[:-1] for text in texts]
-        self.runner.prefill(prompts, capacity=max(map(len, prompts)), observe=observe)
+        with exclusive_use(self.runner):
+            self.runner.prefill(prompts, capacity=max(map(len, prompts)), observe=observe)
         return list(zip(sums, greedy, strict=True))
 
 

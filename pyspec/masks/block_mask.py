@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyspec.arguments import described, is_scalar, read_integer
 from pyspec.masks import orders, picture, tiles
 from pyspec.masks.spans import Span, dense_of_spans, span_tiles
 from pyspec.masks.tiles import EMPTY, FULL, WORD
@@ -66,12 +67,11 @@ class BlockMask:
 
         An edit of visible after this makes the mask unusable: check_current, and so attention, raises ValueError.
         """
-        if visible.dtype != torch.bool:
-            raise TypeError(f"visible must be bool, got {visible.dtype}")
+        if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
+            raise TypeError(f"visible must be bool, got {described(visible)}")
         if not 2 <= visible.dim() <= 4:
             raise ValueError(f"visible must be [N, M], [B, N, M] or [B, H, N, M], got shape {tuple(visible.shape)}")
         rows, keys = visible.shape[-2:]
-        _check_sizes(rows=rows, keys=keys)
         missing = (1,) * (4 - visible.dim())
         dense = visible.reshape(*visible.shape[:-2], *missing, rows, keys)
         mask = cls._from_map(*tiles.of_dense(dense, tiles.words_per_block(rows, visible.device)), rows, keys)
@@ -88,7 +88,7 @@ class BlockMask:
         predicate is given int32 tensors that broadcast against one another and returns a bool tensor, like a mask_mod
         of FlexAttention. It is asked about every pair: the other constructors are faster.
         """
-        _check_sizes(rows=rows, keys=keys, batch=batch, heads=heads)
+        rows, keys, batch, heads = _sizes(rows=rows, keys=keys, batch=batch, heads=heads)
         words = tiles.words_per_block(rows, device)
         b, h, row, key = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, heads, rows, keys))
         b, h, row = b[:, None, None, None], h[:, None, None], row[:, None]
@@ -122,7 +122,7 @@ class BlockMask:
         Raises:
             ValueError: a length is negative or does not fit.
         """
-        _check_sizes(prefix=prefix)
+        (prefix,) = _sizes(prefix=prefix)
         lengths = _lengths("lengths", lengths)
         inputs = np.zeros_like(lengths) if inputs is None else _lengths("inputs", inputs)
         if inputs.shape != lengths.shape or (inputs > lengths).any():
@@ -160,9 +160,11 @@ class BlockMask:
             ValueError: a size is negative, window or dilation is below 1, or M is below N.
         """
         keys = rows if keys is None else keys
-        _check_sizes(rows=rows, keys=keys, global_tokens=global_tokens)
+        rows, keys, global_tokens = _sizes(rows=rows, keys=keys, global_tokens=global_tokens)
         if keys < rows:
             raise ValueError(f"keys must be at least rows ({rows}), got {keys}")
+        window = None if window is None else read_integer("window", window)
+        dilation = read_integer("dilation", dilation)
         for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -197,16 +199,14 @@ class BlockMask:
         Raises:
             ValueError: parents are not topological, or prefix is negative or not one for each tree.
         """
-        if isinstance(trees, (list, tuple)) and trees and not isinstance(trees[0], int):
-            prefixes = [prefix] * len(trees) if isinstance(prefix, int) else list(prefix)
+        if isinstance(trees, (list, tuple)) and trees and not is_scalar(trees[0]):
+            prefixes = [prefix] * len(trees) if is_scalar(prefix) else list(prefix)
         else:
             trees, prefixes = [trees], [prefix]
         if len(prefixes) != len(trees):
             raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
-        described = [(parents_of(tree), n) for tree, n in zip(trees, prefixes, strict=True)]
-        for _, n in described:
-            _check_sizes(prefix=n)
-        return cls._from_parents(described, device)
+        sizes = [_sizes(prefix=n)[0] for n in prefixes]
+        return cls._from_parents([(parents_of(tree), n) for tree, n in zip(trees, sizes, strict=True)], device)
 
     @classmethod
     def _from_parents(cls, described: list[TreeAndPrefix], device) -> BlockMask:
@@ -275,6 +275,7 @@ class BlockMask:
     def to(self, device) -> BlockMask:
         """This mask on another device."""
         moved = copy.copy(self)
+        moved._dense = self._dense
         for name in ("full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "bits", "row_order", "key_order"):
             tensor = getattr(self, name)
             setattr(moved, name, None if tensor is None else tensor.to(device))
@@ -303,6 +304,13 @@ class BlockMask:
             f"BlockMask(rows={self.rows}, keys={self.keys}, batch={batch}, heads={heads}, "
             f"full_tiles={len(self.full_tiles)}, partial_tiles={len(self.partial_tiles)}, density={self.density:.3f})"
         )
+
+    def __getstate__(self) -> dict:
+        """What pickle and copy keep: all but the dense tensor that it was built from, whose later edits a copy does not
+        look at. Raises ValueError where it has been edited already.
+        """
+        self.check_current()
+        return vars(self) | {"_dense": []}
 
     # ==== masks from masks ====
 
@@ -454,14 +462,17 @@ def _check_answer(visible: Tensor) -> None:
         raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
+def _sizes(**sizes: int) -> list[int]:
+    """The sizes; raises TypeError or ValueError unless they are integers that are not negative."""
+    found = [read_integer(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, found, strict=True):
         if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
+    return found
 
 
 def _lengths(name: str, values: Sequence[int]) -> np.ndarray:
-    lengths = np.asarray(values, np.int64)
-    if lengths.ndim != 1 or (lengths < 0).any():
-        raise ValueError(f"{name} must be a list of numbers that are not negative, got {lengths.tolist()}")
-    return lengths
+    lengths = np.asarray(values)
+    if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu") or (lengths < 0).any():
+        raise ValueError(f"{name} must be a list of integers that are not negative, got {described(values)}")
+    return lengths.astype(np.int64)

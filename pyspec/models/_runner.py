@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.models._checks import check_paths, check_trees
+from pyspec.models._inference import inference
 from pyspec.models._weights import NativeWeights
+from pyspec.models.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.readback import send_statistics
 from pyspec.trees import DraftTree
@@ -22,7 +24,7 @@ __all__ = ["NativeRunner"]
 class NativeRunner:
     """A model with its state, `_cache`, which has the `lengths` of its sequences and their `check_room`.
 
-    See pyspec.models.Runner for the calls.
+    See pyspec.models.Runner for the calls. Threads wait for each other at every call, or use a `fork`.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
     prompt was read in.
@@ -45,6 +47,7 @@ class NativeRunner:
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
     ):
+        sample = weights.sampled(config)
         weights.pack(weights.head.dtype)
         if weights.norm.device.type == "cpu":
             weights.move_together()
@@ -59,7 +62,7 @@ class NativeRunner:
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
-        self.fingerprint = f"{config.architecture}-{hashlib.sha256(description.encode()).hexdigest()[:16]}"
+        self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._cache = None
         self._verified: list[DraftTree | None] | None = None
 
@@ -67,7 +70,18 @@ class NativeRunner:
         """Committed tokens of each sequence."""
         return [] if self._cache is None else list(self._cache.lengths)
 
-    @torch.inference_mode()
+    def fork(self):
+        """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""
+        fork = copy.copy(self)
+        vars(fork).pop("_drafters", None)
+        fork._drop_batch()
+        return fork
+
+    def _drop_batch(self) -> None:
+        """Forgets the batch and all that knows its addresses."""
+        self._cache = self._verified = None
+
+    @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
         """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
 
@@ -91,7 +105,7 @@ class NativeRunner:
         parts = iter(parts)
         return [None if tree is None else next(parts) for tree in trees]
 
-    @torch.inference_mode()
+    @inference
     def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
         """Makes a path of the last verified tree (node indices from the root, root included) state.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from pyspec.models.fingerprint import WeightSample
 from pyspec.models.huge_pages import HugePages
 from pyspec.ops.linear import PackedWeight, pack_weight
 
@@ -68,6 +69,7 @@ class NativeWeights:
     layers: list[NativeLayer] = field(repr=False)
     norm: Tensor  # [hidden]
     head: Matrix  # [vocab, hidden]
+    sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
 
     @classmethod
     def empty(cls, config, dtype: torch.dtype, device: torch.device) -> NativeWeights:
@@ -90,6 +92,15 @@ class NativeWeights:
         if not config.tied_embedding:
             tensors["lm_head.weight"] = dense(self.head)
         return tensors
+
+    def sampled(self, config) -> str:
+        """The WeightSample of the checkpoint, or where there was none, of these weights."""
+        if self.sample:
+            return self.sample
+        sample = WeightSample().add(self.named_outside(config).items())
+        for index, layer in enumerate(self.layers):
+            sample.add(layer.named(config, f"{self.LAYERS}{index}.").items())
+        return sample.hexdigest()
 
     def pack_outside(self, dtype: torch.dtype) -> None:
         """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""

@@ -74,8 +74,8 @@ class BambaConfig:
 
     def rope_frequencies(self) -> Tensor:
         """[head_dim / 2] fp32: radians per position, 0 for the dimensions that are not turned."""
-        exponents = torch.arange(0, self.rotary_dim, 2).float() / self.rotary_dim
-        straight = torch.zeros((self.attention.head_dim - self.rotary_dim) // 2)
+        exponents = torch.arange(0, self.rotary_dim, 2, device="cpu").float() / self.rotary_dim
+        straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
 
 
@@ -120,7 +120,9 @@ class AttentionLayer(LayerWeights):
 
     def _order(self) -> Tensor:
         """[head_dim]: which dimension of the checkpoint comes where."""
-        turned, straight = torch.arange(self.head_dim).split([self.rotary_dim, self.head_dim - self.rotary_dim])
+        turned, straight = torch.arange(self.head_dim, device="cpu").split(
+            [self.rotary_dim, self.head_dim - self.rotary_dim]
+        )
         halves = zip(turned.chunk(2), straight.chunk(2) if len(straight) else (straight, straight), strict=True)
         return torch.cat([part for half in halves for part in half])
 

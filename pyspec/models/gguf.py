@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,32 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.models.llama_weights import LlamaConfig, RopeScaling, Unsupported
+from pyspec.models.entries import Entries
 
-__all__ = ["ARCHITECTURES", "GGUFCheckpoint", "GGUFFile", "llama_config"]
+__all__ = ["GGUFFile"]
 
-ARCHITECTURES = ("llama", "mistral", "qwen2")
 BLOCK_ELEMENTS = 2**22  # dequantised at a time, so that the fp32 values of a large tensor never exist together
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
-_NAMES = {  # of a layer's tensors, in GGUF and in Hugging Face checkpoints
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
 
 @dataclass(frozen=True)
 class _TensorInfo:
+    path: Path  # of the part that it is in
+    data: mmap.mmap
     shape: tuple[int, ...]  # outermost first, as in torch
     kind: int  # ggml type
     offset: int
@@ -45,24 +34,32 @@ class _TensorInfo:
 
 
 class GGUFFile:
-    """A GGUF file: `metadata`, a dict of plain Python values, and `shapes` of tensors by name.
+    """A GGUF file, or all parts of a split one: `metadata`, a dict of plain values, and `shapes` of tensors by name.
+
+    Args:
+        path: of the file, or of any of the parts NAME-00001-of-00003.gguf; all must lie in its folder.
 
     Raises:
-        ValueError: not a GGUF file, a version other than 2 and 3, a truncated file or an unknown tensor type.
+        ValueError: not a GGUF file, a version other than 2 and 3, a truncated file or an unknown tensor type; a part is
+            missing, or belongs to another model.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ValueError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
-            # private and writable, because torch wants writable arrays; pages are shared as long as nobody writes
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._at = 4
-        try:
-            self._read_header()
-        except (struct.error, LookupError, OverflowError, TypeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is truncated or corrupt: its header cannot be read ({error})") from None
+        parts = _parts(_Part(path))
+        self.metadata = parts[0].metadata
+        self._tensors: dict[str, _TensorInfo] = {}
+        for part in parts:
+            if again := part.tensors.keys() & self._tensors.keys():
+                raise ValueError(f"{part.path} has tensor {min(again)}, which another part has too")
+            self._tensors |= part.tensors
+        stated = Entries(str(path), self.metadata, noun="metadata ").whole(
+            "split.tensors.count", len(self._tensors), least=0
+        )
+        if len(parts) > 1 and stated != len(self._tensors):
+            raise ValueError(
+                f"{path} and the other parts have {len(self._tensors)} tensors, split.tensors.count is {stated}"
+            )
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -75,15 +72,60 @@ class GGUFFile:
         kind = gguf.GGMLQuantizationType(info.kind)
         width = info.shape[-1]
         height = int(np.prod(info.shape[:-1], dtype=np.int64))
-        data = np.frombuffer(self._data, np.uint8, info.bytes, info.offset).reshape(height, -1)
+        data = np.frombuffer(info.data, np.uint8, info.bytes, info.offset).reshape(height, -1)
         step = max(1, BLOCK_ELEMENTS // width)
         for start in range(0, height, step):
             try:
                 values = gguf.quants.dequantize(data[start : start + step].view(_storage(kind, gguf)), kind)
             except NotImplementedError:
-                raise ValueError(f"{self.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
+                raise ValueError(f"{info.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
             yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
+
+
+def _parts(part: _Part) -> list[_Part]:
+    """All parts of the model that a part is of, in order."""
+    count = Entries(str(part.path), part.metadata, noun="metadata ").whole("split.count", 1, least=0)
+    if count <= 1:
+        return [part]
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", part.path.name, re.IGNORECASE)
+    if named is None or int(named[3]) != count:
+        raise ValueError(
+            f"{part.path} is one of {count} parts by its split.count, so its name must end in "
+            f"-00001-of-{count:05}.gguf, or another number"
+        )
+    parts = []
+    for number in range(1, count + 1):
+        path = part.path.with_name(f"{named[1]}-{number:05}-of-{count:05}{part.path.suffix}")
+        if not path.is_file():
+            raise ValueError(f"{part.path} is one of {count} parts, of which {path.name} is missing")
+        other = part if path == part.path else _Part(path)
+        for key, expected in (
+            ("split.count", count),
+            ("split.no", number - 1),
+            ("split.tensors.count", part.metadata.get("split.tensors.count")),
+        ):
+            if (found := other.metadata.get(key)) != expected:
+                raise ValueError(f"{path} is not part {number} of the same model: its {key} is {found}, not {expected}")
+        parts.append(other)
+    return parts
+
+
+class _Part:
+    """One file: its `metadata`, and its `tensors` by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
+            # private and writable, because torch wants writable arrays; pages are shared as long as nobody writes
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._at = 4
+        try:
+            self._read_header()
+        except (struct.error, LookupError, OverflowError, TypeError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or corrupt: its header cannot be read ({error})") from None
 
     def _read_header(self) -> None:
         version = self._scalar("I")
@@ -99,15 +141,15 @@ class GGUFFile:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"{self.path} is corrupt: its general.alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        self._tensors = {}
+        self.tensors = {}
         for name, shape, kind, offset in described:
-            info = _TensorInfo(shape, kind, start + offset, self._size(name, shape, kind))
+            info = _TensorInfo(self.path, self._data, shape, kind, start + offset, self._size(name, shape, kind))
             if info.offset + info.bytes > len(self._data):
                 raise ValueError(
                     f"{self.path} is truncated: tensor {name} ends at byte {info.offset + info.bytes}, "
                     f"the file has {len(self._data)}"
                 )
-            self._tensors[name] = info
+            self.tensors[name] = info
 
     def _tensor_description(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
@@ -167,99 +209,3 @@ def _storage(kind, gguf) -> type:
     """The element type in which gguf's dequantize expects plain floats; bytes for everything else."""
     kinds = gguf.GGMLQuantizationType
     return {kinds.F32: np.float32, kinds.F16: np.float16}.get(kind, np.uint8)
-
-
-def llama_config(file: GGUFFile) -> LlamaConfig:
-    """The shape of the model in a GGUF file.
-
-    Raises:
-        Unsupported: another architecture, or a feature that LlamaRunner does not have.
-        ValueError: metadata is missing.
-    """
-    architecture = file.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise Unsupported(
-            f"{file.path} has architecture {architecture!r}, supported in GGUF files are {', '.join(ARCHITECTURES)}"
-        )
-
-    def value(key: str, default=None, types: type | tuple[type, ...] = int):
-        found = file.metadata.get(f"{architecture}.{key}", default)
-        if found is None:
-            raise ValueError(f"{file.path} is incomplete: it has no metadata {architecture}.{key}")
-        if isinstance(found, list):
-            raise Unsupported(f"{file.path} has a {key} for each layer, which is not supported")
-        if not isinstance(found, types) or (types is int and found < 0):
-            raise ValueError(f"{file.path} is corrupt: its {architecture}.{key} is {found!r}")
-        return found
-
-    shapes = file.shapes
-    hidden, heads, layers = value("embedding_length"), value("attention.head_count"), value("block_count")
-    if f"blk.{layers - 1}.attn_norm.weight" not in shapes:  # before anything is made for so many layers
-        raise ValueError(f"{file.path} has no tensor blk.{layers - 1}.attn_norm.weight, for {layers} layers")
-    head_dim = value("attention.key_length", hidden // max(1, heads))
-    if value("rope.dimension_count", head_dim) != head_dim:
-        raise Unsupported(f"{file.path} rotates only part of each head, which is not supported")
-    if value("expert_count", 0):
-        raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
-    return LlamaConfig(
-        architecture=architecture,
-        vocab_size=shapes.get("token_embd.weight", (0,))[0],
-        hidden_size=hidden,
-        intermediate_size=value("feed_forward_length"),
-        layers=layers,
-        heads=heads,
-        kv_heads=value("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        context_length=value("context_length"),
-        norm_epsilon=value("attention.layer_norm_rms_epsilon", types=float),
-        rope_base=value("rope.freq_base", 10000.0, types=float),
-        rope_scaling=_rope_scaling(file, value, head_dim),
-        windows=(value("attention.sliding_window", 0) or None,) * layers,
-        qkv_bias="blk.0.attn_q.bias" in shapes,
-        output_bias="blk.0.attn_output.bias" in shapes,
-        tied_embedding="output.weight" not in shapes,
-    )
-
-
-def _rope_scaling(file: GGUFFile, value: Callable, head_dim: int) -> RopeScaling | None:
-    if (shape := file.shapes.get("rope_freqs.weight")) is not None:
-        if shape != (head_dim // 2,):
-            raise ValueError(f"{file.path}: tensor rope_freqs.weight must have shape {(head_dim // 2,)}, got {shape}")
-        return RopeScaling("table", table=tuple(torch.cat(list(file.rows("rope_freqs.weight"))).tolist()))
-    kind = value("rope.scaling.type", "none", types=str)
-    if kind == "none":
-        return None
-    if kind == "linear":
-        return RopeScaling("linear", factor=value("rope.scaling.factor", types=float))
-    raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear and llama3")
-
-
-class GGUFCheckpoint:
-    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, and `blocks` of one."""
-
-    def __init__(self, file: GGUFFile, config: LlamaConfig):
-        self._file = file
-        self._config = config
-        self._names = {_hugging_face_name(name): name for name in file.shapes if name != "rope_freqs.weight"}
-        self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
-
-    def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Row numbers and the fp32 values of these rows."""
-        original = self._names[name]
-        order = torch.arange(self.shapes[name][0])
-        if self._config.architecture == "llama" and original.split(".")[2:3] in (["attn_q"], ["attn_k"]):
-            # llama.cpp rotates neighbours, so its files have the two halves of each head interleaved
-            order = order.view(-1, 2, self._config.head_dim // 2).transpose(1, 2).flatten()
-        start = 0
-        for rows in self._file.rows(original):
-            yield order[start : start + len(rows)], rows
-            start += len(rows)
-
-
-def _hugging_face_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if not stem.startswith("blk."):
-        return f"{_GLOBAL_NAMES.get(stem, stem)}.{kind}"
-    _, layer, part = (stem + ".").split(".", 2)
-    part = part.rstrip(".")
-    return f"model.layers.{layer}.{_NAMES.get(part, part)}.{kind}"

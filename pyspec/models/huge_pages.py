@@ -26,7 +26,7 @@ class HugePages:
             pages.madvise(mmap.MADV_HUGEPAGE)
             self._free = torch.frombuffer(pages, dtype=torch.uint8)
         else:
-            self._free = torch.empty(size, dtype=torch.uint8)
+            self._free = torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def move(self, tensor: Tensor) -> Tensor:
         """A copy in the buffer."""

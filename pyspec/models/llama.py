@@ -17,6 +17,7 @@ from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
 from pyspec.models._checks import check_prompts, check_trees
+from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, rope_table
 from pyspec.models.prompts import PromptPlan
@@ -72,13 +73,17 @@ class LlamaRunner(NativeRunner):
         ]
         self._biases = []
         if config.qkv_bias or config.output_bias:
-            none = torch.empty(0, device=self.device)
+            none = torch.empty(0, dtype=torch.float32, device=self.device)
             pairs = ((layer.qkv_bias, layer.output_bias) for layer in weights.layers)
             self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
         self._is_static = self.device.type == "cuda"
         self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
 
-    @torch.inference_mode()
+    def _drop_batch(self) -> None:
+        super()._drop_batch()
+        self._steps = None
+
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -102,7 +107,7 @@ class LlamaRunner(NativeRunner):
             ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
                 keys or values cannot be packed: NaN, infinite or too large.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         if cache is not None:
             self._check_packs(cache)
@@ -135,7 +140,7 @@ class LlamaRunner(NativeRunner):
         """Nodes of the largest tree that fits behind a sequence."""
         return self._cache.capacity - self._cache.lengths[sequence]
 
-    @torch.inference_mode()
+    @inference
     def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
 
@@ -159,6 +164,7 @@ class LlamaRunner(NativeRunner):
         cache.check_room(sequence, len(tree))
         return self._logits(self._forward([tree], [sequence], cache, layers))
 
+    @inference
     def save_cache(self, path: str | Path) -> None:
         """Writes what is committed over a packed cache to a file, for `load_cache`.
 
@@ -169,6 +175,7 @@ class LlamaRunner(NativeRunner):
             raise RuntimeError("there is no packed cache to save: prefill with cache first")
         save_packed(self._cache, path, self.fingerprint)
 
+    @inference
     def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
         """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
 
@@ -265,7 +272,7 @@ class LlamaRunner(NativeRunner):
         places = []  # position, sequence and slot of every node
         for tree, sequence in zip(trees, sequences, strict=True):
             length = cache.lengths[sequence]
-            slots = torch.arange(len(tree), dtype=torch.int32) + length - cache.starts[sequence]
+            slots = torch.arange(len(tree), dtype=torch.int32, device="cpu") + length - cache.starts[sequence]
             places.append(torch.stack((tree.depths + length, torch.full_like(slots, sequence), slots)))
         positions, row_sequences, slots = torch.cat(places, 1).to(self.device)
         seen = [cache.rows(sequence, tree) for tree, sequence in zip(trees, sequences, strict=True)]

@@ -23,7 +23,7 @@ class RopeScaling:
     """How rotary frequencies are stretched beyond the context of the first training.
 
     "linear" divides all of them by factor; "llama3" leaves wavelengths below original_context / high_factor,
-    divides those above original_context / low_factor and blends between; "table" divides each by its own factor.
+    divides those above original_context / low_factor and blends between; "table" divides each by its own and by factor.
     """
 
     kind: str
@@ -71,13 +71,13 @@ class LlamaConfig:
 
     def rope_frequencies(self) -> Tensor:
         """[head_dim / 2] fp32: radians per position."""
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
         frequencies = 1.0 / self.rope_base**exponents
         scaling = self.rope_scaling
         if scaling is None:
             return frequencies
         if scaling.kind == "table":
-            return frequencies / torch.tensor(scaling.table)
+            return frequencies / torch.tensor(scaling.table, dtype=torch.float32, device="cpu") / scaling.factor
         if scaling.kind == "linear":
             return frequencies / scaling.factor
         wavelengths = 2 * math.pi / frequencies
@@ -144,5 +144,5 @@ class LlamaWeights(NativeWeights):
 
 def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:
     """[positions, 2, head_dim / 2] fp32: cosines and sines, as rotary_write takes them."""
-    angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), 1).to(device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from pyspec.models._weights import NativeWeights
 from pyspec.models.bamba import BambaConfig, BambaRunner, BambaWeights
+from pyspec.models.fingerprint import WeightSample
 from pyspec.models.llama import LlamaRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, Unsupported
 from pyspec.models.mamba import MambaConfig, MambaRunner
@@ -66,8 +68,9 @@ def _resolve(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"source must be a .gguf file or a folder, got the file {path}")
+        if path.suffix.lower() != ".gguf":
+            hint = "; name its folder, where config.json is" if path.suffix == ".safetensors" else ""
+            raise ValueError(f"source must be a .gguf file or a folder, got the file {path}{hint}")
         return path
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(source)) and path.suffix not in (
         ".gguf",
@@ -103,7 +106,7 @@ def _download(hub_id: str) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
         if not any(folder.glob("*.safetensors")):  # mamba_ssm's models
-            huggingface_hub.snapshot_download(hub_id, allow_patterns=["pytorch_model.bin"])
+            huggingface_hub.snapshot_download(hub_id, allow_patterns=["pytorch_model.bin", "pytorch_model-*.bin"])
         return folder
     except Exception as error:  # the hub client raises its own, its HTTP library's and the system's errors
         raise FileNotFoundError(
@@ -112,18 +115,22 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LlamaRunner:
-    from pyspec.models.gguf import GGUFCheckpoint, GGUFFile, llama_config
+    from pyspec.models.gguf import GGUFFile
+    from pyspec.models.gguf_models import GGUFCheckpoint, llama_config
     from pyspec.models.tokenizer import Tokenizer
 
     file = GGUFFile(path)
     config = llama_config(file)
-    tokenizer = Tokenizer.from_gguf(file.metadata, path) if "tokenizer.ggml.model" in file.metadata else None
+    tokenizer = Tokenizer.from_gguf(file.metadata, path)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
     weights = _read_weights(GGUFCheckpoint(file, config), config, path, dtype, device, progress)
     return LlamaRunner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else ())
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None):
-    from pyspec.models.huggingface import native_config, read_checkpoint, read_description
+    from pyspec.models.configurations import native_config
+    from pyspec.models.huggingface import read_checkpoint, read_description
     from pyspec.models.tokenizer import Tokenizer
 
     description = read_description(folder)
@@ -136,13 +143,17 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
             raise ValueError(f"dtype int8 needs a model of the Llama, Mamba or Bamba family: {reason}") from None
         return load_folder(folder, description, dtype, device, str(reason))
     tokenizer = Tokenizer.from_folder(folder)
-    weights = _read_weights(read_checkpoint(folder), config, folder, dtype, device, progress)
-    return NATIVE[type(config)][1](config, weights, tokenizer, eos_tokens(folder, tokenizer))
+    ends = eos_tokens(folder, tokenizer)
+    checkpoint = read_checkpoint(folder)
+    config = _tied_as_stored(checkpoint, config)
+    weights = _read_weights(checkpoint, config, folder, dtype, device, progress)
+    return NATIVE[type(config)][1](config, weights, tokenizer, ends)
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None):
     """pyspec.models.from_transformers."""
-    from pyspec.models.huggingface import TensorCheckpoint, native_config
+    from pyspec.models.configurations import native_config
+    from pyspec.models.huggingface import TensorCheckpoint
     from pyspec.models.tokenizer import Tokenizer
     from pyspec.models.transformers import TransformersRunner, eos_tokens_of
 
@@ -156,19 +167,49 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_transformers(tokenizer)
     checkpoint = TensorCheckpoint(model.state_dict())
+    config = _tied_as_stored(checkpoint, config)
     weights = _read_weights(checkpoint, config, name, dtype or model.dtype, model.device, None)
     return NATIVE[type(config)][1](config, weights, tokenizer, eos_tokens_of(model, tokenizer))
 
 
 def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
-    """Tokens that end a text, by generation_config.json, config.json and the tokenizer."""
+    """Tokens that end a text, by generation_config.json, config.json and the tokenizer.
+
+    Raises:
+        ValueError: one of the files names something else than tokens.
+    """
+    from pyspec.models.entries import Entries
     from pyspec.models.huggingface import read_json
 
     tokens = set(tokenizer.eos_tokens) if tokenizer else set()
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file() and (named := read_json(folder / name).get("eos_token_id")) is not None:
-            tokens.update(named if isinstance(named, list) else [named])
-    return frozenset(tokens)
+        if (folder / name).is_file():
+            entries = Entries(f"{folder}: {name}", read_json(folder / name))
+            if isinstance(entries.get("eos_token_id"), list):
+                tokens.update(entries.array("eos_token_id", int))
+            elif "eos_token_id" in entries:
+                tokens.add(entries.whole("eos_token_id", least=-1))
+    return frozenset(token for token in tokens if token >= 0)  # some files write -1 for none
+
+
+def _tied_as_stored(checkpoint, config):
+    """The configuration without its tie where the checkpoint has a head that is not the embedding.
+
+    transformers does not tie them either: it takes the configuration for wrong.
+    """
+    embedding, head = NATIVE[type(config)][0].EMBEDDING, "lm_head.weight"
+    if not config.tied_embedding or not {embedding, head} <= checkpoint.shapes.keys():
+        return config
+    pairs = zip(checkpoint.blocks(embedding), checkpoint.blocks(head), strict=True)
+    if checkpoint.shapes[embedding] == checkpoint.shapes[head] and all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        return config
+    return _untied(config)
+
+
+def _untied(config):
+    if isinstance(config, BambaConfig):
+        return replace(config, attention=_untied(config.attention), recurrence=_untied(config.recurrence))
+    return replace(config, tied_embedding=False)
 
 
 def _read_weights(
@@ -177,9 +218,17 @@ def _read_weights(
     """Weights from a checkpoint, packed part by part so that little is ever there twice; checked before."""
     dense_dtype = torch.float32 if dtype == torch.int8 else dtype
     weights_class = NATIVE[type(config)][0]
-    expected = weights_class.empty(config, dense_dtype, torch.device("meta")).named(config)
+    layers = len(config.is_attention) if isinstance(config, BambaConfig) else config.layers
+    last = f"{weights_class.LAYERS}{layers - 1}."
+    if not any(name.startswith(last) for name in checkpoint.shapes):  # before anything is made for so many layers
+        raise ValueError(f"{path} has no tensor {last}*, for {layers} layers")
+    try:
+        expected = weights_class.empty(config, dense_dtype, torch.device("meta")).named(config)
+    except RuntimeError as error:
+        raise ValueError(f"{path} describes tensors that are larger than any memory: {error}") from None
     _check_tensors(checkpoint.shapes, {name: tuple(place.shape) for name, place in expected.items()}, path)
     weights = weights_class.empty(config, dense_dtype, device)  # memory comes with the first write
+    sample = WeightSample()
     done = 0
 
     def read(places: dict[str, torch.Tensor]) -> None:
@@ -191,6 +240,7 @@ def _read_weights(
                 is_sure = values.sum().isfinite() and place.dtype != torch.float16
                 if not is_sure and not place[rows].isfinite().all():
                     raise ValueError(f"{path}: tensor {name} has values that are NaN or infinite in {place.dtype}")
+            sample.add([(name, place)])
             done += 1
             if progress is not None:
                 progress(done, len(expected))
@@ -200,6 +250,7 @@ def _read_weights(
     for index, layer in enumerate(weights.layers):
         read(layer.named(config, f"{weights.LAYERS}{index}."))
         layer.pack(dtype)
+    weights.sample = sample.hexdigest()
     return weights
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
 from pyspec.models._checks import check_prompts
+from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
 from pyspec.models.static_rounds import StaticRounds
@@ -98,7 +99,7 @@ class StateSpaceWeights(NativeWeights):
 class RecurrentRunner(NativeRunner):
     """A runner with a recurrent state: a prompt is read as chains that are accepted as a whole. See NativeRunner."""
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         tokens: Sequence[Sequence[int]],
@@ -117,7 +118,7 @@ class RecurrentRunner(NativeRunner):
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
         """
-        check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
         last_logits = []
@@ -191,6 +192,10 @@ class StateSpaceRunner(RecurrentRunner):
         self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
+
+    def _drop_batch(self) -> None:
+        super()._drop_batch()
+        self._rounds, self._behind = None, []
 
     def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
         self._behind = [[] for _ in range(sequences)]
@@ -273,6 +278,6 @@ def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
     if not tokens:
         return tree
     count = len(tokens)
-    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32), tree.parents + count))
+    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32, device="cpu"), tree.parents + count))
     parents[count] = count - 1
-    return DraftTree(torch.cat((torch.tensor(tokens), tree.tokens)), parents)
+    return DraftTree(torch.cat((torch.tensor(tokens, device="cpu"), tree.tokens)), parents)

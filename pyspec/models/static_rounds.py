@@ -61,7 +61,7 @@ class RoundInputs:
         """Describes some sequences' trees, and for each what StateCache.plan says. Does not wait for the device."""
         host = RoundInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
         round, end = host.round, 0
-        torch.arange(self._shape[0], dtype=torch.int32, out=round.sequences)
+        round.sequences.copy_(torch.arange(self._shape[0], dtype=torch.int32, device="cpu"))
         round.paths.fill_(-1)
         round.keeps.fill_(-1)
         for tree, sequence, path, half, keep in zip(trees, sequences, paths, halves, keeps, strict=True):
@@ -69,7 +69,7 @@ class RoundInputs:
             round.parents[end : end + len(tree)] = tree.parents
             end += len(tree)
             round.starts[sequence + 1 :] = end
-            round.paths[sequence, : len(path)] = torch.tensor(path, dtype=torch.int32)
+            round.paths[sequence, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
             round.halves[sequence], round.keeps[sequence] = half, keep
         self.buffer.copy_(host.buffer, non_blocking=True)
 

@@ -68,9 +68,9 @@ class StepInputs:
         The host's copy is new each time: torch keeps it until the device has read it.
         """
         host = StepInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
-        host.sequences += torch.arange(len(trees), dtype=torch.int32)[:, None]
-        starts = torch.tensor(lengths, dtype=torch.int32)[:, None]
-        torch.add(starts, torch.arange(self._shape[1], dtype=torch.int32), out=host.slots)
+        host.sequences += torch.arange(len(trees), dtype=torch.int32, device="cpu")[:, None]
+        starts = torch.tensor(lengths, dtype=torch.int32, device="cpu")[:, None]
+        torch.add(starts, torch.arange(self._shape[1], dtype=torch.int32, device="cpu"), out=host.slots)
         for index, tree in enumerate(trees):
             if tree is None:
                 continue

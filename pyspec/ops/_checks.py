@@ -5,9 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "check_floating", "check_tensors"]
+from pyspec.arguments import described
+
+__all__ = ["FLOATS", "BadData", "check_are_tensors", "check_floating", "check_places", "check_tensors"]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BadData(ValueError, RuntimeError):
+    """Arguments that an op cannot read, such as lengths or indices that point outside of a tensor.
+
+    A RuntimeError too, which is what torch's own ops raise, and the overloads of torch.ops.pyspec.
+    """
+
+
+def check_are_tensors(*, optional: tuple[str, ...] = (), **values) -> None:
+    """Raises TypeError unless each value is a tensor, or None where its name is among the optional ones."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor) and not (value is None and name in optional):
+            raise TypeError(f"{name} must be a tensor{' or None' * (name in optional)}, got {described(value)}")
+
+
+def check_places(name: str, places: Tensor, end: int, where: str) -> None:
+    """Raises BadData unless all of places are in [0, end), the message says that `where` has so many."""
+    outside = ((places < 0) | (places >= end)).nonzero()
+    if len(outside):
+        index = outside[0].tolist()
+        at = "".join(f"[{i}]" for i in index)
+        raise BadData(f"{name}{at} is {int(places[tuple(index)])}, {where.format(end)}")
 
 
 def check_floating(name: str, dtype: torch.dtype) -> None:

@@ -11,11 +11,14 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+from pyspec.ops._checks import BadData
 
 _LIBRARY = torch.library.Library("pyspec", "DEF")
 _FOLDER = Path(__file__).parent.parent / "lib"
@@ -78,6 +81,9 @@ class Op:
         fake: shapes and dtypes of the results, for tracing.
         triton: loads and returns the Triton launcher; called on first use on a CUDA tensor.
         cuda: whether the op's GPU kernel is in the library of CUDA C++ kernels.
+        check: of the same arguments, raises BadData where numbers that they hold point outside of a tensor. It is for
+            the reference; compiled kernels check for themselves on the CPU, and nothing does on a GPU, where looking
+            would mean waiting.
     """
 
     def __init__(
@@ -89,9 +95,11 @@ class Op:
         triton: Callable | None = None,
         *,
         cuda: bool = False,
+        check: Callable | None = None,
     ):
         self.name = name
         self.reference = reference
+        self._check = check
         self._triton = triton
         self._cuda = cuda
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
@@ -104,28 +112,52 @@ class Op:
         if not self.compiled_cuda:
             _LIBRARY.impl(name, self._on_cuda, "CUDA")
         self.overload = getattr(torch.ops.pyspec, name).default
+        _LIBRARY.impl(name, self._on_autograd, "Autograd", with_keyset=True)
         _OPS[name] = self
 
     def __call__(self, *args):
-        if _forced is not None:
-            return self._forced_call(*args)
-        return self.overload(*args)
+        if torch.compiler.is_compiling():
+            return self.overload(*args) if _forced is None else self._forced_call(*args)
+        self._refuse_gradients(args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():  # _on_autograd costs as much as a small kernel
+                return self.overload(*args) if _forced is None else self._forced_call(*args)
+        except RuntimeError as error:
+            # what STD_TORCH_CHECK of a binding says, behind the place in its source
+            if message := re.fullmatch(r"\w+, \S+:\d+, (.*)", str(error), re.DOTALL):
+                raise BadData(message[1]) from None
+            raise
+
+    def _on_autograd(self, keyset, *args):
+        self._refuse_gradients(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def _refuse_gradients(self, args) -> None:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            names = (argument.name for argument in self.overload._schema.arguments)
+            refuse_gradients(self.name, **dict(zip(names, args, strict=False)))
+
+    def _run_reference(self, *args):
+        if self._check is not None:
+            self._check(*args)
+        return outside_autocast(self.reference)(*args)
 
     def _slow_reference(self, *args):
         _warn_slow(compiled_library()[1])
-        return self.reference(*args)
+        return self._run_reference(*args)
 
     def _on_cuda(self, *args):
         name, reason = self.backend_for("cuda")
         if name == "reference":
             _warn_slow(reason)
-            return self.reference(*args)
+            return self._run_reference(*args)
         return self._triton()(*args)
 
     def _forced_call(self, *args):
-        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
         if _forced == "reference":
-            return self.reference(*args)
+            return self.reference(*args) if torch.compiler.is_compiling() else self._run_reference(*args)
+        device = _device_of(args)
         name, reason = self.backend_for(device)
         if name != _forced:
             raise RuntimeError(f"backend {_forced!r} was asked for but {self.name} on {device} has {name!r}: {reason}")
@@ -147,6 +179,32 @@ class Op:
             return "reference", f"{self.name} has no GPU kernel"
         missing = _triton_reason()
         return ("reference", missing) if missing else ("triton", "compiled at first use")
+
+
+def outside_autocast(function: Callable) -> Callable:
+    """A function of tensors in their own dtypes: PyTorch's ops inside do not see the caller's autocast."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with torch.autocast(_device_of((*args, *kwargs.values())), enabled=False):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def refuse_gradients(op: str, **arguments) -> None:
+    """Raises RuntimeError where an argument, a tensor or a list of them, wants a gradient, which op does not have."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        for name, value in arguments.items():
+            if torch._C._any_requires_grad(value):
+                raise RuntimeError(
+                    f"{name} must not require a gradient, pyspec.ops.{op} has none: call it under torch.no_grad() or "
+                    f"with {name}.detach()"
+                )
+
+
+def _device_of(args) -> str:
+    return next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
 
 
 @functools.cache

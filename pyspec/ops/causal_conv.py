@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.selective_state import Round
+from pyspec.ops.selective_state import Round, check_is_round
 
 __all__ = ["MOST_TAPS", "causal_conv", "causal_conv_reference"]
 
@@ -66,6 +66,10 @@ def _fake(window, record, x, *rest) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
+def _check_round(window, record, x, weight, bias, *rest) -> None:
+    Round(*rest[:-1]).check(len(x), len(window), record.shape[2])
+
+
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
@@ -73,6 +77,7 @@ _OP = Op(
     causal_conv_reference,
     _fake,
     cuda=True,
+    check=_check_round,
 )
 
 
@@ -103,9 +108,12 @@ def causal_conv(
         [R, channels] of out_dtype, after silu.
 
     Raises:
-        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-        RuntimeError: what round holds does not fit: a sequence twice, a node or a half that is not there.
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument. On the CPU also when what
+            round holds does not: a sequence twice, a node or a half that is not there.
+        RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(window=window, record=record, x=x, weight=weight, bias=bias, optional=("bias",))
+    check_is_round(round)
     if weight.dim() != 2 or not 1 <= len(weight) <= MOST_TAPS or weight.shape[1] % LANES:
         raise ValueError(
             f"weight must be [1 to {MOST_TAPS} taps, a multiple of {LANES} channels], got {tuple(weight.shape)}"

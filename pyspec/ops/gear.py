@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors, check_places
 from pyspec.ops._library import Op
 from pyspec.ops.gear_encode import check_floats, encode_packed, find_unpackable, gear_encode
 from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_records, gear_decode
@@ -89,6 +90,11 @@ def gear_packed_attention_reference(
     return attention_to_blocks(q, k, v, seen, scale)
 
 
+def check_seen(q: Tensor, packed: Tensor, seen: Tensor, *rest) -> None:
+    """Raises BadData where a row sees blocks that packed does not have."""
+    check_places("seen", seen, packed.shape[2] + 1, f"packed has {packed.shape[2]} blocks")
+
+
 def _fake(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -107,6 +113,7 @@ _OP = Op(
     gear_packed_attention_reference,
     _fake,
     _triton,
+    check=check_seen,
 )
 
 
@@ -196,9 +203,11 @@ def gear_attention(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: a shape, stride, device or option does not fit; the message names the argument.
-        RuntimeError: on the CPU, when prefix_lens point outside packed or k.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
+            prefix_lens point outside of packed or k.
+        RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
     check_floats("q", q)
     head_dim = q.shape[3]
     check_records(packed, format, head_dim)

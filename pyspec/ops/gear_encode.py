@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes, rotated
 
@@ -221,6 +222,7 @@ _OP = Op(
 
 
 def check_floats(name: str, tensor: Tensor) -> None:
+    check_are_tensors(**{name: tensor})
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
     if tensor.dim() != 4 or tensor.stride(3) != 1:

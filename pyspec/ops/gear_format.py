@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyspec.ops._library import outside_autocast
 from pyspec.ops.tree_attention import HEAD_DIMS
 
 __all__ = [
@@ -216,6 +217,7 @@ def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values:
     return x.new_zeros(*x.shape[:-1], head_dim).scatter(-1, channels, x)
 
 
+@outside_autocast
 def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as attention reads them.
 

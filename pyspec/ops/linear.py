@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_floating
-from pyspec.ops._library import Op
+from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_floating
+from pyspec.ops._library import Op, refuse_gradients
 
 __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
 
@@ -76,7 +76,9 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     Raises:
         TypeError: a dtype is not supported.
         ValueError: weight is not a matrix, is empty, or (int8) a value is too large for a scale in fp16.
+        RuntimeError: weight requires a gradient, which int8 would lose.
     """
+    check_are_tensors(weight=weight)
     dtype = dtype or weight.dtype
     if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8):
         raise TypeError(f"weight must be float32, float16 or bfloat16, or become int8, got {weight.dtype} to {dtype}")
@@ -87,6 +89,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
+        refuse_gradients("pack_weight", weight=weight)
         data = _pack_int8(weight, in_panels)
     elif not in_panels:
         data = weight.to(dtype).contiguous()
@@ -192,11 +195,18 @@ _OP = Op(
 )
 
 
+def _check_index(index: Tensor, weight: Tensor, outputs: int, inputs: int) -> None:
+    for place, row in enumerate(index.tolist()):
+        if not 0 <= row < outputs:
+            raise BadData(f"index must be in [0, {outputs}), got {row} at {place}")
+
+
 _ROWS = Op(
     "linear_rows",
     "(Tensor index, Tensor weight, int outputs, int inputs) -> Tensor",
     linear_rows_reference,
     lambda index, weight, outputs, inputs: index.new_empty((len(index), inputs), dtype=torch.float32),
+    check=_check_index,
 )
 
 
@@ -218,7 +228,8 @@ def linear(
         TypeError: a dtype is not supported, or weight is neither int8 nor of x's dtype.
         ValueError: a shape, stride or device does not fit; the message names the argument.
     """
-    if isinstance(weight, Tensor):
+    check_are_tensors(x=x, bias=bias, optional=("bias",))
+    if not isinstance(weight, PackedWeight):
         weight = pack_weight(weight)
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, out_dtype)

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.ops.rms_norm import rms_norm
@@ -206,5 +207,6 @@ def llama_layers(
     Raises:
         RuntimeError, ValueError, TypeError: something does not fit; the message names it.
     """
+    check_are_tensors(hidden=hidden, last_norm=last_norm, keys_values=keys_values, cos_sin=cos_sin, positions=positions)
     place = (keys_values, cos_sin, positions, ancestor_bits, sequences, lengths)
     return _OP(hidden, weights, biases, last_norm, *place, windows, heads, intermediate, epsilon)

@@ -19,11 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.ops.rms_norm import rms_norm
-from pyspec.ops.selective_state import LANES, Round, selective_state
+from pyspec.ops.selective_state import LANES, Round, check_is_round, selective_state
 
 __all__ = ["WEIGHTS", "mamba2_mixer", "mamba_layers", "mamba_layers_reference"]
 
@@ -185,5 +186,8 @@ def mamba_layers(
     Raises:
         RuntimeError, ValueError, TypeError: something does not fit; the message names it.
     """
+    check_are_tensors(hidden=hidden, last_norm=last_norm)
+    check_are_tensors(states=states, windows=windows, records=records, conv_records=conv_records)
+    check_is_round(round)
     state = (states, windows, records, conv_records)
     return _OP(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)

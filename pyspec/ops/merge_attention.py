@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_tensors
+from pyspec.ops._checks import FLOATS, check_are_tensors, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["merge_attention", "merge_attention_reference"]
@@ -67,6 +67,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
         TypeError: a dtype is not supported or the two differ.
         ValueError: shapes do not fit, or tensors are on different devices.
     """
+    check_are_tensors(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.dtype not in FLOATS or out_b.dtype != out_a.dtype:
         raise TypeError(
             f"out_a and out_b must share a dtype of float32, float16 or bfloat16, got {out_a.dtype} and {out_b.dtype}"

@@ -31,8 +31,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_tree, join_exact, used_blocks
+from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_seen, check_tree, join_exact, used_blocks
 from pyspec.ops.gear_encode import check_floats, check_keys_values
 from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS
@@ -121,7 +122,7 @@ def rotary_of_blocks(frequencies: Tensor, blocks: int) -> Tensor:
 
     frequencies: [D / 2] radians a position, of channels c and c + D / 2.
     """
-    positions = torch.cat((torch.arange(BLOCK), torch.arange(blocks) * BLOCK))
+    positions = torch.cat([torch.arange(count, device="cpu") * step for count, step in ((BLOCK, 1), (blocks, BLOCK))])
     angles = positions.double()[:, None] * frequencies.cpu().double()
     return torch.stack((angles.cos(), angles.sin()), 1).float().to(frequencies.device)
 
@@ -229,7 +230,7 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
         levels = packed[..., start : start + size].unflatten(-1, (groups, format.depth, format.level_bytes))
         start += size
         codes = _unpack_codes(levels, format.codes).movedim(-1, 3)  # [B, Hkv, blocks, 128, G, depth]
-        x = torch.zeros(*codes.shape[:-1], WIDTH, device=packed.device)
+        x = torch.zeros(*codes.shape[:-1], WIDTH, dtype=torch.float32, device=packed.device)
         batch = torch.arange(packed.shape[0], device=packed.device).view(-1, 1, 1, 1, 1)
         for level in range(format.depth):
             x += codebooks[:, side, level].float()[batch, codes[..., level]]
@@ -269,6 +270,7 @@ _ATTENTION = Op(
     residual_vq_reference,
     _fake_attention,
     cuda=True,
+    check=check_seen,
 )
 
 
@@ -306,6 +308,7 @@ def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
         ValueError: a shape, stride or device does not fit, or a value is NaN, infinite or too large for fp16; the
             message names the argument, and where the value is.
     """
+    check_are_tensors(k=k, v=v, codebooks=codebooks)
     check_floats("k", k)
     codebooks = _batched(codebooks, k.shape[0])
     format = format_of(codebooks)
@@ -356,9 +359,12 @@ def residual_vq_attention(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: a shape, stride, device or option does not fit; the message names the argument.
-        RuntimeError: on the CPU, when prefix_lens point outside packed or k.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
+            prefix_lens point outside of packed or k.
+        RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
+    check_are_tensors(codebooks=codebooks, rotary=rotary, optional=("rotary",))
     check_floats("q", q)
     check_codebooks(codebooks)
     if codebooks.device != q.device:

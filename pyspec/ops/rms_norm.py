@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["rms_norm", "rms_norm_reference"]
@@ -69,6 +69,7 @@ def rms_norm(
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
+    check_are_tensors(hidden=hidden, weight=weight, delta=delta, optional=("delta",))
     if hidden.dim() != 2 or not hidden.is_contiguous():
         raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
     check_tensors(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_tensors
+from pyspec.ops._checks import FLOATS, check_are_tensors, check_places, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["rotary_write", "rotary_write_reference"]
@@ -37,6 +37,12 @@ def rotary_write_reference(
     return turned[:, :heads].contiguous()
 
 
+def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> None:
+    check_places("positions", positions, len(cos_sin), "cos_sin has {} positions")
+    check_places("sequences", sequences, len(keys), "keys has {} sequences")
+    check_places("slots", slots, keys.shape[2], "keys has {} slots")
+
+
 def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> Tensor:
     return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
 
@@ -54,6 +60,7 @@ _OP = Op(
     rotary_write_reference,
     _fake,
     _triton,
+    check=_check_places,
 )
 
 
@@ -82,9 +89,12 @@ def rotary_write(
         The turned queries, [R, heads, D] of the keys' dtype.
 
     Raises:
-        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-        RuntimeError: on the CPU, when a position, sequence or slot is out of range; nothing is written then.
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument. On the CPU also when a
+            position, sequence or slot is out of range; nothing is written then.
+        RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(qkv=qkv, cos_sin=cos_sin, positions=positions, sequences=sequences, slots=slots)
+    check_are_tensors(keys=keys, values=values)
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 4 or tensor.shape != keys.shape or tensor.stride(3) != 1:
             raise ValueError(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating
+from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
 __all__ = ["TOP", "RowStatistics", "row_statistics", "row_statistics_reference"]
@@ -102,6 +102,7 @@ def row_statistics(logits: Tensor, tokens: Tensor | None = None) -> RowStatistic
         ValueError: a shape, stride or device does not fit, or a token is outside [0, V). Tokens on a GPU, and under
             torch.compile, are not looked at: there such a token has probability NaN.
     """
+    check_are_tensors(logits=logits, tokens=tokens, optional=("tokens",))
     check_floating("logits", logits.dtype)
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise ValueError(f"logits must be [R, V] with V at least 1, got shape {tuple(logits.shape)}")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating, check_tensors
+from pyspec.arguments import described
+from pyspec.ops._checks import BadData, check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 from pyspec.trees import DraftTree
 
@@ -69,7 +71,7 @@ class Round:
         filled = [[*path, *[-1] * (longest - len(path))] for path in paths]
 
         def places(values, *shape: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).reshape(shape)
+            return torch.tensor(values, dtype=torch.int32, device="cpu").reshape(shape)
 
         parents = [tree.parents for tree in trees]
         round = cls(
@@ -88,6 +90,46 @@ class Round:
         tensors = self.tensors()
         parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
         return Round(*(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)))
+
+    def check(self, rows: int, sequences: int, record_nodes: int) -> None:
+        """Raises BadData unless it is of so many rows, of sequences of a state, and fits a record of so many nodes."""
+        trees, starts = len(self.sequences), self.starts.tolist()
+        for name in ("starts", "paths", "halves", "keeps", "advances"):
+            if len(getattr(self, name)) != trees + (name == "starts"):
+                raise BadData(f"{name} must be for {trees} sequences, got shape {tuple(getattr(self, name).shape)}")
+        if len(self.parents) != rows:
+            raise BadData(f"parents must have one entry for each of the {rows} rows, got {len(self.parents)}")
+        if starts[0] != 0 or starts[-1] != rows or any(b < a for a, b in pairwise(starts)):
+            raise BadData(f"starts must go from 0 to {rows}, got {starts}")
+        places = self.sequences.tolist()
+        for i, place in enumerate(places):
+            if not 0 <= place < sequences or place in places[:i]:
+                raise BadData(f"sequences[{i}] is {place}, must be in [0, {sequences}) and there once")
+            first, end, keep = starts[i], starts[i + 1], int(self.keeps[i])
+            advances, half = int(self.advances[i]), int(self.halves[i])
+            if advances not in (0, 1) or half not in (0, 1):
+                raise BadData(f"advances[{i}] and halves[{i}] must be 0 or 1, got {advances} and {half}")
+            if not -1 <= keep <= record_nodes or (advances and keep >= 0):
+                raise BadData(
+                    f"keeps[{i}] is {keep}, must be -1 or, unless the tree advances, a place in the record, of "
+                    f"{record_nodes}"
+                )
+            room = record_nodes - max(keep, 0)
+            if not advances and end - first > room:
+                raise BadData(f"tree {i} has {end - first} nodes, the record has room for {room}")
+            for node, parent in enumerate(self.parents[first:end].tolist()):
+                fits = parent == node - 1 if advances or not node else 0 <= parent < node
+                if not fits:
+                    chain = ", a chain that is accepted must have the node before" if advances else ""
+                    raise BadData(f"parents of tree {i}: node {node} has parent {parent}{chain}")
+            last = record_nodes if keep < 0 else keep
+            path = self.paths[i].tolist()
+            ended = path.index(-1) if -1 in path else len(path)
+            for place, node in enumerate(path):
+                if node != -1 if place >= ended else not 0 <= node < last:
+                    raise BadData(
+                        f"paths[{i}][{place}] is {node}, must be a recorded node, of {last}, or -1 behind the last"
+                    )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the ops take them."""
@@ -173,6 +215,15 @@ def _fake(state, record, x, *rest) -> Tensor:
     return x.new_empty(x.shape, dtype=rest[-1])
 
 
+def check_is_round(round) -> None:
+    if not isinstance(round, Round):
+        raise TypeError(f"round must be a Round, got {described(round)}")
+
+
+def _check_round(state, record, x, dt, A, B, C, D, dt_bias, z, *rest) -> None:
+    Round(*rest[:-1]).check(len(x), len(state), record.shape[2])
+
+
 _OP = Op(
     "selective_state",
     "(Tensor(a!) state, Tensor(b!) record, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
@@ -181,6 +232,7 @@ _OP = Op(
     selective_state_reference,
     _fake,
     cuda=True,
+    check=_check_round,
 )
 
 
@@ -222,9 +274,13 @@ def selective_state(
         [R, channels] of out_dtype.
 
     Raises:
-        TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
-        RuntimeError: what round holds does not fit: a sequence twice, a node or a half that is not there.
+        TypeError, ValueError: a dtype or shape does not fit; the message names the argument. On the CPU also when what
+            round holds does not: a sequence twice, a node or a half that is not there.
+        RuntimeError: an argument requires a gradient.
     """
+    check_are_tensors(state=state, record=record, x=x, dt=dt, A=A, B=B, C=C)
+    check_are_tensors(D=D, dt_bias=dt_bias, z=z, optional=("D", "dt_bias", "z"))
+    check_is_round(round)
     if state.dim() != 4 or state.shape[3] != LANES or state.shape[2] % MULTIPLE:
         raise ValueError(
             f"state must be [sequences, channels / {LANES}, states, {LANES}] with a multiple of {MULTIPLE} states, "

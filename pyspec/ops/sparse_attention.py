@@ -20,12 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating
+from pyspec.ops._checks import check_are_tensors, check_floating
+from pyspec.ops._library import outside_autocast, refuse_gradients
 from pyspec.ops.topk import topk
 
 __all__ = ["sparse_attention"]
 
 
+@outside_autocast
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -60,8 +62,10 @@ def sparse_attention(
     Raises:
         TypeError: dtypes do not fit.
         ValueError: a shape, device or number does not fit.
+        RuntimeError: an argument requires a gradient.
     """
     _check(q, k, v, lengths, value_mean)
+    refuse_gradients("sparse_attention", q=q, k=k, v=v, value_mean=value_mean)
     head_dim, slots = k.shape[3], k.shape[2]
     for name, value, most in (
         ("components", components, head_dim),
@@ -140,6 +144,8 @@ def _choose(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, value_mean: Tensor | None) -> None:
+    optional = ("lengths", "value_mean")
+    check_are_tensors(q=q, k=k, v=v, lengths=lengths, value_mean=value_mean, optional=optional)
     check_floating("q", q.dtype)
     if q.dim() != 3 or 0 in q.shape[1:]:
         raise ValueError(f"q must be [B, Hq, D], got shape {tuple(q.shape)}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import check_floating
+from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
 __all__ = ["swiglu", "swiglu_reference"]
@@ -44,6 +44,7 @@ def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
+    check_are_tensors(gate_up=gate_up)
     if gate_up.dtype != torch.float32:
         raise TypeError(f"gate_up must be float32, got {gate_up.dtype}")
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:

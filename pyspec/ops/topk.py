@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS
+from pyspec.ops._checks import FLOATS, check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.topk_recall import EXACT, MOST_PER_BUCKET, bucket_sizes, choose_buckets
 
@@ -137,6 +137,7 @@ def topk(
 
 def _check_x(x: Tensor, dim: int) -> tuple[int, int]:
     """The dimension, not negative, and its size."""
+    check_are_tensors(x=x)
     if x.dtype not in FLOATS:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     shape = x.shape

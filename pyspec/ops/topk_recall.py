@@ -22,6 +22,7 @@ import math
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pyspec import measured
@@ -139,6 +140,9 @@ class _Costs:
     """
 
     def __init__(self, sizes: tuple[int, ...], seconds: list[list[list[float]]]):
+        table = np.asarray(seconds, float)
+        if table.shape != (1 + MOST_PER_BUCKET, len(sizes), len(KEPT)) or not (0 < table.min() <= table.max() < np.inf):
+            raise ValueError(f"seconds must be positive for every mode, size and number of candidates, got {seconds}")
         self._sizes = sizes
         self._logs = [[[math.log(one) for one in row] for row in rows] for rows in seconds]
 
@@ -173,13 +177,13 @@ def _costs(device: str, key: str) -> _Costs:
 
 def _measure(device: str) -> list[list[list[float]]]:
     """Seconds for _Costs, without those of a call; the least of some, for what other programs add is no cost."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     modes = range(MOST_PER_BUCKET + 1)
     seconds: list[list[list[float]]] = [[] for _ in modes]
-    tiny = torch.zeros(1, 16, device=device)
+    tiny = torch.zeros(1, 16, dtype=torch.float32, device=device)
     call = min(_timed(tiny, 1, 0) for _ in range(10 * REPEATS))
     for n in SIZES[device]:
-        x = torch.randn(1, n, generator=generator).to(device)
+        x = torch.randn(1, n, generator=generator, dtype=torch.float32, device="cpu").to(device)
         turns = [[[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in modes] for _ in range(REPEATS)]
         for per_bucket in modes:
             least = [min(turn[per_bucket][i] for turn in turns) for i in range(len(KEPT))]

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_tensors
+from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_places, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["HEAD_DIMS", "check_attention", "dense_attention", "tree_attention", "tree_attention_reference"]
@@ -41,8 +42,8 @@ def tree_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
-        k = k[block_table.long()].transpose(1, 2).flatten(2, 3)
-        v = v[block_table.long()].transpose(1, 2).flatten(2, 3)
+        pages = block_table.long().clamp(0, len(k) - 1)  # those behind a sequence's last key may be anything
+        k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
     nodes, slots = q.shape[2], k.shape[2]
 
     index = torch.arange(nodes, device=q.device)
@@ -81,6 +82,23 @@ def dense_attention(
     return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
 
 
+def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
+    """Raises BadData unless every slot that a row sees is inside of k."""
+    nodes, slots = q.shape[2], k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
+    for b, n in enumerate(prefix_lens.tolist()):
+        named = np.bitwise_or.reduce(ancestor_bits[b].cpu().numpy().astype("<i4"), 0)
+        reach = int.from_bytes(named.tobytes(), "little").bit_length()
+        if n < 0:
+            raise BadData(f"prefix_lens[{b}] must not be negative, got {n}")
+        if reach > nodes:
+            raise BadData(f"ancestor_bits[{b}] names node {reach - 1} of {nodes}")
+        if n + reach > slots:
+            raise BadData(f"prefix_lens[{b}] is {n} and the tree has {reach} nodes, but k has only {slots} slots")
+        if block_table is not None:
+            pages = block_table[b, : -(-(n + reach) // k.shape[2])]
+            check_places(f"block_table[{b}]", pages, len(k), "k has {} pages")
+
+
 def _fake(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -98,11 +116,13 @@ _OP = Op(
     tree_attention_reference,
     _fake,
     _triton,
+    check=_check_reach,
 )
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softcap: float | None) -> None:
     """Raises unless the heads of q [B, Hq, T, D] can attend to k and v [any, Hkv, S, D] on one device."""
+    check_are_tensors(q=q, k=k, v=v)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype not in FLOATS or tensor.dtype != q.dtype:
             raise TypeError(
@@ -131,6 +151,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
 
 def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
     check_attention(q, k, v, scale, softcap)
+    check_are_tensors(
+        ancestor_bits=ancestor_bits, prefix_lens=prefix_lens, block_table=block_table, optional=("block_table",)
+    )
     batch, _, nodes, _ = q.shape
     if nodes < 1:
         raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")
@@ -181,8 +204,10 @@ def tree_attention(
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: a shape, stride, device or option does not fit; the message names the argument.
-        RuntimeError: on the CPU, when prefix_lens or block_table point outside k.
+        ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
+            prefix_lens, ancestor_bits or block_table point outside of k; on a GPU nobody looks at what they hold, for
+            that would wait for the device.
+        RuntimeError: an argument requires a gradient.
     """
     _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
     if scale is None:

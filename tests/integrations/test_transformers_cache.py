@@ -13,8 +13,12 @@ import pyspec  # noqa: E402
 from pyspec.caches import CACHES  # noqa: E402
 from pyspec.integrations.transformers import GearCache, GearLayer, register_attention  # noqa: E402
 from pyspec.integrations.transformers import cache as cache_module  # noqa: E402
+from pyspec.models.transformers_support import cache_argument  # noqa: E402
 from pyspec.ops import gear_decode, gear_encode  # noqa: E402
 from pyspec.ops.gear_format import BLOCK  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
+CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version
 
 HEADS, HEAD_DIM, VOCABULARY = 2, 64, 101
 GEAR = CACHES["gear-2bit"]
@@ -129,7 +133,7 @@ def test_batches_are_reordered_repeated_and_selected():
 
 def greedy(model, prompt, cache, **options):
     options = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": None, "pad_token_id": 0} | options
-    return model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options)
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), **{CACHE: cache}, **options)
 
 
 def test_short_texts_are_those_of_the_dense_cache(model):
@@ -147,11 +151,11 @@ def test_short_texts_are_those_of_the_dense_cache(model):
 
 def say(model, prompt, cache, new, drafts=None):
     """Greedy tokens behind a prompt that is read first; drafts(said) are tokens that are tried, and cropped."""
-    model(prompt[:, :-1], past_key_values=cache)
+    model(prompt[:, :-1], **{CACHE: cache})
     said = [int(prompt[0, -1])]
     while len(said) <= new:
         tried = [said[-1], *(drafts(said) if drafts else [])]
-        best = model(torch.tensor([tried]), past_key_values=cache).logits[0].argmax(-1).tolist()
+        best = model(torch.tensor([tried]), **{CACHE: cache}).logits[0].argmax(-1).tolist()
         kept = 1
         while kept < len(tried) and tried[kept] == best[kept - 1]:
             kept += 1
@@ -197,12 +201,12 @@ def test_beams_and_copies(model):
     found = greedy(model, prompt, GearCache("gear-2bit"), num_beams=3, max_new_tokens=30)
     assert found.shape == (1, 230)
     cache = GearCache("gear-2bit")
-    model(prompt, past_key_values=cache)
-    model(prompt[:, :1], past_key_values=cache)
+    model(prompt, **{CACHE: cache})
+    model(prompt[:, :1], **{CACHE: cache})
     again = copy.deepcopy(cache)
     token = torch.tensor([[7]])
     torch.testing.assert_close(
-        model(token, past_key_values=cache).logits, model(token, past_key_values=again).logits, atol=0, rtol=0
+        model(token, **{CACHE: cache}).logits, model(token, **{CACHE: again}).logits, atol=0, rtol=0
     )
 
 
@@ -214,20 +218,20 @@ def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
     own.set_attn_implementation("pyspec")
     prompt = torch.randint(1, VOCABULARY, (2, 380), generator=torch.Generator().manual_seed(4))
     cache = GearCache(name)
-    model(prompt[:, :330], past_key_values=cache)
+    model(prompt[:, :330], **{CACHE: cache})
     caches = [copy.deepcopy(cache) for _ in range(3)]
     texts = prompt[:, 330:335], prompt[:, 335:336], prompt[:, 336:360]  # the last is too long to be read so
-    expected = [model(text, past_key_values=caches[0]).logits for text in texts]
+    expected = [model(text, **{CACHE: caches[0]}).logits for text in texts]
     unpacking = []
     decode = cache_module.gear_decode
     monkeypatch.setattr(cache_module, "gear_decode", lambda *args: unpacking.append(1) or decode(*args))
     for text, logits, times in zip(texts, expected, (0, 0, 2), strict=True):
-        found = own(text, past_key_values=caches[1]).logits
+        found = own(text, **{CACHE: caches[1]}).logits
         torch.testing.assert_close(found, logits, atol=2e-4, rtol=2e-4)
         assert len(unpacking) == times  # of both layers
     padded = torch.ones(2, 335, dtype=torch.long)
     padded[0, :9] = 0
-    found = own(texts[0], past_key_values=caches[2], attention_mask=padded).logits
+    found = own(texts[0], **{CACHE: caches[2]}, attention_mask=padded).logits
     torch.testing.assert_close(found[1], expected[0][1], atol=2e-4, rtol=2e-4)
     assert len(unpacking) == 4 and caches[1].layers[0].packed.shape[2] == 2
 

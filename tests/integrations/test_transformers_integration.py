@@ -1,3 +1,4 @@
+import inspect
 import sys
 
 import pytest
@@ -8,6 +9,10 @@ transformers = pytest.importorskip("transformers")
 from pyspec import BlockMask  # noqa: E402
 from pyspec.integrations import require  # noqa: E402
 from pyspec.integrations.transformers import attention, fix_mamba_steps, generate, register_attention  # noqa: E402
+from pyspec.models.transformers_support import cache_argument  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
+CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version
 
 VOCABULARY = 101
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -206,7 +211,6 @@ def test_logits_that_are_no_law_end_a_text_and_keep_it(llama):
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens must be None"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions must be False"),
         ({"use_cache": False}, "use_cache must be True"),
-        ({"past_key_values": "cache"}, "past_key_values must not be given"),
         ({"guidance_scale": 1.5}, "keeps state"),
         ({"budget": 0}, "budget must be in"),
         ({"drafter": "nobody"}, "drafter must be"),
@@ -214,10 +218,125 @@ def test_logits_that_are_no_law_end_a_text_and_keep_it(llama):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_what_is_not_honoured_is_refused(llama, options, message):
-    if "past_key_values" in options:
-        options = {"past_key_values": transformers.DynamicCache()}
     with pytest.raises(ValueError, match=message):
         llama.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS | options)
+
+
+def caches(model):
+    """Caches that are the caller's: new, used, of a class of his own."""
+    own_class = type("OwnCache", (transformers.DynamicCache,), {})
+    used = model(torch.tensor(PROMPT), use_cache=True)[CACHE]
+    return transformers.DynamicCache(), transformers.DynamicCache(config=model.config), used, own_class()
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_cache_of_the_callers_is_refused(llama, which):
+    cache = caches(llama)[which]
+    with pytest.raises(ValueError, match=f"past_key_values must not be given, got {CACHE}={type(cache).__name__}"):
+        llama.generate(torch.tensor(PROMPT), custom_generate=generate, **{CACHE: cache}, **OPTIONS)
+
+
+def prepared(model, ids, **options):
+    """What transformers gives a custom_generate for a call."""
+    kept = []
+    model.generate(ids, custom_generate=lambda *args, **inputs: kept.append((args[1:], inputs)) or ids, **options)
+    return kept[0]
+
+
+def test_what_transformers_prepares_is_taken_whatever_it_is_named(llama, monkeypatch):
+    """A later version, with other names for the same: a cache, an empty container, a flag and a table of positions."""
+    plain = llama.generate(torch.tensor(PROMPT), **OPTIONS)
+    theirs = llama.generate
+
+    def later(ids, custom_generate, **options):
+        def renamed(*args, **inputs):
+            cache = inputs.pop(CACHE)
+            more = {"kv": cache, "encoded": {}, "places": torch.arange(ids.shape[1]), "fast_path": True, "notes": None}
+            return custom_generate(*args, **inputs, **more)
+
+        return theirs(ids, custom_generate=renamed, **options)
+
+    monkeypatch.setattr(llama, "generate", later)
+    assert torch.equal(llama.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS), plain)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("pixel_values", torch.zeros(1, 3, 2, 2)),
+        ("encoder_outputs", {"last_hidden_state": torch.zeros(1, 2, 8)}),
+        ("mm_encoder_outputs", {"image": torch.zeros(1, 2, 8)}),
+        ("token_type_ids", torch.ones(1, 8, dtype=torch.long)),
+        ("position_ids", torch.arange(1, 9)[None]),
+        ("logits_to_keep", 3),
+        ("use_cache", 1.0),
+        ("anything", True),
+        ("anything", "words"),
+        ("state", [torch.zeros(2)]),
+    ],
+)
+def test_inputs_of_the_callers_are_refused_by_name(llama, name, value):
+    ids = torch.tensor(PROMPT)
+    args, inputs = prepared(llama, ids, **OPTIONS)
+    with pytest.raises(ValueError, match=f"^{name} is not taken by pyspec's generate"):
+        generate(llama, *args, **inputs | {name: value})
+
+
+def test_inputs_that_say_nothing_are_taken(llama):
+    ids = torch.tensor(PROMPT)
+    args, inputs = prepared(llama, ids, **OPTIONS)
+    nothing = {"images": None, "mm_encoder_outputs": {}, "more": [{}, (), None], "output_router_logits": False}
+    assert torch.equal(generate(llama, *args, **inputs | nothing), llama.generate(ids, **OPTIONS))
+
+
+def test_token_type_ids_are_taken_where_they_mean_nothing(monkeypatch):
+    ids = torch.tensor(PROMPT)
+    shape = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    types = torch.zeros_like(ids)
+    with pytest.raises(ValueError, match="^token_type_ids is not taken"):  # GPT-2 adds the embedding of token 0
+        model.generate(ids, token_type_ids=types, custom_generate=generate, **OPTIONS)
+    forward = model.forward
+
+    def without_types(input_ids=None, token_type_ids=None, **inputs):
+        return forward(input_ids=input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", without_types)
+    without_types.__signature__ = inspect.signature(forward)
+    expected = model.generate(ids, **OPTIONS)
+    found = model.generate(ids, token_type_ids=types, custom_generate=generate, **OPTIONS)
+    assert torch.equal(found, expected)
+
+
+def test_models_of_text_and_images_read_text():
+    text = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"deepstack_visual_indexes": [0], "patch_size": 4, "num_position_embeddings": 16}
+    marks = {"image_token_id": 190, "video_token_id": 191, "vision_start_token_id": 192, "vision_end_token_id": 193}
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, **marks)
+    model = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    for options in ({}, {"mm_token_type_ids": torch.zeros(1, 8, dtype=torch.long)}):  # as its processor gives them
+        expected, found = both(model, torch.tensor(PROMPT), **options)
+        assert torch.equal(found, expected)
+    expected, found = both(model, PADDED, attention_mask=PADDING)
+    assert torch.equal(found, expected)
+    image = torch.tensor([[5, 192, 190, 193, 6]])
+    pixels = {"pixel_values": torch.randn(4, 3 * 2 * 4 * 4), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(ValueError, match=r"^(pixel_values|image_grid_thw|mm_\w+) is not taken by pyspec's generate"):
+        model.generate(image, mm_token_type_ids=(image == 190).long(), custom_generate=generate, **pixels, **OPTIONS)
+
+
+def test_embeddings_and_encoders_are_refused_by_name(llama):
+    embedded = llama.get_input_embeddings()(torch.tensor(PROMPT)).detach()
+    with pytest.raises(ValueError, match="inputs_embeds is not taken"):
+        llama.generate(inputs_embeds=embedded, custom_generate=generate, **OPTIONS)
+    shape = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape, decoder_start_token_id=0)).eval()
+    with pytest.raises(ValueError, match="encoder_outputs is not taken"):
+        t5.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS)
 
 
 def test_padding_on_the_right_is_refused(llama):
@@ -268,8 +387,8 @@ def test_attention_after_a_cache(llama, with_ours):
         for end in cuts:
             outs = []
             for which, model in enumerate((with_ours, llama)):
-                outs.append(model(ids[:, start:end], past_key_values=caches[which], use_cache=True))
-                caches[which] = outs[-1].past_key_values
+                outs.append(model(ids[:, start:end], use_cache=True, **{CACHE: caches[which]}))
+                caches[which] = outs[-1][CACHE]
             close(*outs)
             start = end
 
@@ -321,8 +440,9 @@ def test_mamba_reads_several_tokens_after_a_cache():
     expected = model(ids).logits[:, 25:]
 
     def in_two(model):
-        cache = model(ids[:, :25], use_cache=True).cache_params
-        return model(ids[:, 25:], cache_params=cache, use_cache=True).logits
+        name = cache_argument(type(model))
+        cache = {name: model(ids[:, :25], use_cache=True)[name]}
+        return model(ids[:, 25:], use_cache=True, **cache).logits
 
     assert (in_two(model) - expected).abs().max() > 1e-2, "transformers has been mended: this can go"
     assert fix_mamba_steps(model) is model and fix_mamba_steps(model) is model

@@ -1,5 +1,9 @@
 """BlockMask against dense masks written out pair by pair."""
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -355,3 +359,63 @@ def test_bad_input_names_the_argument(error, message, call):
 def test_masks_of_a_batch_do_not_stack():
     with pytest.raises(ValueError, match="masks must each be"):
         BlockMask.stack([BlockMask.stack([TREE, TREE])])
+
+
+# ---- copies
+
+
+def _reopened(mask):
+    stream = io.BytesIO()
+    torch.save(mask, stream)
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [lambda mask: pickle.loads(pickle.dumps(mask)), copy.deepcopy, copy.copy, _reopened])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda: BlockMask.from_dense(torch.rand(70, 130) > 0.5),
+        lambda: BlockMask.from_window(100, window=7),
+        lambda: BlockMask.from_tree([[-1, 0, 0, 2], [-1]], [100, 3]).permuted(),
+    ],
+)
+def test_copies_are_the_same_mask(mask, copied):
+    mask = mask()
+    found = copied(mask)
+    assert torch.equal(found.to_dense(), mask.to_dense()) and repr(found) == repr(mask)
+    found.check_current()
+
+
+def test_a_mask_of_edited_bools_is_not_copied():
+    visible = torch.ones(3, 3, dtype=torch.bool)
+    mask = BlockMask.from_dense(visible)
+    kept = pickle.dumps(mask)
+    visible[0] = False
+    with pytest.raises(ValueError, match="mask must be built again"):
+        pickle.dumps(mask)
+    assert pickle.loads(kept).to_dense().all()
+
+
+def test_numbers_of_numpy_and_torch_are_sizes_and_trees():
+    expected = BlockMask.from_tree([-1, 0, 0], 5).to_dense()
+    for parents in (np.array([-1, 0, 0]), torch.tensor([-1, 0, 0]), list(np.array([-1, 0, 0]))):
+        assert torch.equal(BlockMask.from_tree(parents, np.int64(5)).to_dense(), expected)
+    assert BlockMask.from_window(np.int64(9), window=torch.tensor(2)).rows == 9
+
+
+@pytest.mark.parametrize(
+    "make, error, words",
+    [
+        (lambda: BlockMask.from_dense([[True]]), TypeError, r"visible must be bool, got \[\[True\]\]"),
+        (lambda: BlockMask.from_window(2.5), TypeError, "rows must be an integer, got 2.5"),
+        (lambda: BlockMask.from_window(4, window=1.5), TypeError, "window must be an integer, got 1.5"),
+        (lambda: BlockMask.from_documents([1.5]), ValueError, r"lengths must be a list of integers .*got \[1.5\]"),
+        (lambda: BlockMask.from_tree([-1.0]), TypeError, "parents must be a list, an array or a tensor of integers"),
+        (lambda: BlockMask.from_tree([-1, 2**32]), ValueError, "parents must be nodes or -1"),
+        (lambda: BlockMask.from_tree([-1], 1.5), TypeError, "prefix must be an integer, got 1.5"),
+    ],
+)
+def test_other_numbers_are_refused(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

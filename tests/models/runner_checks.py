@@ -157,8 +157,20 @@ def check_prompts_refused(runner, *others):
     ):
         with pytest.raises(ValueError, match=message):
             runner.prefill(prompts, **options)
+    for prompts in ([1, 2], None, ["text"], [[1.5]]):
+        with pytest.raises(TypeError, match="^tokens.* must be"):
+            runner.prefill(prompts)
+    for trees in (None, DraftTree.chain([5]), [[5]]):
+        with pytest.raises(TypeError, match="trees must be a list with a DraftTree or None for each sequence, got"):
+            runner.verify(trees)
     assert runner.lengths() == [4]
     assert runner.verify([DraftTree.chain([5])])[0].shape == (1, VOCABULARY)
+    expected = runner.prefill([[1, 2], [3]])
+    for prompts in (
+        [torch.tensor([1, 2]), torch.tensor([3])],
+        {"input_ids": [[1, 2], [0, 3]], "attention_mask": [[1, 1], [0, 1]]},
+    ):
+        assert all(torch.equal(row, other) for row, other in zip(runner.prefill(prompts), expected, strict=True))
 
 
 def check_trees_and_paths_refused(runner):

@@ -21,6 +21,7 @@ import pyspec.models.state_space
 from pyspec import DraftTree, generate, load
 from pyspec.models import from_transformers
 from pyspec.models.bamba import BambaRunner
+from pyspec.models.transformers_support import cache_argument
 
 transformers = pytest.importorskip("transformers")
 DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
@@ -74,11 +75,10 @@ def models():
 @torch.inference_mode()
 def step_by_step(model, prompt, new_tokens):
     """The [V] logits of every greedy token by transformers, one token at a time, the prompt too."""
-    cache, rows, tokens = None, [], list(prompt)
+    name, cache, rows, tokens = cache_argument(type(model)), {}, [], list(prompt)
     for place in range(len(prompt) + new_tokens - 1):
-        out = model(torch.tensor([[tokens[place]]]), past_key_values=cache, use_cache=True,
-                    position_ids=torch.tensor([[place]]))  # fmt: skip
-        cache = out.past_key_values
+        out = model(torch.tensor([[tokens[place]]]), use_cache=True, position_ids=torch.tensor([[place]]), **cache)
+        cache = {name: out[name]}
         if place >= len(prompt) - 1:
             rows.append(out.logits[0, -1].float())
             tokens.append(int(rows[-1].argmax()))

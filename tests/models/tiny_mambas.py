@@ -4,6 +4,7 @@ import torch
 from random_llama import VOCABULARY
 
 from pyspec import DraftTree
+from pyspec.models.transformers_support import cache_argument
 
 _SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 48, "num_hidden_layers": 2, "eos_token_id": None}
 KINDS = {
@@ -42,10 +43,10 @@ def tiny_mamba(kind: str):
 @torch.inference_mode()
 def step_by_step(model, prompt: list[int], new_tokens: int) -> list[torch.Tensor]:
     """The [V] logits of every greedy token by transformers, one token at a time, the prompt too."""
-    cache, rows, tokens = None, [], list(prompt)
+    name, cache, rows, tokens = cache_argument(type(model)), {}, [], list(prompt)
     for place in range(len(prompt) + new_tokens - 1):
-        out = model(torch.tensor([[tokens[place]]]), cache_params=cache, use_cache=True)
-        cache = out.cache_params
+        out = model(torch.tensor([[tokens[place]]]), use_cache=True, **cache)
+        cache = {name: out[name]}
         if place >= len(prompt) - 1:
             rows.append(out.logits[0, -1].float())
             tokens.append(int(rows[-1].argmax()))

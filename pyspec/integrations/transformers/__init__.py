@@ -1,7 +1,7 @@
 """pyspec inside transformers, on stock models.
 
     model.generate(**inputs, custom_generate=pyspec.integrations.transformers.generate)  # speculated
-    model.generate(**inputs, past_key_values=GearCache("gear-4bit"))  # packed keys and values
+    model.generate(**inputs, cache=GearCache("gear-4bit"))  # packed keys and values; past_key_values before 5.24
     register_attention(); model.set_attn_implementation("pyspec")  # block masks, tree attention
     fix_mamba_steps(model)  # Mamba-1 that reads several tokens after a cache rightly
 
@@ -10,7 +10,7 @@ Importing this changes nothing in transformers.
 
 from pyspec.integrations import require
 
-require("transformers", "5.0", "6")
+require("transformers", "5.20", "6")
 
 from pyspec.integrations.transformers.attention import register_attention  # noqa: E402
 from pyspec.integrations.transformers.cache import GearCache, GearLayer  # noqa: E402

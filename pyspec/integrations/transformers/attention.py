@@ -16,6 +16,10 @@ __all__ = ["register_attention"]
 
 NAME = "pyspec"
 _MOST_TREE_ROWS = 16  # queries that are read as a chain of a tree: it shares the keys among them, but reads no mask
+_NO_GRADIENT = (
+    f'attention "{NAME}" has no gradient: call the model under torch.no_grad(), or train it with another, such as '
+    'model.set_attn_implementation("sdpa")'
+)
 _latest: tuple[weakref.ref, int, BlockMask] | None = None
 
 
@@ -80,9 +84,20 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """[B, T, H, D] for query [B, H, T, D], key and value [B, Hkv, S, D].
 
+    A model in eval mode may be called outside of torch.no_grad(): the backward pass then raises.
+
     Raises:
         ValueError: dropout, a mask with values between 0 and -inf (a bias), or attention sinks.
+        RuntimeError: queries, keys or values of a model in train mode require a gradient.
     """
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        if module.training:
+            raise RuntimeError(_NO_GRADIENT)
+        with torch.no_grad():
+            out, _ = _attention(
+                module, query, key, value, attention_mask, scaling, dropout, is_causal, softcap, **kwargs
+            )
+        return _Inference.apply(out, query, key, value), None
     if dropout:
         raise ValueError(f'dropout must be 0: attention "{NAME}" is for inference, got {dropout}')
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
@@ -105,6 +120,18 @@ def _attention(
             mask = attention_mask if isinstance(attention_mask, BlockMask) else _block_mask(attention_mask)
         out = block_masked_attention(query, key, value, mask, **options)
     return out.transpose(1, 2).contiguous(), None
+
+
+class _Inference(torch.autograd.Function):
+    """What was computed of some tensors without a gradient: asking for one is an error, not a silent zero."""
+
+    @staticmethod
+    def forward(ctx, out: Tensor, *sources: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        raise RuntimeError(_NO_GRADIENT)
 
 
 def _rectangle(rows: int, keys: int, causal: bool, device) -> BlockMask:

@@ -2,7 +2,7 @@
 
     from pyspec.integrations.transformers import GearCache
 
-    model.generate(**inputs, past_key_values=GearCache("gear-4bit"))
+    model.generate(**inputs, cache=GearCache("gear-4bit"))  # past_key_values before transformers 5.24
 
 Attention "pyspec" (register_attention) reads the records of a step as they lie. Stock attention reads tensors: for it
 each layer unpacks its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
@@ -28,7 +28,7 @@ __all__ = ["GearCache", "GearLayer", "PackedStates"]
 
 
 class GearCache(Cache):
-    """Packed keys and values of all layers, for `past_key_values`.
+    """Packed keys and values of all layers, for `cache`, or `past_key_values` before transformers 5.24.
 
     What is in the cache when a forward pass begins counts as accepted: drafts that were rejected must have been
     cropped by then, as assisted generation does. A block of 128 tokens is packed when a pass begins at least `window`
@@ -125,9 +125,7 @@ class GearLayer(DynamicLayer):
     def get_seq_length(self, *args) -> int:
         return self.packed.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
 
-    def get_mask_sizes(self, query_length, *args) -> tuple[int, int]:
-        # early versions pass the positions instead of their number
-        query_length = query_length if isinstance(query_length, int) else len(query_length)
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def crop(self, length: int) -> None:

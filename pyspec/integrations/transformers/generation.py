@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
 
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
@@ -21,8 +24,6 @@ from pyspec.models.transformers import TransformersRunner
 
 __all__ = ["generate", "runner_of"]
 
-# What transformers makes of a call before it comes here; nothing in it needs to be honoured.
-_PREPARED = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep"}
 # Options of a generation config that would be lost here, and the values that ask for nothing.
 _REFUSED = {
     "num_beams": (None, 1),
@@ -109,8 +110,9 @@ def generate(
         ValueError: the call asks for what is not honoured here (beams, attentions, a cache of the caller's, processors
             that keep state), naming it; or the model is not supported.
     """
-    _check_call(generation_config, logits_processor, model_kwargs)
-    check_limits(budget, 1)
+    _check_call(generation_config, logits_processor)
+    _check_inputs(model, input_ids, model_kwargs)
+    budget, _ = check_limits(budget, 1)
     if stream is not None and len(input_ids) > 1:
         raise ValueError(f"stream takes one sequence, got {len(input_ids)}")
     prompts = _without_padding(input_ids, model_kwargs.get("attention_mask"))
@@ -127,7 +129,7 @@ def generate(
             context=prompt,
             prompt_length=len(prompt),
             limit=min(generation_config.max_length - input_ids.shape[1] + len(prompt), runner.context_length),
-            drafter=None if shared_drafter is None else shared_drafter.start(prompt),
+            drafter=shared_drafter,
             sampler=_RowSampler(input_ids.cpu(), number, logits_processor, generation_config.do_sample, keeps()),
             text=None,
             stream=None,
@@ -151,23 +153,87 @@ def generate(
 # ==== the call ====
 
 
-def _check_call(config, processors, model_kwargs: dict) -> None:
+def _check_call(config, processors) -> None:
     for name, nothing in _REFUSED.items():
         if getattr(config, name, None) not in nothing:
             raise ValueError(f"{name} must be {nothing[-1]} with pyspec's generate, got {getattr(config, name)!r}")
-    for name, value in model_kwargs.items():
-        if name not in _PREPARED and value is not None:
-            raise ValueError(f"{name} is not taken by pyspec's generate, which reads token ids alone")
-    cache = model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
-    used = any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
-    if used or getattr(cache, "_is_user_defined", False):
-        raise ValueError(
-            "past_key_values must not be given: pyspec's generate reads the whole text into a cache of its own"
-        )
     for processor in processors:
         name = type(processor).__name__
         if name.startswith(_STATEFUL_PROCESSORS):
             raise ValueError(f"{name} keeps state from token to token, which a rejected draft would spoil")
+
+
+def _check_inputs(model, input_ids: Tensor, inputs: dict) -> None:
+    """Raises ValueError for inputs beside token ids and padding, and for a cache of the caller's.
+
+    How transformers names what it prepares itself changes between versions. So it is asked what it makes of these
+    tokens, and inputs are compared with that: its own are the same.
+    """
+    if model.config.is_encoder_decoder or not input_ids.shape[1]:
+        raise ValueError(
+            f"{'encoder_outputs' if model.config.is_encoder_decoder else 'inputs_embeds'} is not taken by pyspec's "
+            "generate, which reads token ids alone"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    own = None
+    for name, value in inputs.items():
+        if name == "attention_mask" or _is_nothing(value):
+            continue
+        if isinstance(value, Cache):
+            _check_fresh(name, value)
+            continue
+        if own is None:
+            own = _prepared(model, input_ids, {"attention_mask": mask} if "attention_mask" in inputs else {})
+        if not (name in own and _equal(value, own[name])) and not _marks_nothing(model, input_ids, name, value):
+            raise ValueError(
+                f"{name} is not taken by pyspec's generate, which reads token ids and padding on their left alone"
+            )
+
+
+def _prepared(model, input_ids: Tensor, mask: dict) -> dict:
+    """The inputs that transformers makes of token ids and their mask by itself."""
+    config = GenerationConfig(max_length=input_ids.shape[1] + 1, pad_token_id=0)
+    return model.generate(input_ids, generation_config=config, custom_generate=lambda *_, **inputs: inputs, **mask)
+
+
+def _is_nothing(value) -> bool:
+    """Whether an input says nothing: None, False, or a container of nothing else."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return all(map(_is_nothing, value))
+    return value is None or value is False
+
+
+def _equal(value, own) -> bool:
+    if isinstance(value, Tensor) or isinstance(own, Tensor):
+        return isinstance(value, Tensor) and isinstance(own, Tensor) and torch.equal(value.to(own.device), own)
+    return type(value) is type(own) and value == own
+
+
+def _marks_nothing(model, input_ids: Tensor, name: str, value) -> bool:
+    """Whether an input is a zero for each token, which tokenizers add, and the model reads it as it reads none."""
+    if not isinstance(value, Tensor) or value.shape != input_ids.shape or value.any():
+        return False
+    some = slice(0, 1), slice(-8, None)
+    marked, plain = (
+        model(input_ids=input_ids[some].to(model.device), use_cache=False, **marks).logits.float()
+        for marks in ({name: value[some].to(model.device)}, {})
+    )
+    return torch.allclose(marked, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
+
+
+def _check_fresh(name: str, cache: Cache) -> None:
+    """Raises ValueError unless a cache is one that transformers has just made: of its own kind, unmarked and empty."""
+    is_own = type(cache).__module__.startswith("transformers.") and not getattr(cache, "_is_user_defined", False)
+    held = tree_leaves([vars(cache), *map(vars, getattr(cache, "layers", ()))])
+    if not is_own or any(isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() for leaf in held):
+        raise ValueError(
+            f"a cache such as past_key_values must not be given, got {name}={type(cache).__name__}(...): pyspec's "
+            "generate reads the whole text into a cache of its own"
+        )
 
 
 def _without_padding(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
@@ -205,7 +271,7 @@ class _RowSampler:
     """
 
     def __init__(self, input_ids: Tensor, row: int, processors, do_sample: bool, kept: _Kept):
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         self._noise = Sampler(1.0 if do_sample else 0.0, seed=seed)
         self._processors = processors
         self._batch, self._row = (len(input_ids), row) if _know_their_row(processors) else (1, 0)
@@ -252,7 +318,7 @@ class _Row(Continuation):
             self.context.append(token)
             self.sampler.ids = torch.cat([self.sampler.ids, self.sampler.ids.new_tensor([token])])
             if self.put is not None:
-                self.put(torch.tensor([token]))
+                self.put(torch.tensor([token], device="cpu"))
             if self._ends():
                 self.finish("stopped")
                 break

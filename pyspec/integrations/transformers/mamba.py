@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 
 import torch
+from transformers.cache_utils import Cache
 
 __all__ = ["fix_mamba_steps"]
 
@@ -29,12 +31,14 @@ def fix_mamba_steps(model):
     return model
 
 
-def _forward(self, hidden_states: torch.Tensor, cache_params=None, attention_mask=None, **kwargs) -> torch.Tensor:
+def _forward(self, hidden_states: torch.Tensor, *args, **inputs) -> torch.Tensor:
     forward, tokens = type(self).forward, hidden_states.shape[1]
-    after_text = cache_params is not None and cache_params.get_recurrent_state(self.layer_idx, state_idx=0) is not None
-    if not after_text or tokens == 1:
-        return forward(self, hidden_states, cache_params, attention_mask, **kwargs)
-    if attention_mask is not None:  # as the mixer does with padding, but of one token it does not
-        hidden_states = (hidden_states * attention_mask[:, -tokens:, None]).to(hidden_states.dtype)
-    steps = (forward(self, token, cache_params, None, **kwargs) for token in hidden_states.split(1, dim=1))
+    inputs |= zip(list(inspect.signature(forward).parameters)[2:], args, strict=False)
+    cache = next((value for value in inputs.values() if isinstance(value, Cache)), None)  # its name has changed once
+    if cache is None or not cache.has_previous_state(self.layer_idx) or tokens == 1:
+        return forward(self, hidden_states, **inputs)
+    mask = inputs.pop("attention_mask", None)
+    if mask is not None:  # as the mixer does with padding, but of one token it does not
+        hidden_states = (hidden_states * mask[:, -tokens:, None]).to(hidden_states.dtype)
+    steps = (forward(self, token, **inputs) for token in hidden_states.split(1, dim=1))
     return torch.cat(list(steps), dim=1)

@@ -1,0 +1,117 @@
+"""What is compiled, and for what: the oldest torch, the instruction sets, and a machine without a compiler."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+SETS = re.findall(r'"(\w+)"', (ROOT / "csrc/cpu/instruction_sets.h").read_text().partition("};")[0])
+KERNELS = sorted(path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp"))
+FLAGS = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def test_oldest_torch_is_one_everywhere():
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    major, minor = map(int, oldest.split("."))
+    assert f"TORCH_TARGET_VERSION=0x{(major << 8) + minor:04x}000000000000ULL" in CMAKE
+    assert re.findall(r'^c\w+ = "([\d.]+)"$', (ROOT / "build.toml").read_text(), re.MULTILINE) == [oldest, oldest]
+    for name in ("README.md", "docs/getting_started.md"):
+        assert f"torch {oldest}" in (ROOT / name).read_text(), name
+
+
+def configure(build: Path, **options: str) -> tuple[int, str]:
+    """Runs CMake as setup.py does: its exit status, and what it said."""
+    pybind11 = pytest.importorskip("pybind11")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if not all(shutil.which(tool, path=environment["PATH"]) for tool in ("cmake", "ninja")):
+        pytest.skip("cmake and ninja build the library")
+    given = {
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "TORCH_DIR": Path(torch.__file__).parent,
+        "PYSPEC_CUDA": "0",
+    } | options
+    command = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", *(f"-D{name}={value}" for name, value in given.items())]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return result.returncode, " ".join((result.stdout + result.stderr).split())
+
+
+def compiled(build: Path) -> dict[str, set[str]]:
+    """The kernels that a build folder compiles for each instruction set."""
+    found = re.findall(
+        r"^build CMakeFiles/kernels_(\w+)\.dir/kernels/cpu/(\w+)\.cpp\.o:", (build / "build.ninja").read_text(), re.M
+    )
+    return {name: {kernel for owner, kernel in found if owner == name} for name in SETS}
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """What a wheel compiles."""
+    build = tmp_path_factory.mktemp("all")
+    status, said = configure(build, PYSPEC_ISAS="all")
+    assert status == 0, said
+    return compiled(build)
+
+
+def is_x86() -> bool:
+    return os.uname().machine in ("x86_64", "AMD64")
+
+
+@pytest.mark.skipif(not is_x86(), reason="elsewhere there is one instruction set")
+def test_a_build_for_this_machine_has_what_it_can_run(everything, tmp_path):
+    """Nothing less, or PYSPEC_ISA could not be tested here; and nothing more."""
+    status, said = configure(tmp_path, PYSPEC_ISAS="native")
+    assert status == 0, said
+    source = tmp_path / "processor.cpp"
+    source.write_text('#include "instruction_sets.h"\nint main() { return pyspec::processor_instruction_set(); }')
+    subprocess.run(
+        [COMPILER, "-DPYSPEC_X86", f"-I{ROOT / 'csrc/cpu'}", source, "-o", tmp_path / "processor"], check=True
+    )
+    best = subprocess.run([tmp_path / "processor"]).returncode
+    assert compiled(tmp_path) == {name: everything[name] if i <= best else set() for i, name in enumerate(SETS)}
+    assert f"PYSPEC_BEST_BUILT={best}" in (tmp_path / "build.ninja").read_text()
+
+
+def test_an_unknown_choice_is_named(tmp_path):
+    status, said = configure(tmp_path, PYSPEC_ISAS="avx2")
+    assert status != 0 and "PYSPEC_ISAS must be all or native, got avx2" in said
+
+
+def test_without_a_compiler_nothing_is_compiled(tmp_path):
+    status, said = configure(tmp_path, CMAKE_CXX_COMPILER="")
+    assert status == 0 and "There is no C++ compiler that works: nothing is compiled" in said
+    assert ".cpp.o:" not in (tmp_path / "build.ninja").read_text()
+
+
+def assembly(kernel: str, name: str) -> str:
+    """A kernel for one instruction set, not optimised, without what differs by how many functions there are."""
+    defined = [f"-DPYSPEC_ISA_{name}=1", "-DPYSPEC_ISA=any", f"-I{ROOT / 'kernels'}"]
+    command = [COMPILER, "-std=c++17", "-O0", "-S", "-o", "-", *FLAGS.split(), *defined]
+    made = subprocess.run([*command, ROOT / f"kernels/cpu/{kernel}.cpp"], capture_output=True, text=True, check=True)
+    return re.sub(r"\.L\w*\d+", "", made.stdout)
+
+
+@pytest.mark.skipif(not is_x86() or COMPILER is None, reason="takes a C++ compiler for x86")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_is_compiled_for_the_sets_that_change_its_code(kernel, everything):
+    """All flags are given to each, so that only the code under PYSPEC_ISA_... differs."""
+    common, *others = SETS[2:]  # the first three differ in every kernel
+    assert all(kernel in everything[name] for name in SETS[:3])
+    chosen = {name for name in others if kernel in everything[name]}
+    if not chosen:  # a set has all that those before it have, so the last tells for all
+        others = others[-1:]
+    code, changed = assembly(kernel, common), set()
+    for name in others:
+        before, code = code, assembly(kernel, name)
+        if code != before:
+            changed.add(name)
+    assert changed == chosen
