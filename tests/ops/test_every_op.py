@@ -5,7 +5,7 @@ import pytest
 import test_llama_layers
 import test_mamba_layers
 import torch
-from every_backend import BACKENDS, KERNELS, on_backend
+from every_backend import EACH_BACKEND, KERNELS, on_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounds import random_tree
@@ -279,7 +279,7 @@ def test_tree_attention(lens, bit, table):
     agree(ops.tree_attention, given)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EACH_BACKEND)
 def test_prefixes_that_are_too_long_are_refused_by_name(backend):
     function, given = CALLS["tree_attention"]()
     with on_backend(backend):

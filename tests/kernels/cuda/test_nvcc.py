@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow import slow
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), ROOT / "tests/cuda_on_host/examples.cu"]
-ARCHITECTURES = [80, 90, 100]
+ARCHITECTURES = [slow(80), 90, slow(100)]
 SHARED_LIMIT = 48 * 1024  # bytes of static shared memory; what is dynamic is asked for at the launch
 FOLDERS = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(FOLDERS))
@@ -35,6 +36,7 @@ def test_fits_the_machine(source, architecture, tmp_path):
     assert all(int(size) <= SHARED_LIMIT for size in re.findall(r"(\d+) bytes smem", result.stderr))
 
 
+@pytest.mark.slow
 def test_the_library_loads_beside_any_torch(tmp_path):
     """Built as PYSPEC_CUDA=1 asks for it, for one architecture; without CUDA in torch its ops are registered only."""
     pybind11 = pytest.importorskip("pybind11")

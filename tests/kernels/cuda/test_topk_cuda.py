@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_host.loading import ROOT, HostLibrary, build_on_host, fenced_memory, op_on_host
+from slow import slow
 
 from pyspec.ops.topk import _OP, topk_reference
 
@@ -100,7 +101,7 @@ def test_more_than_shared_memory_holds(kernel, device, n, k, buckets, per_bucket
     check(kernel, torch.randn(1, n, generator=torch.Generator().manual_seed(n)).half(), k, buckets, per_bucket)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16), slow(torch.bfloat16)], ids=str)
 def test_adversarial_rows(kernel, dtype):
     n = 2500
     places = torch.arange(n)
@@ -139,7 +140,7 @@ def test_no_rows_and_one_value(kernel):
     check(kernel, torch.zeros(5, 3).T[:, :1], 1)
 
 
-@pytest.mark.parametrize("k", [1, 200, 256, 257])
+@pytest.mark.parametrize("k", [slow(1), slow(200), slow(256), 257])
 def test_exact_rows_that_mislead_the_lower_bound(kernel, device, k):
     """The best values all in one thread's share, or in few; more equals than a thread has places for."""
     device(seed=k)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec import BlockMask  # noqa: E402
@@ -59,34 +60,34 @@ def check(qkv, mask, visible, softcap=None):
 
 
 @pytest.mark.usefixtures("words_per_block")
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, slow(80), slow(128)])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_matches_float64(dtype, head_dim):
     visible = some_mask(140, 200)
     check(tensors(140, 200, head_dim=head_dim, dtype=dtype), BlockMask.from_dense(visible), visible)
 
 
-@pytest.mark.parametrize("head_dim", [96, 256])
+@pytest.mark.parametrize("head_dim", [96, slow(256)])
 def test_other_head_dims(head_dim):
     visible = some_mask(70, 70)
     check(tensors(70, 70, heads=1, head_dim=head_dim), BlockMask.from_dense(visible), visible)
 
 
 @pytest.mark.usefixtures("words_per_block")
-@pytest.mark.parametrize("rows, keys", [(1, 1), (1, 130), (64, 64), (65, 1), (63, 129), (200, 64)])
+@pytest.mark.parametrize("rows, keys", [(1, 1), (1, 130), slow(64, 64), slow(65, 1), (63, 129), slow(200, 64)])
 def test_sizes(rows, keys):
     visible = some_mask(rows, keys, seed=rows + keys)
     check(tensors(rows, keys), BlockMask.from_dense(visible), visible)
 
 
 @pytest.mark.usefixtures("words_per_block")
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (3, 1), (4, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [slow(1, 1), (3, 1), slow(4, 2), slow(4, 4), slow(4, 1)])
 def test_groups(heads, kv_heads):
     visible = some_mask(70, 100)
     check(tensors(70, 100, heads=heads, kv_heads=kv_heads), BlockMask.from_dense(visible), visible)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("shape", [slow((2, 1)), slow((1, 4)), (2, 4)])
 def test_a_mask_for_each_batch_entry_and_head(shape):
     visible = torch.stack([some_mask(70, 90, seed) for seed in range(shape[0] * shape[1])]).view(*shape, 70, 90)
     check(tensors(70, 90, batch=2, heads=4, kv_heads=2), BlockMask.from_dense(visible), visible)
@@ -102,7 +103,7 @@ def test_softcap():
     check(tensors(70, 70), BlockMask.from_dense(visible), visible, softcap=2.0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16), slow(torch.bfloat16)], ids=str)
 def test_permuted_trees(dtype):
     generator = torch.Generator().manual_seed(0)
     trees = [[-1] + [int(torch.randint(0, n, (1,), generator=generator)) for n in range(1, t)] for t in (90, 70)]
@@ -112,7 +113,7 @@ def test_permuted_trees(dtype):
 
 def test_strides():
     visible = some_mask(70, 90)
-    q, k, v = tensors(70, 90, heads=4, kv_heads=2)
+    q, k, v = tensors(70, 90, kv_heads=2)
     expected = run((q, k, v), BlockMask.from_dense(visible))[0]
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     cache = torch.stack([k, v], 3).transpose(1, 2).contiguous()  # [B, M, Hkv, 2, D]
@@ -123,8 +124,8 @@ def test_strides():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, slow(-torch.inf)], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16, torch.bfloat16], ids=str)
 def test_masked_keys_change_no_bit(dtype, garbage):
     visible = torch.rand(70, 100, generator=torch.Generator().manual_seed(0)) < 0.5
     qkv = tensors(70, 100, dtype=dtype)

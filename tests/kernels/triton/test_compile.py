@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow import slow
 
 triton = pytest.importorskip("triton", reason="Triton is not installed for this platform")
 
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 KERNELS = [tree_attention.prefix_kernel, tree_attention.tail_kernel]
 ARCHITECTURES = [80, 90, 100]
+EACH_ARCHITECTURE = [slow(80), 90, slow(100)]
 IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED_LIMIT = 99 * 1024  # bytes a block may have on every GPU since Ampere
 REGISTERS = 65536  # of a multiprocessor
@@ -108,8 +110,8 @@ def check_resources(compiled, kernel, folder: Path, register_limit=REGISTER_LIMI
     assert compiled.metadata.shared <= SHARED_LIMIT
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize("head_dim", [slow(64), 128])
 @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 def test_fits_the_machine(kernel, dtype, head_dim, architecture, tmp_path):
@@ -144,7 +146,12 @@ def arithmetic(compiled) -> list[str]:
 
 @pytest.mark.parametrize(
     "architecture, dtype, head_dim",
-    [(80, torch.bfloat16, 64), (90, torch.bfloat16, 128), (100, torch.bfloat16, 128), (90, torch.float32, 128)],
+    [
+        (80, torch.bfloat16, 64),
+        slow(90, torch.bfloat16, 128),
+        slow(100, torch.bfloat16, 128),
+        slow(90, torch.float32, 128),
+    ],
     ids=str,
 )
 def test_every_variant_sums_in_one_order(architecture, dtype, head_dim):
@@ -209,7 +216,7 @@ def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 @pytest.mark.parametrize("dtype", ELEMENT, ids=str)
 @pytest.mark.parametrize("kernel", LINEAR, ids=lambda kernel: kernel.__name__)
 def test_linear_fits_the_machine(kernel, dtype, architecture, tmp_path):
@@ -230,7 +237,7 @@ def test_linear_fits_the_machine(kernel, dtype, architecture, tmp_path):
 
 @pytest.mark.parametrize(
     "kernel, architecture, dtype",
-    [(linear.float_kernel, architecture, dtype) for architecture in ARCHITECTURES for dtype in ELEMENT]
+    [slow(linear.float_kernel, architecture, dtype) for architecture in ARCHITECTURES for dtype in ELEMENT]
     + [(linear.int8_kernel, 90, torch.bfloat16)],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -261,7 +268,7 @@ def test_sum_of_splits_compiles(tmp_path):
         assert used["REG"] <= 128 and used["STACK"] == 0
 
 
-@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=str)
 def test_row_statistics_compiles(dtype, tmp_path):
     kernel = row_statistics.row_statistics_kernel
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | {"logits": ELEMENT[dtype]}
@@ -331,8 +338,10 @@ def check_hot_loops(compiled, folder: Path):
     assert not re.search(r"\b(STL|LDL)\b", full + partial)  # values parked outside of them are read once for an item
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)], ids=str)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize(
+    "dtype, head_dim", [(torch.bfloat16, 64), slow(torch.bfloat16, 128), (torch.float32, 64)], ids=str
+)
 def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path):
     compiled = compile_block_masked(architecture, dtype, head_dim)
     used = resources(compiled, tmp_path)
@@ -344,8 +353,8 @@ def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, 
     assert bool(re.search(TENSOR_CORES[architecture], ptx)) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 256), (torch.float32, 128)], ids=str)
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 256), slow(torch.float32, 128)], ids=str)
 def test_block_masked_attention_of_wide_heads_fits(dtype, head_dim, architecture, tmp_path):
     compiled = compile_block_masked(architecture, dtype, head_dim)
     used = resources(compiled, tmp_path)
@@ -359,7 +368,7 @@ def test_block_masked_attention_of_wide_heads_fits(dtype, head_dim, architecture
 
 @pytest.mark.parametrize(
     "head_dim, variant",
-    [(80, {}), (64, {"words": 1}), (64, {"words": 1, "group": 4}), (128, {"permuted": True})],
+    [slow(80, {}), slow(64, {"words": 1}), (64, {"words": 1, "group": 4}), slow(128, {"permuted": True})],
     ids=str,
 )
 def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_path):
@@ -404,8 +413,8 @@ def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=Tru
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize("head_dim", [slow(64), 128])
 def test_gear_spills_nothing(head_dim, architecture, tmp_path):
     compiled = compile_gear(gear.fold_kernel, architecture, torch.bfloat16, head_dim)
     used = resources(compiled, tmp_path)
@@ -418,10 +427,10 @@ def test_gear_spills_nothing(head_dim, architecture, tmp_path):
     "name, dtype, head_dim",
     [
         ("int4", torch.bfloat16, 128),
-        ("3 bits", torch.bfloat16, 96),
-        ("int8", torch.bfloat16, 128),
-        ("int8", torch.float32, 64),
-        ("channels", torch.bfloat16, 128),
+        slow("3 bits", torch.bfloat16, 96),
+        slow("int8", torch.bfloat16, 128),
+        slow("int8", torch.float32, 64),
+        slow("channels", torch.bfloat16, 128),
     ],
     ids=str,
 )

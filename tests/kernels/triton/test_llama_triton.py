@@ -3,6 +3,7 @@
 import pytest
 import torch
 from random_llama import random_llama, random_tokens, random_tree
+from slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 import pyspec.models.llama  # noqa: E402
@@ -11,7 +12,7 @@ from pyspec.ops import _library  # noqa: E402
 from pyspec.ops.linear import PackedWeight, _pack_int8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
-DTYPES = [torch.float32, torch.float16, torch.int8]  # the interpreter rounds bf16 otherwise
+DTYPES = [torch.float32, slow(torch.float16), slow(torch.int8)]  # the interpreter rounds bf16 otherwise
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_logits_are_those_of_the_cpu(gpu_llama, dtype):
         assert (ours.cpu() - theirs).abs().mean() < tolerance * theirs.std()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.int8], ids=str)
 def test_a_node_has_the_bits_of_plain_decoding(gpu_llama, dtype):
     runner = gpu_llama(dtype=dtype, windows=(9, None))
     tree = DraftTree(random_tokens(3), [-1, 0, 0])
@@ -77,6 +78,7 @@ def test_a_node_has_the_bits_of_plain_decoding(gpu_llama, dtype):
     assert torch.equal(runner.verify([random_tree(2), tree])[1], logits)
 
 
+@pytest.mark.slow
 def test_a_prompt_may_be_read_in_any_chunks(gpu_llama, monkeypatch):
     prompt, found = random_tokens(6), []
     runner = gpu_llama()
