@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Python compiles what is imported when it is; pip would compile everything, for half a minute.
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+UNPINNED := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile
+PIP := $(UNPINNED) -c constraints.txt
 # One thread for each test, and as many tests at once as there are cores; what threads do has tests that ask for some.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, then one that checks a whole sentence. Explain both.
@@ -11,7 +12,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test test-all test-transformers docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -33,10 +34,15 @@ test-all: $(VENV)/ready-test
 
 # What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
 test-transformers: $(VENV)/ready-test
-	$(PIP) --no-deps --target build/transformers-oldest transformers==5.20.0
-	$(subst -c constraints.txt,,$(PIP)) --no-deps --upgrade --target build/transformers-newest 'transformers>=5.20,<6'
+	$(UNPINNED) --no-deps --upgrade --target build/transformers-oldest transformers==5.20.0
+	$(UNPINNED) --no-deps --upgrade --target build/transformers-newest 'transformers>=5.20,<6'
 	for end in oldest newest; do PYTHONPATH=build/transformers-$$end:. $(PYTEST) -m 'not slow' tests/integrations \
 	  tests/models/test_transformers.py tests/models/test_mamba_in_transformers.py tests/models/test_any_architecture.py || exit 1; done
+
+# The Triton kernels under the version that the oldest supported torch with it brings.
+test-triton: $(VENV)/ready-test
+	$(UNPINNED) --no-deps --upgrade --target build/triton-3.6 triton==3.6.0
+	PYTHONPATH=build/triton-3.6:. $(PYTEST) tests/kernels/triton/test_compile.py
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
 test-engines: $(VENV)/ready-test $(VENV)/ready-integrations
