@@ -119,7 +119,8 @@ def topk(
         raise ValueError(f"assignment must be 'interleaved' or 'contiguous', got {assignment!r}")
     if recall is not None:
         _check_recall(recall, buckets, per_bucket, assignment)
-        buckets, per_bucket = choose_buckets(n, k, recall, x.device.type)
+        chosen = choose_buckets(n, k, recall, x.device.type)
+        buckets, per_bucket = chosen.buckets, chosen.per_bucket  # torch 2.11 does not trace a constant's unpacking
     elif buckets is None and per_bucket is None:
         buckets, per_bucket = EXACT
     else:
