@@ -58,6 +58,7 @@ class CMakeBuild(build_ext):
             check=True,
             env=environment,
         )
+        shutil.rmtree(package / "lib", ignore_errors=True)  # or a library that is built no more would stay
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
         subprocess.run(["cmake", "--build", work, "--parallel", jobs], check=True, env=environment)
 
@@ -66,6 +67,7 @@ class CMakeBuild(build_ext):
         super().copy_extensions_to_source()
         library = Path(self.build_lib) / "pyspec" / "lib"
         if library.exists():
+            shutil.rmtree(ROOT / "pyspec" / "lib", ignore_errors=True)
             shutil.copytree(library, ROOT / "pyspec" / "lib", dirs_exist_ok=True)
 
 
