@@ -235,8 +235,10 @@ def test_settings_of_torch_change_nothing(name, backend, monkeypatch):
         with enter():
             found = tensors_of(function(**given))
         after = [value for value in given.values() if isinstance(value, torch.Tensor)]
+        # torch's own sums, which the reference is made of, have another order on another number of threads
+        tolerance = {} if (backend or not KERNELS) and setting == "threads" else {"rtol": 0, "atol": 0}
         for results in ((found, expected), (after, changed)):
-            torch.testing.assert_close(*results, equal_nan=True, rtol=0, atol=0, msg=f"{name} under {setting}")
+            torch.testing.assert_close(*results, equal_nan=True, **tolerance, msg=f"{name} under {setting}")
 
 
 # ---- data that point outside
