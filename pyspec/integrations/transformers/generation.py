@@ -21,6 +21,8 @@ from pyspec.generate import check_limits
 from pyspec.loop import Continuation, Stats, speculate
 from pyspec.models import Runner, from_transformers
 from pyspec.models.exclusive import lock_of
+from pyspec.models.llama_weights import Unsupported
+from pyspec.models.loading import native_config_of
 from pyspec.models.transformers import TransformersRunner
 
 __all__ = ["generate", "runner_of"]
@@ -75,10 +77,11 @@ def _runner(model) -> Runner:
 
 
 def _native_runner(model) -> Runner:
-    runner = from_transformers(model)
-    if isinstance(runner, TransformersRunner):
-        raise ValueError(f"native must be False: pyspec has no kernels for {type(model).__name__}")
-    return runner
+    try:
+        native_config_of(model)
+    except Unsupported as reason:
+        raise ValueError(f"native must be False: pyspec has no kernels for {type(model).__name__}: {reason}") from None
+    return from_transformers(model)
 
 
 @torch.inference_mode()
