@@ -4,6 +4,8 @@ from hypothesis import settings
 
 from pyspec import costs, measured
 
+pytest_plugins = ["on_gpu"]
+
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
 

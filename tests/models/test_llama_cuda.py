@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from on_gpu import assert_close
 from random_llama import random_llama, random_tokens, random_tree, root_path
 
 import pyspec.models.llama
@@ -112,7 +113,7 @@ def test_logits_are_those_of_the_cpu(options):
         runner = random_llama(device, **options)
         last = runner.prefill([prompt])
         found.append(torch.cat([*last, *runner.verify([tree])[0]]).cpu())
-    torch.testing.assert_close(*found, atol=2e-3, rtol=1e-3)
+    assert_close(*found, atol=2e-3, rtol=1e-3)
 
 
 def test_nothing_in_a_round_waits_but_for_what_is_read_back():

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from cuda_on_host.loading import op_on_host
+from on_gpu import assert_close
 from random_llama import VOCABULARY, random_tokens, random_tree, root_path
 
 import pyspec.models.state_space
@@ -65,7 +66,7 @@ def test_logits_are_those_of_the_cpu(kind, device, monkeypatch):
     runner.commit([root_path(tree, 16)])
     expected.append(runner.verify([random_tree(3)])[0])
     for ours, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), other, atol=2e-3 if HAS_GPU else 1e-4, rtol=1e-3)
+        assert_close(ours.cpu(), other, atol=2e-3 if HAS_GPU else 1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("history", [0, 5])

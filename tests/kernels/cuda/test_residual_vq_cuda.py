@@ -4,6 +4,7 @@ through tests/cuda_on_host, behind its own binding either way."""
 import pytest
 import torch
 from cuda_on_host.loading import fenced_memory, op_on_host
+from on_gpu import assert_close, to_device
 
 from pyspec.ops.residual_vq import (
     _ATTENTION,
@@ -24,7 +25,8 @@ def kernel():
 
     def call(q, packed, seen, books, scale, rotary=None):
         rotary = None if rotary is None else rotary.cuda()
-        found = _ATTENTION.overload(q.cuda(), packed.cuda(), seen.cuda(), books.cuda(), scale, rotary)
+        tensors = (to_device(tensor, "cuda") for tensor in (q, packed, seen, books))
+        found = _ATTENTION.overload(*tensors, scale, rotary)
         return tuple(part.cpu() for part in found)
 
     return call
@@ -64,8 +66,8 @@ def check(kernel, case):
     (out, lse), (expected, expected_lse) = kernel(*case), residual_vq_reference(*case)
     assert out.dtype == q.dtype and out.shape == q.shape
     tolerance = TOLERANCE[q.dtype]
-    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
+    assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    assert_close(lse, expected_lse, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("seed", range(4))

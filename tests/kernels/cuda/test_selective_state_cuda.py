@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from cuda_on_host.loading import fenced_memory, op_on_host
+from on_gpu import assert_close, to_device
 from random_llama import root_path
 
 from pyspec import DraftTree
@@ -33,7 +34,7 @@ def kernel_of(name: str):
         return op_on_host(name)[0]
 
     def call(*arguments):
-        moved = [value.cuda() if isinstance(value, torch.Tensor) else value for value in arguments]
+        moved = [to_device(value, "cuda") if isinstance(value, torch.Tensor) else value for value in arguments]
         out = getattr(torch.ops.pyspec, name).default(*moved).cpu()
         for place, value in zip(arguments[:2], moved[:2], strict=True):
             place.copy_(value)
@@ -139,10 +140,10 @@ def test_rounds_are_those_of_the_reference(kind, shape, dtype, seed):
         expected = kind.reference(*before, *inputs, *round.tensors(), dtype)
         out = call(kernel, layer, inputs, round, dtype)
         close = {"atol": TOLERANCE[dtype] * max(1.0, float(expected.float().abs().max())), "rtol": TOLERANCE[dtype]}
-        torch.testing.assert_close(out, expected, **close)
+        assert_close(out, expected, **close)
         for place, other in zip((layer.state, layer.record), before, strict=True):
             assert torch.equal(place.isnan(), other.isnan())
-            torch.testing.assert_close(place, other, atol=2e-5, rtol=2e-5, equal_nan=True)
+            assert_close(place, other, atol=2e-5, rtol=2e-5, equal_nan=True)
         for b, tree, keep, advance in zip(active, trees, keeps, advances, strict=True):
             if keep < 0:
                 paths[b], halves[b] = [], halves[b] if advance else 1 - halves[b]

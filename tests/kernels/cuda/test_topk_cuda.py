@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_host.loading import ROOT, HostLibrary, build_on_host, fenced_memory, op_on_host
+from on_gpu import to_device
 from slow import slow
 
 from pyspec.ops.topk import _OP, topk_reference
@@ -23,7 +24,7 @@ def kernel():
     if not HAS_GPU:
         return op_on_host("topk")[0]
     assert _OP.backend_for("cuda")[0] == "cuda", _OP.backend_for("cuda")[1]
-    return lambda x, *rest: tuple(out.cpu() for out in _OP.overload(x.cuda(), *rest))
+    return lambda x, *rest: tuple(out.cpu() for out in _OP.overload(to_device(x, "cuda"), *rest))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close, to_device
 from slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
@@ -39,7 +40,7 @@ def run(qkv, mask, scale=None, softcap=None):
     mask = mask.to(DEVICE)
     lists = (mask.full_ranges, mask.full_tiles, mask.partial_ranges, mask.partial_tiles, mask.bits)
     scale = qkv[0].shape[3] ** -0.5 if scale is None else scale
-    qkv = (tensor.to(DEVICE) for tensor in qkv)
+    qkv = (to_device(tensor, DEVICE) for tensor in qkv)
     out, lse = block_masked_attention(*qkv, *lists, mask.row_order, mask.key_order, scale, softcap)
     return out.cpu(), lse.cpu()
 
@@ -55,8 +56,8 @@ def check(qkv, mask, visible, softcap=None):
     expected = scores.softmax(-1).nan_to_num(0.0) @ v
     tolerance = TOLERANCE[qkv[0].dtype]
     assert out.dtype == qkv[0].dtype and lse.dtype == torch.float32
-    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=tolerance, rtol=tolerance)
+    assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    assert_close(lse.double(), scores.logsumexp(-1), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.usefixtures("words_per_block")

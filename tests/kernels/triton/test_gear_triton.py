@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close, to_device
 from slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
@@ -43,7 +44,8 @@ def make_case(format, head_dim, seen, heads=2, kv_heads=1, blocks=6, dtype=torch
 
 
 def run(q, packed, seen, *rest):
-    return [x.cpu() for x in gear_packed_attention(q.to(DEVICE), packed.to(DEVICE), seen.to(DEVICE), *rest)]
+    tensors = (to_device(tensor, DEVICE) for tensor in (q, packed, seen))
+    return [out.cpu() for out in gear_packed_attention(*tensors, *rest)]
 
 
 @pytest.mark.parametrize("name", [slow(name) if name == "int4, groups of a token" else name for name in FORMATS])
@@ -52,7 +54,7 @@ def test_it_is_the_reference(name):
     heads, kv_heads = (4, 2) if name == "kivi" else (2, 1)
     case = make_case(format, head_dim, [[5, 0, 4], [1, 6, 2]], heads, kv_heads)
     for found, expected in zip(run(*case), gear_packed_attention_reference(*case), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -61,8 +63,8 @@ def test_in_16_bits(dtype):
     out, lse = run(*case)
     expected = gear_packed_attention_reference(*case)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.float(), expected[0].float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(lse, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_close(out.float(), expected[0].float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_close(lse, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_rows_have_the_bits_that_they_have_alone():

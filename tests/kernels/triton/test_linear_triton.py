@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close, to_device
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels import linear as kernels  # noqa: E402
@@ -20,8 +21,8 @@ FORMATS = [*EPSILON, torch.int8]
 def run(x, weight, bias=None, is_int8=False, out_dtype=None):
     """The launcher on a weight [N, K], packed in rows as `pack_weight` does where there is a GPU."""
     data = _pack_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
-    bias = None if bias is None else bias.to(DEVICE)
-    return kernels.linear(x.to(DEVICE), data.to(DEVICE), bias, weight.shape[0], out_dtype or x.dtype).cpu()
+    bias = None if bias is None else to_device(bias, DEVICE)
+    return kernels.linear(to_device(x, DEVICE), data.to(DEVICE), bias, weight.shape[0], out_dtype or x.dtype).cpu()
 
 
 def make(rows, outputs, inputs, dtype=torch.float32, seed=0):
@@ -56,8 +57,7 @@ def check(x, weight, bias=None, is_int8=False, out_dtype=None):
     expected = torch.einsum("rk,nk->rn", exact_x, exact_weight) + (0 if bias is None else bias.double())
     size = exact_x.abs() @ exact_weight.abs().T + expected.abs()
     allowed = size * 2**-24 * (8 + x.shape[1] ** 0.5) + 1.01 * EPSILON[out_dtype] * expected.abs()
-    wrong = (out.double() - expected).abs() > allowed
-    assert not wrong.any(), f"{wrong.sum()} of {wrong.numel()}, first at {wrong.nonzero()[0].tolist()}"
+    assert_close(out.double(), expected, atol=allowed)
 
 
 # ==== values ====
@@ -186,7 +186,7 @@ def test_extreme_sizes_in_int8(scale):
     out, plain = run(x * scale, weight, is_int8=True), run(x, weight, is_int8=True)
     assert out.isfinite().all()
     if scale > 1e-36:
-        torch.testing.assert_close(out / scale, plain, atol=1e-4, rtol=1e-4)
+        assert_close(out / scale, plain, atol=1e-4, rtol=1e-4)
     else:  # below the smallest factor's inverse values shrink, to nothing at last, and never grow
         assert (out.abs() <= scale * 96 * 127).all()
 

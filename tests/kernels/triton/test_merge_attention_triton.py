@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close, to_device
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.merge_attention import merge_attention  # noqa: E402
@@ -12,7 +13,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def merge(*parts):
-    return tuple(tensor.cpu() for tensor in merge_attention(*(part.to(DEVICE) for part in parts)))
+    return tuple(tensor.cpu() for tensor in merge_attention(*(to_device(part, DEVICE) for part in parts)))
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (2, 3, 5, 80), (40, 128), (7, 5)], ids=str)
@@ -27,8 +28,8 @@ def test_parts_make_the_whole(shape, dtype):
     out, lse = merge(*parts)
     assert out.dtype == dtype and out.shape == shape and lse.shape == shape[:-1]
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(out.double(), scores.softmax(-1) @ values, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=2e-6, rtol=2e-6)
+    assert_close(out.double(), scores.softmax(-1) @ values, atol=tolerance, rtol=tolerance)
+    assert_close(lse.double(), scores.logsumexp(-1), atol=2e-6, rtol=2e-6)
 
 
 def test_a_part_without_keys_may_hold_anything():

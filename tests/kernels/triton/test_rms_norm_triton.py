@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.rms_norm import rms_norm  # noqa: E402
@@ -30,8 +31,8 @@ def test_equals_float64(rows, size, dtype, has_delta):
     expected = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight.double()
     out, changed = run(hidden, delta if has_delta else None, weight, dtype)
     assert out.dtype == dtype
-    torch.testing.assert_close(changed, hidden + delta if has_delta else hidden, atol=0, rtol=0)
-    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    assert_close(changed, hidden + delta if has_delta else hidden, atol=0, rtol=0)
+    assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 def test_rows_that_are_groups_have_weights_of_their_own():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from on_gpu import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.rotary_write import rotary_write  # noqa: E402
@@ -40,7 +41,7 @@ def test_matches_the_reference(rows, head_dim, heads, kv_heads, dtype):
     results = {"q": (q, rotary_write_reference(**expected, heads=heads))}
     results |= {name: (found[name], expected[name]) for name in ("keys", "values")}
     for ours, theirs in results.values():
-        torch.testing.assert_close(ours.cpu().float(), theirs.float(), atol=TOLERANCE[dtype], rtol=0)
+        assert_close(ours.cpu().float(), theirs.float(), atol=TOLERANCE[dtype], rtol=0)
     untouched = expected["keys"] == 7.0
     assert (found["keys"].cpu()[untouched] == 7.0).all() and (found["values"].cpu()[untouched] == 7.0).all()
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from on_gpu import assert_close, to_device
 from slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
@@ -64,7 +65,7 @@ def run(case: Case, scale=None, softcap=None, window=None, block_table=None, k=N
     tensors = (case.q, case.k if k is None else k, case.v if v is None else v, case.bits, lens)
     table = None if block_table is None else block_table.to(DEVICE)
     scale = case.q.shape[3] ** -0.5 if scale is None else scale
-    out, lse = tree_attention(*(tensor.to(DEVICE) for tensor in tensors), scale, softcap, window, table)
+    out, lse = tree_attention(*(to_device(tensor, DEVICE) for tensor in tensors), scale, softcap, window, table)
     return out.cpu(), lse.cpu()
 
 
@@ -90,8 +91,8 @@ def check(case: Case, scale=None, softcap=None, window=None, **options):
             expected[b, :, node] = torch.einsum("hs,hsd->hd", scores.softmax(-1), v)
             expected_lse[b, :, node] = scores.logsumexp(-1)
     assert out.dtype == case.q.dtype and lse.dtype == torch.float32
-    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
-    torch.testing.assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
+    assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    assert_close(lse.double(), expected_lse, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("head_dim", [64, slow(80), slow(128)])
