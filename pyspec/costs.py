@@ -241,17 +241,20 @@ def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:
 def measure_costs(model: Runner, cache: PackedSettings | None = None) -> Costs:
     """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost.
 
-    Every size is called once before it counts: a first call may compile kernels, capture a graph or read weights from
-    a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured anew, and one that
-    stays so is not kept.
+    Kernels are compiled and graphs captured before, and every size is called once before it counts: a first call may
+    read weights from a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured
+    anew, and one that stays so is not kept.
     """
     context = min(CONTEXT, model.context_length - 2)
     if context < 1:  # no draft ever fits
         return Costs((1, 2), (1.0, 2.0))
     largest = min(LARGEST, model.context_length - context, LARGEST if cache is None else cache.largest_tree)
     sizes = [size for size in SIZES if size <= max(2, largest)]
+    capacity = context + max(sizes)
     with exclusive_use(model):
-        model.prefill([[0] * context], capacity=context + max(sizes), **({} if cache is None else {"cache": cache}))
+        if cache is None and hasattr(model, "warm"):
+            model.warm(capacity)
+        model.prefill([[0] * context], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
             medians = _medians(model, sizes)
             in_order = [medians[size] for size in sorted(medians)]

@@ -14,11 +14,14 @@ from pyspec.models._checks import check_paths, check_trees
 from pyspec.models._inference import inference
 from pyspec.models._weights import NativeWeights
 from pyspec.models.fingerprint import fingerprint_of
+from pyspec.models.static_steps import BUCKETS
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.readback import send_statistics
 from pyspec.trees import DraftTree
 
 __all__ = ["NativeRunner"]
+
+WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
 
 
 class NativeRunner:
@@ -65,6 +68,7 @@ class NativeRunner:
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._cache = None
         self._verified: list[DraftTree | None] | None = None
+        self._is_static = False  # whether rounds have fixed shapes and are recorded
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -79,6 +83,32 @@ class NativeRunner:
 
     def _drop_batch(self) -> None:
         """Forgets the batch and all that knows its addresses."""
+        self._cache = self._verified = None
+
+    @inference
+    def warm(self, capacity: int | None = None, sequences: int = 1) -> None:
+        """Compiles the kernels and captures the graphs that batches of so many sequences need; the batch is lost.
+
+        None of that is left then for a prefill with at most this capacity, nor for verifying trees of up to 64 nodes.
+        Batches of another size, or larger ones, have graphs of their own. On a CPU there is nothing to do.
+
+        Args:
+            capacity: as in prefill; the context length by default.
+            sequences: of the batches.
+        """
+        if self.device.type == "cpu" and not self._is_static:
+            return
+        self._cache = self._verified = None
+        capacity = self.context_length if capacity is None else capacity
+        self._record(sequences, capacity)
+        for length in WARM_PROMPTS:
+            if length <= min(capacity, self.context_length):
+                self.prefill([[0] * length] * sequences, capacity=capacity)
+        for nodes in (nodes for nodes in BUCKETS if nodes < capacity):
+            self.verify([DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))] * sequences)
+            path = sorted({0, nodes - 1})  # behind a gap, which takes other kernels to close
+        if self._verified is not None:
+            self.commit([path] * sequences)
         self._cache = self._verified = None
 
     @inference
@@ -118,6 +148,9 @@ class NativeRunner:
         for sequence, path in enumerate(paths):
             if path is not None:
                 self._extend(sequence, path, trees[sequence])
+
+    def _record(self, sequences: int, capacity: int) -> None:
+        """Captures all graphs that batches of this size and capacity need."""
 
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         """[R, hidden] of all nodes of the active sequences, tree after tree, after the last norm."""

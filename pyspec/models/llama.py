@@ -21,14 +21,14 @@ from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, rope_table
 from pyspec.models.prompts import PromptPlan
-from pyspec.models.static_steps import GraphRecorder, StaticSteps, StepInputs, slots_for
+from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder, StaticSteps, StepInputs, slots_for
 from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import tree_attention
 from pyspec.trees import DraftTree
 
 __all__ = ["LlamaConfig", "LlamaRunner", "LlamaWeights"]
 
-PREFILL_CHUNK = 128
+PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 
 
 class LlamaRunner(NativeRunner):
@@ -94,7 +94,7 @@ class LlamaRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
-        Prompts are read packed, PREFILL_CHUNK tokens a call, and what two of them begin with is read once: every
+        Prompts are read packed, some hundred tokens a call, and what two of them begin with is read once: every
         prompt has the bits that it has alone.
 
         Args:
@@ -115,6 +115,8 @@ class LlamaRunner(NativeRunner):
         rows = PREFILL_CHUNK if cache is None else min(PREFILL_CHUNK, cache.largest_tree)
         plan = PromptPlan(tokens, share=cache is None)  # of a packed prefix the exact last tokens would be missing
         cache = self._empty_cache(len(tokens), capacity, cache)
+        if self._steps is not None:
+            rows = STATIC_CHUNK
         last_logits: dict[int, Tensor] = {}
         while pieces := plan.next_pieces(cache.lengths, rows, 1 if self._is_static else len(tokens)):
             for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
@@ -130,6 +132,11 @@ class LlamaRunner(NativeRunner):
                         cache.copy_prefix(sequence, taker, count)
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(tokens))]
+
+    def _record(self, sequences: int, capacity: int) -> None:
+        self._empty_cache(sequences, capacity)
+        if self._steps is not None:
+            self._steps.warm(self._step, capacity)
 
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         if self._steps is not None:
@@ -200,7 +207,9 @@ class LlamaRunner(NativeRunner):
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _empty_cache(self, sequences: int, capacity: int, packed: PackedSettings | None) -> DenseCache | PackedCache:
+    def _empty_cache(
+        self, sequences: int, capacity: int, packed: PackedSettings | None = None
+    ) -> DenseCache | PackedCache:
         """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
         if packed is not None:
             self._steps = None  # its keys grow with the text, its launches' shapes too
@@ -212,8 +221,12 @@ class LlamaRunner(NativeRunner):
         if self._steps is not None and self._steps.fits(sequences, capacity):
             self._steps.cache.restart(capacity)
             return self._steps.cache
-        self._steps = None  # makes room
         config, slots = self.config, slots_for(capacity) if self._is_static else capacity
+        if self._steps is not None and self._steps.sequences == sequences:
+            # at least twice as many, so that prompts that grow and grow lose their graphs a few times only
+            most = slots_for(self.context_length + BUCKETS[-1])
+            slots = max(slots, min(2 * self._steps.slots, most))
+        self._steps = None  # makes room
         self._extend_rope(slots)
         cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, self.dtype, self.device)
         cache.restart(capacity)
@@ -224,7 +237,10 @@ class LlamaRunner(NativeRunner):
     def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
         """[n, hidden] of each sequence's next piece of its prompt; shapes that are static allow one."""
         if self._steps is not None:
-            return [self._steps.alone(self._step, chain, sequence) for sequence, chain in pieces.items()]
+            ((sequence, chain),) = pieces.items()
+            if len(cache.lengths) == 1:
+                return [self._steps.together(self._step, [chain], record=False)]  # a prompt is read once
+            return [self._steps.alone(self._step, chain, sequence)]
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])
 

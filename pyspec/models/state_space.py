@@ -8,6 +8,7 @@ accepted as a whole, through the same kernels in the same order, so it may be re
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
 from pyspec.models.static_rounds import StaticRounds
-from pyspec.models.static_steps import GraphRecorder
+from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
 from pyspec.ops.selective_state import Round
@@ -27,7 +28,7 @@ from pyspec.trees import DraftTree
 
 __all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
 
-PREFILL_CHUNK = 128
+PREFILL_CHUNK = 128  # tokens of a prompt in a call; STATIC_CHUNK where shapes are static
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 ROLLBACKS = ("replay", "joint")
 
@@ -121,10 +122,10 @@ class RecurrentRunner(NativeRunner):
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
-        last_logits = []
+        last_logits, rows = [], STATIC_CHUNK if self._is_static else PREFILL_CHUNK
         for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), PREFILL_CHUNK):
-                chain = DraftTree.chain(prompt[start : start + PREFILL_CHUNK])
+            for start in range(0, len(prompt), rows):
+                chain = DraftTree.chain(prompt[start : start + rows])
                 hidden = self._forward([chain], [sequence], [True], cache)
                 cache.advance(sequence, len(chain))
                 if observe is not None:
@@ -209,6 +210,11 @@ class StateSpaceRunner(RecurrentRunner):
             self._rounds = StaticRounds(cache, GraphRecorder(self.device))
         return cache
 
+    def _record(self, sequences: int, capacity: int) -> None:
+        cache = self._empty_cache(sequences, capacity)
+        if self._rounds is not None:
+            self._rounds.warm(partial(self._run_round, cache), BUCKETS[-1])
+
     def _history_for(self, cache: StateCache, sequences: int) -> int:
         if sequences not in self._histories:
             rates = self._layers[WEIGHTS.index("A") :: len(WEIGHTS)]
@@ -220,8 +226,8 @@ class StateSpaceRunner(RecurrentRunner):
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         if self.rollback == "joint" and not any(advances):
             return self._run_joint(trees, sequences, cache)
-        if self._rounds is not None and not any(advances):
-            hidden = self._rounds.run(lambda tokens, round: self._run_round(tokens, round, cache), trees, sequences)
+        if self._rounds is not None:
+            hidden = self._rounds.run(partial(self._run_round, cache), trees, sequences, advances)
             if hidden is not None:
                 return hidden
         return self._run(trees, sequences, advances, cache)
@@ -253,11 +259,11 @@ class StateSpaceRunner(RecurrentRunner):
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
         tokens = [tree.tokens for tree in trees]
         round = cache.round(trees, places, advances)
-        hidden = self._run_round(tokens[0] if len(tokens) == 1 else torch.cat(tokens), round, cache)
+        hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)
         cache.done(places, advances)
         return hidden
 
-    def _run_round(self, tokens: Tensor, round: Round, cache: StateCache) -> Tensor:
+    def _run_round(self, cache: StateCache, tokens: Tensor, round: Round) -> Tensor:
         return mamba_layers(
             self._embed(tokens),
             self._layers,

@@ -14,15 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pyspec.caches.state import StateCache
+from pyspec.caches.state import Plan, StateCache
 from pyspec.models.static_steps import Recorder
 from pyspec.ops.selective_state import Round
 from pyspec.trees import DraftTree
 
 __all__ = ["ROWS", "RoundInputs", "StaticRounds"]
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # of a round with a graph; larger ones run launch by launch
-FEWEST_PATH = 4  # places for the nodes of a path; doubled until the longest fits
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of a round with a graph; larger ones run launch by launch
 
 Step = Callable[[Tensor, Round], Tensor]
 
@@ -31,7 +30,7 @@ class RoundInputs:
     """What a round reads beside weights and states, as views of one int32 buffer.
 
     Args:
-        sequences, rows, longest: of the batch, of all trees with padding, and places of a path.
+        sequences, rows, longest: of the batch, of all trees with padding, and places for the nodes of a path.
         device: where the round runs.
         pin_memory: for the host's copy of a buffer on a GPU.
     """
@@ -54,9 +53,8 @@ class RoundInputs:
         self,
         trees: Sequence[DraftTree],
         sequences: Sequence[int],
-        paths: Sequence[Sequence[int]],
-        halves: Sequence[int],
-        keeps: Sequence[int],
+        advances: Sequence[bool],
+        plan: Plan,
     ) -> None:
         """Describes some sequences' trees, and for each what StateCache.plan says. Does not wait for the device."""
         host = RoundInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
@@ -64,13 +62,13 @@ class RoundInputs:
         round.sequences.copy_(torch.arange(self._shape[0], dtype=torch.int32, device="cpu"))
         round.paths.fill_(-1)
         round.keeps.fill_(-1)
-        for tree, sequence, path, half, keep in zip(trees, sequences, paths, halves, keeps, strict=True):
+        for tree, sequence, moves, path, half, keep in zip(trees, sequences, advances, *plan, strict=True):
             host.tokens[end : end + len(tree)] = tree.tokens
             round.parents[end : end + len(tree)] = tree.parents
             end += len(tree)
             round.starts[sequence + 1 :] = end
             round.paths[sequence, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
-            round.halves[sequence], round.keeps[sequence] = half, keep
+            round.halves[sequence], round.keeps[sequence], round.advances[sequence] = half, keep, moves
         self.buffer.copy_(host.buffer, non_blocking=True)
 
 
@@ -89,28 +87,46 @@ class StaticRounds:
         self.cache = cache
         self._record = record
         self._records = cache.records  # that the graphs know
-        self._replays: dict[tuple[int, int], tuple[RoundInputs, Callable[[], Tensor]]] = {}  # by rows and places
+        self._replays: dict[int, tuple[RoundInputs, Callable[[], Tensor]]] = {}  # by rows
 
-    def run(self, step: Step, trees: Sequence[DraftTree], sequences: Sequence[int]) -> Tensor | None:
-        """[R, hidden] of the nodes of all trees, tree after tree, until the next run; None if they are too many.
+    def warm(self, step: Step, nodes: int) -> None:
+        """Records all rounds with a graph, with room for trees of so many nodes. The cache must be empty."""
+        self._plan([DraftTree.chain([0] * nodes)], [0], [False])  # which makes the room
+        for rows in reversed(ROWS):  # the largest first: the others find room in the memory that it needs
+            self._replay(step, rows)
 
-        sequences: of the trees, ascending.
+    def run(
+        self, step: Step, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]
+    ) -> Tensor | None:
+        """[R, hidden] of the nodes of all trees, tree after tree; None if they are too many.
+
+        Nothing is recorded for chains that are accepted as a whole, which are prompts and read once: None for them
+        unless it was before.
+
+        Args:
+            sequences, advances: of the trees, as StateCache.round takes places, but ascending.
         """
         nodes = sum(map(len, trees))
-        if nodes > ROWS[-1]:
+        rows = next((rows for rows in ROWS if rows >= nodes), None)
+        if rows is None or (any(advances) and rows not in self._replays):
             return None
-        plan = self.cache.plan(trees, sequences, [False] * len(trees))
+        plan = self._plan(trees, sequences, advances)
+        inputs, replay = self._replay(step, rows)
+        inputs.fill(trees, sequences, advances, plan)
+        hidden = replay()[:nodes].clone()  # the next replay's goes where this one lies
+        self.cache.done(sequences, advances)
+        return hidden
+
+    def _plan(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Plan:
+        plan = self.cache.plan(trees, sequences, advances)
         if self.cache.records is not self._records:  # the plan has made room
             self._records, self._replays = self.cache.records, {}
-        rows, longest = next(rows for rows in ROWS if rows >= nodes), FEWEST_PATH
-        while longest < max(map(len, plan.paths)):
-            longest *= 2
-        if (rows, longest) not in self._replays:
+        return plan
+
+    def _replay(self, step: Step, rows: int) -> tuple[RoundInputs, Callable[[], Tensor]]:
+        if rows not in self._replays:
+            longest = self._records.shape[3]  # of which a path takes each node once: more places cost nothing
             inputs = RoundInputs(len(self.cache.lengths), rows, longest, self.cache.states.device)
-            inputs.fill((), (), (), (), ())  # recording runs the step too, which must not replay a path twice
-            self._replays[rows, longest] = inputs, self._record(lambda: step(inputs.tokens, inputs.round))
-        inputs, replay = self._replays[rows, longest]
-        inputs.fill(trees, sequences, *plan)
-        hidden = replay()[:nodes]
-        self.cache.done(sequences, [False] * len(trees))
-        return hidden
+            inputs.fill((), (), (), Plan([], [], []))  # recording runs the step too, which must not replay a path twice
+            self._replays[rows] = inputs, self._record(lambda: step(inputs.tokens, inputs.round))
+        return self._replays[rows]

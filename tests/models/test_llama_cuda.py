@@ -98,9 +98,11 @@ def test_commit_gives_the_cache_of_plain_decoding(options):
 @each_model
 def test_a_prompt_may_be_read_in_any_chunks(options, monkeypatch):
     runner, prompt, found = random_llama("cuda", **options), random_tokens(300), []
-    for chunk in (300, 128, 64, 7):
-        monkeypatch.setattr(pyspec.models.llama, "PREFILL_CHUNK", chunk)
-        (logits,) = runner.prefill([prompt])
+    for chunk in (300, 128, 64, 7, 300, 128, 64):
+        monkeypatch.setattr(pyspec.models.llama, "STATIC_CHUNK", chunk)
+        if chunk == 7:
+            runner.warm(300)  # from now on they are replayed
+        (logits,) = runner.prefill([prompt], capacity=300)
         found.append((logits, runner._cache.keys_values[..., : len(prompt), :].clone()))
     for logits, keys_values in found[1:]:
         assert torch.equal(logits, found[0][0]) and torch.equal(keys_values, found[0][1])
@@ -143,6 +145,21 @@ def test_a_new_batch_of_the_same_size_keeps_its_graphs():
         assert len(steps._replays) == 1
     runner.prefill([[1], [2]], capacity=700)
     assert runner._steps is not steps
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_nothing_is_captured_nor_compiled_after_warm(sequences, monkeypatch):
+    runner = random_llama("cuda", torch.bfloat16)
+    runner.warm(1100, sequences)
+    graphs, compiled = list(runner._steps._replays), []
+    knobs = pytest.importorskip("triton").knobs
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
+    for length in (1, 33, 70, 300, 1036):
+        runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=1100)
+        for size in (1, 2, 3, 20, 33, 64):
+            runner.verify([random_tree(size)] * sequences)
+        runner.commit([root_path(random_tree(64), 63)] * sequences)
+    assert list(runner._steps._replays) == graphs and not compiled
 
 
 def test_greedy_acceptance_is_that_of_the_cpu():

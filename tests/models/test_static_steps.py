@@ -11,22 +11,28 @@ from random_llama import random_llama, random_tokens, random_tree, root_path
 
 import pyspec.models.llama
 import pyspec.models.static_steps as static_steps
-from pyspec import DraftTree
-from pyspec.models.static_steps import BUCKETS, StepInputs, slots_for
+from pyspec import DraftTree, generate
+from pyspec.models.static_steps import StaticSteps, StepInputs, slots_for
 
 
 class FakeRecorder:
     """Repeats a step; as with a graph, every result lies in the same memory."""
 
     recorded = 0
+    replayed: set[int] = set()
 
     def __init__(self, device):
         pass
 
     def __call__(self, step):
+        number, result = FakeRecorder.recorded, step()
         FakeRecorder.recorded += 1
-        result = step()
-        return lambda: result.copy_(step())
+
+        def replay():
+            FakeRecorder.replayed.add(number)
+            return result.copy_(step())
+
+        return replay
 
 
 @pytest.fixture
@@ -34,6 +40,7 @@ def static_llama(monkeypatch):
     """random_llama with static shapes, whose cache starts as full of NaN as memory may be."""
     monkeypatch.setattr(pyspec.models.llama, "GraphRecorder", FakeRecorder)
     monkeypatch.setattr(FakeRecorder, "recorded", 0)
+    monkeypatch.setattr(FakeRecorder, "replayed", set())
     empty_cache = pyspec.models.llama.DenseCache
 
     def full_of_nan(*args):
@@ -99,13 +106,86 @@ def test_one_recording_for_each_shape(static_llama, monkeypatch):
     assert [recordings(size) for size in (3, 4)] == [1, 0]  # 125 and 4 do not fit 128
     assert [recordings(size) for size in (2, 1)] == [0, 1]
 
-    runner.prefill([random_tokens(20, 1)], capacity=320)  # 64 slots for padding make 384, as before
+    runner.prefill([random_tokens(20, 1)], capacity=383)  # a slot for padding makes 384, as before
     assert [recordings(size) for size in (3, 60)] == [0, 0]
-    runner.prefill([random_tokens(20, 1)], capacity=321)
+    runner.prefill([random_tokens(20, 1)], capacity=384)
     assert [recordings(size) for size in (3, 60)] == [1, 1]
     runner.prefill([[1], [2]], capacity=10)
     runner.verify([random_tree(3), random_tree(2)])
     assert FakeRecorder.recorded == 8
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 5, 127, 128, 300])
+def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch, sequences, capacity):
+    """Prompts, and trees of every size up to 64, from the first slot to the last."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    runner = static_llama()
+    runner.warm(capacity, sequences)
+    assert runner.lengths() == []
+    with pytest.raises(RuntimeError, match="prefill"):
+        runner.verify([random_tree(1)] * sequences)
+    recorded, launched, alone = list(runner._steps._replays), [], StaticSteps.alone
+    assert len(recorded) == FakeRecorder.recorded
+    monkeypatch.setattr(FakeRecorder, "replayed", set())
+    monkeypatch.setattr(StaticSteps, "alone", lambda *args: launched.append(args) or alone(*args))
+    lengths = {1, 2, 100, 150, capacity, *(capacity - size for size in (1, 2, 3, 5, 9, 17, 33))}
+    for length in (length for length in lengths if 0 < length <= capacity):
+        runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=capacity)
+        for size in range(1, min(64, capacity - length) + 1):
+            runner.verify([random_tree(size), None][:sequences])
+    assert list(runner._steps._replays) == recorded
+    if capacity > 64:  # no more than can be replayed, neither
+        replayed = {recorded[number] for number in FakeRecorder.replayed}
+        assert {shape for shape in recorded if shape[0] <= 64} == {shape for shape in replayed if shape[0] <= 64}
+    assert sequences > 1 or not launched
+    runner.warm(capacity, sequences)
+    assert FakeRecorder.recorded == len(recorded)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_warm_runner_has_the_bits_of_a_cold_one(static_llama, sequences):
+    """Its prompts are replayed too, in pieces of every size, in a cache that other texts have been in."""
+    warm, cold = static_llama(), random_llama()
+    warm.warm(1500, sequences)
+    for lengths in ((1300, 7, 512), (40, 700, 1), (513, 2, 90)):
+        prompts = [random_tokens(length, length) for length in lengths[:sequences]]
+        seen = {}
+        for runner in (warm, cold):
+            pieces = seen[runner] = [[] for _ in prompts]
+            last = runner.prefill(prompts, capacity=1500, observe=lambda b, chain, rows, p=pieces: p[b].append(rows))
+            assert all(torch.equal(rows[-1][-1], logits) for rows, logits in zip(pieces, last, strict=True))
+        assert all(torch.equal(torch.cat(ours), torch.cat(theirs)) for ours, theirs in zip(*seen.values(), strict=True))
+        trees = [random_tree(20, seed) for seed in range(sequences)]
+        for ours, theirs in zip(warm.verify(trees), cold.verify(trees), strict=True):
+            assert torch.equal(ours, theirs)
+        for index, length in enumerate(warm.lengths()):
+            keys_values = (runner._cache.keys_values[:, :, index, :, :length] for runner in (warm, cold))
+            assert torch.equal(*keys_values)
+
+
+def test_generation_records_nothing_after_warm(static_llama):
+    runner, prompt = static_llama(), random_tokens(30)
+    runner.warm(30 + 40 + 64)
+    recorded = FakeRecorder.recorded
+    plain = generate(runner, prompt, drafter=None, max_new_tokens=40).tokens
+    assert generate(runner, prompt, drafter="lookup", budget=20, max_new_tokens=40).tokens == plain
+    assert FakeRecorder.recorded == recorded
+
+
+def test_longer_and_longer_prompts_lose_the_graphs_a_few_times_only(static_llama, monkeypatch):
+    """However slowly they grow; the first cache, or the one that warm asks for, has no more slots than it needs."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 16)
+    runner, sizes = static_llama(context=1000), []
+    for capacity in range(20, 1064, 7):
+        runner.prefill([[1]], capacity=capacity)
+        sizes.append(runner._steps.slots)
+        assert sizes[-1] > capacity
+    assert sorted(set(sizes)) == sizes[:: len(sizes)] + [64, 128, 256, 512, 1024, 1072]
+    runner.prefill([[1]], capacity=20)
+    assert runner._steps.slots == 1072  # a shorter text has the graphs of the longest
+    runner.prefill([[1]], capacity=5000)
+    assert runner._steps.slots == 5008  # more than the context, if it must be
 
 
 def test_capacity_is_what_was_asked_for(static_llama):
@@ -138,7 +218,7 @@ def test_inputs_are_aligned_and_padded():
     assert inputs.tokens[:, :4].tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [8, 0, 0, 0]]
     assert inputs.positions[:, :4].tolist() == [[10, 11, 11, 0], [0, 0, 0, 0], [30, 0, 0, 0]]
     assert inputs.sequences.tolist() == [[row] * 33 for row in range(3)]
-    assert inputs.slots.tolist() == [list(range(start, start + 33)) for start in (10, 20, 30)]
+    assert inputs.slots.tolist() == [[10, 11, 12] + [13] * 30, [20] * 33, [30] + [31] * 32]
     assert inputs.prefix_lens.tolist() == [10, 0, 30]
     assert inputs.ancestor_bits.shape == (3, 33, 2)
     assert inputs.ancestor_bits[:, :3, 0].tolist() == [[1, 3, 5], [0, 0, 0], [1, 0, 0]]
@@ -148,5 +228,5 @@ def test_inputs_are_aligned_and_padded():
 
 
 def test_padding_has_slots():
-    assert [slots_for(capacity) for capacity in (1, 960, 961)] == [1024, 1024, 2048]
-    assert all(capacity + BUCKETS[-1] <= slots_for(capacity) for capacity in range(1, 5000, 7))
+    assert [slots_for(capacity) for capacity in (1, 1023, 1024)] == [1024, 1024, 2048]
+    assert all(capacity < slots_for(capacity) for capacity in range(1, 5000, 7))

@@ -95,10 +95,13 @@ def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, history,
 class FakeRecorder:
     """Repeats a step; as with a graph, it is run once to record it, and every result lies in the same memory."""
 
+    recorded = 0
+
     def __init__(self, device):
         pass
 
     def __call__(self, step):
+        FakeRecorder.recorded += 1
         result = step()
         return lambda: result.copy_(step())
 
@@ -136,6 +139,36 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, 
         assert static._cache is static._rounds.cache and static.lengths() == dynamic.lengths()
         assert torch.equal(cache.states[:, :2], dynamic._cache.states[:, :2])
         assert cache.states[:, 2].isnan().all() and not cache.states[:, :2].isnan().any()
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(HAS_GPU, reason="counts recordings")
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("kind", MODELS)
+def test_nothing_is_recorded_nor_launched_after_warm(kind, history, sequences, device, monkeypatch):
+    """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
+    monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    static = random_runner(kind, device, torch.bfloat16, history=history)
+    dynamic = type(static)(static.config, static.weights, history=history)
+    static._is_static = True
+    static.warm(sequences=sequences)
+    assert static.lengths() == []
+    monkeypatch.setattr(static, "_run", lambda *args: pytest.fail("launched"))
+    recorded = FakeRecorder.recorded
+    for batch in range(2):
+        prompts = [random_tokens(length + batch, length) for length in (70, 1)[:sequences]]
+        for ours, other in zip(static.prefill(prompts), dynamic.prefill(prompts), strict=True):
+            assert torch.equal(ours, other)
+        for size in (64, 1, 33, 5):
+            trees = [DraftTree.chain(random_tokens(size)), random_tree(size)][:sequences]
+            for ours, other in zip(static.verify(trees), dynamic.verify(trees), strict=True):
+                assert torch.equal(ours, other)
+            for runner in (static, dynamic):
+                runner.commit([range(size), [0]][:sequences])
+    assert FakeRecorder.recorded == recorded
+    static.warm(sequences=sequences)
+    assert FakeRecorder.recorded == recorded
 
 
 @pytest.mark.parametrize("kind", MODELS)

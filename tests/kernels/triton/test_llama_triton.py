@@ -83,7 +83,7 @@ def test_a_prompt_may_be_read_in_any_chunks(gpu_llama, monkeypatch):
     prompt, found = random_tokens(6), []
     runner = gpu_llama()
     for chunk in (6, 4):
-        monkeypatch.setattr(pyspec.models.llama, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.models.llama, "STATIC_CHUNK", chunk)
         (logits,) = runner.prefill([prompt])
         found.append((logits.clone(), runner._cache.keys_values[..., : len(prompt), :].clone()))
     assert all(map(torch.equal, *found))
