@@ -12,7 +12,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton docs test-engines count-instructions build lint format wheel test-wheel bench check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -109,6 +109,10 @@ bench: $(VENV)/ready-bench
 	$(BIN)/python bench/bench_verify.py
 	$(BIN)/python bench/bench_selective_state.py
 	$(BIN)/python bench/generate.py
+
+# The libraries that bench/gpu.sh puts in place on a machine with a Hopper GPU and the same C library, in build/gpu-kit.
+gpu-kit: $(VENV)/ready
+	PYSPEC_CUDA=1 PYSPEC_ISAS=native CUDAARCHS=90 $(BIN)/python setup.py -q build_ext --build-lib build/gpu-kit
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyspec/lib pyspec/*.so

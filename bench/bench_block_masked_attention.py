@@ -98,10 +98,10 @@ class Problem:
         self.mask = self.build()
         self.dense = self.mask.to_dense()[0, 0]
         self.sees = predicate(pattern, size, self.dense)
-        generator = torch.Generator().manual_seed(size)
+        generator = torch.Generator(device).manual_seed(size)
         plan, lengths = PLANS[device], (self.mask.rows, self.mask.keys, self.mask.keys)
         shapes = [(plan.batch, plan.heads, length, HEAD_DIM) for length in lengths]
-        self.q, self.k, self.v = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+        self.q, self.k, self.v = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
 
     def pyspec(self, mask: BlockMask) -> Callable[[], torch.Tensor]:
         return lambda: block_masked_attention(self.q, self.k, self.v, mask)
@@ -200,13 +200,22 @@ def timed(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
     return {name: 1e3 * value for name, value in measure.in_turn(calls, repeats, warmup=0).items()}
 
 
-def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> dict:
+def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float, patterns: Sequence[str] = PATTERNS) -> dict:
     plan, bandwidth = PLANS[device], measure.read_bandwidth(device)
-    rows = []
+    rows: list[dict] = []
+    result = {
+        "machine": measure.machine(),
+        "device": device,
+        "batch": plan.batch,
+        "heads": plan.heads,
+        "head_dim": HEAD_DIM,
+        "read_gb_s": bandwidth / 1e9,
+        "rows": rows,
+    }
     for dtype in plan.dtypes:
         rate = measure.multiply_rate(dtype, device)
         for size in sizes:
-            for pattern in PATTERNS:
+            for pattern in patterns:
                 problem = Problem(pattern, size, dtype, device)
                 problem.check()
                 ours, peers, builds = problem.ours(), problem.peers(), problem.builds()
@@ -230,17 +239,9 @@ def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> d
                     }
                 )
                 show(rows[-1])
-    result = {
-        "machine": measure.machine(),
-        "device": device,
-        "batch": plan.batch,
-        "heads": plan.heads,
-        "head_dim": HEAD_DIM,
-        "read_gb_s": bandwidth / 1e9,
-        "rows": rows,
-        "density": density_sweep(device, plan, max(sizes) * 2 if device == "cpu" else max(sizes), seconds),
-        "tree_build_us": tree_build_us(device),
-    }
+                measure.save(f"block_masked_attention_{device}", result)
+    result["tree_build_us"] = tree_build_us(device)
+    result["density"] = density_sweep(device, plan, max(sizes) * 2 if device == "cpu" else max(sizes), seconds)
     result["targets"] = targets_of(result, plan)
     return result
 
@@ -320,11 +321,13 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="N, up to 16,384 where memory allows; the plan's by default"
     )
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--seconds", type=float, default=8.0, help="to time one mask's calls for")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which takes long to compile")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options.device, options.sizes or [PLANS[options.device].size], not options.no_flex, options.seconds)
+    sizes = options.sizes or [PLANS[options.device].size]
+    result = run(options.device, sizes, not options.no_flex, options.seconds, options.patterns)
     show_targets(result["targets"])
     path = measure.save(f"block_masked_attention_{options.device}", result)
     draw(result, path.with_suffix(".png"))

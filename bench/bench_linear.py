@@ -105,7 +105,8 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
             model.check(rows)
             calls = {"pyspec": model.pyspec(rows)}
             calls |= {f"torch {name(peer)}": model.torch(rows, peer) for peer in FORMATS[dtype]}
-            calls = {who: measure.replayed(call, device) for who, call in calls.items()}
+            if device == "cuda":
+                calls = {who: measure.replayed([call]) for who, call in calls.items()}
             ms = {who: 1e3 * seconds for who, seconds in measure.in_turn(calls, repeats, warmup=1).items()}
             bytes_floor, rate_floor = 1e3 * model.bytes / bandwidth, 1e3 * 2 * model.parameters * rows / rate
             one_row = results[-1]["one_row_ms"] if rows > 1 else ms["pyspec"]

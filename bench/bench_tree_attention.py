@@ -22,7 +22,9 @@ from pyspec import DraftTree
 from pyspec.ops import tree_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES = ((1, 2048), (8, 2048), (16, 4096), (64, 4096))  # nodes, committed keys
+ROTATED_BYTES = 256_000_000
 TARGETS = {  # from the project's plan: at least this many times faster than the dense mask
     (8, 2048, "bfloat16"): 3.0,
     (8, 2048, "float32"): 3.0,
@@ -39,9 +41,9 @@ class Problem:
         generator = torch.Generator().manual_seed(nodes + prefix)
         parents = [-1] + [int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, nodes)]
         self.nodes, self.prefix, self.dtype = nodes, prefix, dtype
-        self.q = torch.randn(1, HEADS, nodes, HEAD_DIM, generator=generator).to(device, dtype)
-        self.k = torch.randn(1, KV_HEADS, prefix + nodes, HEAD_DIM, generator=generator).to(device, dtype)
-        self.v = torch.randn(1, KV_HEADS, prefix + nodes, HEAD_DIM, generator=generator).to(device, dtype)
+        generator = torch.Generator(device).manual_seed(nodes + prefix)
+        shapes = [(1, heads, rows, HEAD_DIM) for heads, rows in ((HEADS, nodes), *[(KV_HEADS, prefix + nodes)] * 2)]
+        self.q, self.k, self.v = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
         self.bits = DraftTree([0] * nodes, parents).ancestor_bits[None].to(device)
         self.prefix_lens = torch.tensor([prefix], dtype=torch.int32, device=device)
         index = torch.arange(nodes, device=device)
@@ -55,8 +57,8 @@ class Problem:
     def sdpa(self, mask: torch.Tensor) -> torch.Tensor:
         return scaled_dot_product_attention(self.q, self.k, self.v, mask, enable_gqa=True)
 
-    def flex(self) -> Callable[[], torch.Tensor]:
-        """FlexAttention compiled for this problem; building the mask is not counted."""
+    def flex(self) -> Callable[[Problem], torch.Tensor]:
+        """FlexAttention compiled for problems of this tree; building the mask is not counted."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         ancestors, prefix, nodes = self.ancestors, self.prefix, self.nodes
@@ -67,7 +69,7 @@ class Problem:
         mask = create_block_mask(visible, None, None, nodes, prefix + nodes, device=self.q.device.type)
         torch.compiler.reset()  # a second shape would be compiled with dynamic sizes, which the CPU backend cannot
         compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: compiled(self.q, self.k, self.v, block_mask=mask, enable_gqa=True)
+        return lambda problem: compiled(problem.q, problem.k, problem.v, block_mask=mask, enable_gqa=True)
 
     def check(self) -> None:
         """Refuses to time a wrong result."""
@@ -86,27 +88,36 @@ def test_tree_attention(benchmark, nodes, prefix, dtype):
     benchmark(problem.pyspec)
 
 
-def run(device: str, with_flex: bool) -> dict:
+def run(device: str, with_flex: bool, dtypes=(torch.bfloat16, torch.float32)) -> dict:
     bandwidth = measure.read_bandwidth(device)
-    rows = []
-    for dtype in (torch.bfloat16, torch.float32):
+    rows: list[dict] = []
+    result = {
+        "machine": measure.machine(),
+        "device": device,
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "read_gb_s": bandwidth / 1e9,
+        "rows": rows,
+    }
+    for dtype in dtypes:
         rate = measure.multiply_rate(dtype, device)
         for nodes, prefix in SHAPES:
             problem = Problem(nodes, prefix, dtype, device)
             problem.check()
             calls = {
-                "pyspec": problem.pyspec,
-                "sdpa": lambda p=problem: p.sdpa(p.mask),
-                "sdpa, float mask": lambda p=problem: p.sdpa(p.bias),
+                "pyspec": Problem.pyspec,
+                "sdpa": lambda p: p.sdpa(p.mask),
+                "sdpa, float mask": lambda p: p.sdpa(p.bias),
             }
             if with_flex:
                 try:
                     calls["flex"] = problem.flex()
-                    calls["flex"]()
+                    calls["flex"](problem)
                 except Exception as error:  # a peer that cannot run is a result too
                     print(f"FlexAttention does not run here: {type(error).__name__}: {str(error).splitlines()[0]}")
                     calls.pop("flex", None)
-            ms = {name: 1e3 * seconds for name, seconds in measure.in_turn(calls).items()}
+            ms = milliseconds(calls, problem, device)
             bytes_floor = 1e3 * 2 * problem.k.nbytes / bandwidth
             rate_floor = 1e3 * 4 * HEADS * nodes * (prefix + nodes) * HEAD_DIM / rate
             name = str(dtype).removeprefix("torch.")
@@ -122,15 +133,21 @@ def run(device: str, with_flex: bool) -> dict:
                 }
             )
             show(rows[-1])
-    return {
-        "machine": measure.machine(),
-        "device": device,
-        "heads": HEADS,
-        "kv_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "read_gb_s": bandwidth / 1e9,
-        "rows": rows,
+            measure.save(f"tree_attention_{device}", result)
+    return result
+
+
+def milliseconds(calls: dict[str, Callable], problem: Problem, device: str) -> dict[str, float]:
+    """Of one call each, in turn; on a GPU in a graph, over keys that its cache cannot hold."""
+    if device == "cpu":
+        seconds = measure.in_turn({name: lambda call=call: call(problem) for name, call in calls.items()})
+        return {name: 1e3 * value for name, value in seconds.items()}
+    count = max(2, ROTATED_BYTES // (2 * problem.k.nbytes))
+    problems = [Problem(problem.nodes, problem.prefix, problem.dtype, device) for _ in range(count)]
+    graphs = {
+        name: measure.replayed([lambda call=call, p=p: call(p) for p in problems]) for name, call in calls.items()
     }
+    return {name: 1e3 * value / count for name, value in measure.in_turn(graphs).items()}
 
 
 def show(row: dict) -> None:
@@ -149,6 +166,8 @@ def plot(result: dict, path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axis, dtype in zip(axes, ("bfloat16", "float32"), strict=True):
         rows = [row for row in result["rows"] if row["dtype"] == dtype]
+        if not rows:
+            continue
         peers = [name for name in rows[0]["ms"] if name != "pyspec"]
         width = 0.8 / len(peers)
         for i, peer in enumerate(peers):
@@ -173,9 +192,10 @@ def main() -> None:
     parser.add_argument(
         "--no-flex", action="store_true", help="leave out FlexAttention, which takes minutes to compile"
     )
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    result = run(options.device, not options.no_flex)
+    result = run(options.device, not options.no_flex, [DTYPES[name] for name in options.dtypes])
     path = measure.save(f"tree_attention_{options.device}", result)
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")

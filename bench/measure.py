@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import os
 from pathlib import Path
 
-import torch
-
-from pyspec.benchmarks.measure import in_turn, machine, multiply_rate, read_bandwidth
+from pyspec.benchmarks.measure import in_turn, machine, multiply_rate, read_bandwidth, replayed
 
 __all__ = [
     "in_turn",
@@ -25,19 +23,7 @@ __all__ = [
     "save_figure",
 ]
 
-RESULTS = Path(__file__).parent / "results"
-
-
-def replayed(call: Callable, device: str) -> Callable:
-    """A call as a runner makes it: on a GPU its launches are replayed as a CUDA graph."""
-    if device == "cpu":
-        return call
-    call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+RESULTS = Path(os.environ.get("PYSPEC_RESULTS") or Path(__file__).parent / "results")
 
 
 def positive(text: str) -> int:
@@ -69,10 +55,11 @@ def on_device(name: str, device: str) -> str:
 
 
 def save(name: str, result: dict) -> Path:
-    """Writes bench/results/<name>.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    """Writes <name>.json into bench/results, or into the folder PYSPEC_RESULTS; whole or not at all."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path, part = RESULTS / f"{name}.json", RESULTS / f".{name}.part"
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
     return path
 
 

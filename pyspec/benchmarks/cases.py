@@ -87,12 +87,11 @@ class _Random:
     """Normal numbers, the same for the same case."""
 
     def __init__(self, device: str):
-        self.device, self._generator = device, torch.Generator("cpu").manual_seed(0)
+        self._generator = torch.Generator(device).manual_seed(0)
 
     def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator, dtype=torch.float32, device="cpu") * scale).to(
-            self.device, dtype
-        )
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._generator.device)
+        return (drawn * scale).to(dtype)
 
 
 def _tree(device: str) -> tuple[Tensor, Tensor]:

@@ -5,47 +5,83 @@ from __future__ import annotations
 import datetime
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from pyspec.machine import cpu_name
 
-__all__ = ["in_turn", "machine", "multiply_rate", "read_bandwidth"]
+__all__ = ["in_turn", "machine", "multiply_rate", "read_bandwidth", "replayed"]
 
 
 def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each call; A B A B ..., so that a machine whose speed drifts is fair to all."""
+    """Median seconds of each call; A B A B ..., so that a machine whose speed drifts is fair to all.
+
+    Once a process has used its GPU, a call's time is that between two events around it.
+    """
     for _ in range(warmup):
         for call in calls.values():
             call()
+    timed = _seconds_by_events if torch.cuda.is_initialized() else _seconds
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timed(call))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _seconds_by_events(call: Callable) -> float:
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def replayed(calls: Sequence[Callable]) -> Callable:
+    """Some calls, one after another, as a runner makes them on a GPU: their launches replayed as one CUDA graph."""
+    side = torch.cuda.Stream()  # on which nothing of the warm-up meets the capture
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
 def read_bandwidth(device: str = "cpu") -> float:
-    """Bytes a second of one pass over 256 MiB."""
+    """Bytes a second of one pass over 256 MiB; on a GPU of copying 4 GB, read and written bytes together."""
+    if device == "cuda":
+        data = torch.randn(2**30, device=device)
+        other = torch.empty_like(data)
+        return 2 * data.nbytes / in_turn({"copy": lambda: other.copy_(data)}, repeats=9)["copy"]
     data = torch.ones(64 * 2**20, dtype=torch.float32, device=device)
     return data.nbytes / in_turn({"read": data.sum}, repeats=9)["read"]
 
 
 def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large matrix product in dtype, or in fp32 where that is faster."""
+    size = 8192 if device == "cuda" else 2048
 
     def call(dtype: torch.dtype) -> Callable:
-        a = torch.randn(2048, 2048, device=device).to(dtype)
+        a = torch.randn(size, size, device=device).to(dtype)
         product = torch._int_mm if dtype == torch.int8 else torch.mm
         return lambda: product(a, a)
 
     seconds = in_turn({str(dtype): call(dtype) for dtype in {dtype, torch.float32}}, repeats=9)
-    return 2 * 2048**3 / min(seconds.values())
+    return 2 * size**3 / min(seconds.values())
 
 
 def machine() -> dict[str, str | int]:

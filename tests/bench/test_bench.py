@@ -187,7 +187,8 @@ def test_verify_times_every_size(monkeypatch, capsys):
     monkeypatch.setattr(steps.measure, "multiply_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(bench_verify, "SHAPES", {"tiny": (96, 160, 2, 4, 2, 64, 97, True)})
     monkeypatch.setattr(steps, "SIZES", (1, 5))
-    found = bench_verify.run("tiny", "fp32", "cpu", repeats=1)
+    runner = bench_verify.random_model("tiny", torch.float32, "cpu")
+    found = bench_verify.times(runner, "tiny", "fp32", repeats=1)
     layer = 96 * 512 + 256 * 96 + 2 * 160 * 96 + 96 * 160
     assert found["weight_bytes"] == 4 * (2 * layer + 96 * 128)  # 97 outputs fill four panels
     assert found["cache_bytes"] == 2 * 2 * 2 * steps.CONTEXT * 64 * 4
