@@ -17,7 +17,7 @@ export PYSPEC_RESULTS=${PYSPEC_RESULTS:-$PWD/build/gpu}
 here=$PYSPEC_RESULTS
 archive=${OUT:-build}/results.tgz
 mkdir -p "$here" "$(dirname "$archive")"
-export PYTHONPATH=$PWD:$PWD/bench PYTHONUNBUFFERED=1
+export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD:$PWD/bench PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR=$PWD/build/triton-cache OMP_NUM_THREADS=$([ -z "$dry" ] && echo 2 || echo 1)
 
 # ==== what a step is ====
@@ -42,7 +42,7 @@ step() { # NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its
   echo "{\"step\": \"$name\", \"status\": $status, \"seconds\": $((SECONDS - start))}" >> "$here/steps.part"
   mv "$here/steps.part" "$here/steps.jsonl"
   pack
-  tail -n "${lines:-12}" "$here/$name.log" | cut -c 1-180
+  tail -n "${lines:-12}" "$here/$name.log"
   echo "== $name: status $status after $((SECONDS - start)) s"
 }
 
