@@ -189,7 +189,7 @@ class StateSpaceRunner(RecurrentRunner):
         self.rollback = rollback
         self._histories: dict[int, int] = {}  # by sequences
         self._history = 0 if rollback == "joint" else history
-        self._is_static = self.device.type == "cuda" and rollback == "replay"
+        self._is_static = self.device.type == "cuda"
         self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
@@ -213,7 +213,8 @@ class StateSpaceRunner(RecurrentRunner):
     def _record(self, sequences: int, capacity: int) -> None:
         cache = self._empty_cache(sequences, capacity)
         if self._rounds is not None:
-            self._rounds.warm(partial(self._run_round, cache), BUCKETS[-1])
+            most = BUCKETS[-1] if self.rollback == "replay" else 2 * BUCKETS[-1]  # below what was accepted
+            self._rounds.warm(partial(self._run_round, cache), most)
 
     def _history_for(self, cache: StateCache, sequences: int) -> int:
         if sequences not in self._histories:
@@ -226,10 +227,6 @@ class StateSpaceRunner(RecurrentRunner):
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         if self.rollback == "joint" and not any(advances):
             return self._run_joint(trees, sequences, cache)
-        if self._rounds is not None:
-            hidden = self._rounds.run(partial(self._run_round, cache), trees, sequences, advances)
-            if hidden is not None:
-                return hidden
         return self._run(trees, sequences, advances, cache)
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
@@ -257,6 +254,10 @@ class StateSpaceRunner(RecurrentRunner):
 
     def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
+        if self._rounds is not None:
+            hidden = self._rounds.run(partial(self._run_round, cache), trees, places, advances)
+            if hidden is not None:
+                return hidden
         tokens = [tree.tokens for tree in trees]
         round = cache.round(trees, places, advances)
         hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)
