@@ -19,6 +19,7 @@ from pyspec.models._checks import check_prompts
 from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_rounds import StaticRounds
 from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder
 from pyspec.ops.linear import PackedWeight
@@ -28,7 +29,7 @@ from pyspec.trees import DraftTree
 
 __all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
 
-PREFILL_CHUNK = 128  # tokens of a prompt in a call; STATIC_CHUNK where shapes are static
+PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 ROLLBACKS = ("replay", "joint")
 
@@ -110,6 +111,8 @@ class RecurrentRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
+        Prompts are read packed, some hundred tokens a call.
+
         Args:
             tokens: B prompts, none empty.
             capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
@@ -122,17 +125,20 @@ class RecurrentRunner(NativeRunner):
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
-        last_logits, rows = [], STATIC_CHUNK if self._is_static else PREFILL_CHUNK
-        for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), rows):
-                chain = DraftTree.chain(prompt[start : start + rows])
-                hidden = self._forward([chain], [sequence], [True], cache)
+        plan, rows = PromptPlan(tokens, share=False), STATIC_CHUNK if self._is_static else PREFILL_CHUNK
+        last_logits: dict[int, Tensor] = {}
+        while pieces := plan.next_pieces(cache.lengths, rows, len(tokens)):
+            chains = list(pieces.values())
+            hidden = self._forward(chains, list(pieces), [True] * len(pieces), cache)
+            parts = hidden.split([len(chain) for chain in chains])
+            for (sequence, chain), part in zip(pieces.items(), parts, strict=True):
                 cache.advance(sequence, len(chain))
                 if observe is not None:
-                    observe(sequence, chain, self._logits(hidden))
-            last_logits.append(self._logits(hidden[-1:])[0])
+                    observe(sequence, chain, self._logits(part))
+                if cache.lengths[sequence] == len(tokens[sequence]):
+                    last_logits[sequence] = self._logits(part[-1:])[0]
         self._cache = cache
-        return last_logits
+        return [last_logits[sequence] for sequence in range(len(tokens))]
 
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
