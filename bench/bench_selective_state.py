@@ -108,6 +108,7 @@ class Rounds:
     def __init__(self, model: StateSpaceRunner, batch: int):
         self.model, self.batch = model, batch
         prompts = [[place % model.vocab_size for place in range(8)]] * batch
+        model.warm(sequences=batch)  # or recompute would be launched on a GPU, where the others are replayed
         model.prefill(prompts)
         self.joint_model = type(model)(model.config, model.weights, rollback="joint")
         self.joint_model.prefill(prompts)

@@ -179,6 +179,9 @@ def main() -> int:
     new_tokens = {"greedy": options.tokens, **dict.fromkeys(SAMPLED, options.sampled_tokens)}
     counts = {"greedy": options.prompts, **dict.fromkeys(SAMPLED, options.sampled_prompts)}
     questions = {question.question_id: question for question in prompts.across_categories(max(counts.values()))}
+    with console.status("compiling"):
+        longest = max(len(question.tokens(model)) for question in questions.values())
+        model.warm(longest + max(new_tokens.values()) + options.budget)
     units = [
         {"kind": kind, "question_id": question_id}
         for kind, count in counts.items()

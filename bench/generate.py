@@ -27,6 +27,7 @@ from peers import Engine, Run
 
 import pyspec
 from pyspec.cli.shared import PHASES, first_difference
+from pyspec.costs import LARGEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # in bf16, from the project's plan: how many times as fast in decoding
@@ -308,7 +309,8 @@ def main() -> int:
         model = pyspec.load(options.model, dtype=DTYPES[options.dtype], device=options.device)
         questions = prompts.first_of_each_category(options.limit)
         tokens = [question.tokens(model) for question in questions]
-        context = max(map(len, tokens)) + options.new_tokens + peers.LOOKUP_TOKENS + 1
+        nodes = LARGEST if options.budget == "auto" else options.budget
+        context = max(map(len, tokens)) + options.new_tokens + max(nodes, peers.LOOKUP_TOKENS + 1)
         is_demo = options.model == "demo" and options.device == "cpu"
         engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads, is_demo)
     for name, reason in missing.items():

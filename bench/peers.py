@@ -209,14 +209,16 @@ def engines(
         model: its weights, dtype and device are what the peers get.
         drafters: pyspec's, each beside plain decoding.
         budget: tree nodes a round, or "auto".
-        context: tokens that the longest prompt and its continuation need, drafts included.
+        context: tokens that the longest prompt and its continuation need, drafts included. Kernels are compiled and
+            graphs captured for them here.
         threads: of llama.cpp; torch's are a setting of the process.
         is_demo: whether model is the demo model on the CPU, which llama.cpp is asked for.
     """
+    model.warm(context)
     found: dict[str, Engine] = {"pyspec plain": Pyspec(model, None, budget)}
     found |= {f"pyspec {name}": Pyspec(model, name, budget) for name in drafters}
     missing: dict[str, str] = {}
-    peers = {"transformers": lambda: _transformers_engines(model)}
+    peers = {"transformers": lambda: _transformers_engines(model, context)}
     if is_demo:
         peers["llama.cpp"] = lambda: _llama_cpp_engines(model, context, threads)
     for name, make in peers.items():
@@ -227,12 +229,14 @@ def engines(
     return found, missing
 
 
-def _transformers_engines(model: LlamaRunner) -> dict[str, Engine]:
+def _transformers_engines(model: LlamaRunner, context: int) -> dict[str, Engine]:
     if model.weight_dtype == torch.int8:
         raise ValueError("transformers has no int8 weights for the CPU")
     from pyspec.integrations.transformers import generate as speculated
+    from pyspec.integrations.transformers.generation import runner_of
 
     dense_model, ends = dense_transformers(model), model.eos_tokens
+    runner_of(dense_model, native=True).warm(context)
     return {
         "transformers": Transformers(dense_model, ends),
         "transformers lookup": Transformers(dense_model, ends, prompt_lookup_num_tokens=LOOKUP_TOKENS),

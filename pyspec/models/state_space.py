@@ -19,6 +19,7 @@ from pyspec.models._checks import check_prompts
 from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
+from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_rounds import StaticRounds
 from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder
 from pyspec.ops.linear import PackedWeight
@@ -28,7 +29,7 @@ from pyspec.trees import DraftTree
 
 __all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
 
-PREFILL_CHUNK = 128  # tokens of a prompt in a call; STATIC_CHUNK where shapes are static
+PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 ROLLBACKS = ("replay", "joint")
 
@@ -110,6 +111,8 @@ class RecurrentRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
+        Prompts are read packed, some hundred tokens a call.
+
         Args:
             tokens: B prompts, none empty.
             capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
@@ -122,17 +125,20 @@ class RecurrentRunner(NativeRunner):
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
-        last_logits, rows = [], STATIC_CHUNK if self._is_static else PREFILL_CHUNK
-        for sequence, prompt in enumerate(tokens):
-            for start in range(0, len(prompt), rows):
-                chain = DraftTree.chain(prompt[start : start + rows])
-                hidden = self._forward([chain], [sequence], [True], cache)
+        plan, rows = PromptPlan(tokens, share=False), STATIC_CHUNK if self._is_static else PREFILL_CHUNK
+        last_logits: dict[int, Tensor] = {}
+        while pieces := plan.next_pieces(cache.lengths, rows, len(tokens)):
+            chains = list(pieces.values())
+            hidden = self._forward(chains, list(pieces), [True] * len(pieces), cache)
+            parts = hidden.split([len(chain) for chain in chains])
+            for (sequence, chain), part in zip(pieces.items(), parts, strict=True):
                 cache.advance(sequence, len(chain))
                 if observe is not None:
-                    observe(sequence, chain, self._logits(hidden))
-            last_logits.append(self._logits(hidden[-1:])[0])
+                    observe(sequence, chain, self._logits(part))
+                if cache.lengths[sequence] == len(tokens[sequence]):
+                    last_logits[sequence] = self._logits(part[-1:])[0]
         self._cache = cache
-        return last_logits
+        return [last_logits[sequence] for sequence in range(len(tokens))]
 
     def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
         cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
@@ -189,7 +195,7 @@ class StateSpaceRunner(RecurrentRunner):
         self.rollback = rollback
         self._histories: dict[int, int] = {}  # by sequences
         self._history = 0 if rollback == "joint" else history
-        self._is_static = self.device.type == "cuda" and rollback == "replay"
+        self._is_static = self.device.type == "cuda"
         self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
         self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
@@ -213,7 +219,8 @@ class StateSpaceRunner(RecurrentRunner):
     def _record(self, sequences: int, capacity: int) -> None:
         cache = self._empty_cache(sequences, capacity)
         if self._rounds is not None:
-            self._rounds.warm(partial(self._run_round, cache), BUCKETS[-1])
+            most = BUCKETS[-1] if self.rollback == "replay" else 2 * BUCKETS[-1]  # below what was accepted
+            self._rounds.warm(partial(self._run_round, cache), most)
 
     def _history_for(self, cache: StateCache, sequences: int) -> int:
         if sequences not in self._histories:
@@ -226,10 +233,6 @@ class StateSpaceRunner(RecurrentRunner):
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         if self.rollback == "joint" and not any(advances):
             return self._run_joint(trees, sequences, cache)
-        if self._rounds is not None:
-            hidden = self._rounds.run(partial(self._run_round, cache), trees, sequences, advances)
-            if hidden is not None:
-                return hidden
         return self._run(trees, sequences, advances, cache)
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
@@ -257,6 +260,10 @@ class StateSpaceRunner(RecurrentRunner):
 
     def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
+        if self._rounds is not None:
+            hidden = self._rounds.run(partial(self._run_round, cache), trees, places, advances)
+            if hidden is not None:
+                return hidden
         tokens = [tree.tokens for tree in trees]
         round = cache.round(trees, places, advances)
         hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)

@@ -30,7 +30,7 @@ class RoundInputs:
     """What a round reads beside weights and states, as views of one int32 buffer.
 
     Args:
-        sequences, rows, longest: of the batch, of all trees with padding, and places for the nodes of a path.
+        places, rows, longest: of states, of all trees with padding, and of the nodes of a path.
         device: where the round runs.
         pin_memory: for the host's copy of a buffer on a GPU.
     """
@@ -38,10 +38,10 @@ class RoundInputs:
     tokens: Tensor  # [rows]; 0 in padding, and so are parents
     round: Round
 
-    def __init__(self, sequences: int, rows: int, longest: int, device: torch.device, pin_memory: bool = False):
-        self._shape = sequences, rows, longest
-        each = (sequences,)
-        shapes = [(rows,), each, (sequences + 1,), (rows,), (sequences, longest), each, each, each]
+    def __init__(self, places: int, rows: int, longest: int, device: torch.device, pin_memory: bool = False):
+        self._shape = places, rows, longest
+        each = (places,)
+        shapes = [(rows,), each, (places + 1,), (rows,), (places, longest), each, each, each]
         sizes = [math.prod(shape) for shape in shapes]
         aligned = [size + -size % 4 for size in sizes]  # to 16 bytes
         self.buffer = torch.zeros(sum(aligned), dtype=torch.int32, device=device, pin_memory=pin_memory)
@@ -52,23 +52,23 @@ class RoundInputs:
     def fill(
         self,
         trees: Sequence[DraftTree],
-        sequences: Sequence[int],
+        places: Sequence[int],
         advances: Sequence[bool],
         plan: Plan,
     ) -> None:
-        """Describes some sequences' trees, and for each what StateCache.plan says. Does not wait for the device."""
+        """Describes the trees of some places, and what StateCache.plan says of each. Does not wait for the device."""
         host = RoundInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
         round, end = host.round, 0
         round.sequences.copy_(torch.arange(self._shape[0], dtype=torch.int32, device="cpu"))
         round.paths.fill_(-1)
         round.keeps.fill_(-1)
-        for tree, sequence, moves, path, half, keep in zip(trees, sequences, advances, *plan, strict=True):
+        for tree, place, moves, path, half, keep in zip(trees, places, advances, *plan, strict=True):
             host.tokens[end : end + len(tree)] = tree.tokens
             round.parents[end : end + len(tree)] = tree.parents
             end += len(tree)
-            round.starts[sequence + 1 :] = end
-            round.paths[sequence, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
-            round.halves[sequence], round.keeps[sequence], round.advances[sequence] = half, keep, moves
+            round.starts[place + 1 :] = end
+            round.paths[place, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
+            round.halves[place], round.keeps[place], round.advances[place] = half, keep, moves
         self.buffer.copy_(host.buffer, non_blocking=True)
 
 
@@ -96,29 +96,29 @@ class StaticRounds:
             self._replay(step, rows)
 
     def run(
-        self, step: Step, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]
+        self, step: Step, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]
     ) -> Tensor | None:
         """[R, hidden] of the nodes of all trees, tree after tree; None if they are too many.
 
-        Nothing is recorded for chains that are accepted as a whole, which are prompts and read once: None for them
-        unless it was before.
+        For prompts, chains that are accepted as a whole, nothing is recorded, because they are read once: None unless
+        it was before.
 
         Args:
-            sequences, advances: of the trees, as StateCache.round takes places, but ascending.
+            places, advances: of the trees, as in StateCache.round, but places ascend.
         """
         nodes = sum(map(len, trees))
         rows = next((rows for rows in ROWS if rows >= nodes), None)
-        if rows is None or (any(advances) and rows not in self._replays):
+        if rows is None or (all(advances) and rows not in self._replays):
             return None
-        plan = self._plan(trees, sequences, advances)
+        plan = self._plan(trees, places, advances)
         inputs, replay = self._replay(step, rows)
-        inputs.fill(trees, sequences, advances, plan)
+        inputs.fill(trees, places, advances, plan)
         hidden = replay()[:nodes].clone()  # the next replay's goes where this one lies
-        self.cache.done(sequences, advances)
+        self.cache.done(places, advances)
         return hidden
 
-    def _plan(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Plan:
-        plan = self.cache.plan(trees, sequences, advances)
+    def _plan(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Plan:
+        plan = self.cache.plan(trees, places, advances)
         if self.cache.records is not self._records:  # the plan has made room
             self._records, self._replays = self.cache.records, {}
         return plan
@@ -126,7 +126,7 @@ class StaticRounds:
     def _replay(self, step: Step, rows: int) -> tuple[RoundInputs, Callable[[], Tensor]]:
         if rows not in self._replays:
             longest = self._records.shape[3]  # of which a path takes each node once: more places cost nothing
-            inputs = RoundInputs(len(self.cache.lengths), rows, longest, self.cache.states.device)
+            inputs = RoundInputs(self.cache.states.shape[1], rows, longest, self.cache.states.device)
             inputs.fill((), (), (), Plan([], [], []))  # recording runs the step too, which must not replay a path twice
             self._replays[rows] = inputs, self._record(lambda: step(inputs.tokens, inputs.round))
         return self._replays[rows]

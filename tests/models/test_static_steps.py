@@ -11,7 +11,7 @@ from random_llama import random_llama, random_tokens, random_tree, root_path
 
 import pyspec.models.llama
 import pyspec.models.static_steps as static_steps
-from pyspec import DraftTree, generate
+from pyspec import DraftTree, costs, generate
 from pyspec.models.static_steps import StaticSteps, StepInputs, slots_for
 
 
@@ -171,6 +171,15 @@ def test_generation_records_nothing_after_warm(static_llama):
     plain = generate(runner, prompt, drafter=None, max_new_tokens=40).tokens
     assert generate(runner, prompt, drafter="lookup", budget=20, max_new_tokens=40).tokens == plain
     assert FakeRecorder.recorded == recorded
+
+
+def test_costs_are_measured_without_recording(static_llama, monkeypatch):
+    recorded, seconds = [], costs._seconds
+    monkeypatch.setattr(costs, "SECONDS", 0.01)
+    monkeypatch.setattr(costs.measured, "keep", lambda *entry: None)
+    monkeypatch.setattr(costs, "_seconds", lambda *args: recorded.append(FakeRecorder.recorded) or seconds(*args))
+    costs.measure_costs(static_llama())
+    assert set(recorded) == {FakeRecorder.recorded} != {0}
 
 
 def test_longer_and_longer_prompts_lose_the_graphs_a_few_times_only(static_llama, monkeypatch):

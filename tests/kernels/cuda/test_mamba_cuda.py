@@ -144,17 +144,17 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, 
 @torch.inference_mode()
 @pytest.mark.skipif(HAS_GPU, reason="counts recordings")
 @pytest.mark.parametrize("sequences", [1, 2])
-@pytest.mark.parametrize("history", [0, 5])
+@pytest.mark.parametrize("options", [{"history": 0}, {"history": 5}, {"rollback": "joint"}], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_is_recorded_nor_launched_after_warm(kind, history, sequences, device, monkeypatch):
+def test_nothing_is_recorded_nor_launched_after_warm(kind, options, sequences, device, monkeypatch):
     """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
     monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
-    static = random_runner(kind, device, torch.bfloat16, history=history)
-    dynamic = type(static)(static.config, static.weights, history=history)
+    static = random_runner(kind, device, torch.bfloat16, **options)
+    dynamic = type(static)(static.config, static.weights, history=0)
     static._is_static = True
     static.warm(sequences=sequences)
     assert static.lengths() == []
-    monkeypatch.setattr(static, "_run", lambda *args: pytest.fail("launched"))
+    monkeypatch.setattr(static._rounds.cache, "round", lambda *args: pytest.fail("launched"))
     recorded = FakeRecorder.recorded
     for batch in range(2):
         prompts = [random_tokens(length + batch, length) for length in (70, 1)[:sequences]]
