@@ -14,34 +14,12 @@ import torch
 
 import triton
 import triton.language as tl
-from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
+from pyspec.kernels.flash import LN_2, ROWS, empty_state, fold_keys, fold_values, load_rows, load_state, merge
 
 __all__ = ["compile_options", "prefix_kernel", "tail_kernel", "tree_attention"]
 
-ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 CHUNK_TILES = tl.constexpr(8)  # tiles folded in order; chunks are then merged in order
-
-
-# ==== online softmax of 16 rows: largest score (in units of log2), sum of weights, weighted values ====
-
-
-@triton.jit
-def empty_state(BLOCK_D: tl.constexpr):
-    return (
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, BLOCK_D], tl.float32),
-    )
-
-
-@triton.jit
-def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
-    """The state of a's keys followed by b's. Merging an empty state changes no bit."""
-    now = tl.maximum(largest_a, largest_b)
-    shift = tl.where(now == float("-inf"), 0.0, now)
-    keep_a, keep_b = tl.exp2(largest_a - shift), tl.exp2(largest_b - shift)
-    return now, total_a * keep_a + total_b * keep_b, weighted_a * keep_a[:, None] + weighted_b * keep_b[:, None]
 
 
 # ==== loads ====
@@ -56,14 +34,6 @@ def locate(slots, wanted, batch, block_table, table_width, PAGE):
         table = block_table + batch.to(tl.int64) * table_width
         pages, within = tl.load(table + slots // PAGE, mask=wanted, other=0), slots % PAGE
     return pages, within
-
-
-@triton.jit
-def load_state(chunk_largest, chunk_total, chunk_weighted, rows, wanted, HEAD_DIM, BLOCK_D: tl.constexpr):
-    """What the prefix kernel stored for a chunk; the empty state where not wanted."""
-    largest = tl.load(chunk_largest + rows, mask=wanted, other=float("-inf"))
-    total = tl.load(chunk_total + rows, mask=wanted, other=0.0)
-    return largest, total, load_rows(chunk_weighted, rows, rows, wanted, HEAD_DIM, 0, HEAD_DIM, BLOCK_D, False)
 
 
 # ==== the tree, from its ancestor bits: ancestors in index order are ancestors in depth order ====
