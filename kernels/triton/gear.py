@@ -13,8 +13,7 @@ import torch
 
 import triton
 import triton.language as tl
-from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
-from pyspec.kernels.tree_attention import ROWS, empty_state, load_state, merge
+from pyspec.kernels.flash import LN_2, ROWS, empty_state, fold_keys, fold_values, load_rows, load_state, merge
 
 __all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes"]
 

@@ -1,13 +1,17 @@
-"""tree_attention on the GPU: split flash attention over the prefix, then a short gathered tail per node.
+"""tree_attention on the GPU: split flash attention over the prefix, its tree folded beside it, then one short merge.
 
-Prefix: one program per (16 query rows, chunk of 8 key tiles, KV head of a sequence). Its queries and its online
-softmax state (largest score, sum, [16, D] values) stay in registers; the keys and values of tiles that the prefix
-fills are streamed past them once, and every node of the tree shares them. Bound by reading K and V.
-Tail: one program per (node, 16 heads of a group, KV head of a sequence). It merges the chunks in order, then gathers
-the rest of the prefix and the node's ancestors by depth, so that a row sees the tiles of plain decoding. Bound by
-latency: it folds one or two tiles.
-Row rule: both kernels fold a tile with the same dots in the same layouts, without contracting a * b + c, so a node
-gets the bits of plain decoding. Tile and chunk boundaries are positions, never a function of the number of nodes.
+fold_kernel: one program per (block of query rows, chunk of key tiles, KV head of a sequence), and one per (node, KV
+head of a sequence) for what only that node sees. Its queries and its online softmax state (largest score, sum,
+[rows, D] values) stay in registers; keys and values are streamed past them once, and all nodes of a block share those
+of the prefix. Bound by reading K and V; with 64 rows the tensor cores take a third of that time.
+merge_kernel: one warp per row merges its chunks, 16 loaded at a time. Bound by latency.
+
+A row's keys at positions 0 .. p are cut by position alone: whole tiles lie in chunks, and the tile of p itself is
+folded apart, so that a node of the tree waits for nothing that the prefix's programs do. Whole tiles that the prefix
+fills are read in place. The others are gathered by depth for one node, as plain decoding would see them; where a
+block's nodes are a chain (a prompt, T = 1) nothing needs gathering, and the block is folded as one, masked by position.
+Row rule: one binary folds every tile, a warp's rows beside each other, without contracting a * b + c; a masked key has
+weight 0 and changes no bit. So a node gets the bits of plain decoding.
 """
 
 import torch
@@ -16,32 +20,22 @@ import triton
 import triton.language as tl
 from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
 
-__all__ = ["compile_options", "prefix_kernel", "tail_kernel", "tree_attention"]
+__all__ = ["compile_options", "fold_kernel", "merge_kernel", "program_rows", "tree_attention"]
 
-ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
-CHUNK_TILES = tl.constexpr(8)  # tiles folded in order; chunks are then merged in order
-
-
-# ==== online softmax of 16 rows: largest score (in units of log2), sum of weights, weighted values ====
-
-
-@triton.jit
-def empty_state(BLOCK_D: tl.constexpr):
-    return (
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, BLOCK_D], tl.float32),
-    )
+# Chunks are cut at positions: short ones first, to fill the machine; then long ones, whose states cost less memory.
+SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
+AT_ONCE = tl.constexpr(16)  # chunks that are merged at once
 
 
 @triton.jit
-def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
-    """The state of a's keys followed by b's. Merging an empty state changes no bit."""
-    now = tl.maximum(largest_a, largest_b)
-    shift = tl.where(now == float("-inf"), 0.0, now)
-    keep_a, keep_b = tl.exp2(largest_a - shift), tl.exp2(largest_b - shift)
-    return now, total_a * keep_a + total_b * keep_b, weighted_a * keep_a[:, None] + weighted_b * keep_b[:, None]
+def chunk_of(tile):
+    return tl.minimum(tile, SHORT * SHORT_CHUNKS) // SHORT + tl.maximum(tile - SHORT * SHORT_CHUNKS, 0) // LONG
+
+
+@triton.jit
+def first_tile_of(chunk):
+    return tl.minimum(chunk, SHORT_CHUNKS) * SHORT + tl.maximum(chunk - SHORT_CHUNKS, 0) * LONG
 
 
 # ==== loads ====
@@ -49,21 +43,14 @@ def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
 
 @triton.jit
 def locate(slots, wanted, batch, block_table, table_width, PAGE):
-    """Page and slot within it of each slot of a sequence; without a block table a sequence is one page."""
+    """Page and slot within it of each wanted slot (None: all); without a block table a sequence is one page."""
     if block_table is None:
         pages, within = tl.zeros_like(slots) + batch, slots
     else:
-        table = block_table + batch.to(tl.int64) * table_width
-        pages, within = tl.load(table + slots // PAGE, mask=wanted, other=0), slots % PAGE
+        places = block_table + batch.to(tl.int64) * table_width + slots // PAGE
+        pages = tl.load(places) if wanted is None else tl.load(places, mask=wanted, other=0)
+        within = slots % PAGE
     return pages, within
-
-
-@triton.jit
-def load_state(chunk_largest, chunk_total, chunk_weighted, rows, wanted, HEAD_DIM, BLOCK_D: tl.constexpr):
-    """What the prefix kernel stored for a chunk; the empty state where not wanted."""
-    largest = tl.load(chunk_largest + rows, mask=wanted, other=float("-inf"))
-    total = tl.load(chunk_total + rows, mask=wanted, other=0.0)
-    return largest, total, load_rows(chunk_weighted, rows, rows, wanted, HEAD_DIM, 0, HEAD_DIM, BLOCK_D, False)
 
 
 # ==== the tree, from its ancestor bits: ancestors in index order are ancestors in depth order ====
@@ -117,7 +104,7 @@ UNSPECIALIZED = ["nodes", "chunks", "table_width", "window"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def prefix_kernel(
+def fold_kernel(
     # Pointers
     q,  # [B, Hq, T, D]
     k,  # [B, Hkv, S, D] or [P, Hkv, page, D]
@@ -125,9 +112,9 @@ def prefix_kernel(
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks, T * group], written
-    chunk_total,  # [B, Hkv, chunks, T * group], written
-    chunk_weighted,  # [B, Hkv, chunks, T * group, D], written
+    chunk_largest,  # [B, Hkv, chunks + 1, T * group], written; the last is of the rows' own tiles
+    chunk_total,  # [B, Hkv, chunks + 1, T * group], written
+    chunk_weighted,  # [B, Hkv, chunks + 1, T * group, D], written
     # Sizes
     nodes,
     chunks,
@@ -151,88 +138,131 @@ def prefix_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Folds one chunk of whole prefix tiles into the states of 16 rows; row r is node r // group."""
-    chunk = tl.program_id(1)
-    batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    """Folds one chunk into the states of a block of rows, or what is one node's own into its heads' states."""
+    HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS  # of a block
+    NODES: tl.constexpr = ROWS // HEADS  # of a block
+    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(prefix_lens + batch)
-    first_tile = chunk * CHUNK_TILES
-    end_tile = tl.minimum(first_tile + CHUNK_TILES, prefix // TILE)
-    visible_from = 0  # for the root; deeper nodes see from later on
-    if window is not None:
-        visible_from = tl.maximum(prefix - window + 1, 0)
-        first_tile = tl.maximum(first_tile, visible_from // TILE)
-    if first_tile >= end_tile:
-        return  # the tail does not read this chunk
+    whole_tiles = prefix // TILE
+    program, own_programs = tl.program_id(0) // HEAD_BLOCKS, nodes
+    head_block = tl.program_id(0) % HEAD_BLOCKS
+    is_own = program < own_programs
+    blocks = (nodes + NODES - 1) // NODES
+    block = tl.where(is_own, program // NODES, (program - own_programs) % blocks)
+    chunk = (program - own_programs) // blocks  # of a program that is not one node's
 
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = rows < nodes * GROUP
-    node = tl.minimum(rows // GROUP, nodes - 1)
-    head = kv_head * GROUP + rows % GROUP
+    # The rows: who they are, and whether the nodes of the block are the tree's first, each the child of the one before.
+    local = tl.arange(0, ROWS)
+    root = block * NODES
+    node, head = root + local // HEADS, head_block * HEADS + local % HEADS
+    used = (local < NODES * HEADS) & (node < nodes) & (head < GROUP)
+    node, head = tl.minimum(node, nodes - 1), kv_head * GROUP + tl.minimum(head, GROUP - 1)
+    bits = ancestor_bits + batch.to(tl.int64) * nodes * WORDS
+    depth = tl.where(used, depth_of(bits + node * WORDS, WORDS), -1)
+    used = depth >= 0  # padding sees nothing
+    is_chain = tl.max((used & (depth != node)).to(tl.int32), 0) == 0
+    if is_own:
+        if is_chain:
+            if program != root:
+                return
+        used = used & (node == tl.where(is_chain, node, program))
+    deepest = tl.max(tl.where(used, depth, -1), 0)
+    if deepest < 0:
+        return
+    position = prefix + depth  # of the row itself
+    row_tile = position // TILE
+
+    # Whole tiles: all rows see those below `flat` where they lie, and some row sees those below `reach`.
+    nearest = prefix + tl.where(is_chain, root, tl.where(is_own, deepest, 0))  # no row is before it
+    own_tile = nearest // TILE
+    flat = tl.where(is_chain, own_tile, whole_tiles)
+    reach = tl.where(is_chain | is_own, (prefix + deepest) // TILE, whole_tiles)
+    visible_from = 0
+    if window is not None:
+        visible_from = tl.maximum(nearest - window + 1, 0)
+    first_chunk, end_chunk = chunk, chunk + 1
+    if is_own:  # of chunks, those that go on in the tree; then the own tile
+        first_chunk = chunk_of(whole_tiles)
+        end_chunk = tl.where((not is_chain) & (reach > whole_tiles), chunk_of(reach - 1) + 1, first_chunk) + 1
+    elif tl.maximum(first_tile_of(chunk), visible_from // TILE) >= tl.minimum(first_tile_of(chunk + 1), reach):
+        return  # no row has such a chunk
+
     q += batch.to(tl.int64) * stride_q_batch
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
-    if window is not None:
-        bits = ancestor_bits + (batch.to(tl.int64) * nodes + node) * WORDS
-        depth = depth_of(bits, WORDS)
+    path = bits + tl.where(is_chain, deepest, program) * WORDS  # of the deepest node
+    for piece in range(first_chunk, end_chunk):
+        is_tile = is_own & (piece == end_chunk - 1)
+        first = tl.where(is_tile, own_tile, tl.maximum(first_tile_of(piece), visible_from // TILE))
+        end = tl.where(is_tile, reach + 1, tl.minimum(first_tile_of(piece + 1), reach))
+        flat_end = tl.where(is_tile, first, tl.maximum(tl.minimum(end, flat), first))
 
-    largest, total, weighted = empty_state(BLOCK_D)
-    for tile in range(first_tile, end_tile):
-        slots = tile * TILE + tl.arange(0, TILE)
-        wanted = slots >= visible_from  # no row sees the others, so they may hold anything
-        visible = None
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for tile in range(first, flat_end):
+            positions = tile * TILE + tl.arange(0, TILE)
+            wanted, visible = None, None
+            if window is not None:
+                wanted = positions >= visible_from  # no row sees the others, so they may hold anything
+                visible = positions[None, :] > (position - window)[:, None]
+            page, slot = locate(positions, wanted, batch, block_table, table_width, PAGE)
+            keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
+            largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
+            values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
+            weighted = fold_values(weights, keep, values, weighted)
+
+        low = tl.where(is_tile, row_tile * TILE, 0)  # the first and the last position that a row sees here
+        high = tl.where(is_tile, position, row_tile * TILE - 1)
         if window is not None:
-            visible = slots[None, :] > (prefix + depth - window)[:, None]
-        page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
-        keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
-        values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        weighted = fold_values(weights, keep, values, weighted)
+            low = tl.maximum(low, position - window + 1)
+        for tile in range(flat_end, end):
+            positions = tile * TILE + tl.arange(0, TILE)
+            ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
+            slots = tl.where(positions < prefix, positions, prefix + ancestors)
+            wanted = (positions >= visible_from) & (positions <= prefix + deepest)
+            visible = (positions[None, :] >= low[:, None]) & (positions[None, :] <= high[:, None])
+            page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
+            keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
+            largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
+            values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
+            weighted = fold_values(weights, keep, values, weighted)
 
-    states = (tl.program_id(2).to(tl.int64) * chunks + chunk) * nodes * GROUP + rows
-    dims = tl.arange(0, BLOCK_D)
-    tl.store(chunk_largest + states, largest, mask=used)
-    tl.store(chunk_total + states, total, mask=used)
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
+        # A node whose chunk goes on in the tree folds it whole in its own program.
+        is_shared = is_own | is_chain | (first_tile_of(piece + 1) <= whole_tiles)
+        stored = used & (row_tile <= tl.where(is_shared, row_tile, whole_tiles))
+        state = tl.program_id(1).to(tl.int64) * (chunks + 1) + tl.where(is_tile, chunks, piece)
+        states = state * nodes * GROUP + node * GROUP + (head - kv_head * GROUP)
+        dims = tl.arange(0, BLOCK_D)
+        tl.store(chunk_largest + states, largest, mask=stored)
+        tl.store(chunk_total + states, total, mask=stored)
+        mask = stored[:, None] & (dims < HEAD_DIM)[None, :]
+        tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def tail_kernel(
+def merge_kernel(
     # Pointers
-    q,  # [B, Hq, T, D]
-    k,  # [B, Hkv, S, D] or [P, Hkv, page, D]
-    v,  # like k
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
-    block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks, T * group]
-    chunk_total,  # [B, Hkv, chunks, T * group]
-    chunk_weighted,  # [B, Hkv, chunks, T * group, D]
-    out,  # like q, written
+    chunk_largest,  # [B, Hkv, chunks + 1, T * group]; the last is of the rows' own tiles
+    chunk_total,  # [B, Hkv, chunks + 1, T * group]
+    chunk_weighted,  # [B, Hkv, chunks + 1, T * group, D]
+    out,  # [B, Hq, T, D], written
     lse,  # [B, Hq, T], written
     # Sizes
     nodes,
     chunks,
-    table_width,
     # Scores
-    scale,
-    softcap,
     window,
     # Strides
-    stride_q_batch,
-    stride_q_head,
-    stride_q_node,
-    stride_k_batch,  # of a page, with a block table; so too for v
-    stride_k_head,
-    stride_k_slot,
-    stride_v_batch,
-    stride_v_head,
-    stride_v_slot,
     stride_out_batch,
     stride_out_head,
     stride_out_node,
@@ -242,88 +272,69 @@ def tail_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
-    PAGE: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    """Finishes up to 16 heads of one node: merges its chunks, then folds the tiles that the tree reaches into."""
-    HEAD_BLOCKS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
-    node = tl.program_id(0) // HEAD_BLOCKS
-    within_group = tl.program_id(0) % HEAD_BLOCKS * ROWS + tl.arange(0, ROWS)
-    batch, kv_head = tl.program_id(2), tl.program_id(1)
-    heads = kv_head * GROUP + within_group
-    used = within_group < GROUP
+    """Finishes one row: its own tile, then its chunks, 16 at a time from a multiple of 16 on."""
+    row = tl.program_id(0)
+    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    node, head = row // GROUP, kv_head * GROUP + row % GROUP
     prefix = tl.load(prefix_lens + batch)
-    bits = ancestor_bits + (batch.to(tl.int64) * nodes + node) * WORDS
-    depth = depth_of(bits, WORDS)
-    position = prefix + depth  # of the node itself
-    first_tile = prefix // TILE
-    end_tile = position // TILE + 1
-    whole_chunks = first_tile // CHUNK_TILES
-    if depth < 0:  # padding sees nothing
-        end_tile = 0
-        whole_chunks = 0
-    visible_from = 0
+    depth = depth_of(ancestor_bits + (batch.to(tl.int64) * nodes + node) * WORDS, WORDS)
+    position = prefix + depth
+    first_tile, end_tile = 0, position // TILE
     if window is not None:
-        visible_from = tl.maximum(position - window + 1, 0)
+        first_tile = tl.maximum(position - window + 1, 0) // TILE
+    first_chunk, end_chunk = chunk_of(first_tile), chunk_of(end_tile - 1) + 1
+    if (depth < 0) | (first_tile >= end_tile):
+        end_chunk = 0
 
-    q += batch.to(tl.int64) * stride_q_batch + node.to(tl.int64) * stride_q_node
-    query = load_rows(q, heads, heads, used, stride_q_head, 0, HEAD_DIM, BLOCK_D, UPCAST)
-
-    states = ((batch.to(tl.int64) * KV_HEADS + kv_head) * chunks * nodes + node) * GROUP + within_group
-    largest, total, weighted = empty_state(BLOCK_D)
-    for chunk in range(visible_from // (CHUNK_TILES * TILE), whole_chunks):
-        chunk_state = load_state(
-            chunk_largest, chunk_total, chunk_weighted, states + chunk * nodes * GROUP, used, HEAD_DIM, BLOCK_D
-        )
-        largest, total, weighted = merge(largest, total, weighted, *chunk_state)
-
-    # The chunk that the prefix ends in goes on where the prefix kernel left it.
-    is_open = (depth >= 0) & (first_tile > whole_chunks * CHUNK_TILES) & (first_tile * TILE > visible_from)
-    is_stored = within_group < tl.where(is_open, GROUP, 0)
-    open_states = states + whole_chunks * nodes * GROUP
-    open_largest, open_total, open_weighted = load_state(
-        chunk_largest, chunk_total, chunk_weighted, open_states, is_stored, HEAD_DIM, BLOCK_D
-    )
-    k += kv_head.to(tl.int64) * stride_k_head
-    v += kv_head.to(tl.int64) * stride_v_head
-    first_tile = tl.maximum(first_tile, visible_from // TILE)
-    for chunk in range(whole_chunks, (end_tile + CHUNK_TILES - 1) // CHUNK_TILES):
-        chunk_end = tl.minimum((chunk + 1) * CHUNK_TILES, end_tile)
-        for tile in range(tl.maximum(chunk * CHUNK_TILES, first_tile), chunk_end):
-            positions = tile * TILE + tl.arange(0, TILE)
-            ancestors = ancestor_at(tl.maximum(positions - prefix, 0), bits, WORDS)
-            slots = tl.where(positions < prefix, positions, prefix + ancestors)
-            wanted = (positions >= visible_from) & (positions <= position)
-            page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
-            keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-            open_largest, open_total, weights, keep = fold_keys(
-                query, keys, wanted[None, :], open_largest, open_total, scale, softcap
-            )
-            values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-            open_weighted = fold_values(weights, keep, values, open_weighted)
-        largest, total, weighted = merge(largest, total, weighted, open_largest, open_total, open_weighted)
-        open_largest, open_total, open_weighted = empty_state(BLOCK_D)
+    dims = tl.arange(0, BLOCK_D)
+    there = dims < HEAD_DIM
+    states = tl.program_id(1).to(tl.int64) * (chunks + 1) * nodes * GROUP + row
+    own = states + chunks.to(tl.int64) * nodes * GROUP
+    is_node = depth >= 0  # padding has stored nothing
+    largest = tl.where(is_node, tl.load(chunk_largest + own), float("-inf"))
+    total = tl.where(is_node, tl.load(chunk_total + own), 0.0)
+    weighted = tl.load(chunk_weighted + own * HEAD_DIM + dims, mask=dims < tl.where(is_node, HEAD_DIM, 0), other=0.0)
+    for first in range(first_chunk // AT_ONCE * AT_ONCE, end_chunk, AT_ONCE):
+        chunk = first + tl.arange(0, AT_ONCE)
+        wanted = (chunk >= first_chunk) & (chunk < end_chunk)
+        places = states + chunk.to(tl.int64) * nodes * GROUP
+        chunk_max = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
+        chunk_sum = tl.load(chunk_total + places, mask=wanted, other=0.0)
+        mask = wanted[:, None] & there[None, :]
+        values = tl.load(chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        now = tl.maximum(largest, tl.max(chunk_max, 0))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        keep, weights = tl.exp2(largest - shift), tl.exp2(chunk_max - shift)
+        total = total * keep + tl.sum(chunk_sum * weights, 0)
+        weighted = weighted * keep + tl.sum(values * weights[:, None], 0)
+        largest = now
 
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
-    row = (weighted / total[:, None]).to(out.dtype.element_ty)
-    dims = tl.arange(0, BLOCK_D)
-    out += batch.to(tl.int64) * stride_out_batch + node.to(tl.int64) * stride_out_node
-    offsets = heads.to(tl.int64)[:, None] * stride_out_head + dims[None, :]
-    tl.store(out + offsets, row, mask=used[:, None] & (dims < HEAD_DIM)[None, :])
-    rows = (batch.to(tl.int64) * KV_HEADS * GROUP + heads) * nodes + node
-    tl.store(lse + rows, (largest + tl.log2(total)) * LN_2, mask=used)
+    out += batch.to(tl.int64) * stride_out_batch + head.to(tl.int64) * stride_out_head + node.to(tl.int64) * stride_out_node
+    tl.store(out + dims, (weighted / total).to(out.dtype.element_ty), mask=there)
+    tl.store(lse + (batch.to(tl.int64) * KV_HEADS * GROUP + head) * nodes + node, (largest + tl.log2(total)) * LN_2)
 
 
 # ==== launch ====
 
 
+def program_rows(dtype: torch.dtype) -> int:
+    """Query rows of a program. The number of nodes must never change them: the row rule.
+
+    Unused rows cost tensor-core time only, which there is enough of; without tensor cores they cost too much.
+    """
+    return 16 if dtype == torch.float32 else 64
+
+
 def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[dict, dict]:
-    """Options of the prefix and the tail kernel. The number of nodes must never change them: the row rule."""
+    """Options of fold_kernel and of merge_kernel. Neither may depend on the number of nodes: the row rule."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    both = {"num_warps": max(4, row_bytes // 64), "enable_fp_fusion": False}
     tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, in flight in 96 KB
     stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
-    return {**both, "num_stages": stages}, {**both, "num_stages": 2}
+    warps = max(4, row_bytes // 64) if dtype == torch.float32 else program_rows(dtype) // 16
+    fold = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    return fold, {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):
@@ -334,34 +345,44 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
     slots = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
-    chunks = triton.cdiv(slots // TILE.value, CHUNK_TILES.value)
+    tiles = slots // TILE.value
+    short = SHORT.value * SHORT_CHUNKS.value
+    chunks = triton.cdiv(min(tiles, short), SHORT.value) + triton.cdiv(max(tiles - short, 0), LONG.value)
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    states = (batch, kv_heads, chunks, nodes * group)
+    states = (batch, kv_heads, chunks + 1, nodes * group)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     ancestor_bits, prefix_lens = ancestor_bits.contiguous(), prefix_lens.contiguous()
     if block_table is not None:
         block_table = block_table.contiguous()
-    inputs = (q, k, v, ancestor_bits, prefix_lens, block_table, *chunk_state)
     table_width = 0 if block_table is None else block_table.shape[1]
-    numbers = (nodes, chunks, table_width, scale, softcap, window)
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-    constants = {
+    tree = {
         "KV_HEADS": kv_heads,
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
-        "PAGE": None if block_table is None else k.shape[2],
-        "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
     }
-    prefix_options, tail_options = compile_options(head_dim, q.dtype, block_table is not None)
+    rows = program_rows(q.dtype)
+    block_heads = min(group, rows)
+    programs = nodes + chunks * triton.cdiv(nodes, rows // block_heads)
+    fold_options, merge_options = compile_options(head_dim, q.dtype, block_table is not None)
     with torch.cuda.device_of(q):
-        if chunks:
-            grid = (triton.cdiv(nodes * group, ROWS.value), chunks, batch * kv_heads)
-            prefix_kernel[grid](*inputs, *numbers, *strides, **constants, **prefix_options)
-        grid = (nodes * triton.cdiv(group, ROWS.value), kv_heads, batch)
-        tail_kernel[grid](*inputs, out, lse, *numbers, *strides, *out.stride()[:3], **constants, **tail_options)
+        fold_kernel[programs * triton.cdiv(group, block_heads), batch * kv_heads](
+            *(q, k, v, ancestor_bits, prefix_lens, block_table, *chunk_state),
+            *(nodes, chunks, table_width, scale, softcap, window),
+            *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
+            ROWS=rows,
+            PAGE=None if block_table is None else k.shape[2],
+            UPCAST=not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
+            **tree,
+            **fold_options,
+        )
+        merge_kernel[nodes * group, batch * kv_heads](
+            *(ancestor_bits, prefix_lens, *chunk_state, out, lse, nodes, chunks, window, *out.stride()[:3]),
+            **tree,
+            **merge_options,
+        )
     return out, lse
