@@ -94,7 +94,7 @@ def test_a_mask_for_each_batch_entry_and_head(shape):
     check(tensors(70, 90, batch=2, heads=4, kv_heads=2), BlockMask.from_dense(visible), visible)
 
 
-def test_more_items_than_programs():
+def test_more_rows_than_a_block():
     visible = some_mask(300, 100)
     check(tensors(300, 100, batch=2, heads=1), BlockMask.from_dense(visible), visible)
 
