@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 from fake_runner import FakeRunner
 from hypothesis import settings
@@ -5,6 +8,7 @@ from hypothesis import settings
 from pyspec import costs, measured
 
 pytest_plugins = ["on_gpu"]
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # the benchmarks are scripts, not a package
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")
