@@ -84,6 +84,8 @@ class Op:
         check: of the same arguments, raises BadData where numbers that they hold point outside of a tensor. It is for
             the reference; compiled kernels check for themselves on the CPU, and nothing does on a GPU, where looking
             would mean waiting.
+        gradient: setup_context and backward, as torch.library.register_autograd takes them; without, an argument that
+            wants a gradient is refused.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Op:
         *,
         cuda: bool = False,
         check: Callable | None = None,
+        gradient: tuple[Callable, Callable] | None = None,
     ):
         self.name = name
         self.reference = reference
@@ -112,21 +115,34 @@ class Op:
         if not self.compiled_cuda:
             _LIBRARY.impl(name, self._on_cuda, "CUDA")
         self.overload = getattr(torch.ops.pyspec, name).default
-        _LIBRARY.impl(name, self._on_autograd, "Autograd", with_keyset=True)
+        self._differentiable = None
+        if gradient is None:
+            _LIBRARY.impl(name, self._on_autograd, "Autograd", with_keyset=True)
+        else:
+            setup, backward = gradient
+            torch.library.register_autograd(f"pyspec::{name}", backward, setup_context=setup, lib=_LIBRARY)
+            methods = {"forward": self._below_autograd, "setup_context": setup, "backward": backward}
+            methods = {key: staticmethod(method) for key, method in methods.items()}
+            self._differentiable = type(name, (torch.autograd.Function,), methods)
         _OPS[name] = self
 
     def __call__(self, *args):
         if torch.compiler.is_compiling():
             return self.overload(*args) if _forced is None else self._forced_call(*args)
-        self._refuse_gradients(args)
         try:
-            with torch._C._AutoDispatchBelowAutograd():  # _on_autograd costs as much as a small kernel
-                return self.overload(*args) if _forced is None else self._forced_call(*args)
+            if self._differentiable is not None and wants_gradient(args):
+                return self._differentiable.apply(*args)
+            self._refuse_gradients(args)
+            return self._below_autograd(*args)
         except RuntimeError as error:
             # what STD_TORCH_CHECK of a binding says, behind the place in its source
             if message := re.fullmatch(r"\w+, \S+:\d+, (.*)", str(error), re.DOTALL):
                 raise BadData(message[1]) from None
             raise
+
+    def _below_autograd(self, *args):
+        with torch._C._AutoDispatchBelowAutograd():  # _on_autograd costs as much as a small kernel
+            return self.overload(*args) if _forced is None else self._forced_call(*args)
 
     def _on_autograd(self, keyset, *args):
         self._refuse_gradients(args)
@@ -134,7 +150,7 @@ class Op:
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def _refuse_gradients(self, args) -> None:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if wants_gradient(args):
             names = (argument.name for argument in self.overload._schema.arguments)
             refuse_gradients(self.name, **dict(zip(names, args, strict=False)))
 
@@ -190,6 +206,11 @@ def outside_autocast(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return call
+
+
+def wants_gradient(args) -> bool:
+    """Whether autograd is to follow a call with these arguments."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
 
 
 def refuse_gradients(op: str, **arguments) -> None:

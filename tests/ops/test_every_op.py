@@ -158,8 +158,12 @@ def wants_gradient(value):
     return None
 
 
+#: Ops that have gradients.
+DIFFERENTIABLE = {"block_masked_attention", "block_masked_attention_backward"}
+
+
 @pytest.mark.parametrize("backend", ["reference", None])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in DIFFERENTIABLE])
 def test_gradients_are_refused_by_name(name, backend, monkeypatch):
     monkeypatch.setattr(_library, "_forced", backend)
     function, given = CALLS[name]()
@@ -194,8 +198,10 @@ def test_every_overload_refuses_gradients(monkeypatch):
         function, given = call()
         function(**given)
     ops.pack_weight(floats(7, 40)).rows(torch.tensor([3]))
-    assert seen.keys() == _library._OPS.keys()
+    assert seen.keys() | DIFFERENTIABLE == _library._OPS.keys()
     for name, args in seen.items():
+        if name in DIFFERENTIABLE:
+            continue
         overload = getattr(torch.ops.pyspec, name).default
         for place, argument in enumerate(overload._schema.arguments):
             changed = wants_gradient(args[place])
