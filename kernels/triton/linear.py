@@ -156,10 +156,14 @@ def sum_kernel(
 # ==== launch ====
 
 
-def tile_of(dtype: torch.dtype) -> dict[str, int]:
-    """Rows, outputs and inputs of a tile for a weight's dtype: never a function of the number of rows."""
+def tile_of(dtype: torch.dtype, rows: int) -> dict[str, int]:
+    """Rows, outputs and inputs of a tile for a weight's dtype; what a row's sums are made of comes from that alone.
+
+    An int8 tile is bound by the work on the products of its rows, used or not. As those are exact, fewer rows of a
+    tile change no bit.
+    """
     if dtype == torch.uint8:
-        return {"ROWS": 16, "OUTPUTS": 128, "INPUTS": 128}  # many outputs share one rounding of x
+        return {"ROWS": 8 if rows <= 8 else 16, "OUTPUTS": 128, "INPUTS": 128}  # many outputs share one rounding of x
     return {"ROWS": 16 if dtype == torch.float32 else 64, "OUTPUTS": 64, "INPUTS": 64}
 
 
@@ -178,7 +182,7 @@ def linear(x, weight, bias, outputs, out_dtype):
     rows, inputs = x.shape
     out = x.new_empty((rows, outputs), dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
-    tile = tile_of(weight.dtype)
+    tile = tile_of(weight.dtype, rows)
     splits, split_tiles = split(outputs, inputs, tile["INPUTS"])
     if weight.dtype == torch.uint8:
         kernel, constants, options, row_bytes = int8_kernel, tile, INT8_OPTIONS, weight.shape[1]

@@ -191,10 +191,10 @@ LINEAR = [linear.float_kernel, linear.int8_kernel]
 TENSOR_CORES = {80: r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", 90: r"wgmma\.mma_async\S*\.bf16", 100: r"tcgen05\.mma\S*f16"}
 
 
-def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True):
+def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True, rows=64):
     """As the launcher compiles it; aligned: inputs, outputs and strides of 16s."""
     is_int8 = kernel is linear.int8_kernel
-    constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype), "IS_WHOLE": is_whole}
+    constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype, rows), "IS_WHOLE": is_whole}
     constants |= {} if is_int8 else {"UPCAST": False}
     constants |= {} if is_whole else {"bias": None}
     types = {
@@ -248,6 +248,10 @@ def test_every_variant_of_linear_sums_in_one_order(kernel, architecture, dtype, 
     assert len(expected) == (2 if kernel is linear.int8_kernel else 1)  # the dot, and the sum of lanes
     compiled = compile_linear(kernel, architecture, dtype, is_whole=True, aligned=False)
     assert set(arithmetic(compiled)) == expected
+    if kernel is linear.int8_kernel:  # products of integers are exact, and lanes are added alike
+        narrow = compile_linear(kernel, architecture, dtype, rows=8)
+        assert {re.sub(r"x8x(i8|i32|f32)", r"x16x\1", line) for line in arithmetic(narrow)} == expected
+        assert programs_at_a_time(narrow, resources(narrow, tmp_path)) >= 2
     used = resources(compiled, tmp_path)
     assert programs_at_a_time(compiled, used) >= 1 and used["STACK"] == used["LOCAL"] == 0
 
