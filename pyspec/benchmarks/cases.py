@@ -16,8 +16,8 @@ from torch import Tensor
 from pyspec import ops
 from pyspec.caches import CACHES
 from pyspec.masks import BlockMask
-from pyspec.ops.gear import BLOCK, HALF, blocks_seen
-from pyspec.ops.residual_vq import WIDTH
+from pyspec.ops.gear import BLOCK, HALF, TreeRows, attend_tree, blocks_seen, join_exact
+from pyspec.ops.residual_vq import WIDTH, attend_codes
 from pyspec.trees import DraftTree
 
 __all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
@@ -151,8 +151,9 @@ def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callabl
     tail = [x[:, :, blocks * BLOCK :].contiguous() for x in (k, v)]
     bits = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
     lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
+    rows = TreeRows.of(bits, lens, HALF)  # once a round, for all layers
     return Problem(
-        lambda: attend(q, packed, *tail, bits, lens),
+        lambda: attend(q, packed, *tail, rows),
         bytes=_nbytes(q, packed, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
         operations=operations,
         tolerance=2e-2,
@@ -161,13 +162,13 @@ def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callabl
     )
 
 
-def _gear(a: Attention, device: str) -> Problem:
-    cache = CACHES["gear-4bit"]
+def _gear(a: Attention, device: str, cache: str = "gear-4bit") -> Problem:
+    format = CACHES[cache]
     return _packed_attention(
         a,
         device,
-        lambda k, v: ops.gear_encode(k, v, cache),
-        lambda *call: ops.gear_attention(*call, cache, window=HALF),
+        lambda k, v: ops.gear_encode(k, v, format),
+        lambda q, packed, k, v, rows: attend_tree(q, packed, k, v, rows, format, a.head_dim**-0.5)[0],
         operations=4 * a.heads * CONTEXT * a.head_dim,
     )
 
@@ -175,11 +176,16 @@ def _gear(a: Attention, device: str) -> Problem:
 def _residual_vq(a: Attention, device: str) -> Problem:
     codebooks = _Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
     adds = 2 * a.heads * CONTEXT * a.head_dim // WIDTH * DEPTH  # of table entries and of masses
+
+    def attend(q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
+        scale = a.head_dim**-0.5
+        return join_exact(attend_codes(q, packed, rows.seen, codebooks, scale, None), q, k, v, rows, scale)[0]
+
     return _packed_attention(
         a,
         device,
         lambda k, v: ops.residual_vq_encode(k, v, codebooks),
-        lambda *call: ops.residual_vq_attention(*call, codebooks, window=HALF),
+        attend,
         operations=adds + 4 * a.heads * a.head_dim * DEPTH * CODES,
     )
 
@@ -323,7 +329,10 @@ def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
     return {
         "tree_attention": [(f"{TREE} nodes behind {CONTEXT}, {heads}", _tree_attention)],
         "block_masked_attention": [(f"{DOCUMENTS} documents, {PROMPT} tokens, {heads}", _block_masked_attention)],
-        "gear": [(f"gear-4bit, 1 row behind {CONTEXT}, {heads}", _gear)],
+        "gear": [
+            (f"{cache}, 1 row behind {CONTEXT}, {heads}", lambda p, d, cache=cache: _gear(p, d, cache))
+            for cache in ("gear-4bit", "gear-2bit")
+        ],
         "residual_vq": [(f"{DEPTH} x {CODES} codes, 1 row behind {CONTEXT}, {heads}", _residual_vq)],
         "linear": wide,
         "row_statistics": [(f"{TREE} rows of {part.vocab}", _row_statistics)],
