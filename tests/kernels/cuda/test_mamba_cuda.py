@@ -141,6 +141,18 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, 
 
 
 @torch.inference_mode()
+def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
+    if not HAS_GPU:
+        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    runner = random_runner("mamba2", device, torch.bfloat16)
+    runner._is_static = True
+    runner.prefill([[1, 2]])
+    first = runner._run_layers([random_tree(3)], [0])
+    before = first.clone()
+    assert not torch.equal(runner._run_layers([random_tree(3, 1)], [0]), before) and torch.equal(first, before)
+
+
+@torch.inference_mode()
 @pytest.mark.skipif(HAS_GPU, reason="counts recordings")
 @pytest.mark.parametrize("sequences", [1, 2])
 @pytest.mark.parametrize("options", [{"history": 0}, {"history": 5}, {"rollback": "joint"}], ids=str)
