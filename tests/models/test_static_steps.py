@@ -143,6 +143,17 @@ def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch,
     assert FakeRecorder.recorded == len(recorded)
 
 
+def test_warm_after_a_long_text_writes_only_to_slots_that_there_are(static_llama, monkeypatch):
+    """A runner that has read without it records what is missing, for fewer slots than the text before had."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    runner = static_llama()
+    runner.prefill([random_tokens(200)], capacity=300)
+    (before,) = runner.verify([random_tree(8)])
+    runner.warm(300)
+    runner.prefill([random_tokens(200)], capacity=300)
+    assert torch.equal(runner.verify([random_tree(8)])[0], before)
+
+
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_a_warm_runner_has_the_bits_of_a_cold_one(static_llama, sequences):
     """Its prompts are replayed too, in pieces of every size, in a cache that other texts have been in."""

@@ -95,13 +95,10 @@ def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, history,
 class FakeRecorder:
     """Repeats a step; as with a graph, it is run once to record it, and every result lies in the same memory."""
 
-    recorded = 0
-
     def __init__(self, device):
         pass
 
     def __call__(self, step):
-        FakeRecorder.recorded += 1
         result = step()
         return lambda: result.copy_(step())
 
@@ -142,20 +139,32 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, 
 
 
 @torch.inference_mode()
-@pytest.mark.skipif(HAS_GPU, reason="counts recordings")
+def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
+    if not HAS_GPU:
+        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    runner = random_runner("mamba2", device, torch.bfloat16)
+    runner._is_static = True
+    runner.prefill([[1, 2]])
+    first = runner._run_layers([random_tree(3)], [0])
+    before = first.clone()
+    assert not torch.equal(runner._run_layers([random_tree(3, 1)], [0]), before) and torch.equal(first, before)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("sequences", [1, 2])
 @pytest.mark.parametrize("options", [{"history": 0}, {"history": 5}, {"rollback": "joint"}], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
 def test_nothing_is_recorded_nor_launched_after_warm(kind, options, sequences, device, monkeypatch):
     """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
-    monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+    if not HAS_GPU:
+        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
     static = random_runner(kind, device, torch.bfloat16, **options)
     dynamic = type(static)(static.config, static.weights, history=0)
-    static._is_static = True
+    static._is_static, dynamic._is_static = True, False
     static.warm(sequences=sequences)
     assert static.lengths() == []
     monkeypatch.setattr(static._rounds.cache, "round", lambda *args: pytest.fail("launched"))
-    recorded = FakeRecorder.recorded
+    recorded = dict(static._rounds._replays)
     for batch in range(2):
         prompts = [random_tokens(length + batch, length) for length in (70, 1)[:sequences]]
         for ours, other in zip(static.prefill(prompts), dynamic.prefill(prompts), strict=True):
@@ -166,9 +175,9 @@ def test_nothing_is_recorded_nor_launched_after_warm(kind, options, sequences, d
                 assert torch.equal(ours, other)
             for runner in (static, dynamic):
                 runner.commit([range(size), [0]][:sequences])
-    assert FakeRecorder.recorded == recorded
+    assert static._rounds._replays == recorded
     static.warm(sequences=sequences)
-    assert FakeRecorder.recorded == recorded
+    assert static._rounds._replays == recorded
 
 
 @pytest.mark.parametrize("kind", MODELS)
