@@ -163,6 +163,8 @@ def fold_kernel(
     node, head = root + local // HEADS, head_block * HEADS + local % HEADS
     used = (local < NODES * HEADS) & (node < nodes) & (head < GROUP)
     node, head = tl.minimum(node, nodes - 1), kv_head * GROUP + tl.minimum(head, GROUP - 1)
+    q += batch.to(tl.int64) * stride_q_batch
+    query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     bits = ancestor_bits + batch.to(tl.int64) * nodes * WORDS
     depth = tl.where(used, depth_of(bits + node * WORDS, WORDS), -1)
     used = depth >= 0  # padding sees nothing
@@ -193,8 +195,6 @@ def fold_kernel(
     elif tl.maximum(first_tile_of(chunk), visible_from // TILE) >= tl.minimum(first_tile_of(chunk + 1), reach):
         return  # no row has such a chunk
 
-    q += batch.to(tl.int64) * stride_q_batch
-    query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
     path = bits + tl.where(is_chain, deepest, program) * WORDS  # of the deepest node
@@ -311,7 +311,11 @@ def merge_kernel(
         largest = now
 
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
-    out += batch.to(tl.int64) * stride_out_batch + head.to(tl.int64) * stride_out_head + node.to(tl.int64) * stride_out_node
+    out += (
+        batch.to(tl.int64) * stride_out_batch
+        + head.to(tl.int64) * stride_out_head
+        + node.to(tl.int64) * stride_out_node
+    )
     tl.store(out + dims, (weighted / total).to(out.dtype.element_ty), mask=there)
     tl.store(lse + (batch.to(tl.int64) * KV_HEADS * GROUP + head) * nodes + node, (largest + tl.log2(total)) * LN_2)
 
@@ -319,22 +323,26 @@ def merge_kernel(
 # ==== launch ====
 
 
-def program_rows(dtype: torch.dtype) -> int:
+def program_rows(head_dim: int, dtype: torch.dtype) -> int:
     """Query rows of a program. The number of nodes must never change them: the row rule.
 
-    Unused rows cost tensor-core time only, which there is enough of; without tensor cores they cost too much.
+    Unused rows cost tensor-core time, of which there is enough. Without tensor cores they would cost too much, and
+    with wide heads too many registers.
     """
-    return 16 if dtype == torch.float32 else 64
+    return 64 if dtype.itemsize == 2 and head_dim <= 128 else 16
 
 
 def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[dict, dict]:
-    """Options of fold_kernel and of merge_kernel. Neither may depend on the number of nodes: the row rule."""
+    """Options of fold_kernel and of merge_kernel. The number of nodes must never change them: the row rule."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
-    tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, in flight in 96 KB
-    stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
-    warps = max(4, row_bytes // 64) if dtype == torch.float32 else program_rows(dtype) // 16
-    fold = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    return fold, {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+    rows = program_rows(head_dim, dtype)
+    shared = 96 * 1024 - rows * row_bytes  # what every GPU since Ampere has, less the queries
+    tiles = max(
+        2, min(3, shared // (2 * TILE.value * row_bytes))
+    )  # of keys and values: one folded, others on their way
+    stages = 2 * tiles - 1 if is_paged else tiles  # the block table is read as far ahead of the keys
+    fold = {"num_warps": 4 if rows == 64 else max(4, row_bytes // 64), "num_stages": stages}
+    return {**fold, "enable_fp_fusion": False}, {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):
@@ -365,7 +373,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
     }
-    rows = program_rows(q.dtype)
+    rows = program_rows(head_dim, q.dtype)
     block_heads = min(group, rows)
     programs = nodes + chunks * triton.cdiv(nodes, rows // block_heads)
     fold_options, merge_options = compile_options(head_dim, q.dtype, block_table is not None)

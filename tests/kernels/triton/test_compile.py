@@ -32,49 +32,14 @@ from pyspec.kernels import (  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-KERNELS = [tree_attention.prefix_kernel, tree_attention.tail_kernel]
 ARCHITECTURES = [80, 90, 100]
 EACH_ARCHITECTURE = [slow(80), 90, slow(100)]
 IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED_LIMIT = 99 * 1024  # bytes a block may have on every GPU since Ampere
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # on those that are compiled for
 REGISTERS = 65536  # of a multiprocessor
-REGISTER_LIMIT = {"prefix_kernel": 128, "tail_kernel": 168}
-PAGED_REGISTER_LIMIT = {"prefix_kernel": 168 if IS_OLD else 128, "tail_kernel": 168}
-# The hot loop spills nothing. ptxas may park a value of the tail's epilogue, stored before its loops.
-STACK_LIMIT = {"prefix_kernel": 0, "tail_kernel": 16}
+TENSOR_CORES = {80: r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", 90: r"wgmma\.mma_async\S*\.bf16", 100: r"tcgen05\.mma\S*f16"}
 ELEMENT = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-
-
-def compile_kernel(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False, options=False, aligned=True):
-    """The kernel as the launcher compiles it. options: with a window and a softcap; aligned: strides of 16s."""
-    index = KERNELS.index(kernel)
-    constants = {
-        "KV_HEADS": 8,
-        "GROUP": 4,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "WORDS": (nodes + 31) // 32,
-        "PAGE": 16 if is_paged else None,
-        "UPCAST": False,
-    }
-    if not is_paged:
-        constants["block_table"] = None
-    if not options:
-        constants["softcap"] = constants["window"] = None
-    types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")}
-    types |= {name: "*i32" for name in ("ancestor_bits", "prefix_lens", "block_table")}
-    types |= {name: "*fp32" for name in ("chunk_largest", "chunk_total", "chunk_weighted", "lse")}
-    types |= {"scale": "fp32", "softcap": "fp32"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name.startswith("stride") and aligned)
-    }
-    source = ASTSource(kernel, signature, constants, divisible)
-    compile_options = tree_attention.compile_options(head_dim, dtype, is_paged)[index]
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=compile_options)
 
 
 def resources(compiled, folder: Path) -> dict[str, int]:
@@ -104,33 +69,6 @@ def hot_loops(compiled, folder: Path) -> list[str]:
     return ["\n".join(line for place, line in code if first <= place <= last) for first, last in sorted(inner)]
 
 
-def check_resources(compiled, kernel, folder: Path, register_limit=REGISTER_LIMIT):
-    used = resources(compiled, folder)
-    assert used["REG"] <= register_limit[kernel.__name__]
-    assert used["STACK"] <= STACK_LIMIT[kernel.__name__] and used["LOCAL"] == 0
-    assert compiled.metadata.shared <= SHARED_LIMIT
-
-
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize("head_dim", [slow(64), 128])
-@pytest.mark.parametrize("dtype", ELEMENT, ids=str)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_fits_the_machine(kernel, dtype, head_dim, architecture, tmp_path):
-    compiled = compile_kernel(kernel, architecture, dtype, head_dim)
-    check_resources(compiled, kernel, tmp_path)
-    tensor_core_steps = len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*\.f32\.bf16\.bf16\.f32", compiled.asm["ptx"]))
-    # Four warps share two products of 16 * 64 * head_dim; fp32 is not rounded to tensor-core formats.
-    expected = 2 * 64 * head_dim // (8 * 16) // 4 if dtype == torch.bfloat16 else 0
-    assert tensor_core_steps == expected
-    assert "tf32" not in compiled.asm["ptx"]
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
-def test_fits_with_pages_and_options(kernel, tmp_path):
-    compiled = compile_kernel(kernel, 90, torch.bfloat16, 128, nodes=64, is_paged=True, options=True)
-    check_resources(compiled, kernel, tmp_path, PAGED_REGISTER_LIMIT)
-
-
 def arithmetic(compiled) -> list[str]:
     """The floating-point dots and reductions with the layouts that fix their order of summation."""
     text = compiled.asm["ttgir"]
@@ -140,34 +78,116 @@ def arithmetic(compiled) -> list[str]:
     found = []
     dots = r"^.*(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*$"
     for line in re.findall(dots + r"|^ *}\) : \(tensor<.*xf32.*$", text, re.M):
-        operation = re.sub(r" loc\(.*|, mutable", "", line).split(" : ")[-1]
+        operation = re.sub(r" loc\(.*|, mutable|(?<=#shared)\d+", "", line).split(" : ")[
+            -1
+        ]  # where an operand lies: any
         found.append(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), operation))
     return found
+
+
+# ==== tree_attention ====
+
+TREE = [tree_attention.fold_kernel, tree_attention.merge_kernel]
+
+
+def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False, options=False, aligned=True):
+    """The kernel as the launcher compiles it. options: with a window and a softcap; aligned: strides of 16s."""
+    constants = {
+        "KV_HEADS": 8,
+        "GROUP": 4,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "ROWS": tree_attention.program_rows(head_dim, dtype),
+        "WORDS": (nodes + 31) // 32,
+        "PAGE": 16 if is_paged else None,
+        "UPCAST": False,
+    }
+    if not is_paged:
+        constants["block_table"] = None
+    if not options:
+        constants["softcap"] = constants["window"] = None
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")}
+    types |= {name: "*i32" for name in ("ancestor_bits", "prefix_lens", "block_table")}
+    types |= {name: "*fp32" for name in ("chunk_largest", "chunk_total", "chunk_weighted", "lse")}
+    types |= {"scale": "fp32", "softcap": "fp32"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or (name.startswith("stride") and aligned)
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    fold_options, merge_options = tree_attention.compile_options(head_dim, dtype, is_paged)
+    launch_options = fold_options if kernel is tree_attention.fold_kernel else merge_options
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch_options)
+
+
+def check_fold(compiled, folder: Path):
+    """Two programs at a time hide each other's waiting; the two loops over tiles spill nothing."""
+    used = resources(compiled, folder)
+    assert programs_at_a_time(compiled, used) >= 2
+    assert compiled.metadata.shared <= SHARED_LIMIT
+    in_place, gathered, *_ = hot_loops(compiled, folder)
+    assert not re.search(r"\b(STL|LDL)\b", in_place + gathered)
+    return in_place
+
+
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize(
+    "dtype, head_dim",
+    [
+        (torch.bfloat16, 128),
+        (torch.float32, 128),
+        slow(torch.bfloat16, 64),
+        slow(torch.bfloat16, 256),
+        slow(torch.float32, 64),
+    ],
+    ids=str,
+)
+def test_tree_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path):
+    compiled = compile_tree(tree_attention.fold_kernel, architecture, dtype, head_dim)
+    check_fold(compiled, tmp_path)
+    ptx = compiled.asm["ptx"]
+    assert "tf32" not in ptx and "cp.async" in ptx  # the next tile is on its way while one is folded
+    newest = 80 if head_dim > 128 else architecture  # 16 rows are too few for later tensor cores
+    assert bool(re.search(TENSOR_CORES[newest], ptx)) == (dtype == torch.bfloat16)
+    merge = resources(compile_tree(tree_attention.merge_kernel, architecture, dtype, head_dim), tmp_path)
+    assert merge["REG"] <= 168 and merge["STACK"] == merge["LOCAL"] == 0
+
+
+def test_tree_attention_with_pages_and_options_fits(tmp_path):
+    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, 64, True, True), tmp_path)
+
+
+def test_tree_attention_of_a_prompt_fits(tmp_path):
+    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, nodes=512), tmp_path)
 
 
 @pytest.mark.parametrize(
     "architecture, dtype, head_dim",
     [
-        (80, torch.bfloat16, 64),
-        slow(90, torch.bfloat16, 128),
+        (90, torch.bfloat16, 128),
+        slow(80, torch.bfloat16, 64),
         slow(100, torch.bfloat16, 128),
         slow(90, torch.float32, 128),
+        slow(90, torch.bfloat16, 256),
     ],
     ids=str,
 )
-def test_every_variant_sums_in_one_order(architecture, dtype, head_dim):
-    """The row rule on a GPU: a tile is folded alike in both kernels, whatever the number of nodes and the strides."""
-    expected = arithmetic(compile_kernel(tree_attention.prefix_kernel, architecture, dtype, head_dim))
-    assert len(expected) == 4  # keys, largest, total, values
+def test_every_variant_of_tree_attention_sums_in_one_order(architecture, dtype, head_dim):
+    """The row rule on a GPU: tiles in place and gathered ones are folded alike, whatever the nodes and the strides."""
+    fold, merge = (arithmetic(compile_tree(kernel, architecture, dtype, head_dim)) for kernel in TREE)
+    assert len(fold) == 8 and fold[:4] == fold[4:]  # keys, largest, total, values
+    assert len(merge) == 3  # largest, total, values
     variants = [
-        {},
         {"nodes": 1, "aligned": False},
         {"nodes": 64, "is_paged": True},
         {"nodes": 64, "options": True, "aligned": False},
     ]
-    for kernel in KERNELS:
+    for kernel, expected in zip(TREE, (fold, merge), strict=True):
         for variant in variants:
-            compiled = compile_kernel(kernel, architecture, dtype, head_dim, **variant)
+            compiled = compile_tree(kernel, architecture, dtype, head_dim, **variant)
             assert arithmetic(compiled) == expected, (kernel.__name__, variant)
             # Multiply-adds are never contracted, so the same expression rounds alike in both.
             assert not re.search(r"\b(mul|add|sub)\.f32", compiled.asm["ptx"])
@@ -188,7 +208,6 @@ def test_merge_attention_compiles(dtype, tmp_path):
 # ==== linear ====
 
 LINEAR = [linear.float_kernel, linear.int8_kernel]
-TENSOR_CORES = {80: r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", 90: r"wgmma\.mma_async\S*\.bf16", 100: r"tcgen05\.mma\S*f16"}
 
 
 def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True, rows=64):

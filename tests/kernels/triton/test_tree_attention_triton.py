@@ -126,6 +126,7 @@ def test_window_skips_chunks():
     case = make_case([1100], [4], heads=1)
     case.k[:, :, :1000], case.v[:, :, :1000] = torch.nan, torch.nan
     check(case, window=70)
+    check(case, window=2)  # nothing but the own tile
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
@@ -141,8 +142,18 @@ def test_large_scores_do_not_overflow():
     assert out.isfinite().all()
 
 
-def test_chain_crosses_a_chunk():
-    check(chain(508, 8, heads=1))
+@pytest.mark.parametrize("prefix", [253, slow(509)])
+def test_chain_crosses_a_chunk(prefix):
+    check(chain(prefix, 8, heads=1))
+
+
+def test_tree_crosses_a_chunk():
+    check(make_case([253], [9], heads=1))
+
+
+@pytest.mark.parametrize("window", [None, slow(300)])
+def test_long_chunks(window):
+    check(make_case([4400], [3], heads=1, dtype=torch.float16), window=window)
 
 
 def test_wide_tree_has_many_words():
@@ -207,7 +218,7 @@ def assert_row_rule(case: Case, nodes=None, **options):
     """A node has the bits of plain decoding: its path committed, one row."""
     out, lse = run(case, **options)
     for b, parents in enumerate(case.parents):
-        for node in range(len(parents)) if nodes is None else nodes:
+        for node in range(len(parents)) if nodes is None else [n for n in nodes if n < len(parents)]:
             slots = visible_slots(case, b, node)
             q = case.q[b : b + 1, :, node : node + 1]
             k, v = (cache[b : b + 1, :, slots] for cache in (case.k, case.v))
@@ -235,9 +246,42 @@ def test_row_rule_on_a_wide_group():
     assert_row_rule(make_case([64], [3], heads=17))
 
 
+def test_row_rule_where_chunks_become_long():
+    assert_row_rule(make_case([4094], [4], heads=1, dtype=torch.float16), nodes=[0, 3])
+
+
+@pytest.mark.parametrize("options", [{}, slow({"window": 70})], ids=str)
+def test_row_rule_on_chains(options):
+    """Whose blocks are folded as one: two of them here, one across tiles, and one that ends in padding."""
+    case = make_case([61, 250], [20, 9], heads=4, dtype=torch.float16)
+    case.parents = [list(range(-1, len(parents) - 1)) for parents in case.parents]
+    assert_row_rule(case, nodes=[0, 2, 3, 5, 6, 8, 15, 16, 19], **options)
+
+
+@pytest.mark.parametrize("prefix", [0, 250])
+def test_chains_in_blocks_equal_chains_gathered(prefix):
+    """A sibling of the root's child keeps a block of 16 nodes from being a chain: each is then gathered alone."""
+    case = chain(prefix, 16, heads=4, dtype=torch.float16)
+    out, lse = run(case)
+    case.parents[0][15] = 0
+    gathered, gathered_lse = run(case)
+    assert torch.equal(out[:, :, :15], gathered[:, :, :15]) and torch.equal(lse[:, :, :15], gathered_lse[:, :, :15])
+    assert not torch.equal(out[:, :, 15], gathered[:, :, 15])
+
+
 @pytest.mark.slow
 def test_row_rule_on_a_deep_chain():
     assert_row_rule(chain(505, 75, heads=1), nodes=[0, 6, 7, 8, 70, 71, 74])
+
+
+@pytest.mark.slow
+def test_row_rule_on_a_prompt():
+    assert_row_rule(chain(70, 512, heads=1, dtype=torch.float16), nodes=[0, 57, 58, 313, 511])
+
+
+@pytest.mark.slow
+def test_row_rule_on_a_large_tree():
+    assert_row_rule(make_case([240], [64], heads=4, dtype=torch.bfloat16), nodes=[0, 1, 15, 16, 40, 63])
 
 
 # ==== slots that a row may not see ====
