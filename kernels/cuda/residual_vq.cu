@@ -102,7 +102,7 @@ __device__ void split(float x, float y, uint32_t (&parts)[1 + kSplit]) {
 }
 
 // What a block and its threads are for.
-template <bool kSplit, int kTiles, int kRuns, bool kSmall>
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 struct Fold {
   static constexpr int kRows = 8 * kTiles, kParts = 1 + kSplit;  // rows, fp16 numbers for one of them
   static constexpr int kTokens = kRuns * kRun,
@@ -227,7 +227,7 @@ struct Fold {
   // turned back by each record's first position.
   __device__ void lay_out_queries() const {
     int half = static_cast<int>(p.head_dim) / 2;
-    for (int item = warp; item < (p.rotary ? 2 : 1) * kRows; item += blockDim.x / 32) {
+    for (int item = warp; item < (kTurned ? 2 : 1) * kRows; item += blockDim.x / 32) {
       int which = item / kRows, row = item % kRows;
       float x[4][2] = {}, largest = 0.0f;
       if (first_row + row < of.rows) {
@@ -240,9 +240,9 @@ struct Fold {
           int c = lane + 32 * i;
           if (c >= half) break;
           float first = load(p.q, p.element, start + c), second = load(p.q, p.element, start + half + c);
-          float cosine = p.rotary ? cosines[c] : 1.0f, sine = p.rotary ? cosines[half + c] : 0.0f;
-          x[i][0] = p.rotary ? first * cosine + second * sine : first;
-          x[i][1] = p.rotary ? second * cosine - first * sine : second;
+          float cosine = kTurned ? cosines[c] : 1.0f, sine = kTurned ? cosines[half + c] : 0.0f;
+          x[i][0] = kTurned ? first * cosine + second * sine : first;
+          x[i][1] = kTurned ? second * cosine - first * sine : second;
           largest = fmaxf(largest, fmaxf(fabsf(x[i][0]), fabsf(x[i][1])));
         }
       }
@@ -273,9 +273,9 @@ struct Fold {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         const uint16_t* row =
-            query(p.rotary ? first_token / kVqBlock : 0, part, 8 * tile + g) + group * kVqWidth;
-        uint2 first = *reinterpret_cast<const uint2*>(row + (p.rotary ? 4 : 8) * t);
-        uint2 second = *reinterpret_cast<const uint2*>(row + (p.rotary ? 16 + 4 * t : 8 * t + 4));
+            query(kTurned ? first_token / kVqBlock : 0, part, 8 * tile + g) + group * kVqWidth;
+        uint2 first = *reinterpret_cast<const uint2*>(row + (kTurned ? 4 : 8) * t);
+        uint2 second = *reinterpret_cast<const uint2*>(row + (kTurned ? 16 + 4 * t : 8 * t + 4));
         to[part][tile][0] = first.x, to[part][tile][1] = first.y;
         to[part][tile][2] = second.x, to[part][tile][3] = second.y;
       }
@@ -303,6 +303,7 @@ struct Fold {
     const uint8_t* book = (kSmall ? buffer(stage) : books(stage)) + 16 * t;
     const uint8_t* slots = codes(stage);
     int count = levels(stage);
+#pragma unroll 1
     for (int level = 0; level < count; ++level, book += kBook, slots += kCodes) {
 #pragma unroll
       for (int run = 0; run < kRuns; ++run) {
@@ -322,9 +323,10 @@ struct Fold {
   __device__ void add_turned_scores(int stage, const Queries& query, Scores& scores) const {
     const uint8_t* book = (kSmall ? buffer(stage) : books(stage)) + 8 * t;
     int half = static_cast<int>(p.head_dim) / 2, count = levels(stage);
-#pragma unroll
+    constexpr int kOfRun = kRun / 16;
+#pragma unroll 1  // else all tokens' cosines would be in registers
     for (int i = 0; i < kTokens / 16; ++i) {
-      constexpr int kOfRun = kRun / 16;
+      float sums[kTiles][4] = {};
       uint32_t keys[2][kParts][4];  // of the channels 4 t .. 4 t + 3, and of their partners
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
@@ -360,7 +362,12 @@ struct Fold {
       for (int side = 0; side < 2; ++side) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          add_products(scores[i / kOfRun][i % kOfRun], keys[side][part], query, side, kParts - part);
+          add_products(sums, keys[side][part], query, side, kParts - part);
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens / 16 * kTiles * 4; ++j) {
+        int product = j / (kTiles * 4), tile = j / 4 % kTiles;
+        if (product == i) scores[product / kOfRun][product % kOfRun][tile][j % 4] += sums[tile][j % 4];
       }
     }
   }
@@ -407,7 +414,7 @@ struct Fold {
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
         float sums[4] = {sum.x, sum.y, sum.z, sum.w},
-              factor = unit(p.rotary ? which : 0)[row] * (p.scale * kLog2E);
+              factor = unit(kTurned ? which : 0)[row] * (p.scale * kLog2E);
         uint2 keys = scales(0, which), values = scales(1, which);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -518,7 +525,7 @@ struct Fold {
     for (int stage = 0; stage < of.stages; ++stage) {
       await();
       if (stage == 0) read_queries(query);
-      p.rotary ? add_turned_scores(stage, query, scores) : add_scores(stage, query, scores);
+      kTurned ? add_turned_scores(stage, query, scores) : add_scores(stage, query, scores);
       __syncthreads();
       if (stage + 1 < of.stages) begin(stage + of.buffers);
     }
@@ -537,10 +544,10 @@ struct Fold {
   }
 };
 
-template <bool kSplit, int kTiles, int kRuns, bool kSmall>
-__global__ void __launch_bounds__(512)
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
+__global__ void __launch_bounds__(512, 1)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
-  Fold<kSplit, kTiles, kRuns, kSmall>(p, sizes).run();
+  Fold<kSplit, kTiles, kRuns, kSmall, kTurned>(p, sizes).run();
 }
 
 // A block is a row; each of its warps takes every eighth chunk, and then their sums are added in order.
@@ -598,9 +605,9 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <bool kSplit, int kTiles, int kRuns, bool kSmall>
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
-  using Block = Fold<kSplit, kTiles, kRuns, kSmall>;
+  using Block = Fold<kSplit, kTiles, kRuns, kSmall, kTurned>;
   constexpr int kRows = Block::kRows;
   int d = static_cast<int>(p.head_dim), device, limit;
   Sizes of{};
@@ -610,7 +617,7 @@ cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t str
   of.level_bytes = static_cast<int>(pyspec::vq_level_bytes(p.format));
   of.side_bytes = static_cast<int>(pyspec::vq_side_bytes(p.format, d));
   int warps = of.groups * Block::kSlices, scores = of.groups * kRows * kChunk * 4;
-  int queries = (p.rotary ? 2 : 1) * d, weights = kWeights;
+  int queries = (kTurned ? 2 : 1) * d, weights = kWeights;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -625,21 +632,26 @@ cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t str
   }
   int sets = (of.rows + kRows - 1) / kRows;
   dim3 grid(chunks * sets, static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
-  return launch(fold<kSplit, kTiles, kRuns, kSmall>, grid, warps * 32, of.bytes, stream, p, of);
+  return launch(fold<kSplit, kTiles, kRuns, kSmall, kTurned>, grid, warps * 32, of.bytes, stream, p, of);
+}
+
+template <bool kSplit, bool kSmall, bool kTurned>
+cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
+  if (p.head_dim > 128) return launch_fold<kSplit, 1, 2, kSmall, kTurned>(p, chunks, stream);
+  if (p.nodes * (p.heads / p.kv_heads) > 8)
+    return launch_fold<kSplit, 2, 1, kSmall, kTurned>(p, chunks, stream);
+  return launch_fold<kSplit, 1, 1, kSmall, kTurned>(p, chunks, stream);
 }
 
 template <class Storage>
 cudaError_t attend(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
   constexpr bool kSplit = sizeof(Storage) == 4;
   if (chunks > 0) {
-    bool is_small = p.format.codes == 256;
-    auto* fold_rows = is_small ? launch_fold<kSplit, 1, 1, true> : launch_fold<kSplit, 1, 1, false>;
-    if (p.head_dim > 128) {
-      fold_rows = is_small ? launch_fold<kSplit, 1, 2, true> : launch_fold<kSplit, 1, 2, false>;
-    } else if (p.nodes * (p.heads / p.kv_heads) > 8) {
-      fold_rows = is_small ? launch_fold<kSplit, 2, 1, true> : launch_fold<kSplit, 2, 1, false>;
-    }
-    cudaError_t error = fold_rows(p, chunks, stream);
+    auto* fold_all = p.format.codes == 256
+                         ? p.rotary ? launch_fold<kSplit, true, true> : launch_fold<kSplit, true, false>
+                     : p.rotary ? launch_fold<kSplit, false, true>
+                                : launch_fold<kSplit, false, false>;
+    cudaError_t error = fold_all(p, chunks, stream);
     if (error != cudaSuccess) return error;
   }
   dim3 grid(static_cast<unsigned>(p.batch * p.heads * p.nodes));
