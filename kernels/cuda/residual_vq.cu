@@ -38,12 +38,10 @@ using pyspec::pack_halves;
 using pyspec::VqAttentionParams;
 
 constexpr int kChunkBlocks = 2, kChunk = kChunkBlocks * kVqBlock;
-constexpr int kQuarters = 4, kTokens = kChunk / kQuarters;  // of a warp
-constexpr int kLevels = 4;                                  // of a stage
-constexpr int kWord = 2 * kVqWidth;                         // bytes of a codeword
+constexpr int kRun = 64;             // tokens that a warp has side by side
+constexpr int kLevels = 4;           // of a stage
+constexpr int kWord = 2 * kVqWidth;  // bytes of a codeword
 constexpr int kStageWords = kLevels * 256 * kWord;
-constexpr int kCodes = 96,
-              kPlane = kTokens / 8;   // bytes of a warp's codes of a level, of a high bit of these
 constexpr int kWeights = kChunk + 8;  // of a row; rows begin in different banks
 constexpr uint32_t kAll = ~0u;
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -104,16 +102,20 @@ __device__ void split(float x, float y, uint32_t (&parts)[1 + kSplit]) {
 }
 
 // What a block and its threads are for.
-template <bool kSplit, int kTiles, bool kSmall>
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 struct Fold {
   static constexpr int kRows = 8 * kTiles, kParts = 1 + kSplit;  // rows, fp16 numbers for one of them
-  static constexpr int kBook = (kSmall ? 256 : 2048) * kWord;
+  static constexpr int kTokens = kRuns * kRun,
+                       kSlices = kChunk / kTokens;             // of a warp, of warps with a group
+  static constexpr int kBook = (kSmall ? 256 : 2048) * kWord;  // bytes of a level
+  static constexpr int kPlane = kTokens / 8,
+                       kCodes = kTokens + 3 * kPlane + 8;  // bytes of a warp's codes of a level
 
   const VqAttentionParams& p;
   const Sizes& of;
   uint8_t* shared;
-  int tid, warp, lane, g, t;  // the lane is 4 g + t
-  int group, quarter;         // of the warp
+  int tid, warp, lane, g, t;      // the lane is 4 g + t
+  int group, slice, first_token;  // of the warp
   int kv_head, first_row, chunk;
   int64_t b;
   int seen, most;  // blocks that row `lane` sees, and any row
@@ -121,7 +123,7 @@ struct Fold {
   __device__ Fold(const VqAttentionParams& params, const Sizes& sizes)
       : p(params), of(sizes), shared(reinterpret_cast<uint8_t*>(dynamic_shared)) {
     tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
-    group = warp / kQuarters, quarter = warp % kQuarters;
+    group = warp / kSlices, slice = warp % kSlices, first_token = slice * kTokens;
     chunk = blockIdx.x % of.chunks, first_row = blockIdx.x / of.chunks * kRows, kv_head = blockIdx.y,
     b = blockIdx.z;
     bool is_row = lane < kRows && first_row + lane < of.rows;
@@ -166,17 +168,15 @@ struct Fold {
           if (level < levels(stage)) pyspec::copy_later<16>(to + i * 16, from + at);
         }
       }
-      int level = lane / 8, word = lane % 8;
+      int level = lane / 8, place = first_token % kVqBlock;
       if (level < levels(stage)) {
-        const uint8_t* from = record(quarter / 2) + is_values * of.side_bytes + 2 * kVqBlock +
+        const uint8_t* from = record(first_token / kVqBlock) + is_values * of.side_bytes + 2 * kVqBlock +
                               (group * of.depth + first_level(stage) + level) * of.level_bytes;
-        uint8_t* to = codes(stage) + level * kCodes + word * 4;
-        int half = quarter % 2;
-        pyspec::copy_later<4>(to, from + half * kTokens + word * 4);
-        pyspec::copy_later<4>(to + 32, from + half * kTokens + 32 + word * 4);
-        if (!kSmall && word < 6)
-          pyspec::copy_later<4>(to + kTokens,
-                                from + kVqBlock + word / 2 * pyspec::kVqPlane + half * kPlane + word % 2 * 4);
+        uint8_t* to = codes(stage) + level * kCodes;
+        for (int at = lane % 8 * 4; at < kTokens; at += 32) pyspec::copy_later<4>(to + at, from + place + at);
+        for (int at = lane % 8 * 4; at < 3 * kPlane && !kSmall; at += 32)
+          pyspec::copy_later<4>(to + kTokens + at,
+                                from + kVqBlock + at / kPlane * pyspec::kVqPlane + place / 8 + at % kPlane);
       }
       if (stage == 0 && tid < 2 * kChunk / 2) {  // scales: [keys, values][token]
         const uint8_t* from = record(tid / (kVqBlock / 2) % 2) + tid / (kChunk / 2) * of.side_bytes;
@@ -227,7 +227,7 @@ struct Fold {
   // turned back by each record's first position.
   __device__ void lay_out_queries() const {
     int half = static_cast<int>(p.head_dim) / 2;
-    for (int item = warp; item < (p.rotary ? 2 : 1) * kRows; item += blockDim.x / 32) {
+    for (int item = warp; item < (kTurned ? 2 : 1) * kRows; item += blockDim.x / 32) {
       int which = item / kRows, row = item % kRows;
       float x[4][2] = {}, largest = 0.0f;
       if (first_row + row < of.rows) {
@@ -240,9 +240,9 @@ struct Fold {
           int c = lane + 32 * i;
           if (c >= half) break;
           float first = load(p.q, p.element, start + c), second = load(p.q, p.element, start + half + c);
-          float cosine = p.rotary ? cosines[c] : 1.0f, sine = p.rotary ? cosines[half + c] : 0.0f;
-          x[i][0] = p.rotary ? first * cosine + second * sine : first;
-          x[i][1] = p.rotary ? second * cosine - first * sine : second;
+          float cosine = kTurned ? cosines[c] : 1.0f, sine = kTurned ? cosines[half + c] : 0.0f;
+          x[i][0] = kTurned ? first * cosine + second * sine : first;
+          x[i][1] = kTurned ? second * cosine - first * sine : second;
           largest = fmaxf(largest, fmaxf(fabsf(x[i][0]), fabsf(x[i][1])));
         }
       }
@@ -272,18 +272,20 @@ struct Fold {
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
-        const uint16_t* row = query(p.rotary ? quarter / 2 : 0, part, 8 * tile + g) + group * kVqWidth;
-        uint2 first = *reinterpret_cast<const uint2*>(row + (p.rotary ? 4 : 8) * t);
-        uint2 second = *reinterpret_cast<const uint2*>(row + (p.rotary ? 16 + 4 * t : 8 * t + 4));
+        const uint16_t* row =
+            query(kTurned ? first_token / kVqBlock : 0, part, 8 * tile + g) + group * kVqWidth;
+        uint2 first = *reinterpret_cast<const uint2*>(row + (kTurned ? 4 : 8) * t);
+        uint2 second = *reinterpret_cast<const uint2*>(row + (kTurned ? 16 + 4 * t : 8 * t + 4));
         to[part][tile][0] = first.x, to[part][tile][1] = first.y;
         to[part][tile][2] = second.x, to[part][tile][3] = second.y;
       }
     }
   }
 
-  // ==== scores: [tokens][rows], rows g and g + 8 of product i are tokens 8 g + 2 i and 8 g + 2 i + 1 ====
+  // ==== scores: [tokens][rows], rows g and g + 8 of product i are tokens 8 g + 2 i and 8 g + 2 i + 1 of a
+  // run ====
 
-  using Scores = float[kTokens / 16][kTiles][4];
+  using Scores = float[kRuns][kRun / 16][kTiles][4];
   using Queries = uint32_t[kParts][kTiles][4];
 
   __device__ static void add_products(float (&scores)[kTiles][4], const uint32_t (&keys)[4],
@@ -301,15 +303,19 @@ struct Fold {
     const uint8_t* book = (kSmall ? buffer(stage) : books(stage)) + 16 * t;
     const uint8_t* slots = codes(stage);
     int count = levels(stage);
+#pragma unroll 1
     for (int level = 0; level < count; ++level, book += kBook, slots += kCodes) {
-      uint32_t code[8];
-      read_codes(slots, 8 * g, code);
 #pragma unroll
-      for (int i = 0; i < kTokens / 16; ++i) {
-        uint4 x = read_word<uint4>(book + code[2 * i] * kWord),
-              y = read_word<uint4>(book + code[2 * i + 1] * kWord);
-        add_products(scores[i], {x.x, y.x, x.y, y.y}, query, 0);
-        add_products(scores[i], {x.z, y.z, x.w, y.w}, query, 1);
+      for (int run = 0; run < kRuns; ++run) {
+        uint32_t code[8];
+        read_codes(slots, run * kRun + 8 * g, code);
+#pragma unroll
+        for (int i = 0; i < kRun / 16; ++i) {
+          uint4 x = read_word<uint4>(book + code[2 * i] * kWord),
+                y = read_word<uint4>(book + code[2 * i + 1] * kWord);
+          add_products(scores[run][i], {x.x, y.x, x.y, y.y}, query, 0);
+          add_products(scores[run][i], {x.z, y.z, x.w, y.w}, query, 1);
+        }
       }
     }
   }
@@ -317,13 +323,16 @@ struct Fold {
   __device__ void add_turned_scores(int stage, const Queries& query, Scores& scores) const {
     const uint8_t* book = (kSmall ? buffer(stage) : books(stage)) + 8 * t;
     int half = static_cast<int>(p.head_dim) / 2, count = levels(stage);
-#pragma unroll 1
+    constexpr int kOfRun = kRun / 16;
+#pragma unroll 1  // else all tokens' cosines would be in registers
     for (int i = 0; i < kTokens / 16; ++i) {
+      float sums[kTiles][4] = {};
       uint32_t keys[2][kParts][4];  // of the channels 4 t .. 4 t + 3, and of their partners
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
-        int token = 8 * g + 2 * i + which;
+        int token = i / kOfRun * kRun + 8 * g + 2 * (i % kOfRun) + which;
         float x[2][4] = {};
+#pragma unroll 2
         for (int level = 0; level < count; ++level) {
           uint32_t code[1];
           read_codes(codes(stage) + level * kCodes, token, code);
@@ -334,7 +343,7 @@ struct Fold {
           for (int c = 0; c < 8; ++c) x[c / 4][c % 4] += half_at(pairs[c / 4][c % 4 / 2], c % 2);
         }
         const float* cosines =
-            p.rotary + (quarter % 2 * kTokens + token) * 2 * half + 4 * t * of.groups + group;
+            p.rotary + (first_token % kVqBlock + token) * 2 * half + 4 * t * of.groups + group;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           float cosine = cosines[c * of.groups], sine = cosines[half + c * of.groups], first = x[0][c];
@@ -353,7 +362,12 @@ struct Fold {
       for (int side = 0; side < 2; ++side) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          add_products(scores[i], keys[side][part], query, side, kParts - part);
+          add_products(sums, keys[side][part], query, side, kParts - part);
+      }
+#pragma unroll
+      for (int j = 0; j < kTokens / 16 * kTiles * 4; ++j) {
+        int product = j / (kTiles * 4), tile = j / 4 % kTiles;
+        if (product == i) scores[product / kOfRun][product % kOfRun][tile][j % 4] += sums[tile][j % 4];
       }
     }
   }
@@ -365,11 +379,11 @@ struct Fold {
   }
   __device__ void write_partial(const Scores& scores) const {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < kTokens / 32; ++i) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int row = 8 * tile + 2 * t, four = quarter * kTokens / 4 + 2 * g + i;
-        const float (&x)[4] = scores[2 * i][tile], (&y)[4] = scores[2 * i + 1][tile];
+      for (int tile = 0; tile < kTiles; ++tile) {
+        int row = 8 * tile + 2 * t, four = (first_token + i / 2 * kRun) / 4 + 2 * g + i % 2;
+        const float (&x)[4] = scores[i / 2][i % 2 * 2][tile], (&y)[4] = scores[i / 2][i % 2 * 2 + 1][tile];
         partial(group, row, four) = make_float4(x[0], x[2], y[0], y[2]);
         partial(group, row + 1, four) = make_float4(x[1], x[3], y[1], y[3]);
       }
@@ -400,7 +414,7 @@ struct Fold {
           sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
         float sums[4] = {sum.x, sum.y, sum.z, sum.w},
-              factor = unit(p.rotary ? which : 0)[row] * (p.scale * kLog2E);
+              factor = unit(kTurned ? which : 0)[row] * (p.scale * kLog2E);
         uint2 keys = scales(0, which), values = scales(1, which);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -466,7 +480,7 @@ struct Fold {
       for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          const uint16_t* from = weights(part, 8 * tile + g) + quarter * kTokens + token;
+          const uint16_t* from = weights(part, 8 * tile + g) + first_token + token;
           uint2 weight = *reinterpret_cast<const uint2*>(from);
           if (t >= count) weight = {0, 0};
           multiply_add(values[0][tile], channels[0], weight.x, weight.y);
@@ -476,15 +490,15 @@ struct Fold {
     }
   }
 
-  __device__ float* result(int of_quarter, int row) const {
-    return reinterpret_cast<float*>(shared) + (of_quarter * kRows + row) * (p.head_dim + 4);
+  __device__ float* result(int of_slice, int row) const {
+    return reinterpret_cast<float*>(shared) + (of_slice * kRows + row) * (p.head_dim + 4);
   }
   __device__ void write_values(const Values& values) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float* to = result(quarter, 8 * tile + 2 * t + i) + group * kVqWidth + 4 * g;
+        float* to = result(slice, 8 * tile + 2 * t + i) + group * kVqWidth + 4 * g;
         const float (&x)[4] = values[0][tile], (&y)[4] = values[1][tile];
         *reinterpret_cast<float4*>(to) = make_float4(x[i], x[2 + i], y[i], y[2 + i]);
       }
@@ -494,7 +508,7 @@ struct Fold {
       float* state = Row(p, kv_head, first_row + row).state(p, b, of.chunks, chunk);
       for (int c = lane; c < p.head_dim; c += 32) {
         float sum = 0.0f;
-        for (int i = 0; i < kQuarters; ++i) sum += result(i, row)[c];
+        for (int i = 0; i < kSlices; ++i) sum += result(i, row)[c];
         state[c] = sum;
       }
     }
@@ -505,12 +519,13 @@ struct Fold {
     begin(0);
     if (of.buffers == 2) begin(1);
     lay_out_queries();
-    float scores[kTokens / 16][kTiles][4] = {}, values[2][kTiles][4] = {};
-    uint32_t query[kParts][kTiles][4];
+    Scores scores = {};
+    Values values = {};
+    Queries query;
     for (int stage = 0; stage < of.stages; ++stage) {
       await();
       if (stage == 0) read_queries(query);
-      p.rotary ? add_turned_scores(stage, query, scores) : add_scores(stage, query, scores);
+      kTurned ? add_turned_scores(stage, query, scores) : add_scores(stage, query, scores);
       __syncthreads();
       if (stage + 1 < of.stages) begin(stage + of.buffers);
     }
@@ -529,10 +544,10 @@ struct Fold {
   }
 };
 
-template <bool kSplit, int kTiles, bool kSmall>
-__global__ void __launch_bounds__(kTiles == 1 ? 1024 : 512)
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
+__global__ void __launch_bounds__(512, 1)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
-  Fold<kSplit, kTiles, kSmall>(p, sizes).run();
+  Fold<kSplit, kTiles, kRuns, kSmall, kTurned>(p, sizes).run();
 }
 
 // A block is a row; each of its warps takes every eighth chunk, and then their sums are added in order.
@@ -590,9 +605,10 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <bool kSplit, int kTiles, bool kSmall>
+template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
-  constexpr int kRows = 8 * kTiles;
+  using Block = Fold<kSplit, kTiles, kRuns, kSmall, kTurned>;
+  constexpr int kRows = Block::kRows;
   int d = static_cast<int>(p.head_dim), device, limit;
   Sizes of{};
   of.rows = static_cast<int>(p.nodes * (p.heads / p.kv_heads)), of.groups = d / kVqWidth;
@@ -600,15 +616,15 @@ cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t str
   of.stages = (of.depth + kLevels - 1) / kLevels;
   of.level_bytes = static_cast<int>(pyspec::vq_level_bytes(p.format));
   of.side_bytes = static_cast<int>(pyspec::vq_side_bytes(p.format, d));
-  int warps = of.groups * kQuarters, scores = of.groups * kRows * kChunk * 4;
-  int queries = (p.rotary ? 2 : 1) * d, weights = kWeights;
+  int warps = of.groups * Block::kSlices, scores = of.groups * kRows * kChunk * 4;
+  int queries = (kTurned ? 2 : 1) * d, weights = kWeights;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error != cudaSuccess) return error;
   for (of.buffers = 2; of.buffers > 0; --of.buffers) {
     of.codes = kSmall ? of.buffers * kStageWords : scores;
-    of.scales = of.codes + of.buffers * warps * kLevels * kCodes;
+    of.scales = of.codes + of.buffers * warps * kLevels * Block::kCodes;
     of.units = of.scales + 2 * kChunk * 2;
     of.queries = of.units + 2 * kRows * 4;
     of.bytes = of.queries + (1 + kSplit) * kRows * (queries > weights ? queries : weights) * 2;
@@ -616,19 +632,26 @@ cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t str
   }
   int sets = (of.rows + kRows - 1) / kRows;
   dim3 grid(chunks * sets, static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
-  return launch(fold<kSplit, kTiles, kSmall>, grid, warps * 32, of.bytes, stream, p, of);
+  return launch(fold<kSplit, kTiles, kRuns, kSmall, kTurned>, grid, warps * 32, of.bytes, stream, p, of);
+}
+
+template <bool kSplit, bool kSmall, bool kTurned>
+cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
+  if (p.head_dim > 128) return launch_fold<kSplit, 1, 2, kSmall, kTurned>(p, chunks, stream);
+  if (p.nodes * (p.heads / p.kv_heads) > 8)
+    return launch_fold<kSplit, 2, 1, kSmall, kTurned>(p, chunks, stream);
+  return launch_fold<kSplit, 1, 1, kSmall, kTurned>(p, chunks, stream);
 }
 
 template <class Storage>
 cudaError_t attend(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
   constexpr bool kSplit = sizeof(Storage) == 4;
   if (chunks > 0) {
-    bool is_small = p.format.codes == 256,
-         is_wide = p.nodes * (p.heads / p.kv_heads) > 8 && p.head_dim <= 128;
-    auto* fold_rows = is_wide    ? is_small ? launch_fold<kSplit, 2, true> : launch_fold<kSplit, 2, false>
-                      : is_small ? launch_fold<kSplit, 1, true>
-                                 : launch_fold<kSplit, 1, false>;
-    cudaError_t error = fold_rows(p, chunks, stream);
+    auto* fold_all = p.format.codes == 256
+                         ? p.rotary ? launch_fold<kSplit, true, true> : launch_fold<kSplit, true, false>
+                     : p.rotary ? launch_fold<kSplit, false, true>
+                                : launch_fold<kSplit, false, false>;
+    cudaError_t error = fold_all(p, chunks, stream);
     if (error != cudaSuccess) return error;
   }
   dim3 grid(static_cast<unsigned>(p.batch * p.heads * p.nodes));
