@@ -1,11 +1,11 @@
 """row_statistics on the GPU: best tokens, log-sum-exp and entropy of a row of logits, in one pass over it.
 
-One program per row, a block of 2048 logits at a time. The largest logit so far, m, is one number; the sums of
-e^(x - m) and (x - m) e^(x - m) are kept in 2048 lanes and moved when m grows. The 8 best so far are a set in no
-order: while the best logit of the block beats the worst of the set, it takes its place, so most blocks cost one
-reduction. Bound by reading the logits.
-Row rule: a row is one program, and nothing about a row's place in memory is specialised on, so every row is summed
-by the same code in the same layout.
+Each group of 512 logits is one warp's, which keeps them in registers: its largest logit, m, and with it the sums of
+e^(x - m) and (x - m) e^(x - m). A second kernel, one program per row, adds the groups. The 8 best tokens lie in the 8
+groups with the largest logits (of equals the first): it reads those again and takes the best of them 8 times. Bound by
+reading the logits.
+Row rule: groups are cut at fixed places, and nothing about a row's place in memory is specialised on, so every row is
+summed by the same code in the same layout.
 """
 
 import torch
@@ -13,31 +13,64 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["OPTIONS", "row_statistics", "row_statistics_kernel"]
+__all__ = ["GROUP", "GROUP_OPTIONS", "OPTIONS", "group_kernel", "row_kernel", "row_statistics"]
 
 TOP = tl.constexpr(8)
-BLOCK = tl.constexpr(2048)  # logits
+GROUP = tl.constexpr(512)  # logits
 TOKENS = tl.constexpr(16)  # of those whose probability is wanted, at a time
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOWEST = tl.constexpr(-150.0)  # e^-150 is 0 in fp32, and so is -150 e^-150: -inf adds nothing
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+GROUP_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def take(best, logits, places, top_logits, top_tokens):
-    """Moves the best of a block, at its lowest place, into the set, for the worst there: of equals the last token."""
-    place = tl.min(tl.where(logits == best, places, 2147483647), 0)
-    worst = tl.min(top_logits, 0)
-    leaving = tl.max(tl.where(top_logits == worst, top_tokens, -1), 0)
-    top_logits = tl.where(top_tokens == leaving, best, top_logits)
-    top_tokens = tl.where(top_tokens == leaving, place, top_tokens)
-    return tl.where(places == place, float("-inf"), logits), top_logits, top_tokens
+def load_logits(logits, places, vocab):
+    return tl.load(logits + places, mask=places < vocab, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def not_nan(x):
+    """NaN is never among the best."""
+    return tl.where(x == x, x, float("-inf"))
+
+
+@triton.jit
+def take(x, places):
+    """The largest of x and the lowest place that it has, and what is left without it."""
+    best = tl.max(x, 0)
+    place = tl.min(tl.where(x == best, places, 2147483647), 0)
+    return best, place, tl.where(places == place, float("-inf"), x)
+
+
+@triton.jit(do_not_specialize=["vocab", "stride"], do_not_specialize_on_alignment=["logits"])
+def group_kernel(
+    logits,  # [rows, vocab]
+    group_best,  # [rows, groups], written
+    group_weight,  # [rows, groups], written
+    group_weighted,  # [rows, groups], written
+    vocab,
+    stride,  # elements from row to row of logits
+):
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    x = load_logits(logits + row * stride, group * GROUP + tl.arange(0, GROUP), vocab)
+    best = tl.max(not_nan(x), 0)
+    below = x - tl.minimum(tl.maximum(best, -LARGEST), LARGEST)  # +inf - LARGEST is +inf: only NaN makes NaN
+    below = tl.where(below < LOWEST, LOWEST, below)
+    weight = tl.exp(below)
+    place = row * tl.num_programs(1) + group
+    tl.store(group_best + place, best)
+    tl.store(group_weight + place, tl.sum(weight, 0))
+    tl.store(group_weighted + place, tl.sum(below * weight, 0))
 
 
 @triton.jit(do_not_specialize=["vocab", "count", "stride"], do_not_specialize_on_alignment=["logits", "tokens"])
-def row_statistics_kernel(
+def row_kernel(
     # Pointers
     logits,  # [rows, vocab]
+    group_best,  # [rows, groups]
+    group_weight,  # [rows, groups]
+    group_weighted,  # [rows, groups]
     tokens,  # [rows, count] int64
     out_tokens,  # [rows, TOP] int64, written
     out_logits,  # [rows, TOP], written
@@ -48,47 +81,41 @@ def row_statistics_kernel(
     vocab,
     count,
     stride,  # elements from row to row of logits
+    # Constants
+    GROUPS: tl.constexpr,  # a power of two, at least the groups of a row
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    ranks = tl.arange(0, TOP)
-    top_logits = tl.full([TOP], float("-inf"), tl.float32)
-    top_tokens = vocab + ranks  # places that stand for none: told apart, and behind every token
-    shift = -LARGEST  # the largest logit so far, where that is finite
-    weights = tl.zeros([BLOCK], tl.float32)
-    weighted = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, vocab, BLOCK):
-        places = first + tl.arange(0, BLOCK)
-        x = tl.load(logits + places, mask=places < vocab, other=float("-inf")).to(tl.float32)
-        left = tl.where(x == x, x, float("-inf"))  # NaN is never among the best
-        best = tl.max(left, 0)
-        now = tl.minimum(tl.maximum(shift, best), LARGEST)  # +inf - LARGEST is +inf: only NaN makes NaN
-        change = tl.maximum(shift - now, LOWEST)
-        keep = tl.exp(change)
-        below = x - now
-        below = tl.where(below < LOWEST, LOWEST, below)
-        weight = tl.exp(below)
-        weighted = (weighted + change * weights) * keep + below * weight
-        weights = weights * keep + weight
-        shift = now
-        while best > tl.min(top_logits, 0):
-            left, top_logits, top_tokens = take(best, left, places, top_logits, top_tokens)
-            best = tl.max(left, 0)
+    groups = tl.cdiv(vocab, GROUP)
+    group, ranks = tl.arange(0, GROUPS), tl.arange(0, TOP)
+    place, used = row * groups + group, group < groups
+    best = tl.load(group_best + place, mask=used, other=float("-inf"))
+    weight = tl.load(group_weight + place, mask=used, other=0.0)
+    weighted = tl.load(group_weighted + place, mask=used, other=0.0)
+    largest = tl.minimum(tl.maximum(best, -LARGEST), LARGEST)
+    shift = tl.max(largest, 0)
+    change = tl.maximum(largest - shift, LOWEST)
+    keep = tl.exp(change)
+    total = tl.sum(keep * weight, 0)
+    weighted = tl.sum(keep * (weighted + change * weight), 0)
 
-    total = tl.sum(weights, 0)
     log_total = tl.log(total)
     log_sum_exp = shift + log_total
     total = tl.where(tl.abs(log_sum_exp) < float("inf"), total, float("nan"))  # no law otherwise
     tl.store(out_log_sum_exp + row, log_sum_exp)
-    tl.store(out_entropy + row, log_total - tl.sum(weighted, 0) / total)
+    tl.store(out_entropy + row, log_total - weighted / total)
 
+    candidates = tl.full([TOP], GROUPS, tl.int32)  # groups; GROUPS lies behind the vocabulary
     for rank in tl.static_range(TOP):
-        best = tl.max(top_logits, 0)
-        token = tl.min(tl.where(top_logits == best, top_tokens, 2147483647), 0)
-        tl.store(out_tokens + row * TOP + rank, tl.where(token < vocab, token, -1).to(tl.int64))
-        tl.store(out_logits + row * TOP + rank, best)
-        top_logits = tl.where(top_tokens == token, float("-inf"), top_logits)
-        top_tokens = tl.where(top_tokens == token, 2147483647, top_tokens)
+        logit, first, best = take(best, group)
+        first = tl.where(logit > float("-inf"), first, GROUPS)
+        candidates = tl.where(ranks == rank, first, candidates)
+    places = tl.reshape(candidates[:, None] * GROUP + tl.arange(0, GROUP)[None, :], [TOP * GROUP])
+    left = not_nan(load_logits(logits, places, vocab))
+    for rank in tl.static_range(TOP):
+        logit, token, left = take(left, places)
+        tl.store(out_tokens + row * TOP + rank, tl.where(logit > float("-inf"), token, -1).to(tl.int64))
+        tl.store(out_logits + row * TOP + rank, logit)
 
     for first in range(0, count, TOKENS):
         index = first + tl.arange(0, TOKENS)
@@ -100,7 +127,7 @@ def row_statistics_kernel(
 
 
 def row_statistics(logits, tokens):
-    """Launches the kernel; arguments and results of torch.ops.pyspec.row_statistics."""
+    """Launches the kernels; arguments and results of torch.ops.pyspec.row_statistics."""
     rows, vocab = logits.shape
     tokens = logits.new_empty((rows, 0), dtype=torch.int64) if tokens is None else tokens.contiguous()
     top_tokens = logits.new_empty((rows, TOP.value), dtype=torch.int64)
@@ -109,7 +136,12 @@ def row_statistics(logits, tokens):
     probabilities = logits.new_empty(tokens.shape, dtype=torch.float32)
     outputs = (top_tokens, top_logits, log_sum_exp, entropy, probabilities)
     if rows:
+        groups = triton.cdiv(vocab, GROUP.value)
+        sums = logits.new_empty((3, rows, groups), dtype=torch.float32)
         sizes = (vocab, tokens.shape[1], logits.stride(0))
         with torch.cuda.device_of(logits):
-            row_statistics_kernel[(rows,)](logits, tokens, *outputs, *sizes, **OPTIONS)
+            group_kernel[(rows, groups)](logits, *sums, vocab, logits.stride(0), **GROUP_OPTIONS)
+            row_kernel[(rows,)](
+                logits, *sums, tokens, *outputs, *sizes, GROUPS=triton.next_power_of_2(groups), **OPTIONS
+            )
     return outputs

@@ -41,8 +41,10 @@ def test_matches_the_reference(vocab, dtype):
 
 
 def test_ties_and_order():
-    rows = torch.stack([torch.zeros(4100), torch.arange(4100) // 3, -torch.arange(4100.0), torch.arange(4100) % 5])
-    check(rows.float())
+    places = torch.arange(4700)
+    rows = [torch.zeros(4700), places // 3, -places, places % 5]
+    rows += [places % 512 == 511, places * (places % 512 == 100)]  # one in each of 9 and 10 groups
+    check(torch.stack(rows).float())
 
 
 def test_rows_that_are_no_law_or_nearly_none():
