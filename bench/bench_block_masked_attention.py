@@ -7,11 +7,11 @@
 Prints tables and each target beside what was reached; writes bench/results/block_masked_attention_<device>.{json,png}.
 
 Masks: mask_patterns.py. Peers: torch's scaled_dot_product_attention with the dense mask and, unmasked, causal or full;
-FlexAttention compiled with its own block mask; a call for each document where documents are packed, and on a GPU
-flash-attn's call for them where it is installed. Kernel and mask building are timed apart. Variants: "base" reads the
-mask of every tile that has something, "dense run" not of the first run of full tiles in a row; those are the paper's.
-Ours lists all full tiles. The floor is the operations of visible pairs over the rate of a large matrix product, or the
-bytes of q, k, v and out over the read bandwidth.
+FlexAttention compiled with its own block mask; a call for each document where documents are packed; on a GPU flash-attn
+where it is installed and has the mask (causal, all ones, window, documents). Kernel and mask building are timed apart.
+Variants: "base" reads the mask of every tile that has something, "dense run" not of the first run of full tiles in a
+row; those are the paper's. Ours lists all full tiles. The floor is the operations of visible pairs over the rate of a
+large matrix product, or the bytes of q, k, v and out over the read bandwidth.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import measure
 import pytest
 import torch
 from mask_figure import draw
-from mask_patterns import PATTERNS, as_variant, builder, document_length, predicate, random_tiles
+from mask_patterns import PATTERNS, as_variant, builder, document_length, predicate, random_tiles, window_of
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import BlockMask
+from pyspec.models import flash_attn
 from pyspec.ops import block_masked_attention
 
 HEAD_DIM = 64
@@ -128,21 +129,19 @@ class Problem:
             calls["a call a document"] = lambda: torch.cat(
                 [scaled_dot_product_attention(*one, is_causal=True) for one in zip(*parts, strict=True)], 2
             )
-            calls |= self.flash_attn()
-        return calls
+        return calls | self.flash_attn()
 
     def flash_attn(self) -> dict[str, Callable]:
-        """flash-attn's kernel for packed documents, on a GPU where it is installed."""
-        try:
-            from flash_attn import flash_attn_varlen_func
-        except ImportError:
+        """flash-attn under a mask that it has, where it can run."""
+        q, k, v = self.q, self.k, self.v
+        if flash_attn.why_not(self.dtype, q.device) is not None:
             return {}
-        if self.device != "cuda" or self.dtype == torch.float32:
+        if self.pattern == "documents":
+            return {"flash-attn": flash_attn.documents(q, k, v, document_length(self.size))}
+        masks = {"causal": {}, "all ones": {"causal": False}, "window": {"window": window_of(self.size)}}
+        if self.pattern not in masks:
             return {}
-        length = document_length(self.size)
-        q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (self.q, self.k, self.v))
-        starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=self.device)
-        return {"flash-attn": lambda: flash_attn_varlen_func(q, k, v, starts, starts, length, length, causal=True)}
+        return {"flash-attn": lambda: flash_attn.attention(q, k, v, **masks[self.pattern])}
 
     def flex(self) -> tuple[Callable, Callable]:
         """FlexAttention compiled for this problem, and how it builds its mask, compiled too."""

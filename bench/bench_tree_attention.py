@@ -4,8 +4,9 @@
     pytest bench --benchmark-only                   the kernels alone, to compare before and after a change
 
 Peers: torch's scaled_dot_product_attention with the dense mask (boolean, and already turned into a float bias, which
-is its faster form) and FlexAttention compiled with its own block mask. The floor is the larger of the bytes of K and V
-over the measured read bandwidth and the operations over the measured rate of a large matrix product.
+is its faster form) and FlexAttention compiled with its own block mask. On a GPU also flash-attn where it is installed,
+which takes no mask of a tree: it is given a chain of as many nodes, which one node is. The floor is the larger of the
+bytes of K and V over the measured read bandwidth and the operations over the measured rate of a large matrix product.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import DraftTree
+from pyspec.models import flash_attn
 from pyspec.ops import tree_attention
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -110,6 +112,8 @@ def run(device: str, with_flex: bool, dtypes=(torch.bfloat16, torch.float32)) ->
                 "sdpa": lambda p: p.sdpa(p.mask),
                 "sdpa, float mask": lambda p: p.sdpa(p.bias),
             }
+            if flash_attn.why_not(dtype, problem.q.device) is None:
+                calls["flash-attn, a chain"] = lambda p: flash_attn.attention(p.q, p.k, p.v)
             if with_flex:
                 try:
                     calls["flex"] = problem.flex()

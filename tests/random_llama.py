@@ -10,7 +10,9 @@ from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights
 VOCABULARY = 97
 
 
-def random_llama(device="cpu", dtype=torch.float32, *, windows=(None, None), biases=False, context=3000) -> LlamaRunner:
+def random_llama(
+    device="cpu", dtype=torch.float32, *, windows=(None, None), biases=False, context=3000, **options
+) -> LlamaRunner:
     """A runner of 2 layers, 4 query heads on 2 key heads; the same weights on every device."""
     config = LlamaConfig(
         architecture="llama",
@@ -36,7 +38,7 @@ def random_llama(device="cpu", dtype=torch.float32, *, windows=(None, None), bia
         mean = 1.0 if tensor.dim() == 1 else 0.0
         tensor.copy_(torch.normal(mean, 0.2, tensor.shape, generator=generator))
     weights.pack(dtype)
-    return LlamaRunner(config, weights)
+    return LlamaRunner(config, weights, **options)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -31,7 +31,7 @@ def model(monkeypatch):
     runner = FakeRunner()
     runner.loads = []
 
-    def load(source, *, dtype=None, progress=None):
+    def load(source, *, dtype=None, prompt_attention="pyspec", progress=None):
         runner.loads.append((source, dtype))
         progress(1, 2)
         progress(2, 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from pyspec import ops
 from pyspec.caches import CACHES
 from pyspec.masks import BlockMask
+from pyspec.models import flash_attn
 from pyspec.ops.gear import BLOCK, HALF, TreeRows, attend_tree, blocks_seen, join_exact
 from pyspec.ops.residual_vq import WIDTH, attend_codes
 from pyspec.trees import DraftTree
@@ -108,6 +110,11 @@ def _nbytes(*tensors: Tensor) -> int:
 # ==== attention ====
 
 
+def _flash_attn(name: str, q: Tensor, make: Callable[[], Callable]) -> dict[str, Callable]:
+    """The call of flash-attn that make gives, as a peer; none where flash-attn cannot run."""
+    return {name: make()} if flash_attn.why_not(q.dtype, q.device) is None else {}
+
+
 def _tree_attention(a: Attention, device: str) -> Problem:
     random = _Random(device)
     q = random(1, a.heads, TREE, a.head_dim, dtype=torch.bfloat16)
@@ -120,7 +127,9 @@ def _tree_attention(a: Attention, device: str) -> Problem:
         bytes=_nbytes(q, k, v, q),
         operations=4 * a.heads * int(mask.sum()) * a.head_dim,
         tolerance=2e-2,
-        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)},
+        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)}
+        # which takes no mask of a tree
+        | _flash_attn("flash-attn, a chain", q, lambda: partial(flash_attn.attention, q, k, v)),
         dtype=torch.bfloat16,
     )
 
@@ -136,7 +145,8 @@ def _block_masked_attention(a: Attention, device: str) -> Problem:
         bytes=_nbytes(q, k, v, q),
         operations=4 * a.heads * int(dense.sum()) * a.head_dim,
         tolerance=2e-2,
-        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)},
+        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)}
+        | _flash_attn("flash-attn", q, lambda: flash_attn.documents(q, k, v, PROMPT // DOCUMENTS)),
         dtype=torch.bfloat16,
     )
 
@@ -152,12 +162,14 @@ def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callabl
     bits = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
     lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
     rows = TreeRows.of(bits, lens, HALF)  # once a round, for all layers
+    seen = [x[:, :, : CONTEXT + 1] for x in (k, v)]
     return Problem(
         lambda: attend(q, packed, *tail, rows),
         bytes=_nbytes(q, packed, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
         operations=operations,
         tolerance=2e-2,
-        peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)},
+        peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)}
+        | _flash_attn("dense flash-attn", q, lambda: partial(flash_attn.attention, q, *seen)),
         dtype=torch.bfloat16,
     )
 

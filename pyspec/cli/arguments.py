@@ -8,6 +8,7 @@ from pyspec.cli.shared import DTYPES
 
 ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
+PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +16,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", default="demo", help="demo, a GGUF file, a Hugging Face folder or a hub id; default: demo"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the model's own")
+    parser.add_argument(
+        "--prompt-attention",
+        choices=PROMPT_ATTENTION,
+        default="pyspec",
+        help="what reads prompts; flash-attn is for long ones on a GPU, see docs/runner.md; default: pyspec",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
@@ -48,6 +55,10 @@ def generation_settings(arguments: argparse.Namespace) -> dict:
     from pyspec.acceptance.sampling import Sampler
     from pyspec.generate import check_limits
 
+    if arguments.cache != "dense" and arguments.prompt_attention != "pyspec":
+        raise ValueError(
+            f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
+        )
     check_limits(arguments.budget, arguments.max_new_tokens)
     Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
     names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")

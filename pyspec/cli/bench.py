@@ -132,6 +132,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     rows = [_bench_row(name, runs[name], runs["plain"]) for name in runs]
     if arguments.json:
         report = {"model": arguments.model, "dtype": str(model.dtype).removeprefix("torch."), **settings}
+        report |= {"prompt_attention": arguments.prompt_attention}
         report |= {"drafters": rows, "prompts": [_bench_prompt(i, prompts, runs) for i in range(len(prompts))]}
         print_json(report)
         return 0

@@ -149,6 +149,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
         "budget": arguments.budget,
         "acceptance": arguments.acceptance,
         "cache": arguments.cache,
+        "prompt_attention": arguments.prompt_attention,
         "prompt_tokens": len(tokens),
         "tokens": result.tokens,
         "text": result.text,

@@ -12,6 +12,7 @@ from pyspec.cli.shared import load_model, make_console, new_table, print_json, v
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
+    "flash": ("flash_attn",),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "accelerate", "llama_cpp"),
     "train": ("transformers", "tokenizers", "safetensors", "rich", "matplotlib"),
     "test": ("pytest", "xdist", "hypothesis", "pytest_benchmark"),
@@ -63,6 +64,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "ops": backends(),
         "extras": {name: _missing_modules(modules) or "installed" for name, modules in EXTRAS.items()},
+        "prompt_attention": _prompt_attention(),
         "demo_model": _demo_model(),
     }
     if arguments.json:
@@ -88,6 +90,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "extras",
         [(name, found if found == "installed" else f"missing {found}") for name, found in report["extras"].items()],
     )
+    _section("prompts are read by", report["prompt_attention"].items())
     _section("models", [("demo", report["demo_model"])])
     return 0
 
@@ -139,6 +142,19 @@ def _section(title: str, rows) -> None:
 
 def _missing_modules(modules: Sequence[str]) -> str:
     return ", ".join(module for module in modules if util.find_spec(module) is None)
+
+
+def _prompt_attention() -> dict[str, str]:
+    import torch
+
+    from pyspec.models.flash_attn import why_not
+
+    reason = why_not(torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return {
+        "pyspec": "by default: a text has the same cache as a prompt and as an answer",
+        "flash-attn": "by request: speculation stays exact, but a text has one cache as a prompt, another as an answer"
+        + ("" if reason is None else f"; not here: it {reason}"),
+    }
 
 
 def _demo_model() -> str:

@@ -59,16 +59,17 @@ def set_threads(arguments: argparse.Namespace) -> None:
 
 
 def load_model(arguments: argparse.Namespace, console, source: str | None = None):
-    """Loads the model, or another source, with a progress bar where that takes long."""
+    """Loads the model as the arguments say, or a draft model, with a progress bar where that takes long."""
     import torch
 
     import pyspec
 
     set_threads(arguments)
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
+    prompt_attention = arguments.prompt_attention if source is None else "pyspec"
     source = arguments.model if source is None else source
     with progress_of(console, f"loading {source}") as progress:
-        model = pyspec.load(source, dtype=dtype, progress=progress)
+        model = pyspec.load(source, dtype=dtype, prompt_attention=prompt_attention, progress=progress)
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model

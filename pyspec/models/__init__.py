@@ -69,6 +69,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    prompt_attention: str = "pyspec",
     progress: Callable[[int, int], None] | None = None,
 ) -> Runner:
     """Loads a model for generation.
@@ -80,6 +81,9 @@ def load(
         dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
             int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
+        prompt_attention: what reads prompts. "pyspec" gives a token the same bits in a prompt as in an answer.
+            "flash-attn", the package, is made for long prompts: speculation stays exact, but a text then has one cache
+            as a prompt and another as an answer. The Llama family on a GPU in fp16 or bf16, with dense caches.
         progress: called with (tensors read, all tensors).
 
     Returns:
@@ -88,13 +92,14 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
-        ValueError: a file is truncated or corrupt, tensors are missing, or the architecture is not supported.
+        ValueError: a file is truncated or corrupt, tensors are missing, the architecture is not supported, or
+            prompt_attention cannot run here.
         ImportError: a package that the format needs is not installed.
     """
     from pyspec.models.loading import load as load_source
 
     with as_stored():
-        return load_source(source, dtype=dtype, device=device, progress=progress)
+        return load_source(source, dtype=dtype, device=device, prompt_attention=prompt_attention, progress=progress)
 
 
 def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
+from pyspec.models import flash_attn
 from pyspec.models._checks import check_prompts, check_trees
 from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
@@ -29,6 +30,7 @@ from pyspec.trees import DraftTree
 __all__ = ["LlamaConfig", "LlamaRunner", "LlamaWeights"]
 
 PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
+FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
 
 class LlamaRunner(NativeRunner):
@@ -43,6 +45,11 @@ class LlamaRunner(NativeRunner):
         tokenizer: a pyspec.models.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
         dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        prompt_attention: see pyspec.load. With "flash-attn" prompts do not have the bits of decoding them, but still
+            the same ones beside any others.
+
+    Raises:
+        ValueError: prompt_attention cannot run here.
     """
 
     takes_packed_cache = True
@@ -54,8 +61,11 @@ class LlamaRunner(NativeRunner):
         tokenizer=None,
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
+        prompt_attention: str = "pyspec",
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
+        flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
+        self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
         self._cos_sin = rope_table(self._frequencies, 0, self.device)
         self._windows = [window or 0 for window in config.windows]
@@ -95,7 +105,7 @@ class LlamaRunner(NativeRunner):
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
         Prompts are read packed, some hundred tokens a call, and what two of them begin with is read once: every
-        prompt has the bits that it has alone.
+        prompt has the bits that it has alone. flash-attn reads each by itself and whole, to the same end.
 
         Args:
             tokens: B prompts, none empty nor longer than the context.
@@ -113,12 +123,17 @@ class LlamaRunner(NativeRunner):
             self._check_packs(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
         rows = PREFILL_CHUNK if cache is None else min(PREFILL_CHUNK, cache.largest_tree)
-        plan = PromptPlan(tokens, share=cache is None)  # of a packed prefix the exact last tokens would be missing
+        by_flash = self.prompt_attention == "flash-attn"
+        # of a packed prefix the exact last tokens would be missing, and flash-attn has other bits in other chunks
+        plan = PromptPlan(tokens, share=cache is None and not by_flash)
         cache = self._empty_cache(len(tokens), capacity, cache)
         if self._steps is not None:
             rows = STATIC_CHUNK
+        if by_flash:
+            rows = FLASH_CHUNK
+        at_once = 1 if self._is_static or by_flash else len(tokens)
         last_logits: dict[int, Tensor] = {}
-        while pieces := plan.next_pieces(cache.lengths, rows, 1 if self._is_static else len(tokens)):
+        while pieces := plan.next_pieces(cache.lengths, rows, at_once):
             for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
                 if observe is not None:
                     logits = self._logits(hidden)
@@ -199,6 +214,8 @@ class LlamaRunner(NativeRunner):
 
     def _check_packs(self, cache: PackedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
+        if self.prompt_attention != "pyspec":
+            raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a packed one")
         config = self.config
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         for layer, window in enumerate(self.config.windows):
@@ -235,7 +252,10 @@ class LlamaRunner(NativeRunner):
         return cache
 
     def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
-        """[n, hidden] of each sequence's next piece of its prompt; shapes that are static allow one."""
+        """[n, hidden] of each sequence's next piece of its prompt; shapes that are static, or flash-attn, allow one."""
+        if self.prompt_attention == "flash-attn":
+            ((sequence, chain),) = pieces.items()
+            return [self._read_by_flash(chain, sequence, cache)]
         if self._steps is not None:
             ((sequence, chain),) = pieces.items()
             if len(cache.lengths) == 1:
@@ -243,6 +263,18 @@ class LlamaRunner(NativeRunner):
             return [self._steps.alone(self._step, chain, sequence)]
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])
+
+    def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
+        """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
+        length = cache.lengths[sequence]
+        places = torch.arange(length, length + len(chain), dtype=torch.int32, device=self.device)
+        of_sequence = cache.keys_values[:, :, sequence : sequence + 1, :, : length + len(chain)]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            window = self._windows[layer] or None
+            return flash_attn.attention(q.transpose(0, 1)[None], k, v, window=window)[0].transpose(0, 1)
+
+        return self._by_ops(chain.tokens, places, torch.zeros_like(places), places, of_sequence, attend)
 
     def _forward(
         self,

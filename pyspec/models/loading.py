@@ -13,6 +13,7 @@ import torch
 from pyspec.models._weights import NativeWeights
 from pyspec.models.bamba import BambaConfig, BambaRunner, BambaWeights
 from pyspec.models.fingerprint import WeightSample
+from pyspec.models.flash_attn import check_prompt_attention
 from pyspec.models.llama import LlamaRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, Unsupported
 from pyspec.models.mamba import MambaConfig, MambaRunner
@@ -39,6 +40,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    prompt_attention: str = "pyspec",
     progress: Progress | None = None,
 ):
     """pyspec.load."""
@@ -46,10 +48,11 @@ def load(
     dtype = dtype or _default_dtype(device)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
         raise ValueError(f"dtype must be float32, float16, bfloat16 or int8, got {dtype}")
+    check_prompt_attention(prompt_attention, torch.bfloat16 if dtype == torch.int8 else dtype, device)
     path = _resolve(source)
     if path.is_dir():
-        return _load_folder(path, dtype, device, progress)
-    return _load_gguf(path, dtype, device, progress)
+        return _load_folder(path, dtype, device, prompt_attention, progress)
+    return _load_gguf(path, dtype, device, prompt_attention, progress)
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -114,7 +117,9 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None) -> LlamaRunner:
+def _load_gguf(
+    path: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress: Progress | None
+) -> LlamaRunner:
     from pyspec.models.gguf import GGUFFile
     from pyspec.models.gguf_models import GGUFCheckpoint, llama_config
     from pyspec.models.tokenizer import Tokenizer
@@ -125,10 +130,13 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, progress: P
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
     weights = _read_weights(GGUFCheckpoint(file, config), config, path, dtype, device, progress)
-    return LlamaRunner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else ())
+    ends = tokenizer.eos_tokens if tokenizer else ()
+    return LlamaRunner(config, weights, tokenizer, ends, prompt_attention=prompt_attention)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None):
+def _load_folder(
+    folder: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress: Progress | None
+):
     from pyspec.models.configurations import native_config
     from pyspec.models.huggingface import read_checkpoint, read_description
     from pyspec.models.tokenizer import Tokenizer
@@ -141,13 +149,21 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, progres
 
         if dtype == torch.int8:
             raise ValueError(f"dtype int8 needs a model of the Llama, Mamba or Bamba family: {reason}") from None
+        if prompt_attention != "pyspec":
+            raise ValueError(
+                f"prompt_attention {prompt_attention} needs a model of the Llama family: {reason}"
+            ) from None
         return load_folder(folder, description, dtype, device, str(reason))
+    if prompt_attention != "pyspec" and not isinstance(config, LlamaConfig):
+        family = config.architecture
+        raise ValueError(f"prompt_attention {prompt_attention} needs a model of the Llama family, got {family}")
+    options = {"prompt_attention": prompt_attention} if isinstance(config, LlamaConfig) else {}
     tokenizer = Tokenizer.from_folder(folder)
     ends = eos_tokens(folder, tokenizer)
     checkpoint = read_checkpoint(folder)
     config = _tied_as_stored(checkpoint, config)
     weights = _read_weights(checkpoint, config, folder, dtype, device, progress)
-    return NATIVE[type(config)][1](config, weights, tokenizer, ends)
+    return NATIVE[type(config)][1](config, weights, tokenizer, ends, **options)
 
 
 def native_config_of(model) -> LlamaConfig | MambaConfig | Mamba2Config | BambaConfig:
