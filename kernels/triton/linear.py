@@ -13,6 +13,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["INT8_OPTIONS", "OPTIONS", "float_kernel", "int8_kernel", "linear", "split", "sum_kernel", "tile_of"]
 
@@ -60,7 +61,9 @@ def float_kernel(
     INPUTS: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     within = tl.arange(0, INPUTS)
@@ -109,7 +112,9 @@ def int8_kernel(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,  # LANES * GROUP
     IS_WHOLE: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     lane, within = tl.arange(0, LANES), tl.arange(0, GROUP)
@@ -142,7 +147,9 @@ def sum_kernel(
     size,
     outputs,
     SPLITS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     place = tl.program_id(0) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
     used = place < size
     total = tl.load(sums + place, mask=used, other=0.0)
@@ -192,6 +199,7 @@ def linear(x, weight, bias, outputs, out_dtype):
         upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
         kernel, constants, options = float_kernel, {**tile, "UPCAST": upcast}, OPTIONS
         weights, strides = (weight,), ()
+    early = launch_options(x.device)
     if splits > 1:
         sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -200,8 +208,8 @@ def linear(x, weight, bias, outputs, out_dtype):
             numbers = (len(some), outputs, inputs, split_tiles, x.stride(0), *strides)
             ends = (bias, result) if splits == 1 else (None, sums)
             grid = (triton.cdiv(len(some), tile["ROWS"]), triton.cdiv(outputs, tile["OUTPUTS"]), splits)
-            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options)
+            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options, **early)
             if splits > 1:
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
-                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS)
+                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out
