@@ -1,8 +1,9 @@
 """What the small kernels of a layer share: their programs get onto the GPU before the kernel in front of them ends.
 
 Programmatic dependent launch, of GPUs since Hopper: a layer is a dozen kernels of a few microseconds, and starting one
-takes as long as some of them run. A kernel that is launched so begins with `wait_for_earlier`, before it reads or
-writes anything; what comes behind it and knows nothing of this waits for its end as ever.
+takes as long as some of them run. A kernel that is launched so calls `wait_for_earlier` before it writes, or reads
+what others write: before that it may ask for weights. What comes behind it and knows nothing of this waits for its end
+as ever.
 """
 
 import functools
@@ -17,10 +18,13 @@ __all__ = ["launch_options", "wait_for_earlier"]
 
 @triton.jit
 def wait_for_earlier(IS_EARLY: tl.constexpr):
-    """Until all kernels in front are finished and what they wrote can be read; then lets the next one's programs in."""
+    """Lets the next kernel's programs in, then waits until those in front are finished and what they wrote can be read.
+
+    Nobody overtakes: the next kernel waits for the end of this one, which comes after that of those in front.
+    """
     if IS_EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @functools.cache

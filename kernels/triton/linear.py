@@ -2,7 +2,8 @@
 
 One program per (block of rows of x, block of outputs, split of the inputs). Its sums stay in registers; tiles of the
 weight and of x are streamed past them through shared memory. A second kernel adds the splits in order, then the bias.
-Bound by reading the weight; splits put enough programs in flight for that where there are few outputs.
+Bound by reading the weight; splits put enough programs in flight for that where there are few outputs. Programs ask
+for the first of it while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
 int8: group g of 32 inputs is an exact integer product times both scales, summed in order of g by lane g % 4 of a
@@ -20,6 +21,7 @@ __all__ = ["INT8_OPTIONS", "OPTIONS", "float_kernel", "int8_kernel", "linear", "
 GROUP = tl.constexpr(32)  # inputs that share a scale
 LANES = tl.constexpr(4)  # groups of an int8 tile, each the work of two warps, or of one
 STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs of floats, two of int8, fit a multiprocessor
+LINES = tl.constexpr(4)  # of 128 bytes
 SUM_BLOCK = tl.constexpr(256)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
 # Outputs of all programs together: four programs of floats, or two of int8, on each multiprocessor of a large GPU.
@@ -30,6 +32,17 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Before 3.9, Triton has each of two warps do all the work of their lane.
 SHARES_LANES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 INT8_OPTIONS = {**OPTIONS, "num_warps": 8 if SHARES_LANES else 4}
+
+
+@triton.jit
+def prefetch(weight, stride, column, outputs, first, inputs, IS_EARLY: tl.constexpr):
+    """Has the first LINES lines of a program's rows of the weight brought into the L2 cache, while others finish."""
+    if IS_EARLY:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        k = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
+        places = (weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * stride + k[None, :]).to(tl.int64)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -63,7 +76,6 @@ def float_kernel(
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     within = tl.arange(0, INPUTS)
@@ -72,6 +84,8 @@ def float_kernel(
     row_used, column_used = (row < rows)[:, None], (column < outputs)[:, None]
     first_tile = tl.program_id(2) * split_tiles
     end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(inputs, INPUTS))
+    prefetch(weight, inputs, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    wait_for_earlier(IS_EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
         k = tile * INPUTS + within
@@ -114,7 +128,6 @@ def int8_kernel(
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     lane, within = tl.arange(0, LANES), tl.arange(0, GROUP)
@@ -125,6 +138,8 @@ def int8_kernel(
     groups = tl.cdiv(inputs, GROUP)
     first_tile = tl.program_id(2) * split_tiles
     end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(groups, LANES))
+    prefetch(weight, stride_weight * 16, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    wait_for_earlier(IS_EARLY)
     sums = tl.zeros([LANES, OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
         group = tile * LANES + lane
