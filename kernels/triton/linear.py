@@ -2,7 +2,8 @@
 
 One program per (block of rows of x, block of outputs, split of the inputs). Its sums stay in registers; tiles of the
 weight and of x are streamed past them through shared memory. A second kernel adds the splits in order, then the bias.
-Bound by reading the weight; splits put enough programs in flight for that where there are few outputs.
+Bound by reading the weight; splits put enough programs in flight for that where there are few outputs. Programs ask
+for the first of it while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
 int8: group g of 32 inputs is an exact integer product times both scales, summed in order of g by lane g % 4 of a
@@ -13,12 +14,14 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["INT8_OPTIONS", "OPTIONS", "float_kernel", "int8_kernel", "linear", "split", "sum_kernel", "tile_of"]
 
 GROUP = tl.constexpr(32)  # inputs that share a scale
 LANES = tl.constexpr(4)  # groups of an int8 tile, each the work of two warps, or of one
 STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs of floats, two of int8, fit a multiprocessor
+LINES = tl.constexpr(4)  # of 128 bytes
 SUM_BLOCK = tl.constexpr(256)
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
 # Outputs of all programs together: four programs of floats, or two of int8, on each multiprocessor of a large GPU.
@@ -29,6 +32,17 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 # Before 3.9, Triton has each of two warps do all the work of their lane.
 SHARES_LANES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 INT8_OPTIONS = {**OPTIONS, "num_warps": 8 if SHARES_LANES else 4}
+
+
+@triton.jit
+def prefetch(weight, stride, column, outputs, first, inputs, IS_EARLY: tl.constexpr):
+    """Has the first LINES lines of a program's rows of the weight brought into the L2 cache, while others finish."""
+    if IS_EARLY:
+        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
+        k = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
+        places = (weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * stride + k[None, :]).to(tl.int64)
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -60,6 +74,7 @@ def float_kernel(
     INPUTS: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -69,6 +84,8 @@ def float_kernel(
     row_used, column_used = (row < rows)[:, None], (column < outputs)[:, None]
     first_tile = tl.program_id(2) * split_tiles
     end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(inputs, INPUTS))
+    prefetch(weight, inputs, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    wait_for_earlier(IS_EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
         k = tile * INPUTS + within
@@ -109,6 +126,7 @@ def int8_kernel(
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,  # LANES * GROUP
     IS_WHOLE: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -120,6 +138,8 @@ def int8_kernel(
     groups = tl.cdiv(inputs, GROUP)
     first_tile = tl.program_id(2) * split_tiles
     end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(groups, LANES))
+    prefetch(weight, stride_weight * 16, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    wait_for_earlier(IS_EARLY)
     sums = tl.zeros([LANES, OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
         group = tile * LANES + lane
@@ -142,7 +162,9 @@ def sum_kernel(
     size,
     outputs,
     SPLITS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     place = tl.program_id(0) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
     used = place < size
     total = tl.load(sums + place, mask=used, other=0.0)
@@ -192,6 +214,7 @@ def linear(x, weight, bias, outputs, out_dtype):
         upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
         kernel, constants, options = float_kernel, {**tile, "UPCAST": upcast}, OPTIONS
         weights, strides = (weight,), ()
+    early = launch_options(x.device)
     if splits > 1:
         sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -200,8 +223,8 @@ def linear(x, weight, bias, outputs, out_dtype):
             numbers = (len(some), outputs, inputs, split_tiles, x.stride(0), *strides)
             ends = (bias, result) if splits == 1 else (None, sums)
             grid = (triton.cdiv(len(some), tile["ROWS"]), triton.cdiv(outputs, tile["OUTPUTS"]), splits)
-            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options)
+            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options, **early)
             if splits > 1:
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
-                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS)
+                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out

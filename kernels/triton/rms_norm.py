@@ -9,6 +9,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["compile_options", "rms_norm", "rms_norm_kernel"]
 
@@ -26,7 +27,9 @@ def rms_norm_kernel(
     epsilon,
     # Constants
     BLOCK: tl.constexpr,  # a power of two, at least size
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0)
     start = row.to(tl.int64) * size
     column = tl.arange(0, BLOCK)
@@ -53,8 +56,9 @@ def rms_norm(hidden, delta, weight, epsilon, out_dtype):
     if out.numel():
         delta = None if delta is None else delta.contiguous()
         block = triton.next_power_of_2(size)
+        options = {**compile_options(block), **launch_options(hidden.device)}
         with torch.cuda.device_of(hidden):
             rms_norm_kernel[(rows,)](
-                hidden, delta, weight.contiguous(), out, size, groups, epsilon, BLOCK=block, **compile_options(block)
+                hidden, delta, weight.contiguous(), out, size, groups, epsilon, BLOCK=block, **options
             )
     return out

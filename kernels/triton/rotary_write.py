@@ -8,6 +8,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["OPTIONS", "rotary_write", "rotary_write_kernel"]
 
@@ -37,7 +38,9 @@ def rotary_write_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least half of HEAD_DIM
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     HALF: tl.constexpr = HEAD_DIM // 2
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK)
@@ -73,8 +76,9 @@ def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads)
         inputs = [tensor.contiguous() for tensor in (qkv, cos_sin, positions, sequences, slots)]
         strides = (*keys.stride()[:3], *values.stride()[:3])
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
+        constants["BLOCK"] = triton.next_power_of_2(head_dim // 2)
         with torch.cuda.device_of(qkv):
             rotary_write_kernel[(rows, heads + 2 * kv_heads)](
-                *inputs, q, keys, values, *strides, **constants, BLOCK=triton.next_power_of_2(head_dim // 2), **OPTIONS
+                *inputs, q, keys, values, *strides, **constants, **OPTIONS, **launch_options(qkv.device)
             )
     return q

@@ -7,6 +7,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["OPTIONS", "swiglu", "swiglu_kernel"]
 
@@ -19,7 +20,9 @@ def swiglu_kernel(
     gate_up,  # [rows, 2 * size]
     out,  # [rows, size], written
     size,
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     used = column < size
@@ -33,6 +36,7 @@ def swiglu(gate_up, out_dtype):
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, size), dtype=out_dtype)
     if out.numel():
+        grid = (rows, triton.cdiv(size, BLOCK.value))
         with torch.cuda.device_of(gate_up):
-            swiglu_kernel[(rows, triton.cdiv(size, BLOCK.value))](gate_up.contiguous(), out, size, **OPTIONS)
+            swiglu_kernel[grid](gate_up.contiguous(), out, size, **OPTIONS, **launch_options(gate_up.device))
     return out

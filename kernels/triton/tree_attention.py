@@ -18,6 +18,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
 
 __all__ = ["compile_options", "fold_kernel", "merge_kernel", "program_rows", "tree_attention"]
@@ -142,11 +143,13 @@ def fold_kernel(
     WORDS: tl.constexpr,
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Folds one chunk into the states of a block of rows, or what is one node's own into its heads' states."""
     HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS  # of a block
     NODES: tl.constexpr = ROWS // HEADS  # of a block
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    wait_for_earlier(IS_EARLY)
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(prefix_lens + batch)
     whole_tiles = prefix // TILE
@@ -272,8 +275,10 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Finishes one row: its own tile, then its chunks, 16 at a time from a multiple of 16 on."""
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0)
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     node, head = row // GROUP, kv_head * GROUP + row % GROUP
@@ -372,6 +377,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
+        **launch_options(q.device),
     }
     rows = program_rows(head_dim, q.dtype)
     block_heads = min(group, rows)

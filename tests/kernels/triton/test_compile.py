@@ -207,6 +207,14 @@ def test_merge_attention_compiles(dtype, tmp_path):
 
 # ==== linear ====
 
+
+def check_waits_first(compiled, architecture):
+    """A kernel whose programs are there early touches no memory before those in front of it are finished."""
+    ptx = compiled.asm["ptx"]
+    first = re.search(r"griddepcontrol\.wait|\b(?:ld|st)\.global|\bcp\.async", ptx)[0]
+    assert (first == "griddepcontrol.wait") == ("griddepcontrol.launch_dependents" in ptx) == (architecture >= 90)
+
+
 LINEAR = [linear.float_kernel, linear.int8_kernel]
 
 
@@ -214,6 +222,7 @@ def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True, 
     """As the launcher compiles it; aligned: inputs, outputs and strides of 16s."""
     is_int8 = kernel is linear.int8_kernel
     constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype, rows), "IS_WHOLE": is_whole}
+    constants |= {"IS_EARLY": architecture >= 90}
     constants |= {} if is_int8 else {"UPCAST": False}
     constants |= {} if is_whole else {"bias": None}
     types = {
@@ -244,6 +253,7 @@ def test_linear_fits_the_machine(kernel, dtype, architecture, tmp_path):
     used = resources(compiled, tmp_path)
     assert programs_at_a_time(compiled, used) >= 2 and used["STACK"] == used["LOCAL"] == 0
     assert compiled.metadata.shared <= SHARED_LIMIT
+    check_waits_first(compiled, architecture)
     ptx = compiled.asm["ptx"]
     assert "tf32" not in ptx and "cp.async" in ptx  # the weight is on its way while others are summed
     if kernel is linear.int8_kernel:
@@ -284,12 +294,14 @@ def test_sum_of_splits_compiles(tmp_path):
         "size": "i32",
         "outputs": "i32",
         "SPLITS": "constexpr",
+        "IS_EARLY": "constexpr",
     }
-    source = ASTSource(kernel, signature, {"SPLITS": linear.MOST_SPLITS})
     for architecture in ARCHITECTURES:
+        source = ASTSource(kernel, signature, {"SPLITS": linear.MOST_SPLITS, "IS_EARLY": architecture >= 90})
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 128 and used["STACK"] == 0
+        check_waits_first(compiled, architecture)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=str)
@@ -328,12 +340,14 @@ def test_the_small_ops_compile(kernel, tmp_path):
     types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
     types |= {name: "*fp32" for name in ("hidden", "delta", "weight", "qkv", "cos_sin", "gate_up")}
     types |= {"epsilon": "fp32"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     for architecture in ARCHITECTURES:
+        constants = {**constants, "IS_EARLY": architecture >= 90}
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0
+        check_waits_first(compiled, architecture)
 
 
 # ==== block_masked_attention ====
