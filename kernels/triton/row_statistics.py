@@ -12,6 +12,7 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = ["GROUP", "GROUP_OPTIONS", "OPTIONS", "group_kernel", "row_kernel", "row_statistics"]
 
@@ -51,7 +52,10 @@ def group_kernel(
     group_weighted,  # [rows, groups], written
     vocab,
     stride,  # elements from row to row of logits
+    # Constants
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     x = load_logits(logits + row * stride, group * GROUP + tl.arange(0, GROUP), vocab)
     best = tl.max(not_nan(x), 0)
@@ -83,7 +87,9 @@ def row_kernel(
     stride,  # elements from row to row of logits
     # Constants
     GROUPS: tl.constexpr,  # a power of two, at least the groups of a row
+    IS_EARLY: tl.constexpr,
 ):
+    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     groups = tl.cdiv(vocab, GROUP)
@@ -139,9 +145,9 @@ def row_statistics(logits, tokens):
         groups = triton.cdiv(vocab, GROUP.value)
         sums = logits.new_empty((3, rows, groups), dtype=torch.float32)
         sizes = (vocab, tokens.shape[1], logits.stride(0))
+        early = launch_options(logits.device)
+        constants = {"GROUPS": triton.next_power_of_2(groups), **early}
         with torch.cuda.device_of(logits):
-            group_kernel[(rows, groups)](logits, *sums, vocab, logits.stride(0), **GROUP_OPTIONS)
-            row_kernel[(rows,)](
-                logits, *sums, tokens, *outputs, *sizes, GROUPS=triton.next_power_of_2(groups), **OPTIONS
-            )
+            group_kernel[(rows, groups)](logits, *sums, vocab, logits.stride(0), **GROUP_OPTIONS, **early)
+            row_kernel[(rows,)](logits, *sums, tokens, *outputs, *sizes, **constants, **OPTIONS)
     return outputs

@@ -101,6 +101,7 @@ def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False
         "WORDS": (nodes + 31) // 32,
         "PAGE": 16 if is_paged else None,
         "UPCAST": False,
+        "IS_EARLY": architecture >= 90,
     }
     if not is_paged:
         constants["block_table"] = None
@@ -309,12 +310,12 @@ def test_sum_of_splits_compiles(tmp_path):
 def test_row_statistics_compiles(name, dtype, tmp_path):
     kernel = getattr(row_statistics, name)
     options = row_statistics.GROUP_OPTIONS if name == "group_kernel" else row_statistics.OPTIONS
-    constants = {"GROUPS": 512} if name == "row_kernel" else {}
+    constants = {"IS_EARLY": True, **({"GROUPS": 512} if name == "row_kernel" else {})}
     signature = dict.fromkeys(kernel.arg_names, "*fp32") | {"logits": ELEMENT[dtype]}
     signature |= {"tokens": "*i64", "out_tokens": "*i64", "vocab": "i32", "count": "i32", "stride": "i32"}
     signature = {each: "constexpr" if each in constants else signature[each] for each in kernel.arg_names}
     for architecture in ARCHITECTURES:
-        source = ASTSource(kernel, signature, constants)
+        source = ASTSource(kernel, signature, {**constants, "IS_EARLY": architecture >= 90})
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= (64 if name == "group_kernel" else 128)  # 32 groups on a multiprocessor at a time
