@@ -17,6 +17,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from pyspec.kernels.early_launch import launch_options
+
 MULTIPROCESSORS = 132  # an H100's
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 
@@ -69,8 +71,13 @@ class Driver:
 def launches(architecture: int = 90) -> Iterator[list[Launch]]:
     """The list to which every launch of a Triton kernel is added; CPU tensors say that they are on a GPU."""
     driver = Driver(architecture)
-    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, **driver.get_device_properties(None))
+    capability = {"major": architecture // 10, "minor": architecture % 10}
+    properties = SimpleNamespace(
+        multi_processor_count=MULTIPROCESSORS, **capability, **driver.get_device_properties(None)
+    )
     with contextlib.ExitStack() as stack:
+        launch_options.cache_clear()
+        stack.callback(launch_options.cache_clear)
         before = triton.runtime.driver._active
         stack.callback(triton.runtime.driver.set_active, before)
         triton.runtime.driver.set_active(driver)

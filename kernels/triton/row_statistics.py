@@ -19,6 +19,7 @@ __all__ = ["GROUP", "GROUP_OPTIONS", "OPTIONS", "group_kernel", "row_kernel", "r
 TOP = tl.constexpr(8)
 GROUP = tl.constexpr(512)  # logits
 TOKENS = tl.constexpr(16)  # of those whose probability is wanted, at a time
+SUMS = ["group_best", "group_weight", "group_weighted"]  # parts of one tensor
 LARGEST = tl.constexpr(3.4028234663852886e38)
 LOWEST = tl.constexpr(-150.0)  # e^-150 is 0 in fp32, and so is -150 e^-150: -inf adds nothing
 GROUP_OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
@@ -44,7 +45,7 @@ def take(x, places):
     return best, place, tl.where(places == place, float("-inf"), x)
 
 
-@triton.jit(do_not_specialize=["vocab", "stride"], do_not_specialize_on_alignment=["logits"])
+@triton.jit(do_not_specialize=["vocab", "stride"], do_not_specialize_on_alignment=["logits", *SUMS])
 def group_kernel(
     logits,  # [rows, vocab]
     group_best,  # [rows, groups], written
@@ -68,7 +69,7 @@ def group_kernel(
     tl.store(group_weighted + place, tl.sum(below * weight, 0))
 
 
-@triton.jit(do_not_specialize=["vocab", "count", "stride"], do_not_specialize_on_alignment=["logits", "tokens"])
+@triton.jit(do_not_specialize=["vocab", "count", "stride"], do_not_specialize_on_alignment=["logits", "tokens", *SUMS])
 def row_kernel(
     # Pointers
     logits,  # [rows, vocab]
