@@ -122,11 +122,11 @@ def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch_options)
 
 
-def check_fold(compiled, folder: Path, at_a_time=2):
+def check_fold(compiled, architecture, folder: Path, at_a_time=2):
     """Two programs at a time hide each other's waiting; the two loops over tiles spill nothing."""
     used = resources(compiled, folder)
     assert programs_at_a_time(compiled, used) >= at_a_time and used["LOCAL"] == 0
-    assert compiled.metadata.shared <= SHARED_LIMIT
+    assert compiled.metadata.shared <= {80: SHARED_LIMIT, 90: 227 * 1024 // 2, 100: 227 * 1024 // 2}[architecture]
     in_place, gathered, *_ = hot_loops(compiled, folder)
     assert not re.search(r"\b(STL|LDL)\b", in_place + gathered)
 
@@ -145,7 +145,7 @@ def check_fold(compiled, folder: Path, at_a_time=2):
 )
 def test_tree_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path):
     compiled = compile_tree(tree_attention.fold_kernel, architecture, dtype, head_dim)
-    check_fold(compiled, tmp_path, at_a_time=2 if head_dim <= 128 else 1)
+    check_fold(compiled, architecture, tmp_path, at_a_time=2 if head_dim <= 128 else 1)
     ptx = compiled.asm["ptx"]
     assert "tf32" not in ptx and "cp.async" in ptx  # the next tile is on its way while one is folded
     newest = 80 if head_dim > 128 else architecture  # 16 rows are too few for later tensor cores
@@ -155,11 +155,11 @@ def test_tree_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path
 
 
 def test_tree_attention_with_pages_and_options_fits(tmp_path):
-    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, 64, True, True), tmp_path)
+    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, 64, True, True), 90, tmp_path)
 
 
 def test_tree_attention_of_a_prompt_fits(tmp_path):
-    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, nodes=512), tmp_path)
+    check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, nodes=512), 90, tmp_path)
 
 
 @pytest.mark.parametrize(
