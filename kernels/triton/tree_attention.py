@@ -341,11 +341,8 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[
     """Options of fold_kernel and of merge_kernel. The number of nodes must never change them: the row rule."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     rows = program_rows(head_dim, dtype)
-    shared = 96 * 1024 - rows * row_bytes  # what every GPU since Ampere has, less the queries
-    tiles = max(
-        2, min(3, shared // (2 * TILE.value * row_bytes))
-    )  # of keys and values: one folded, others on their way
-    stages = 2 * tiles - 1 if is_paged else tiles  # the block table is read as far ahead of the keys
+    tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, on their way
+    stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
     fold = {"num_warps": 4 if rows == 64 else max(4, row_bytes // 64), "num_stages": stages}
     return {**fold, "enable_fp_fusion": False}, {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
