@@ -116,32 +116,30 @@ struct Fold {
   uint8_t* shared;
   int tid, warp, lane, g, t;      // the lane is 4 g + t
   int group, slice, first_token;  // of the warp
-  int kv_head, first_row, chunk;
-  int64_t b;
+  int first_row, chunk;
   int seen, most;  // blocks that row `lane` sees, and any row
 
   __device__ Fold(const VqAttentionParams& params, const Sizes& sizes)
       : p(params), of(sizes), shared(reinterpret_cast<uint8_t*>(dynamic_shared)) {
     tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     group = warp / kSlices, slice = warp % kSlices, first_token = slice * kTokens;
-    chunk = blockIdx.x % of.chunks, first_row = blockIdx.x / of.chunks * kRows, kv_head = blockIdx.y,
-    b = blockIdx.z;
+    chunk = blockIdx.x % of.chunks, first_row = blockIdx.x / of.chunks * kRows;
     bool is_row = lane < kRows && first_row + lane < of.rows;
-    seen = is_row ? Row(p, kv_head, first_row + lane).seen(p, b) : 0;
+    seen = is_row ? Row(p, blockIdx.y, first_row + lane).seen(p, blockIdx.z) : 0;
     most = __reduce_max_sync(kAll, seen);
   }
 
   // Records that no row sees may hold anything, or not be there: the last that is stands in for them.
   __device__ const uint8_t* record(int which) const {
     int64_t block = chunk * kChunkBlocks + which;
-    return p.packed + b * p.packed_strides[0] + kv_head * p.packed_strides[1] +
+    return p.packed + blockIdx.z * p.packed_strides[0] + blockIdx.y * p.packed_strides[1] +
            (block < most ? block : most - 1) * p.packed_strides[2];
   }
   __device__ uint8_t* buffer(int stage) const {
-    return shared + (kSmall ? stage % of.buffers * kStageWords : 0);
+    return shared + (kSmall ? (stage & (of.buffers - 1)) * kStageWords : 0);
   }
   __device__ uint8_t* codes(int stage) const {
-    return shared + of.codes + (stage % of.buffers * (blockDim.x / 32) + warp) * kLevels * kCodes;
+    return shared + of.codes + ((stage & (of.buffers - 1)) * (blockDim.x / 32) + warp) * kLevels * kCodes;
   }
   __device__ int first_level(int stage) const {
     return (stage < of.stages ? stage : stage - of.stages) * kLevels;
@@ -160,13 +158,16 @@ struct Fold {
     if (stage < 2 * of.stages) {
       bool is_values = stage >= of.stages;
       if constexpr (kSmall) {
-        const uint8_t* from = books(stage);
-        uint8_t* to = buffer(stage);
-        for (int i = tid; i < kStageWords / 16; i += blockDim.x) {
-          int level = is_values ? i / 2 % kLevels : i / (kBook / 16);
-          int at = is_values ? level * kBook + i / 8 * 32 + i % 2 * 16 : i * 16;
-          if (level < levels(stage)) pyspec::copy_later<16>(to + i * 16, from + at);
+        int threads = blockDim.x, end = levels(stage) * kBook, step = threads * 16;
+        const uint8_t* from = books(stage) + tid * 16;
+        if (is_values) {
+          int level = tid / 2 % kLevels;
+          from = books(stage) + level * kBook + tid / 8 * 32 + tid % 2 * 16;
+          end = level < levels(stage) ? kStageWords : 0, step = threads * 4;
         }
+#pragma unroll 4
+        for (int at = tid * 16; at < end; at += threads * 16, from += step)
+          pyspec::copy_later<16>(buffer(stage) + at, from);
       }
       int level = lane / 8, place = first_token % kVqBlock;
       if (level < levels(stage)) {
@@ -178,7 +179,7 @@ struct Fold {
           pyspec::copy_later<4>(to + kTokens + at,
                                 from + kVqBlock + at / kPlane * pyspec::kVqPlane + place / 8 + at % kPlane);
       }
-      if (stage == 0 && tid < 2 * kChunk / 2) {  // scales: [keys, values][token]
+      if (stage == 0 && tid < kChunk) {  // scales: [keys, values][token]
         const uint8_t* from = record(tid / (kVqBlock / 2) % 2) + tid / (kChunk / 2) * of.side_bytes;
         pyspec::copy_later<4>(shared + of.scales + tid * 4, from + tid % (kVqBlock / 2) * 4);
       }
@@ -231,8 +232,8 @@ struct Fold {
       int which = item / kRows, row = item % kRows;
       float x[4][2] = {}, largest = 0.0f;
       if (first_row + row < of.rows) {
-        Row at(p, kv_head, first_row + row);
-        int64_t start = b * p.q_strides[0] + at.head * p.q_strides[1] + at.node * p.q_strides[2];
+        Row at(p, blockIdx.y, first_row + row);
+        int64_t start = blockIdx.z * p.q_strides[0] + at.head * p.q_strides[1] + at.node * p.q_strides[2];
         int64_t block = min(chunk * kChunkBlocks + which, most - 1);
         const float* cosines = p.rotary + (kVqBlock + block) * p.head_dim;
 #pragma unroll
@@ -443,7 +444,8 @@ struct Fold {
       }
       total = across_warp<false>(total);
       if (lane == 0 && first_row + row < of.rows) {
-        float* state = Row(p, kv_head, first_row + row).state(p, b, of.chunks, chunk) + p.head_dim;
+        float* state =
+            Row(p, blockIdx.y, first_row + row).state(p, blockIdx.z, of.chunks, chunk) + p.head_dim;
         state[0] = largest, state[1] = total;
       }
     }
@@ -457,24 +459,25 @@ struct Fold {
   // Lane t has level t of four; where there is none, its weights are zero.
   __device__ void add_values(int stage, Values& values) const {
     int count = levels(stage), level = t < count ? t : count - 1;
-    const uint8_t* book =
-        kSmall ? buffer(stage) + g / 4 * 128 + level * 32 + g % 4 * 8 : books(stage) + level * kBook + g * 8;
-    constexpr int kStride = kSmall ? 4 * kWord : kWord;
+    const uint8_t* book = kSmall ? buffer(stage) : books(stage);
+    uint32_t place = kSmall ? g / 4 * 128 + level * 32 + g % 4 * 8 : level * kBook + g * 8;
     const uint8_t* slot = codes(stage) + level * kCodes;
 #pragma unroll 2
     for (int token = 0; token < kTokens; token += 4) {
-      uint32_t code[4], word[4][2];
-      read_codes(slot, token, code);
+      uint32_t code[4], word[4][2], channels[2][4];
+      if (kSmall) code[0] = *reinterpret_cast<const uint32_t*>(slot + token);
+      if (!kSmall) read_codes(slot, token, code);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint2 piece = read_word<uint2>(book + code[i] * kStride);
+      for (int i = 0; i < 4;
+           ++i) {  // 256 bytes from one code to the next: the code is the address' second byte
+        uint32_t at = kSmall ? __byte_perm(code[0], place, 0x5504 | i << 4) : code[i] * kWord + place;
+        uint2 piece = read_word<uint2>(book + at);
         word[i][0] = piece.x, word[i][1] = piece.y;
       }
-      uint32_t channels[2][4];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        uint32_t x = word[i % 4 / 2 * 2][i / 4], y = word[i % 4 / 2 * 2 + 1][i / 4];  // of two tokens
-        channels[i / 4][i % 4] = i % 2 ? x >> 16 | (y & 0xffff0000) : (x & 0xffff) | y << 16;
+      for (int i = 0; i < 8; ++i) {  // a channel of two tokens
+        const uint32_t (&pair)[2] = word[i % 4 / 2 * 2], (&next)[2] = word[i % 4 / 2 * 2 + 1];
+        channels[i / 4][i % 4] = __byte_perm(pair[i / 4], next[i / 4], i % 2 ? 0x7632 : 0x5410);
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -505,7 +508,7 @@ struct Fold {
     }
     __syncthreads();
     for (int row = warp; row < kRows && first_row + row < of.rows; row += blockDim.x / 32) {
-      float* state = Row(p, kv_head, first_row + row).state(p, b, of.chunks, chunk);
+      float* state = Row(p, blockIdx.y, first_row + row).state(p, blockIdx.z, of.chunks, chunk);
       for (int c = lane; c < p.head_dim; c += 32) {
         float sum = 0.0f;
         for (int i = 0; i < kSlices; ++i) sum += result(i, row)[c];
@@ -545,7 +548,7 @@ struct Fold {
 };
 
 template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
-__global__ void __launch_bounds__(512, 1)
+__global__ void __launch_bounds__(512, kSmall)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
   Fold<kSplit, kTiles, kRuns, kSmall, kTurned>(p, sizes).run();
 }
@@ -638,8 +641,10 @@ cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t str
 template <bool kSplit, bool kSmall, bool kTurned>
 cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
   if (p.head_dim > 128) return launch_fold<kSplit, 1, 2, kSmall, kTurned>(p, chunks, stream);
-  if (p.nodes * (p.heads / p.kv_heads) > 8)
-    return launch_fold<kSplit, 2, 1, kSmall, kTurned>(p, chunks, stream);
+  if constexpr (!kSplit) {
+    if (p.nodes * (p.heads / p.kv_heads) > 8)
+      return launch_fold<kSplit, 2, 1, kSmall, kTurned>(p, chunks, stream);
+  }
   return launch_fold<kSplit, 1, 1, kSmall, kTurned>(p, chunks, stream);
 }
 

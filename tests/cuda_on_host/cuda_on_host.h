@@ -129,6 +129,12 @@ inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint8_t>(bytes >> (selector >> 4 * i & 7) * 8) << 8 * i;
+  return result;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -356,7 +362,7 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_on_host {
 
-constexpr size_t kMostShared = 99 << 10;     // bytes a block may ask for, as on the smallest GPU since Ampere
+constexpr size_t kMostShared = 227 << 10;    // bytes a block may ask for on the largest GPU
 constexpr size_t kUnaskedShared = 48 << 10;  // and without cudaFuncSetAttribute
 constexpr size_t kGuard = 4 << 10;           // bytes behind what was asked for that must stay as they are
 constexpr uint8_t kPoison = 0xa7;            // fills shared memory before a block, which owes it to nobody
@@ -364,6 +370,7 @@ constexpr uint8_t kPoison = 0xa7;            // fills shared memory before a blo
 struct Device {
   int multiprocessors = 4;
   int blocks_in_flight = 1;  // on threads of the CPU; they write over each other as they do on a GPU
+  int shared = 99 << 10;     // bytes a block may ask for, as on the smallest GPU since Ampere
   uint64_t seed = 0;         // 0: blocks and threads in ascending order; else in one drawn from it
   std::string error;         // of the last launch that failed
   std::mutex mutex;
@@ -456,7 +463,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > cuda_on_host::kMostShared) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes > cuda_on_host::device.shared) return cudaErrorInvalidValue;
   cuda_on_host::device.shared_limits[reinterpret_cast<const void*>(kernel)] = bytes;
   return cudaSuccess;
 }
@@ -467,7 +474,7 @@ inline cudaError_t cudaGetDevice(int* index) {
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   bool is_count = attribute == cudaDevAttrMultiProcessorCount;
-  *value = is_count ? cuda_on_host::device.multiprocessors : static_cast<int>(cuda_on_host::kMostShared);
+  *value = is_count ? cuda_on_host::device.multiprocessors : cuda_on_host::device.shared;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t = nullptr) {
@@ -484,9 +491,11 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 #define CUDA_ON_HOST_EXPORT extern "C" __attribute__((visibility("default"), used)) inline
 
-CUDA_ON_HOST_EXPORT void cuda_on_host_set(int multiprocessors, int blocks_in_flight, uint64_t seed) {
+CUDA_ON_HOST_EXPORT void cuda_on_host_set(int multiprocessors, int blocks_in_flight, int shared,
+                                          uint64_t seed) {
   cuda_on_host::device.multiprocessors = multiprocessors;
   cuda_on_host::device.blocks_in_flight = blocks_in_flight;
+  cuda_on_host::device.shared = shared;
   cuda_on_host::device.seed = seed;
 }
 CUDA_ON_HOST_EXPORT const char* cuda_on_host_error() { return cuda_on_host::device.error.c_str(); }
