@@ -3,7 +3,7 @@
 #
 #   make gpu-kit; bench/gpu.sh              every step, the most telling first: nine minutes at most
 #   bench/gpu.sh tests verify               these steps
-#   bench/gpu.sh again                      what failed the last time, with every launch waited for
+#   bench/gpu.sh again                      what failed the last time, with every launch waited for: two and a half
 #   PYSPEC_DRY=1 bench/gpu.sh               what can be tried without a GPU: tiny, on the CPU, as the tests run it
 #
 # Results go to the folder PYSPEC_RESULTS, by default build/gpu. What is there is packed into the folder OUT, by default
@@ -29,6 +29,8 @@ pack() {
 step() { # NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its end in steps.jsonl
   local name=$1 limit=$2 start=$SECONDS
   shift 2
+  [ $((start + limit)) -le "$most" ] || limit=$((most - start))
+  [ "$limit" -gt 0 ] || { echo "== $name: no time is left" && return; }
   echo "== $name (after $start s, at most $limit s)"
   timeout -k 5 "$limit" "$@" > "$here/$name.log" 2>&1 &
   local process=$!
@@ -54,27 +56,27 @@ GPU_TESTS="$GPU_TESTS --ignore tests/kernels/cuda/test_nvcc.py"
 GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
 [ -z "$dry" ] || GPU_TESTS="tests/test_readback.py"
 
-ceilings() { step ceilings 25 "$python" bench/gpu/ceilings.py; }
-smoke() { lines=40 step smoke 75 "$python" bench/gpu/smoke.py; }
+ceilings() { step ceilings 15 "$python" bench/gpu/ceilings.py; }
+smoke() { lines=40 step smoke 40 "$python" bench/gpu/smoke.py; }
 tests() {
-  lines=60 step tests 150 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+  lines=60 step tests 95 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
 }
-verify() { lines=75 step verify 100 "$python" bench/gpu/verify.py; }
-kernels() { lines=75 step kernels 90 "$python" bench/gpu/kernels.py; }
+verify() { lines=75 step verify 90 "$python" bench/gpu/verify.py; }
+kernels() { lines=75 step kernels 40 "$python" bench/gpu/kernels.py; }
 attention() {
-  step attention 60 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
+  step attention 50 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
 }
 state_space() {
-  lines=30 step state_space 60 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
+  lines=30 step state_space 50 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
     --batches 1 16 --repeats 5
 }
-generation() { step generation 60 "$python" bench/gpu/generation.py; }
-topk() { lines=20 step topk 40 "$python" bench/bench_topk.py --device cuda --parts shapes; }
+generation() { step generation 45 "$python" bench/gpu/generation.py; }
+topk() { lines=20 step topk 15 "$python" bench/bench_topk.py --device cuda --parts shapes; }
 block_masks() {
-  step block_masks 70 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
+  step block_masks 60 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
     --patterns documents causal --seconds 1.5
 }
-memory() { step memory 45 bash -c "$(memory_checks)"; }
+memory() { step memory 35 bash -c "$(memory_checks)"; }
 memory_checks() { # each op of CUDA C++ under compute-sanitizer, at once
   for op in topk selective_state causal_conv residual_vq; do
     for tool in memcheck racecheck; do
@@ -121,8 +123,9 @@ if [ -z "$dry" ]; then
   fi
 fi
 
-wanted=${*:-$ALL}
+wanted=${*:-$ALL} most=540
 if [ "$wanted" = again ]; then
+  most=150
   wanted=$(sed -n 's/.*"step": "\([a-z_]*\)", "status": [1-9].*/\1/p' "$here/steps.jsonl" | tr '\n' ' ')
   export CUDA_LAUNCH_BLOCKING=1
   GPU_TESTS="--tb long --last-failed $GPU_TESTS"

@@ -7,6 +7,7 @@ the graph and launch by launch, behind 512 tokens, over the floor of bytes. fp32
 """
 
 import sys
+from unittest import mock
 
 import bench_verify
 import measure
@@ -14,6 +15,7 @@ import steps
 import torch
 from where import DEVICE, IS_DRY
 
+from pyspec.kernels.early_launch import launch_options
 from pyspec.trees import DraftTree
 
 SHAPES = {"bf16": "Llama-3.1-8B", "int8": "Llama-3.1-8B", "fp32": "Llama-3.2-1B"}
@@ -76,6 +78,18 @@ def kernel_times(model, nodes: int, rounds: int = 3) -> dict:
     return {row.key: {"us": row.self_device_time_total / rounds, "launches": row.count / rounds} for row in rows[:25]}
 
 
+def seconds_without_early_launches(model) -> dict:
+    """Of a verify whose kernels each wait for the end of the one in front before they are set up."""
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (8, 0)):
+        launch_options.cache_clear()
+        other = model.fork()
+        other.prefill([[0] * steps.CONTEXT], capacity=CAPACITY)
+        calls = {nodes: lambda tree=steps.tree_of(nodes): other.verify([tree]) for nodes in (1, 8, 64)}
+        found = measure.in_turn(calls, repeats=11)
+    launch_options.cache_clear()
+    return {str(nodes): seconds for nodes, seconds in found.items()}
+
+
 def main() -> int:
     result, is_right = {"machine": measure.machine(), "device": DEVICE, "bits": {}, "results": [], "kernels": {}}, True
     for dtype in sys.argv[1:] or SHAPES:
@@ -88,6 +102,9 @@ def main() -> int:
         result["results"].append(bench_verify.times(model, shape, dtype, repeats=2 if IS_DRY else 11))
         measure.save("verify_cuda", result)
         bench_verify.show(result["results"][-1])
+        if not IS_DRY:
+            late = result["results"][-1]["seconds_without_early_launches"] = seconds_without_early_launches(model)
+            print("without early launches:", {nodes: f"{seconds * 1e3:.2f} ms" for nodes, seconds in late.items()})
         for nodes in () if IS_DRY else (1, 16, 64):
             table = result["kernels"][f"{shape}, {dtype}, {nodes} nodes"] = kernel_times(model, nodes)
             measure.save("verify_cuda", result)

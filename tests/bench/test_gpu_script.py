@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_stopped_at_any_moment(seed, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     check(tmp_path)
+
+
+def test_all_steps_fit_in_nine_minutes():
+    script = (ROOT / "bench/gpu.sh").read_text()
+    (names,) = re.findall(r'^ALL="(.*)"$', script, re.M)
+    limits = dict(re.findall(r"\bstep ([a-z_]+) (\d+) ", script))
+    assert set(names.split()) == limits.keys() and sum(map(int, limits.values())) <= 540
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
