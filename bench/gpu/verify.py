@@ -7,6 +7,7 @@ the graph and launch by launch, behind 512 tokens, over the floor of bytes. fp32
 """
 
 import sys
+from functools import partial
 from unittest import mock
 
 import bench_verify
@@ -84,7 +85,7 @@ def seconds_without_early_launches(model) -> dict:
         launch_options.cache_clear()
         other = model.fork()
         other.prefill([[0] * steps.CONTEXT], capacity=CAPACITY)
-        calls = {nodes: lambda tree=steps.tree_of(nodes): other.verify([tree]) for nodes in (1, 8, 64)}
+        calls = {nodes: partial(other.verify, [steps.tree_of(nodes)]) for nodes in (1, 8, 64)}
         found = measure.in_turn(calls, repeats=11)
     launch_options.cache_clear()
     return {str(nodes): seconds for nodes, seconds in found.items()}
