@@ -8,7 +8,6 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 
 
 @triton.jit
@@ -46,32 +45,3 @@ def load_rows(base, outer, inner, wanted, stride_outer, stride_inner, HEAD_DIM, 
     else:
         loaded = tl.load(base + rows[:, None] + dims[None, :], mask=(dims < HEAD_DIM)[None, :], other=0.0)
     return loaded.to(tl.float32) if UPCAST else loaded
-
-
-# ==== online softmax of 16 rows: largest score (in units of log2), sum of weights, weighted values ====
-
-
-@triton.jit
-def empty_state(BLOCK_D: tl.constexpr):
-    return (
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, BLOCK_D], tl.float32),
-    )
-
-
-@triton.jit
-def merge(largest_a, total_a, weighted_a, largest_b, total_b, weighted_b):
-    """The state of a's keys followed by b's. Merging an empty state changes no bit."""
-    now = tl.maximum(largest_a, largest_b)
-    shift = tl.where(now == float("-inf"), 0.0, now)
-    keep_a, keep_b = tl.exp2(largest_a - shift), tl.exp2(largest_b - shift)
-    return now, total_a * keep_a + total_b * keep_b, weighted_a * keep_a[:, None] + weighted_b * keep_b[:, None]
-
-
-@triton.jit
-def load_state(chunk_largest, chunk_total, chunk_weighted, rows, wanted, HEAD_DIM, BLOCK_D: tl.constexpr):
-    """What the prefix kernel stored for a chunk; the empty state where not wanted."""
-    largest = tl.load(chunk_largest + rows, mask=wanted, other=float("-inf"))
-    total = tl.load(chunk_total + rows, mask=wanted, other=0.0)
-    return largest, total, load_rows(chunk_weighted, rows, rows, wanted, HEAD_DIM, 0, HEAD_DIM, BLOCK_D, False)

@@ -1,10 +1,14 @@
 """Attention to packed keys and values on the GPU: split flash attention whose tiles are unpacked in registers.
 
-One program per (16 query rows, chunk of 4 records, KV head of a sequence). A record is two tiles of 64 tokens. Each
-thread loads the word that holds its code (neighbours find it in the first-level cache), makes zero + scale * code of
-it, puts an outlier there if its index says so, adds low rank, and the tile goes to the tensor cores in the dtype of the
-queries, as if it had been loaded. Bound by reading records, and by some twenty instructions for each number.
-A second kernel merges the chunks of a row in order.
+One program per (16 query rows, chunk of 4 records, KV head of a sequence). A thread loads words of 4 bytes, each once,
+and makes two numbers of a word at a time, which is how fp16 arithmetic comes: the code stays where it lies, the
+exponent is written above it. x = zero + scale * code is fp16 and goes to the tensor cores through shared memory, with
+queries and weights in fp16 too, which is at least as exact as bf16; in fp32 for queries in fp32. Keys come to lie as
+[channels, tokens] and values as [tokens, channels], so both are vectors of codes to the code below.
+Outliers are blended in by an index that is one-hot in two parts, place = 16 * block + j, whose product costs two
+multiply-adds for a pair of numbers. Low rank never meets the tile: scores get (q . b) a, and values (weights . a) b.
+Bound by instructions, about as many for outliers as for all else; records are read once. See docs/gear.md.
+A second kernel merges the chunks of a row, many at a time.
 Row rule: a tile is folded alike for any number of rows; a row that does not see a record gets weights of 0 from it,
 which change no bit. Chunks are cut at positions. The layout of a record is in kernels/params/gear.h.
 """
@@ -13,16 +17,19 @@ import torch
 
 import triton
 import triton.language as tl
-from pyspec.kernels.flash import LN_2, ROWS, empty_state, fold_keys, fold_values, load_rows, load_state, merge
+from pyspec.kernels.flash import LN_2, LOG2_E, load_rows
 
-__all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes"]
+__all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes", "tile_tokens"]
 
+ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 BLOCK = tl.constexpr(128)  # tokens of a record
-TILE = tl.constexpr(64)  # tokens whose codes lie together
-CHUNK_BLOCKS = tl.constexpr(4)  # records folded in order; chunks are then merged in order
+CHUNK_BLOCKS = tl.constexpr(4)  # records folded in order; chunks are then merged
+MERGED = tl.constexpr(32)  # chunks merged at a time
+MOST_RANK = tl.constexpr(16)  # the smallest side of a product on tensor cores
+LARGEST = tl.constexpr(65504.0)  # of fp16
 
 
-# ==== one tile of a record ====
+# ==== one tile of a record: [H halves of 64 tokens, P pairs of vectors, S blocks of 16 places, 16, 2 vectors] ====
 
 
 @triton.jit
@@ -31,105 +38,155 @@ def pointer(base, offset, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_bf16(address, mask):
-    """In fp32, whose upper half they are."""
-    bits = tl.load(address, mask=mask, other=0).to(tl.int32) << 16
-    return bits.to(tl.float32, bitcast=True)
+def split(words, BITS: tl.constexpr):
+    """The two numbers of BITS bits that each of words [..., 1] begins with, int16 [..., 2]."""
+    return (words >> (tl.arange(0, 2) * BITS)[None, None, None, None, :]).to(tl.int16)
 
 
 @triton.jit
-def load_plane(words, vector, lane, mask, PLANE: tl.constexpr):
-    """`PLANE` bits of each code; 16 / PLANE vectors of 32 share 32 words."""
-    SHARE: tl.constexpr = 16 // PLANE
-    word = tl.load(words + vector // SHARE * 32 + lane, mask=mask, other=0).to(tl.int32)
-    return (word >> (vector % SHARE * PLANE)) & ((1 << PLANE) - 1)
+def load_codes(
+    words,
+    PLANE: tl.constexpr,  # bits of a code that lie together
+    HALF: tl.constexpr,  # words from half to half
+    PAIRS: tl.constexpr,
+    SPAN: tl.constexpr,
+    H: tl.constexpr,
+    P: tl.constexpr,  # PAIRS, up to a power of two
+    S: tl.constexpr,  # SPAN, up to a power of two
+):
+    """fp16 [H, P, S, 16, 2], any where there are no pairs or places."""
+    SHARE: tl.constexpr = 16 // PLANE  # blocks of two vectors in 16 words
+    half = tl.arange(0, H)[:, None, None, None, None]
+    j = tl.arange(0, 16)[None, None, None, :, None]
+    if S == SPAN:  # a word is loaded once
+        row = tl.arange(0, P * S // SHARE)[None, :, None, None, None]
+        bit = (tl.arange(0, SHARE) * PLANE)[None, None, :, None, None]
+        word = tl.load(words + half * HALF + row * 16 + j, mask=row < PAIRS * S // SHARE, other=0)
+    else:
+        block = tl.arange(0, P)[None, :, None, None, None] * SPAN + tl.arange(0, S)[None, None, :, None, None]
+        bit = block % SHARE * PLANE
+        there = tl.arange(0, S)[None, None, :, None, None] < SPAN
+        word = tl.load(words + half * HALF + block // SHARE * 16 + j, mask=there, other=0)
+    # Below the exponent 25 - bit a code at that bit of its byte is worth itself, above 1024 / 2^bit.
+    codes = split(word >> (bit // 8 * 8), 16)
+    bit = (bit % 8).to(tl.int16)
+    base = (25 - bit) << 10
+    codes = codes & (((1 << PLANE) - 1) << bit) | base
+    codes = codes.to(tl.float16, bitcast=True) - base.to(tl.float16, bitcast=True)
+    return tl.reshape(codes, [H, P, S, 16, 2])
 
 
 @triton.jit
-def load_codes(side, half, token, channel, HEAD_DIM: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr):
-    """Codes [TILE, BLOCK_D] in fp32; side points to the first half's."""
-    if VALUES:
-        vector, lane = token // 2 * (HEAD_DIM // 16) + channel // 16, channel % 16 * 2 + token % 2
-    else:
-        vector, lane = channel // 2 * 4 + token // 16, token % 16 * 2 + channel % 2
-    mask = (token >= 0) & (channel < HEAD_DIM)
-    words = pointer(side, half * (TILE * HEAD_DIM * BITS // 8), tl.int16)
-    if BITS == 3:
-        codes = load_plane(words, vector, lane, mask, 2)
-        codes |= load_plane(words + TILE * HEAD_DIM // 8, vector, lane, mask, 1) << 2
-    else:
-        codes = load_plane(words, vector, lane, mask, BITS)
-    return codes.to(tl.float32)
+def is_equal(a, b):
+    """1.0 where the whole numbers a and b, int16 below 1024, are the same, else 0.0; without a comparison, in fp16."""
+    off = (a | 0x6400).to(tl.float16, bitcast=True) - (b | 0x6400).to(tl.float16, bitcast=True)
+    off = off * off - 0.5
+    return tl.abs(off) - off
 
 
 @triton.jit
 def load_tile(
     side,  # a record's keys or values
-    half,
+    part,  # which TILE tokens of it
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
     OUTLIERS: tl.constexpr,
     VALUES: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
-    """64 tokens of keys or values, [TILE, BLOCK_D] fp32; 0 in channels that there are not."""
+    """Half of x without low rank, keys [BLOCK_D, TILE] or values [TILE, BLOCK_D].
+
+    Keys are 0 in channels that there are not; values there are anything. Half, so that 65504 and what rounding puts
+    above it are far from the end of fp16.
+    """
     VECTORS: tl.constexpr = BLOCK if VALUES else HEAD_DIM
-    WIDTH: tl.constexpr = (GROUP if GROUP < HEAD_DIM else HEAD_DIM) if VALUES else GROUP
-    GROUPS: tl.constexpr = (HEAD_DIM if VALUES else TILE) // WIDTH
-    SCALES: tl.constexpr = (HEAD_DIM // WIDTH if VALUES else BLOCK // WIDTH) * VECTORS
-    FACTOR: tl.constexpr = 4 * SCALES + BLOCK * HEAD_DIM * BITS // 8
-    OUTLIER: tl.constexpr = FACTOR + RANK * (4 + BLOCK + HEAD_DIM)
-    token, channel = tl.arange(0, TILE)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    here = half * TILE + token  # in the record
-    there = channel < HEAD_DIM
+    LENGTH: tl.constexpr = HEAD_DIM if VALUES else BLOCK
+    WIDTH: tl.constexpr = GROUP if GROUP < LENGTH else LENGTH
+    SCALES: tl.constexpr = LENGTH // WIDTH * VECTORS
+    HALF: tl.constexpr = 2 * HEAD_DIM * BITS
+    OUTLIER: tl.constexpr = 4 * SCALES + 8 * HALF + RANK * (4 + BLOCK + HEAD_DIM)
+    H: tl.constexpr = TILE // 64
+    PAIRS: tl.constexpr = 32 if VALUES else HEAD_DIM // 2
+    SPAN: tl.constexpr = HEAD_DIM // 16 if VALUES else 4
+    P: tl.constexpr = 32 if VALUES else BLOCK_D // 2
+    S: tl.constexpr = BLOCK_D // 16 if VALUES else 4
 
-    codes = load_codes(side + 4 * SCALES, half, token, channel, HEAD_DIM, BITS, VALUES)
-    for o in tl.static_range(OUTLIERS):
-        if VALUES:
-            own, along, own_there = here, channel, here >= 0
-        else:
-            own, along, own_there = channel, here, there
-        outlier = load_bf16(pointer(side, OUTLIER + 2 * o * VECTORS, tl.int16) + own, own_there)
-        index = tl.load(side + OUTLIER + (2 * OUTLIERS + o) * VECTORS + own, mask=own_there, other=0).to(tl.int32)
-        codes = tl.where(along == index, outlier + ((1 << BITS) - 1) / 2.0, codes)
-
-    scales, zeros = pointer(side, 0, tl.float16), pointer(side, 2 * SCALES, tl.float16)
-    if VALUES:
-        scale, zero = tl.load(scales + here).to(tl.float32), tl.load(zeros + here).to(tl.float32)
-        for g in tl.static_range(1, GROUPS):  # channels from g * WIDTH on
-            is_later = channel >= g * WIDTH
-            scale = tl.where(is_later, tl.load(scales + g * BLOCK + here).to(tl.float32), scale)
-            zero = tl.where(is_later, tl.load(zeros + g * BLOCK + here).to(tl.float32), zero)
+    words = pointer(side, 4 * SCALES, tl.int32) + part * (H * HALF)
+    if BITS == 3:
+        x = load_codes(words, 2, HALF, PAIRS, SPAN, H, P, S)
+        x += 4.0 * load_codes(words + HALF // 3 * 2, 1, HALF, PAIRS, SPAN, H, P, S)
     else:
-        first = half * TILE // WIDTH * HEAD_DIM + channel
-        scale = tl.load(scales + first, mask=there, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + first, mask=there, other=0.0).to(tl.float32)
-        for g in tl.static_range(1, GROUPS):  # tokens from g * WIDTH on
-            is_later = token >= g * WIDTH
-            more = first + g * HEAD_DIM
-            scale = tl.where(is_later, tl.load(scales + more, mask=there, other=0.0).to(tl.float32), scale)
-            zero = tl.where(is_later, tl.load(zeros + more, mask=there, other=0.0).to(tl.float32), zero)
-    x = zero + scale * codes
-    for r in tl.static_range(RANK):
-        factor = tl.load(pointer(side, FACTOR + 4 * r, tl.float32))
-        a = tl.load(pointer(side, FACTOR + 4 * RANK + r * BLOCK, tl.int8) + here).to(tl.float32)
-        b = pointer(side, FACTOR + RANK * (4 + BLOCK) + r * HEAD_DIM, tl.int8) + channel
-        x += (factor * a) * tl.load(b, mask=there, other=0).to(tl.float32)
-    return tl.where(there, x, 0.0)
+        x = load_codes(words, BITS, HALF, PAIRS, SPAN, H, P, S)
+
+    half = part * H + tl.arange(0, H)[:, None, None, None, None]
+    pair = tl.arange(0, P)[None, :, None, None, None]
+    block = tl.arange(0, S)[None, None, :, None, None]
+    there = pair < PAIRS
+    GROUPS: tl.constexpr = LENGTH // WIDTH if VALUES else (TILE + WIDTH - 1) // WIDTH
+    if VALUES:
+        pair += half * 32
+        group = 0
+    else:
+        block += half * 4
+        group = part * TILE // WIDTH
+    scales = pointer(side, 0, tl.int32) + group * (VECTORS // 2) + pair
+    zeros = scales + SCALES // 2
+    scale = split(tl.load(scales, mask=there, other=0), 16)
+    zero = split(tl.load(zeros, mask=there, other=0), 16)
+    for g in tl.static_range(1, GROUPS):
+        is_later = block >= (group + g) * (WIDTH // 16)
+        scale = tl.where(is_later, split(tl.load(scales + g * (VECTORS // 2), mask=there, other=0), 16), scale)
+        zero = tl.where(is_later, split(tl.load(zeros + g * (VECTORS // 2), mask=there, other=0), 16), zero)
+    scale = scale.to(tl.float16, bitcast=True).to(NUMBER) * 0.5
+    zero = zero.to(tl.float16, bitcast=True).to(NUMBER) * 0.5
+    x = x.to(NUMBER)
+    x = tl.fma(x, tl.broadcast_to(scale, x.shape), tl.broadcast_to(zero, x.shape))
+
+    for o in tl.static_range(OUTLIERS):
+        places = pointer(side, OUTLIER + (2 * OUTLIERS + o) * VECTORS, tl.int16) + pair
+        place = split(tl.load(places, mask=there, other=0), 8) & 255
+        bits = split(tl.load(pointer(side, OUTLIER + 2 * o * VECTORS, tl.int32) + pair, mask=there, other=0), 16)
+        value = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)  # bf16 is the upper half of fp32
+        outlier = zero.to(tl.float32) + scale.to(tl.float32) * (value + ((1 << BITS) - 1) / 2.0)
+        is_block = is_equal(place >> 4, block.to(tl.int16)).to(NUMBER)
+        is_place = is_equal(place & 15, tl.arange(0, 16).to(tl.int16)[None, None, None, :, None]).to(NUMBER)
+        minus, outlier = (
+            tl.broadcast_to(0.0 - is_block, x.shape),
+            tl.broadcast_to(is_block * outlier.to(NUMBER), x.shape),
+        )
+        x = tl.fma(tl.broadcast_to(is_place, x.shape), tl.fma(minus, x, outlier), x)
+    if VALUES:
+        x = tl.reshape(tl.permute(x, (0, 1, 4, 2, 3)), [TILE, BLOCK_D])
+    else:
+        x = tl.reshape(tl.permute(x, (1, 4, 0, 2, 3)), [BLOCK_D, TILE])
+    return x
+
+
+@triton.jit
+def load_factor(address, N: tl.constexpr, FIRST, COUNT: tl.constexpr, RANK: tl.constexpr, NUMBER: tl.constexpr):
+    """int8 [RANK, N] from column FIRST on, as [MOST_RANK, COUNT]; 0 beyond."""
+    r, pair = tl.arange(0, MOST_RANK)[:, None, None], FIRST // 2 + tl.arange(0, COUNT // 2)[None, :, None]
+    mask = (r < RANK) & (pair < N // 2)
+    pairs = tl.load(pointer(address, 0, tl.int16) + r * (N // 2) + pair, mask=mask, other=0)
+    bits = pairs >> (tl.arange(0, 2) * 8).to(tl.int16)[None, None, :]
+    numbers = (bits & 255 ^ 128 | 0x6400).to(tl.float16, bitcast=True) - 1152.0  # 1024 + 128 + x
+    return tl.reshape(numbers, [MOST_RANK, COUNT]).to(NUMBER)
 
 
 # ==== kernels ====
 
 
 @triton.jit
-def row_places(seen, batch, nodes, GROUP_HEADS: tl.constexpr):
-    """Rows of this program, which of them there are, their node, and how many records they see."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = rows < nodes * GROUP_HEADS
-    node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
-    return rows, used, node, tl.load(seen + batch * nodes + node, mask=used, other=0)
+def scaled(query, scale, NUMBER: tl.constexpr):
+    """Queries whose products with half of the keys are scores in units of log2."""
+    query = query.to(tl.float32) * (scale * (2.0 * LOG2_E))
+    if NUMBER == tl.float16:
+        query = tl.clamp(query, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return query.to(NUMBER)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
@@ -161,16 +218,20 @@ def fold_kernel(
     KEY_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     VALUE_SIDE: tl.constexpr,
+    TILE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     RANK: tl.constexpr,
     OUTLIERS: tl.constexpr,
-    UPCAST: tl.constexpr,
+    NUMBER: tl.constexpr,
 ):
     """Folds one chunk of records into the states of 16 rows; row r is node r // heads of a group."""
     chunk = tl.program_id(1)
     batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
-    rows, used, node, row_seen = row_places(seen, batch, nodes, GROUP_HEADS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    used = rows < nodes * GROUP_HEADS
+    node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
+    row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
     first = chunk * CHUNK_BLOCKS
     end = tl.minimum(first + CHUNK_BLOCKS, tl.max(row_seen, 0))
     if first >= end:
@@ -179,33 +240,60 @@ def fold_kernel(
     q += batch.to(tl.int64) * stride_q_batch
     head = kv_head * GROUP_HEADS + rows % GROUP_HEADS
     query_rows = head.to(tl.int64) * stride_q_head + node.to(tl.int64) * stride_q_node
-    query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
+    query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
+    query = scaled(query, scale, NUMBER)
     packed += batch.to(tl.int64) * stride_packed_batch + kv_head.to(tl.int64) * stride_packed_head
-    largest, total, weighted = empty_state(BLOCK_D)
-    for tile in range(first * 2, end * 2):
-        block, half = tile // 2, tile % 2
-        record = packed + block * stride_packed_block.to(tl.int64)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for block in range(first, end):
+        keys_side = packed + block * stride_packed_block.to(tl.int64)
+        values_side = keys_side + VALUE_SIDE
         if KEY_DIM < HEAD_DIM:  # the record's own channels, which end its keys
             dims = tl.arange(0, BLOCK_K)
-            channels = tl.load(record + (VALUE_SIDE - KEY_DIM) + dims, mask=dims < KEY_DIM, other=255).to(tl.int32)
+            channels = tl.load(values_side - KEY_DIM + dims, mask=dims < KEY_DIM, other=255).to(tl.int32)
             mask = used[:, None] & (channels < HEAD_DIM)[None, :]
             gathered = tl.load(q + query_rows[:, None] + channels[None, :], mask=mask, other=0.0)
-            gathered = gathered.to(tl.float32) if UPCAST else gathered
+            gathered = scaled(gathered, scale, NUMBER)
         else:
             gathered = query
-        keys = load_tile(record, half, KEY_DIM, BLOCK_K, BITS, GROUP, RANK, OUTLIERS, False).to(query.dtype)
-        visible = (block < row_seen)[:, None]
-        largest, total, weights, keep = fold_keys(gathered, keys, visible, largest, total, scale, None)
-        side = record + VALUE_SIDE
-        values = load_tile(side, half, HEAD_DIM, BLOCK_D, BITS, GROUP, RANK, OUTLIERS, True).to(query.dtype)
-        weighted = fold_values(weights, keep, values, weighted)
+        for part in tl.static_range(BLOCK // TILE):
+            keys = load_tile(keys_side, part, KEY_DIM, BLOCK_K, TILE, BITS, GROUP, RANK, OUTLIERS, False, NUMBER)
+            scores = tl.dot(gathered, keys, input_precision="ieee")
+            if RANK:
+                ranks = tl.arange(0, MOST_RANK)
+                FACTOR: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
+                factor = tl.load(pointer(keys_side, FACTOR, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
+                a = load_factor(keys_side + (FACTOR + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
+                b = load_factor(keys_side + (FACTOR + (4 + BLOCK) * RANK), KEY_DIM, 0, BLOCK_K, RANK, NUMBER)
+                along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * (0.5 * factor)[None, :]
+                scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
+            scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
+
+            now = tl.maximum(largest, tl.max(scores, 1))
+            shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
+            keep = tl.exp2(largest - shift)
+            weights = tl.exp2(scores - shift[:, None])
+            largest, total = now, total * keep + tl.sum(weights, 1)
+
+            weights = weights.to(NUMBER)
+            values = load_tile(values_side, part, HEAD_DIM, BLOCK_D, TILE, BITS, GROUP, RANK, OUTLIERS, True, NUMBER)
+            weighted = tl.dot(weights, values, weighted * keep[:, None], input_precision="ieee")
+            if RANK:
+                WIDTH: tl.constexpr = GROUP if GROUP < HEAD_DIM else HEAD_DIM
+                FACTOR_V: tl.constexpr = 4 * (HEAD_DIM // WIDTH) * BLOCK + 16 * HEAD_DIM * BITS
+                factor = tl.load(pointer(values_side, FACTOR_V, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
+                a = load_factor(values_side + (FACTOR_V + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
+                b = load_factor(values_side + (FACTOR_V + (4 + BLOCK) * RANK), HEAD_DIM, 0, BLOCK_D, RANK, NUMBER)
+                along = tl.dot(weights, tl.trans(a), input_precision="ieee") * (0.5 * factor)[None, :]
+                weighted = tl.dot(along.to(NUMBER), b, weighted, input_precision="ieee")
 
     states = (tl.program_id(2).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + rows
     dims = tl.arange(0, BLOCK_D)
     tl.store(chunk_largest + states, largest, mask=used)
     tl.store(chunk_total + states, total, mask=used)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted * 2.0, mask=mask)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
@@ -230,24 +318,34 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merges the chunks of 16 rows in order. A row that sees nothing gives 0 and -inf."""
-    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
-    rows, used, node, row_seen = row_places(seen, batch, nodes, GROUP_HEADS)
-    largest, total, weighted = empty_state(BLOCK_D)
-    for chunk in range(0, (tl.max(row_seen, 0) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS):
-        states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + rows
-        wanted = used & (row_seen > chunk * CHUNK_BLOCKS)
-        state = load_state(chunk_largest, chunk_total, chunk_weighted, states, wanted, HEAD_DIM, BLOCK_D)
-        largest, total, weighted = merge(largest, total, weighted, *state)
-    total = tl.where(total == 0.0, 1.0, total)
-    head = kv_head * GROUP_HEADS + rows % GROUP_HEADS
+    """Merges the chunks that one row sees. One that sees nothing gives 0 and -inf."""
+    row = tl.program_id(0)
+    node, head = row // GROUP_HEADS, tl.program_id(1) % KV_HEADS * GROUP_HEADS + row % GROUP_HEADS
+    batch = tl.program_id(1) // KV_HEADS
+    end = (tl.load(seen + batch * nodes + node) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     dims = tl.arange(0, BLOCK_D)
-    out += batch.to(tl.int64) * stride_out_batch
-    offsets = head.to(tl.int64) * stride_out_head + node.to(tl.int64) * stride_out_node
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out + offsets[:, None] + dims[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
-    lse_rows = (batch.to(tl.int64) * KV_HEADS * GROUP_HEADS + head) * nodes + node
-    tl.store(lse + lse_rows, (largest + tl.log2(total)) * LN_2, mask=used)
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    weighted = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, end, MERGED):
+        chunk = first + tl.arange(0, MERGED)
+        there = chunk < end
+        states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + row
+        chunk_max = tl.load(chunk_largest + states, mask=there, other=float("-inf"))
+        chunk_sum = tl.load(chunk_total + states, mask=there, other=0.0)
+        mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+        values = tl.load(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+        now = tl.maximum(largest, tl.max(chunk_max, 0))
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        keep, weights = tl.exp2(largest - shift), tl.exp2(chunk_max - shift)
+        largest, total = now, total * keep + tl.sum(chunk_sum * weights, 0)
+        weighted = weighted * keep + tl.sum(values * weights[:, None], 0)
+    total = tl.where(total == 0.0, 1.0, total)
+    out += batch.to(tl.int64) * stride_out_batch + head.to(tl.int64) * stride_out_head
+    out += node.to(tl.int64) * stride_out_node
+    tl.store(out + dims, (weighted / total).to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    lse += (batch.to(tl.int64) * KV_HEADS * GROUP_HEADS + head) * nodes + node
+    tl.store(lse + tl.arange(0, 1), (largest + tl.log2(total)) * LN_2)
 
 
 # ==== launch ====
@@ -259,9 +357,14 @@ def side_bytes(key_dim: int, bits: int, group: int, rank: int, outliers: int, ke
     return codes + rank * (132 + key_dim) + 3 * outliers * key_dim + key_channels
 
 
+def tile_tokens(dtype: torch.dtype) -> int:
+    """Tokens unpacked at a time."""
+    return 64 if dtype == torch.float32 else 128
+
+
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of both kernels. The number of nodes must never change them: the row rule."""
-    warps = max(4, triton.next_power_of_2(head_dim) * dtype.itemsize // 32)
+    warps = max(4, triton.next_power_of_2(head_dim) * dtype.itemsize // 64)
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -291,22 +394,22 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
     } | compile_options(head_dim, q.dtype)
-    row_sets = triton.cdiv(nodes * group_heads, ROWS.value)
     with torch.cuda.device_of(q):
         if chunks:
             strides = (*q.stride()[:3], *packed.stride()[:3])
-            fold_kernel[row_sets, chunks, batch * kv_heads](
+            fold_kernel[triton.cdiv(nodes * group_heads, ROWS.value), chunks, batch * kv_heads](
                 *(q, packed, seen, *chunk_state, nodes, chunks, scale, *strides),
                 KEY_DIM=key_dim,
                 BLOCK_K=max(16, triton.next_power_of_2(key_dim)),
                 VALUE_SIDE=side_bytes(key_dim, bits, group, rank, outliers, key_channels),
+                TILE=tile_tokens(q.dtype),
                 BITS=bits,
                 GROUP=group,
                 RANK=rank,
                 OUTLIERS=outliers,
-                UPCAST=not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
+                NUMBER=tl.float32 if q.dtype == torch.float32 else tl.float16,
                 **constants,
             )
         inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
-        merge_kernel[row_sets, batch * kv_heads](*inputs, **constants)
+        merge_kernel[nodes * group_heads, batch * kv_heads](*inputs, **constants)
     return out, lse
