@@ -34,13 +34,16 @@ MODES = {
 }
 
 
-def build_on_host(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
-    """A shared library of .cu and .cpp sources; kept in build/cuda_on_host until anything it is made of changes."""
+def build_on_host(*sources: Path, flags: tuple[str, ...] = (), mode: str | None = None) -> Path:
+    """A shared library of .cu and .cpp sources; kept in build/cuda_on_host until anything it is made of changes.
+
+    mode: one of MODES, of the environment by default.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler to run CUDA kernels on the CPU with")
-    mode = MODES[os.environ.get("CUDA_ON_HOST", "")]
-    command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags, *mode]
+    mode = os.environ.get("CUDA_ON_HOST", "") if mode is None else mode
+    command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags, *MODES[mode]]
     made_of = [*sources, *HERE.glob("*.h")]
     for folder, pattern in (("kernels", "**/*.h"), ("csrc", "*.h"), ("csrc/cuda", "*.h")):
         made_of += (ROOT / folder).glob(pattern)
