@@ -12,7 +12,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton record-kernels docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -40,10 +40,17 @@ test-transformers: $(VENV)/ready-test
 	  tests/models/test_transformers.py tests/models/test_mamba_in_transformers.py tests/models/test_any_architecture.py || exit 1; done
 
 # The Triton kernels on the oldest version that pyproject.toml takes; its interpreter needs an older NumPy too.
-test-triton: $(VENV)/ready-test
-	$(UNPINNED) --no-deps --upgrade --target build/triton-3.6 triton==3.6.0 'numpy<2.4'
-	PYTHONPATH=build/triton-3.6:. $(PYTEST) tests/kernels/triton/test_compile.py
+test-triton: $(VENV)/ready-test build/triton-3.6
+	PYTHONPATH=build/triton-3.6:. $(PYTEST) tests/kernels/triton/test_compile.py tests/kernels/test_compiled_kernels.py
 	PYTHONPATH=build/triton-3.6:. $(PYTEST) -m 'not slow' tests/kernels/triton --ignore tests/kernels/triton/test_compile.py
+
+build/triton-3.6: | $(VENV)/ready
+	$(UNPINNED) --no-deps --target $@ triton==3.6.0 'numpy<2.4'
+
+# Records what both versions of Triton, and nvcc, make of the GPU kernels, which the tests hold them to.
+record-kernels: $(VENV)/ready-test build/triton-3.6
+	PYTHONPATH=build/triton-3.6:. $(BIN)/python bench/compiled_kernels.py --write
+	$(BIN)/python bench/compiled_kernels.py --write
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
 test-engines: $(VENV)/ready-test $(VENV)/ready-integrations

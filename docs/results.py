@@ -52,6 +52,18 @@ QUALITY = [
     ("tokens a round", "accepted"),
     ("numbers found", "passkeys", "%"),
 ]
+FLOORS = [
+    (
+        "Microseconds of a call on an H100, at the least",
+        "calls",
+        [
+            ("call", NAME),
+            ("for its bytes", "floors/memory"),
+            ("for its instructions", "floors/instructions"),
+            ("busiest", "floors/pipe"),
+        ],
+    )
+]
 FASTER = "How many times as fast as our dense attention"
 TABLES = {
     "generate_bf16": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
@@ -258,6 +270,9 @@ TABLES = {
         ),
     ],
     "kv_cache": [("", "rows", QUALITY), ("llama.cpp, each over its own dense cache", "peers", QUALITY)],
+    "compiled_kernels_triton_3_6": FLOORS,
+    "compiled_kernels_triton_3_9": FLOORS,
+    "compiled_kernels_nvcc_13_0": FLOORS,
     "instructions": [("", "instructions", [("kernel", NAME), ("instructions a call", "value")])],
 }
 

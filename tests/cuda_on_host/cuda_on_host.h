@@ -2,6 +2,8 @@
 // CPU. README.md says what is there and what is not.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -9,6 +11,7 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -19,6 +22,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "races.h"
 
 #pragma GCC visibility push(hidden)
 
@@ -224,7 +228,10 @@ inline int __syncthreads_and(int vote, CudaSite site = CudaSite::at("__syncthrea
   return cuda_on_host::Block::current().barrier(vote == 0, site) == 0;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, CudaSite site = CudaSite::at("__syncwarp")) {
+  int thread = cuda_on_host::Block::current().thread();
+  cuda_on_host::Races::of_this_thread().enter_warp(thread);
   cuda_on_host::ballot(mask, false, site);
+  cuda_on_host::Races::of_this_thread().leave_warp(thread, mask);
 }
 
 inline unsigned __ballot_sync(unsigned mask, int vote, CudaSite site = CudaSite::at("__ballot_sync")) {
@@ -372,7 +379,9 @@ struct Device {
   int blocks_in_flight = 1;  // on threads of the CPU; they write over each other as they do on a GPU
   int shared = 99 << 10;     // bytes a block may ask for, as on the smallest GPU since Ampere
   uint64_t seed = 0;         // 0: blocks and threads in ascending order; else in one drawn from it
-  std::string error;         // of the last launch that failed
+  bool only_notes = false;   // launches: in `launches`, a line each, and nothing runs
+  std::string launches;
+  std::string error;  // of the last launch that failed
   std::mutex mutex;
   std::map<const void*, size_t> shared_limits;
 };
@@ -387,8 +396,8 @@ inline thread_local uint4 dynamic_shared[(cuda_on_host::kMostShared + cuda_on_ho
 namespace cuda_on_host {
 
 inline Block& block_of_this_thread() {
-  static thread_local Block block;
-  return block;
+  static thread_local auto block = std::make_unique<Block>();  // beside shared memory, not in it
+  return *block;
 }
 
 // Takes blocks until none is left or one has failed.
@@ -406,8 +415,10 @@ inline void run_blocks(const cudaLaunchConfig_t& config, const std::vector<unsig
       unsigned t = thread;
       threadIdx = dim3(t % size.x, t / size.x % size.y, t / size.x / size.y);
     };
+    Races::of_this_thread().start(shared, config.dynamicSmemBytes);
     uint64_t seed = device.seed ? device.seed + index : 0;
     std::string error = block_of_this_thread().run(size.x * size.y * size.z, seed, body, enter);
+    if (error.empty()) error = Races::of_this_thread().finish();
     const uint8_t* guard = shared + config.dynamicSmemBytes;
     bool is_whole = std::all_of(guard, guard + kGuard, [](uint8_t byte) { return byte == kPoison; });
     if (error.empty() && !is_whole) error = "wrote behind its dynamic shared memory";
@@ -437,6 +448,17 @@ inline cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     return refuse(cudaErrorInvalidValue, "more dynamic shared memory than cudaFuncSetAttribute allowed");
   }
   device.error.clear();
+  if (device.only_notes) {
+    Dl_info library;  // a kernel has no name here: its place in the library has one there
+    dladdr(&device, &library);
+    auto place = reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(library.dli_fbase);
+    for (uint64_t number : {uint64_t{place}, uint64_t{grid.x}, uint64_t{grid.y}, uint64_t{grid.z},
+                            uint64_t{block.x} * block.y * block.z, uint64_t{config.dynamicSmemBytes}}) {
+      device.launches += std::to_string(number) + " ";
+    }
+    device.launches += "\n";
+    return cudaSuccess;
+  }
   std::vector<unsigned> order(size_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), 0u);
   if (device.seed) std::shuffle(order.begin(), order.end(), std::minstd_rand(device.seed));
@@ -497,5 +519,12 @@ CUDA_ON_HOST_EXPORT void cuda_on_host_set(int multiprocessors, int blocks_in_fli
   cuda_on_host::device.blocks_in_flight = blocks_in_flight;
   cuda_on_host::device.shared = shared;
   cuda_on_host::device.seed = seed;
+}
+// From now on launches are noted and nothing runs, or the other way round; returns what was noted before.
+CUDA_ON_HOST_EXPORT const char* cuda_on_host_note(int only_notes) {
+  static std::string before;
+  before = std::exchange(cuda_on_host::device.launches, "");
+  cuda_on_host::device.only_notes = only_notes;
+  return before.c_str();
 }
 CUDA_ON_HOST_EXPORT const char* cuda_on_host_error() { return cuda_on_host::device.error.c_str(); }

@@ -143,6 +143,43 @@ __global__ void mistake(int which, int* out) {
     box[thread] = thread;
     out[thread] = box[63 - thread];
   }
+  if (which == 8) box[0] = thread;  // two threads write different values
+  if (which == 9) {                 // a shuffle orders nothing
+    box[thread] = thread;
+    out[thread] = __shfl_xor_sync(0xffffffffu, thread, 1) + box[thread ^ 1];
+  }
+  if (which == 10) {  // only one of the two is atomic
+    if (thread < 32) atomicAdd(&box[0], 1);
+    if (thread >= 32) out[thread] = box[0];
+  }
+  if (which == 11)
+    *reinterpret_cast<int*>(reinterpret_cast<char*>(box) + 2) = thread;  // not at a multiple of 4
+  if (which == 12) out[thread] = static_cast<int>(3e9f + thread);        // more than an int holds
+}
+
+// ---- what looks like a race and is none
+
+__global__ void no_race(int* out) {
+  __shared__ int box[64], flag, count;
+  int thread = threadIdx.x, of_warp = thread / 32 * 32;
+  flag = 1;  // all write the same
+  box[thread] = thread;
+  __syncwarp();
+  int neighbour = box[of_warp + (thread + 1) % 32];
+  __syncwarp();
+  box[of_warp + (thread + 5) % 32] = neighbour;
+  if (thread == 0) count = 0;
+  __syncthreads();
+  atomicAdd(&count, box[63 - thread]);
+  atomicMax(&count, flag);
+  __syncthreads();
+  if (thread < 16) {  // half a warp meets by itself
+    box[thread] = thread;
+    __syncwarp(0xffffu);
+    box[15 - thread] += count;
+  }
+  __syncthreads();
+  out[thread] = box[thread];
 }
 
 template <class... Parameters, class... Arguments>
@@ -170,6 +207,7 @@ int example_to_float(const void* x, const void* y, float* out, void* x_again, vo
                 out, static_cast<__half*>(x_again), static_cast<__nv_bfloat16*>(y_again));
 }
 int example_wait_for_flag(int* out) { return launch(wait_for_flag, 1, 128, 0, out); }
+int example_no_race(int* out) { return launch(no_race, 1, 64, 0, out); }
 int example_mistake(int which, int* out) { return launch(mistake, 1, 64, 256, which, out); }
 
 }  // extern "C"

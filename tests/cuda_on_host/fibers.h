@@ -73,8 +73,8 @@ class Block {
     error_.clear();
     if (!stacks_) reserve_stacks();
     if (static_cast<int>(fibers_.size()) < threads) fibers_.resize(threads);
-    threads_ = threads, at_barrier_ = 0;
-    for (int i = 0; i < threads; ++i) fibers_[i].state = State::kReady;
+    threads_ = threads, at_barrier_ = 0, ++barriers_;
+    for (int i = 0; i < threads; ++i) fibers_[i].state = State::kReady, fibers_[i].site = {};
     std::vector<int> warps((threads + kWarp - 1) / kWarp), lanes(kWarp);
     std::iota(warps.begin(), warps.end(), 0);
     std::iota(lanes.begin(), lanes.end(), 0);
@@ -112,6 +112,16 @@ class Block {
   static Block& current() { return *current_; }
   static bool running() { return current_ != nullptr; }
   int lane() const { return running_ % kWarp; }
+  int thread() const { return is_inside_ ? running_ : -1; }  // -1 outside of fibers
+  uint64_t barriers() const { return barriers_; }  // that all threads have passed; a block begins with one
+
+  Site site() const { return fibers_[running_].site; }  // where the thread waited last
+
+  // " (topk.cu:80)"
+  static std::string in(Site site) {
+    const char* slash = std::strrchr(site.file, '/');
+    return std::string(" (") + (slash ? slash + 1 : site.file) + ":" + std::to_string(site.line) + ")";
+  }
 
   // __syncthreads: waits for all threads of the block. Returns the sum of what they offer.
   uint64_t barrier(uint64_t offer, Site site) {
@@ -119,7 +129,7 @@ class Block {
     self.offer = offer, self.site = site;
     self.state = State::kAtBarrier;
     if (++at_barrier_ == threads_) {
-      at_barrier_ = 0;
+      at_barrier_ = 0, ++barriers_;
       uint64_t sum = 0;
       for (int i = 0; i < threads_; ++i) {
         sum += fibers_[i].offer;
@@ -193,7 +203,11 @@ class Block {
   // Switching is _setjmp and _longjmp, which unlike swapcontext make no system call; ucontext only starts a
   // fiber.
   __attribute__((noinline)) void go_on(Fiber& fiber, int i) {
-    if (_setjmp(scheduler_)) return;
+    if (_setjmp(scheduler_)) {
+      is_inside_ = false;
+      return;
+    }
+    is_inside_ = true;
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
     getcontext(&fiber.entry);
@@ -221,9 +235,7 @@ class Block {
     if (fiber.state == State::kReady) return "running";
     char mask[32] = "";
     if (fiber.state == State::kInWarp) std::snprintf(mask, sizeof(mask), " with mask 0x%08x", fiber.mask);
-    const char* slash = std::strrchr(fiber.site.file, '/');
-    return std::string("at ") + fiber.site.what + mask + " (" + (slash ? slash + 1 : fiber.site.file) + ":" +
-           std::to_string(fiber.site.line) + ")";
+    return std::string("at ") + fiber.site.what + mask + in(fiber.site);
   }
 
   std::string self_at(Site site) {
@@ -253,7 +265,8 @@ class Block {
   jmp_buf scheduler_;
   char* stacks_ = nullptr;
   int threads_ = 0, running_ = 0, at_barrier_ = 0;
-  bool yielded_ = false;
+  uint64_t barriers_ = 0;
+  bool yielded_ = false, is_inside_ = false;
 };
 
 inline thread_local Block* Block::current_ = nullptr;

@@ -1,13 +1,16 @@
 """Compiles CUDA sources for the CPU with cuda_on_host.h, and loads the result."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,12 +24,26 @@ NAMESPACE = "pyspec_on_host"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def build_on_host(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
-    """A shared library of .cu and .cpp sources; kept in build/cuda_on_host until anything it is made of changes."""
+# What the environment variable CUDA_ON_HOST may ask for, beside plain kernels.
+MODES = {
+    "": [],
+    # What C++ leaves undefined, reported on stderr: alignment, shifts, bounds, casts of floats.
+    "undefined": ["-fsanitize=undefined,float-cast-overflow"],
+    # races.h, in place of the runtime that the compiler would link.
+    "races": ["-fsanitize=thread", "-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc_s"],
+}
+
+
+def build_on_host(*sources: Path, flags: tuple[str, ...] = (), mode: str | None = None) -> Path:
+    """A shared library of .cu and .cpp sources; kept in build/cuda_on_host until anything it is made of changes.
+
+    mode: one of MODES, of the environment by default.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler to run CUDA kernels on the CPU with")
-    command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags]
+    mode = os.environ.get("CUDA_ON_HOST", "") if mode is None else mode
+    command = [compiler, *FLAGS, "-x", "c++", *map(str, sources), *flags, *MODES[mode]]
     made_of = [*sources, *HERE.glob("*.h")]
     for folder, pattern in (("kernels", "**/*.h"), ("csrc", "*.h"), ("csrc/cuda", "*.h")):
         made_of += (ROOT / folder).glob(pattern)
@@ -42,12 +59,28 @@ def build_on_host(*sources: Path, flags: tuple[str, ...] = ()) -> Path:
     return library
 
 
+def kernel_name(demangled: str) -> str:
+    """Without its result, namespace and parameters."""
+    name = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return name[: name.index("(")]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was noted; name: the kernel with its template arguments, as "topk_kernel<unsigned int, 0>"."""
+
+    name: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int  # bytes of dynamic shared memory
+
+
 class HostLibrary(ctypes.CDLL):
     """A library of kernels; call(name, ...) runs one of its functions, which returns a cudaError_t."""
 
     def __init__(self, path: Path):
         super().__init__(str(path))
-        self.cuda_on_host_error.restype = ctypes.c_char_p
+        self.cuda_on_host_error.restype = self.cuda_on_host_note.restype = ctypes.c_char_p
         self.cuda_on_host_set.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
 
     def set(
@@ -55,6 +88,21 @@ class HostLibrary(ctypes.CDLL):
     ) -> None:
         """The device from now on; shared memory of a block in bytes; seed 0 runs blocks and threads in ascending order, another in one drawn from it."""
         self.cuda_on_host_set(multiprocessors, blocks_in_flight, shared, seed)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[Launch]]:
+        """Inside, launches run nothing; they are in the list when it ends."""
+        found = []
+        self.cuda_on_host_note(1)
+        try:
+            yield found
+        finally:
+            lines = self.cuda_on_host_note(0).decode().splitlines()
+        symbols = subprocess.run(["nm", "-C", self._name], capture_output=True, text=True, check=True).stdout
+        names = {int(place, 16): name for place, name in re.findall(r"^(\w+) \w (.*)$", symbols, re.M)}
+        for line in lines:
+            place, *grid, threads, shared = map(int, line.split())
+            found.append(Launch(kernel_name(names[place]), tuple(grid), threads, shared))
 
     def call(self, name: str, *args) -> None:
         """Raises RuntimeError with the report of a launch that failed."""

@@ -1,6 +1,9 @@
 """cuda_on_host.h: what it implements does what CUDA says, and mistakes are reported."""
 
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +139,7 @@ def test_shared_memory_starts_with_rubbish(library):
     assert (out == np.int32(0xA7A7A7A7 - (1 << 32))).all()
 
 
+@pytest.mark.skipif(os.environ.get("CUDA_ON_HOST") == "races", reason="where it is reported")
 def test_a_missing_barrier_shows_in_another_order(library):
     results = set()
     for seed in range(4):
@@ -152,3 +156,60 @@ def test_launches_that_no_gpu_takes(library, blocks, threads):
     array = np.zeros(1, np.int32)
     with pytest.raises(RuntimeError, match="grid is empty|1 to 1024 threads"):
         library.call("example_block_sums", pointer(array), pointer(array), 1, blocks, threads)
+
+
+# ==== modes ====
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "which, report",
+    [
+        (6, "static shared memory"),
+        (8, "thread 1 writes static shared memory, which thread 0 wrote"),
+        (9, "static shared memory"),
+        (10, "reads static shared memory, which thread"),
+    ],
+)
+def test_races_are_found(which, report, seed):
+    library, out = HostLibrary(build_on_host(EXAMPLES, mode="races")), np.zeros(64, np.int32)
+    library.set(seed=seed)
+    with pytest.raises(RuntimeError, match=r"race: .*, and no barrier is between") as error:
+        library.call("example_mistake", which, pointer(out))
+    assert seed or report in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_in_order_is_no_race(seed):
+    library, out = HostLibrary(build_on_host(EXAMPLES, mode="races")), np.zeros(64, np.int32)
+    library.set(seed=seed)
+    library.call("example_no_race", pointer(out))
+    assert out[:16].tolist() == [place + sum(range(64)) for place in range(16)]
+
+
+@pytest.mark.parametrize(
+    "which, report", [(11, "misaligned address"), (12, "outside the range of representable values")]
+)
+def test_undefined_behaviour_is_found(which, report, capfd):
+    library, out = HostLibrary(build_on_host(EXAMPLES, mode="undefined")), np.zeros(64, np.int32)
+    library.call("example_mistake", which, pointer(out))
+    assert report in capfd.readouterr().err
+
+
+FOLDER = Path(__file__).parents[1] / "kernels/cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU instead")
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("test_*_cuda.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("mode", ["undefined", "races"])
+def test_kernels_in_every_mode(mode, path, tmp_path):
+    """The tests of a kernel, whose library is made otherwise, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not slow", str(path)]
+    log = tmp_path / "undefined"
+    environment = {**os.environ, "CUDA_ON_HOST": mode, "UBSAN_OPTIONS": f"log_path={log}"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+    reports = "".join(part.read_text() for part in tmp_path.glob("undefined*"))
+    assert not reports, reports[:5000]

