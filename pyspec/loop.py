@@ -16,6 +16,7 @@ from pyspec.costs import Budget
 from pyspec.drafting import Drafter
 from pyspec.models import Runner
 from pyspec.models.exclusive import exclusive_use
+from pyspec.readback import wait_for
 from pyspec.text import TextStream
 from pyspec.trees import DraftTree
 
@@ -147,8 +148,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
     with timed(stats, "verify"):
         _check_batch(model, sequences)
         logits = model.verify(trees)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)  # or the kernels' time would show as acceptance
+        wait_for(logits)  # or the kernels' time would show as acceptance
     draft_seconds, verify_seconds = stats.draft_seconds - draft_seconds, stats.verify_seconds - verify_seconds
     stats.rounds += 1
     for index in active:
