@@ -1,9 +1,9 @@
 """Steps of fixed shape: how a verify runs on a GPU, and the CUDA graphs that replay it.
 
-A step is the model's layers over trees that were all padded to one number of nodes, and the head. Whatever a round changes (tokens,
-positions, lengths, the tree) is numbers in one buffer on the device, which one copy from pinned memory fills; so the
-same launches serve every round, and a graph of them is captured once for each shape and then replayed. Nothing in a
-step waits for the device.
+A step is the model's layers over trees that were all padded to one number of nodes, and behind them the head. Whatever
+a round changes (tokens, positions, lengths, the tree) is numbers in one buffer on the device, which one copy from
+pinned memory fills; so the same launches serve every round, and a graph of them is captured once for each shape and
+then replayed. Nothing in a step waits for the device.
 
 Padding costs no bits: rows do not depend on the rows beside them. Padded nodes have no ancestor bits, so they attend
 to nothing and nobody attends to them, and their keys all go to the scratch slot behind the tree.
