@@ -231,7 +231,7 @@ class GraphRecorder:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Callable[[], Rows]) -> Callable[[], Rows]:
@@ -239,13 +239,13 @@ class GraphRecorder:
 
         The function that comes back replays the graph and returns its result, which is always the same memory.
         """
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        callers = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        callers.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = step()
 
         def replay() -> Rows:
