@@ -161,7 +161,8 @@ class Rounds:
             state = (cache.states, cache.windows)
             for kept, values in zip(self.spare, state, strict=True):
                 kept.copy_(values)
-            self.model._logits(self.model._forward(trees, sequences, [True] * self.batch, cache))
+            rows = self.model._forward(trees, sequences, [True] * self.batch, cache)
+            self.model._logits(rows.of_trees(rows.hidden))
             for kept, values in zip(self.spare, state, strict=True):
                 values.copy_(kept)
             self.model._forward(trees, sequences, [True] * self.batch, cache)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from pyspec.costs import Budget
 from pyspec.drafting import Drafter
 from pyspec.models import Runner
 from pyspec.models.exclusive import exclusive_use
+from pyspec.readback import wait_for
 from pyspec.text import TextStream
 from pyspec.trees import DraftTree
 
@@ -147,8 +147,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
     with timed(stats, "verify"):
         _check_batch(model, sequences)
         logits = model.verify(trees)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize(model.device)  # or the kernels' time would show as acceptance
+        wait_for(logits)  # or the kernels' time would show as acceptance
     draft_seconds, verify_seconds = stats.draft_seconds - draft_seconds, stats.verify_seconds - verify_seconds
     stats.rounds += 1
     for index in active:
@@ -285,11 +284,17 @@ class Continuation:
         )
 
 
-@contextmanager
-def timed(stats: Stats, phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        name = f"{phase}_seconds"
-        setattr(stats, name, getattr(stats, name) + time.perf_counter() - start)
+class timed:
+    """A context whose time is added to a phase of stats."""
+
+    __slots__ = ("_stats", "_name", "_start")
+
+    def __init__(self, stats: Stats, phase: str):
+        self._stats, self._name = stats, f"{phase}_seconds"
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *error) -> None:
+        seconds = time.perf_counter() - self._start
+        setattr(self._stats, self._name, getattr(self._stats, self._name) + seconds)

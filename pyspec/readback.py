@@ -7,6 +7,7 @@ the logits are. Acceptance and drafters then ask for the same ones (`read_statis
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pyspec.ops.row_statistics import TOP, row_statistics
 from pyspec.ops.topk import topk
 
-__all__ = ["HostStatistics", "read_statistics", "read_top_tokens", "send_statistics"]
+__all__ = ["HostStatistics", "pack_statistics", "read_statistics", "read_top_tokens", "send_statistics", "wait_for"]
 
 
 class HostStatistics(NamedTuple):
@@ -28,36 +29,55 @@ class HostStatistics(NamedTuple):
     log_sum_exp: np.ndarray  # [R] float32
 
 
-# logits on a GPU: their rows of a copy [R, 17] int32 in pinned memory, and what happens when it is complete
-_sent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class _Sent(NamedTuple):
+    numbers: Tensor  # as pack_statistics has them, in pinned memory where they come from a GPU
+    arrived: torch.cuda.Event | None
+    rows: slice
 
 
-def send_statistics(logits: Tensor, parts: Sequence[Tensor]) -> None:
-    """Starts sending what `read_statistics` of each part will want; parts are the rows of logits, split.
+_sent: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of logits what was sent, then what was read
 
-    Does not wait for the device. The logits must not be changed afterwards.
-    """
+
+def pack_statistics(logits: Tensor) -> Tensor:
+    """[17 R] int32: the bits of all that HostStatistics has of logits [R, V], in its order."""
     statistics = row_statistics(logits.detach())
-    numbers = (statistics.top_logits, statistics.log_sum_exp[:, None])
-    packed = torch.cat([statistics.top_tokens.int(), *(values.view(torch.int32) for values in numbers)], 1)
-    host = packed.to("cpu", non_blocking=True)  # pinned
+    numbers = (statistics.top_tokens.int(), statistics.top_logits, statistics.log_sum_exp)
+    return torch.cat([values.view(torch.int32).flatten() for values in numbers])
+
+
+def send_statistics(statistics: Tensor, parts: Sequence[Tensor], places: Sequence[slice] | None = None) -> None:
+    """Starts sending what `read_statistics` of each part will want. Does not wait for the device.
+
+    Args:
+        statistics: pack_statistics of logits, which may be overwritten afterwards.
+        parts: some of their rows, which must not be changed.
+        places: of each part's rows; None if they are all rows, part after part.
+    """
+    host = statistics.to("cpu", non_blocking=True, copy=True)  # pinned
     arrived = None
-    if logits.is_cuda:
+    if statistics.is_cuda:
         arrived = torch.cuda.Event()
-        arrived.record(torch.cuda.current_stream(logits.device))
-    for part, rows in zip(parts, host.split([len(part) for part in parts]), strict=True):
-        _sent[part] = rows, arrived
+        arrived.record(torch.cuda.current_stream(statistics.device))
+    if places is None:
+        ends = accumulate(map(len, parts))
+        places = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+    for part, place in zip(parts, places, strict=True):
+        _sent[part] = _Sent(host, arrived, place)
 
 
 def read_statistics(logits: Tensor) -> HostStatistics:
-    """Statistics of logits [R, V] on the host; on a GPU, what was sent, or is now, once for each tensor."""
-    if not logits.is_cuda:
-        statistics = row_statistics(logits.detach())
-        top_tokens = statistics.top_tokens.int()
-        return HostStatistics(top_tokens.numpy(), statistics.top_logits.numpy(), statistics.log_sum_exp.numpy())
-    if logits not in _sent:
-        send_statistics(logits, [logits])
-    return _received(*_sent[logits])
+    """Statistics of logits [R, V] on the host: what was sent, or is now; on a GPU once for each tensor."""
+    found = _sent.get(logits)
+    if found is None:
+        if not logits.is_cuda:
+            return _unpacked(pack_statistics(logits), slice(None))
+        send_statistics(pack_statistics(logits), [logits])
+        found = _sent[logits]
+    if isinstance(found, _Sent):
+        if found.arrived is not None:
+            found.arrived.synchronize()
+        found = _sent[logits] = _unpacked(found.numbers, found.rows)
+    return found
 
 
 def read_top_tokens(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -76,8 +96,19 @@ def read_top_tokens(logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.where(top_logits > -np.inf, top_tokens, np.int32(-1)), top_logits
 
 
-def _received(rows: Tensor, arrived: torch.cuda.Event | None) -> HostStatistics:
-    if arrived is not None:
-        arrived.synchronize()
-    top_tokens, top_logits, log_sum_exp = map(np.ascontiguousarray, np.split(rows.numpy(), (TOP, 2 * TOP), axis=1))
-    return HostStatistics(top_tokens, top_logits.view(np.float32), log_sum_exp.view(np.float32)[:, 0])
+def wait_for(parts: Sequence[Tensor | None]) -> None:
+    """Waits until a device has computed what a verify gave."""
+    logits = next(part for part in parts if part is not None)
+    found = _sent.get(logits) if logits.is_cuda else None
+    if isinstance(found, _Sent):
+        found.arrived.synchronize()
+    elif logits.is_cuda:
+        torch.cuda.synchronize(logits.device)
+
+
+def _unpacked(statistics: Tensor, rows: slice) -> HostStatistics:
+    numbers = statistics.numpy()
+    count = len(numbers) // (2 * TOP + 1)
+    top_tokens, top_logits = numbers[: 2 * TOP * count].reshape(2, count, TOP)
+    log_sum_exp = numbers[2 * TOP * count :]
+    return HostStatistics(top_tokens[rows], top_logits.view(np.float32)[rows], log_sum_exp.view(np.float32)[rows])

@@ -56,7 +56,8 @@ class DenseCache:
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
-        keep_path(self.keys_values[:, :, sequence, :, self.lengths[sequence] :], path)
+        if path[-1] >= len(path):  # else it lies there already
+            keep_path(self.keys_values[:, :, sequence, :, self.lengths[sequence] :], path)
         self.lengths[sequence] += len(path)
 
 

@@ -28,7 +28,11 @@ def inference(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
-        with lock_of(self), torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            return method(self, *args, **kwargs)
+        device = self.device.type
+        with lock_of(self), torch.inference_mode():
+            if not torch.is_autocast_enabled(device):  # a context costs as much as a small kernel
+                return method(self, *args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return method(self, *args, **kwargs)
 
     return call

@@ -14,9 +14,9 @@ from pyspec.models._checks import check_paths, check_trees
 from pyspec.models._inference import inference
 from pyspec.models._weights import NativeWeights
 from pyspec.models.fingerprint import fingerprint_of
-from pyspec.models.static_steps import BUCKETS
+from pyspec.models.static_steps import BUCKETS, Rows
 from pyspec.ops.linear import PackedWeight, linear
-from pyspec.readback import send_statistics
+from pyspec.readback import pack_statistics, send_statistics
 from pyspec.trees import DraftTree
 
 __all__ = ["NativeRunner"]
@@ -127,11 +127,15 @@ class NativeRunner:
         if not active:
             self._verified = list(trees)
             return [None] * len(trees)
-        logits = self._logits(self._run_layers(trees, active))
+        rows = self._run_layers(trees, active)
+        if rows.logits is None:
+            logits = self._logits(rows.of_trees(rows.hidden))
+            rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+        logits = rows.of_trees(rows.logits)
         self._verified = list(trees)
         parts = logits.split([len(trees[sequence]) for sequence in active])
-        if logits.is_cuda:
-            send_statistics(logits, parts)
+        if rows.statistics is not None:
+            send_statistics(rows.statistics, parts, rows.places)
         parts = iter(parts)
         return [None if tree is None else next(parts) for tree in trees]
 
@@ -152,8 +156,8 @@ class NativeRunner:
     def _record(self, sequences: int, capacity: int) -> None:
         """Captures all graphs that batches of this size and capacity need."""
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
-        """[R, hidden] of all nodes of the active sequences, tree after tree, after the last norm."""
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
+        """What the layers give for all nodes of the active sequences."""
         raise NotImplementedError
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:

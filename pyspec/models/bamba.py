@@ -19,6 +19,7 @@ from pyspec.models._weights import Blank, Matrix, NativeLayer, NativeWeights, de
 from pyspec.models.llama_weights import LayerWeights, LlamaConfig, rope_table
 from pyspec.models.mamba2 import Mamba2Config, Mamba2Layer
 from pyspec.models.state_space import RecurrentRunner
+from pyspec.models.static_steps import Rows
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.llama_layers import TreeRows, attention_block, feed_forward
 from pyspec.ops.mamba_layers import WEIGHTS, mamba2_mixer
@@ -201,9 +202,7 @@ class BambaRunner(RecurrentRunner):
         dense = DenseCache(*shape, self.dtype, self.device)
         return HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
 
-    def _forward(
-        self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache
-    ) -> Tensor:
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache) -> Rows:
         config, epsilon, state = self.config, self.config.attention.norm_epsilon, cache.state
         lengths = [cache.lengths[sequence] for sequence in sequences]
         round = state.round(trees, sequences, advances)  # may replace the records
@@ -226,4 +225,4 @@ class BambaRunner(RecurrentRunner):
             x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=self.dtype)
             delta = feed_forward(x, layer.gate_up.data, layer.down.data, config.attention.intermediate_size)
         state.done(sequences, advances)
-        return rms_norm(hidden, self.weights.norm, epsilon, delta=delta, out_dtype=self.dtype)
+        return Rows(rms_norm(hidden, self.weights.norm, epsilon, delta=delta, out_dtype=self.dtype))

@@ -22,7 +22,16 @@ from pyspec.models._inference import inference
 from pyspec.models._runner import NativeRunner
 from pyspec.models.llama_weights import LlamaConfig, LlamaWeights, rope_table
 from pyspec.models.prompts import PromptPlan
-from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder, StaticSteps, StepInputs, slots_for
+from pyspec.models.static_steps import (
+    BUCKETS,
+    STATIC_CHUNK,
+    GraphedHead,
+    GraphRecorder,
+    Rows,
+    StaticSteps,
+    StepInputs,
+    slots_for,
+)
 from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import tree_attention
 from pyspec.trees import DraftTree
@@ -153,10 +162,10 @@ class LlamaRunner(NativeRunner):
         if self._steps is not None:
             self._steps.warm(self._step, capacity)
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
         if self._steps is not None:
             return self._steps.together(self._step, trees)
-        return self._forward([trees[sequence] for sequence in active], active, self._cache)
+        return Rows(self._forward([trees[sequence] for sequence in active], active, self._cache))
 
     def free_slots(self, sequence: int) -> int:
         """Nodes of the largest tree that fits behind a sequence."""
@@ -248,7 +257,7 @@ class LlamaRunner(NativeRunner):
         cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, self.dtype, self.device)
         cache.restart(capacity)
         if self._is_static:
-            self._steps = StaticSteps(cache, GraphRecorder(self.device))
+            self._steps = StaticSteps(cache, GraphRecorder(self.device), GraphedHead(self.weights.head))
         return cache
 
     def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
@@ -259,7 +268,8 @@ class LlamaRunner(NativeRunner):
         if self._steps is not None:
             ((sequence, chain),) = pieces.items()
             if len(cache.lengths) == 1:
-                return [self._steps.together(self._step, [chain], record=False)]  # a prompt is read once
+                rows = self._steps.together(self._step, [chain], record=False)  # a prompt is read once
+                return [rows.of_trees(rows.hidden)]
             return [self._steps.alone(self._step, chain, sequence)]
         hidden = self._forward(list(pieces.values()), list(pieces), cache)
         return hidden.split([len(chain) for chain in pieces.values()])

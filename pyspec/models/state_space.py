@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from pyspec.models._runner import NativeRunner
 from pyspec.models._weights import Blank, NativeLayer, NativeWeights, dense
 from pyspec.models.prompts import PromptPlan
 from pyspec.models.static_rounds import StaticRounds
-from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphRecorder
+from pyspec.models.static_steps import BUCKETS, STATIC_CHUNK, GraphedHead, GraphRecorder, Rows
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
 from pyspec.ops.selective_state import Round
@@ -125,12 +126,12 @@ class RecurrentRunner(NativeRunner):
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         self._cache = self._verified = None  # the old batch makes room for the new one
         cache = self._empty_cache(len(tokens), capacity)
-        plan, rows = PromptPlan(tokens, share=False), STATIC_CHUNK if self._is_static else PREFILL_CHUNK
+        plan, chunk = PromptPlan(tokens, share=False), STATIC_CHUNK if self._is_static else PREFILL_CHUNK
         last_logits: dict[int, Tensor] = {}
-        while pieces := plan.next_pieces(cache.lengths, rows, len(tokens)):
+        while pieces := plan.next_pieces(cache.lengths, chunk, len(tokens)):
             chains = list(pieces.values())
-            hidden = self._forward(chains, list(pieces), [True] * len(pieces), cache)
-            parts = hidden.split([len(chain) for chain in chains])
+            rows = self._forward(chains, list(pieces), [True] * len(pieces), cache)
+            parts = rows.of_trees(rows.hidden).split([len(chain) for chain in chains])
             for (sequence, chain), part in zip(pieces.items(), parts, strict=True):
                 cache.advance(sequence, len(chain))
                 if observe is not None:
@@ -140,18 +141,18 @@ class RecurrentRunner(NativeRunner):
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(tokens))]
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Tensor:
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
         cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
-        hidden = self._forward([trees[sequence] for sequence in active], active, [False] * len(active), cache)
+        rows = self._forward([trees[sequence] for sequence in active], active, [False] * len(active), cache)
         self._cache = cache
-        return hidden
+        return rows
 
     def _empty_cache(self, sequences: int, capacity: int | None):
         """The cache of a new batch."""
         raise NotImplementedError
 
-    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm; see StateCache.round."""
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache) -> Rows:
+        """What the layers give for the nodes of all trees; see StateCache.round."""
         raise NotImplementedError
 
 
@@ -213,7 +214,7 @@ class StateSpaceRunner(RecurrentRunner):
         cache = StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
         cache.history = self._history_for(cache, sequences) if self._history is None else self._history
         if self._is_static:
-            self._rounds = StaticRounds(cache, GraphRecorder(self.device))
+            self._rounds = StaticRounds(cache, GraphRecorder(self.device), GraphedHead(self.weights.head))
         return cache
 
     def _record(self, sequences: int, capacity: int) -> None:
@@ -230,7 +231,7 @@ class StateSpaceRunner(RecurrentRunner):
             self._histories[sequences] = history_for(cache, rates, heads, groups)
         return self._histories[sequences]
 
-    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Tensor:
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Rows:
         if self.rollback == "joint" and not any(advances):
             return self._run_joint(trees, sequences, cache)
         return self._run(trees, sequences, advances, cache)
@@ -242,7 +243,7 @@ class StateSpaceRunner(RecurrentRunner):
         else:
             self._cache.commit(sequence, path)
 
-    def _run_joint(self, trees: list[DraftTree], sequences: list[int], cache: StateCache) -> Tensor:
+    def _run_joint(self, trees: list[DraftTree], sequences: list[int], cache: StateCache) -> Rows:
         """`_run` of trees below tokens that the states do not have yet, which then do."""
         batch, behind = len(cache.lengths), [self._behind[sequence] for sequence in sequences]
         moving = [sequence for sequence in sequences if self._behind[sequence]]
@@ -252,23 +253,24 @@ class StateSpaceRunner(RecurrentRunner):
         places = moving + [batch + sequence for sequence in sequences]
         below = [_below(tokens, tree) for tokens, tree in zip(behind, trees, strict=True)]
         advances = [True] * len(chains) + [False] * len(below)
-        hidden = self._run([*chains, *below], places, advances, cache)
+        rows = self._run([*chains, *below], places, advances, cache)
         for sequence in sequences:
             self._behind[sequence] = []
-        parts = hidden[sum(map(len, chains)) :].split([len(tree) for tree in below])
-        return torch.cat([part[len(tokens) :] for part, tokens in zip(parts, behind, strict=True)])
+        ends = accumulate(map(len, below), initial=sum(map(len, chains)))
+        next(ends)
+        return rows._replace(places=[slice(end - len(tree), end) for tree, end in zip(trees, ends, strict=True)])
 
-    def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm. See StateCache.round."""
+    def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Rows:
+        """What the layers give for the nodes of all trees. See StateCache.round."""
         if self._rounds is not None:
-            hidden = self._rounds.run(partial(self._run_round, cache), trees, places, advances)
-            if hidden is not None:
-                return hidden
+            rows = self._rounds.run(partial(self._run_round, cache), trees, places, advances)
+            if rows is not None:
+                return rows
         tokens = [tree.tokens for tree in trees]
         round = cache.round(trees, places, advances)
         hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)
         cache.done(places, advances)
-        return hidden
+        return Rows(hidden)
 
     def _run_round(self, cache: StateCache, tokens: Tensor, round: Round) -> Tensor:
         return mamba_layers(

@@ -8,14 +8,16 @@ without nodes and a path without any, which is no work at all, down to the bit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pyspec.caches.state import Plan, StateCache
-from pyspec.models.static_steps import Recorder
+from pyspec.models.static_inputs import StaticInputs
+from pyspec.models.static_steps import GraphedHead, Recorder, Rows
 from pyspec.ops.selective_state import Round
 from pyspec.trees import DraftTree
 
@@ -26,28 +28,23 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # of a round with a graph; large
 Step = Callable[[Tensor, Round], Tensor]
 
 
-class RoundInputs:
-    """What a round reads beside weights and states, as views of one int32 buffer.
+class RoundInputs(StaticInputs):
+    """What a round reads beside weights and states.
 
     Args:
         places, rows, longest: of states, of all trees with padding, and of the nodes of a path.
         device: where the round runs.
-        pin_memory: for the host's copy of a buffer on a GPU.
     """
 
     tokens: Tensor  # [rows]; 0 in padding, and so are parents
     round: Round
 
-    def __init__(self, places: int, rows: int, longest: int, device: torch.device, pin_memory: bool = False):
-        self._shape = places, rows, longest
-        each = (places,)
-        shapes = [(rows,), each, (places + 1,), (rows,), (places, longest), each, each, each]
-        sizes = [math.prod(shape) for shape in shapes]
-        aligned = [size + -size % 4 for size in sizes]  # to 16 bytes
-        self.buffer = torch.zeros(sum(aligned), dtype=torch.int32, device=device, pin_memory=pin_memory)
-        parts = zip(shapes, sizes, self.buffer.split(aligned), strict=True)
-        self.tokens, *rest = (part[:size].view(shape) for shape, size, part in parts)
-        self.round = Round(*rest)
+    def __init__(self, places: int, rows: int, longest: int, device: torch.device):
+        per_row, per_place = dict.fromkeys(("tokens", "parents"), (rows,)), (places,)
+        shapes = {"sequences": per_place, "starts": (places + 1,), "paths": (places, longest)}
+        shapes |= dict.fromkeys(("halves", "keeps", "advances"), per_place)
+        super().__init__(device, **per_row, **shapes)
+        self.round = Round(*(getattr(self, field.name) for field in fields(Round)))
 
     def fill(
         self,
@@ -57,19 +54,18 @@ class RoundInputs:
         plan: Plan,
     ) -> None:
         """Describes the trees of some places, and what StateCache.plan says of each. Does not wait for the device."""
-        host = RoundInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
-        round, end = host.round, 0
-        round.sequences.copy_(torch.arange(self._shape[0], dtype=torch.int32, device="cpu"))
-        round.paths.fill_(-1)
-        round.keeps.fill_(-1)
+        host, end = self.host(), 0
+        host["sequences"][:] = range(len(host["sequences"]))
+        host["paths"].fill(-1)
+        host["keeps"].fill(-1)
         for tree, place, moves, path, half, keep in zip(trees, places, advances, *plan, strict=True):
-            host.tokens[end : end + len(tree)] = tree.tokens
-            round.parents[end : end + len(tree)] = tree.parents
-            end += len(tree)
-            round.starts[place + 1 :] = end
-            round.paths[place, : len(path)] = torch.tensor(path, dtype=torch.int32, device="cpu")
-            round.halves[place], round.keeps[place], round.advances[place] = half, keep, moves
-        self.buffer.copy_(host.buffer, non_blocking=True)
+            rows = slice(end, end + len(tree))
+            host["tokens"][rows], host["parents"][rows] = tree.tokens.numpy(), tree.parents.numpy()
+            end = rows.stop
+            host["starts"][place + 1 :] = end
+            host["paths"][place, : len(path)] = path
+            host["halves"][place], host["keeps"][place], host["advances"][place] = half, keep, moves
+        self.send()
 
 
 class StaticRounds:
@@ -81,13 +77,15 @@ class StaticRounds:
     Args:
         cache: of the batch. Graphs know its address and serve no other.
         record: makes a function that repeats a step's launches, such as GraphRecorder.
+        head: what a recorded step ends with.
     """
 
-    def __init__(self, cache: StateCache, record: Recorder):
+    def __init__(self, cache: StateCache, record: Recorder, head: GraphedHead):
         self.cache = cache
         self._record = record
+        self._head = head
         self._records = cache.records  # that the graphs know
-        self._replays: dict[int, tuple[RoundInputs, Callable[[], Tensor]]] = {}  # by rows
+        self._replays: dict[int, tuple[RoundInputs, Callable[[], Rows]]] = {}  # by rows
 
     def warm(self, step: Step, nodes: int) -> None:
         """Records all rounds with a graph, with room for trees of so many nodes. The cache must be empty."""
@@ -97,8 +95,8 @@ class StaticRounds:
 
     def run(
         self, step: Step, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]
-    ) -> Tensor | None:
-        """[R, hidden] of the nodes of all trees, tree after tree; None if they are too many.
+    ) -> Rows | None:
+        """What the layers give for the nodes of all trees; None if they are too many.
 
         For prompts, chains that are accepted as a whole, nothing is recorded, because they are read once: None unless
         it was before.
@@ -113,9 +111,10 @@ class StaticRounds:
         plan = self._plan(trees, places, advances)
         inputs, replay = self._replay(step, rows)
         inputs.fill(trees, places, advances, plan)
-        hidden = replay()[:nodes].clone()  # the next replay's goes where this one lies
+        found = replay()
         self.cache.done(places, advances)
-        return hidden
+        ends = accumulate(map(len, trees))
+        return found._replace(places=[slice(end - len(tree), end) for tree, end in zip(trees, ends, strict=True)])
 
     def _plan(self, trees: Sequence[DraftTree], places: Sequence[int], advances: Sequence[bool]) -> Plan:
         plan = self.cache.plan(trees, places, advances)
@@ -123,10 +122,10 @@ class StaticRounds:
             self._records, self._replays = self.cache.records, {}
         return plan
 
-    def _replay(self, step: Step, rows: int) -> tuple[RoundInputs, Callable[[], Tensor]]:
+    def _replay(self, step: Step, rows: int) -> tuple[RoundInputs, Callable[[], Rows]]:
         if rows not in self._replays:
             longest = self._records.shape[3]  # of which a path takes each node once: more places cost nothing
             inputs = RoundInputs(self.cache.states.shape[1], rows, longest, self.cache.states.device)
             inputs.fill((), (), (), Plan([], [], []))  # recording runs the step too, which must not replay a path twice
-            self._replays[rows] = inputs, self._record(lambda: step(inputs.tokens, inputs.round))
+            self._replays[rows] = inputs, self._record(lambda: self._head(step(inputs.tokens, inputs.round)))
         return self._replays[rows]

@@ -1,9 +1,9 @@
 """Steps of fixed shape: how a verify runs on a GPU, and the CUDA graphs that replay it.
 
-A step is the model's layers over trees that were all padded to one number of nodes. Whatever a round changes (tokens,
-positions, lengths, the tree) is numbers in one buffer on the device, which one copy from pinned memory fills; so the
-same launches serve every round, and a graph of them is captured once for each shape and then replayed. Nothing in a
-step waits for the device.
+A step is the model's layers over trees that were all padded to one number of nodes, and behind them the head. Whatever
+a round changes (tokens, positions, lengths, the tree) is numbers in one buffer on the device, which one copy from
+pinned memory fills; so the same launches serve every round, and a graph of them is captured once for each shape and
+then replayed. Nothing in a step waits for the device.
 
 Padding costs no bits: rows do not depend on the rows beside them. Padded nodes have no ancestor bits, so they attend
 to nothing and nobody attends to them, and their keys all go to the scratch slot behind the tree.
@@ -11,16 +11,30 @@ to nothing and nobody attends to them, and their keys all go to the scratch slot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
+from pyspec.models.static_inputs import StaticInputs
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.readback import pack_statistics
 from pyspec.trees import DraftTree
 
-__all__ = ["BUCKETS", "PROMPT_BUCKETS", "STATIC_CHUNK", "GraphRecorder", "StaticSteps", "StepInputs", "slots_for"]
+__all__ = [
+    "BUCKETS",
+    "PROMPT_BUCKETS",
+    "STATIC_CHUNK",
+    "GraphRecorder",
+    "GraphedHead",
+    "Rows",
+    "StaticSteps",
+    "StepInputs",
+    "slots_for",
+]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # nodes of a tree with a graph; larger trees run launch by launch
 PROMPT_BUCKETS = (128, 256, 512)  # of a piece of a prompt, beside those: `warm` records them for a single sequence
@@ -28,7 +42,7 @@ STATIC_CHUNK = PROMPT_BUCKETS[-1]  # tokens of a prompt in a call: weights are r
 FEWEST_SLOTS = 1024  # that attention's grid is made for; doubled until the longest sequence fits
 
 Step = Callable[["StepInputs", Tensor], Tensor]
-Recorder = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+Recorder = Callable[[Callable[[], "Rows"]], Callable[[], "Rows"]]
 
 
 def slots_for(capacity: int) -> int:
@@ -42,13 +56,12 @@ def bucket_of(nodes: int) -> int:
     return 1 << (nodes - 1).bit_length()
 
 
-class StepInputs:
-    """What a step reads beside weights and cache, as views of one int32 buffer.
+class StepInputs(StaticInputs):
+    """What a step reads beside weights and cache.
 
     Args:
-        sequences, nodes: of the batch, and of each sequence's tree with its padding.
+        count, nodes: sequences of the batch, and nodes of each one's tree with its padding.
         device: where the step runs.
-        pin_memory: for the host's copy of a buffer on a GPU.
     """
 
     tokens: Tensor  # [sequences, nodes]; 0 in padding, and so are positions
@@ -58,36 +71,64 @@ class StepInputs:
     prefix_lens: Tensor  # [sequences]; 0 for a sequence that sits out
     ancestor_bits: Tensor  # [sequences, nodes, ceil(nodes / 32)]; 0 in padding
 
-    def __init__(self, sequences: int, nodes: int, device: torch.device, pin_memory: bool = False):
-        self._shape = sequences, nodes
-        shapes = dict.fromkeys(("tokens", "positions", "sequences", "slots"), self._shape)
-        shapes |= {"prefix_lens": (sequences,), "ancestor_bits": (*self._shape, (nodes + 31) // 32)}
-        # each starts at 16 bytes, so that Triton never compiles a kernel a second time for another alignment
-        sizes = [math.prod(shape) for shape in shapes.values()]
-        aligned = [size + -size % 4 for size in sizes]
-        self.buffer = torch.zeros(sum(aligned), dtype=torch.int32, device=device, pin_memory=pin_memory)
-        for (name, shape), size, part in zip(shapes.items(), sizes, self.buffer.split(aligned), strict=True):
-            setattr(self, name, part[:size].view(shape))
+    def __init__(self, count: int, nodes: int, device: torch.device):
+        shapes = dict.fromkeys(("tokens", "positions", "sequences", "slots"), (count, nodes))
+        super().__init__(device, **shapes, prefix_lens=(count,), ancestor_bits=(count, nodes, (nodes + 31) // 32))
+        self._each_node = np.arange(nodes, dtype=np.int32)
 
     def fill(self, trees: Sequence[DraftTree | None], lengths: Sequence[int]) -> None:
-        """Describes trees behind their sequences' committed lengths; None sits out. Does not wait for the device.
-
-        The host's copy is new each time: torch keeps it until the device has read it.
-        """
-        host = StepInputs(*self._shape, torch.device("cpu"), pin_memory=self.buffer.is_cuda)
-        host.sequences += torch.arange(len(trees), dtype=torch.int32, device="cpu")[:, None]
-        each_node = torch.arange(self._shape[1], dtype=torch.int32, device="cpu")
-        for index, tree in enumerate(trees):
+        """Describes trees behind their sequences' committed lengths; None sits out. Does not wait for the device."""
+        host = self.host()
+        tokens, positions, sequences, slots, prefix_lens, ancestor_bits = host.values()
+        for index, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
+            sequences[index] = index
             if tree is None:
-                host.slots[index] = lengths[index]
+                slots[index] = length
                 continue
             nodes, words = tree.ancestor_bits.shape
-            torch.add(each_node.clamp(max=nodes), lengths[index], out=host.slots[index])
-            host.tokens[index, :nodes] = tree.tokens
-            host.positions[index, :nodes] = tree.depths + lengths[index]
-            host.prefix_lens[index] = lengths[index]
-            host.ancestor_bits[index, :nodes, :words] = tree.ancestor_bits
-        self.buffer.copy_(host.buffer, non_blocking=True)
+            np.add(np.minimum(self._each_node, nodes), length, out=slots[index])
+            tokens[index, :nodes] = tree.tokens.numpy()
+            np.add(tree.depths.numpy(), length, out=positions[index, :nodes])
+            prefix_lens[index] = length
+            ancestor_bits[index, :nodes, :words] = tree.ancestor_bits.numpy()
+        self.send()
+
+
+class Rows(NamedTuple):
+    """What the layers give: rows of some trees, perhaps among others. A replay's lie where the next one's will."""
+
+    hidden: Tensor  # [rows, hidden], after the last norm
+    logits: Tensor | None = None  # [rows, V] fp32, where the head is in the graph
+    statistics: Tensor | None = None  # of logits, see pyspec.readback.pack_statistics
+    places: Sequence[slice] | None = None  # of the trees' rows, ascending; None if there are no others
+
+    def of_trees(self, values: Tensor) -> Tensor:
+        """The trees' rows of hidden or logits, tree after tree; a copy if there are others."""
+        if self.places is None:
+            return values
+        first, end = self.places[0].start, self.places[-1].stop
+        if end - first == sum(place.stop - place.start for place in self.places):
+            return values[first:end].clone()
+        return torch.cat([values[place] for place in self.places])
+
+
+class GraphedHead:
+    """The end of a graph: logits of its rows, and what the host reads of them.
+
+    Graphs of up to 64 rows have it. Their logits are copied to one place, so that each needs the memory for its own
+    while it runs only. For more rows the head is launched, which takes less time than they do, and less memory.
+    """
+
+    def __init__(self, weight: PackedWeight):
+        self._weight = weight
+        self._logits = torch.empty(BUCKETS[-1], weight.outputs, dtype=torch.float32, device=weight.data.device)
+
+    def __call__(self, hidden: Tensor) -> Rows:
+        if len(hidden) > len(self._logits):
+            return Rows(hidden)
+        logits = linear(hidden, self._weight, out_dtype=torch.float32)
+        statistics = pack_statistics(logits)
+        return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics)
 
 
 class StaticSteps:
@@ -100,13 +141,15 @@ class StaticSteps:
     Args:
         cache: of the batch, with slots_for its capacity. Graphs know its address and serve no other.
         record: makes a function that repeats a step's launches, such as GraphRecorder.
+        head: what a recorded step ends with.
     """
 
-    def __init__(self, cache: DenseCache, record: Recorder):
+    def __init__(self, cache: DenseCache, record: Recorder, head: GraphedHead):
         self.cache = cache
         self._record = record
+        self._head = head
         self._inputs: dict[int, StepInputs] = {}  # by nodes
-        self._replays: dict[tuple[int, int], Callable[[], Tensor]] = {}  # by nodes and slots
+        self._replays: dict[tuple[int, int], Callable[[], Rows]] = {}  # by nodes and slots
 
     @property
     def sequences(self) -> int:
@@ -144,8 +187,8 @@ class StaticSteps:
         of_sequence = self.cache.keys_values[:, :, sequence : sequence + 1]
         return step(inputs, of_sequence[..., : self._slots(length + len(tree) + 1), :])[: len(tree)]
 
-    def together(self, step: Step, trees: Sequence[DraftTree | None], record: bool = True) -> Tensor:
-        """[R, hidden] of the nodes of all trees, tree after tree, in one replay; None sits out, not all do.
+    def together(self, step: Step, trees: Sequence[DraftTree | None], record: bool = True) -> Rows:
+        """What the layers give for the nodes of all trees, in one replay; None sits out, not all do.
 
         Trees of more than 64 nodes run one by one, launch by launch, unless their replay was recorded. So do all whose
         was not, without record.
@@ -155,22 +198,22 @@ class StaticSteps:
         ends = [length + (0 if tree is None else len(tree)) for tree, length in zip(trees, lengths, strict=True)]
         slots = self._slots(max(ends) + 1)
         if (nodes, slots) not in self._replays and (nodes > BUCKETS[-1] or not record):
-            return torch.cat([self.alone(step, tree, sequence) for sequence, tree in active])
+            return Rows(torch.cat([self.alone(step, tree, sequence) for sequence, tree in active]))
         inputs = self._inputs_of(nodes)
         inputs.fill(trees, lengths)
         # recorded when the inputs are there, so that the keys of the warm-up go where they belong
-        hidden = self._replay(step, nodes, slots)().unflatten(0, (len(trees), nodes))
-        return torch.cat([hidden[sequence, : len(tree)] for sequence, tree in active])
+        rows = self._replay(step, nodes, slots)()
+        return rows._replace(places=[slice(row * nodes, row * nodes + len(tree)) for row, tree in active])
 
     def _inputs_of(self, nodes: int) -> StepInputs:
         if nodes not in self._inputs:
             self._inputs[nodes] = StepInputs(self.sequences, nodes, self.cache.keys_values.device)
         return self._inputs[nodes]
 
-    def _replay(self, step: Step, nodes: int, slots: int) -> Callable[[], Tensor]:
+    def _replay(self, step: Step, nodes: int, slots: int) -> Callable[[], Rows]:
         if (nodes, slots) not in self._replays:
             inputs, keys_values = self._inputs_of(nodes), self.cache.keys_values[..., :slots, :]
-            self._replays[nodes, slots] = self._record(lambda: step(inputs, keys_values))
+            self._replays[nodes, slots] = self._record(lambda: self._head(step(inputs, keys_values)))
         return self._replays[nodes, slots]
 
     def _slots(self, needed: int) -> int:
@@ -188,24 +231,24 @@ class GraphRecorder:
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
+        self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, step: Callable[[], Rows]) -> Callable[[], Rows]:
         """Runs the step once, so that its kernels are compiled and loaded, then captures it.
 
         The function that comes back replays the graph and returns its result, which is always the same memory.
         """
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        callers = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        callers.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = step()
 
-        def replay() -> Tensor:
+        def replay() -> Rows:
             graph.replay()
             return result
 

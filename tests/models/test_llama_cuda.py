@@ -3,6 +3,7 @@
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 from on_gpu import assert_close
@@ -14,6 +15,7 @@ from pyspec import DraftTree, generate
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.acceptance.sampling import Sampler
 from pyspec.drafting.merged import MergedDrafter
+from pyspec.readback import read_statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPTIONS = {
@@ -56,6 +58,7 @@ def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
                 if tree is not None:
                     expected = runner._logits(runner._steps.alone(runner._step, tree, sequence))
                     assert torch.equal(found[sequence], expected), (seed, sequence, len(tree))
+                    assert all(map(np.array_equal, read_statistics(found[sequence]), read_statistics(expected)))
                 paths.append(tree and root_path(tree, generator.randrange(len(tree))))
         runner.commit(paths)
     assert len(runner._steps._replays) > 5
@@ -134,6 +137,20 @@ def test_nothing_in_a_round_waits_but_for_what_is_read_back():
             runner.commit([root_path(tree, len(tree) - 1) for tree in trees])
             for drafter, tree, rows in zip(drafters, trees, logits, strict=True):
                 drafter.observe(tree, rows, [0])
+
+
+def test_rounds_may_be_launched_before_others_are_read():
+    """However far the host is ahead of the device, each has its own inputs, logits and statistics."""
+    runner = random_llama("cuda")
+    runner.prefill([random_tokens(30)], capacity=200)
+    trees = [random_tree(size, size) for size in (5, 1, 8, 7, 1, 6, 5)]
+    alone = [runner.verify([tree])[0] for tree in trees]
+    statistics = [read_statistics(logits) for logits in alone]
+    torch.cuda._sleep(10**8)
+    found = [runner.verify([tree])[0] for tree in trees]
+    for logits, numbers, expected in zip(found, statistics, alone, strict=True):
+        assert all(map(np.array_equal, read_statistics(logits), numbers))
+        assert torch.equal(logits, expected)
 
 
 def test_a_new_batch_of_the_same_size_keeps_its_graphs():

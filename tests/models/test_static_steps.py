@@ -4,7 +4,9 @@ tests/kernels/triton/test_llama_triton.py runs them through the GPU's kernels.
 """
 
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from random_llama import random_llama, random_tokens, random_tree, root_path
@@ -12,7 +14,9 @@ from random_llama import random_llama, random_tokens, random_tree, root_path
 import pyspec.models.llama
 import pyspec.models.static_steps as static_steps
 from pyspec import DraftTree, costs, generate
+from pyspec.models.static_inputs import StaticInputs
 from pyspec.models.static_steps import StaticSteps, StepInputs, slots_for
+from pyspec.readback import read_statistics
 
 
 class FakeRecorder:
@@ -30,7 +34,10 @@ class FakeRecorder:
 
         def replay():
             FakeRecorder.replayed.add(number)
-            return result.copy_(step())
+            for memory, values in zip(result, step(), strict=True):
+                if memory is not None:
+                    memory.copy_(values)
+            return result
 
         return replay
 
@@ -80,6 +87,8 @@ def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, 
         paths = []
         for tree, ours, theirs in zip(trees, found, expected, strict=True):
             assert tree is None and ours is None or torch.equal(ours, theirs)
+            if tree is not None:  # what the graph found beside them, too
+                assert all(map(np.array_equal, read_statistics(ours), read_statistics(theirs)))
             paths.append(tree and root_path(tree, generator.randrange(len(tree))))
         static.commit(paths)
         dynamic.commit(paths)
@@ -245,6 +254,37 @@ def test_inputs_are_aligned_and_padded():
     assert not inputs.ancestor_bits[:, 3:].any() and not inputs.ancestor_bits[:, :, 1].any()
     inputs.fill([None, DraftTree.chain([3]), None], [1, 2, 3])  # nothing of the trees before is left
     assert inputs.tokens.sum() == 3 and inputs.ancestor_bits.sum() == 1 and inputs.prefix_lens.tolist() == [0, 2, 0]
+
+
+def test_inputs_are_written_to_again_when_they_were_read():
+    """With something in place of CUDA's events."""
+    static, written = StaticInputs(torch.device("cpu"), numbers=(3,)), []
+
+    def read(place, so_far):
+        static._hosts[place] = static._hosts[place]._replace(read=SimpleNamespace(query=lambda: so_far))
+
+    for number in (1, 2, 3):
+        written.append(static.host()["numbers"])
+        assert not written[-1].any()
+        written[-1][:] = number
+        static.send()
+        read(-1, False)
+        assert static.numbers.tolist() == [number] * 3
+    assert [numbers[0] for numbers in written] == [1, 2, 3]
+    read(0, True)
+    assert static.host()["numbers"] is written[0]
+    assert [numbers[0] for numbers in written] == [0, 2, 3]
+
+
+def test_graphs_of_more_rows_have_no_head(static_llama):
+    """Their logits would take more memory than the launch of the head takes time."""
+    runner = static_llama()
+    for sequences, nodes in ((1, 64), (2, 32), (3, 32)):
+        runner.prefill([[1]] * sequences, capacity=100)
+        with torch.inference_mode():
+            rows = runner._run_layers([random_tree(nodes)] * sequences, range(sequences))
+        has_head = sequences * nodes <= 64
+        assert (rows.logits is not None) == (rows.statistics is not None) == has_head
 
 
 def test_padding_has_slots():
