@@ -1,4 +1,4 @@
-"""Gradients of block_masked_attention: every backend and instruction set against autograd of a dense float64 softmax."""
+"""Gradients of block_masked_attention: every backend against autograd of a dense float64 softmax."""
 
 import pytest
 import torch
