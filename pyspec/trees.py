@@ -85,7 +85,13 @@ class DraftTree:
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> DraftTree:
         """A tree without branches: each token is the child of the one before it."""
-        return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32, device="cpu"))
+        tokens = _integers("tokens", tokens, torch.int64)
+        if tokens.shape != (1,):
+            return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32, device="cpu"))
+        tree = DraftTree.__new__(DraftTree)  # plain decoding makes one in every round
+        tree.tokens, tree.q, tree.chances = tokens, None, None
+        tree.parents, tree.depths, tree.ancestor_bits = _ROOT
+        return tree
 
     def first(self, nodes: int) -> DraftTree:
         """The tree of the first nodes alone."""
@@ -115,6 +121,10 @@ class DraftTree:
             path.append(max(children, key=lambda child: chances[child]))
         parents = torch.arange(-1, len(path) - 1, dtype=torch.int32, device="cpu")
         return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
+
+
+#: parents, depths and ancestor_bits of a root alone
+_ROOT = tuple(torch.tensor(values, dtype=torch.int32, device="cpu") for values in ([-1], [0], [[1]]))
 
 
 def _integers(name: str, values, dtype: torch.dtype) -> torch.Tensor:

@@ -16,7 +16,7 @@ def filled_cache(length, written, sequences=3):
     return cache
 
 
-@pytest.mark.parametrize("path", [[0], [0, 1, 2], [0, 2, 5], [0, 1, 3, 4, 6], [0, 3, 4, 5, 6]])
+@pytest.mark.parametrize("path", [[0], [0, 1, 2], [0, 2], [0, 2, 5], [0, 1, 3, 4, 6], [0, 3, 4, 5, 6]])
 def test_commit_keeps_the_path_in_all_layers(path):
     cache = filled_cache(length=4, written=7)
     before = [cache.keys_values[layer, 0].clone() for layer in range(2)]

@@ -226,16 +226,17 @@ def test_capacity_is_what_was_asked_for(static_llama):
         runner.verify([DraftTree.chain([1] * (capacity - 10))])
 
 
-def test_logits_outlive_the_next_verify(static_llama):
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_logits_outlive_the_next_verify(static_llama, sequences):
     runner = static_llama()
-    runner.prefill([random_tokens(9), random_tokens(5, 1)], capacity=40)
-    trees = [random_tree(5), random_tree(7, 1)]
+    runner.prefill([random_tokens(9), random_tokens(5, 1)][:sequences], capacity=40)
+    trees = [random_tree(5), random_tree(7, 1)][:sequences]
     first = runner.verify(trees)
     before = [logits.clone() for logits in first]
-    runner.verify([random_tree(8, 2), random_tree(6, 3)])
+    runner.verify([random_tree(8, 2), random_tree(6, 3)][:sequences])
     assert all(map(torch.equal, first, before))
     assert all(map(torch.equal, runner.verify(trees), before))
-    assert runner.verify([None, None]) == [None, None]
+    assert runner.verify([None] * sequences) == [None] * sequences
 
 
 def test_inputs_are_aligned_and_padded():
