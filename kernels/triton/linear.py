@@ -6,6 +6,8 @@ Bound by reading the weight; splits put enough programs in flight for that where
 for the first of it while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
+fp32: a value is a sum of two of 11 bits, and three of the four products of such sums are added on the tensor cores: the
+fourth is below what fp32 rounds off. Tiles are added to each other outside of them, because they cut off, not round.
 int8: a group of 32 inputs is an exact integer product times both scales; groups are summed in order. As the product is
 exact, the tile may follow the rows. A small kernel in front rounds x, so that programs, which all read it, have only
 to multiply. The weight is packed in the order in which it is read: a program's share is one piece of memory.
@@ -18,11 +20,10 @@ import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
 __all__ = [
-    "INT8_OPTIONS",
     "OPTIONS",
+    "compile_options",
     "float_kernel",
     "int8_kernel",
-    "int8_options",
     "linear",
     "round_kernel",
     "split",
@@ -43,8 +44,7 @@ SHIFT_BITS = tl.constexpr(0x4B400000)
 IN_FLIGHT = 32768  # outputs of all programs together: four programs on each multiprocessor of a large GPU
 MOST_SPLITS = 32
 MOST_ROWS = 512  # of a launch, which bounds the memory of the splits' sums
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-INT8_OPTIONS = {**OPTIONS, "num_warps": 4}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -106,7 +106,10 @@ def float_kernel(
         values = tl.load(x_rows + k[None, :], mask=row_used & k_used, other=0.0)
         if UPCAST:
             w, values = w.to(tl.float32), values.to(tl.float32)
-        sums = tl.dot(w, tl.trans(values), sums, input_precision="ieee")
+        if w.dtype == tl.float32:
+            sums += tl.dot(w, tl.trans(values), input_precision="tf32x3")
+        else:
+            sums = tl.dot(w, tl.trans(values), sums)
     store_sums(sums, out, bias, row, column, rows, outputs, IS_WHOLE)
 
 
@@ -218,12 +221,16 @@ def tile_of(dtype: torch.dtype, rows: int) -> dict[str, int]:
             "OUTPUTS": 64,
             "INPUTS": TILE.value * GROUP.value,
         }
-    return {"ROWS": 16 if dtype == torch.float32 else 64, "OUTPUTS": 64, "INPUTS": 64}
+    if dtype == torch.float32:
+        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32}
+    return {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 64}
 
 
-def int8_options(tile_rows: int) -> dict:
-    """Four programs have 128 registers a thread; asked for where more would be taken, as fewer than that may be."""
-    return {**INT8_OPTIONS, "maxnreg": 128 if tile_rows == 64 else None}
+def compile_options(dtype: torch.dtype, tile_rows: int) -> dict:
+    """For int8, four programs of 64 rows have 128 registers a thread; without being told, Triton 3.6 takes 133."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return {**OPTIONS, "num_warps": 8}
+    return {**OPTIONS, "maxnreg": 128 if dtype == torch.uint8 and tile_rows == 64 else None}
 
 
 def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
@@ -252,17 +259,17 @@ def linear(x, weight, bias, outputs, out_dtype):
             ends = (bias, result) if splits == 1 else (None, sums)
             blocks = triton.cdiv(len(some), tile["ROWS"])
             grid = (blocks, triton.cdiv(outputs, tile["OUTPUTS"]), splits)
-            how = {"IS_WHOLE": splits == 1, **early}
+            how = {"IS_WHOLE": splits == 1, **early, **compile_options(weight.dtype, tile["ROWS"])}
             if weight.dtype == torch.uint8:
                 rounded = round_rows(some, blocks * tile["ROWS"], weight.shape[1], early)
                 weights = weight.view(torch.int8), weight.view(torch.int64)
                 sizes = {"ROWS": tile["ROWS"], "OUTPUTS": tile["OUTPUTS"]}
                 numbers = len(some), outputs, weight.shape[1], split_tiles
-                int8_kernel[grid](*rounded, *weights, *ends, *numbers, **sizes, **how, **int8_options(tile["ROWS"]))
+                int8_kernel[grid](*rounded, *weights, *ends, *numbers, **sizes, **how)
             else:
                 upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
                 numbers = len(some), outputs, inputs, split_tiles, x.stride(0)
-                float_kernel[grid](some, weight, *ends, *numbers, **tile, **how, UPCAST=upcast, **OPTIONS)
+                float_kernel[grid](some, weight, *ends, *numbers, **tile, **how, UPCAST=upcast)
             if splits > 1:
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
                 sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
@@ -276,5 +283,5 @@ def round_rows(x, padded, tiles, early):
     scales = x.new_empty((groups, padded), dtype=torch.float32)
     numbers = padded, x.shape[1], groups, x.stride(0)
     grid = (len(x), triton.cdiv(groups, ROUND_GROUPS))
-    round_kernel[grid](x, integers, scales, *numbers, GROUPS=ROUND_GROUPS, **early, **INT8_OPTIONS)
+    round_kernel[grid](x, integers, scales, *numbers, GROUPS=ROUND_GROUPS, **early, **OPTIONS)
     return integers, scales
