@@ -6,8 +6,11 @@ Bound by reading the weight; splits put enough programs in flight for that where
 for the first of it while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
-int8: group g of 32 inputs is an exact integer product times both scales, summed in order of g by lane g % 4 of a
-program; the four lanes are added at the end. x is rounded in registers, by every program anew: no third kernel.
+fp32: a value is a sum of two of 11 bits, and three of the four products of such sums are added on the tensor cores: the
+fourth is below what fp32 rounds off. Tiles are added to each other outside of them, because they cut off, not round.
+int8: a group of 32 inputs is an exact integer product times both scales; groups are summed in order. As the product is
+exact, the tile may follow the rows. A small kernel in front rounds x, so that programs, which all read it, have only
+to multiply. The weight is packed in the order in which it is read: a program's share is one piece of memory.
 """
 
 import torch
@@ -16,33 +19,40 @@ import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 
-__all__ = ["INT8_OPTIONS", "OPTIONS", "float_kernel", "int8_kernel", "linear", "split", "sum_kernel", "tile_of"]
+__all__ = [
+    "OPTIONS",
+    "compile_options",
+    "float_kernel",
+    "int8_kernel",
+    "linear",
+    "round_kernel",
+    "split",
+    "sum_kernel",
+    "tile_of",
+]
 
 GROUP = tl.constexpr(32)  # inputs that share a scale
-LANES = tl.constexpr(4)  # groups of an int8 tile, each the work of two warps, or of one
-STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs of floats, two of int8, fit a multiprocessor
+TILE = tl.constexpr(4)  # groups of an int8 tile
+STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs fit a multiprocessor
 LINES = tl.constexpr(4)  # of 128 bytes
+ROUND_GROUPS = 16  # of a program of round_kernel
 SUM_BLOCK = tl.constexpr(256)
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a small float, it leaves the nearest integer in the low bits
-# Outputs of all programs together: four programs of floats, or two of int8, on each multiprocessor of a large GPU.
-IN_FLIGHT = 32768
+# 1.5 * 2^23: a float of this size has the integers as its low bits. Added to a small float, it leaves the nearest
+# integer there; where a product of integers starts from its bits, the result is that product as a float, shifted.
+SHIFT = tl.constexpr(12582912.0)
+SHIFT_BITS = tl.constexpr(0x4B400000)
+IN_FLIGHT = 32768  # outputs of all programs together: four programs on each multiprocessor of a large GPU
 MOST_SPLITS = 32
 MOST_ROWS = 512  # of a launch, which bounds the memory of the splits' sums
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-# Before 3.9, Triton has each of two warps do all the work of their lane.
-SHARES_LANES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-INT8_OPTIONS = {**OPTIONS, "num_warps": 8 if SHARES_LANES else 4}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def prefetch(weight, stride, column, outputs, first, inputs, IS_EARLY: tl.constexpr):
-    """Has the first LINES lines of a program's rows of the weight brought into the L2 cache, while others finish."""
+def prefetch(places, IS_EARLY: tl.constexpr):
+    """Has what pointers point to brought into the L2 cache, while others finish."""
     if IS_EARLY:
-        LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-        k = tl.minimum(first + tl.arange(0, LINES) * LINE, inputs - 1)
-        places = (weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * stride + k[None, :]).to(tl.int64)
         asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.b32 $0, 0;"
-        tl.inline_asm_elementwise(asm, "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(asm, "=r,l", [places.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -84,7 +94,9 @@ def float_kernel(
     row_used, column_used = (row < rows)[:, None], (column < outputs)[:, None]
     first_tile = tl.program_id(2) * split_tiles
     end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(inputs, INPUTS))
-    prefetch(weight, inputs, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    lines = first_tile * INPUTS + tl.arange(0, LINES) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
+    first_rows = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs
+    prefetch(first_rows + tl.minimum(lines, inputs - 1)[None, :], IS_EARLY)
     wait_for_earlier(IS_EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
@@ -94,64 +106,87 @@ def float_kernel(
         values = tl.load(x_rows + k[None, :], mask=row_used & k_used, other=0.0)
         if UPCAST:
             w, values = w.to(tl.float32), values.to(tl.float32)
-        sums = tl.dot(w, tl.trans(values), sums, input_precision="ieee")
+        if w.dtype == tl.float32:
+            sums += tl.dot(w, tl.trans(values), input_precision="tf32x3")
+        else:
+            sums = tl.dot(w, tl.trans(values), sums)
     store_sums(sums, out, bias, row, column, rows, outputs, IS_WHOLE)
 
 
-@triton.jit
-def round_groups(values):
-    """fp32 [..., GROUP] as int8 and scales [...]; the scale of a group that is not finite is NaN."""
+@triton.jit(do_not_specialize=["padded"])
+def round_kernel(
+    x,  # [rows, inputs]
+    integers,  # int8 [groups, padded, GROUP], written: x rounded, beside what a program of int8_kernel reads with it
+    scales,  # fp32 [groups, padded], written; of a group that is not finite NaN
+    padded,
+    inputs,
+    groups,
+    stride_x,
+    GROUPS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    row = tl.program_id(0)
+    group, within = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    k = group[:, None] * GROUP + within[None, :]
+    wait_for_earlier(IS_EARLY)
+    values = tl.load(x + row.to(tl.int64) * stride_x + k, mask=k < inputs, other=0.0).to(tl.float32)
     # As bits the sizes keep their order and NaN is the largest, which a maximum of floats would drop.
-    bits = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 2)
+    bits = tl.max(tl.abs(values).to(tl.int32, bitcast=True), 1)
     largest = bits.to(tl.float32, bitcast=True)
     factor = tl.math.div_rn(127.0, tl.maximum(largest, 4e-37))  # which keeps it finite
-    integers = (values * factor[:, :, None] + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    return integers, tl.where(largest < float("inf"), tl.math.div_rn(largest, 127.0), float("nan"))
+    rounded = (values * factor[:, None] + SHIFT).to(tl.int32, bitcast=True).to(tl.int8)
+    scale = tl.where(largest < float("inf"), tl.math.div_rn(largest, 127.0), float("nan"))
+    place, used = group * padded + row, group < groups
+    tl.store(integers + place[:, None] * GROUP + within[None, :], rounded, mask=used[:, None])
+    tl.store(scales + place, scale, mask=used)
 
 
 @triton.jit(do_not_specialize=["rows", "split_tiles"])
 def int8_kernel(
-    x,  # [rows, inputs]
-    weight,  # int8 [outputs, groups * GROUP]
-    scales,  # fp16 [outputs, groups], filled up with zeros to eights
+    x,  # int8 [groups, rows filled up to ROWS, GROUP]: what lies in the rows that fill up is not stored
+    x_scales,  # fp32 [groups, rows filled up]
+    weight,  # int8 [panels, tiles, TILE_BYTES]: of a tile scales, fp16 [OUTPUTS, TILE], then [TILE, OUTPUTS, GROUP]
+    scales,  # the same as int64: the scales of an output in a tile are one
     bias,  # [outputs] or None
     out,  # [rows, outputs], or sums of splits [splits, rows, outputs], written
     rows,
     outputs,
-    inputs,
+    tiles,
     split_tiles,
-    stride_x,
-    stride_weight,  # in units of 16 bytes, so that the compiler sees the alignment
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    INPUTS: tl.constexpr,  # LANES * GROUP
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
+    BYTES: tl.constexpr = TILE * OUTPUTS * (GROUP + 2)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    lane, within = tl.arange(0, LANES), tl.arange(0, GROUP)
-    x_rows = x + row.to(tl.int64)[None, :, None] * stride_x
-    weight_rows = weight + column.to(tl.int64)[None, :, None] * (stride_weight * 16)
-    scale_rows = scales + column.to(tl.int64)[None, :] * (stride_weight * 8)
-    row_used, column_used = (row < rows)[None, :, None], (column < outputs)[None, :]
-    groups = tl.cdiv(inputs, GROUP)
+    within, output = tl.arange(0, GROUP)[None, :], tl.arange(0, OUTPUTS)
+    padded = tl.num_programs(0) * ROWS
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(groups, LANES))
-    prefetch(weight, stride_weight * 16, column, outputs, first_tile * INPUTS, inputs, IS_EARLY)
+    end_tile = tl.minimum(first_tile + split_tiles, tiles)
+    panel = tl.program_id(1).to(tl.int64) * tiles
+    first = weight + (panel + first_tile) * BYTES
+    prefetch(first + tl.minimum(tl.arange(0, 128) * 128, (end_tile - first_tile) * BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)
-    sums = tl.zeros([LANES, OUTPUTS, ROWS], tl.float32)
+    sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    start = tl.full([OUTPUTS, ROWS], SHIFT_BITS, tl.int32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
-        group = tile * LANES + lane
-        k = group[:, None, None] * GROUP + within[None, None, :]
-        used = column_used & (group < groups)[:, None]
-        w = tl.load(weight_rows + k, mask=used[:, :, None], other=0)
-        w_scale = tl.load(scale_rows + group[:, None], mask=column_used, other=0.0).to(tl.float32)
-        values = tl.load(x_rows + k, mask=row_used & (k < inputs), other=0.0).to(tl.float32)
-        integers, x_scale = round_groups(values)
-        dots = tl.dot(w, tl.permute(integers, (0, 2, 1)), out_dtype=tl.int32).to(tl.float32)
-        sums = tl.fma(dots * w_scale[:, :, None], tl.broadcast_to(x_scale[:, None, :], sums.shape), sums)
-    store_sums(tl.sum(sums, 0), out, bias, row, column, rows, outputs, IS_WHOLE)
+        four_scales = tl.load(scales + (panel + tile) * (BYTES // 8) + output)
+        integers = weight + (panel + tile) * BYTES + TILE * OUTPUTS * 2
+        for index in tl.static_range(TILE):
+            place = (tile * TILE + index) * padded + row
+            w = tl.load(integers + (index * OUTPUTS + output[:, None]) * GROUP + within)
+            values = tl.load(x + place[:, None] * GROUP + within)
+            x_scale = tl.load(x_scales + place)
+            scale = (four_scales >> index * 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            shifted = tl.dot(w, tl.trans(values), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+            products = tl.fma(
+                shifted,
+                tl.broadcast_to(scale[:, None], sums.shape),
+                tl.broadcast_to(scale[:, None] * -SHIFT, sums.shape),
+            )
+            sums = tl.fma(products, tl.broadcast_to(x_scale[None, :], sums.shape), sums)
+    store_sums(sums, out, bias, row, tl.program_id(1) * OUTPUTS + output, rows, outputs, IS_WHOLE)
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -179,14 +214,23 @@ def sum_kernel(
 
 
 def tile_of(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Rows, outputs and inputs of a tile for a weight's dtype; what a row's sums are made of comes from that alone.
+    """Rows, outputs and inputs of a tile for a weight's dtype; what a row's sums are made of comes from that alone."""
+    if dtype == torch.uint8:  # whose products are exact, so that rows of a tile change no bit
+        return {
+            "ROWS": 16 if rows <= 16 else 32 if rows <= 32 else 64,
+            "OUTPUTS": 64,
+            "INPUTS": TILE.value * GROUP.value,
+        }
+    if dtype == torch.float32:
+        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32}
+    return {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 64}
 
-    An int8 tile is bound by the work on the products of its rows, used or not. As those are exact, fewer rows of a
-    tile change no bit.
-    """
-    if dtype == torch.uint8:
-        return {"ROWS": 8 if rows <= 8 else 16, "OUTPUTS": 128, "INPUTS": 128}  # many outputs share one rounding of x
-    return {"ROWS": 16 if dtype == torch.float32 else 64, "OUTPUTS": 64, "INPUTS": 64}
+
+def compile_options(dtype: torch.dtype, tile_rows: int) -> dict:
+    """For int8, four programs of 64 rows have 128 registers a thread; without being told, Triton 3.6 takes 133."""
+    if dtype in (torch.float16, torch.bfloat16):
+        return {**OPTIONS, "num_warps": 8}
+    return {**OPTIONS, "maxnreg": 128 if dtype == torch.uint8 and tile_rows == 64 else None}
 
 
 def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
@@ -197,7 +241,7 @@ def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
 
 
 def linear(x, weight, bias, outputs, out_dtype):
-    """Launches the kernels; arguments and result of torch.ops.pyspec.linear, weight in rows.
+    """Launches the kernels; arguments and result of torch.ops.pyspec.linear.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
@@ -206,25 +250,38 @@ def linear(x, weight, bias, outputs, out_dtype):
     bias = None if bias is None else bias.contiguous()
     tile = tile_of(weight.dtype, rows)
     splits, split_tiles = split(outputs, inputs, tile["INPUTS"])
-    if weight.dtype == torch.uint8:
-        kernel, constants, options, row_bytes = int8_kernel, tile, INT8_OPTIONS, weight.shape[1]
-        start = row_bytes - triton.cdiv(inputs, GROUP.value) * GROUP.value  # scales come first
-        weights, strides = (weight.view(torch.int8)[:, start:], weight.view(torch.float16)), (row_bytes // 16,)
-    else:
-        upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
-        kernel, constants, options = float_kernel, {**tile, "UPCAST": upcast}, OPTIONS
-        weights, strides = (weight,), ()
     early = launch_options(x.device)
     if splits > 1:
         sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
     with torch.cuda.device_of(x):
         for first in range(0, rows, MOST_ROWS):
             some, result = x[first : first + MOST_ROWS], out[first : first + MOST_ROWS]
-            numbers = (len(some), outputs, inputs, split_tiles, x.stride(0), *strides)
             ends = (bias, result) if splits == 1 else (None, sums)
-            grid = (triton.cdiv(len(some), tile["ROWS"]), triton.cdiv(outputs, tile["OUTPUTS"]), splits)
-            kernel[grid](some, *weights, *ends, *numbers, **constants, IS_WHOLE=splits == 1, **options, **early)
+            blocks = triton.cdiv(len(some), tile["ROWS"])
+            grid = (blocks, triton.cdiv(outputs, tile["OUTPUTS"]), splits)
+            how = {"IS_WHOLE": splits == 1, **early, **compile_options(weight.dtype, tile["ROWS"])}
+            if weight.dtype == torch.uint8:
+                rounded = round_rows(some, blocks * tile["ROWS"], weight.shape[1], early)
+                weights = weight.view(torch.int8), weight.view(torch.int64)
+                sizes = {"ROWS": tile["ROWS"], "OUTPUTS": tile["OUTPUTS"]}
+                numbers = len(some), outputs, weight.shape[1], split_tiles
+                int8_kernel[grid](*rounded, *weights, *ends, *numbers, **sizes, **how)
+            else:
+                upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
+                numbers = len(some), outputs, inputs, split_tiles, x.stride(0)
+                float_kernel[grid](some, weight, *ends, *numbers, **tile, **how, UPCAST=upcast)
             if splits > 1:
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
                 sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out
+
+
+def round_rows(x, padded, tiles, early):
+    """int8 [groups, padded, GROUP] and scales [groups, padded] of x [rows, inputs]; rows that fill up are as found."""
+    groups = tiles * TILE.value
+    integers = x.new_empty((groups, padded, GROUP.value), dtype=torch.int8)
+    scales = x.new_empty((groups, padded), dtype=torch.float32)
+    numbers = padded, x.shape[1], groups, x.stride(0)
+    grid = (len(x), triton.cdiv(groups, ROUND_GROUPS))
+    round_kernel[grid](x, integers, scales, *numbers, GROUPS=ROUND_GROUPS, **early, **OPTIONS)
+    return integers, scales

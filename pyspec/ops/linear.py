@@ -30,6 +30,9 @@ __all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack
 FORMAT_VERSION = 1  # of kernels/params/linear.h
 PANEL = 32  # outputs
 GROUP = 32  # inputs that share a scale
+# Outputs and groups of an int8 tile of kernels/triton/linear.py, and its bytes: scales, then integers.
+TILE_OUTPUTS, TILE_GROUPS = 64, 4
+TILE_BYTES = TILE_OUTPUTS * TILE_GROUPS * (2 + GROUP)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class PackedWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
     Attributes:
-        data: on the CPU panels of 32 outputs, elsewhere rows; uint8 for int8 weights, else of the weight's dtype.
+        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of int8; uint8 for int8, else its dtype.
         outputs: rows of the weight.
         inputs: its columns.
     """
@@ -58,7 +61,9 @@ class PackedWeight:
     def rows(self, index: Tensor) -> Tensor:
         """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] integers in [0, outputs)."""
         if self.data.dim() == 2:
-            return _unpack_rows(self.data[index], self.inputs)
+            return self.data[index].float()
+        if self.data.shape[-1] == TILE_BYTES:
+            return _unpack_tiles(self.data, self.inputs, index)
         return _ROWS(index.long(), self.data, self.outputs, self.inputs)
 
     def unpack(self) -> Tensor:
@@ -109,9 +114,12 @@ def _pack_int8(weight: Tensor, in_panels: bool) -> Tensor:
     inverse = torch.where(scales > 0, 1 / scales.float(), 0)
     integers = weight.mul(inverse[..., None]).round_().clamp_(-127, 127)
     if not in_panels:
-        # the scales of a row, filled up to 16 bytes, then its integers
-        scale_bytes = F.pad(scales.contiguous().view(torch.uint8), (0, -2 * scales.shape[1] % 16))
-        return torch.cat((scale_bytes, integers.to(torch.int8).flatten(1).view(torch.uint8)), 1)
+        fill = (0, -scales.shape[1] % TILE_GROUPS, 0, -scales.shape[0] % TILE_OUTPUTS)
+        scales = F.pad(scales, fill).unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS))
+        integers = F.pad(integers.to(torch.int8), (0, 0, *fill))
+        integers = integers.unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS)).permute(0, 2, 3, 1, 4)
+        scale_bytes = scales.transpose(1, 2).contiguous().view(torch.uint8)  # [P, T, 64, 4 * 2]
+        return torch.cat((scale_bytes.flatten(2), integers.flatten(2).view(torch.uint8)), 2)  # [P, T, TILE_BYTES]
     integers = integers.add_(128).to(torch.uint8)
     integers = integers.unflatten(2, (-1, 4)).unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1, 4)  # [P, G, 8, 32, 4]
     scales = scales.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
@@ -124,19 +132,21 @@ def _split_groups(panels: Tensor) -> tuple[Tensor, Tensor]:
     return scales, panels[..., 2 * PANEL :].unflatten(-1, (-1, PANEL, 4)).float() - 128
 
 
-def _unpack_rows(data: Tensor, inputs: int) -> Tensor:
-    if data.dtype != torch.uint8:
-        return data.float()
-    groups = (inputs + GROUP - 1) // GROUP
-    start = (2 * groups + 15) // 16 * 16
-    scales = data[:, : 2 * groups].contiguous().view(torch.float16).float()
-    integers = data[:, start:].contiguous().view(torch.int8).float().unflatten(1, (-1, GROUP))
-    return (integers * scales[..., None]).flatten(1)[:, :inputs]
+def _unpack_tiles(data: Tensor, inputs: int, index: Tensor) -> Tensor:
+    """Rows of an int8 weight in tiles."""
+    panel, output = index // TILE_OUTPUTS, index % TILE_OUTPUTS
+    start = TILE_OUTPUTS * TILE_GROUPS * 2
+    scales = data[..., :start].view(torch.float16).unflatten(2, (TILE_OUTPUTS, TILE_GROUPS))  # [P, T, 64, 4]
+    integers = data[..., start:].view(torch.int8).unflatten(2, (TILE_GROUPS, TILE_OUTPUTS, GROUP))  # [P, T, 4, 64, 32]
+    values = integers[panel, :, :, output].float() * scales[panel, :, output, :, None].float()
+    return values.flatten(1)[:, :inputs]
 
 
 def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:
     if data.dim() == 2:
-        return _unpack_rows(data, inputs)
+        return data.float()
+    if data.shape[-1] == TILE_BYTES:
+        return _unpack_tiles(data, inputs, torch.arange(outputs, device=data.device))
     if data.dtype == torch.uint8:
         scales, integers = _split_groups(data)
         values = (integers * scales[:, :, None, :, None]).permute(0, 3, 1, 2, 4)  # [P, 32, G, 8, 4]

@@ -89,18 +89,17 @@ def test_packing_takes_any_float_and_any_strides(weight_dtype):
 
 
 @pytest.mark.parametrize("outputs, inputs", SIZES)
-def test_rows_format_of_other_devices(outputs, inputs):
-    """The layout without panels holds the same values; scales are filled up to 16 bytes."""
+def test_formats_of_other_devices(outputs, inputs):
+    """Tiles of int8 hold the same values as panels; floats are left in rows."""
     weight = random(outputs, inputs)
     in_panels = pack_weight(weight, torch.int8)
-    groups = (inputs + 31) // 32
-    in_rows = PackedWeight(_pack_int8(weight, False), outputs, inputs)
-    assert in_rows.data.shape == (outputs, (2 * groups + 15) // 16 * 16 + 32 * groups)
-    assert torch.equal(in_rows.unpack(), in_panels.unpack())
+    in_tiles = PackedWeight(_pack_int8(weight, False), outputs, inputs)
+    assert in_tiles.data.shape == ((outputs + 63) // 64, (inputs + 127) // 128, 64 * 4 * 34)
+    assert torch.equal(in_tiles.unpack(), in_panels.unpack())
     index = torch.tensor([outputs - 1, 0])
-    assert torch.equal(in_rows.rows(index), in_panels.rows(index))
+    assert torch.equal(in_tiles.rows(index), in_panels.rows(index))
     x = random(3, inputs)
-    found = [linear_reference(x, w.data, None, outputs, torch.float32) for w in (in_rows, in_panels)]
+    found = [linear_reference(x, w.data, None, outputs, torch.float32) for w in (in_tiles, in_panels)]
     assert torch.equal(*found)
     for dtype in FLOATS:
         on_meta = pack_weight(weight.to("meta"), dtype)
