@@ -1,25 +1,27 @@
-// topk on the GPU, in one launch: each value of a row becomes one number, larger where it is better, and the
-// k largest numbers are the result.
+// topk on the GPU: each value of a row becomes one number, larger where it is better, and the k largest
+// numbers are the result.
 //
-//   number = key << index_bits | (n - 1 - index)        key: the bits of a float, ordered as TopkParams says
+//   number = key << 32 | (n - 1 - index)      key: the bits of a float, ordered as TopkParams says
 //
 // No two numbers of a row are equal, so ties, NaN and signed zeros need no thought from here on, and nothing
 // depends on which thread came first. 0 is no value at all.
 //
-// Buckets: a thread scans one bucket, or one of several shares of it where the row has fewer buckets than the
-// block threads, and keeps its best in registers. Shares are merged in shared memory, two by two.
-// Selection (select.h), of what the buckets kept or, exactly, of the row itself, keeps their order: without
-// `sorted` the result is in the order of the buckets, an exact one in that of the indices. In an exact search
-// for few of many values, what is best for each thread gives a lower bound first, and the rest is soon passed
-// over.
+// Slices: as many blocks share a row as the GPU has room for. Each leaves its best in the workspace, and a
+// second launch goes on from there.
+// Exact, up to kMostSorted: a slice is read once, into registers. The best key of each thread gives a lower
+// bound (select.h), what reaches it is little more than k, and after the last slice it is sorted. Where keys
+// are equal or in an order of their own, too many reach the bound: then, and for a larger k, digits are
+// counted, reading the slice again from the L2 cache.
+// Buckets: a thread scans a few neighbouring buckets, or one of several shares of their steps where there
+// are fewer than threads, and keeps their best in registers, with the loads of the next steps on their way.
+// Shares are merged in shared memory, two by two. More than k are selected from as above.
 //
-// Long rows: where rows are few, several blocks share one. Each leaves its best in the workspace, and the
-// last of them to finish goes on from there.
-//
-// x is read once with buckets; where exact three times, or for a large k up to seven, mostly from the L2
-// cache.
+// Without `sorted`, up to kMostSorted of more are sorted nevertheless; what is not is in the order of the
+// buckets, an exact result in that of the indices. Bound by memory for many rows, and by latency for few.
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "cuda/overlap.h"
 #include "cuda/select.h"
 #include "params/topk.h"
 
@@ -27,400 +29,550 @@ extern __shared__ uint4 dynamic_shared[];
 
 namespace {
 
-using pyspec::collect;
+using pyspec::Digits;
 using pyspec::Element;
-using pyspec::find_bound;
 using pyspec::select_best;
 using pyspec::SelectScratch;
 using pyspec::sort_best_first;
 using pyspec::TopkParams;
 
-constexpr int kMostThreads = 1024;
-constexpr int64_t kShared = 44 * 1024;  // bytes; with what is static below what every block may have
-constexpr int kPlaces = 4;              // of a thread, for values that may be among the best
-constexpr int64_t kLeastSlice = 8192;   // values of a row that are worth a block
-constexpr int64_t kBlocksPerMultiprocessor = 2;
+constexpr int kMostThreads = 512;                // of which a multiprocessor has two blocks
+constexpr int64_t kBlocksPerMultiprocessor = 2;  // which takes 64 registers a thread
+constexpr int64_t kShared = 46 * 1024;           // bytes; with what is static what every block may have
+constexpr int64_t kMostSorted = 256;             // k that a few more than k are sorted for
+constexpr uint32_t kRoom = 2048;                 // numbers there is room for, then
+constexpr int kHeld = 8;                         // vectors of 16 bytes that a thread holds of its slice
+constexpr int kAhead = 4;                        // steps whose loads are on their way
+constexpr int64_t kLeastSlice = 4096;            // values of a row that are worth a block
+constexpr int64_t kLeastCut = 16;  // values for each that a slice keeps, else it is not worth it
 
-// How the values of a row become numbers.
-struct Numbers {
-  uint32_t n, index_bits;  // bits that tell the values of a row apart
-  uint32_t infinity;       // the bits of +inf: above are NaNs
-  uint32_t nan_key;        // the highest; for the smallest values the lowest
-  uint32_t flip;           // all bits for the smallest values, else none
-  uint32_t lowest;         // key of the worst infinity
-  int bits;                // of a number
-};
+// Neighbouring buckets of a thread.
+constexpr int column_size(int64_t per_bucket) { return per_bucket < 4 ? 4 : 2; }
 
-// What one launch does, decided on the host.
+// What both launches do, decided on the host.
 struct Plan {
-  Numbers numbers;
-  uint32_t kept;         // numbers that a block keeps of its slice: k where exact, else buckets * per_bucket
-  uint32_t ranks;        // places for sorting: a power of two, or 0 where nothing is sorted
+  Digits digits;
+  uint32_t flip;         // all bits for the smallest values, else none
+  uint32_t kept;         // numbers that a slice leaves: of its buckets, or k and some room
+  uint32_t ranks;        // places for sorting, or 0 where nothing is sorted
   uint32_t slices;       // blocks that share a row
-  bool narrows;          // where exact, whether to look for a lower bound first, in shared memory
+  bool exact, narrows;   // narrows: k is at most kMostSorted
   bool kept_in_shared;   // else in the workspace, with several slices there too
   bool ranks_in_shared;  // else in the workspace
+  uint32_t shared_kept;  // numbers in shared memory before those of the ranks
   int64_t row_numbers;   // of the workspace, for each row: [slices, kept], then [ranks]
-  uint32_t* finished;    // [rows], how many blocks of a row are done; 0 at the start
   uint64_t* workspace;   // [rows, row_numbers]
-  uint32_t shared_kept;  // numbers in shared memory before those of the ranks: of buckets, or of threads
 };
 
 // ==== values as numbers ====
 
-template <class Bits>
-struct Row {
-  const Bits* x;
-  const Numbers& numbers;
+// As a float, in which -0 is +0 and every NaN the same one, above infinity.
+__device__ float canonical(float x) {
+#ifdef __CUDA_ARCH__
+  return x + 0.0f;
+#else
+  return x == x ? x + 0.0f : __uint_as_float(0x7fffffffu);
+#endif
+}
 
-  // Larger for a better value, never 0. bits: those of a value, as a signed integer.
-  __device__ uint32_t key(int32_t bits) const {
-    if ((bits & kMagnitude) > numbers.infinity) return numbers.nan_key;
-    uint32_t ordered = order(bits);
-    ordered += ordered == ~0u;  // -0 is +0
-    return (ordered ^ numbers.flip) + kSign;
+// What x may be of. kKeyLow: bits of a float that values of this type do not have.
+struct Float32 {
+  using Bits = uint32_t;
+  static constexpr int kKeyLow = 0;
+  __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits); }
+};
+struct Float16 {
+  using Bits = uint16_t;
+  static constexpr int kKeyLow = 13;
+  __device__ static float to_float(uint32_t bits) {
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
   }
-  // In fewer instructions, how far a value is above the worst number. No value's is below limit_above(worst)
-  // if its key is above that; a few others are not either, which is for the key to find out.
-  __device__ uint32_t height(int32_t bits) const {
-    return (order(bits) ^ numbers.flip) - (numbers.lowest - kSign);
-  }
-  __device__ uint32_t limit_above(uint32_t worst) const {
-    return worst < numbers.lowest ? 0 : worst - numbers.lowest + 1;
-  }
-  // For numbers not below bound. Heights are of values as they are: the least NaN's is next to that of
-  // infinity, and that of -0 one below +0's.
-  __device__ uint32_t limit_of(uint64_t bound) const {
-    uint32_t key = min(static_cast<uint32_t>(bound >> numbers.index_bits), kSign + numbers.infinity + 1);
-    return limit_above(max(key, 2u) - 2);
+};
+struct BFloat16 {
+  using Bits = uint16_t;
+  static constexpr int kKeyLow = 16;
+  __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
+};
+
+// Neighbours that are loaded at once, as they lie in memory.
+template <int kBytes>
+struct alignas(kBytes) Words {
+  uint32_t words[kBytes / 4];
+};
+
+template <class T>
+struct Row {
+  using Bits = typename T::Bits;
+  const Bits* x;
+  uint32_t n, flip;
+
+  // Larger for a better value, never 0.
+  __device__ uint32_t key(uint32_t value) const {
+    int32_t bits = __float_as_int(canonical(T::to_float(value)));
+    uint32_t ordered = bits ^ (bits >> 31 | 1 << 31);
+    return max((ordered ^ flip) & ~0u << T::kKeyLow, 1u << T::kKeyLow);
   }
   __device__ uint64_t number(uint32_t key, uint32_t index) const {
-    return static_cast<uint64_t>(key) << numbers.index_bits | (numbers.n - 1 - index);
+    return static_cast<uint64_t>(key) << 32 | (n - 1 - index);
   }
-  __device__ uint32_t index(uint64_t number) const {
-    return numbers.n - 1 - static_cast<uint32_t>(number & ((uint64_t{1} << numbers.index_bits) - 1));
+  __device__ uint64_t number_at(uint32_t index) const { return number(key(x[index]), index); }
+
+  // How many values lie between the row's first and the last address before it that kSize of them fit.
+  template <int kSize>
+  __device__ uint32_t lead() const {
+    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(x) / sizeof(Bits) % kSize);
   }
-
-  static constexpr uint32_t kSign = 1u << (8 * sizeof(Bits) - 1), kMagnitude = kSign - 1;
-
- private:
-  // As integers in two's complement; -0 is -1.
-  __device__ static uint32_t order(int32_t bits) { return bits ^ (bits >> 31 & kMagnitude); }
+  // kSize values; their key is that of key_of.
+  template <int kSize>
+  __device__ auto load(uint32_t first) const {
+    constexpr int kBytes = kSize * static_cast<int>(sizeof(Bits));
+    if constexpr (kSize == 1) {
+      return Words<4>{{x[first]}};
+    } else {
+      return *reinterpret_cast<const Words<kBytes>*>(x + first);
+    }
+  }
+  template <int kBytes>
+  __device__ uint32_t key_of(const Words<kBytes>& loaded, int i) const {
+    if (sizeof(Bits) == 4) return key(loaded.words[i]);
+    return key(loaded.words[i / 2] >> 16 * (i % 2) & 0xffff);
+  }
 };
 
 // ==== buckets ====
 
-// The best numbers of a share, best first.
+// The best numbers of a share of a bucket, best first.
 template <int kPerBucket>
 struct Queue {
   uint64_t numbers[kPerBucket] = {};
 
+  // Of equals, those that come later are worse.
   __device__ void insert(uint64_t number) {
+    bool is_better = false;  // than this one, and so than all behind it
 #pragma unroll
     for (int rank = 0; rank < kPerBucket; ++rank) {
       uint64_t here = numbers[rank];
-      numbers[rank] = number > here ? number : here;
-      number = number > here ? here : number;
+      is_better = is_better || static_cast<uint32_t>(number >> 32) > static_cast<uint32_t>(here >> 32);
+      numbers[rank] = is_better ? number : here;
+      number = is_better ? here : number;
     }
-  }
-  __device__ void insert_all(const uint64_t* more) {
-#pragma unroll
-    for (int rank = 0; rank < kPerBucket; ++rank) insert(more[rank]);
-  }
-  __device__ void store(uint64_t* to) const {
-#pragma unroll
-    for (int rank = 0; rank < kPerBucket; ++rank) to[rank] = numbers[rank];
   }
 };
 
-// take(key, index) for those of the values at index, index + step, ..., `left` of them, whose height is not
-// below limit, which take may raise.
-template <class Bits, class Take>
-__device__ void visit(const Row<Bits>& row, uint32_t index, uint32_t step, int left, const uint32_t& limit,
-                      Take take) {
-  constexpr int kAhead = 8;  // loads on their way
-  const Bits* x = row.x + index;
-  for (; left > 0; left -= kAhead, index += kAhead * step, x += uint64_t{step} * kAhead) {
-    int32_t bits[kAhead];
+// Steps of a column: its values in step s begin at first + s * stride.
+struct Column {
+  uint32_t first, stride, steps;
+};
+
+// The best of a column's buckets in steps begin ... end - 1. Only at the ends of the row is a step without
+// some of the buckets.
+template <int kPerBucket, int kSize, class T>
+__device__ void scan(const Row<T>& row, const Column& column, uint32_t begin, uint32_t end,
+                     Queue<kPerBucket> (&queues)[kSize]) {
+  auto scan_end = [&](uint32_t step) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) bits[i] = i < left ? x[uint64_t{step} * i] : 0;
+    for (int i = 0; i < kSize; ++i) {
+      uint32_t index = column.first + step * column.stride + i;  // before the row: very large
+      if (index < row.n) queues[i].insert(row.number_at(index));
+    }
+  };
+  if (begin >= end) return;
+  uint32_t last = column.first + (end - 1) * column.stride;
+  if (column.first >= row.n && begin == 0) scan_end(begin++);
+  if (begin < end && last + kSize > row.n) --end;
+#pragma unroll 1
+  for (uint32_t step = begin; step < end; step += kAhead) {
+    uint32_t first = column.first + step * column.stride;
+    decltype(row.template load<kSize>(0)) loaded[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (i < left && row.height(bits[i]) >= limit) take(row.key(bits[i]), index + step * i);
+      if (step + i < end) loaded[i] = row.template load<kSize>(first + i * column.stride);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (step + i >= end) break;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        queues[e].insert(row.number(row.key_of(loaded[i], e), first + i * column.stride + e));
+      }
     }
   }
+  if (last + kSize > row.n) scan_end(end);
 }
 
-// How many of 0, 1, ..., size - 1 are share, share + shares, ...
-__device__ int share_size(uint32_t size, uint32_t share, uint32_t shares) {
-  return share < size ? static_cast<int>((size - share + shares - 1) / shares) : 0;
-}
-
-// The best of the same values.
-template <int kBest, class Bits>
-__device__ Queue<kBest> best_of(const Row<Bits>& row, uint32_t index, uint32_t step, int left) {
-  Queue<kBest> queue;
-  uint32_t worst = 0;  // key of the last one in the queue; an equal that comes later is worse
-  uint32_t limit = 0;
-  visit(row, index, step, left, limit, [&](uint32_t key, uint32_t at) {
-    if (key <= worst) return;
-    queue.insert(row.number(key, at));
-    worst = static_cast<uint32_t>(queue.numbers[kBest - 1] >> row.numbers.index_bits);
-    limit = row.limit_above(worst);
-  });
-  return queue;
-}
-
-// ... of a share of a bucket.
-template <int kPerBucket, class Bits>
-__device__ Queue<kPerBucket> best_of_share(const TopkParams& p, const Row<Bits>& row, uint32_t bucket,
-                                           uint32_t share, uint32_t shares) {
-  uint32_t buckets = static_cast<uint32_t>(p.buckets);
-  uint32_t size = row.numbers.n / buckets, larger = row.numbers.n % buckets;
-  uint32_t first = p.interleaved ? bucket : bucket * size + min(bucket, larger);
-  uint32_t step = p.interleaved ? buckets : 1;
-  size += bucket < larger;
-  return best_of<kPerBucket>(row, first + share * step, shares * step, share_size(size, share, shares));
-}
-
-// Fills list [buckets, kPerBucket] with what feed(bucket, share, shares) finds in all shares of each bucket.
-template <int kPerBucket, class Feed>
-__device__ void fill_list(uint64_t* list, uint32_t buckets, Feed feed) {
-  uint32_t shares = max(blockDim.x / buckets, 1u);
-  for (uint32_t task = threadIdx.x; task < buckets * shares; task += blockDim.x) {
-    feed(task % buckets, task / buckets, shares).store(list + task * kPerBucket);
-  }
-  __syncthreads();
-  while (shares > 1) {
-    uint32_t half = (shares + 1) / 2;
-    if (threadIdx.x < (shares - half) * buckets) {
-      Queue<kPerBucket> queue;
-      queue.insert_all(list + threadIdx.x * kPerBucket);
-      queue.insert_all(list + (threadIdx.x + half * buckets) * kPerBucket);
-      queue.store(list + threadIdx.x * kPerBucket);
+// Merges the queues of a column's shares, which are in order, into those of the first.
+template <int kPerBucket, int kSize>
+__device__ void merge_shares(uint64_t* room, uint32_t columns, uint32_t share, uint32_t shares,
+                             Queue<kPerBucket> (&queues)[kSize]) {
+  uint32_t column = threadIdx.x % columns, places = shares / 2 * columns;
+  for (uint32_t by = 1; by < shares; by *= 2) {
+    if (share < shares && share % (2 * by) == by) {
+#pragma unroll
+      for (int i = 0; i < kSize * kPerBucket; ++i) {
+        room[i * places + share / 2 * columns + column] = queues[i / kPerBucket].numbers[i % kPerBucket];
+      }
     }
     __syncthreads();
-    shares = half;
+    if (share % (2 * by) == 0 && share + by < shares) {
+#pragma unroll
+      for (int i = 0; i < kSize * kPerBucket; ++i) {
+        queues[i / kPerBucket].insert(room[i * places + (share + by) / 2 * columns + column]);
+      }
+    }
+    __syncthreads();
   }
 }
 
-// ==== the exact result ====
-
-// The bound of the k best of values begin ... begin + count - 1, from a few of them: the k-th best of what is
-// best for each thread is a lower bound, and those not below it are few. Each thread has places for kPlaces,
-// in room; 0 if one has more.
-template <class Bits>
-__device__ uint64_t narrow_bound(SelectScratch& scratch, const Row<Bits>& row, uint64_t* room, uint32_t begin,
-                                 uint32_t count, uint32_t k) {
-  uint32_t thread = threadIdx.x, threads = blockDim.x;
-  int mine = share_size(count, thread, threads);
-  best_of<1>(row, begin + thread, threads, mine).store(room + thread);
+// Fills list [buckets, kPerBucket], which may lie in room: fill(column, share, shares, queues) gives the best
+// of a column's buckets in a share; bucket(column, i) says which bucket a column's i-th is.
+template <int kPerBucket, int kSize, class Fill, class Bucket>
+__device__ void fill_list(uint64_t* list, uint64_t* room, uint32_t columns, Fill fill, Bucket bucket) {
+  uint32_t shares = max(blockDim.x / columns, 1u), share = threadIdx.x / columns;
+  for (uint32_t column = threadIdx.x % columns; column < columns; column += blockDim.x) {
+    Queue<kPerBucket> queues[kSize];
+    if (share < shares) fill(column, share, shares, queues);
+    if (shares > 1) merge_shares(room, columns, share, shares, queues);
+    if (share > 0) break;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+#pragma unroll
+      for (int rank = 0; rank < kPerBucket; ++rank) {
+        list[bucket(column, i) * kPerBucket + rank] = queues[i].numbers[rank];
+      }
+    }
+  }
   __syncthreads();
-  auto item = [&](uint32_t i) { return room[i]; };
-  uint64_t bound = find_bound(scratch, item, threads, k, row.numbers.bits);
-  uint32_t limit = row.limit_of(bound), found = 0;
-  for (int i = 0; i < kPlaces; ++i) room[i * threads + thread] = 0;
-  visit(row, begin + thread, threads, mine, limit, [&](uint32_t key, uint32_t index) {
-    uint64_t number = row.number(key, index);
-    if (number < bound) return;
-    if (found < kPlaces) room[found * threads + thread] = number;
-    ++found;
-  });
-  if (__syncthreads_or(found > kPlaces)) return 0;
-  // What was left out is below the first bound, and may reach the second, which is a round number.
-  return max(bound, find_bound(scratch, item, kPlaces * threads, k, row.numbers.bits));
 }
 
-// emit(place, number) for the k best of values begin ... begin + count - 1, in their order.
-template <class Bits, class Emit>
-__device__ void select_from_row(SelectScratch& scratch, const Plan& plan, const Row<Bits>& row,
-                                uint64_t* room, uint32_t begin, uint32_t count, uint32_t k, Emit emit) {
-  uint32_t limit = 0;
-  auto value = [&](uint32_t i) {
-    int32_t bits = row.x[begin + i];
-    return row.height(bits) < limit ? 0 : row.number(row.key(bits), begin + i);
+// ... of a slice of the row.
+template <int kPerBucket, int kSize, class T>
+__device__ void fill_from_row(const TopkParams& p, const Plan& plan, const Row<T>& row, uint32_t slice,
+                              uint64_t* list, uint64_t* room) {
+  uint32_t buckets = static_cast<uint32_t>(p.buckets), columns = buckets / kSize;
+  uint32_t size = row.n / buckets, larger = row.n % buckets;
+  uint32_t lead = row.template lead<kSize>();
+  auto fill = [&](uint32_t column, uint32_t share, uint32_t shares, Queue<kPerBucket>(&queues)[kSize]) {
+    Column at{};
+    if (p.interleaved) {
+      at = {column * kSize - lead, buckets, size + (larger + lead + buckets - 1) / buckets};
+    } else {
+      at = {column * size + min(column, larger), 1, size + (column < larger)};
+    }
+    shares *= plan.slices;
+    uint32_t each = (at.steps + shares - 1) / shares;
+    uint32_t begin = (slice * (shares / plan.slices) + share) * each;
+    scan(row, at, begin, min(begin + each, at.steps), queues);
   };
-  uint64_t bound = plan.narrows ? narrow_bound(scratch, row, room, begin, count, k) : 0;
-  if (!bound) {
-    select_best(scratch, value, count, k, row.numbers.bits, emit);
-    return;
+  auto bucket = [&](uint32_t column, int i) { return (column * kSize + i + buckets - lead) % buckets; };
+  fill_list<kPerBucket, kSize>(list, room, columns, fill, bucket);
+}
+
+// ==== the best of a slice, or of numbers ====
+
+// A thread's part of a slice of the row, in registers: vectors, and of what is before and behind those of the
+// row one value.
+template <class T>
+struct Part {
+  static constexpr int kSize = 16 / sizeof(typename T::Bits);
+  const Row<T>& row;
+  uint32_t first;   // value of the first vector
+  int vectors;      // one from each stretch of the block
+  uint32_t single;  // value, or behind the row
+  Words<16> held[kHeld];
+  uint32_t held_single;
+
+  __device__ uint32_t place(int i) const { return first + i * blockDim.x * kSize; }
+  __device__ void load() {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i < vectors) held[i] = row.template load<kSize>(place(i));
+    }
+    if (single < row.n) held_single = row.x[single];
   }
-  limit = row.limit_of(bound);
-  collect(scratch, value, count, bound, emit);
+  // take(key, low half of the number)
+  template <class Take>
+  __device__ void each(Take take) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (i >= vectors) break;
+#ifdef __CUDA_ARCH__  // there are not the registers to keep keys for the next time
+      for (uint32_t& word : held[i].words) asm volatile("" : "+r"(word));
+#endif
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) take(row.key_of(held[i], e), row.n - 1 - place(i) - e);
+    }
+    if (single < row.n) take(row.key(held_single), row.n - 1 - single);
+  }
+};
+
+// Numbers that are somewhere in memory.
+struct Numbers {
+  const uint64_t* numbers;
+  uint32_t count;
+
+  __device__ uint64_t operator()(uint32_t i) const { return numbers[i]; }
+  template <class Take>
+  __device__ void each(Take take) const {
+#pragma unroll 4
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+      uint64_t number = numbers[i];
+      take(static_cast<uint32_t>(number >> 32), static_cast<uint32_t>(number));
+    }
+  }
+};
+
+// Writes the k best, and perhaps a few more, to ranks [kRoom], and says how many those are. Where they are
+// too many, they are selected from item(0 ... count - 1), which are the same numbers.
+template <class Each, class Item>
+__device__ uint32_t narrow(SelectScratch& scratch, const Plan& plan, uint64_t* ranks, uint32_t k,
+                           Each& numbers, Item item, uint32_t count) {
+  uint32_t best = 0;
+  numbers.each([&](uint32_t key, uint32_t) { best = max(best, key); });
+  if (threadIdx.x == 0) scratch.found = 0;
+  uint32_t bound = max(pyspec::at_most_bound(best, k), 1u);
+  numbers.each([&](uint32_t key, uint32_t low) {
+    if (key < bound) return;
+    uint32_t place = atomicAdd(&scratch.found, 1u);
+    if (place < kRoom) ranks[place] = static_cast<uint64_t>(key) << 32 | low;
+  });
+  __syncthreads();
+  uint32_t found = scratch.found;
+  if (found <= kRoom) return found;
+  select_best(scratch, item, count, k, plan.digits,
+              [&](uint32_t at, uint64_t number) { ranks[at] = number; });
+  __syncthreads();
+  return k;
 }
 
-// ==== the kernel: grid [rows * slices] ====
+__device__ void sort(uint64_t* ranks, uint32_t found) {
+  uint32_t size = 1;
+  while (size < found) size *= 2;
+  for (uint32_t i = found + threadIdx.x; i < size; i += blockDim.x) ranks[i] = 0;
+  sort_best_first(ranks, size);
+}
 
-// Writes the result of a row: select(emit) gives its k best to emit(place, number).
-template <class Bits, class Select>
-__device__ void write_result(const TopkParams& p, const Plan& plan, const Row<Bits>& row, int64_t row_number,
-                             uint64_t* ranks, Select select) {
-  uint32_t k = static_cast<uint32_t>(p.k);
-  int64_t* indices = p.indices + row_number * p.k;
-  Bits* values = static_cast<Bits*>(p.values) + row_number * p.k;
-  auto write = [&](uint32_t place, uint64_t number) {
-    uint32_t index = row.index(number);
-    indices[place] = index;
-    values[place] = row.x[index];
-  };
-  for (uint32_t i = k + threadIdx.x; i < plan.ranks; i += blockDim.x) ranks[i] = 0;
-  select([&](uint32_t place, uint64_t number) {
+// ==== the result ====
+
+// Where a row's result goes. Values are copied as they are.
+struct Result {
+  const TopkParams& p;
+  int64_t row;
+
+  __device__ void write(uint32_t place, uint64_t number) const {
+    int64_t index = p.n - 1 - static_cast<uint32_t>(number), to = row * p.k + place,
+            from = row * p.stride + index;
+    p.indices[to] = index;
+    if (p.element == Element::kFloat32) {
+      static_cast<uint32_t*>(p.values)[to] = static_cast<const uint32_t*>(p.x)[from];
+    } else {
+      static_cast<uint16_t*>(p.values)[to] = static_cast<const uint16_t*>(p.x)[from];
+    }
+  }
+  __device__ void write_sorted(uint64_t* ranks, uint32_t found) const {
+    sort(ranks, found);
+    for (uint32_t i = threadIdx.x; i < p.k; i += blockDim.x) write(i, ranks[i]);
+  }
+};
+
+// Counts digits of item(0 ... count - 1), in whose order the result is, or best first.
+template <class Item>
+__device__ void write_counted(SelectScratch& scratch, const Plan& plan, const Result& result, uint64_t* ranks,
+                              Item item, uint32_t count) {
+  uint32_t k = static_cast<uint32_t>(result.p.k);
+  select_best(scratch, item, count, k, plan.digits, [&](uint32_t place, uint64_t number) {
     if (plan.ranks) {
       ranks[place] = number;
     } else {
-      write(place, number);
+      result.write(place, number);
     }
   });
   if (!plan.ranks) return;
-  sort_best_first(ranks, plan.ranks);
-  for (uint32_t i = threadIdx.x; i < k; i += blockDim.x) write(i, ranks[i]);
-}
-
-template <class Bits>
-__device__ void write_best_of(SelectScratch& scratch, const uint64_t* numbers, uint32_t count,
-                              const TopkParams& p, const Plan& plan, const Row<Bits>& row, int64_t row_number,
-                              uint64_t* ranks) {
-  write_result(p, plan, row, row_number, ranks, [&](auto emit) {
-    uint32_t k = static_cast<uint32_t>(p.k);
-    select_best(scratch, [&](uint32_t i) { return numbers[i]; }, count, k, plan.numbers.bits, emit);
-  });
-}
-
-// Whether this block is the last of its row's to come here; then it sees what the others wrote before.
-__device__ bool is_last(uint32_t* finished, uint32_t slices) {
-  __shared__ bool last;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicAdd(finished, 1u) == slices - 1;
-    __threadfence();
+  result.write_sorted(ranks, k);
+}
+
+__device__ void write_best_of(SelectScratch& scratch, const Plan& plan, const Result& result, uint64_t* ranks,
+                              const uint64_t* list, uint32_t count) {
+  Numbers numbers{list, count};
+  if (plan.narrows && plan.ranks) {
+    uint32_t k = static_cast<uint32_t>(result.p.k);
+    result.write_sorted(ranks, narrow(scratch, plan, ranks, k, numbers, numbers, count));
+  } else {
+    write_counted(scratch, plan, result, ranks, numbers, count);
   }
-  __syncthreads();
-  return last;
 }
 
-// kPerBucket 0: exact.
-template <class Bits, int kPerBucket>
-__global__ void __launch_bounds__(kMostThreads)
-    topk_kernel(const __grid_constant__ TopkParams p, const __grid_constant__ Plan plan) {
-  __shared__ SelectScratch scratch;
-  uint64_t* shared = reinterpret_cast<uint64_t*>(dynamic_shared);
-  int64_t row_number = blockIdx.x / plan.slices;
-  uint32_t slice = blockIdx.x % plan.slices, kept = plan.kept;
-  Row<Bits> row{static_cast<const Bits*>(p.x) + row_number * p.stride, plan.numbers};
-  uint64_t* lists = plan.workspace + row_number * plan.row_numbers;  // [slices, kept]
-  uint64_t* mine = lists + static_cast<int64_t>(slice) * kept;
-  uint64_t* ranks = plan.ranks_in_shared ? shared + plan.shared_kept : lists + plan.row_numbers - plan.ranks;
+// ==== the kernels ====
 
-  if constexpr (kPerBucket == 0) {
+// Where a block works.
+struct Place {
+  uint64_t *shared, *lists, *ranks;  // lists [slices, kept] and perhaps ranks in the workspace
+
+  __device__ Place(const Plan& plan, int64_t row)
+      : shared(reinterpret_cast<uint64_t*>(dynamic_shared)), lists(plan.workspace + row * plan.row_numbers) {
+    ranks = plan.ranks_in_shared ? shared + plan.shared_kept : lists + plan.row_numbers - plan.ranks;
+  }
+};
+
+template <class T>
+__device__ void search_slice(SelectScratch& scratch, const TopkParams& p, const Plan& plan, const Row<T>& row,
+                             const Place& at, const Result& result, uint32_t slice) {
+  constexpr int kSize = Part<T>::kSize;
+  uint64_t* mine = at.lists + static_cast<int64_t>(slice) * plan.kept;
+  uint32_t k = static_cast<uint32_t>(p.k), found;
+  if (plan.narrows) {
+    // The values in front of the first vector and behind the last are the first slice's too.
+    uint32_t front = min((kSize - row.template lead<kSize>()) % kSize, row.n),
+             vectors = (row.n - front) / kSize;
+    uint32_t singles = slice ? 0 : row.n - vectors * kSize, behind = vectors * kSize;
+    uint32_t each = (vectors + plan.slices - 1) / plan.slices, begin = min(slice * each, vectors);
+    uint32_t size = min(each, vectors - begin), start = front + begin * kSize;
+    auto single = [&](uint32_t i) { return i < front ? i : i + behind; };
+    auto item = [&](uint32_t i) {
+      return row.number_at(i < size * kSize ? start + i : single(i - size * kSize));
+    };
+    Part<T> part{row};
+    part.first = start + threadIdx.x * kSize;
+    part.vectors = threadIdx.x < size ? static_cast<int>((size - threadIdx.x - 1) / blockDim.x) + 1 : 0;
+    part.single = threadIdx.x < singles ? single(threadIdx.x) : row.n;
+    part.load();
+    found = narrow(scratch, plan, at.ranks, k, part, item, size * kSize + singles);
+    if (plan.slices == 1) return result.write_sorted(at.ranks, found);
+    if (found > plan.kept) {
+      sort(at.ranks, found);
+      found = k;
+    }
+    for (uint32_t i = threadIdx.x; i < found; i += blockDim.x) mine[i] = at.ranks[i];
+  } else {
     uint32_t begin = static_cast<uint32_t>(p.n * slice / plan.slices);
     uint32_t count = static_cast<uint32_t>(p.n * (slice + 1) / plan.slices) - begin;
-    auto select = [&](auto emit) { select_from_row(scratch, plan, row, shared, begin, count, kept, emit); };
-    if (plan.slices == 1) {
-      write_result(p, plan, row, row_number, ranks, select);
-      return;
-    }
-    select([&](uint32_t place, uint64_t number) { mine[place] = number; });
-    if (!is_last(plan.finished + row_number, plan.slices)) return;
-    write_best_of(scratch, lists, plan.slices * kept, p, plan, row, row_number, ranks);
+    auto item = [&](uint32_t i) { return row.number_at(begin + i); };
+    if (plan.slices == 1) return write_counted(scratch, plan, result, at.ranks, item, count);
+    found = min(k, count);
+    select_best(scratch, item, count, k, plan.digits, [&](uint32_t i, uint64_t number) { mine[i] = number; });
+  }
+  for (uint32_t i = found + threadIdx.x; i < plan.kept; i += blockDim.x) mine[i] = 0;
+}
+
+// Grid [rows * slices]. kPerBucket 0: exact.
+template <class T, int kPerBucket>
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
+    topk_kernel(const __grid_constant__ TopkParams p, const __grid_constant__ Plan plan) {
+  __shared__ SelectScratch scratch;
+  pyspec::wait_for_inputs();
+  int64_t row_number = blockIdx.x / plan.slices;
+  uint32_t slice = blockIdx.x % plan.slices;
+  Row<T> row{static_cast<const typename T::Bits*>(p.x) + row_number * p.stride, static_cast<uint32_t>(p.n),
+             plan.flip};
+  Place at(plan, row_number);
+  Result result{p, row_number};
+  if constexpr (kPerBucket == 0) {
+    search_slice(scratch, p, plan, row, at, result, slice);
   } else {
-    uint32_t buckets = static_cast<uint32_t>(p.buckets);
-    uint64_t* list = plan.kept_in_shared ? shared : mine;
-    fill_list<kPerBucket>(list, buckets, [&](uint32_t bucket, uint32_t share, uint32_t shares) {
-      return best_of_share<kPerBucket>(p, row, bucket, slice * shares + share, plan.slices * shares);
-    });
-    if (plan.slices > 1) {
-      if (plan.kept_in_shared) {
-        for (uint32_t i = threadIdx.x; i < kept; i += blockDim.x) mine[i] = list[i];
-      }
-      if (!is_last(plan.finished + row_number, plan.slices)) return;
-      list =
-          plan.kept_in_shared ? shared : lists;  // in the workspace over the first slice's, bucket by bucket
-      fill_list<kPerBucket>(list, buckets, [&](uint32_t bucket, uint32_t share, uint32_t shares) {
-        Queue<kPerBucket> queue;
-        for (uint32_t i = share; i < plan.slices; i += shares) {
-          queue.insert_all(lists + static_cast<int64_t>(i) * kept + bucket * kPerBucket);
-        }
-        return queue;
-      });
+    bool is_list_shared = plan.slices == 1 && plan.kept_in_shared;
+    uint64_t* list = is_list_shared ? at.shared : at.lists + static_cast<int64_t>(slice) * plan.kept;
+    constexpr int kSize = column_size(kPerBucket);
+    if (p.interleaved && p.buckets % kSize == 0) {
+      fill_from_row<kPerBucket, kSize>(p, plan, row, slice, list, at.shared);
+    } else {
+      fill_from_row<kPerBucket, 1>(p, plan, row, slice, list, at.shared);
     }
-    write_best_of(scratch, list, kept, p, plan, row, row_number, ranks);
+    if (plan.slices == 1) write_best_of(scratch, plan, result, at.ranks, list, plan.kept);
+  }
+}
+
+// Goes on where the slices of a row are done. Grid [rows].
+template <int kPerBucket>
+__global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
+    topk_merge_kernel(const __grid_constant__ TopkParams p, const __grid_constant__ Plan plan) {
+  __shared__ SelectScratch scratch;
+  pyspec::wait_for_inputs();
+  Place at(plan, blockIdx.x);
+  Result result{p, blockIdx.x};
+  if constexpr (kPerBucket == 0) {
+    write_best_of(scratch, plan, result, at.ranks, at.lists, plan.slices * plan.kept);
+  } else {
+    // In the workspace over the first slice's, bucket by bucket.
+    uint64_t* list = plan.kept_in_shared ? at.shared : at.lists;
+    auto fill = [&](uint32_t bucket, uint32_t share, uint32_t shares, Queue<kPerBucket>(&queues)[1]) {
+      uint32_t each = (plan.slices + shares - 1) / shares;
+      uint32_t end = min((share + 1) * each, plan.slices);
+#pragma unroll 4
+      for (uint32_t slice = share * each; slice < end; ++slice) {
+        const uint64_t* from = at.lists + static_cast<int64_t>(slice) * plan.kept + bucket * kPerBucket;
+#pragma unroll
+        for (int rank = 0; rank < kPerBucket; ++rank) queues[0].insert(from[rank]);
+      }
+    };
+    auto bucket = [](uint32_t column, int) { return column; };
+    fill_list<kPerBucket, 1>(list, at.shared, static_cast<uint32_t>(p.buckets), fill, bucket);
+    write_best_of(scratch, plan, result, at.ranks, list, plan.kept);
   }
 }
 
 // ==== on the host ====
 
-// Threads of a block, as many as leave the fewest of them without a bucket.
+// Threads of a block, as many as leave the fewest of them without a column.
 uint32_t block_threads(const TopkParams& p) {
   if (pyspec::keeps_all(p)) return p.n >= 4 * kMostThreads ? kMostThreads : 256;
+  int size = column_size(p.per_bucket);
+  int64_t columns = p.interleaved && p.buckets % size == 0 ? p.buckets / size : p.buckets;
   uint32_t best = kMostThreads;
   double best_share = 0;
   for (uint32_t threads = kMostThreads; threads >= 256; threads -= 32) {
-    int64_t slots = p.buckets <= threads ? threads : (p.buckets + threads - 1) / threads * threads;
-    int64_t used = p.buckets <= threads ? threads / p.buckets * p.buckets : p.buckets;
+    int64_t slots = columns <= threads ? threads : (columns + threads - 1) / threads * threads;
+    int64_t used = columns <= threads ? threads / columns * columns : columns;
     double share = static_cast<double>(used) / static_cast<double>(slots);
     if (share > best_share) best = threads, best_share = share;
   }
   return best;
 }
 
-Numbers make_numbers(const TopkParams& p) {
-  Numbers numbers{};
-  bool is_wide = p.element == Element::kFloat32;
-  numbers.n = static_cast<uint32_t>(p.n);
-  while (uint64_t{1} << numbers.index_bits < static_cast<uint64_t>(p.n)) ++numbers.index_bits;
-  numbers.infinity = is_wide ? 0x7f800000u : p.element == Element::kFloat16 ? 0x7c00u : 0x7f80u;
-  numbers.nan_key = !p.largest ? 1 : is_wide ? 0xffffffffu : 0xffffu;
-  numbers.flip = p.largest ? 0 : ~0u;
-  numbers.lowest = (is_wide ? 0x7fffffffu : 0x7fffu) - numbers.infinity;
-  numbers.bits = (is_wide ? 32 : 16) + static_cast<int>(numbers.index_bits);
-  return numbers;
+// Numbers that a slice leaves behind.
+int64_t numbers_of_slice(const TopkParams& p) {
+  if (!pyspec::keeps_all(p)) return p.buckets * p.per_bucket;
+  return p.k <= kMostSorted ? 2 * p.k : p.k;  // sorting them is rarely worth it
 }
 
 Plan make_plan(const TopkParams& p, uint32_t threads) {
   Plan plan{};
-  bool exact = pyspec::keeps_all(p);
-  plan.kept = static_cast<uint32_t>(pyspec::segment_candidates(p));
+  int low = p.element == Element::kFloat32   ? Float32::kKeyLow
+            : p.element == Element::kFloat16 ? Float16::kKeyLow
+                                             : BFloat16::kKeyLow;
+  plan.digits.key_low = 32 + low;
+  while (int64_t{1} << plan.digits.index_bits < p.n) ++plan.digits.index_bits;
+  plan.flip = p.largest ? 0 : ~0u;
+  plan.exact = pyspec::keeps_all(p), plan.narrows = p.k <= kMostSorted;
+  plan.kept = static_cast<uint32_t>(numbers_of_slice(p));
   plan.slices = static_cast<uint32_t>(p.segments);
-  plan.numbers = make_numbers(p);
-  if (p.sorted) {
+  if (plan.narrows && (plan.exact || plan.kept > p.k || p.sorted)) {
+    plan.ranks = kRoom;
+  } else if (p.sorted) {
     for (plan.ranks = 1; plan.ranks < static_cast<uint64_t>(p.k);) plan.ranks *= 2;
   }
-  if (exact) {
-    // Up to a quarter of the threads, few rows in random order have a thread with more than kPlaces.
-    plan.narrows = p.n / p.segments >= 8 * threads && p.k <= threads / 4;
-    plan.shared_kept = plan.narrows ? kPlaces * threads : 0;
-  } else {
-    int64_t shares = p.buckets < threads ? threads / p.buckets : 1;
-    plan.kept_in_shared = 8 * shares * plan.kept <= kShared;
-    plan.shared_kept = plan.kept_in_shared ? static_cast<uint32_t>(shares) * plan.kept : 0;
+  if (!plan.exact) {
+    // Merging comes before sorting, in the same place.
+    int64_t ranks = plan.narrows ? plan.ranks : 0,
+            merged = column_size(p.per_bucket) * p.per_bucket * threads / 2;
+    plan.kept_in_shared = 8 * (plan.kept + ranks) <= kShared;
+    plan.shared_kept = plan.kept_in_shared ? plan.kept : 0;
+    plan.shared_kept = static_cast<uint32_t>(max(int64_t{plan.shared_kept}, merged - ranks));
   }
   plan.ranks_in_shared = 8 * (plan.shared_kept + int64_t{plan.ranks}) <= kShared;
-  bool needs_lists = plan.slices > 1 || (!exact && !plan.kept_in_shared);
+  bool needs_lists = plan.slices > 1 || (!plan.exact && !plan.kept_in_shared);
   plan.row_numbers =
       (needs_lists ? int64_t{plan.slices} * plan.kept : 0) + (plan.ranks_in_shared ? 0 : plan.ranks);
   plan.workspace = static_cast<uint64_t*>(p.workspace);
-  plan.finished = reinterpret_cast<uint32_t*>(plan.workspace + p.rows * plan.row_numbers);
   return plan;
 }
 
-template <class Bits>
-cudaError_t launch(const TopkParams& p, cudaStream_t stream) {
-  using Kernel = void (*)(TopkParams, Plan);
-  const Kernel kernels[] = {topk_kernel<Bits, 0>, topk_kernel<Bits, 1>, topk_kernel<Bits, 2>,
-                            topk_kernel<Bits, 3>, topk_kernel<Bits, 4>};
-  uint32_t threads = block_threads(p);
-  Plan plan = make_plan(p, threads);
-  if (plan.slices > 1) {
-    cudaError_t error = cudaMemsetAsync(plan.finished, 0, p.rows * sizeof(uint32_t), stream);
-    if (error != cudaSuccess) return error;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.rows * plan.slices));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = 8 * (plan.shared_kept + (plan.ranks_in_shared ? plan.ranks : 0));
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernels[pyspec::keeps_all(p) ? 0 : p.per_bucket], p, plan);
+using Kernel = void (*)(TopkParams, Plan);
+
+template <class T>
+Kernel kernel_of(const TopkParams& p, const Plan& plan) {
+  const Kernel kernels[] = {topk_kernel<T, 0>, topk_kernel<T, 1>, topk_kernel<T, 2>, topk_kernel<T, 3>,
+                            topk_kernel<T, 4>};
+  return kernels[plan.exact ? 0 : p.per_bucket];
 }
 
 }  // namespace
@@ -428,15 +580,29 @@ cudaError_t launch(const TopkParams& p, cudaStream_t stream) {
 // Decides p.segments, the blocks that share a row, for a GPU with so many multiprocessors. Returns the bytes
 // of p.workspace that this takes.
 extern "C" int64_t pyspec_topk_cuda_plan(pyspec::TopkParams& p, int64_t multiprocessors) {
-  int64_t kept = pyspec::segment_candidates(p);
   int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / p.rows;
-  p.segments = max(min(wanted, min(p.n / kLeastSlice, p.n / (4 * kept))), int64_t{1});
-  Plan plan = make_plan(p, block_threads(p));
-  return p.rows * (8 * plan.row_numbers + (plan.slices > 1 ? 4 : 0));
+  p.segments = max(min(wanted, p.n / max(kLeastSlice, kLeastCut * numbers_of_slice(p))), int64_t{1});
+  if (pyspec::keeps_all(p) && p.k <= kMostSorted) {  // as many as hold the row
+    int64_t size = p.element == Element::kFloat32 ? 4 : 2, held = kHeld * block_threads(p);
+    p.segments = max(p.segments, (p.n * size / 16 + held - 1) / held);
+  }
+  return 8 * p.rows * make_plan(p, block_threads(p)).row_numbers;
 }
 
-// One launch, and none for no rows. Returns a cudaError_t.
+// One launch, or two where blocks share a row, and none for no rows. Returns a cudaError_t.
 extern "C" int pyspec_topk_cuda(const pyspec::TopkParams& p, cudaStream_t stream) {
   if (p.rows == 0) return cudaSuccess;
-  return p.element == Element::kFloat32 ? launch<int32_t>(p, stream) : launch<int16_t>(p, stream);
+  uint32_t threads = block_threads(p);
+  Plan plan = make_plan(p, threads);
+  Kernel search = p.element == Element::kFloat32   ? kernel_of<Float32>(p, plan)
+                  : p.element == Element::kFloat16 ? kernel_of<Float16>(p, plan)
+                                                   : kernel_of<BFloat16>(p, plan);
+  const Kernel merge[] = {topk_merge_kernel<0>, topk_merge_kernel<1>, topk_merge_kernel<2>,
+                          topk_merge_kernel<3>, topk_merge_kernel<4>};
+  int64_t shared = 8 * (plan.shared_kept + (plan.ranks_in_shared ? plan.ranks : 0));
+  pyspec::Launch what{p.rows * plan.slices, static_cast<int>(threads), shared, stream};
+  cudaError_t error = pyspec::launch(what, search, p, plan);
+  if (error != cudaSuccess || plan.slices == 1) return error;
+  what.blocks = p.rows;
+  return pyspec::launch(what, merge[plan.exact ? 0 : p.per_bucket], p, plan);
 }

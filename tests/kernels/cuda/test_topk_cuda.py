@@ -156,11 +156,15 @@ def test_exact_rows_that_mislead_the_lower_bound(kernel, device, k):
 
 
 def test_order_without_sorting(kernel):
-    """Exact: ascending indices. Buckets: theirs, which is ascending too where each keeps one of neighbours."""
+    """Exact: of the few best, best first, else ascending indices. Buckets: theirs, which is ascending too where each
+    keeps one of neighbours."""
     x = torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
-    for buckets, interleaved in [(0, True), (100, False)]:
-        _, indices = kernel(x, 100, buckets, 1, interleaved, True, False)
+    for k, buckets, interleaved in [(300, 0, True), (100, 100, False)]:
+        _, indices = kernel(x, k, buckets, 1, interleaved, True, False)
         assert torch.equal(indices, indices.sort().values)
+    for k, buckets in [(256, 0), (100, 200)]:
+        for ours, sorted in zip(kernel(x, k, buckets, 1, True, True, False), kernel(x, k, buckets, 1, True, True, True)):
+            assert torch.equal(ours, sorted)
 
 
 @pytest.mark.parametrize(
