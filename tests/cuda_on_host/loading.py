@@ -50,10 +50,9 @@ class HostLibrary(ctypes.CDLL):
         self.cuda_on_host_error.restype = ctypes.c_char_p
         self.cuda_on_host_set.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_uint64]
 
-    def set(
-        self, multiprocessors: int = 4, blocks_in_flight: int = 1, seed: int = 0, shared: int = 99 << 10
-    ) -> None:
-        """The device from now on; shared memory of a block in bytes; seed 0 runs blocks and threads in ascending order, another in one drawn from it."""
+    def set(self, multiprocessors: int = 4, blocks_in_flight: int = 1, seed: int = 0, shared: int = 99 << 10) -> None:
+        """The device from now on, where a block may ask for `shared` bytes; seed 0 runs blocks and threads in ascending
+        order, another in one drawn from it."""
         self.cuda_on_host_set(multiprocessors, blocks_in_flight, shared, seed)
 
     def call(self, name: str, *args) -> None:
