@@ -21,7 +21,7 @@ __device__ void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 __device__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
 template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
-__global__ void __launch_bounds__(512, kSmall)
+__global__ void __launch_bounds__(512, kSmall || kTurned || kRuns == 1)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
   Fold<kSplit, kTiles, kRuns, kSmall, kTurned>(p, sizes).run();
 }
@@ -115,7 +115,7 @@ template <bool kSplit, bool kSmall, bool kTurned>
 cudaError_t launch_fold(const VqAttentionParams& p, int chunks, cudaStream_t stream) {
   if (p.head_dim > 128) return launch_fold<kSplit, 1, 2, kSmall, kTurned>(p, chunks, stream);
   int64_t rows = p.nodes * (p.heads / p.kv_heads);
-  if constexpr (!kSplit && !kTurned) {  // the others have no registers for more rows
+  if constexpr (!kSplit && kSmall && !kTurned) {  // the others have no registers for more rows
     if (rows > 16) return launch_fold<kSplit, 4, 1, kSmall, kTurned>(p, chunks, stream);
   }
   if constexpr (!kSplit) {

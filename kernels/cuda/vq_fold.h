@@ -57,8 +57,8 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
         read_codes(slots, run * kRun + 8 * g, code);
 #pragma unroll
         for (int i = 0; i < kRun / 16; ++i) {
-          uint4 x = Base::template read_word<uint4>(book + code[2 * i] * kWord),
-                y = Base::template read_word<uint4>(book + code[2 * i + 1] * kWord);
+          uint4 x = *reinterpret_cast<const uint4*>(book + code[2 * i] * kWord),
+                y = *reinterpret_cast<const uint4*>(book + code[2 * i + 1] * kWord);
           add_products(scores[run][i], {x.x, y.x, x.y, y.y}, query, 0);
           add_products(scores[run][i], {x.z, y.z, x.w, y.w}, query, 1);
         }
@@ -84,8 +84,8 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
           uint32_t code[1];
           read_codes(codes(stage) + level * kCodes, token, code);
           const uint8_t* word = book + level * kBook + code[0] * kWord;
-          uint2 first = Base::template read_word<uint2>(word),
-                second = Base::template read_word<uint2>(word + kWord / 2);
+          uint2 first = *reinterpret_cast<const uint2*>(word),
+                second = *reinterpret_cast<const uint2*>(word + kWord / 2);
           uint32_t pairs[2][2] = {{first.x, first.y}, {second.x, second.y}};
 #pragma unroll
           for (int c = 0; c < 8; ++c) x[c / 4][c % 4] += half_at(pairs[c / 4][c % 4 / 2], c % 2);
@@ -155,7 +155,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
     for (int in_pass = warp; in_pass < kPassRows; in_pass += blockDim.x / 32) {
       int row = pass * 16 + in_pass;
       float score[kChunkBlocks][4], scale[kChunkBlocks][4], largest = -INFINITY, total = 0.0f;
-      int blocks = __shfl_sync(kAll, seen, row) - chunk * kChunkBlocks;
+      int blocks = seen(row) - chunk * kChunkBlocks;
 #pragma unroll
       for (int which = 0; which < kChunkBlocks; ++which) {
         float4 sum = partial(0, in_pass, which * 32 + lane);
@@ -221,7 +221,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
       for (int i = 0; i < 4; ++i) {
         // 256 bytes from one code to the next: the code is the second byte of the address.
         uint32_t at = kSmall ? __byte_perm(code[0], place, 0x5504 | i << 4) : code[i] * kWord + place;
-        uint2 piece = Base::template read_word<uint2>(book + at);
+        uint2 piece = *reinterpret_cast<const uint2*>(book + at);
         word[i][0] = piece.x, word[i][1] = piece.y;
       }
 #pragma unroll

@@ -94,18 +94,20 @@ struct VqStages {
   int tid, warp, lane, g, t;      // the lane is 4 g + t
   int group, slice, first_token;  // of the warp
   int first_row, chunk;
-  int seen, most;  // blocks that row `lane` sees, and any row
+  int most;  // blocks that any row sees
 
   __device__ VqStages(const VqAttentionParams& params, const Sizes& sizes)
       : p(params), of(sizes), shared(reinterpret_cast<uint8_t*>(dynamic_shared)) {
     tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     group = warp / kSlices, slice = warp % kSlices, first_token = slice * kTokens;
     chunk = blockIdx.x % of.chunks, first_row = blockIdx.x / of.chunks * kRows;
-    bool is_row = lane < kRows && first_row + lane < of.rows;
-    seen = is_row ? Row(p, blockIdx.y, first_row + lane).seen(p, blockIdx.z) : 0;
-    most = __reduce_max_sync(kAll, seen);
+    most = __reduce_max_sync(kAll, lane < kRows ? seen(lane) : 0);
   }
 
+  // Blocks that a row sees; none where there is no row.
+  __device__ int seen(int row) const {
+    return first_row + row < of.rows ? Row(p, blockIdx.y, first_row + row).seen(p, blockIdx.z) : 0;
+  }
   // Records that no row sees may hold anything, or not be there: the last that is stands in for them.
   __device__ const uint8_t* record(int which) const {
     int64_t block = chunk * kChunkBlocks + which;
@@ -182,12 +184,6 @@ struct VqStages {
       for (int i = 0; i < kCount; ++i) code[i] |= (bits >> i & 1) << (8 + plane);
     }
   }
-  template <class Piece>
-  __device__ static Piece read_word(const uint8_t* at) {
-    const Piece* piece = reinterpret_cast<const Piece*>(at);
-    return kSmall ? *piece : __ldg(piece);
-  }
-
   // ==== queries ====
 
   using Queries = uint32_t[kParts][kTiles][4];
