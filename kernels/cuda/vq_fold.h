@@ -94,9 +94,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
             p.rotary + (first_token % kVqBlock + token) * 2 * half + 4 * t * of.groups + group;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          float cosine = cosines[c * of.groups], sine = cosines[half + c * of.groups], first = x[0][c];
-          x[0][c] = first * cosine - x[1][c] * sine;
-          x[1][c] = x[1][c] * cosine + first * sine;
+          turn(x[0][c], x[1][c], cosines[c * of.groups], cosines[half + c * of.groups]);
         }
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
@@ -149,8 +147,8 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
     return reinterpret_cast<const uint2*>(shared + of.scales)[(side * kChunkBlocks + which) * 32 + lane];
   }
 
-  // A weight is over the largest of weight * scale of value, so what is multiplied with values is at most 1:
-  // fp16 has room for it, however different the scales are.
+  // Weights are in units of a power of two that makes the largest product with the scale of a value at most
+  // 1, and at least a quarter: fp16 has room for these, however different the scales are.
   __device__ void weigh(int pass) const {
     for (int in_pass = warp; in_pass < kPassRows; in_pass += blockDim.x / 32) {
       int row = pass * 16 + in_pass;
@@ -169,10 +167,13 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           bool is_seen = which < blocks;
-          score[which][i] = is_seen ? sums[i] * half_at(i < 2 ? keys.x : keys.y, i % 2) * factor : -INFINITY;
-          scale[which][i] = is_seen ? half_at(i < 2 ? values.x : values.y, i % 2) : 0.0f;
+          float key = half_at(i < 2 ? keys.x : keys.y, i % 2),
+                value = half_at(i < 2 ? values.x : values.y, i % 2);
+          score[which][i] = is_seen ? __fmul_rn(sums[i], __fmul_rn(key, factor)) : -INFINITY;
+          scale[which][i] = is_seen ? value : 0.0f;
           float size = fminf(fmaxf(scale[which][i], 0x1p-24f), 0x1p16f);
-          largest = fmaxf(largest, score[which][i] + log2f(size));
+          int exponent = static_cast<int>(__float_as_uint(size) >> 23) - 126;
+          largest = fmaxf(largest, score[which][i] + static_cast<float>(exponent));
         }
       }
       largest = across_warp<true>(largest);

@@ -71,6 +71,12 @@ __device__ float across_warp(float x) {
   return x;
 }
 
+// With each product rounded, or not, by its name: kernels of few and of many rows must not differ.
+__device__ void turn(float& x, float& y, float cosine, float sine) {
+  float turned = __fmaf_rn(x, cosine, -__fmul_rn(y, sine));
+  y = __fmaf_rn(y, cosine, __fmul_rn(x, sine)), x = turned;
+}
+
 // Two floats as fp16, and what that leaves of them.
 template <bool kSplit>
 __device__ void split(float x, float y, uint32_t (&parts)[1 + kSplit]) {
@@ -214,8 +220,8 @@ struct VqStages {
           if (c >= half) break;
           float first = load(p.q, p.element, start + c), second = load(p.q, p.element, start + half + c);
           float cosine = kTurned ? cosines[c] : 1.0f, sine = kTurned ? cosines[half + c] : 0.0f;
-          x[i][0] = kTurned ? first * cosine + second * sine : first;
-          x[i][1] = kTurned ? second * cosine - first * sine : second;
+          if (kTurned) turn(first, second, cosine, -sine);
+          x[i][0] = first, x[i][1] = second;
           largest = fmaxf(largest, fmaxf(fabsf(x[i][0]), fabsf(x[i][1])));
         }
       }
