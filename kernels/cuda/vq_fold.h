@@ -148,7 +148,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
   }
 
   // Weights are in units of a power of two that makes the largest product with the scale of a value at most
-  // 1, and at least a quarter: fp16 has room for these, however different the scales are.
+  // 1, and at least a half: fp16 has room for these, however different the scales are.
   __device__ void weigh(int pass) const {
     for (int in_pass = warp; in_pass < kPassRows; in_pass += blockDim.x / 32) {
       int row = pass * 16 + in_pass;
