@@ -74,11 +74,26 @@ __device__ void close_copies() {
 #endif
 }
 
-// Waits until at most kLeft of this thread's groups, the last ones, are on the way.
-template <int kLeft>
-__device__ void await_copies() {
+// Waits until at most so many, up to 7, of this thread's groups are on the way, the last ones.
+__device__ void await_copies(int left) {
 #ifdef __CUDA_ARCH__
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+  switch (left) {
+#define PYSPEC_AWAIT(n)                                       \
+  case n:                                                     \
+    asm volatile("cp.async.wait_group " #n ";" ::: "memory"); \
+    break;
+    PYSPEC_AWAIT(0)
+    PYSPEC_AWAIT(1)
+    PYSPEC_AWAIT(2)
+    PYSPEC_AWAIT(3)
+    PYSPEC_AWAIT(4)
+    PYSPEC_AWAIT(5)
+    PYSPEC_AWAIT(6)
+    PYSPEC_AWAIT(7)
+#undef PYSPEC_AWAIT
+  }
+#else
+  (void)left;
 #endif
 }
 

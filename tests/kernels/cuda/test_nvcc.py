@@ -1,6 +1,7 @@
 """The CUDA kernels compiled by nvcc for three GPU generations: no spills, no stack, and shared memory that fits; and
 their library built and loaded, with or without a GPU."""
 
+import functools
 import os
 import re
 import shutil
@@ -22,18 +23,46 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(FOLDERS
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc was not found on PATH, in CUDA_HOME or in /usr/local/cuda")
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A function: the code of a source for an architecture, and what ptxas says of it."""
+
+    @functools.cache
+    def compile(source, architecture):
+        cubin = tmp_path_factory.mktemp("nvcc") / "kernel.cubin"
+        command = [NVCC, "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
+        command += [f"-I{ROOT / 'kernels'}", str(source), "-o", str(cubin)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return cubin, result.stderr
+
+    return compile
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_fits_the_machine(source, architecture, tmp_path):
-    command = [NVCC, "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    command += [f"-I{ROOT / 'kernels'}", str(source), "-o", str(tmp_path / "kernel.cubin")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'", result.stderr)
-    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+def test_fits_the_machine(source, architecture, compiled):
+    _, report = compiled(source, architecture)
+    kernels = re.findall(r"Compiling entry function '(\w+)'", report)
+    stacks = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
     assert kernels and len(stacks) >= len(kernels)
-    assert set(stacks) == {("0", "0", "0")}, result.stderr
-    assert all(int(size) <= SHARED_LIMIT for size in re.findall(r"(\d+) bytes smem", result.stderr))
+    assert set(stacks) == {("0", "0", "0")}, report
+    assert all(int(size) <= SHARED_LIMIT for size in re.findall(r"(\d+) bytes smem", report))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_residual_vq_is_on_tensor_cores(architecture, compiled):
+    """Codebooks of 256 are copied to shared memory and read there in 16 and 8 bytes; nothing is atomic."""
+    triton = pytest.importorskip("triton", reason="triton brings cuobjdump")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    cubin, _ = compiled(ROOT / "kernels/cuda/residual_vq.cu", architecture)
+    text = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    folds = [set(re.findall(r"[A-Z]\w*(?:\.\w+)*", part)) for part in text.split("Function : ") if "4fold" in part[:99]]
+    copying = [instructions for instructions in folds if "LDGSTS.E.BYPASS.128" in instructions]
+    assert folds and copying
+    assert all("HMMA.16816.F32" in instructions for instructions in folds)
+    assert not any(name.startswith(("ATOM", "RED.", "LD.")) for instructions in folds for name in instructions)
+    assert all({"LDS.128", "LDS.64"} <= instructions for instructions in copying)
 
 
 @pytest.mark.slow
