@@ -23,7 +23,8 @@ from pyspec.kernels.tree_attention import ROWS, empty_state
 __all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes", "tile_tokens"]
 
 BLOCK = tl.constexpr(128)  # tokens of a record
-CHUNK_BLOCKS = tl.constexpr(4)  # records folded in order; chunks are then merged
+CHUNK_BLOCKS = tl.constexpr(4)  # records of a chunk, folded in order; chunks are then merged
+SHORT_CHUNKS = tl.constexpr(32)  # the first, of one record, so that a short text is shared out too
 MERGED = tl.constexpr(32)  # chunks merged at a time
 MOST_RANK = tl.constexpr(16)  # the smallest side of a product on tensor cores
 LARGEST = tl.constexpr(65504.0)  # of fp16
@@ -80,7 +81,7 @@ def load_codes(
 def is_equal(a, b):
     """1.0 where the whole numbers a and b, int16 below 1024, are the same, else 0.0; without a comparison, in fp16."""
     off = (a | 0x6400).to(tl.float16, bitcast=True) - (b | 0x6400).to(tl.float16, bitcast=True)
-    off = off * off - 0.5
+    off = tl.fma(off, off, tl.full(off.shape, -0.5, tl.float16))
     return tl.abs(off) - off
 
 
@@ -181,6 +182,11 @@ def load_factor(address, N: tl.constexpr, FIRST, COUNT: tl.constexpr, RANK: tl.c
 
 
 @triton.jit
+def first_block(chunk):
+    return tl.minimum(chunk, SHORT_CHUNKS) + tl.maximum(chunk - SHORT_CHUNKS, 0) * CHUNK_BLOCKS
+
+
+@triton.jit
 def scaled(query, scale, NUMBER: tl.constexpr):
     """Queries whose products with half of the keys are scores in units of log2."""
     query = query.to(tl.float32) * (scale * (2.0 * LOG2_E))
@@ -232,8 +238,8 @@ def fold_kernel(
     used = rows < nodes * GROUP_HEADS
     node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
     row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
-    first = chunk * CHUNK_BLOCKS
-    end = tl.minimum(first + CHUNK_BLOCKS, tl.max(row_seen, 0))
+    first = first_block(chunk)
+    end = tl.minimum(first_block(chunk + 1), tl.max(row_seen, 0))
     if first >= end:
         return  # no row reads this chunk
 
@@ -243,6 +249,10 @@ def fold_kernel(
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
     query = scaled(query, scale, NUMBER)
     packed += batch.to(tl.int64) * stride_packed_batch + kv_head.to(tl.int64) * stride_packed_head
+    PARTS: tl.constexpr = BLOCK // TILE
+    # Where low rank begins.
+    FACTOR: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
+    FACTOR_V: tl.constexpr = 4 * (HEAD_DIM // GROUP if GROUP < HEAD_DIM else 1) * BLOCK + 16 * HEAD_DIM * BITS
     largest, total, weighted = empty_state(BLOCK_D)
     for block in range(first, end):
         keys_side = packed + block * stride_packed_block.to(tl.int64)
@@ -255,12 +265,11 @@ def fold_kernel(
             gathered = scaled(gathered, scale, NUMBER)
         else:
             gathered = query
-        for part in tl.static_range(BLOCK // TILE):
+        for part in range(PARTS):
             keys = load_tile(keys_side, part, KEY_DIM, BLOCK_K, TILE, BITS, GROUP, RANK, OUTLIERS, False, NUMBER)
             scores = tl.dot(gathered, keys, input_precision="ieee")
             if RANK:
                 ranks = tl.arange(0, MOST_RANK)
-                FACTOR: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
                 factor = tl.load(pointer(keys_side, FACTOR, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
                 a = load_factor(keys_side + (FACTOR + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
                 b = load_factor(keys_side + (FACTOR + (4 + BLOCK) * RANK), KEY_DIM, 0, BLOCK_K, RANK, NUMBER)
@@ -278,8 +287,6 @@ def fold_kernel(
             values = load_tile(values_side, part, HEAD_DIM, BLOCK_D, TILE, BITS, GROUP, RANK, OUTLIERS, True, NUMBER)
             weighted = tl.dot(weights, values, weighted * keep[:, None], input_precision="ieee")
             if RANK:
-                WIDTH: tl.constexpr = GROUP if GROUP < HEAD_DIM else HEAD_DIM
-                FACTOR_V: tl.constexpr = 4 * (HEAD_DIM // WIDTH) * BLOCK + 16 * HEAD_DIM * BITS
                 factor = tl.load(pointer(values_side, FACTOR_V, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
                 a = load_factor(values_side + (FACTOR_V + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
                 b = load_factor(values_side + (FACTOR_V + (4 + BLOCK) * RANK), HEAD_DIM, 0, BLOCK_D, RANK, NUMBER)
@@ -320,7 +327,9 @@ def merge_kernel(
     row = tl.program_id(0)
     node, head = row // GROUP_HEADS, tl.program_id(1) % KV_HEADS * GROUP_HEADS + row % GROUP_HEADS
     batch = tl.program_id(1) // KV_HEADS
-    end = (tl.load(seen + batch * nodes + node) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    row_seen = tl.load(seen + batch * nodes + node)
+    end = tl.minimum(row_seen, SHORT_CHUNKS)
+    end += (tl.maximum(row_seen - SHORT_CHUNKS, 0) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
@@ -362,7 +371,8 @@ def tile_tokens(dtype: torch.dtype) -> int:
 
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of both kernels. The number of nodes must never change them: the row rule."""
-    warps = max(4, triton.next_power_of_2(head_dim) * dtype.itemsize // 64)
+    warps = 4 if head_dim in (64, 128) else 8
+    warps *= 2 if dtype == torch.float32 else 1
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -382,7 +392,8 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
         from pyspec.ops.gear_format import rotated
 
         q = rotated(q).to(q.dtype)
-    chunks = triton.cdiv(packed.shape[2], CHUNK_BLOCKS.value)
+    blocks, short = packed.shape[2], SHORT_CHUNKS.value
+    chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     seen = seen.contiguous()
