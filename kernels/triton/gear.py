@@ -23,10 +23,12 @@ __all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_ker
 
 ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 BLOCK = tl.constexpr(128)  # tokens of a record
-CHUNK_BLOCKS = tl.constexpr(4)  # records folded in order; chunks are then merged
+CHUNK_BLOCKS = tl.constexpr(4)  # records of a chunk, folded in order; chunks are then merged
+SHORT_CHUNKS = tl.constexpr(32)  # the first, of one record, so that a short text is shared out too
 MERGED = tl.constexpr(32)  # chunks merged at a time
 MOST_RANK = tl.constexpr(16)  # the smallest side of a product on tensor cores
 LARGEST = tl.constexpr(65504.0)  # of fp16
+PART_OF_X = tl.constexpr(0.25)  # keys and values may be up to LARGEST, and their differences must be in fp16
 
 
 # ==== one tile of a record: [H halves of 64 tokens, P pairs of vectors, S blocks of 16 places, 16, 2 vectors] ====
@@ -80,7 +82,7 @@ def load_codes(
 def is_equal(a, b):
     """1.0 where the whole numbers a and b, int16 below 1024, are the same, else 0.0; without a comparison, in fp16."""
     off = (a | 0x6400).to(tl.float16, bitcast=True) - (b | 0x6400).to(tl.float16, bitcast=True)
-    off = off * off - 0.5
+    off = tl.fma(off, off, tl.full(off.shape, -0.5, tl.float16))
     return tl.abs(off) - off
 
 
@@ -98,10 +100,9 @@ def load_tile(
     VALUES: tl.constexpr,
     NUMBER: tl.constexpr,
 ):
-    """Half of x without low rank, keys [BLOCK_D, TILE] or values [TILE, BLOCK_D].
+    """PART_OF_X of x without low rank, keys [BLOCK_D, TILE] or values [TILE, BLOCK_D].
 
-    Keys are 0 in channels that there are not; values there are anything. Half, so that 65504 and what rounding puts
-    above it are far from the end of fp16.
+    Keys are 0 in channels that there are not; values there are anything.
     """
     VECTORS: tl.constexpr = BLOCK if VALUES else HEAD_DIM
     LENGTH: tl.constexpr = HEAD_DIM if VALUES else BLOCK
@@ -141,8 +142,8 @@ def load_tile(
         is_later = block >= (group + g) * (WIDTH // 16)
         scale = tl.where(is_later, split(tl.load(scales + g * (VECTORS // 2), mask=there, other=0), 16), scale)
         zero = tl.where(is_later, split(tl.load(zeros + g * (VECTORS // 2), mask=there, other=0), 16), zero)
-    scale = scale.to(tl.float16, bitcast=True).to(NUMBER) * 0.5
-    zero = zero.to(tl.float16, bitcast=True).to(NUMBER) * 0.5
+    scale = scale.to(tl.float16, bitcast=True).to(NUMBER) * PART_OF_X
+    zero = zero.to(tl.float16, bitcast=True).to(NUMBER) * PART_OF_X
     x = x.to(NUMBER)
     x = tl.fma(x, tl.broadcast_to(scale, x.shape), tl.broadcast_to(zero, x.shape))
 
@@ -177,13 +178,35 @@ def load_factor(address, N: tl.constexpr, FIRST, COUNT: tl.constexpr, RANK: tl.c
     return tl.reshape(numbers, [MOST_RANK, COUNT]).to(NUMBER)
 
 
+@triton.jit
+def load_low_rank(
+    address,
+    part,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,
+    RANK: tl.constexpr,
+    NUMBER: tl.constexpr,
+):
+    """PART_OF_X of the factor [MOST_RANK], a [MOST_RANK, TILE] of tokens and b [MOST_RANK, BLOCK_D] of channels."""
+    ranks = tl.arange(0, MOST_RANK)
+    factor = PART_OF_X * tl.load(pointer(address, 0, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
+    a = load_factor(address + 4 * RANK, BLOCK, part * TILE, TILE, RANK, NUMBER)
+    return factor, a, load_factor(address + (4 + BLOCK) * RANK, HEAD_DIM, 0, BLOCK_D, RANK, NUMBER)
+
+
 # ==== kernels ====
 
 
 @triton.jit
+def first_block(chunk):
+    return tl.minimum(chunk, SHORT_CHUNKS) + tl.maximum(chunk - SHORT_CHUNKS, 0) * CHUNK_BLOCKS
+
+
+@triton.jit
 def scaled(query, scale, NUMBER: tl.constexpr):
-    """Queries whose products with half of the keys are scores in units of log2."""
-    query = query.to(tl.float32) * (scale * (2.0 * LOG2_E))
+    """Queries whose products with PART_OF_X of the keys are scores in units of log2."""
+    query = query.to(tl.float32) * (scale * (LOG2_E / PART_OF_X))
     if NUMBER == tl.float16:
         query = tl.clamp(query, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     return query.to(NUMBER)
@@ -232,8 +255,8 @@ def fold_kernel(
     used = rows < nodes * GROUP_HEADS
     node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
     row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
-    first = chunk * CHUNK_BLOCKS
-    end = tl.minimum(first + CHUNK_BLOCKS, tl.max(row_seen, 0))
+    first = first_block(chunk)
+    end = tl.minimum(first_block(chunk + 1), tl.max(row_seen, 0))
     if first >= end:
         return  # no row reads this chunk
 
@@ -243,6 +266,10 @@ def fold_kernel(
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
     query = scaled(query, scale, NUMBER)
     packed += batch.to(tl.int64) * stride_packed_batch + kv_head.to(tl.int64) * stride_packed_head
+    PARTS: tl.constexpr = BLOCK // TILE
+    # Where low rank begins.
+    FACTOR_K: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
+    FACTOR_V: tl.constexpr = 4 * (HEAD_DIM // GROUP if GROUP < HEAD_DIM else 1) * BLOCK + 16 * HEAD_DIM * BITS
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -257,16 +284,12 @@ def fold_kernel(
             gathered = scaled(gathered, scale, NUMBER)
         else:
             gathered = query
-        for part in tl.static_range(BLOCK // TILE):
+        for part in range(PARTS):
             keys = load_tile(keys_side, part, KEY_DIM, BLOCK_K, TILE, BITS, GROUP, RANK, OUTLIERS, False, NUMBER)
             scores = tl.dot(gathered, keys, input_precision="ieee")
             if RANK:
-                ranks = tl.arange(0, MOST_RANK)
-                FACTOR: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
-                factor = tl.load(pointer(keys_side, FACTOR, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
-                a = load_factor(keys_side + (FACTOR + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
-                b = load_factor(keys_side + (FACTOR + (4 + BLOCK) * RANK), KEY_DIM, 0, BLOCK_K, RANK, NUMBER)
-                along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * (0.5 * factor)[None, :]
+                factor, a, b = load_low_rank(keys_side + FACTOR_K, part, KEY_DIM, BLOCK_K, TILE, RANK, NUMBER)
+                along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * factor[None, :]
                 scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
             scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
 
@@ -280,12 +303,8 @@ def fold_kernel(
             values = load_tile(values_side, part, HEAD_DIM, BLOCK_D, TILE, BITS, GROUP, RANK, OUTLIERS, True, NUMBER)
             weighted = tl.dot(weights, values, weighted * keep[:, None], input_precision="ieee")
             if RANK:
-                WIDTH: tl.constexpr = GROUP if GROUP < HEAD_DIM else HEAD_DIM
-                FACTOR_V: tl.constexpr = 4 * (HEAD_DIM // WIDTH) * BLOCK + 16 * HEAD_DIM * BITS
-                factor = tl.load(pointer(values_side, FACTOR_V, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
-                a = load_factor(values_side + (FACTOR_V + 4 * RANK), BLOCK, part * TILE, TILE, RANK, NUMBER)
-                b = load_factor(values_side + (FACTOR_V + (4 + BLOCK) * RANK), HEAD_DIM, 0, BLOCK_D, RANK, NUMBER)
-                along = tl.dot(weights, tl.trans(a), input_precision="ieee") * (0.5 * factor)[None, :]
+                factor, a, b = load_low_rank(values_side + FACTOR_V, part, HEAD_DIM, BLOCK_D, TILE, RANK, NUMBER)
+                along = tl.dot(weights, tl.trans(a), input_precision="ieee") * factor[None, :]
                 weighted = tl.dot(along.to(NUMBER), b, weighted, input_precision="ieee")
 
     states = (tl.program_id(2).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + rows
@@ -293,7 +312,7 @@ def fold_kernel(
     tl.store(chunk_largest + states, largest, mask=used)
     tl.store(chunk_total + states, total, mask=used)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted * 2.0, mask=mask)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted * (1.0 / PART_OF_X), mask=mask)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
@@ -322,7 +341,9 @@ def merge_kernel(
     row = tl.program_id(0)
     node, head = row // GROUP_HEADS, tl.program_id(1) % KV_HEADS * GROUP_HEADS + row % GROUP_HEADS
     batch = tl.program_id(1) // KV_HEADS
-    end = (tl.load(seen + batch * nodes + node) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    row_seen = tl.load(seen + batch * nodes + node)
+    end = tl.minimum(row_seen, SHORT_CHUNKS)
+    end += (tl.maximum(row_seen - SHORT_CHUNKS, 0) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
@@ -364,8 +385,11 @@ def tile_tokens(dtype: torch.dtype) -> int:
 
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of both kernels. The number of nodes must never change them: the row rule."""
-    warps = max(4, triton.next_power_of_2(head_dim) * dtype.itemsize // 64)
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
+    options = {"num_stages": 1, "enable_fp_fusion": False}
+    if dtype != torch.float32 and head_dim in (64, 128):
+        # Three programs on a multiprocessor, which is worth that outliers park a few registers.
+        return {"num_warps": 4, "maxnreg": 168, **options}
+    return {"num_warps": 16 if dtype == torch.float32 and head_dim not in (64, 128) else 8, **options}
 
 
 def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale):
@@ -384,7 +408,8 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
         from pyspec.ops.gear_format import rotated
 
         q = rotated(q).to(q.dtype)
-    chunks = triton.cdiv(packed.shape[2], CHUNK_BLOCKS.value)
+    blocks, short = packed.shape[2], SHORT_CHUNKS.value
+    chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     seen = seen.contiguous()

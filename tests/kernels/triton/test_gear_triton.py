@@ -90,3 +90,29 @@ def test_what_no_row_sees_may_hold_anything():
     assert (out == 0).all() and (lse == -torch.inf).all()
     out, lse = run(q, packed[:, :, :0], counts * 0, *rest)
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.slow
+def test_chunks_of_several_records():
+    """After the first 32 records."""
+    case = make_case(GearFormat(4, 128), 64, [[32, 33, 38]], blocks=38)
+    for found, expected in zip(run(*case), gear_packed_attention_reference(*case), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "gear"])
+def test_the_largest_keys_and_values_in_16_bits(name):
+    """Outliers, and what else is packed, up to the end of fp16; beside them vectors of next to no range."""
+    format, head_dim = FORMATS[name]
+    k, v = torch.randn(2, 1, 1, BLOCK, head_dim, generator=torch.Generator().manual_seed(0)).unbind(0)
+    k[..., 5, :], k[..., 6, :], v[..., 3], v[..., 4] = 65504.0, -65504.0, 65504.0, -65504.0
+    k[..., 7], v[..., 7, 8:], v[..., 9, :] = 0.0, 0.0, 1e-3
+    k[..., 50, 7] = 100.0
+    with pyspec.backend("reference"):
+        packed = encode_packed(k, v, format)
+    q = torch.randn(1, 2, 3, head_dim, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16) * 2**-12
+    case = q, packed, torch.ones(1, 3, dtype=torch.int32), *format.layout, head_dim**-0.5
+    out, lse = run(*case)
+    expected = gear_packed_attention_reference(*case)
+    torch.testing.assert_close(out.float(), expected[0].float(), atol=1e-2, rtol=2e-2)
+    torch.testing.assert_close(lse, expected[1], atol=2e-2, rtol=2e-2)
