@@ -69,13 +69,17 @@ class Driver:
 def launches(architecture: int = 90) -> Iterator[list[Launch]]:
     """The list to which every launch of a Triton kernel is added; CPU tensors say that they are on a GPU."""
     driver = Driver(architecture)
-    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS, **driver.get_device_properties(None))
+    device = torch.device("cuda", architecture)  # of its own, by which launchers may remember what they asked of it
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     with contextlib.ExitStack() as stack:
         before = triton.runtime.driver._active
         stack.callback(triton.runtime.driver.set_active, before)
         triton.runtime.driver.set_active(driver)
-        on_gpu = {"is_cuda": property(lambda tensor: True), "device": property(lambda tensor: torch.device("cuda", 0))}
-        for name, value in on_gpu.items():
-            stack.enter_context(mock.patch.object(Tensor, name, value))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties))
+        for owner, name, value in (
+            (Tensor, "is_cuda", property(lambda tensor: True)),
+            (Tensor, "device", property(lambda tensor: device)),
+            (torch.cuda, "get_device_properties", lambda device: properties),
+            (torch.cuda, "get_device_capability", lambda device: divmod(architecture, 10)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield driver.launches
