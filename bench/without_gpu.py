@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from pyspec.kernels.early_launch import launch_options
 
 MULTIPROCESSORS = 132  # an H100's
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
@@ -71,18 +70,17 @@ class Driver:
 def launches(architecture: int = 90) -> Iterator[list[Launch]]:
     """The list to which every launch of a Triton kernel is added; CPU tensors say that they are on a GPU."""
     driver = Driver(architecture)
-    capability = {"major": architecture // 10, "minor": architecture % 10}
-    properties = SimpleNamespace(
-        multi_processor_count=MULTIPROCESSORS, **capability, **driver.get_device_properties(None)
-    )
+    device = torch.device("cuda", architecture)  # of its own, by which launchers may remember what they asked of it
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     with contextlib.ExitStack() as stack:
-        launch_options.cache_clear()
-        stack.callback(launch_options.cache_clear)
         before = triton.runtime.driver._active
         stack.callback(triton.runtime.driver.set_active, before)
         triton.runtime.driver.set_active(driver)
-        on_gpu = {"is_cuda": property(lambda tensor: True), "device": property(lambda tensor: torch.device("cuda", 0))}
-        for name, value in on_gpu.items():
-            stack.enter_context(mock.patch.object(Tensor, name, value))
-        stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda device: properties))
+        for owner, name, value in (
+            (Tensor, "is_cuda", property(lambda tensor: True)),
+            (Tensor, "device", property(lambda tensor: device)),
+            (torch.cuda, "get_device_properties", lambda device: properties),
+            (torch.cuda, "get_device_capability", lambda device: divmod(architecture, 10)),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         yield driver.launches

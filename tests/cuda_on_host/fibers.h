@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#define CUDA_ON_HOST_UNSEEN __attribute__((no_sanitize("thread")))  // not looked at by races.h
+
 #pragma GCC visibility push(hidden)  // every library has its own, whatever else is loaded
 
 namespace cuda_on_host {
@@ -109,13 +111,15 @@ class Block {
     return error_;
   }
 
-  static Block& current() { return *current_; }
-  static bool running() { return current_ != nullptr; }
+  CUDA_ON_HOST_UNSEEN static Block& current() { return *current_; }
+  CUDA_ON_HOST_UNSEEN static bool running() { return current_ != nullptr; }
   int lane() const { return running_ % kWarp; }
-  int thread() const { return is_inside_ ? running_ : -1; }  // -1 outside of fibers
-  uint64_t barriers() const { return barriers_; }  // that all threads have passed; a block begins with one
+  CUDA_ON_HOST_UNSEEN int thread() const { return is_inside_ ? running_ : -1; }  // -1 outside of fibers
+  CUDA_ON_HOST_UNSEEN uint64_t barriers() const {
+    return barriers_;
+  }  // that all threads have passed; a block begins with one
 
-  Site site() const { return fibers_[running_].site; }  // where the thread waited last
+  CUDA_ON_HOST_UNSEEN Site site() const { return running_fiber_->site; }  // where the thread waited last
 
   // " (topk.cu:80)"
   static std::string in(Site site) {
@@ -207,7 +211,7 @@ class Block {
       is_inside_ = false;
       return;
     }
-    is_inside_ = true;
+    is_inside_ = true, running_fiber_ = &fiber;
     if (fiber.started) _longjmp(fiber.place, 1);
     fiber.started = true;
     getcontext(&fiber.entry);
@@ -259,6 +263,7 @@ class Block {
 
   static thread_local Block* current_;
   std::vector<Fiber> fibers_;
+  const Fiber* running_fiber_ = nullptr;
   std::function<void()> body_;
   std::minstd_rand random_;
   std::string error_;

@@ -36,8 +36,6 @@ struct Races {  // nobody looks
 
 #else
 
-#define CUDA_ON_HOST_UNSEEN __attribute__((no_sanitize("thread")))
-
 #pragma GCC visibility push(hidden)
 
 namespace cuda_on_host {
@@ -50,12 +48,13 @@ class Races {
     active_ = nullptr;
     dl_iterate_phdr(&Races::find_shared, this);
     if (bytes_.size() < size_) bytes_.resize(size_);
+    of_bytes_ = bytes_.data();
     dynamic_ = reinterpret_cast<uintptr_t>(dynamic_shared), dynamic_size_ = dynamic_size;
     for (auto& clocks : clocks_) {
       for (uint32_t& clock : clocks) clock = 0;
     }
     for (int i = 0; i < kMost; ++i) clocks_[i][i % kWarp] = 1;
-    written_.clear();
+    is_pending_ = false;
     active_ = this;
   }
 
@@ -81,8 +80,7 @@ class Races {
 
   // What is wrong with the last write over another's, now that it is done; "" if it changed nothing.
   std::string finish() {
-    std::string text = std::exchange(written_, "");
-    return text.empty() || value_at(place_) == value_ ? "" : text;
+    return std::exchange(is_pending_, false) && value_at(place_) != value_ ? pending_ : "";
   }
 
   static Races& of_this_thread();
@@ -103,19 +101,22 @@ class Races {
 
   CUDA_ON_HOST_UNSEEN void look(const volatile void* address, size_t size, bool writes, bool is_atomic) {
     auto place = reinterpret_cast<uintptr_t>(address);
-    if (!Block::running()) return;
+    bool is_shared = place >= begin_ && place < begin_ + size_;
+    if (!(is_shared || is_pending_) || !Block::running()) return;
     Block& block = Block::current();
     int thread = block.thread();
     if (thread < 0) return;
-    if (auto text = finish(); !text.empty()) block.fail(text);
-    if (place < begin_ || place >= begin_ + size_) return;
+    if (is_pending_) {
+      if (auto text = finish(); !text.empty()) block.fail(text);
+    }
+    if (!is_shared) return;
     Access now{thread, block.barriers(), clocks_[thread][thread % kWarp], is_atomic, block.site()};
     for (; size > 0; --size, ++place) {
-      Byte& byte = bytes_[place - begin_];
+      Byte& byte = of_bytes_[place - begin_];
       if (is_race(byte.write, now)) {
         std::string text = describe(place, now, writes ? "writes" : "reads", byte.write, "wrote");
         if (!writes) block.fail(text);
-        if (written_.empty()) written_ = text, place_ = place, value_ = value_at(place);
+        if (!is_pending_) is_pending_ = true, pending_ = text, place_ = place, value_ = value_at(place);
       }
       if (writes) {
         for (const Access& read : byte.reads) {
@@ -176,7 +177,10 @@ class Races {
   uint32_t clocks_[kMost][kWarp];  // of each thread, and what it knows of the other lanes
   uint32_t left_[kMost];           // a thread's own, at its last __syncwarp
   std::vector<Byte> bytes_;
-  std::string written_;  // what to say of a write that is about to happen at place_, if it changes value_
+  Byte* of_bytes_ = nullptr;
+  bool is_pending_ =
+      false;  // a write that is about to happen at place_, of which pending_ is to say if it changes value_
+  std::string pending_;
   uintptr_t place_ = 0;
   uint8_t value_ = 0;
 };

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_host.loading import HostLibrary, build_on_host, fenced_memory
+from cuda_on_host.loading import HostLibrary, Launch, build_on_host, fenced_memory
 
 EXAMPLES = Path(__file__).parent / "examples.cu"
 # the device: one block at a time in order; in another order; three at a time
@@ -156,6 +156,17 @@ def test_launches_that_no_gpu_takes(library, blocks, threads):
     array = np.zeros(1, np.int32)
     with pytest.raises(RuntimeError, match="grid is empty|1 to 1024 threads"):
         library.call("example_block_sums", pointer(array), pointer(array), 1, blocks, threads)
+
+
+def test_launches_can_be_noted_and_not_run(library):
+    x, sums = random_ints(100), np.zeros(2, np.int32)
+    with library.noting() as found:
+        library.call("example_block_sums", pointer(x), pointer(sums), 100, 2, 64)
+        library.call("example_scan", pointer(x), pointer(sums), 64)
+    assert not sums.any()
+    assert found == [Launch("block_sums", (2, 1, 1), 64, 256), Launch("scan", (1, 1, 1), 64, 0)]
+    library.call("example_block_sums", pointer(x), pointer(sums), 100, 2, 64)
+    assert sums.sum() == x.sum()
 
 
 # ==== modes ====
