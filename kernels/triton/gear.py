@@ -20,7 +20,15 @@ import triton.language as tl
 from pyspec.kernels.flash import LN_2, LOG2_E, load_rows
 from pyspec.kernels.tree_attention import ROWS, empty_state
 
-__all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes", "tile_tokens"]
+__all__ = [
+    "compile_options",
+    "fold_kernel",
+    "gear_packed_attention",
+    "merge_kernel",
+    "number_type",
+    "side_bytes",
+    "tile_tokens",
+]
 
 BLOCK = tl.constexpr(128)  # tokens of a record
 CHUNK_BLOCKS = tl.constexpr(4)  # records of a chunk, folded in order; chunks are then merged
@@ -381,6 +389,11 @@ def tile_tokens(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 128
 
 
+def number_type(dtype: torch.dtype) -> tl.dtype:
+    """Of the numbers that meet queries of a dtype."""
+    return tl.float32 if dtype == torch.float32 else tl.float16
+
+
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of both kernels. The number of nodes must never change them: the row rule."""
     options = {"num_stages": 1, "enable_fp_fusion": False}
@@ -430,7 +443,7 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
                 GROUP=group,
                 RANK=rank,
                 OUTLIERS=outliers,
-                NUMBER=tl.float32 if q.dtype == torch.float32 else tl.float16,
+                NUMBER=number_type(q.dtype),
                 **constants,
             )
         inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
