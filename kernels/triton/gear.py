@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 from pyspec.kernels.flash import LN_2, LOG2_E, load_rows
 
-__all__ = ["compile_options", "fold_kernel", "gear_packed_attention", "merge_kernel", "side_bytes", "tile_tokens"]
+__all__ = [
+    "compile_options",
+    "fold_kernel",
+    "gear_packed_attention",
+    "merge_kernel",
+    "number_type",
+    "side_bytes",
+    "tile_tokens",
+]
 
 ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 BLOCK = tl.constexpr(128)  # tokens of a record
@@ -383,6 +391,11 @@ def tile_tokens(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float32 else 128
 
 
+def number_type(dtype: torch.dtype) -> tl.dtype:
+    """Of the numbers that meet queries of a dtype."""
+    return tl.float32 if dtype == torch.float32 else tl.float16
+
+
 def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
     """Options of both kernels. The number of nodes must never change them: the row rule."""
     options = {"num_stages": 1, "enable_fp_fusion": False}
@@ -432,7 +445,7 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
                 GROUP=group,
                 RANK=rank,
                 OUTLIERS=outliers,
-                NUMBER=tl.float32 if q.dtype == torch.float32 else tl.float16,
+                NUMBER=number_type(q.dtype),
                 **constants,
             )
         inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
