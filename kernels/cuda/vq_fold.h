@@ -171,7 +171,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
                 value = half_at(i < 2 ? values.x : values.y, i % 2);
           score[which][i] = is_seen ? __fmul_rn(sums[i], __fmul_rn(key, factor)) : -INFINITY;
           scale[which][i] = is_seen ? value : 0.0f;
-          float size = fminf(fmaxf(scale[which][i], 0x1p-24f), 0x1p16f);
+          float size = fmaxf(scale[which][i], 0x1p-24f);
           int exponent = static_cast<int>(__float_as_uint(size) >> 23) - 126;
           largest = fmaxf(largest, score[which][i] + static_cast<float>(exponent));
         }

@@ -14,7 +14,8 @@ from pyspec.ops.residual_vq import (
 )
 
 HAS_GPU = torch.cuda.is_available()
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# Tensor cores cut off what fp32 has no room for, where the CPU rounds.
+TOLERANCE = {torch.float32: 4e-5 if HAS_GPU else 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def device():
 
 
 def case_of(
-    seen, heads=4, kv_heads=2, head_dim=64, depth=3, codes=256, dtype=torch.float32, blocks=None, seed=0, spread=0.0
+    seen, heads=4, kv_heads=2, head_dim=64, depth=3, codes=256, dtype=torch.float32, blocks=None, seed=0, sizes=None
 ):
     generator = torch.Generator().manual_seed(seed)
     seen = torch.tensor(seen, dtype=torch.int32)
@@ -51,7 +52,7 @@ def case_of(
     words = torch.randn(2, depth, codes, 32, generator=generator) * 0.8
     books = (words * 0.8 ** torch.arange(depth)[:, None, None]).half()
     k, v = torch.randn(2, batch, kv_heads, max(blocks, 1) * 128, head_dim, generator=generator).unbind(0)
-    v *= (spread * torch.randn(*v.shape[:3], 1, generator=generator)).exp()
+    v *= 1.0 if sizes is None else sizes[0] * (sizes[1] * torch.randn(*v.shape[:3], 1, generator=generator)).exp()
     packed = residual_vq_encode_reference(k, v, books.expand(batch, -1, -1, -1, -1))[:, :, :blocks]
     q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
     return q, packed, seen, books, head_dim**-0.5
@@ -149,14 +150,13 @@ def test_bits_do_not_hang_on_shared_memory(kernel, device, depth, head_dim, dtyp
             assert torch.equal(found, part)
 
 
+@pytest.mark.parametrize("sizes", [(1e-4, 0.0), (1.0, 2.5), (3e4, 0.1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_values_of_any_size(kernel, dtype):
-    """From some thousandths to some thousands, in one chunk."""
-    case = case_of([[2]], dtype=dtype, spread=2.5)
-    q, packed, _, _, _ = case
-    q *= 2
+def test_values_of_any_size(kernel, dtype, sizes):
+    """All small, all large, or from a thousandth to a thousand beside each other."""
+    case = case_of([[2]], dtype=dtype, sizes=sizes)
     (out, _), (expected, _) = kernel(*case), residual_vq_reference(*case)
-    size = expected.abs().amax(-1, keepdim=True)
+    size = expected.float().abs().amax(-1, keepdim=True)
     torch.testing.assert_close(out / size, expected / size, atol=TOLERANCE[dtype], rtol=0)
 
 
