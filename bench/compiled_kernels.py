@@ -76,7 +76,10 @@ class Call:
 
 def attend_to_tree(nodes, prefix, dtype=BF16, heads=32, kv_heads=8, head_dim=128, window=None, softcap=None, page=None):
     slots = prefix + nodes
-    words, sets = -(-nodes // 32), -(-nodes * heads // kv_heads // 16)
+    words, group = -(-nodes // 32), heads // kv_heads
+    rows = 64 if dtype == BF16 and head_dim <= 128 else 16  # of a program
+    head_blocks = -(-group // rows)
+    sets = head_blocks * -(-nodes // (rows // min(group, rows)))
 
     def run():
         q = new(1, nodes, heads, head_dim, dtype=dtype).transpose(1, 2)
@@ -88,7 +91,7 @@ def attend_to_tree(nodes, prefix, dtype=BF16, heads=32, kv_heads=8, head_dim=128
         return tree_attention(q, *cache, *places, head_dim**-0.5, softcap, window, table)
 
     seen = min(prefix, window or prefix)
-    return Call(run, {"prefix_kernel": seen // 64 * kv_heads * sets, "tail_kernel": nodes * kv_heads})
+    return Call(run, {"fold_kernel": kv_heads * (seen // 64 * sets + nodes * head_blocks)})
 
 
 def project(rows, outputs, inputs, dtype=BF16, out_dtype=FP32):
@@ -104,9 +107,7 @@ def project(rows, outputs, inputs, dtype=BF16, out_dtype=FP32):
 
 
 def read_statistics(rows, vocab):
-    return Call(
-        lambda: row_statistics(new(rows, vocab, dtype=FP32), None), {"row_statistics_kernel": rows * -(-vocab // 2048)}
-    )
+    return Call(lambda: row_statistics(new(rows, vocab, dtype=FP32), None))
 
 
 def attend_to_records(nodes, tokens, format, heads=32, kv_heads=8, head_dim=128):
@@ -115,7 +116,7 @@ def attend_to_records(nodes, tokens, format, heads=32, kv_heads=8, head_dim=128)
         q = new(1, nodes, heads, head_dim, dtype=BF16).transpose(1, 2)
         return gear_packed_attention(q, packed, new(1, nodes, dtype=INT32), *format.layout, head_dim**-0.5)
 
-    return Call(run, {"fold_kernel": tokens // 64 * kv_heads * -(-nodes * heads // kv_heads // 16)})
+    return Call(run, {"fold_kernel": tokens // 128 * kv_heads * -(-nodes * heads // kv_heads // 16)})
 
 
 def attend_to_blocks(batch, heads, rows, head_dim, dtype=BF16):
@@ -130,7 +131,7 @@ def attend_to_blocks(batch, heads, rows, head_dim, dtype=BF16):
         return block_masked_attention(*qkv, *lists, None, None, head_dim**-0.5, None)
 
     tiles = batch * heads * (rows / 64) ** 2 / 2
-    item_rows = (128 if head_dim <= 64 else 64 if head_dim <= 128 else 32) if dtype == BF16 else 16
+    item_rows = (128 if head_dim <= 128 else 32) if dtype == BF16 else 16
     return Call(run, {"block_masked_attention_kernel": tiles * 64 / item_rows})
 
 
