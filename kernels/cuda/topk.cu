@@ -42,12 +42,11 @@ constexpr int64_t kShared = 46 * 1024;           // bytes; with what is static w
 constexpr int64_t kMostSorted = 256;             // k that a few more than k are sorted for
 constexpr uint32_t kRoom = 2048;                 // numbers there is room for, then
 constexpr int kHeld = 8;                         // vectors of 16 bytes that a thread holds of its slice
-constexpr int kAhead = 4;                        // steps whose loads are on their way
 constexpr int64_t kLeastSlice = 4096;            // values of a row that are worth a block
 constexpr int64_t kLeastCut = 16;  // values for each that a slice keeps, else it is not worth it
 
 // Neighbouring buckets of a thread.
-constexpr int column_size(int64_t per_bucket) { return per_bucket < 4 ? 4 : 2; }
+PYSPEC_HOST_DEVICE constexpr int column_size(int64_t per_bucket) { return per_bucket < 3 ? 4 : 2; }
 
 // What both launches do, decided on the host.
 struct Plan {
@@ -169,6 +168,8 @@ struct Column {
 template <int kPerBucket, int kSize, class T>
 __device__ void scan(const Row<T>& row, const Column& column, uint32_t begin, uint32_t end,
                      Queue<kPerBucket> (&queues)[kSize]) {
+  // Steps whose loads are on their way, in 8 registers.
+  constexpr int kAhead = kSize == 1 ? 8 : 32 / (kSize * static_cast<int>(sizeof(typename T::Bits)));
   auto scan_end = [&](uint32_t step) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {

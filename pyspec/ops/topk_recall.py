@@ -10,9 +10,10 @@ whether a second stage follows or not: it never drops one of the k best. For s =
 et al., "A Faster Generalized Two-Stage Approximate Top-K", arXiv 2506.04165; the buckets are those of Key et al.,
 "Approximate Top-k for Increased Parallelism", arXiv 2412.04358.
 
-What they cost is measured, once for a device, for a row of a few sizes and a few numbers of candidates, and kept in the
+What they cost is measured, once for a device, for a few sizes of a row and a few numbers of candidates, and kept in the
 user's cache folder: seconds of the exact op, and of one stage for each per_bucket. A second stage costs what the exact
-op costs on a row of the candidates.
+op costs on a row of the candidates. A CPU is timed on one row. A GPU is on some, replayed as a CUDA graph: a single one
+is over before the next launch, whatever is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -33,9 +35,11 @@ __all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recal
 
 MOST_PER_BUCKET = 4  # kMostPerBucket in kernels/params/topk.h
 LANES = 16  # buckets that a kernel handles together
-SIZES = {"cpu": (4096, 16384, 32768), "cuda": (16384, 131072, 1048576)}  # rows that are timed; a CPU's on one thread
+SIZES = {"cpu": (4096, 16384, 32768), "cuda": (4096, 32768, 262144)}  # rows that are timed; a CPU's on one thread
+ROWS = {"cpu": 1, "cuda": 64}
 KEPT = (16, 256, 2048)  # candidates, or k, that are timed
 REPEATS = 15
+IN_A_GRAPH = 10
 WORTH_IT = 0.9  # of the exact op's seconds: for more, everything is found
 
 
@@ -109,7 +113,7 @@ def _choose(n: int, k: int, recall: float, device: str) -> Buckets:
     if kernel is None or kernel["backend"] == "reference":
         return EXACT  # which the reference's buckets begin with
     where = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {SIZES[device]} {KEPT}")
+    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {ROWS[device]} {SIZES[device]} {KEPT}")
     best, least = EXACT, WORTH_IT * costs.exact(n, k)
     for per_bucket in range(1, MOST_PER_BUCKET + 1):
         buckets = fewest_buckets(n, k, recall, per_bucket)
@@ -180,22 +184,39 @@ def _measure(device: str) -> list[list[list[float]]]:
     generator = torch.Generator("cpu").manual_seed(0)
     modes = range(MOST_PER_BUCKET + 1)
     seconds: list[list[list[float]]] = [[] for _ in modes]
-    tiny = torch.zeros(1, 16, dtype=torch.float32, device=device)
-    call = min(_timed(tiny, 1, 0) for _ in range(10 * REPEATS))
+    tiny = _timer(torch.zeros(1, 16, dtype=torch.float32, device=device), 1, 0)
+    call = min(tiny() for _ in range(10 * REPEATS))
     for n in SIZES[device]:
-        x = torch.randn(1, n, generator=generator, dtype=torch.float32, device="cpu").to(device)
-        turns = [[[_timed(x, kept, per_bucket) for kept in KEPT] for per_bucket in modes] for _ in range(REPEATS)]
+        x = torch.randn(ROWS[device], n, generator=generator, dtype=torch.float32, device="cpu").to(device)
+        timers = [[_timer(x, kept, per_bucket) for kept in KEPT] for per_bucket in modes]
+        turns = [[[timer() for timer in row] for row in timers] for _ in range(REPEATS)]
         for per_bucket in modes:
             least = [min(turn[per_bucket][i] for turn in turns) for i in range(len(KEPT))]
             seconds[per_bucket].append([max(one - call, 1e-7) for one in least])
     return seconds
 
 
-def _timed(x: torch.Tensor, kept: int, per_bucket: int) -> float:
-    """Seconds of the exact op with k = kept, or of one stage."""
+def _timer(x: torch.Tensor, kept: int, per_bucket: int) -> Callable[[], float]:
+    """Runs the exact op with k = kept, or one stage, and returns its seconds."""
     buckets = kept // per_bucket if per_bucket else 0
-    start = time.perf_counter()
-    torch.ops.pyspec.topk.default(x, buckets * per_bucket or kept, buckets, per_bucket or 1, True, True, False)
-    if x.is_cuda:
+    arguments = (x, buckets * per_bucket or kept, buckets, per_bucket or 1, True, True, False)
+    op = torch.ops.pyspec.topk.default
+    op(*arguments)
+    if not x.is_cuda:
+        return lambda: _seconds(lambda: op(*arguments))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(IN_A_GRAPH):
+            op(*arguments)
+
+    def replay():
+        graph.replay()
         torch.cuda.synchronize(x.device)
+
+    return lambda: _seconds(replay) / IN_A_GRAPH
+
+
+def _seconds(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
     return time.perf_counter() - start
