@@ -38,7 +38,8 @@ LINES = tl.constexpr(256)  # of 128 bytes, that a program asks for early: what m
 ROUND_GROUPS = 16  # of a program of round_kernel
 SUM_BLOCK = tl.constexpr(256)
 # 1.5 * 2^23: a float of this size has the integers as its low bits. Added to a small float, it leaves the nearest
-# integer there; where a product of integers starts from its bits, the result is that product as a float, shifted.
+# integer there. Where a product of integers starts from its bits, the result is that product as a float, shifted, which
+# one multiply-add scales and shifts back, rounding once: half of what a conversion and a multiplication cost.
 SHIFT = tl.constexpr(12582912.0)
 SHIFT_BITS = tl.constexpr(0x4B400000)
 IN_FLIGHT = 32768  # outputs of all programs together: four programs on each multiprocessor of a large GPU
