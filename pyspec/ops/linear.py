@@ -133,13 +133,13 @@ def _split_groups(panels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_tiles(data: Tensor, inputs: int, index: Tensor) -> Tensor:
-    """Rows of an int8 weight in tiles."""
+    """[n, inputs] fp32, contiguous, of an int8 weight in tiles: what was packed for the outputs in index [n]."""
     panel, output = index // TILE_OUTPUTS, index % TILE_OUTPUTS
     start = TILE_OUTPUTS * TILE_GROUPS * 2
     scales = data[..., :start].view(torch.float16).unflatten(2, (TILE_OUTPUTS, TILE_GROUPS))  # [P, T, 64, 4]
     integers = data[..., start:].view(torch.int8).unflatten(2, (TILE_GROUPS, TILE_OUTPUTS, GROUP))  # [P, T, 4, 64, 32]
     values = integers[panel, :, :, output].float() * scales[panel, :, output, :, None].float()
-    return values.flatten(1)[:, :inputs]
+    return values.flatten(1)[:, :inputs].contiguous()
 
 
 def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:

@@ -98,6 +98,7 @@ def test_formats_of_other_devices(outputs, inputs):
     assert torch.equal(in_tiles.unpack(), in_panels.unpack())
     index = torch.tensor([outputs - 1, 0])
     assert torch.equal(in_tiles.rows(index), in_panels.rows(index))
+    assert in_tiles.rows(index).is_contiguous()
     x = random(3, inputs)
     found = [linear_reference(x, w.data, None, outputs, torch.float32) for w in (in_tiles, in_panels)]
     assert torch.equal(*found)
