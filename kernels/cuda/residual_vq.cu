@@ -20,6 +20,8 @@ __device__ void from_float(float x, float* to) { *to = x; }
 __device__ void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 __device__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
+// A multiprocessor has registers for one block, 128 a thread. Most kernels have to be told that one will do,
+// or the compiler spills to fit them into 64; that of wide heads and 2048 codewords spills when it is told.
 template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 __global__ void __launch_bounds__(512, kSmall || kTurned || kRuns == 1)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
