@@ -363,12 +363,10 @@ def floors(name: str) -> dict:
             clocks[pipe] = clocks.get(pipe, 0) + tiles / blocks * more
         clocks = {pipe: here * warps * (1 if pipe == "tensor cores" else idle) * each for pipe, each in clocks.items()}
         busiest.append(max((value / CLOCK * 1e6, pipe) for pipe, value in clocks.items()))
-    total = round(sum(time for time, _ in busiest), 2) if busiest else None
-    return {
-        "memory": round(moved / BANDWIDTH * 1e6, 2),
-        "instructions": total,
-        "pipe": max(busiest)[1] if busiest else None,
-    }
+    memory = {"memory": round(moved / BANDWIDTH * 1e6, 2)}
+    if not busiest:
+        return memory
+    return memory | {"instructions": round(sum(time for time, _ in busiest), 2), "pipe": max(busiest)[1]}
 
 
 def worse(found: dict, recorded: dict) -> list[str]:
