@@ -358,18 +358,15 @@ def floors(name: str) -> dict:
         here = -(-blocks // MULTIPROCESSORS)  # on the busiest multiprocessor
         at_a_time = min(here, blocks_at_a_time(launch.code, launch.threads, launch.shared, 90))
         idle = 4 / min(4, warps * at_a_time)  # a warp stays with one of four schedulers
-        clocks = launch.code.clocks()  # of a warp; each loop once
-        for pipe in clocks:
-            if tiles:
-                clocks[pipe] += (tiles / blocks - 1) * launch.code.tiles[0].clocks().get(pipe, 0)
-            clocks[pipe] *= here * warps * (1 if pipe == "tensor cores" else idle)
+        clocks = launch.code.without_tiles().clocks()  # of a warp
+        for pipe, more in launch.code.tiles[0].clocks().items() if tiles else ():
+            clocks[pipe] = clocks.get(pipe, 0) + tiles / blocks * more
+        clocks = {pipe: here * warps * (1 if pipe == "tensor cores" else idle) * each for pipe, each in clocks.items()}
         busiest.append(max((value / CLOCK * 1e6, pipe) for pipe, value in clocks.items()))
-    total = round(sum(time for time, _ in busiest), 2) if busiest else None
-    return {
-        "memory": round(moved / BANDWIDTH * 1e6, 2),
-        "instructions": total,
-        "pipe": max(busiest)[1] if busiest else None,
-    }
+    memory = {"memory": round(moved / BANDWIDTH * 1e6, 2)}
+    if not busiest:
+        return memory
+    return memory | {"instructions": round(sum(time for time, _ in busiest), 2), "pipe": max(busiest)[1]}
 
 
 def worse(found: dict, recorded: dict) -> list[str]:

@@ -69,6 +69,11 @@ class Code:
                 ]
         return []
 
+    def without_tiles(self) -> Code:
+        spans = [range(min(tile.lines), max(tile.lines) + 1) for tile in self.tiles]
+        outside = {at: line for at, line in self.lines.items() if not any(at in span for span in spans)}
+        return Code(self.registers, self.stack, self.static_shared, outside)
+
     def clocks(self) -> dict[str, float]:
         """For each pipe of an H100's multiprocessor, how long one warp keeps it busy, when each line runs once.
 
