@@ -1,8 +1,10 @@
 // causal_conv on the GPU; kernels/cpu/causal_conv.cpp says what is computed.
 //
-// A thread has one tree and one channel, so that neighbours read neighbouring inputs: it moves its piece of
-// the window behind the accepted nodes, and walks this round's, each with its ancestors. A sum runs from the
-// oldest input to the newest, wherever they lie. Bound by memory; the trees' parents come from the cache.
+// A block has one tree and a warp's width of neighbouring channels. Each of its warps takes some of this
+// round's nodes, with all of their ancestors' inputs on their way at once, behind its own copy of the window
+// behind the accepted nodes. The first warp moves the window, when all have read it. A sum runs from the
+// oldest input to the newest, wherever they lie. Bound by latency: three loads wait for each other, of the
+// round, of the parents, and of the inputs.
 #include "cuda/recurrence.h"
 #include "params/causal_conv.h"
 
@@ -12,7 +14,8 @@ using pyspec::CausalConvParams;
 using pyspec::kMostConvTaps;
 using pyspec::RoundTree;
 
-constexpr int kThreads = 128;
+constexpr int kLanes = 32;  // channels of a block
+constexpr int kWarps = 8;
 
 // One channel of one tree.
 struct Channel {
@@ -39,60 +42,66 @@ __device__ float pick(const float (&values)[kSize], int index) {
 }
 
 template <int kTaps>
-__device__ void run(const Channel& at) {
+__device__ void run(const Channel& at, bool is_there) {
   const CausalConvParams& p = at.p;
   const RoundTree& tree = at.tree;
-  float weight[kTaps], before[kTaps];  // before: the window behind the accepted nodes, then nothing
+  float weight[kTaps], before[kTaps], bias = 0.0f;  // before: the window behind the accepted nodes
+  if (is_there) {
 #pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) weight[tap] = p.weight[tap * p.channels + at.channel];
+    for (int tap = 0; tap < kTaps; ++tap) weight[tap] = p.weight[tap * p.channels + at.channel];
 #pragma unroll
-  for (int place = 0; place < kTaps; ++place) {
-    int64_t behind = place + tree.accepted - (kTaps - 1);
-    before[place] = place == kTaps - 1 ? 0.0f
-                    : behind < 0       ? *at.window(place + tree.accepted)
-                                       : *at.recorded(tree.half, tree.path[behind]);
+    for (int place = 0; place < kTaps; ++place) {
+      int64_t behind = place + tree.accepted - (kTaps - 1);
+      before[place] = place == kTaps - 1 ? 0.0f
+                      : behind < 0       ? *at.window(place + tree.accepted)
+                                         : *at.recorded(tree.half, tree.path[behind]);
+    }
+    if (p.bias) bias = p.bias[at.channel];
   }
-  if (tree.fold && tree.accepted) {
+  if (!pyspec::parents_fit(tree) || !is_there) return;
+  int warp = static_cast<int>(threadIdx.x) / kLanes;
+  for (int64_t node = warp; node < tree.nodes; node += kWarps) {
+    int64_t ancestors[kTaps];  // newest last; below 0 so many before the root
+    ancestors[kTaps - 1] = node;
 #pragma unroll
-    for (int place = 0; place < kTaps - 1; ++place) *at.window(place) = before[place];
-  }
-  float bias = p.bias ? p.bias[at.channel] : 0.0f;
-  for (int64_t node = 0; node < tree.nodes; ++node) {
-    float seen[kTaps];  // newest last
-    int64_t ancestor = node;
-    int place = kTaps - 1;
+    for (int tap = kTaps - 2; tap >= 0; --tap) {
+      int64_t child = ancestors[tap + 1];
+      ancestors[tap] = child >= 0 ? tree.parents[child] : child - 1;
+    }
+    float seen[kTaps];
 #pragma unroll
-    for (int tap = kTaps - 1; tap >= 0; --tap) {
-      if (ancestor >= 0) {
-        seen[tap] = at.input(ancestor);
-        ancestor = tree.parents[ancestor];
-      } else {
-        seen[tap] = pick(before, --place);
-      }
+    for (int tap = 0; tap < kTaps; ++tap) {
+      if (ancestors[tap] >= 0) seen[tap] = at.input(ancestors[tap]);
     }
     float sum = bias;
 #pragma unroll
-    for (int tap = 0; tap < kTaps; ++tap) sum = __fmaf_rn(seen[tap], weight[tap], sum);
+    for (int tap = 0; tap < kTaps; ++tap) {
+      int place = kTaps - 1 + static_cast<int>(ancestors[tap]);
+      sum = __fmaf_rn(ancestors[tap] >= 0 ? seen[tap] : pick(before, place), weight[tap], sum);
+    }
     int64_t to = (tree.first_row + node) * p.channels + at.channel;
     pyspec::store_element(p.out, to, p.out_element, pyspec::silu(sum));
     if (!tree.advance) *at.recorded(tree.node_half, tree.first_node + node) = seen[kTaps - 1];
   }
-  if (!tree.advance || !tree.nodes) return;
+  bool moves = tree.advance && tree.nodes;
+  if (warp > 0 || !(moves || (tree.fold && tree.accepted))) return;
+  int64_t nodes = moves ? tree.nodes : 0;
 #pragma unroll
   for (int place = 0; place < kTaps - 1; ++place) {
-    int64_t behind = place + tree.nodes - (kTaps - 1);
-    *at.window(place) = behind < 0 ? pick(before, place + static_cast<int>(tree.nodes)) : at.input(behind);
+    int64_t behind = place + nodes - (kTaps - 1);
+    *at.window(place) = behind < 0 ? pick(before, place + static_cast<int>(nodes)) : at.input(behind);
   }
 }
 
-// Grid [trees, pieces of kThreads channels].
+// Grid [trees, pieces of kLanes channels].
 template <int kTaps>
-__global__ void __launch_bounds__(kThreads)
-    causal_conv_kernel(const __grid_constant__ CausalConvParams p, int64_t rows, int64_t pieces) {
-  RoundTree tree = pyspec::tree_of(p.round, blockIdx.x / pieces);
+__global__ void __launch_bounds__(kLanes* kWarps)
+    causal_conv_kernel(const __grid_constant__ CausalConvParams p, int64_t rows) {
+  pyspec::wait_for_inputs();
+  RoundTree tree = pyspec::tree_on_gpu(p.round, blockIdx.x);
   if (!pyspec::fits(tree, p.round, rows, p.sequences, p.record_nodes)) return;
-  int64_t channel = blockIdx.x % pieces * kThreads + threadIdx.x;
-  if (channel < p.channels) run<kTaps>({p, tree, channel});
+  int64_t channel = blockIdx.y * kLanes + threadIdx.x % kLanes;
+  run<kTaps>({p, tree, channel}, channel < p.channels);
 }
 
 }  // namespace
@@ -100,15 +109,12 @@ __global__ void __launch_bounds__(kThreads)
 // One launch, and none for no trees. rows: of x. A tree that does not fit changes nothing. Returns a
 // cudaError_t.
 extern "C" int pyspec_causal_conv_cuda(const CausalConvParams& p, int64_t rows, cudaStream_t stream) {
-  using Kernel = void (*)(CausalConvParams, int64_t, int64_t);
+  using Kernel = void (*)(CausalConvParams, int64_t);
   const Kernel kernels[] = {
       causal_conv_kernel<1>, causal_conv_kernel<2>, causal_conv_kernel<3>, causal_conv_kernel<4>,
       causal_conv_kernel<5>, causal_conv_kernel<6>, causal_conv_kernel<7>, causal_conv_kernel<kMostConvTaps>};
   if (p.round.trees == 0) return cudaSuccess;
-  int64_t pieces = (p.channels + kThreads - 1) / kThreads;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(p.round.trees * pieces));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernels[p.taps - 1], p, rows, pieces);
+  int64_t pieces = (p.channels + kLanes - 1) / kLanes;
+  dim3 grid(static_cast<unsigned>(p.round.trees), static_cast<unsigned>(pieces));
+  return pyspec::launch({grid, kLanes * kWarps, 0, stream}, kernels[p.taps - 1], p, rows);
 }

@@ -35,8 +35,8 @@ inline bool overlaps() {
 
 // What a launch needs besides its arguments.
 struct Launch {
-  int64_t blocks;
-  int threads;
+  dim3 grid;
+  unsigned threads;
   int64_t shared;  // bytes of dynamic shared memory
   cudaStream_t stream;
 };
@@ -44,8 +44,8 @@ struct Launch {
 template <class... Expected, class... Given>
 cudaError_t launch(const Launch& what, void (*kernel)(Expected...), const Given&... given) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(what.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(what.threads));
+  config.gridDim = what.grid;
+  config.blockDim = dim3(what.threads);
   config.dynamicSmemBytes = static_cast<size_t>(what.shared);
   config.stream = what.stream;
 #ifdef __CUDA_ARCH_LIST__

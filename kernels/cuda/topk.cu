@@ -601,9 +601,9 @@ extern "C" int pyspec_topk_cuda(const pyspec::TopkParams& p, cudaStream_t stream
   const Kernel merge[] = {topk_merge_kernel<0>, topk_merge_kernel<1>, topk_merge_kernel<2>,
                           topk_merge_kernel<3>, topk_merge_kernel<4>};
   int64_t shared = 8 * (plan.shared_kept + (plan.ranks_in_shared ? plan.ranks : 0));
-  pyspec::Launch what{p.rows * plan.slices, static_cast<int>(threads), shared, stream};
+  pyspec::Launch what{dim3(static_cast<unsigned>(p.rows * plan.slices)), threads, shared, stream};
   cudaError_t error = pyspec::launch(what, search, p, plan);
   if (error != cudaSuccess || plan.slices == 1) return error;
-  what.blocks = p.rows;
+  what.grid = dim3(static_cast<unsigned>(p.rows));
   return pyspec::launch(what, merge[plan.exact ? 0 : p.per_bucket], p, plan);
 }
