@@ -18,13 +18,14 @@ __all__ = ["launch_options", "wait_for_earlier"]
 
 @triton.jit
 def wait_for_earlier(IS_EARLY: tl.constexpr):
-    """Lets the next kernel's programs in, then waits until those in front are finished and what they wrote can be read.
+    """Waits until the kernels in front are finished and what they wrote can be read, then lets the next one's programs in.
 
-    Nobody overtakes: the next kernel waits for the end of this one, which comes after that of those in front.
+    In this order, or kernels further behind would come in too and fill the multiprocessors with programs that wait: a
+    step in int8 took a quarter longer so.
     """
     if IS_EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @functools.cache

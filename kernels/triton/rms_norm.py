@@ -29,18 +29,18 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,  # a power of two, at least size
     IS_EARLY: tl.constexpr,
 ):
-    wait_for_earlier(IS_EARLY)
     row = tl.program_id(0)
     start = row.to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     used = column < size
+    weights = tl.load(weight + row % groups * size + column, mask=used, other=0.0)
+    wait_for_earlier(IS_EARLY)
     x = tl.load(hidden + start + column, mask=used, other=0.0)
     if delta is not None:
         x += tl.load(delta + start + column, mask=used, other=0.0)
         tl.store(hidden + start + column, x, mask=used)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + epsilon)
-    normal = x * scale * tl.load(weight + row % groups * size + column, mask=used, other=0.0)
-    tl.store(out + start + column, normal.to(out.dtype.element_ty), mask=used)
+    tl.store(out + start + column, (x * scale * weights).to(out.dtype.element_ty), mask=used)
 
 
 def compile_options(block: int) -> dict:

@@ -371,7 +371,7 @@ def test_the_small_ops_compile(kernel, tmp_path):
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
-        assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0
+        assert used["REG"] <= 104 and used["STACK"] <= 8 and used["LOCAL"] == 0  # rows of 8192
         check_waits_first(compiled, architecture)
 
 
