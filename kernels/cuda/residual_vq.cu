@@ -11,6 +11,7 @@
 // half of the banks; then by the L2 cache, from which each block copies all codebooks once.
 #include <cuda_bf16.h>
 
+#include "cuda/overlap.h"
 #include "cuda/vq_fold.h"
 
 namespace pyspec {
@@ -25,6 +26,7 @@ __device__ void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_
 template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>
 __global__ void __launch_bounds__(512, kSmall || kTurned || kRuns == 1)
     fold(const __grid_constant__ VqAttentionParams p, const __grid_constant__ Sizes sizes) {
+  wait_for_inputs();
   Fold<kSplit, kTiles, kRuns, kSmall, kTurned>(p, sizes).run();
 }
 
@@ -35,6 +37,7 @@ template <class Storage>
 __global__ void __launch_bounds__(32 * kMergers)
     merge(const __grid_constant__ VqAttentionParams p, int chunks) {
   __shared__ float sums[kMergers][kMostChannels + 1];
+  wait_for_inputs();
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = static_cast<int>(p.head_dim);
   int64_t row = blockIdx.x, node = row % p.nodes, head = row / p.nodes % p.heads, b = row / p.nodes / p.heads;
   int of_kv_head = static_cast<int>(p.heads / p.kv_heads);
@@ -77,10 +80,7 @@ cudaError_t launch(Kernel kernel, dim3 grid, int threads, int bytes, cudaStream_
                    Arguments... arguments) {
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes,
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return launch(Launch{grid, static_cast<unsigned>(threads), bytes, stream}, kernel, arguments...);
 }
 
 template <bool kSplit, int kTiles, int kRuns, bool kSmall, bool kTurned>

@@ -1,10 +1,5 @@
-// topk on the GPU: each value of a row becomes one number, larger where it is better, and the k largest
-// numbers are the result.
-//
-//   number = key << 32 | (n - 1 - index)      key: the bits of a float, ordered as TopkParams says
-//
-// No two numbers of a row are equal, so ties, NaN and signed zeros need no thought from here on, and nothing
-// depends on which thread came first. 0 is no value at all.
+// topk on the GPU: each value of a row becomes one number (topk_values.h), larger where it is better, and the
+// k largest numbers are the result.
 //
 // Slices: as many blocks share a row as the GPU has room for. Each leaves its best in the workspace, and a
 // second launch goes on from there.
@@ -12,29 +7,37 @@
 // bound (select.h), what reaches it is little more than k, and after the last slice it is sorted. Where keys
 // are equal or in an order of their own, too many reach the bound: then, and for a larger k, digits are
 // counted, reading the slice again from the L2 cache.
-// Buckets: a thread scans a few neighbouring buckets, or one of several shares of their steps where there
-// are fewer than threads, and keeps their best in registers, with the loads of the next steps on their way.
-// Shares are merged in shared memory, two by two. More than k are selected from as above.
+// Buckets (topk_buckets.h) are one pass; where they keep more than k, those are selected from as above.
 //
-// Without `sorted`, up to kMostSorted of more are sorted nevertheless; what is not is in the order of the
-// buckets, an exact result in that of the indices. Bound by memory for many rows, and by latency for few.
-#include <cuda_fp16.h>
+// Without `sorted`, up to kMostSorted that were selected are best first too. What was not is in the order of
+// the buckets, and a larger exact result in that of the indices. Bound by memory for many rows, by latency for
+// few.
 #include <cuda_runtime.h>
 
 #include "cuda/overlap.h"
 #include "cuda/select.h"
+#include "cuda/topk_buckets.h"
 #include "params/topk.h"
 
 extern __shared__ uint4 dynamic_shared[];
 
 namespace {
 
+using pyspec::BFloat16;
+using pyspec::column_size;
 using pyspec::Digits;
 using pyspec::Element;
+using pyspec::fill_from_row;
+using pyspec::fill_list;
+using pyspec::Float16;
+using pyspec::Float32;
+using pyspec::Queue;
+using pyspec::Row;
 using pyspec::select_best;
 using pyspec::SelectScratch;
 using pyspec::sort_best_first;
 using pyspec::TopkParams;
+using pyspec::Words;
 
 constexpr int kMostThreads = 512;                // of which a multiprocessor has two blocks
 constexpr int64_t kBlocksPerMultiprocessor = 2;  // which takes 64 registers a thread
@@ -44,9 +47,6 @@ constexpr uint32_t kRoom = 2048;                 // numbers there is room for, t
 constexpr int kHeld = 8;                         // vectors of 16 bytes that a thread holds of its slice
 constexpr int64_t kLeastSlice = 4096;            // values of a row that are worth a block
 constexpr int64_t kLeastCut = 16;  // values for each that a slice keeps, else it is not worth it
-
-// Neighbouring buckets of a thread.
-PYSPEC_HOST_DEVICE constexpr int column_size(int64_t per_bucket) { return per_bucket < 3 ? 4 : 2; }
 
 // What both launches do, decided on the host.
 struct Plan {
@@ -62,211 +62,6 @@ struct Plan {
   int64_t row_numbers;   // of the workspace, for each row: [slices, kept], then [ranks]
   uint64_t* workspace;   // [rows, row_numbers]
 };
-
-// ==== values as numbers ====
-
-// As a float, in which -0 is +0 and every NaN the same one, above infinity.
-__device__ float canonical(float x) {
-#ifdef __CUDA_ARCH__
-  return x + 0.0f;
-#else
-  return x == x ? x + 0.0f : __uint_as_float(0x7fffffffu);
-#endif
-}
-
-// What x may be of. kKeyLow: bits of a float that values of this type do not have.
-struct Float32 {
-  using Bits = uint32_t;
-  static constexpr int kKeyLow = 0;
-  __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits); }
-};
-struct Float16 {
-  using Bits = uint16_t;
-  static constexpr int kKeyLow = 13;
-  __device__ static float to_float(uint32_t bits) {
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
-  }
-};
-struct BFloat16 {
-  using Bits = uint16_t;
-  static constexpr int kKeyLow = 16;
-  __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
-};
-
-// Neighbours that are loaded at once, as they lie in memory.
-template <int kBytes>
-struct alignas(kBytes) Words {
-  uint32_t words[kBytes / 4];
-};
-
-template <class T>
-struct Row {
-  using Bits = typename T::Bits;
-  const Bits* x;
-  uint32_t n, flip;
-
-  // Larger for a better value, never 0.
-  __device__ uint32_t key(uint32_t value) const {
-    int32_t bits = __float_as_int(canonical(T::to_float(value)));
-    uint32_t ordered = bits ^ (bits >> 31 | 1 << 31);
-    return max((ordered ^ flip) & ~0u << T::kKeyLow, 1u << T::kKeyLow);
-  }
-  __device__ uint64_t number(uint32_t key, uint32_t index) const {
-    return static_cast<uint64_t>(key) << 32 | (n - 1 - index);
-  }
-  __device__ uint64_t number_at(uint32_t index) const { return number(key(x[index]), index); }
-
-  // How many values lie between the row's first and the last address before it that kSize of them fit.
-  template <int kSize>
-  __device__ uint32_t lead() const {
-    return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(x) / sizeof(Bits) % kSize);
-  }
-  // kSize values; their key is that of key_of.
-  template <int kSize>
-  __device__ auto load(uint32_t first) const {
-    constexpr int kBytes = kSize * static_cast<int>(sizeof(Bits));
-    if constexpr (kSize == 1) {
-      return Words<4>{{x[first]}};
-    } else {
-      return *reinterpret_cast<const Words<kBytes>*>(x + first);
-    }
-  }
-  template <int kBytes>
-  __device__ uint32_t key_of(const Words<kBytes>& loaded, int i) const {
-    if (sizeof(Bits) == 4) return key(loaded.words[i]);
-    return key(loaded.words[i / 2] >> 16 * (i % 2) & 0xffff);
-  }
-};
-
-// ==== buckets ====
-
-// The best numbers of a share of a bucket, best first.
-template <int kPerBucket>
-struct Queue {
-  uint64_t numbers[kPerBucket] = {};
-
-  // Of equals, those that come later are worse.
-  __device__ void insert(uint64_t number) {
-    bool is_better = false;  // than this one, and so than all behind it
-#pragma unroll
-    for (int rank = 0; rank < kPerBucket; ++rank) {
-      uint64_t here = numbers[rank];
-      is_better = is_better || static_cast<uint32_t>(number >> 32) > static_cast<uint32_t>(here >> 32);
-      numbers[rank] = is_better ? number : here;
-      number = is_better ? here : number;
-    }
-  }
-};
-
-// Steps of a column: its values in step s begin at first + s * stride.
-struct Column {
-  uint32_t first, stride, steps;
-};
-
-// The best of a column's buckets in steps begin ... end - 1. Only at the ends of the row is a step without
-// some of the buckets.
-template <int kPerBucket, int kSize, class T>
-__device__ void scan(const Row<T>& row, const Column& column, uint32_t begin, uint32_t end,
-                     Queue<kPerBucket> (&queues)[kSize]) {
-  // Steps whose loads are on their way, in 8 registers.
-  constexpr int kAhead = kSize == 1 ? 8 : 32 / (kSize * static_cast<int>(sizeof(typename T::Bits)));
-  auto scan_end = [&](uint32_t step) {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      uint32_t index = column.first + step * column.stride + i;  // before the row: very large
-      if (index < row.n) queues[i].insert(row.number_at(index));
-    }
-  };
-  if (begin >= end) return;
-  uint32_t last = column.first + (end - 1) * column.stride;
-  if (column.first >= row.n && begin == 0) scan_end(begin++);
-  if (begin < end && last + kSize > row.n) --end;
-#pragma unroll 1
-  for (uint32_t step = begin; step < end; step += kAhead) {
-    uint32_t first = column.first + step * column.stride;
-    decltype(row.template load<kSize>(0)) loaded[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (step + i < end) loaded[i] = row.template load<kSize>(first + i * column.stride);
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (step + i >= end) break;
-#pragma unroll
-      for (int e = 0; e < kSize; ++e) {
-        queues[e].insert(row.number(row.key_of(loaded[i], e), first + i * column.stride + e));
-      }
-    }
-  }
-  if (last + kSize > row.n) scan_end(end);
-}
-
-// Merges the queues of a column's shares, which are in order, into those of the first.
-template <int kPerBucket, int kSize>
-__device__ void merge_shares(uint64_t* room, uint32_t columns, uint32_t share, uint32_t shares,
-                             Queue<kPerBucket> (&queues)[kSize]) {
-  uint32_t column = threadIdx.x % columns, places = shares / 2 * columns;
-  for (uint32_t by = 1; by < shares; by *= 2) {
-    if (share < shares && share % (2 * by) == by) {
-#pragma unroll
-      for (int i = 0; i < kSize * kPerBucket; ++i) {
-        room[i * places + share / 2 * columns + column] = queues[i / kPerBucket].numbers[i % kPerBucket];
-      }
-    }
-    __syncthreads();
-    if (share % (2 * by) == 0 && share + by < shares) {
-#pragma unroll
-      for (int i = 0; i < kSize * kPerBucket; ++i) {
-        queues[i / kPerBucket].insert(room[i * places + (share + by) / 2 * columns + column]);
-      }
-    }
-    __syncthreads();
-  }
-}
-
-// Fills list [buckets, kPerBucket], which may lie in room: fill(column, share, shares, queues) gives the best
-// of a column's buckets in a share; bucket(column, i) says which bucket a column's i-th is.
-template <int kPerBucket, int kSize, class Fill, class Bucket>
-__device__ void fill_list(uint64_t* list, uint64_t* room, uint32_t columns, Fill fill, Bucket bucket) {
-  uint32_t shares = max(blockDim.x / columns, 1u), share = threadIdx.x / columns;
-  for (uint32_t column = threadIdx.x % columns; column < columns; column += blockDim.x) {
-    Queue<kPerBucket> queues[kSize];
-    if (share < shares) fill(column, share, shares, queues);
-    if (shares > 1) merge_shares(room, columns, share, shares, queues);
-    if (share > 0) break;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-#pragma unroll
-      for (int rank = 0; rank < kPerBucket; ++rank) {
-        list[bucket(column, i) * kPerBucket + rank] = queues[i].numbers[rank];
-      }
-    }
-  }
-  __syncthreads();
-}
-
-// ... of a slice of the row.
-template <int kPerBucket, int kSize, class T>
-__device__ void fill_from_row(const TopkParams& p, const Plan& plan, const Row<T>& row, uint32_t slice,
-                              uint64_t* list, uint64_t* room) {
-  uint32_t buckets = static_cast<uint32_t>(p.buckets), columns = buckets / kSize;
-  uint32_t size = row.n / buckets, larger = row.n % buckets;
-  uint32_t lead = row.template lead<kSize>();
-  auto fill = [&](uint32_t column, uint32_t share, uint32_t shares, Queue<kPerBucket>(&queues)[kSize]) {
-    Column at{};
-    if (p.interleaved) {
-      at = {column * kSize - lead, buckets, size + (larger + lead + buckets - 1) / buckets};
-    } else {
-      at = {column * size + min(column, larger), 1, size + (column < larger)};
-    }
-    shares *= plan.slices;
-    uint32_t each = (at.steps + shares - 1) / shares;
-    uint32_t begin = (slice * (shares / plan.slices) + share) * each;
-    scan(row, at, begin, min(begin + each, at.steps), queues);
-  };
-  auto bucket = [&](uint32_t column, int i) { return (column * kSize + i + buckets - lead) % buckets; };
-  fill_list<kPerBucket, kSize>(list, room, columns, fill, bucket);
-}
 
 // ==== the best of a slice, or of numbers ====
 
@@ -474,9 +269,9 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
     uint64_t* list = is_list_shared ? at.shared : at.lists + static_cast<int64_t>(slice) * plan.kept;
     constexpr int kSize = column_size(kPerBucket);
     if (p.interleaved && p.buckets % kSize == 0) {
-      fill_from_row<kPerBucket, kSize>(p, plan, row, slice, list, at.shared);
+      fill_from_row<kPerBucket, kSize>(p, row, slice, plan.slices, list, at.shared);
     } else {
-      fill_from_row<kPerBucket, 1>(p, plan, row, slice, list, at.shared);
+      fill_from_row<kPerBucket, 1>(p, row, slice, plan.slices, list, at.shared);
     }
     if (plan.slices == 1) write_best_of(scratch, plan, result, at.ranks, list, plan.kept);
   }

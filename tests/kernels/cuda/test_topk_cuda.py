@@ -141,7 +141,7 @@ def test_no_rows_and_one_value(kernel):
     check(kernel, torch.zeros(5, 3).T[:, :1], 1)
 
 
-@pytest.mark.parametrize("k", [slow(1), slow(200), slow(256), 257])
+@pytest.mark.parametrize("k", [slow(1), slow(200), 256, slow(257)])
 def test_exact_rows_that_mislead_the_lower_bound(kernel, device, k):
     """The best values all in one thread's share, or in few; more equals than a thread has places for."""
     device(seed=k)
@@ -153,6 +153,19 @@ def test_exact_rows_that_mislead_the_lower_bound(kernel, device, k):
     for dtype in DTYPES:
         for largest in (True, False):
             check(kernel, torch.stack(rows).to(dtype), k, largest=largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32), slow(torch.bfloat16)], ids=str)
+def test_slices_that_find_too_much(kernel, device, dtype):
+    """More that reaches a slice's bound than it hands on, or than it has room for; rows that begin anywhere."""
+    device(multiprocessors=12, seed=1)
+    places = torch.arange(20001)
+    rows = [places.float(), -places.float(), (places % 3).float(), torch.where(places > 19990, NAN, 0.0)]
+    rows += [torch.where(places % 7 == 0, 2.0, torch.where(places < 900, 1.0, 0.0))]
+    x = torch.stack(rows).to(dtype)
+    for largest in (True, False):
+        check(kernel, x[:, 1:], 100, largest=largest)
+        check(kernel, x[2:3], 256, largest=largest)
 
 
 def test_order_without_sorting(kernel):
