@@ -60,12 +60,12 @@ GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
 ceilings() { step ceilings 15 "$python" bench/gpu/ceilings.py; }
 smoke() { lines=40 step smoke 40 "$python" bench/gpu/smoke.py; }
 tests() {
-  lines=60 step tests 95 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+  lines=60 step tests 85 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
 }
 verify() { lines=75 step verify 90 "$python" bench/gpu/verify.py; }
 kernels() { lines=75 step kernels 40 "$python" bench/gpu/kernels.py; }
 attention() {
-  step attention 50 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
+  step attention 60 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
 }
 state_space() {
   lines=30 step state_space 50 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
