@@ -1,13 +1,13 @@
 """Attention to packed keys and values on the GPU: split flash attention whose tiles are unpacked in registers.
 
-One program per (16 query rows, chunk of 4 records, KV head of a sequence). A thread loads words of 4 bytes, each once,
-and makes two numbers of a word at a time, which is how fp16 arithmetic comes: the code stays where it lies, the
-exponent is written above it. x = zero + scale * code is fp16 and goes to the tensor cores through shared memory, with
-queries and weights in fp16 too, which is at least as exact as bf16; in fp32 for queries in fp32. Keys come to lie as
-[channels, tokens] and values as [tokens, channels], so both are vectors of codes to the code below.
-Outliers are blended in by an index that is one-hot in two parts, place = 16 * block + j, whose product costs two
-multiply-adds for a pair of numbers. Low rank never meets the tile: scores get (q . b) a, and values (weights . a) b.
-Bound by instructions, about as many for outliers as for all else; records are read once. See docs/gear.md.
+One program per (16 query rows, chunk of records, KV head of a sequence). A thread loads words of 4 bytes, each once,
+and makes two fp16 numbers of one at a time, as fp16 arithmetic comes: a code stays where it lies, an exponent is put
+above it. x = zero + scale * code goes to the tensor cores through shared memory, with queries and weights in fp16 too,
+whose 11 bits are more than those of bf16; in fp32 for queries in fp32. Keys are unpacked as [channels, tokens] and
+values as [tokens, channels], so that both are vectors with scales and outliers of their own, [vectors, places].
+An outlier's place, 16 * block + j, is one-hot in two parts: two multiply-adds for a pair of numbers put it in.
+Low rank never meets the tile: scores get (q . b) a, and outputs (weights . a) b.
+Bound by instructions, as many for outliers as for all else; records are read once.
 A second kernel merges the chunks of a row, many at a time.
 Row rule: a tile is folded alike for any number of rows; a row that does not see a record gets weights of 0 from it,
 which change no bit. Chunks are cut at positions. The layout of a record is in kernels/params/gear.h.
@@ -19,15 +19,7 @@ import triton
 import triton.language as tl
 from pyspec.kernels.flash import LN_2, LOG2_E, load_rows
 
-__all__ = [
-    "compile_options",
-    "fold_kernel",
-    "gear_packed_attention",
-    "merge_kernel",
-    "number_type",
-    "side_bytes",
-    "tile_tokens",
-]
+__all__ = ["compile_options", "fold_constants", "fold_kernel", "gear_packed_attention", "merge_kernel"]
 
 ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 BLOCK = tl.constexpr(128)  # tokens of a record
@@ -54,17 +46,8 @@ def split(words, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_codes(
-    words,
-    PLANE: tl.constexpr,  # bits of a code that lie together
-    HALF: tl.constexpr,  # words from half to half
-    PAIRS: tl.constexpr,
-    SPAN: tl.constexpr,
-    H: tl.constexpr,
-    P: tl.constexpr,  # PAIRS, up to a power of two
-    S: tl.constexpr,  # SPAN, up to a power of two
-):
-    """fp16 [H, P, S, 16, 2], any where there are no pairs or places."""
+def load_codes(words, HALF, PAIRS, SPAN, PLANE: tl.constexpr, H: tl.constexpr, P: tl.constexpr, S: tl.constexpr):
+    """PLANE bits of codes, fp16 [H, P, S, 16, 2]; anything beyond PAIRS and SPAN. HALF: words of a half."""
     SHARE: tl.constexpr = 16 // PLANE  # blocks of two vectors in 16 words
     half = tl.arange(0, H)[:, None, None, None, None]
     j = tl.arange(0, 16)[None, None, None, :, None]
@@ -95,22 +78,11 @@ def is_equal(a, b):
 
 
 @triton.jit
-def load_tile(
-    side,  # a record's keys or values
-    part,  # which TILE tokens of it
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    RANK: tl.constexpr,
-    OUTLIERS: tl.constexpr,
-    VALUES: tl.constexpr,
-    NUMBER: tl.constexpr,
-):
-    """PART_OF_X of x without low rank, keys [BLOCK_D, TILE] or values [TILE, BLOCK_D].
+def load_tile(side, part, HEAD_DIM, BLOCK_D, TILE, BITS, GROUP, RANK, OUTLIERS: tl.constexpr, VALUES, NUMBER):
+    """PART_OF_X of x without low rank, of TILE tokens: keys [BLOCK_D, TILE] or values [TILE, BLOCK_D].
 
-    Keys are 0 in channels that there are not; values there are anything.
+    Of a record's keys or values `side`, its TILE tokens number `part`; all else are constants. Keys are 0 in channels
+    that there are not, values are anything.
     """
     VECTORS: tl.constexpr = BLOCK if VALUES else HEAD_DIM
     LENGTH: tl.constexpr = HEAD_DIM if VALUES else BLOCK
@@ -126,10 +98,10 @@ def load_tile(
 
     words = pointer(side, 4 * SCALES, tl.int32) + part * (H * HALF)
     if BITS == 3:
-        x = load_codes(words, 2, HALF, PAIRS, SPAN, H, P, S)
-        x += 4.0 * load_codes(words + HALF // 3 * 2, 1, HALF, PAIRS, SPAN, H, P, S)
+        x = load_codes(words, HALF, PAIRS, SPAN, 2, H, P, S)
+        x += 4.0 * load_codes(words + HALF // 3 * 2, HALF, PAIRS, SPAN, 1, H, P, S)
     else:
-        x = load_codes(words, BITS, HALF, PAIRS, SPAN, H, P, S)
+        x = load_codes(words, HALF, PAIRS, SPAN, BITS, H, P, S)
 
     half = part * H + tl.arange(0, H)[:, None, None, None, None]
     pair = tl.arange(0, P)[None, :, None, None, None]
@@ -163,11 +135,9 @@ def load_tile(
         outlier = zero.to(tl.float32) + scale.to(tl.float32) * (value + ((1 << BITS) - 1) / 2.0)
         is_block = is_equal(place >> 4, block.to(tl.int16)).to(NUMBER)
         is_place = is_equal(place & 15, tl.arange(0, 16).to(tl.int16)[None, None, None, :, None]).to(NUMBER)
-        minus, outlier = (
-            tl.broadcast_to(0.0 - is_block, x.shape),
-            tl.broadcast_to(is_block * outlier.to(NUMBER), x.shape),
-        )
-        x = tl.fma(tl.broadcast_to(is_place, x.shape), tl.fma(minus, x, outlier), x)
+        minus, outlier = tl.broadcast_to(0.0 - is_block, x.shape), is_block * outlier.to(NUMBER)
+        change = tl.fma(minus, x, tl.broadcast_to(outlier, x.shape))  # outlier - x in its block, else 0
+        x = tl.fma(tl.broadcast_to(is_place, x.shape), change, x)
     if VALUES:
         x = tl.reshape(tl.permute(x, (0, 1, 4, 2, 3)), [TILE, BLOCK_D])
     else:
@@ -187,15 +157,7 @@ def load_factor(address, N: tl.constexpr, FIRST, COUNT: tl.constexpr, RANK: tl.c
 
 
 @triton.jit
-def load_low_rank(
-    address,
-    part,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    TILE: tl.constexpr,
-    RANK: tl.constexpr,
-    NUMBER: tl.constexpr,
-):
+def load_low_rank(address, part, HEAD_DIM, BLOCK_D: tl.constexpr, TILE: tl.constexpr, RANK: tl.constexpr, NUMBER):
     """PART_OF_X of the factor [MOST_RANK], a [MOST_RANK, TILE] of tokens and b [MOST_RANK, BLOCK_D] of channels."""
     ranks = tl.arange(0, MOST_RANK)
     factor = PART_OF_X * tl.load(pointer(address, 0, tl.float32) + ranks, mask=ranks < RANK, other=0.0)
@@ -380,28 +342,29 @@ def merge_kernel(
 # ==== launch ====
 
 
-def side_bytes(key_dim: int, bits: int, group: int, rank: int, outliers: int, key_channels: int) -> int:
-    """Of a record's keys: where its values begin."""
+def fold_constants(head_dim, dtype, bits, group, rank, outliers, key_channels) -> dict:
+    """What of a format and of queries fold_kernel is compiled for."""
+    key_dim = key_channels or head_dim
     codes = 4 * (128 // group) * key_dim + 16 * key_dim * bits
-    return codes + rank * (132 + key_dim) + 3 * outliers * key_dim + key_channels
+    return {
+        "KEY_DIM": key_dim,
+        "BLOCK_K": max(16, triton.next_power_of_2(key_dim)),
+        "VALUE_SIDE": codes + rank * (132 + key_dim) + 3 * outliers * key_dim + key_channels,
+        "TILE": 64 if dtype == torch.float32 else 128,
+        "BITS": bits,
+        "GROUP": group,
+        "RANK": rank,
+        "OUTLIERS": outliers,
+        "NUMBER": tl.float32 if dtype == torch.float32 else tl.float16,
+    }
 
 
-def tile_tokens(dtype: torch.dtype) -> int:
-    """Tokens unpacked at a time."""
-    return 64 if dtype == torch.float32 else 128
-
-
-def number_type(dtype: torch.dtype) -> tl.dtype:
-    """Of the numbers that meet queries of a dtype."""
-    return tl.float32 if dtype == torch.float32 else tl.float16
-
-
-def compile_options(head_dim: int, dtype: torch.dtype) -> dict:
-    """Options of both kernels. The number of nodes must never change them: the row rule."""
+def compile_options(head_dim: int, dtype: torch.dtype, is_plain: bool) -> dict:
+    """Options of both kernels; plain is without low rank and outliers. The number of nodes must never change them."""
     options = {"num_stages": 1, "enable_fp_fusion": False}
     if dtype != torch.float32 and head_dim in (64, 128):
-        # Three programs on a multiprocessor, which is worth that outliers park a few registers.
-        return {"num_warps": 4, "maxnreg": 168, **options}
+        # Four programs on a multiprocessor, or three, which is worth that outliers park a few registers.
+        return {"num_warps": 4, "maxnreg": 128 if is_plain else 168, **options}
     return {"num_warps": 16 if dtype == torch.float32 and head_dim not in (64, 128) else 8, **options}
 
 
@@ -412,7 +375,6 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
     """
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group_heads = packed.shape[1], heads // packed.shape[1]
-    key_dim = key_channels or head_dim
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
@@ -431,21 +393,13 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
         "GROUP_HEADS": group_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
-    } | compile_options(head_dim, q.dtype)
+    } | compile_options(head_dim, q.dtype, is_plain=not rank and not outliers)
     with torch.cuda.device_of(q):
         if chunks:
             strides = (*q.stride()[:3], *packed.stride()[:3])
             fold_kernel[triton.cdiv(nodes * group_heads, ROWS.value), chunks, batch * kv_heads](
                 *(q, packed, seen, *chunk_state, nodes, chunks, scale, *strides),
-                KEY_DIM=key_dim,
-                BLOCK_K=max(16, triton.next_power_of_2(key_dim)),
-                VALUE_SIDE=side_bytes(key_dim, bits, group, rank, outliers, key_channels),
-                TILE=tile_tokens(q.dtype),
-                BITS=bits,
-                GROUP=group,
-                RANK=rank,
-                OUTLIERS=outliers,
-                NUMBER=number_type(q.dtype),
+                **fold_constants(head_dim, q.dtype, bits, group, rank, outliers, key_channels),
                 **constants,
             )
         inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])

@@ -472,17 +472,14 @@ GEAR = {  # bits, group, rank, outliers, channels of keys
 }
 # Of a record of 128 tokens, for each of 128 threads: all instructions, those of outliers and of low rank too.
 GEAR_INSTRUCTIONS = {"gear": 2750, "gear-l": 1450, "int4": 1120, "int8": 1350}
-GEAR_STACK_LIMIT = 40  # bytes of registers that are parked so that three programs fit
+GEAR_STACK_LIMIT = 40  # bytes of registers that are parked so that three programs fit, or four
 
 
 def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True):
     """As the launcher compiles it. aligned: strides of 16s."""
-    bits, group, rank, outliers, key_channels = GEAR[name]
-    key_dim = key_channels or head_dim
+    rank, outliers = GEAR[name][2:4]
     constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= {"VALUE_SIDE": gear.side_bytes(key_dim, bits, group, rank, outliers, key_channels)}
-    constants |= {"KEY_DIM": key_dim, "BLOCK_K": triton.next_power_of_2(key_dim), "TILE": gear.tile_tokens(dtype)}
-    constants |= {"BITS": bits, "GROUP": group, "RANK": rank, "OUTLIERS": outliers, "NUMBER": gear.number_type(dtype)}
+    constants |= gear.fold_constants(head_dim, dtype, *GEAR[name])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "packed": "*u8", "seen": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(("chunk_largest", "chunk_total", "chunk_weighted", "lse"), "*fp32")
@@ -493,7 +490,7 @@ def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=Tru
         if signature[name].startswith("*") or (name.startswith("stride") and aligned)
     }
     source = ASTSource(kernel, signature, constants, divisible)
-    options = gear.compile_options(head_dim, dtype)
+    options = gear.compile_options(head_dim, dtype, is_plain=not rank and not outliers)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
@@ -503,8 +500,8 @@ def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=Tru
 def test_gear_fits_the_machine(name, head_dim, architecture, tmp_path):
     compiled = compile_gear(gear.fold_kernel, architecture, torch.bfloat16, head_dim, name)
     used = resources(compiled, tmp_path)
-    assert programs_at_a_time(compiled, used) >= 3 and used["LOCAL"] == 0
-    assert used["STACK"] <= GEAR_STACK_LIMIT
+    assert programs_at_a_time(compiled, used) >= (3 if "gear" in name else 4)
+    assert used["STACK"] <= GEAR_STACK_LIMIT and used["LOCAL"] == 0
     assert compiled.metadata.shared <= SHARED_LIMIT / 2
     assert re.search(r"mma\.sync\S*\.f32\.f16\.f16\.f32", compiled.asm["ptx"]) and "tf32" not in compiled.asm["ptx"]
     record = max(hot_loops(compiled, tmp_path), key=len)
