@@ -25,7 +25,7 @@ __all__ = ["compile_options", "fold_kernel", "merge_kernel", "program_rows", "tr
 
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 # Chunks are cut at positions: short ones first, to fill the machine; then long ones, whose states cost less memory.
-SHORT, SHORT_CHUNKS, LONG = tl.constexpr(2), tl.constexpr(32), tl.constexpr(16)  # tiles, how many, tiles
+SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
 AT_ONCE = tl.constexpr(16)  # chunks that are merged at once
 
 
