@@ -8,6 +8,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_block_masked_attention, pyspec::BlockMaskedAttentionParams);
+PYSPEC_KERNEL_TABLE(pyspec_block_masked_attention_backward, pyspec::BlockMaskedAttentionBackwardParams);
 
 // The data of an int32 (or int64) tensor that must be contiguous.
 template <class T>
@@ -43,14 +44,16 @@ const int32_t* order_of(const std::optional<Tensor>& order, int64_t batch, int64
   return data;
 }
 
-std::tuple<Tensor, Tensor> block_masked_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Tensor& full_ranges, const Tensor& full_tiles,
-                                                  const Tensor& partial_ranges, const Tensor& partial_tiles,
-                                                  const Tensor& bits, std::optional<Tensor> row_order,
-                                                  std::optional<Tensor> key_order, double scale,
-                                                  std::optional<double> softcap) {
+void set_strides(int64_t (&strides)[3], const Tensor& tensor) {
+  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
+}
+
+// What both directions read, checked; out and lse are left to be set.
+void set_inputs(pyspec::BlockMaskedAttentionParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& full_ranges, const Tensor& full_tiles, const Tensor& partial_ranges,
+                const Tensor& partial_tiles, const Tensor& bits, const std::optional<Tensor>& row_order,
+                const std::optional<Tensor>& key_order, double scale, std::optional<double> softcap) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 dimensions");
-  pyspec::BlockMaskedAttentionParams p{};
   p.element = pyspec::element_of(q, "q");
   p.batch = q.size(0), p.heads = q.size(1), p.rows = q.size(2), p.head_dim = q.size(3);
   p.kv_heads = k.size(1), p.keys = k.size(2);
@@ -93,24 +96,87 @@ std::tuple<Tensor, Tensor> block_masked_attention(const Tensor& q, const Tensor&
   p.row_order = order_of(row_order, p.mask_batch, p.rows, "row_order");
   p.key_order = order_of(key_order, p.mask_batch, p.keys, "key_order");
 
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.rows}, ScalarType::Float);
-  STD_TORCH_CHECK(out.stride(3) == 1, "q must have strides that empty_like keeps");
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.out = out.data_ptr();
-  p.lse = static_cast<float*>(lse.data_ptr());
-  for (int i = 0; i < 3; ++i) {
-    p.q_strides[i] = q.stride(i), p.k_strides[i] = k.stride(i), p.v_strides[i] = v.stride(i);
-    p.out_strides[i] = out.stride(i);
-  }
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
+  set_strides(p.q_strides, q), set_strides(p.k_strides, k), set_strides(p.v_strides, v);
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap.value_or(0.0));
   p.parallel_for = pyspec::parallel_for;
+}
+
+// A new tensor like one of the inputs, named for the message.
+Tensor result_like(const Tensor& input, const char* name) {
+  Tensor result = torch::stable::empty_like(input);
+  STD_TORCH_CHECK(result.stride(3) == 1, name, " must have strides that empty_like keeps");
+  return result;
+}
+
+std::tuple<Tensor, Tensor> block_masked_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Tensor& full_ranges, const Tensor& full_tiles,
+                                                  const Tensor& partial_ranges, const Tensor& partial_tiles,
+                                                  const Tensor& bits, std::optional<Tensor> row_order,
+                                                  std::optional<Tensor> key_order, double scale,
+                                                  std::optional<double> softcap) {
+  pyspec::BlockMaskedAttentionParams p{};
+  set_inputs(p, q, k, v, full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order,
+             scale, softcap);
+  Tensor out = result_like(q, "q");
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.rows}, ScalarType::Float);
+  p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+  set_strides(p.out_strides, out);
   if (p.batch * p.heads * p.rows > 0) pyspec_block_masked_attention_table[pyspec::instruction_set()](p);
   return {out, lse};
+}
+
+// A number for each row, as the forward's lse is.
+void check_of_rows(const Tensor& tensor, const Tensor& q, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 3, name,
+                  " must be float32 and have 3 dimensions");
+  for (int i = 0; i < 3; ++i)
+    STD_TORCH_CHECK(tensor.size(i) == q.size(i), name, " must have the shape of lse");
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_masked_attention_backward(
+    const Tensor& d_out, std::optional<Tensor> d_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& full_ranges, const Tensor& full_tiles,
+    const Tensor& partial_ranges, const Tensor& partial_tiles, const Tensor& bits,
+    std::optional<Tensor> row_order, std::optional<Tensor> key_order, double scale,
+    std::optional<double> softcap) {
+  pyspec::BlockMaskedAttentionBackwardParams p{};
+  set_inputs(p, q, k, v, full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order,
+             scale, softcap);
+  for (auto [tensor, name] : {std::pair(&d_out, "d_out"), std::pair(&out, "out")}) {
+    STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type() && tensor->dim() == 4, name,
+                    " must be 4-dimensional and of q's dtype");
+    for (int i = 0; i < 4; ++i)
+      STD_TORCH_CHECK(tensor->size(i) == q.size(i), name, " must have the shape of q");
+  }
+  STD_TORCH_CHECK(out.stride(3) == 1, "out must have a contiguous last dimension");
+  check_of_rows(lse, q, "lse");
+  STD_TORCH_CHECK(lse.is_contiguous(), "lse must be contiguous");
+  if (d_lse) check_of_rows(*d_lse, q, "d_lse");
+  // What autograd brings may be a number for all.
+  Tensor d_rows = d_out.stride(3) == 1 ? d_out : torch::stable::contiguous(d_out);
+  if (d_lse) d_lse = torch::stable::contiguous(*d_lse);
+
+  Tensor dq = result_like(q, "q"), dk = result_like(k, "k"), dv = result_like(v, "v");
+  const int64_t sequence_heads = p.batch * p.kv_heads, tiles = pyspec::ceil_div(p.keys, pyspec::kTile);
+  p.segments = sequence_heads ? pyspec::backward_segments(sequence_heads, p.blocks) : 0;
+  const int64_t parts = sequence_heads * p.segments * tiles;  // memory that is not visited is never there
+  Tensor sums = torch::stable::new_empty(q, {parts * 2 * pyspec::kTile * p.head_dim}, ScalarType::Float);
+  Tensor visited = torch::stable::new_empty(q, {parts}, ScalarType::Byte);
+  p.sums = static_cast<float*>(sums.data_ptr()), p.visited = static_cast<uint8_t*>(visited.data_ptr());
+  p.d_out = d_rows.data_ptr(), p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
+  p.d_lse = d_lse ? static_cast<const float*>(d_lse->data_ptr()) : nullptr;
+  p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();
+  set_strides(p.d_out_strides, d_rows), set_strides(p.out_strides, out), set_strides(p.dq_strides, dq);
+  set_strides(p.dk_strides, dk), set_strides(p.dv_strides, dv);
+  if (sequence_heads > 0) pyspec_block_masked_attention_backward_table[pyspec::instruction_set()](p);
+  return {dq, dk, dv};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) {
   m.impl("block_masked_attention", TORCH_BOX(&block_masked_attention));
+  m.impl("block_masked_attention_backward", TORCH_BOX(&block_masked_attention_backward));
 }

@@ -31,4 +31,31 @@ struct BlockMaskedAttentionParams {
   ParallelFor parallel_for;
 };
 
+// What the forward read and wrote, and what comes back through it.
+struct BlockMaskedAttentionBackwardParams : BlockMaskedAttentionParams {
+  const void* d_out;   // like out
+  const float* d_lse;  // [batch, heads, rows] contiguous, or null
+  void* dq;            // like q
+  void* dk;            // like k
+  void* dv;            // like k
+
+  // A segment is a run of row blocks that one thread goes through; what each adds to a key is summed at last.
+  float* sums;       // [batch, kv_heads, segments, key tiles, 2, kTile * head_dim], of dk and dv
+  uint8_t* visited;  // [batch, kv_heads, segments, key tiles], whether sums has something
+
+  int64_t d_out_strides[3], dq_strides[3], dk_strides[3], dv_strides[3];
+  int64_t segments;
+};
+
+namespace {
+
+// So many that there is work for many threads, never so many that sums outgrow what is summed by much. No
+// thread counts here: they change no bit of a gradient.
+inline int64_t backward_segments(int64_t sequence_heads, int64_t blocks) {
+  constexpr int64_t kItems = 32, kLeastBlocks = 4;
+  int64_t most = ceil_div(blocks, kLeastBlocks), wanted = ceil_div(kItems, sequence_heads);
+  return wanted < most ? wanted : most;
+}
+
+}  // namespace
 }  // namespace pyspec

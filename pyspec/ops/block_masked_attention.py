@@ -153,8 +153,6 @@ def _backward(ctx, d_out, d_lse):
     q, *others = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(q)
-    elif d_out.stride(-1) != 1:  # that of a sum is one number for all
-        d_out = d_out.contiguous()
     gradients = _BACKWARD(d_out, d_lse, q, *others, ctx.scale, ctx.softcap)
     return (*gradients, *[None] * 9)
 

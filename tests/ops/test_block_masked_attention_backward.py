@@ -1,4 +1,4 @@
-"""Gradients of block_masked_attention: every backend against autograd of a dense float64 softmax."""
+"""Gradients of block_masked_attention: every backend and instruction set against autograd of a softmax in float64."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def gradients(qkv, mask, d_out, d_lse=None, **options):
 run, kernel = each_backend(gradients), each_kernel(gradients)
 
 
-def ones_like_out(qkv, seed=1):
+def output_gradients(qkv, seed=1):
     """d_out and d_lse at random."""
     generator = torch.Generator().manual_seed(seed)
     return (
@@ -65,8 +65,8 @@ def assert_near(found, expected, tolerance):
 
 
 def check(run, qkv, mask, visible, tolerance=None, **options):
-    d_out, d_lse = ones_like_out(qkv)
-    for d_lse in (None, d_lse):
+    d_out, of_lse = output_gradients(qkv)
+    for d_lse in (None, of_lse):
         found = run(qkv, mask, d_out, d_lse, **options)
         assert [(g.dtype, g.shape) for g in found] == [(x.dtype, x.shape) for x in qkv]
         expected = expected_of(qkv, visible.expand(*qkv[0].shape[:2], -1, -1), d_out, d_lse, **options)
@@ -78,7 +78,7 @@ def test_reference_is_the_derivative():
     visible = random_dense(70, 90)
     visible[3] = False
     qkv = tensors(70, 90, batch=2, heads=4, kv_heads=2, dtype=torch.float64)
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     mask = BlockMask.from_dense(visible)
     for softcap in (None, 2.0):
         out, lse = dense(*qkv, visible, scale=0.125, softcap=softcap)
@@ -159,7 +159,7 @@ def test_blocks_of_128_rows(run, monkeypatch):
 @pytest.mark.parametrize("rows, keys, batch", [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
 def test_nothing_at_all(run, rows, keys, batch):
     qkv = tensors(rows, keys, batch)
-    found = run(qkv, BlockMask.from_dense(torch.ones(rows, keys, dtype=torch.bool)), ones_like_out(qkv)[0])
+    found = run(qkv, BlockMask.from_dense(torch.ones(rows, keys, dtype=torch.bool)), output_gradients(qkv)[0])
     for mine, tensor in zip(found, qkv, strict=True):
         assert mine.shape == tensor.shape and (mine == 0).all()
 
@@ -170,7 +170,7 @@ def test_what_sees_nothing_or_is_not_seen_has_gradients_of_zero(run, dtype):
     visible[5], visible[64:128], visible[:, 64:110], visible[:, 3] = False, False, False, False
     qkv = tensors(130, 130, dtype=dtype)
     check(run, qkv, BlockMask.from_dense(visible), visible)
-    dq, dk, dv = run(qkv, BlockMask.from_dense(visible), *ones_like_out(qkv))
+    dq, dk, dv = run(qkv, BlockMask.from_dense(visible), *output_gradients(qkv))
     assert (dq[:, :, ~visible.any(1)] == 0).all()
     assert (dk[:, :, ~visible.any(0)] == 0).all() and (dv[:, :, ~visible.any(0)] == 0).all()
 
@@ -178,7 +178,7 @@ def test_what_sees_nothing_or_is_not_seen_has_gradients_of_zero(run, dtype):
 def test_strides(run):
     mask = BlockMask.from_dense(random_dense(100, 150))
     qkv = tensors(100, 150, heads=4, kv_heads=2)
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     expected = run(qkv, mask, d_out, d_lse)
     strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (*qkv, d_out)]
     found = run(strided[:3], mask, strided[3], d_lse.mT.contiguous().mT)
@@ -220,7 +220,7 @@ def test_masked_keys_change_no_gradient(kernel, dtype, garbage):
     visible[:64, 64:70] = False
     visible[100:, 70] = False
     qkv = tensors(150, 200, heads=4, dtype=dtype)
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     mask = BlockMask.from_dense(visible)
     clean = kernel(qkv, mask, d_out, d_lse)
     for key in (70, 130, 199):
@@ -243,7 +243,7 @@ def test_a_key_that_nothing_sees_may_be_nan(run, dtype):
     visible = torch.rand(150, 200, generator=torch.Generator().manual_seed(0)) < 0.5
     visible[:, 70], visible[:, 199], visible[20] = False, False, False
     q, k, v = tensors(150, 200, heads=4, dtype=dtype)
-    d_out, d_lse = ones_like_out((q, k, v))
+    d_out, d_lse = output_gradients((q, k, v))
     mask = BlockMask.from_dense(visible)
     clean = run((q, k, v), mask, d_out, d_lse)
     k[:, :, 70], v[:, :, 70], k[:, :, 199, 5], v[:, :, 199, 6] = torch.nan, torch.nan, torch.inf, -torch.inf
@@ -257,7 +257,7 @@ def test_a_row_that_is_not_finite_spoils_only_the_keys_that_it_sees(kernel, dtyp
     visible = torch.rand(150, 200, generator=torch.Generator().manual_seed(0)) < 0.5
     visible[:, :64] = True
     qkv = tensors(150, 200, heads=4, dtype=dtype)
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     mask = BlockMask.from_dense(visible)
     clean = kernel(qkv, mask, d_out, d_lse)
     for row, spoilt in ((7, 0), (40, 1), (140, 0), (149, 1)):
@@ -273,7 +273,7 @@ def test_a_row_that_is_not_finite_spoils_only_the_keys_that_it_sees(kernel, dtyp
 def test_seen_values_that_are_not_finite_are_not_hidden(kernel):
     visible = torch.rand(70, 70, generator=torch.Generator().manual_seed(0)) < 0.5
     q, k, v = tensors(70, 70)
-    d_out, _ = ones_like_out((q, k, v))
+    d_out, _ = output_gradients((q, k, v))
     k[:, :, 3, 7] = torch.nan
     dq, dk, dv = kernel((q, k, v), BlockMask.from_dense(visible), d_out)
     assert torch.equal(dq.isnan().all(-1), visible[:, 3].expand(1, 2, 70))
@@ -285,7 +285,7 @@ def test_seen_values_that_are_not_finite_are_not_hidden(kernel):
 def test_thread_count_changes_no_bit(kernel, heads):
     qkv = tensors(1200, 1200, heads=heads, dtype=torch.bfloat16)
     mask = BlockMask.from_window(1200, window=300)
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 1):
@@ -301,7 +301,7 @@ def test_thread_count_changes_no_bit(kernel, heads):
 
 
 def backward_arguments(qkv, mask, softcap=None, with_lse=True):
-    d_out, d_lse = ones_like_out(qkv)
+    d_out, d_lse = output_gradients(qkv)
     out, lse = torch.ops.pyspec.block_masked_attention(*arguments(qkv, mask, softcap))
     return arguments((d_out, d_lse if with_lse else None, *qkv, out, lse), mask, softcap)
 
@@ -324,11 +324,15 @@ def test_compiles_as_one_graph():
         out, lse = block_masked_attention(q * 2, k, v, mask, return_lse=True)
         return out.square().sum() + lse.sum()
 
-    expected = torch.autograd.grad(loss(*qkv), qkv)
-    torch.compiler.reset()
-    torch.testing.assert_close(torch.autograd.grad(torch.compile(loss, fullgraph=True)(*qkv), qkv), expected)
-    by_transform = torch.func.grad(loss, argnums=(0, 1, 2))(*(tensor.detach() for tensor in qkv))
-    torch.testing.assert_close(by_transform, expected)
+    def sum_of_out(q, k, v):
+        return block_masked_attention(q, k, v, mask).sum()
+
+    for function in (loss, sum_of_out):
+        expected = torch.autograd.grad(function(*qkv), qkv)
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.autograd.grad(torch.compile(function, fullgraph=True)(*qkv), qkv), expected)
+        by_transform = torch.func.grad(function, argnums=(0, 1, 2))(*(tensor.detach() for tensor in qkv))
+        torch.testing.assert_close(by_transform, expected)
 
 
 def test_only_what_is_asked_for():
@@ -352,10 +356,10 @@ def test_only_what_is_asked_for():
     [
         (0, "d_out", lambda x: x.half()),
         (0, "d_out", lambda x: x[:, :, 1:]),
-        (0, "d_out", lambda x: x.mT.contiguous().mT),
         (1, "d_lse", lambda x: x[:, :, 1:]),
         (1, "d_lse", lambda x: x.double()),
         (5, "out", lambda x: x[:, 1:]),
+        (5, "out", lambda x: x.mT.contiguous().mT),
         (6, "lse", lambda x: x.double()),
         (6, "lse", lambda x: x.mT.contiguous().mT),
         (3, "k must have the batch", lambda x: x.repeat(2, 1, 1, 1)),
