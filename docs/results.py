@@ -269,6 +269,35 @@ TABLES = {
             ],
         ),
     ],
+    "verify_cuda": [
+        (
+            "Seconds of a verify of so many nodes, behind 512 tokens, random weights",
+            "results",
+            [
+                ("model", "model"),
+                ("weights", "weights"),
+                *((f"{nodes} nodes", f"seconds/{nodes}") for nodes in (1, 8, 16, 32, 64)),
+                ("8 nodes over plain", "over_plain/8"),
+                ("plain over its floor", "plain_over_floor"),
+            ],
+        )
+    ],
+    "generation_cuda": [
+        (
+            caption,
+            f"models/{model}",
+            [
+                ("drafter", NAME),
+                ("tokens/s", "tokens_per_second"),
+                ("texts", "texts"),
+                ("those of plain decoding", "equal_to_plain"),
+            ],
+        )
+        for caption, model in (
+            ("models/demo-ssm, 5.4M parameters, trained", "demo_ssm"),
+            ("A random Llama of 8B, bf16, which repeats nothing", "random_llama"),
+        )
+    ],
     "kv_cache": [("", "rows", QUALITY), ("llama.cpp, each over its own dense cache", "peers", QUALITY)],
     "compiled_kernels_triton_3_6": FLOORS,
     "compiled_kernels_triton_3_9": FLOORS,
@@ -303,7 +332,7 @@ def tables(name: str) -> str:
     """Where a run was measured, and its tables, as Markdown."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     parts = [f"{where(result)} All of it: [{name}.json](../bench/results/{name}.json)."]
-    for caption, path, columns in TABLES.get(name) or everything(result):
+    for caption, path, columns in TABLES.get(name) or TABLES.get(name.replace("_cuda", "_cpu")) or everything(result):
         rows = rows_of(at(result, path))
         if rows:
             parts += [f"{caption}:"] * bool(caption) + [table(rows, columns)]
