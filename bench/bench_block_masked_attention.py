@@ -315,6 +315,7 @@ def show_targets(targets: Sequence[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backward", action="store_true", help="time gradients instead: masked_gradients.py")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=PLANS)
     parser.add_argument(
@@ -326,6 +327,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = options.sizes or [PLANS[options.device].size]
+    if options.backward:
+        import masked_gradients
+
+        return masked_gradients.main(options.device, sizes, not options.no_flex, options.seconds)
     result = run(options.device, sizes, not options.no_flex, options.seconds, options.patterns)
     show_targets(result["targets"])
     path = measure.save(f"block_masked_attention_{options.device}", result)

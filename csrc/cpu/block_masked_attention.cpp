@@ -161,10 +161,10 @@ std::tuple<Tensor, Tensor, Tensor> block_masked_attention_backward(
   Tensor dq = result_like(q, "q"), dk = result_like(k, "k"), dv = result_like(v, "v");
   const int64_t sequence_heads = p.batch * p.kv_heads, tiles = pyspec::ceil_div(p.keys, pyspec::kTile);
   p.segments = sequence_heads ? pyspec::backward_segments(sequence_heads, p.blocks) : 0;
-  const int64_t parts = sequence_heads * p.segments * tiles;  // memory that is not visited is never there
-  Tensor sums = torch::stable::new_empty(q, {parts * 2 * pyspec::kTile * p.head_dim}, ScalarType::Float);
-  Tensor visited = torch::stable::new_empty(q, {parts}, ScalarType::Byte);
-  p.sums = static_cast<float*>(sums.data_ptr()), p.visited = static_cast<uint8_t*>(visited.data_ptr());
+  const int64_t parts = sequence_heads * p.segments * tiles;
+  const int64_t floats = parts * 2 * pyspec::kTile * p.head_dim;
+  p.sums = pyspec::workspace(floats + pyspec::ceil_div(parts, 4));
+  p.visited = reinterpret_cast<uint8_t*>(p.sums + floats);
   p.d_out = d_rows.data_ptr(), p.out = out.data_ptr(), p.lse = static_cast<float*>(lse.data_ptr());
   p.d_lse = d_lse ? static_cast<const float*>(d_lse->data_ptr()) : nullptr;
   p.dq = dq.data_ptr(), p.dk = dk.data_ptr(), p.dv = dv.data_ptr();

@@ -13,16 +13,14 @@
 // so that no bit depends on threads. Bound by multiply-adds.
 #include <new>
 
-#include "cpu/panel.h"
+#include "cpu/strips.h"
 #include "params/block_masked_attention.h"
 
 namespace {
 
 using pyspec::BlockMaskedAttentionBackwardParams;
 using pyspec::ceil_div;
-using pyspec::kLanes;
 using pyspec::kMaxHeadDim;
-using pyspec::kTile;
 
 constexpr int64_t kStrips = 8;
 constexpr int64_t kBlockFloats = kTile * kLanes;  // 64 rows or keys of 16 lanes
@@ -31,7 +29,6 @@ constexpr int64_t kBlockFloats = kTile * kLanes;  // 64 rows or keys of 16 lanes
 struct Strip {
   const int32_t *full, *full_end, *partial, *partial_end;  // of the mask's lists, what is still to come
   int64_t place, rows, word;                               // its first place in order, and word of bits
-  uint64_t not_finite;                                     // rows with a query or d_out that is not
   float *q_lanes, *d_out_lanes;                            // [4][steps][16], lanes are rows
   float *q_rows,
       *d_out_rows;  // [head_dim / 16][64 rows, or pairs][16], lanes are channels; zeros if not finite
@@ -46,12 +43,11 @@ struct Strip {
   }
 };
 
-// Keys and values of a tile as panel() reads them: rows are keys, but channels of k_across, with zeros for
-// what is not finite.
+// Keys and values of a tile as panel() reads them: rows are keys, but channels of k_across, where what is not
+// finite is 0.
 struct Tile {
   PanelA k, v, k_across;
   int64_t place, count;
-  uint64_t not_finite;  // keys
 };
 
 struct Scratch {
@@ -68,12 +64,6 @@ Scratch& scratch() {
   static thread_local Scratch* instance = new Scratch();
   return *instance;
 }
-
-PYSPEC_INLINE F16 finite_or_zero(F16 x) {
-  F16 size = max(x, sub(set1(0.0f), x));  // NaN stays NaN, and is not less
-  return where_less(size, set1(kInfinity), x, set1(0.0f));
-}
-bool is_finite(float x) { return x * 0.0f == 0.0f; }
 
 // Compute is what multiplies: float, or BFloat16 in pairs.
 template <class Storage, class Compute>
@@ -128,47 +118,8 @@ struct Kernel {
       convert_row(from, to, d);
     }
   }
-  bool is_row_finite(const Compute* row) const {
-    F16 zeros = set1(0.0f);
-    for (int64_t c = 0; c < d; c += 16) zeros = fma(load_as_float(row + c), set1(0.0f), zeros);
-    return all_equal(zeros, set1(0.0f));
-  }
-  void clear_not_finite(Compute* row) const {
-    for (int64_t c = 0; c < d; c += 16) store_as(row + c, finite_or_zero(load_as_float(row + c)));
-  }
 
   // ==== strips ====
-
-  // Rows [64][d] as lanes: [4][steps][16].
-  void pack_lanes(const Compute* rows, float* out) const {
-    for (int64_t block = 0; block < kTile; block += kLanes) {
-      for (int64_t step = 0; step < steps; step += kLanes) {
-        int64_t width = steps - step < kLanes ? steps - step : kLanes;  // 8 of a head of 80 in pairs
-        F16 values[kLanes];
-        for (int64_t lane = 0; lane < kLanes; ++lane)
-          values[lane] = load(reinterpret_cast<const float*>(rows + (block + lane) * d) + step);
-        transpose(values);
-        for (int64_t i = 0; i < width; ++i) store(out + block * steps + (step + i) * kLanes, values[i]);
-      }
-    }
-  }
-
-  // Rows [64][d] with channels as lanes: [d / 16][64 or pairs of rows][16].
-  void pack_rows(const Compute* rows, float* out) const {
-    for (int64_t c = 0; c < d; c += kLanes, out += kBlockFloats / kPer) {
-      for (int64_t i = 0; i < kTile / kPer; ++i) {
-#if PYSPEC_HAS_BF16_DOT
-        if constexpr (kPairs) {
-          const char* pair = reinterpret_cast<const char*>(rows + 2 * i * d + c);
-          interleave_pairs(pair, d * sizeof(Compute), 1, kLanes,
-                           reinterpret_cast<uint32_t*>(out + i * kLanes));
-          continue;
-        }
-#endif
-        store(out + i * kLanes, load_as_float(rows + i * d + c));
-      }
-    }
-  }
 
   // The strip with `word` of a block; false if it has no rows.
   bool open(Strip& strip, const Item& item, int64_t block, int64_t word, float* packed, Scratch& s) const {
@@ -185,7 +136,6 @@ struct Kernel {
     for (float** part : parts) *part = packed, packed += part == parts[0] ? kTile * d : kTile * steps;
 
     Compute *q = reinterpret_cast<Compute*>(s.k), *d_out = reinterpret_cast<Compute*>(s.v);
-    strip.not_finite = 0;
     for (int64_t i = 0; i < kTile; ++i) {
       if (i >= strip.rows) {
         std::memset(static_cast<void*>(q + i * d), 0, d * sizeof(Compute));
@@ -204,14 +154,13 @@ struct Kernel {
       strip.constant[i] = sum(products) - (p.d_lse ? p.d_lse[of_row] : 0.0f);
       // of a row that sees nothing no weight is to be infinite
       strip.lse[i] = p.lse[of_row] == -kInfinity ? kInfinity : p.lse[of_row] * kLog2E;
-      if (!is_row_finite(q + i * d) || !is_row_finite(d_out + i * d)) strip.not_finite |= uint64_t{1} << i;
+      if (!is_row_finite(q + i * d, d) || !is_row_finite(d_out + i * d, d)) {
+        strip.lse[i] = __builtin_nanf("");
+        clear_not_finite(q + i * d, d), clear_not_finite(d_out + i * d, d);
+      }
     }
-    pack_lanes(q, strip.q_lanes), pack_lanes(d_out, strip.d_out_lanes);
-    for (uint64_t rows = strip.not_finite; rows; rows &= rows - 1) {
-      int64_t i = __builtin_ctzll(rows);
-      clear_not_finite(q + i * d), clear_not_finite(d_out + i * d);
-    }
-    pack_rows(q, strip.q_rows), pack_rows(d_out, strip.d_out_rows);
+    pack_lanes(q, d, strip.q_lanes), pack_lanes(d_out, d, strip.d_out_lanes);
+    pack_rows(q, d, strip.q_rows), pack_rows(d_out, d, strip.d_out_rows);
     std::memset(strip.dq, 0, kTile * d * sizeof(float));
     return true;
   }
@@ -258,17 +207,17 @@ struct Kernel {
       tile.v = {reinterpret_cast<const char*>(v), row, 4};
     }
     auto key = [&](int64_t i) { return reinterpret_cast<const Compute*>(tile.k.data + i * tile.k.row); };
-    for (int64_t i = 0; i < tile.count; ++i)
-      if (!is_row_finite(key(i))) tile.not_finite |= uint64_t{1} << i;
+    bool is_finite = true;
+    for (int64_t i = 0; i < tile.count; ++i) is_finite = is_row_finite(key(i), d) && is_finite;
 
-    // A gradient of 0 does not hide a key that is not finite, nor what lies behind the last key of a pair.
+    // Zeros behind the last key, for the pair that it is in.
     PanelA finite = tile.k;
-    if (tile.not_finite || (kPairs && tile.count % 2)) {
+    if (!is_finite || (kPairs && tile.count % 2)) {
       Compute* copy = reinterpret_cast<Compute*>(s.k_across);
       std::memset(static_cast<void*>(copy), 0, kTile * d * sizeof(Compute));
       for (int64_t i = 0; i < tile.count; ++i) {
         std::memcpy(static_cast<void*>(copy + i * d), key(i), d * sizeof(Compute));
-        if (tile.not_finite >> i & 1) clear_not_finite(copy + i * d);
+        clear_not_finite(copy + i * d, d);
       }
       finite = {reinterpret_cast<const char*>(copy), static_cast<int64_t>(d * sizeof(Compute)), 4};
     }
@@ -317,7 +266,7 @@ struct Kernel {
         weight = select(visible, weight, set1(0.0f)), d_score = select(visible, d_score, set1(0.0f));
       }
       store_as(weights + j * kTile, weight), store_as(d_scores + j * kTile, d_score);
-      store(scores[j], d_score);
+      if constexpr (!kPairs) store(scores[j], d_score);
       return d_score;
     };
     for (int64_t j = 0; j < part.count; j += 2) {
@@ -365,49 +314,6 @@ struct Kernel {
       panel<kPairs, kPanelBlocks>(across, d, d_scores + block * (kBlockFloats / kPer), kBlockFloats / kPer,
                                   ceil_div(part.count, kPer), strip.dq + block * d * kLanes, d * kLanes,
                                   ones);
-    }
-    if (tile.not_finite) add_keys_not_finite(strip, tile, part, s);
-    if (strip.not_finite) add_rows_not_finite(strip, part, dk, dv, s);
-  }
-
-  // Numbers of keys that are not finite, given to the rows that see them.
-  void add_keys_not_finite(Strip& strip, const Tile& tile, const Part& part, Scratch& s) const {
-    for (uint64_t keys = tile.not_finite; keys; keys &= keys - 1) {
-      int64_t key = __builtin_ctzll(keys), j = key - part.key;
-      if (j < 0 || j >= part.count) continue;
-      const Compute* row = reinterpret_cast<const Compute*>(tile.k.data + key * tile.k.row);
-      for (int64_t block = part.block; block < part.end; ++block) {
-        uint32_t visible = part.visible ? part.visible[4 * key + block] : 0xffff;
-        for (int64_t c = 0; c < d; ++c) {
-          float value = to_float(row[c]), *dq = strip.dq + block * d * kLanes + c * kLanes;
-          if (is_finite(value)) continue;
-          F16 added = fma(load(s.scores[block][j]), set1(value), load(dq));
-          store(dq, select(visible, added, load(dq)));
-        }
-      }
-    }
-  }
-
-  // The same of queries and d_out, given to the keys that their rows see.
-  void add_rows_not_finite(const Strip& strip, const Part& part, float* dk, float* dv, Scratch& s) const {
-    const Compute* d_scores = reinterpret_cast<const Compute*>(s.d_scores);
-    const Compute* weights = reinterpret_cast<const Compute*>(s.weights);
-    for (uint64_t rows = strip.not_finite; rows; rows &= rows - 1) {
-      int64_t row = __builtin_ctzll(rows), block = row / kLanes, lane = row % kLanes;
-      if (block < part.block || block >= part.end) continue;
-      for (int64_t j = 0; j < part.count; ++j) {
-        if (part.visible && !(part.visible[4 * (part.key + j) + block] >> lane & 1)) continue;
-        const int64_t pair = j * kTile + row;
-        add_not_finite(strip.q_lanes, row, to_float(d_scores[pair]), dk + (part.key + j) * kLanes);
-        add_not_finite(strip.d_out_lanes, row, to_float(weights[pair]), dv + (part.key + j) * kLanes);
-      }
-    }
-  }
-  void add_not_finite(const float* packed, int64_t row, float weight, float* sums) const {
-    packed += row / kLanes * steps * kLanes + row % kLanes;
-    for (int64_t c = 0; c < d; ++c) {
-      float value = to_float(reinterpret_cast<const Compute*>(packed + c / kPer * kLanes)[c % kPer]);
-      if (!is_finite(value)) sums[c / kLanes * kBlockFloats + c % kLanes] += weight * value;
     }
   }
 

@@ -49,10 +49,10 @@ struct BlockMaskedAttentionBackwardParams : BlockMaskedAttentionParams {
 
 namespace {
 
-// So many that there is work for many threads, never so many that sums outgrow what is summed by much. No
-// thread counts here: they change no bit of a gradient.
+// So many that there is work for some threads, where there are few heads: each has sums of its own. The
+// number of threads does not count: it changes no bit of a gradient.
 inline int64_t backward_segments(int64_t sequence_heads, int64_t blocks) {
-  constexpr int64_t kItems = 32, kLeastBlocks = 4;
+  constexpr int64_t kItems = 16, kLeastBlocks = 4;
   int64_t most = ceil_div(blocks, kLeastBlocks), wanted = ceil_div(kItems, sequence_heads);
   return wanted < most ? wanted : most;
 }

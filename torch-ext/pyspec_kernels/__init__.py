@@ -7,6 +7,7 @@ residual_vq, selective_state and topk; those of the other ops are written in Tri
 from ._ops import ops
 
 block_masked_attention = ops.block_masked_attention
+block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
 gear_encode = ops.gear_encode
 gear_packed_attention = ops.gear_packed_attention
@@ -27,6 +28,7 @@ tree_attention = ops.tree_attention
 
 __all__ = [
     "block_masked_attention",
+    "block_masked_attention_backward",
     "causal_conv",
     "gear_encode",
     "gear_packed_attention",

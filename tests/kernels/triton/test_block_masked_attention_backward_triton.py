@@ -155,6 +155,7 @@ def test_what_is_not_finite_spoils_only_what_sees_it(dtype, garbage):
         assert torch.equal(dv[:, :, ~keys], clean[2][:, :, ~keys])
         if garbage != garbage:
             assert dq[:, :, rows].isnan().all() and dk[:, :, keys].isnan().all()
+            assert place == "v" or dv[:, :, keys].isnan().all()
 
 
 def test_what_sees_nothing_or_is_not_seen_has_gradients_of_zero():
