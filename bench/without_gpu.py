@@ -17,7 +17,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-
 MULTIPROCESSORS = 132  # an H100's
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have
 

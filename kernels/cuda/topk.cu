@@ -10,8 +10,8 @@
 // Buckets (topk_buckets.h) are one pass; where they keep more than k, those are selected from as above.
 //
 // Without `sorted`, up to kMostSorted that were selected are best first too. What was not is in the order of
-// the buckets, and a larger exact result in that of the indices. Bound by memory for many rows, by latency for
-// few.
+// the buckets, and a larger exact result in that of the indices. Bound by memory for many rows, by latency
+// for few.
 #include <cuda_runtime.h>
 
 #include "cuda/overlap.h"

@@ -18,7 +18,7 @@ __all__ = ["launch_options", "wait_for_earlier"]
 
 @triton.jit
 def wait_for_earlier(IS_EARLY: tl.constexpr):
-    """Waits until the kernels in front are finished and what they wrote can be read, then lets the next one's programs in.
+    """Waits until the kernels in front are finished and what they wrote can be read, then lets the next one in.
 
     In this order, or kernels further behind would come in too and fill the multiprocessors with programs that wait: a
     step in int8 took a quarter longer so.
