@@ -27,10 +27,19 @@ def ordered_dot(builder, a, b, d, *precision):
         return type(d)(total + d.data, d.dtype.scalar)
 
 
+def fused(builder, x, y, z):
+    """tl.fma of the interpreter, rounded once: an early one multiplies, rounds, adds and rounds."""
+    exact = x.data.astype(np.longdouble) * y.data + z.data
+    return type(z)(exact.astype(z.data.dtype), z.dtype.scalar)
+
+
 if INTERPRETED:
+    from triton._C.libtriton import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
 
     InterpreterBuilder.create_dot = ordered_dot
+    if not hasattr(interpreter, "fma_fp32"):
+        InterpreterBuilder.create_fma = fused
 
 
 @pytest.fixture(autouse=INTERPRETED)
