@@ -54,8 +54,8 @@ def compile_backward(kernel, architecture, dtype, head_dim, words=2, group=1, op
 def check(compiled, folder: Path, tensor_cores: str | None) -> dict[str, int]:
     used = resources(compiled, folder)
     assert used["LOCAL"] == 0
-    # Over full tiles and over partial ones; what comes after is for values that are not finite. The most that Triton 3.9
-    # reloads are 12 addresses in 473 instructions.
+    # Over full tiles and over partial ones; what comes after is for values that are not finite.
+    # The most that Triton 3.9 reloads are 12 addresses in 473 instructions.
     for loop in hot_loops(compiled, folder)[:2]:
         assert len(re.findall(r"\b(?:STL|LDL)\b", loop)) <= loop.count("\n") // 32
     assert compiled.metadata.shared <= SHARED_LIMIT + 16 * 1024  # the most is on sm_100, which has twice as much
