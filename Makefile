@@ -22,7 +22,7 @@ demo-ssm: $(VENV)/ready
 
 # As $(SSM) was made, an hour on two cores; Ctrl-C, and the same command goes on. SSM_RECIPE= asks for more, for a GPU.
 train-ssm: $(VENV)/ready-train
-	$(BIN)/python -m pyspec.training.mamba build/demo-ssm $(SSM_RECIPE)
+	$(BIN)/python -m training.mamba build/demo-ssm $(SSM_RECIPE)
 
 # Every module once, on the reference and the best kernels of this machine: minutes.
 test: $(VENV)/ready-test
@@ -37,7 +37,7 @@ test-transformers: $(VENV)/ready-test
 	$(UNPINNED) --no-deps --upgrade --target build/transformers-oldest transformers==5.20.0
 	$(UNPINNED) --no-deps --upgrade --target build/transformers-newest 'transformers>=5.20,<6'
 	for end in oldest newest; do PYTHONPATH=build/transformers-$$end:. $(PYTEST) -m 'not slow' tests/integrations \
-	  tests/models/test_transformers.py tests/models/test_mamba_in_transformers.py tests/models/test_any_architecture.py || exit 1; done
+	  tests/runners/test_foreign.py tests/runners/test_mamba_in_transformers.py tests/runners/test_any_architecture.py || exit 1; done
 
 # The Triton kernels on the oldest version that pyproject.toml takes; its interpreter needs an older NumPy too.
 test-triton: $(VENV)/ready-test build/triton-3.6
@@ -103,8 +103,9 @@ test-wheel: wheel
 	rm -rf build/wheel-test && $(PYTHON) -m venv build/wheel-test/env
 	build/wheel-test/env/bin/python -m pip install -q --no-compile -c constraints.txt torch numpy pytest hypothesis
 	build/wheel-test/env/bin/python -m pip install -q --no-deps dist/pyspec_kernels-*.whl
-	cp -r tests/ops tests/torch_settings.py pyproject.toml build/wheel-test
-	cd build/wheel-test && env/bin/python -m pytest -p no:cacheprovider -m 'not slow' ops
+	mkdir build/wheel-test/tests
+	cp -r tests/ops tests/helpers build/wheel-test/tests && cp pyproject.toml build/wheel-test
+	cd build/wheel-test && env/bin/python -m pytest -p no:cacheprovider -m 'not slow' tests/ops
 	cd build/wheel-test && env/bin/pyspec --help > /dev/null
 
 bench: $(VENV)/ready-bench

@@ -28,8 +28,8 @@ from mask_patterns import PATTERNS, as_variant, builder, document_length, predic
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import BlockMask
-from pyspec.models import flash_attn
 from pyspec.ops import block_masked_attention
+from pyspec.runners import flash_attn
 
 HEAD_DIM = 64
 TREE_NODES, TREE_PREFIX = 64, 2048  # of one round of speculation

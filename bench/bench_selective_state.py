@@ -37,11 +37,11 @@ import measure
 import torch
 
 import pyspec
-from pyspec.models.mamba import MambaConfig, MambaRunner
-from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
-from pyspec.models.state_space import StateSpaceRunner, StateSpaceWeights
-from pyspec.models.transformers_support import cache_argument
-from pyspec.trees import DraftTree
+from pyspec.architectures.mamba import MambaConfig, MambaRunner
+from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.runners.foreign_support import cache_argument
+from pyspec.runners.recurrent import StateSpaceRunner, StateSpaceWeights
+from pyspec.tree import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
@@ -272,7 +272,7 @@ def continue_texts(folder: str, dtype: str, new_tokens: int) -> dict:
     """Tokens a second over all prompts, each continued by every engine in turn."""
     import transformers
 
-    from pyspec.training.mamba import HELD_OUT, standard_library
+    from training.mamba import HELD_OUT, standard_library
 
     model = pyspec.load(folder, dtype=DTYPES[dtype], device="cpu")
     other = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=measure.positive, default=7)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
-    parser.add_argument("--trained", nargs="*", default=[], metavar="FOLDER", help="models of pyspec.training.mamba")
+    parser.add_argument("--trained", nargs="*", default=[], metavar="FOLDER", help="models of training.mamba")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--batches", nargs="+", type=measure.positive, default=list(BATCHES))
     parser.add_argument("--new-tokens", type=measure.positive, default=128, help="of a text that is continued")

@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import DraftTree
-from pyspec.models import flash_attn
 from pyspec.ops import tree_attention
+from pyspec.runners import flash_attn
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

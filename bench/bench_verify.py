@@ -16,7 +16,7 @@ import measure
 import steps
 import torch
 
-from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),

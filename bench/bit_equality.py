@@ -151,7 +151,7 @@ def torch_linear() -> Iterator[None]:
         return llama_layers_reference(*tensors, windows, heads, intermediate, epsilon)
 
     # by their full names, because pyspec.ops.llama_layers is the function
-    names = ("pyspec.models.llama", "pyspec.models._runner", "pyspec.ops.llama_layers")
+    names = ("pyspec.runners.attention", "pyspec.runners.native", "pyspec.ops.llama_layers")
     runner, base, layers = map(importlib.import_module, names)
     with (
         mock.patch.object(base, "linear", linear),

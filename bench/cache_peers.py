@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import peers
 import torch
 
-from pyspec.models.transformers_support import cache_argument
+from pyspec.runners.foreign_support import cache_argument
 
 CHUNK = 32  # tokens of a step of transformers: the decode path, without one pass for each token
 QUANTIZED = {"quanto": 0, "hqq": 1}  # backends of transformers, and the axis that groups lie along

@@ -47,7 +47,7 @@ from pyspec.kernels.tree_attention import tree_attention
 from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.residual_vq import ResidualVqFormat
 from pyspec.ops.selective_state import Round
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"

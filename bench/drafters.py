@@ -3,7 +3,7 @@
     python bench/drafters.py            tables, bench/results/drafters_<dtype>.{json,png}
 
 Spec-Bench prompts by category, greedily and at temperature 0.8, and four drawn answers to each of a few problems. What
-it measures is `pyspec bench drafters` (pyspec/benchmarks/drafters.py), which does the same for any prompts.
+it measures is `pyspec bench drafters` (pyspec/measure/drafters.py), which does the same for any prompts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from generate import DTYPES, _budget
 
 import pyspec
-from pyspec.benchmarks import drafters as drafter_bench
-from pyspec.drafting import NAMES
+from pyspec.drafters import NAMES
+from pyspec.measure import drafters as drafter_bench
 
 
 def arguments() -> argparse.Namespace:

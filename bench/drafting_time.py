@@ -17,7 +17,7 @@ from collections.abc import Callable
 import measure
 import numpy as np
 
-from pyspec.drafting.engine import engine
+from pyspec.host import engine
 
 VOCAB = 49152
 NODES = 32

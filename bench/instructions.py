@@ -48,7 +48,7 @@ def count() -> dict[str, int]:
 
 def run() -> None:
     """What is counted: every case of a small model once."""
-    from pyspec.benchmarks import cases
+    from pyspec.measure import cases
 
     cases.MODELS = {"small": (cases.Attention(256, 512, 4, 2, 64, 4096), cases.StateSpace(256, 4, 64, 32))}
     cases.CONTEXT, cases.PROMPT = 512, 256

@@ -8,9 +8,9 @@ import prompts
 import torch
 from torch import Tensor
 
-from pyspec.models.llama import LlamaRunner
 from pyspec.ops import tree_attention
 from pyspec.ops.llama_layers import layers_by_ops
+from pyspec.runners.attention import LlamaRunner
 
 # attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

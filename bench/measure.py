@@ -1,4 +1,4 @@
-"""What every benchmark here shares, beside pyspec.benchmarks.measure."""
+"""What every benchmark here shares, beside pyspec.measure.measure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from pyspec.benchmarks.measure import in_turn, machine, multiply_rate, read_bandwidth, replayed
+from pyspec.measure.measure import in_turn, machine, multiply_rate, read_bandwidth, replayed
 
 __all__ = [
     "in_turn",

@@ -13,13 +13,13 @@ from typing import Protocol
 
 import torch
 
+from pyspec.checkpoints.loading import demo_file
 from pyspec.cli.shared import PHASES
-from pyspec.drafting.lookup import LookupDrafter
-from pyspec.drafting.merged import MergedDrafter
-from pyspec.drafting.recycling import RecyclingDrafter
+from pyspec.drafters.lookup import LookupDrafter
+from pyspec.drafters.merged import MergedDrafter
+from pyspec.drafters.recycling import RecyclingDrafter
 from pyspec.generate import generate
-from pyspec.models.llama import LlamaRunner
-from pyspec.models.loading import demo_file
+from pyspec.runners.attention import LlamaRunner
 
 LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
 DRAFTERS = {

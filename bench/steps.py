@@ -8,8 +8,9 @@ import measure
 import torch
 
 from pyspec.generate import generate
-from pyspec.models import _runner, llama
-from pyspec.trees import DraftTree
+from pyspec.runners import attention as llama
+from pyspec.runners import native as _runner
+from pyspec.tree import DraftTree
 
 CONTEXT = 512  # tokens before the step
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # nodes

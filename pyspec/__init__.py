@@ -4,9 +4,9 @@ from pyspec.caches import GearCache, ResidualVqCache
 from pyspec.generate import Generation, generate
 from pyspec.loop import Stats
 from pyspec.masks import BlockMask
-from pyspec.models import load
 from pyspec.ops import backend
-from pyspec.trees import DraftTree
+from pyspec.runners import load
+from pyspec.tree import DraftTree
 
 __version__ = "0.1.0"
 __all__ = [

@@ -22,14 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pyspec import measured
 from pyspec.caches import PackedSettings
-from pyspec.drafting import Drafter
-from pyspec.machine import cpu_name
-from pyspec.models import Runner
-from pyspec.models.exclusive import exclusive_use
+from pyspec.drafters import Drafter
+from pyspec.machine import cpu_name, measured
 from pyspec.ops import backends
-from pyspec.trees import DraftTree
+from pyspec.runners import Runner
+from pyspec.runners.exclusive import exclusive_use
+from pyspec.tree import DraftTree
 
 __all__ = ["AutoBudget", "Budget", "Costs", "DrawnBudget", "auto_budget", "costs_of", "measure_costs"]
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
-from pyspec.acceptance.sampling import Sampler
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import PackedSettings, cache_from_name
 from pyspec.costs import LARGEST, auto_budget, costs_of
-from pyspec.drafting import Drafter, drafter_from_name
+from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import Continuation, Stats, speculate
-from pyspec.models import Runner
+from pyspec.runners import Runner
+from pyspec.sampling.sampler import Sampler
 from pyspec.text import TextStream
 
 __all__ = ["Generation", "check_limits", "generate"]
@@ -159,7 +159,7 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 def _check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
         raise TypeError(
-            f"model must be a runner, from pyspec.load or pyspec.models.from_transformers, got {described(model)}"
+            f"model must be a runner, from pyspec.load or pyspec.runners.from_transformers, got {described(model)}"
         )
 
 

@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 
 from pyspec.acceptance import AcceptanceRule
-from pyspec.acceptance.sampling import InvalidLogits, Sampler
 from pyspec.costs import Budget
-from pyspec.drafting import Drafter
-from pyspec.models import Runner
-from pyspec.models.exclusive import exclusive_use
+from pyspec.drafters import Drafter
 from pyspec.readback import wait_for
+from pyspec.runners import Runner
+from pyspec.runners.exclusive import exclusive_use
+from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.text import TextStream
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 __all__ = ["Continuation", "Stats", "speculate", "timed"]
 

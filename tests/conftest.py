@@ -2,12 +2,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_runner import FakeRunner
 from hypothesis import settings
 
-from pyspec import costs, measured
+from pyspec import costs
+from pyspec.machine import measured
+from tests.helpers.fake_runner import FakeRunner
 
-pytest_plugins = ["on_gpu"]
+pytest_plugins = ["tests.helpers.on_gpu"]
 sys.path.append(str(Path(__file__).parents[1] / "bench"))  # the benchmarks are scripts, not a package
 
 settings.register_profile("busy machine", deadline=None)

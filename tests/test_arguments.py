@@ -9,12 +9,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from fake_runner import FakeRunner
 
 from pyspec import DraftTree, generate
-from pyspec.acceptance.sampling import Sampler
 from pyspec.arguments import decode_text, read_prompts
 from pyspec.generate import check_limits
+from pyspec.sampling.sampler import Sampler
+from tests.helpers.fake_runner import FakeRunner
 
 IDS = [5, 9, 17]
 SHORT = [3, 44]

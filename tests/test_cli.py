@@ -10,14 +10,14 @@ from unittest.mock import ANY
 
 import pytest
 import torch
-from fake_runner import FakeRunner, ScriptedRunner
 
 import pyspec
 from pyspec import costs
 from pyspec.caches import CACHES
 from pyspec.cli import main
+from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def _heed_interrupts() -> None:
@@ -228,7 +228,7 @@ def test_a_real_signal_in_a_real_process():
     script = """
 import sys, time, pyspec
 sys.path.insert(0, sys.argv[1])
-from fake_runner import FakeRunner
+from tests.helpers.fake_runner import FakeRunner
 class Slow(FakeRunner):
     def verify(self, trees):
         time.sleep(0.02)
@@ -238,10 +238,10 @@ from pyspec.cli import main
 sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(TESTS)],
+        [sys.executable, "-c", script, str(ROOT)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
         preexec_fn=_heed_interrupts,
     )
     first = process.stdout.read(3)  # the text is streaming
@@ -403,7 +403,7 @@ try:
 finally:
     print("imported:", {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
 """
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
     help_text, imported = result.stdout.split("imported: ")
     assert "generate" in help_text and imported == "{'pyspec'}\n"
@@ -422,7 +422,7 @@ def test_info_tells_what_trees_cost(model, monkeypatch, capsys):
 
 def test_a_reader_that_leaves_is_no_error():
     command = f"{sys.executable} -m pyspec info --json | head -c 1"
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
     result = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment)
     assert result.stdout == "{" and "Traceback" not in result.stderr and "Exception" not in result.stderr
 
@@ -524,7 +524,7 @@ def test_real_streams_that_are_closed_or_full():
     script = """
 import sys, pyspec
 sys.path.insert(0, sys.argv.pop(1))
-from fake_runner import FakeRunner
+from tests.helpers.fake_runner import FakeRunner
 pyspec.load = lambda *args, **kwargs: FakeRunner()
 from pyspec.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -534,10 +534,10 @@ sys.exit(main(sys.argv[1:]))
         calls.append("x --no-compare --drafter none --json >/dev/full")
     command = "; ".join(f'"$0" -c "$1" "$2" generate {call}; echo "code $?" >&2' for call in calls)
     result = subprocess.run(
-        ["sh", "-c", command, sys.executable, script, str(TESTS)],
+        ["sh", "-c", command, sys.executable, script, str(ROOT)],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
     )
     expected = ["standard output is closed", "code 1", "No space left", "code 1"]
     lines = result.stderr.splitlines()

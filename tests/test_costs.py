@@ -8,13 +8,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from fake_runner import FakeRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pyspec import costs, generate
 from pyspec.costs import AutoBudget, Budget, Costs, DrawnBudget
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
+from tests.helpers.fake_runner import FakeRunner
 
 
 def tree_of(chances) -> DraftTree:

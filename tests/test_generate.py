@@ -2,12 +2,12 @@ import json
 
 import pytest
 import torch
-from fake_drafters import AlwaysWrong, Drafts, Oracle, OracleTrees, RandomTrees
-from fake_runner import EOS, FakeRunner, ScriptedRunner
 
-from pyspec.drafting import NAMES
+from pyspec.drafters import NAMES
 from pyspec.generate import generate
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
+from tests.helpers.fake_drafters import AlwaysWrong, Drafts, Oracle, OracleTrees, RandomTrees
+from tests.helpers.fake_runner import EOS, FakeRunner, ScriptedRunner
 
 PROMPT = list(b"once upon a time")
 SAMPLED = dict(temperature=0.9, seed=11)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_gpu import assert_close, to_device
+
+from tests.helpers.on_gpu import assert_close, to_device
 
 CONFTEST = """
-import on_gpu, torch
+import torch
+from tests.helpers import on_gpu
 on_gpu.HAS_GPU, torch.cuda.is_initialized = True, lambda: True
 is_lost = False
 def synchronize():
@@ -20,7 +22,7 @@ torch.cuda.synchronize = synchronize
 """
 TESTS = """
 import conftest, torch
-from on_gpu import assert_close
+from tests.helpers.on_gpu import assert_close
 one = torch.ones(3)
 
 def test_wrong():
@@ -48,7 +50,7 @@ def test_a_worker_that_lost_cuda_ends_and_errors_are_listed(tmp_path):
         "-m",
         "pytest",
         "-p",
-        "on_gpu",
+        "tests.helpers.on_gpu",
         "-p",
         "no:cacheprovider",
         "-n",
@@ -56,7 +58,7 @@ def test_a_worker_that_lost_cuda_ends_and_errors_are_listed(tmp_path):
         "--rootdir",
         tmp_path,
     ]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [*command, "--rootdir", tmp_path, tmp_path],
         env=os.environ | {"PYTHONPATH": paths},

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import pyspec.readback
-from pyspec.acceptance.sampling import InvalidLogits, Sampler, _best
 from pyspec.readback import pack_statistics, read_statistics, read_top_tokens, send_statistics, wait_for
+from pyspec.sampling.sampler import InvalidLogits, Sampler, _best
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

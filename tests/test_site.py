@@ -14,7 +14,7 @@ PAGES = {str(path.relative_to(DOCS).with_suffix("")): path.read_text() for path 
 API = {
     name: page for page, text in PAGES.items() for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", text, re.MULTILINE)
 }
-PUBLIC = ("pyspec", "pyspec.ops", "pyspec.caches", "pyspec.drafting", "pyspec.growth", "pyspec.acceptance")
+PUBLIC = ("pyspec", "pyspec.ops", "pyspec.caches", "pyspec.drafters", "pyspec.drafters.shapes", "pyspec.acceptance")
 OPS = sorted(path.stem for path in (ROOT / "pyspec/ops").glob("[!_]*.py"))
 
 

@@ -4,12 +4,12 @@ import random
 
 import pytest
 import torch
-from fake_drafters import Drafts, Oracle, RandomTrees
-from fake_runner import WORDS, FakeRunner, FakeTokenizer, ScriptedRunner
 
 from pyspec.generate import generate
 from pyspec.text import TextStream
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
+from tests.helpers.fake_drafters import Drafts, Oracle, RandomTrees
+from tests.helpers.fake_runner import WORDS, FakeRunner, FakeTokenizer, ScriptedRunner
 
 PROMPT = list(b"once upon a time")
 

@@ -6,8 +6,8 @@ import measure
 import where
 from rich.console import Console
 
-from pyspec.benchmarks import cases
-from pyspec.benchmarks.kernels import run, show
+from pyspec.measure import cases
+from pyspec.measure.kernels import run, show
 
 MODELS = ("Llama-3.1-8B", "Mamba-2 2.7B")
 

@@ -17,7 +17,7 @@ import traceback
 import measure
 import where
 
-from pyspec.benchmarks import cases, kernels
+from pyspec.measure import cases, kernels
 
 MODELS = ("Llama-3.1-8B", "Mamba-2 2.7B")  # the shapes that are tried
 

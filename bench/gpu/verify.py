@@ -17,7 +17,7 @@ import torch
 from where import DEVICE, IS_DRY
 
 from pyspec.kernels.early_launch import launch_options
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 SHAPES = {"bf16": "Llama-3.1-8B", "int8": "Llama-3.1-8B", "fp32": "Llama-3.2-1B"}
 PROMPT = 90  # tokens: the trees reach from one tile of keys into the next

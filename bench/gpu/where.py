@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from pyspec.benchmarks import cases, kernels
+from pyspec.measure import cases, kernels
 
 IS_DRY = os.environ.get("PYSPEC_DRY") == "1"
 DEVICE = "cpu" if IS_DRY else "cuda"

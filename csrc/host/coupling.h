@@ -9,7 +9,7 @@
 
 namespace pyspec {
 
-// The noise of pyspec/acceptance/sampling.py, number by number. A draw there is the argmax of logit /
+// The noise of pyspec/sampling/sampler.py, number by number. A draw there is the argmax of logit /
 // temperature
 // + gumbel(seed, position, token), so a guess that uses the same noise is right more often, and whatever is
 // guessed, the draw stays what it is.

@@ -1,4 +1,4 @@
-// pyspec._host: structures that live on the host. pyspec/drafting/reference.py is the same in plain Python.
+// pyspec._host: structures that live on the host. pyspec/host/twins.py is the same in plain Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

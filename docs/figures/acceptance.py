@@ -10,15 +10,15 @@ import numpy as np
 
 from pyspec.acceptance.block import block_verification
 from pyspec.acceptance.k_seq import k_seq
-from pyspec.acceptance.noise import Noise
 from pyspec.acceptance.recursive import recursive_rejection
 from pyspec.acceptance.target_roots import target_roots
 from pyspec.acceptance.traversal import traversal_verification
 from pyspec.acceptance.with_replacement import with_replacement
-from pyspec.growth.dyspec import DySpecGreedy
-from pyspec.growth.reranked import Reranked, TopPaths
-from pyspec.growth.static import FixedBranching
-from pyspec.growth.stochastic_beam import StochasticBeam
+from pyspec.drafters.shapes.dyspec import DySpecGreedy
+from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.static import FixedBranching
+from pyspec.drafters.shapes.stochastic_beam import StochasticBeam
+from pyspec.sampling.noise import Noise
 
 VOCAB_SIZE, ROUNDS, BUDGET = 50, 1500, 9
 LIKENESS = (0.9, 0.6, 0.3)  # the share of q that is p, the rest being unrelated to it

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 
-from pyspec.acceptance.sampling import Sampler
 from pyspec.arguments import described
-from pyspec.trees import DraftTree, Siblings
+from pyspec.sampling.sampler import Sampler
+from pyspec.tree import DraftTree, Siblings
 
 if TYPE_CHECKING:
-    from pyspec.drafting import Drafter
+    from pyspec.drafters import Drafter
 
 __all__ = ["Accepted", "AcceptanceRule", "Siblings", "acceptance_from_name", "check_laws"]
 

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from pyspec.acceptance import Accepted
-from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.trees import DraftTree
+from pyspec.sampling.sampler import InvalidLogits, Sampler
+from pyspec.tree import DraftTree
 
 __all__ = ["ExactAcceptance"]
 

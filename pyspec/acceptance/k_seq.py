@@ -6,8 +6,8 @@ import numpy as np
 
 from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, children_of
-from pyspec.acceptance.noise import Noise
-from pyspec.trees import DraftTree
+from pyspec.sampling.noise import Noise
+from pyspec.tree import DraftTree
 
 __all__ = ["KSeq", "k_seq"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from pyspec.acceptance import Accepted, Siblings
-from pyspec.acceptance.noise import Noise
-from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.trees import DraftTree
+from pyspec.sampling.noise import Noise
+from pyspec.sampling.sampler import InvalidLogits, Sampler
+from pyspec.tree import DraftTree
 
 __all__ = ["DraftLaws", "LawRule", "TargetLaws", "children_of", "residual"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule
-from pyspec.acceptance.noise import Noise
 from pyspec.acceptance.recursive import recursive_rejection
-from pyspec.trees import DraftTree
+from pyspec.sampling.noise import Noise
+from pyspec.tree import DraftTree
 
 __all__ = ["LenientAcceptance"]
 

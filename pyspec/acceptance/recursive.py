@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, children_of, residual
-from pyspec.acceptance.noise import Noise
-from pyspec.trees import DraftTree
+from pyspec.sampling.noise import Noise
+from pyspec.tree import DraftTree
 
 __all__ = ["RecursiveRejection", "recursive_rejection"]
 

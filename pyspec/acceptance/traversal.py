@@ -6,9 +6,9 @@ import numpy as np
 
 from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, children_of
-from pyspec.acceptance.noise import Noise
-from pyspec.acceptance.sampling import InvalidLogits
-from pyspec.trees import DraftTree
+from pyspec.sampling.noise import Noise
+from pyspec.sampling.sampler import InvalidLogits
+from pyspec.tree import DraftTree
 
 __all__ = ["TraversalVerification", "traversal_verification"]
 

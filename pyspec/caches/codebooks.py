@@ -1,4 +1,4 @@
-"""Codebooks: what keys and values of one model are made of, trained by python -m pyspec.training.residual_vq."""
+"""Codebooks: what keys and values of one model are made of, trained by python -m training.residual_vq."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Codebooks:
             shape = "{} layers, {} KV heads of {}"
             raise ValueError(
                 f"codebooks must be those of {fingerprint} ({shape.format(*theirs)}), got codebooks of "
-                f"{self.fingerprint} ({shape.format(*ours)}): train them with python -m pyspec.training.residual_vq "
+                f"{self.fingerprint} ({shape.format(*ours)}): train them with python -m training.residual_vq "
                 f"MODEL FILE"
             )
         if self.frequencies is not None and not torch.allclose(self.frequencies.cpu(), frequencies.cpu()):

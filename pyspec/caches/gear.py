@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyspec.caches.dense import keep_path
 from pyspec.ops.gear import BLOCK, GearFormat, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 __all__ = ["CACHES", "GearCache", "PackedCache", "PackedSettings", "cache_from_name"]
 

@@ -12,12 +12,11 @@ from collections.abc import Callable
 
 import torch
 
-from pyspec import measured
 from pyspec.caches.state import StateCache
-from pyspec.machine import cpu_name
+from pyspec.machine import cpu_name, measured
 from pyspec.ops import backends
 from pyspec.ops.selective_state import Round, selective_state
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 __all__ = ["best_history", "history_for", "measured_history"]
 

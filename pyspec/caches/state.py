@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from pyspec.ops.selective_state import LANES, Round
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 __all__ = ["Plan", "StateCache"]
 
@@ -82,7 +82,7 @@ class StateCache:
 
     @classmethod
     def of(cls, config, sequences: int, device: torch.device, copies: int = 1) -> StateCache:
-        """For a model of the shape of a pyspec.models.state_space.StateSpaceConfig."""
+        """For a model of the shape of a pyspec.runners.recurrent.StateSpaceConfig."""
         return cls(
             config.layers,
             sequences,

@@ -52,8 +52,8 @@ def budget(text: str) -> int | str:
 
 def generation_settings(arguments: argparse.Namespace) -> dict:
     """The settings of generate, checked before a model is loaded for them."""
-    from pyspec.acceptance.sampling import Sampler
     from pyspec.generate import check_limits
+    from pyspec.sampling.sampler import Sampler
 
     if arguments.cache != "dense" and arguments.prompt_attention != "pyspec":
         raise ValueError(

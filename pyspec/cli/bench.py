@@ -107,7 +107,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         settings["seed"] = 0  # one for all runs, or there would be nothing to compare
     console = make_console()
     model = load_model(arguments, console)
-    from pyspec.drafting import drafter_from_name
+    from pyspec.drafters import drafter_from_name
     from pyspec.generate import generate
 
     names = list(dict.fromkeys(arguments.drafter or ("lookup", "recycling", "merged")))
@@ -158,16 +158,16 @@ def _bench_drafters(arguments: argparse.Namespace) -> int:
         raise BadInput(f"--answers must be at least 0, got {arguments.answers}")
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise BadInput(f"--output: there is no folder {arguments.output.absolute().parent}")
-    from pyspec.acceptance.sampling import Sampler
     from pyspec.generate import check_limits
+    from pyspec.sampling.sampler import Sampler
 
     check_limits(arguments.budget, arguments.max_new_tokens)
     for temperature in arguments.temperatures:
         Sampler(temperature, seed=arguments.seed)
     console = make_console()
     model = load_model(arguments, console)
-    from pyspec.benchmarks import drafters as drafter_bench
     from pyspec.machine import cpu_name
+    from pyspec.measure import drafters as drafter_bench
 
     names = list(dict.fromkeys(arguments.drafters or drafter_bench.drafters_of(model)))
     tokens = [(category, prompt_tokens(model, text, arguments.raw)) for category, text in prompts]
@@ -210,12 +210,12 @@ def _bench_kernels(arguments: argparse.Namespace) -> int:
     console = make_console()
     from rich.console import Console
 
-    from pyspec.benchmarks import kernels
-    from pyspec.benchmarks.cases import OPS
+    from pyspec.measure import kernels
+    from pyspec.measure.cases import OPS
 
     result = kernels.run(arguments.op or OPS, arguments.device, console)
     if arguments.html is not None:
-        from pyspec.benchmarks.report import page
+        from pyspec.measure.report import page
 
         arguments.html.write_text(page(result), encoding="utf-8")
         console.print(f"wrote {arguments.html}", highlight=False)
@@ -230,7 +230,7 @@ def _bench_compare(arguments: argparse.Namespace) -> int:
     make_console()  # says what is missing
     from rich.console import Console
 
-    from pyspec.benchmarks import kernels
+    from pyspec.measure import kernels
 
     lines = kernels.compare(kernels.read(arguments.before), kernels.read(arguments.after))
     kernels.show_comparison(lines, Console())

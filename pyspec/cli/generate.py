@@ -94,16 +94,16 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _drafter(arguments: argparse.Namespace, model, console):
     """The drafter that was asked for, or None."""
-    from pyspec.drafting import drafter_from_name
+    from pyspec.drafters import drafter_from_name
 
     if arguments.draft_model is None:
         if arguments.drafter == "none":
             return None
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
-    from pyspec.drafting.model import ModelDrafter
-    from pyspec.growth.dyspec import DySpecThreshold
-    from pyspec.growth.static import FixedBranching
+    from pyspec.drafters.model import ModelDrafter
+    from pyspec.drafters.shapes.dyspec import DySpecThreshold
+    from pyspec.drafters.shapes.static import FixedBranching
 
     growth = {
         "with_replacement": FixedBranching((3, 2, 1, 1), "with replacement"),

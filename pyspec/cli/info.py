@@ -147,7 +147,7 @@ def _missing_modules(modules: Sequence[str]) -> str:
 def _prompt_attention() -> dict[str, str]:
     import torch
 
-    from pyspec.models.flash_attn import why_not
+    from pyspec.runners.flash_attn import why_not
 
     reason = why_not(torch.bfloat16, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {
@@ -158,7 +158,7 @@ def _prompt_attention() -> dict[str, str]:
 
 
 def _demo_model() -> str:
-    from pyspec.models.loading import demo_file
+    from pyspec.checkpoints.loading import demo_file
 
     try:
         return str(demo_file())

@@ -77,8 +77,8 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
 
 def prepare(names: Sequence[str], model, console) -> None:
     """Computes what some drafters need of a model, once for each model, with a progress bar."""
-    from pyspec.drafting.layer_skip import find_skipped_layers
-    from pyspec.drafting.ngrammys import model_bigrams
+    from pyspec.drafters.layer_skip import find_skipped_layers
+    from pyspec.drafters.ngrammys import model_bigrams
 
     for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
         if name in names:

@@ -23,9 +23,9 @@ import torch
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.costs import AutoBudget, Costs
-from pyspec.drafting import Drafter, drafter_from_name
+from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.integrations import require
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 require("llama-cpp-python", "0.3", "0.4")
 

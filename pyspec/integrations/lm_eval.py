@@ -16,9 +16,9 @@ from torch import Tensor
 
 import pyspec
 from pyspec.integrations import require
-from pyspec.models.exclusive import exclusive_use
 from pyspec.ops import row_statistics
-from pyspec.trees import DraftTree
+from pyspec.runners.exclusive import exclusive_use
+from pyspec.tree import DraftTree
 
 require("lm-eval", "0.4.9", "0.5")
 
@@ -51,7 +51,7 @@ class PyspecLM(TemplateLM):
 
     def __init__(
         self,
-        model: str | pyspec.models.Runner = "demo",
+        model: str | pyspec.runners.Runner = "demo",
         dtype: str | None = None,
         device: str | None = None,
         drafter: str | None = "merged",

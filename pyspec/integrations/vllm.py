@@ -17,9 +17,9 @@ from functools import partial
 
 import numpy as np
 
-from pyspec.drafting import Drafter
-from pyspec.drafting.lookup import LookupDrafter
-from pyspec.drafting.suffix import SuffixDrafter
+from pyspec.drafters import Drafter
+from pyspec.drafters.lookup import LookupDrafter
+from pyspec.drafters.suffix import SuffixDrafter
 from pyspec.integrations import require
 
 __all__ = ["LookupProposer", "SuffixProposer", "register"]

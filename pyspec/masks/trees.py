@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyspec.arguments import described
-from pyspec.trees import DraftTree, tree_layout
+from pyspec.tree import DraftTree, tree_layout
 
 try:
     from pyspec._host import tree_tiles

@@ -2,7 +2,7 @@
 
 What it computes is written below in six ops a layer (`layers_by_ops`). On the CPU the same kernels run as one
 program on all threads at once (csrc/cpu/llama_layers.cpp), which gives the same bits without 200 dispatches a
-token; on a GPU the ops run one by one, replayed as a CUDA graph (pyspec/models/static_steps.py).
+token; on a GPU the ops run one by one, replayed as a CUDA graph (pyspec/runners/static_steps.py).
 """
 
 from __future__ import annotations

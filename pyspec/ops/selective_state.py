@@ -23,7 +23,7 @@ from torch import Tensor
 from pyspec.arguments import described
 from pyspec.ops._checks import BadData, check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 __all__ = ["LANES", "Round", "from_panels", "selective_state", "selective_state_reference", "to_panels"]
 

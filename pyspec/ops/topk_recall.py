@@ -27,8 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pyspec import measured
-from pyspec.machine import cpu_name
+from pyspec.machine import cpu_name, measured
 from pyspec.ops._library import backends
 
 __all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recall"]

@@ -10,8 +10,8 @@ import torch
 
 from pyspec.acceptance import acceptance_from_name
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.trees import DraftTree
+from pyspec.sampling.sampler import InvalidLogits, Sampler
+from pyspec.tree import DraftTree
 
 VOCABULARY = 4
 

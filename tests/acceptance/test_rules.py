@@ -5,7 +5,21 @@ import random
 import numpy as np
 import pytest
 import torch
-from enumeration import (
+from scipy import stats
+
+from pyspec.acceptance import NAMES, Accepted, acceptance_from_name
+from pyspec.acceptance.block import block_verification
+from pyspec.acceptance.k_seq import k_seq
+from pyspec.acceptance.lenient import LenientAcceptance
+from pyspec.acceptance.recursive import recursive_rejection
+from pyspec.acceptance.target_roots import TargetRoots, target_roots
+from pyspec.acceptance.traversal import traversal_verification
+from pyspec.acceptance.typical import TypicalAcceptance, typical
+from pyspec.acceptance.with_replacement import with_replacement
+from pyspec.sampling.noise import Noise
+from pyspec.sampling.sampler import InvalidLogits, Sampler
+from pyspec.tree import DraftTree
+from tests.helpers.enumeration import (
     KINDS,
     Laws,
     exact_acceptance,
@@ -16,20 +30,6 @@ from enumeration import (
     trees_of,
     with_q,
 )
-from scipy import stats
-
-from pyspec.acceptance import NAMES, Accepted, acceptance_from_name
-from pyspec.acceptance.block import block_verification
-from pyspec.acceptance.k_seq import k_seq
-from pyspec.acceptance.lenient import LenientAcceptance
-from pyspec.acceptance.noise import Noise
-from pyspec.acceptance.recursive import recursive_rejection
-from pyspec.acceptance.sampling import InvalidLogits, Sampler
-from pyspec.acceptance.target_roots import TargetRoots, target_roots
-from pyspec.acceptance.traversal import traversal_verification
-from pyspec.acceptance.typical import TypicalAcceptance, typical
-from pyspec.acceptance.with_replacement import with_replacement
-from pyspec.trees import DraftTree
 
 RULES = {
     "with_replacement": with_replacement,

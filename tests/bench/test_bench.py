@@ -8,8 +8,9 @@ import prompts
 import pytest
 import steps
 import torch
-from fake_runner import FakeRunner
 from peers import DRAFTERS, PHASES, Pyspec, Run
+
+from tests.helpers.fake_runner import FakeRunner
 
 PROMPT = list(b"a tree is a tree is a tree")
 
@@ -86,7 +87,7 @@ def test_a_restarted_drafter_knows_nothing():
 
 def test_transformers_gets_the_same_model():
     pytest.importorskip("transformers")
-    from pyspec.models.llama import LlamaConfig, LlamaRunner, LlamaWeights
+    from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
 
     config = LlamaConfig("llama", 128, 96, 160, 2, 4, 2, 64, 128, 1e-5, 10000.0, tied_embedding=True)
     weights = LlamaWeights.empty(config, torch.float32, torch.device("cpu"))

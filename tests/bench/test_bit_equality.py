@@ -9,12 +9,12 @@ import prompts
 import pytest
 import torch
 from bit_equality import BUDGETS, DTYPES, Check
-from fake_runner import EOS, FakeRunner
-from order_dependent import order_dependent_llamas
 from peers import DRAFTERS
 from recording import record
 
 from pyspec import load
+from tests.helpers.fake_runner import EOS, FakeRunner
+from tests.helpers.order_dependent import order_dependent_llamas
 
 PROMPTS = {number: list(b"a tree is a tree is a tree"[number:]) for number in (1, 2, 3)}
 UNIT = {"dtype": "fp32", "drafter": "merged", "alone": [1, 2, 3], "together": [1, 2, 3]}

@@ -8,9 +8,9 @@ import drafting_time
 import measure
 import prompts
 import torch
-from fake_runner import FakeRunner
 
 import pyspec
+from tests.helpers.fake_runner import FakeRunner
 
 
 def test_drafters(monkeypatch, tmp_path):

@@ -4,14 +4,14 @@ import sys
 
 import bench_block_masked_attention
 import bench_tree_attention
-import fake_flash_attn
 import pytest
 import torch
 
 from pyspec import DraftTree
-from pyspec.benchmarks import cases
-from pyspec.models import flash_attn
+from pyspec.measure import cases
 from pyspec.ops import tree_attention
+from pyspec.runners import flash_attn
+from tests.helpers import fake_flash_attn
 
 SHAPE = cases.Attention(64, 96, 4, 2, 64, 200)
 

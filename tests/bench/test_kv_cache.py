@@ -3,10 +3,10 @@
 import kv_cache
 import pytest
 import torch
-from random_llama import random_llama, random_tokens
 
 from pyspec.caches import Codebooks, GearCache, ResidualVqCache
 from pyspec.ops.gear import BLOCK
+from tests.helpers.random_llama import random_llama, random_tokens
 
 
 @pytest.fixture(scope="module")

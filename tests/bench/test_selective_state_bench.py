@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from pyspec import DraftTree
-from pyspec.models.mamba import MambaConfig
-from pyspec.models.mamba2 import Mamba2Config
+from pyspec.architectures.mamba import MambaConfig
+from pyspec.architectures.mamba2 import Mamba2Config
 
 SHARED = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
 SHAPES = {
@@ -43,7 +43,7 @@ def test_recompute_ends_where_replay_ends():
 
 def test_texts_of_a_trained_model_are_continued(tmp_path):
     pytest.importorskip("tokenizers")
-    from pyspec.training.mamba import Recipe, train
+    from training.mamba import Recipe, train
 
     texts = {"functions": [f"def f{index}(x):\n    return x + {index}\n" * 12 for index in range(100)]}
     recipe = Recipe(vocabulary=280, hidden=32, layers=1, state=16, length=32, batch=2, steps=2, warmup=1)

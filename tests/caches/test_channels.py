@@ -7,7 +7,7 @@ from pyspec.caches import GearCache, load_packed, save_packed
 from pyspec.caches.gear import RECENT
 from pyspec.ops import gear_decode
 from pyspec.ops.gear import BLOCK
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 SETTINGS = {

@@ -6,7 +6,7 @@ import torch
 from pyspec.caches import GearCache
 from pyspec.ops import gear_decode, tree_attention
 from pyspec.ops.gear import BLOCK
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 64
 HALF = GearCache(8, 64, keep=0.5, whole_layers=1)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_packed_cache import HEAD_DIM, feed, start, text_of
 
 from pyspec.caches import CACHES, DenseCache, GearCache, cache_from_name
+from tests.caches.test_packed_cache import HEAD_DIM, feed, start, text_of
 
 
 def test_room_and_tree_size_are_checked():

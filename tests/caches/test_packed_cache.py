@@ -6,7 +6,7 @@ import torch
 from pyspec.caches import CACHES, Codebooks, GearCache, ResidualVqCache
 from pyspec.ops import gear_decode, residual_vq_decode
 from pyspec.ops.gear import BLOCK
-from pyspec.trees import DraftTree
+from pyspec.tree import DraftTree
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 64
 FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)

@@ -7,11 +7,11 @@ import dataclasses
 
 import pytest
 import torch
-from test_packed_cache import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
 
 from pyspec.caches import Codebooks, ResidualVqCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE, demo_codebooks
 from pyspec.ops.gear import BLOCK
+from tests.caches.test_packed_cache import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
 
 
 def test_effective_bits():

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_host.loading import HostLibrary, Launch, build_on_host, fenced_memory
+
+from tests.helpers.cuda_on_host import HostLibrary, Launch, build_on_host, fenced_memory
 
 EXAMPLES = Path(__file__).parent / "examples.cu"
 # the device: one block at a time in order; in another order; three at a time

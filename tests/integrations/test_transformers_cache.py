@@ -13,9 +13,9 @@ import pyspec  # noqa: E402
 from pyspec.caches import CACHES  # noqa: E402
 from pyspec.integrations.transformers import GearCache, GearLayer, register_attention  # noqa: E402
 from pyspec.integrations.transformers import cache as cache_module  # noqa: E402
-from pyspec.models.transformers_support import cache_argument  # noqa: E402
 from pyspec.ops import gear_decode, gear_encode  # noqa: E402
 from pyspec.ops.gear_format import BLOCK  # noqa: E402
+from pyspec.runners.foreign_support import cache_argument  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
 CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version

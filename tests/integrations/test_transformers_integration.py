@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 from pyspec import BlockMask  # noqa: E402
 from pyspec.integrations import require  # noqa: E402
 from pyspec.integrations.transformers import attention, fix_mamba_steps, generate, register_attention  # noqa: E402
-from pyspec.models.transformers_support import cache_argument  # noqa: E402
+from pyspec.runners.foreign_support import cache_argument  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
 CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version

@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from slow import slow
+
+from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 import compiled_kernels  # noqa: E402

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from every_backend import BACKENDS, KERNELS, assert_same, each_backend, each_kernel, on_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +10,7 @@ from pyspec import BlockMask, DraftTree
 from pyspec.masks import tiles
 from pyspec.ops import block_masked_attention, tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS
+from tests.helpers.every_backend import BACKENDS, KERNELS, assert_same, each_backend, each_kernel, on_backend
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(block_masked_attention), each_kernel(block_masked_attention)

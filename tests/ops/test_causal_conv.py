@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from every_backend import KERNELS, each_backend, each_kernel
-from rounds import chain_round, random_tree, root_path
 
 from pyspec import DraftTree
 from pyspec.ops import Round, causal_conv
+from tests.helpers.every_backend import KERNELS, each_backend, each_kernel
+from tests.helpers.rounds import chain_round, random_tree, root_path
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SEQUENCES, NODES = 4, 20

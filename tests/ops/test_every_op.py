@@ -2,18 +2,17 @@
 that point outside of a tensor are refused by every CPU backend."""
 
 import pytest
-import test_llama_layers
-import test_mamba_layers
 import torch
-from every_backend import EACH_BACKEND, KERNELS, on_backend
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rounds import random_tree
-from torch_settings import SETTINGS
 
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
 from pyspec.ops.selective_state import to_panels
+from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
+from tests.helpers.rounds import random_tree
+from tests.helpers.torch_settings import SETTINGS
+from tests.ops import test_llama_layers, test_mamba_layers
 
 FUZZ = settings(
     max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

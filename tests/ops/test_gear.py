@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from packings import PACKINGS
-from test_gear_encode import FORMATS, keys_values
 
 from pyspec.ops import GearFormat, gear_attention, gear_encode
+from tests.helpers.packings import PACKINGS
+from tests.ops.test_gear_encode import FORMATS, keys_values
 
 
 @pytest.mark.parametrize("name", ["kivi", "gear-3bit, rotated"])

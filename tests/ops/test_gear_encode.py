@@ -5,12 +5,12 @@ import os
 import numpy as np
 import pytest
 import torch
-from every_backend import EACH_BACKEND, backend_runner
 
 import pyspec
 from pyspec.ops import GearFormat, gear_decode, gear_encode
 from pyspec.ops.gear_format import BLOCK, rotated
 from pyspec.ops.tree_attention import HEAD_DIMS
+from tests.helpers.every_backend import EACH_BACKEND, backend_runner
 
 KIVI = GearFormat(2, 64)
 FORMATS = {

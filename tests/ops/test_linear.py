@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyspec.ops.linear import linear, linear_reference, pack_weight
+from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PACKED = (*FLOATS, torch.int8)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
 
 from pyspec import DraftTree
 from pyspec.ops import pack_weight
 from pyspec.ops.llama_layers import llama_layers, llama_layers_reference
+from tests.helpers.every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, SLOTS, POSITIONS = 2, 4, 2, 64, 80, 112, 90, 100
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
-from rounds import root_path
 
 from pyspec import DraftTree
 from pyspec.ops import Round, pack_weight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers, mamba_layers_reference
 from pyspec.ops.selective_state import to_panels
+from tests.helpers.every_backend import EACH_BACKEND, EACH_KERNEL, on_backend
+from tests.helpers.rounds import root_path
 
 LAYERS, HIDDEN, CHANNELS, STATES, TAPS, HEADS, GROUPS, RANK = 2, 48, 96, 16, 4, 6, 2, 5
 SEQUENCES, NODES, EPSILON = 4, 12, 1e-5

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from every_backend import assert_same, each_backend
 
 from pyspec.ops import merge_attention
+from tests.helpers.every_backend import assert_same, each_backend
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run = each_backend(merge_attention)

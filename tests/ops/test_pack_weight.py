@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from every_backend import each_kernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear import FLOATS, PACKED, SIZES, random, rounded_weight
 
 from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, linear_rows_reference, pack_weight
+from tests.helpers.every_backend import each_kernel
+from tests.ops.test_linear import FLOATS, PACKED, SIZES, random, rounded_weight
 
 kernel = each_kernel(linear)
 

@@ -2,19 +2,19 @@
 
 import os
 
-import every_backend
 import pytest
 import torch
-from every_backend import EACH_BACKEND, KERNELS, assert_same, backend_runner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packings import BOOKS, PACKINGS, TOLERANCE, codes, gear
-from test_gear_encode import formats_for
 
 import pyspec
 from pyspec.ops import tree_attention
 from pyspec.ops.gear import blocks_seen
 from pyspec.ops.tree_attention import HEAD_DIMS
+from tests.helpers import every_backend
+from tests.helpers.every_backend import EACH_BACKEND, KERNELS, assert_same, backend_runner
+from tests.helpers.packings import BOOKS, PACKINGS, TOLERANCE, codes, gear
+from tests.ops.test_gear_encode import formats_for
 
 on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
 EACH = ["gear", "codes 256", "pre-rope codes 256"]  # one of each kind

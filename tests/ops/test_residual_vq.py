@@ -5,14 +5,14 @@ import os
 import numpy as np
 import pytest
 import torch
-from every_backend import EACH_BACKEND, KERNELS, backend_runner
-from packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
-from test_gear_encode import relative_error
 
 import pyspec
 from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
+from tests.helpers.every_backend import EACH_BACKEND, KERNELS, backend_runner
+from tests.helpers.packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
+from tests.ops.test_gear_encode import relative_error
 
 HEAD_DIMS = (64, 96, 128, 256)
 on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)

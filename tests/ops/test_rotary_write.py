@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from every_backend import KERNELS, each_backend, each_kernel
 
 from pyspec.ops import rotary_write
+from tests.helpers.every_backend import KERNELS, each_backend, each_kernel
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HEADS, KV_HEADS, POSITIONS = 4, 2, 50

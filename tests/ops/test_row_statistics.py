@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyspec.ops import row_statistics
+from tests.helpers.every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 INF, NAN, HUGE = math.inf, math.nan, 3e38

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from every_backend import KERNELS, each_backend, each_kernel
-from rounds import chain_round, random_tree, root_path
 
 from pyspec import DraftTree
 from pyspec.ops import Round, selective_state
 from pyspec.ops.selective_state import from_panels, to_panels
+from tests.helpers.every_backend import KERNELS, each_backend, each_kernel
+from tests.helpers.rounds import chain_round, random_tree, root_path
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 SEQUENCES, NODES = 4, 24

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from every_backend import each_backend, each_kernel
 
 from pyspec.ops import swiglu
+from tests.helpers.every_backend import each_backend, each_kernel
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 run, kernel = each_backend(swiglu), each_kernel(swiglu)

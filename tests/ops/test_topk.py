@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyspec.ops import topk
 from pyspec.ops.topk_recall import MOST_PER_BUCKET
+from tests.helpers.every_backend import BACKENDS, each_backend, each_kernel, on_backend, same_bits
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ASSIGNMENTS = ["interleaved", "contiguous"]

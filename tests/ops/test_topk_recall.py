@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from pyspec import measured
+from pyspec.machine import measured
 from pyspec.ops import choose_buckets, expected_recall, topk, topk_recall
 from pyspec.ops.topk_recall import EXACT, KEPT, SIZES, Buckets, fewest_buckets
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyspec
 from pyspec.ops import tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention_reference
+from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(tree_attention), each_kernel(tree_attention)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 from pyspec import generate, load  # noqa: E402
-from pyspec.training.mamba import Recipe, learning_rate, main, standard_library, texts_of, train  # noqa: E402
+from training.mamba import Recipe, learning_rate, main, standard_library, texts_of, train  # noqa: E402
 
 TEXTS = {"functions": [f"def f{index}(x):\n    return x + {index}\n" * 12 for index in range(100)]}
 RECIPE = Recipe(vocabulary=280, hidden=32, layers=1, state=16, length=32, batch=8, steps=40, warmup=4)
@@ -39,7 +39,7 @@ def test_an_interrupted_run_goes_on_to_the_same_model(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(recipe, step)
 
-    monkeypatch.setattr("pyspec.training.mamba.learning_rate", interrupted)
+    monkeypatch.setattr("training.mamba.learning_rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", RECIPE, TEXTS, CPU, every=20)
     train(tmp_path / "parts", RECIPE, TEXTS, CPU, every=20)

@@ -8,14 +8,13 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from random_llama import random_llama  # noqa: E402
-
 from pyspec import ResidualVqCache, generate  # noqa: E402
 from pyspec.caches import Codebooks  # noqa: E402
 from pyspec.ops import residual_vq_decode, residual_vq_encode, rotary_of_blocks  # noqa: E402
 from pyspec.ops.residual_vq import nearest, turn_keys  # noqa: E402
-from pyspec.training import residual_vq  # noqa: E402
-from pyspec.training.residual_vq import Quantiser, Reader, Recipe, documentation, main, train, vectors  # noqa: E402
+from tests.helpers.random_llama import random_llama  # noqa: E402
+from training import residual_vq  # noqa: E402
+from training.residual_vq import Quantiser, Reader, Recipe, documentation, main, train, vectors  # noqa: E402
 
 RECIPE = Recipe(depth=3, length=64, rows=16, steps=3, iterations=2)
 TEXTS = [[" ".join(f"word{(7 * i + j) % 31}" for j in range(90)) for i in range(9)], ["x = 1\n" * 60]]

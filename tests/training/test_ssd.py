@@ -4,7 +4,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from pyspec.training.ssd import ssd, use_ssd  # noqa: E402
+from training.ssd import ssd, use_ssd  # noqa: E402
 
 
 def by_definition(x, dt, A, B, C):

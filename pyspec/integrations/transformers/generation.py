@@ -14,16 +14,16 @@ from transformers.cache_utils import Cache
 
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.acceptance.sampling import Sampler
+from pyspec.architectures.llama import Unsupported
+from pyspec.checkpoints.loading import native_config_of
 from pyspec.costs import LARGEST, auto_budget, costs_of
-from pyspec.drafting import Drafter, drafter_from_name
+from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import Continuation, Stats, speculate
-from pyspec.models import Runner, from_transformers
-from pyspec.models.exclusive import lock_of
-from pyspec.models.llama_weights import Unsupported
-from pyspec.models.loading import native_config_of
-from pyspec.models.transformers import TransformersRunner
+from pyspec.runners import Runner, from_transformers
+from pyspec.runners.exclusive import lock_of
+from pyspec.runners.foreign import TransformersRunner
+from pyspec.sampling.sampler import Sampler
 
 __all__ = ["generate", "runner_of"]
 

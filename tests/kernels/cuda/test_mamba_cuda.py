@@ -7,18 +7,18 @@ import random
 import numpy as np
 import pytest
 import torch
-from cuda_on_host.loading import op_on_host
-from on_gpu import assert_close
-from random_llama import VOCABULARY, random_tokens, random_tree, root_path
 
-import pyspec.models.state_space
-import pyspec.models.static_rounds
+import pyspec.runners.recurrent
+import pyspec.runners.static_rounds
 from pyspec import DraftTree, generate
-from pyspec.models.mamba import MambaConfig, MambaRunner
-from pyspec.models.mamba2 import Mamba2Config, Mamba2Runner
-from pyspec.models.state_space import StateSpaceWeights
+from pyspec.architectures.mamba import MambaConfig, MambaRunner
+from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.ops.mamba_layers import mamba_layers_reference
 from pyspec.readback import read_statistics
+from pyspec.runners.recurrent import StateSpaceWeights
+from tests.helpers.cuda_on_host import op_on_host
+from tests.helpers.on_gpu import assert_close
+from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
 
 HAS_GPU = torch.cuda.is_available()
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
@@ -51,7 +51,7 @@ def device(monkeypatch):
     for name in ("selective_state", "causal_conv"):
         module = importlib.import_module(f"pyspec.ops.{name}")  # the function has its name too
         monkeypatch.setattr(module, "_OP", op_on_host(name)[0])
-    monkeypatch.setattr(pyspec.models.state_space, "mamba_layers", by_ops)
+    monkeypatch.setattr(pyspec.runners.recurrent, "mamba_layers", by_ops)
     return "cpu"
 
 
@@ -118,8 +118,8 @@ class FakeRecorder:
 def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, monkeypatch):
     """Padding, sequences that sit out, more rows than have a graph, records that grow, and a second batch."""
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
-    monkeypatch.setattr(pyspec.models.static_rounds, "ROWS", (4, 16))
+        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(pyspec.runners.static_rounds, "ROWS", (4, 16))
     static = random_runner(kind, device, torch.bfloat16, history=history)
     dynamic = type(static)(static.config, static.weights, history=history)
     static._is_static, dynamic._is_static = True, False
@@ -150,7 +150,7 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, 
 @torch.inference_mode()
 def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
     runner = random_runner("mamba2", device, torch.bfloat16)
     runner._is_static = True
     runner.prefill([[1, 2]])
@@ -168,7 +168,7 @@ def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
 def test_nothing_is_recorded_nor_launched_after_warm(kind, options, sequences, device, monkeypatch):
     """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.models.state_space, "GraphRecorder", FakeRecorder)
+        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
     static = random_runner(kind, device, torch.bfloat16, **options)
     dynamic = type(static)(static.config, static.weights, history=0)
     static._is_static, dynamic._is_static = True, False

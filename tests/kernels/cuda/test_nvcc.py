@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow import slow
+
+from tests.helpers.slow import slow
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [*sorted((ROOT / "kernels/cuda").glob("*.cu")), ROOT / "tests/cuda_on_host/examples.cu"]

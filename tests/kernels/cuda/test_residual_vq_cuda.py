@@ -3,8 +3,6 @@ through tests/cuda_on_host, behind its own binding either way."""
 
 import pytest
 import torch
-from cuda_on_host.loading import fenced_memory, op_on_host
-from on_gpu import assert_close, to_device
 
 from pyspec.ops.residual_vq import (
     _ATTENTION,
@@ -12,6 +10,8 @@ from pyspec.ops.residual_vq import (
     residual_vq_reference,
     rotary_of_blocks,
 )
+from tests.helpers.cuda_on_host import fenced_memory, op_on_host
+from tests.helpers.on_gpu import assert_close, to_device
 
 HAS_GPU = torch.cuda.is_available()
 # Tensor cores cut off what fp32 has no room for, where the CPU rounds.

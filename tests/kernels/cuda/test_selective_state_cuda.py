@@ -5,14 +5,14 @@ import random
 
 import pytest
 import torch
-from cuda_on_host.loading import fenced_memory, op_on_host
-from on_gpu import assert_close, to_device
-from random_llama import root_path
 
 from pyspec import DraftTree
 from pyspec.ops import Round, causal_conv, selective_state  # noqa: F401, which define the ops
 from pyspec.ops.causal_conv import causal_conv_reference
 from pyspec.ops.selective_state import selective_state_reference
+from tests.helpers.cuda_on_host import fenced_memory, op_on_host
+from tests.helpers.on_gpu import assert_close, to_device
+from tests.helpers.random_llama import root_path
 
 HAS_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

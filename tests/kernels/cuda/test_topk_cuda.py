@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.loading import ROOT, HostLibrary, build_on_host, fenced_memory, op_on_host
-from on_gpu import to_device
-from slow import slow
 
 from pyspec.ops.topk import _OP, topk_reference
+from tests.helpers.cuda_on_host import ROOT, HostLibrary, build_on_host, fenced_memory, op_on_host
+from tests.helpers.on_gpu import to_device
+from tests.helpers.slow import slow
 
 HAS_GPU = torch.cuda.is_available()
 INF, NAN = torch.inf, torch.nan

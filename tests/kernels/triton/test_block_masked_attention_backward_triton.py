@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from slow import slow
-from test_block_masked_attention_triton import some_mask, tensors, words_per_block  # noqa: F401
+
+from tests.helpers.slow import slow
+from tests.kernels.triton.test_block_masked_attention_triton import some_mask, tensors, words_per_block  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec import BlockMask  # noqa: E402

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow import slow
+
+from tests.helpers.slow import slow
 
 triton = pytest.importorskip("triton", reason="Triton is not installed for this platform")
 

@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from slow import slow
+
+from tests.helpers.slow import slow
 
 triton = pytest.importorskip("triton", reason="Triton is not installed for this platform")
 
-from test_compile import (  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pyspec.kernels import block_masked_attention_backward as backward  # noqa: E402
+from pyspec.kernels import lists_by_key  # noqa: E402
+from tests.kernels.triton.test_compile import (  # noqa: E402
     ARCHITECTURES,
     EACH_ARCHITECTURE,
     ELEMENT,
@@ -20,11 +26,6 @@ from test_compile import (  # noqa: E402
     pytestmark,  # noqa: F401
     resources,
 )
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from pyspec.kernels import block_masked_attention_backward as backward  # noqa: E402
-from pyspec.kernels import lists_by_key  # noqa: E402
 
 KERNELS = [backward.query_kernel, backward.key_kernel]
 LISTS = ["full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "counts", "full_blocks", "partial_blocks"]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from on_gpu import assert_close, to_device
-from slow import slow
+
+from tests.helpers.on_gpu import assert_close, to_device
+from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 import pyspec  # noqa: E402

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from on_gpu import assert_close, to_device
+
+from tests.helpers.on_gpu import assert_close, to_device
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels import linear as kernels  # noqa: E402

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from random_llama import random_llama, random_tokens, random_tree
-from slow import slow
+
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree
+from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
-import pyspec.models.llama  # noqa: E402
+import pyspec.runners.attention  # noqa: E402
 from pyspec import DraftTree  # noqa: E402
 from pyspec.ops import _library  # noqa: E402
 from pyspec.ops.linear import PackedWeight, _pack_int8  # noqa: E402
@@ -27,12 +28,12 @@ def gpu_llama(monkeypatch):
 
     def make(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(pyspec.models._weights, "pack_weight", pack_rows)
+            patch.setattr(pyspec.architectures.weights, "pack_weight", pack_rows)
             runner = random_llama(**options)
         for op in _library._OPS.values():
             if op._triton is not None and op.name != "llama_layers":
                 monkeypatch.setattr(op, "overload", op._triton())
-        monkeypatch.setattr(pyspec.models.llama, "GraphRecorder", lambda device: lambda step: step)
+        monkeypatch.setattr(pyspec.runners.attention, "GraphRecorder", lambda device: lambda step: step)
         runner._is_static = True
         return runner
 
@@ -83,7 +84,7 @@ def test_a_prompt_may_be_read_in_any_chunks(gpu_llama, monkeypatch):
     prompt, found = random_tokens(6), []
     runner = gpu_llama()
     for chunk in (6, 4):
-        monkeypatch.setattr(pyspec.models.llama, "STATIC_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.attention, "STATIC_CHUNK", chunk)
         (logits,) = runner.prefill([prompt])
         found.append((logits.clone(), runner._cache.keys_values[..., : len(prompt), :].clone()))
     assert all(map(torch.equal, *found))

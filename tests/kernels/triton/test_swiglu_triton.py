@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from on_gpu import assert_close
+
+from tests.helpers.on_gpu import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.swiglu import swiglu  # noqa: E402

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from on_gpu import assert_close, to_device
-from slow import slow
+
+from tests.helpers.on_gpu import assert_close, to_device
+from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.tree_attention import tree_attention  # noqa: E402

@@ -1,0 +1,228 @@
+"""BambaRunner: Bamba models, hybrids in which some layers are attention and the others Mamba-2.
+
+A path is committed to both kinds of state: attention layers compact their keys and values, Mamba-2 layers replay it at
+the beginning of the next round. All layers run the same nodes, op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyspec.architectures.llama import LayerWeights, LlamaConfig, rope_table
+from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer
+from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
+from pyspec.caches.dense import DenseCache
+from pyspec.caches.hybrid import HybridCache
+from pyspec.caches.state import StateCache
+from pyspec.ops.linear import PackedWeight
+from pyspec.ops.llama_layers import TreeRows, attention_block, feed_forward
+from pyspec.ops.mamba_layers import WEIGHTS, mamba2_mixer
+from pyspec.ops.rms_norm import rms_norm
+from pyspec.runners.recurrent import RecurrentRunner
+from pyspec.runners.static_steps import Rows
+from pyspec.tree import DraftTree
+
+__all__ = ["BambaConfig", "BambaRunner", "BambaWeights"]
+
+
+@dataclass(frozen=True)
+class BambaConfig:
+    """The shape of a model: that of its attention layers, that of its Mamba-2 layers, and which is which.
+
+    attention.layers and recurrence.layers count each kind. The feed-forward layer of attention is that of all layers.
+    """
+
+    attention: LlamaConfig
+    recurrence: Mamba2Config
+    is_attention: tuple[bool, ...]  # of every layer
+    rotary_dim: int  # of a head's dimensions, how many are turned
+    architecture: str = "bamba"
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "norm_epsilon", "tied_embedding"):
+            if getattr(self.attention, name) != getattr(self.recurrence, name):
+                raise ValueError(f"attention and recurrence must have the same {name}")
+        found = sum(self.is_attention), len(self.is_attention) - sum(self.is_attention)
+        if found != (self.attention.layers, self.recurrence.layers):
+            raise ValueError(
+                f"is_attention must have {self.attention.layers} attention layers and {self.recurrence.layers} others, "
+                f"got {found[0]} and {found[1]}"
+            )
+        if self.rotary_dim % 4 or not 0 < self.rotary_dim <= self.attention.head_dim:
+            raise ValueError(
+                f"rotary_dim must be a multiple of 4 up to head_dim {self.attention.head_dim}, got {self.rotary_dim}"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.attention.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.attention.hidden_size
+
+    @property
+    def tied_embedding(self) -> bool:
+        return self.attention.tied_embedding
+
+    def empty_layers(self, blank: Blank) -> list[NativeLayer]:
+        kinds = {True: AttentionLayer, False: RecurrentLayer}
+        return [kinds[is_attention].empty(self, blank) for is_attention in self.is_attention]
+
+    def rope_frequencies(self) -> Tensor:
+        """[head_dim / 2] fp32: radians per position, 0 for the dimensions that are not turned."""
+        exponents = torch.arange(0, self.rotary_dim, 2, device="cpu").float() / self.rotary_dim
+        straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
+        return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
+
+
+@dataclass
+class AttentionLayer(LayerWeights):
+    """An attention layer.
+
+    rotary_write turns the halves of a head against each other, all of it. Where only the first rotary_dim dimensions
+    are turned, the rows of queries and keys are packed in another order: half of those that are turned, half of those
+    that are not, the other halves. Scores are sums over all dimensions, so they stay what they are.
+    """
+
+    head_dim: int
+    rotary_dim: int
+
+    @classmethod
+    def empty(cls, config: BambaConfig, blank: Blank) -> AttentionLayer:
+        layer = LayerWeights.empty(config.attention, blank)
+        return cls(**vars(layer), head_dim=config.attention.head_dim, rotary_dim=config.rotary_dim)
+
+    def named(self, config: BambaConfig, prefix: str) -> dict[str, Tensor]:
+        tensors = super().named(config.attention, prefix)
+        if isinstance(self.qkv, PackedWeight):  # back to the checkpoint's order
+            back = self._order().argsort()
+            for name in ("q", "k"):
+                for kind in ("weight", "bias"):
+                    key = f"{prefix}self_attn.{name}_proj.{kind}"
+                    if key in tensors:
+                        tensors[key] = self._reordered(tensors[key], back)
+        return {_bamba_name(name): tensor for name, tensor in tensors.items()}
+
+    def pack(self, dtype: torch.dtype) -> None:
+        if not isinstance(self.qkv, PackedWeight):
+            rows = self.output.shape[1]  # of the queries; keys and values share the rest
+            for name in ("qkv", "qkv_bias"):
+                if (values := getattr(self, name)) is None:
+                    continue
+                kv_rows = (len(values) - rows) // 2
+                turned, straight = values.split([rows + kv_rows, kv_rows])
+                setattr(self, name, torch.cat((self._reordered(turned, self._order()), straight)))
+        super().pack(dtype)
+
+    def _order(self) -> Tensor:
+        """[head_dim]: which dimension of the checkpoint comes where."""
+        turned, straight = torch.arange(self.head_dim, device="cpu").split(
+            [self.rotary_dim, self.head_dim - self.rotary_dim]
+        )
+        halves = zip(turned.chunk(2), straight.chunk(2) if len(straight) else (straight, straight), strict=True)
+        return torch.cat([part for half in halves for part in half])
+
+    def _reordered(self, rows: Tensor, order: Tensor) -> Tensor:
+        return rows.unflatten(0, (-1, self.head_dim))[:, order.to(rows.device)].flatten(0, 1)
+
+
+@dataclass
+class RecurrentLayer(Mamba2Layer):
+    """A Mamba-2 layer."""
+
+    MATRICES = (*Mamba2Layer.MATRICES, "gate_up", "down")
+    MIXER = "mamba."
+    NORM = "input_layernorm.weight"
+
+    feed_forward_norm: Tensor  # [hidden]
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
+
+    @classmethod
+    def empty(cls, config: BambaConfig, blank: Blank) -> RecurrentLayer:
+        hidden, intermediate = config.hidden_size, config.attention.intermediate_size
+        return cls(
+            **vars(config.recurrence.empty_layer(blank)),
+            feed_forward_norm=blank.vector(hidden),
+            gate_up=blank.matrix(2 * intermediate, hidden),
+            down=blank.matrix(hidden, intermediate),
+        )
+
+    def named(self, config: BambaConfig, prefix: str) -> dict[str, Tensor]:
+        tensors = super().named(config.recurrence, prefix)
+        gate, up = dense(self.gate_up).chunk(2)
+        return tensors | {
+            prefix + "pre_ff_layernorm.weight": self.feed_forward_norm,
+            prefix + "feed_forward.gate_proj.weight": gate,
+            prefix + "feed_forward.up_proj.weight": up,
+            prefix + "feed_forward.down_proj.weight": dense(self.down),
+        }
+
+
+def _bamba_name(name: str) -> str:
+    """The name that Bamba gives a tensor of Llama's."""
+    return name.replace(".post_attention_layernorm.", ".pre_ff_layernorm.").replace(".mlp.", ".feed_forward.")
+
+
+class BambaWeights(NativeWeights):
+    """All weights, by the names of Hugging Face's Bamba."""
+
+    NORM = "model.final_layernorm.weight"
+
+
+class BambaRunner(RecurrentRunner):
+    """A Bamba model with its states, keys and values; see NativeRunner."""
+
+    def __init__(
+        self,
+        config: BambaConfig,
+        weights: BambaWeights,
+        tokenizer=None,
+        eos_tokens: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(config, weights, config.attention.context_length, tokenizer, eos_tokens, dtype)
+        self._recurrent = [
+            None if kind else dict(zip(WEIGHTS, layer.kernel_tensors(config.recurrence), strict=True))
+            for kind, layer in zip(config.is_attention, weights.layers, strict=True)
+        ]
+        self._cos_sin = rope_table(config.rope_frequencies(), 0, self.device)
+
+    def _empty_cache(self, sequences: int, capacity: int | None) -> HybridCache:
+        attention = self.config.attention
+        capacity = self.context_length if capacity is None else capacity
+        if len(self._cos_sin) < capacity:
+            self._cos_sin = rope_table(self.config.rope_frequencies(), capacity, self.device)
+        shape = (attention.layers, sequences, attention.kv_heads, capacity, attention.head_dim)
+        dense = DenseCache(*shape, self.dtype, self.device)
+        return HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
+
+    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache) -> Rows:
+        config, epsilon, state = self.config, self.config.attention.norm_epsilon, cache.state
+        lengths = [cache.lengths[sequence] for sequence in sequences]
+        round = state.round(trees, sequences, advances)  # may replace the records
+        rows = TreeRows([tree.ancestor_bits for tree in trees], sequences, lengths, self.device)
+        depths = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
+        place = (self._cos_sin, torch.cat(depths).to(self.device), rows.sequences, rows.slots)
+        states = zip(state.states, state.windows, state.records, state.conv_records, strict=True)
+        keys_values = iter(cache.dense.keys_values)
+
+        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees])), None
+        for layer, recurrent in zip(self.weights.layers, self._recurrent, strict=True):
+            if recurrent is None:
+                x = rms_norm(hidden, layer.attention_norm, epsilon, delta=delta, out_dtype=self.dtype)
+                matrices, biases = (layer.qkv.data, layer.output.data), (layer.qkv_bias, layer.output_bias)
+                k, v = next(keys_values)
+                delta = attention_block(x, matrices, biases, *place, k, v, rows.attend, config.attention.heads)
+            else:
+                x = rms_norm(hidden, layer.norm, epsilon, delta=delta, out_dtype=self.dtype)
+                delta = mamba2_mixer(x, recurrent, *next(states), round, epsilon)
+            x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=self.dtype)
+            delta = feed_forward(x, layer.gate_up.data, layer.down.data, config.attention.intermediate_size)
+        state.done(sequences, advances)
+        return Rows(rms_norm(hidden, self.weights.norm, epsilon, delta=delta, out_dtype=self.dtype))

@@ -1,0 +1,127 @@
+"""The weights of all native runners: matrices that are packed in their place, and one buffer for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyspec.checkpoints.fingerprint import WeightSample
+from pyspec.machine.huge_pages import HugePages
+from pyspec.ops.linear import PackedWeight, pack_weight
+
+__all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "packed"]
+
+Matrix = Tensor | PackedWeight
+
+
+def packed(matrix: Matrix, dtype: torch.dtype) -> PackedWeight:
+    return matrix if isinstance(matrix, PackedWeight) else pack_weight(matrix, dtype)
+
+
+def dense(matrix: Matrix) -> Tensor:
+    return matrix.unpack() if isinstance(matrix, PackedWeight) else matrix
+
+
+@dataclass(frozen=True)
+class Blank:
+    """Makes tensors to be filled from a checkpoint."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def matrix(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def vector(self, *shape: int) -> Tensor:
+        """Norms, biases and the like: as exact as the arithmetic they are part of."""
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+
+class NativeLayer:
+    """Weights of one layer, a dataclass of tensors. `named` says where each tensor of a checkpoint goes."""
+
+    MATRICES: tuple[str, ...]  # in the order of their use
+
+    def named(self, config, prefix: str) -> dict[str, Tensor]:
+        """Views by their Hugging Face name, or copies of what is packed; names begin with prefix."""
+        raise NotImplementedError
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Packs the matrices that are not packed yet; each takes the place of its dense form."""
+        for name in self.MATRICES:
+            setattr(self, name, packed(getattr(self, name), dtype))
+
+
+@dataclass
+class NativeWeights:
+    """All weights. Where embedding and head are tied, they are one matrix here too.
+
+    config is the model's shape: vocab_size, hidden_size, tied_embedding, and `empty_layers(blank)`.
+    """
+
+    LAYERS = "model.layers."  # and a number: what the names of a layer's tensors begin with
+    EMBEDDING = "model.embed_tokens.weight"
+    NORM = "model.norm.weight"
+
+    embedding: Matrix  # [vocab, hidden]
+    layers: list[NativeLayer] = field(repr=False)
+    norm: Tensor  # [hidden]
+    head: Matrix  # [vocab, hidden]
+    sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
+
+    @classmethod
+    def empty(cls, config, dtype: torch.dtype, device: torch.device) -> NativeWeights:
+        """Dense weights to be filled through `named`."""
+        blank = Blank(dtype, device)
+        embedding = blank.matrix(config.vocab_size, config.hidden_size)
+        head = embedding if config.tied_embedding else blank.matrix(config.vocab_size, config.hidden_size)
+        return cls(embedding, config.empty_layers(blank), blank.vector(config.hidden_size), head)
+
+    def named(self, config) -> dict[str, Tensor]:
+        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
+        tensors = self.named_outside(config)
+        for index, layer in enumerate(self.layers):
+            tensors |= layer.named(config, f"{self.LAYERS}{index}.")
+        return tensors
+
+    def named_outside(self, config) -> dict[str, Tensor]:
+        """`named` without the layers."""
+        tensors = {self.EMBEDDING: dense(self.embedding), self.NORM: self.norm}
+        if not config.tied_embedding:
+            tensors["lm_head.weight"] = dense(self.head)
+        return tensors
+
+    def sampled(self, config) -> str:
+        """The WeightSample of the checkpoint, or where there was none, of these weights."""
+        if self.sample:
+            return self.sample
+        sample = WeightSample().add(self.named_outside(config).items())
+        for index, layer in enumerate(self.layers):
+            sample.add(layer.named(config, f"{self.LAYERS}{index}.").items())
+        return sample.hexdigest()
+
+    def pack_outside(self, dtype: torch.dtype) -> None:
+        """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
+        tied = self.embedding is self.head
+        self.head = packed(self.head, dtype)
+        if tied:
+            self.embedding = self.head
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Packs every matrix that `linear` reads, to float32, float16, bfloat16 or int8."""
+        self.pack_outside(dtype)
+        for layer in self.layers:
+            layer.pack(dtype)
+
+    def move_together(self) -> None:
+        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
+        tied = self.embedding is self.head
+        places = [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
+        buffer = HugePages([getattr(owner, name).data for owner, name in places])
+        for owner, name in places:  # one by one, so that there is never a second copy of all
+            weight = getattr(owner, name)
+            setattr(owner, name, replace(weight, data=buffer.move(weight.data)))
+        if tied:
+            self.embedding = self.head

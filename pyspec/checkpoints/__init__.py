@@ -1,0 +1,1 @@
+"""Checkpoints: where models come from. GGUF files, folders with safetensors, live models; tokenizers and templates."""

@@ -1,0 +1,211 @@
+"""Reads GGUF files: metadata, and tensors dequantised block by block."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyspec.checkpoints.entries import Entries
+
+__all__ = ["GGUFFile"]
+
+BLOCK_ELEMENTS = 2**22  # dequantised at a time, so that the fp32 values of a large tensor never exist together
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class _TensorInfo:
+    path: Path  # of the part that it is in
+    data: mmap.mmap
+    shape: tuple[int, ...]  # outermost first, as in torch
+    kind: int  # ggml type
+    offset: int
+    bytes: int
+
+
+class GGUFFile:
+    """A GGUF file, or all parts of a split one: `metadata`, a dict of plain values, and `shapes` of tensors by name.
+
+    Args:
+        path: of the file, or of any of the parts NAME-00001-of-00003.gguf; all must lie in its folder.
+
+    Raises:
+        ValueError: not a GGUF file, a version other than 2 and 3, a truncated file or an unknown tensor type; a part is
+            missing, or belongs to another model.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        parts = _parts(_Part(path))
+        self.metadata = parts[0].metadata
+        self._tensors: dict[str, _TensorInfo] = {}
+        for part in parts:
+            if again := part.tensors.keys() & self._tensors.keys():
+                raise ValueError(f"{part.path} has tensor {min(again)}, which another part has too")
+            self._tensors |= part.tensors
+        stated = Entries(str(path), self.metadata, noun="metadata ").whole(
+            "split.tensors.count", len(self._tensors), least=0
+        )
+        if len(parts) > 1 and stated != len(self._tensors):
+            raise ValueError(
+                f"{path} and the other parts have {len(self._tensors)} tensors, split.tensors.count is {stated}"
+            )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self._tensors.items()}
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The fp32 values of a tensor: blocks of rows (of elements for a vector), in order."""
+        gguf = _gguf()
+        info = self._tensors[name]
+        kind = gguf.GGMLQuantizationType(info.kind)
+        width = info.shape[-1]
+        height = int(np.prod(info.shape[:-1], dtype=np.int64))
+        data = np.frombuffer(info.data, np.uint8, info.bytes, info.offset).reshape(height, -1)
+        step = max(1, BLOCK_ELEMENTS // width)
+        for start in range(0, height, step):
+            try:
+                values = gguf.quants.dequantize(data[start : start + step].view(_storage(kind, gguf)), kind)
+            except NotImplementedError:
+                raise ValueError(f"{info.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
+            values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
+            yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
+
+
+def _parts(part: _Part) -> list[_Part]:
+    """All parts of the model that a part is of, in order."""
+    count = Entries(str(part.path), part.metadata, noun="metadata ").whole("split.count", 1, least=0)
+    if count <= 1:
+        return [part]
+    named = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", part.path.name, re.IGNORECASE)
+    if named is None or int(named[3]) != count:
+        raise ValueError(
+            f"{part.path} is one of {count} parts by its split.count, so its name must end in "
+            f"-00001-of-{count:05}.gguf, or another number"
+        )
+    parts = []
+    for number in range(1, count + 1):
+        path = part.path.with_name(f"{named[1]}-{number:05}-of-{count:05}{part.path.suffix}")
+        if not path.is_file():
+            raise ValueError(f"{part.path} is one of {count} parts, of which {path.name} is missing")
+        other = part if path == part.path else _Part(path)
+        for key, expected in (
+            ("split.count", count),
+            ("split.no", number - 1),
+            ("split.tensors.count", part.metadata.get("split.tensors.count")),
+        ):
+            if (found := other.metadata.get(key)) != expected:
+                raise ValueError(f"{path} is not part {number} of the same model: its {key} is {found}, not {expected}")
+        parts.append(other)
+    return parts
+
+
+class _Part:
+    """One file: its `metadata`, and its `tensors` by name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
+            # private and writable, because torch wants writable arrays; pages are shared as long as nobody writes
+            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._at = 4
+        try:
+            self._read_header()
+        except (struct.error, LookupError, OverflowError, TypeError, RecursionError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or corrupt: its header cannot be read ({error})") from None
+
+    def _read_header(self) -> None:
+        version = self._scalar("I")
+        if version not in (2, 3):
+            raise ValueError(f"{self.path} has GGUF version {version}, supported are 2 and 3 (little-endian)")
+        tensors, entries = self._scalar("Q"), self._scalar("Q")
+        self.metadata = {}
+        for _ in range(entries):
+            key = self._string()
+            self.metadata[key] = self._value(self._scalar("I"))
+        described = [self._tensor_description() for _ in range(tensors)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError(f"{self.path} is corrupt: its general.alignment is {alignment!r}")
+        start = -(-self._at // alignment) * alignment
+        self.tensors = {}
+        for name, shape, kind, offset in described:
+            info = _TensorInfo(self.path, self._data, shape, kind, start + offset, self._size(name, shape, kind))
+            if info.offset + info.bytes > len(self._data):
+                raise ValueError(
+                    f"{self.path} is truncated: tensor {name} ends at byte {info.offset + info.bytes}, "
+                    f"the file has {len(self._data)}"
+                )
+            self.tensors[name] = info
+
+    def _tensor_description(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        shape = tuple(self._scalar("Q") for _ in range(self._scalar("I")))
+        return name, shape[::-1], self._scalar("I"), self._scalar("Q")
+
+    def _size(self, name: str, shape: tuple[int, ...], kind: int) -> int:
+        gguf = _gguf()
+        try:
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise ValueError(f"{self.path}: tensor {name} has an unknown type {kind}") from None
+        elements = int(np.prod(shape, dtype=np.float64))
+        if not shape or shape[-1] % block:
+            raise ValueError(f"{self.path} is corrupt: tensor {name} of shape {shape} is no multiple of {block}")
+        return elements // block * block_bytes
+
+    def _scalar(self, code: str):
+        (value,) = struct.unpack_from("<" + code, self._data, self._at)
+        self._at += struct.calcsize("<" + code)
+        return value
+
+    def _string(self) -> str:
+        length = self._scalar("Q")
+        if self._at + length > len(self._data):
+            raise IndexError(f"a string of {length} bytes at byte {self._at}")
+        self._at += length
+        return self._data[self._at - length : self._at].decode()
+
+    def _value(self, kind: int):
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._scalar(_SCALARS[kind])
+        kind, length = self._scalar("I"), self._scalar("Q")
+        if kind in (_STRING, _ARRAY):
+            if length > len(self._data):
+                raise IndexError(f"an array of {length} values at byte {self._at}")
+            return [self._value(kind) for _ in range(length)]
+        size = struct.calcsize("<" + _SCALARS[kind])
+        if self._at + size * length > len(self._data):
+            raise IndexError(f"an array of {length} values at byte {self._at}")
+        values = list(struct.unpack_from(f"<{length}{_SCALARS[kind]}", self._data, self._at))
+        self._at += size * length
+        return values
+
+
+def _gguf():
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError("GGUF files need the package gguf: pip install pyspec-kernels[hf]") from None
+    return gguf
+
+
+def _storage(kind, gguf) -> type:
+    """The element type in which gguf's dequantize expects plain floats; bytes for everything else."""
+    kinds = gguf.GGMLQuantizationType
+    return {kinds.F32: np.float32, kinds.F16: np.float16}.get(kind, np.uint8)

@@ -1,0 +1,286 @@
+"""What the tree drafters share: growth from sources, and learning from what the target said."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from pyspec.arguments import read_integer, read_tokens
+from pyspec.drafters import saving
+from pyspec.host import engine
+from pyspec.readback import read_top_tokens
+from pyspec.sampling.sampler import Sampler
+from pyspec.tree import DraftTree
+
+__all__ = ["GrowingDrafter", "Part", "TablePart", "best_tokens"]
+
+LARGEST_BUDGET = 4096
+LONGEST_MATCH = 32  # tokens that a source looks back on
+SMOOTHING = 16.0  # trials that a prior is worth
+
+# Tables are shared by the sequences of several threads, and parts by several drafters. One lock for all is no loss: the
+# work under it is short, and Python would let one thread at a time do it anyway.
+_tables = threading.RLock()
+
+
+def _holding_tables(call: Callable) -> Callable:
+    @functools.wraps(call)
+    def holding(*args, **kwargs):
+        with _tables:
+            return call(*args, **kwargs)
+
+    return holding
+
+
+class Part:
+    """What one drafter knows: sources that a tree grows from, and how they learn. This one has nothing to learn.
+
+    name: of its tables in a saved file.
+    sources: of the host module, asked in this order at every node.
+    wants_logits: whether observe is of any use.
+    wants_texts: whether read_text is.
+    """
+
+    name: str
+    sources: list
+    wants_logits = False
+    wants_texts = False
+
+    def start(self) -> Part:
+        """The part of a drafter for one new sequence: what sequences share stays shared."""
+        return self
+
+    def read(self, context: Sequence[int], first: int) -> None:
+        """The sequence has new tokens, from `first` on."""
+
+    def look(self, context: Sequence[int]) -> None:
+        """A tree is about to grow below the last token."""
+
+    def observe(
+        self,
+        tokens: np.ndarray,
+        parents: np.ndarray,
+        before: list[int],
+        top_tokens: np.ndarray,
+        top_logits: np.ndarray,
+    ) -> None:
+        """What the target said: its 8 best tokens [T, 8] after every node of a tree, which stands behind `before`."""
+
+    def read_text(self, tokens: Sequence[int]) -> None:
+        """A text of no sequence, to draft from."""
+
+    def tables(self) -> saving.Tables:
+        """What is saved, by name; none where nothing is."""
+        return {}
+
+    def load(self, tables: saving.Tables) -> None:
+        """Takes over saved tables, checked against `layout`."""
+
+    def layout(self) -> dict[str, saving.Column]:
+        """What the saved tables must be like."""
+        return {}
+
+
+class TablePart(Part):
+    """A part whose one source keeps a table, of the columns of `layout`."""
+
+    def tables(self) -> saving.Tables:
+        return dict(zip(self.layout(), self.sources[0].saved(), strict=True))
+
+    def load(self, tables: saving.Tables) -> None:
+        self.sources[0].load(**tables)
+
+
+class GrowingDrafter:
+    """Base of the drafters whose trees grow best-first from sources.
+
+    A source says what may follow a path; the chance that the target agrees is learned from every verified edge, for
+    each kind of offer, and shared by all sequences. The tree takes the node most likely to be accepted next, until the
+    budget is used, so a sure guess makes it deep and an open question makes it wide.
+
+    Args:
+        vocab_size: tokens of the target.
+        parts: what is drafted from.
+        fingerprint: names the target; a file saved with another one is refused.
+    """
+
+    proposal = "deterministic"
+
+    def __init__(self, vocab_size: int, parts: Sequence[Part], fingerprint: str = ""):
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint
+        self.parts = list(parts)
+        priors = [source.priors() for source in self._sources()]
+        # greedy texts and drawn ones say different things about the same kind of offer
+        self._greedy, self._drawn = (engine().Estimates(priors, SMOOTHING) for _ in range(2))
+        self._noise = None
+        self._read = 0  # tokens of the context seen so far
+        # the last tree, the cell of each of its edges, and the tokens before its root
+        self._proposed: tuple[DraftTree | None, np.ndarray | None, list[int]] = (None, None, [])
+
+    @_holding_tables
+    def start(self, prompt: Sequence[int]) -> GrowingDrafter:
+        """A drafter for one new sequence; what was learned from others is shared with it.
+
+        Raises:
+            ValueError: if a token is outside the vocabulary.
+            TypeError: if prompt is no list of token ids.
+        """
+        prompt = read_tokens("prompt", prompt)
+        drafter = copy.copy(self)
+        drafter.parts = [part.start() for part in self.parts]
+        drafter._read, drafter._proposed = 0, (None, None, [])
+        drafter._read_context(prompt)
+        return drafter
+
+    def coupled_to(self, sampler: Sampler) -> GrowingDrafter:
+        """This drafter for texts that a sampler draws: where a source knows shares, the sampler's own noise tells which
+        of its tokens the draw is likely to take. The draw depends on no draft, so the text is the same.
+        """
+        drafter = copy.copy(self)
+        greedy = sampler.temperature == 0
+        drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
+        return drafter
+
+    @_holding_tables
+    def propose(self, context: Sequence[int], budget: int) -> DraftTree:
+        """A tree of at most budget nodes below context[-1]; fewer where nothing more is known.
+
+        Args:
+            context: all tokens so far; it only ever grows.
+            budget: nodes, root included, in [1, 4096].
+
+        Raises:
+            ValueError: if the context is empty, shrank or has a token outside the vocabulary, or for a bad budget.
+            TypeError: if budget is not an integer.
+        """
+        budget = read_integer("budget", budget)
+        if not 1 <= budget <= LARGEST_BUDGET:
+            raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
+        if not len(context):
+            raise ValueError("context must have at least one token, got none")
+        self._read_context(context)
+        recent = list(context[-LONGEST_MATCH:])
+        for part in self.parts:
+            part.look(context)
+        estimates = self._greedy if self._noise is None else self._drawn
+        tokens, parents, cells, chances = engine().grow(
+            self._sources(), estimates, recent, budget, self._noise, len(context)
+        )
+        tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))
+        self._proposed = (tree, cells, recent[:-1])
+        return tree
+
+    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+        """Learns from what the target said after every node of a tree, accepted or not.
+
+        Args:
+            tree: the last proposed tree, its first nodes, or a chain of prompt tokens.
+            logits: [T, vocab_size] floating point.
+            path: not needed: a rejected node teaches as much as an accepted one.
+
+        Raises:
+            ValueError: if the shape of logits or a token does not fit; nothing is learned then.
+        """
+        if logits.shape != (len(tree), self.vocab_size):
+            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
+        proposed, cells, before = self._proposed
+        is_proposed = proposed is not None and _begins_with(proposed, tree)
+        readers = [part for part in self.parts if part.wants_logits]
+        learns_rates = is_proposed and self._noise is None
+        if not learns_rates and not readers:
+            return
+        tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
+        if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
+            place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
+            raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
+        top_tokens, top_logits = best_tokens(logits)
+        with _tables:
+            for part in readers:
+                part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
+            if learns_rates:
+                # all of the tree: a node that was left out is still right or wrong where its parent was verified
+                self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
+
+    @_holding_tables
+    def read_text(self, tokens: Sequence[int]) -> None:
+        """Reads a text to draft from, for all sequences that share this drafter's tables: say, the documents that
+        answers will quote.
+
+        Raises:
+            ValueError: if a token is outside the vocabulary, or nothing here keeps texts.
+            TypeError: if tokens is no list of token ids.
+        """
+        readers = [part for part in self.parts if part.wants_texts]
+        if not readers:
+            raise ValueError(f'{type(self).__name__} keeps no texts: use "suffix" or "aded", or merge one of them')
+        tokens = self._checked(tokens, "text")
+        for part in readers:
+            part.read_text(tokens)
+
+    @_holding_tables
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tables as a NumPy archive; an existing file is replaced whole."""
+        saving.save(path, self._identity(), {name: table for part in self.parts for name, table in _named(part)})
+
+    @_holding_tables
+    def load(self, path: str | os.PathLike) -> None:
+        """Takes over saved tables, for all sequences that share this one's.
+
+        Raises:
+            OSError: if the file cannot be opened.
+            ValueError: if it is damaged, or of another model or vocabulary; nothing changes then.
+        """
+        layouts = {part.name + name: column for part in self.parts for name, column in part.layout().items()}
+        tables = saving.load(path, self._identity(), layouts)
+        for part in self.parts:
+            part.load({name: tables[part.name + name] for name in part.layout()})
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+
+    def _sources(self) -> list:
+        return [source for part in self.parts for source in part.sources]
+
+    def _read_context(self, context: Sequence[int]) -> None:
+        if len(context) < self._read:
+            raise ValueError(f"context only grows, but it has {len(context)} tokens after {self._read}")
+        new = self._checked(context[self._read :], "context")
+        if not new:
+            return
+        proposed, cells, _ = self._proposed
+        if self._noise is not None and proposed is not None:
+            self._drawn.learn_said(proposed.tokens.numpy(), proposed.parents.numpy(), cells, new)
+            self._proposed = (None, None, [])
+        for part in self.parts:
+            part.read(context, self._read)
+        self._read = len(context)
+
+    def _checked(self, tokens: Sequence[int], name: str) -> list[int]:
+        tokens = read_tokens(name, tokens)
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
+            raise ValueError(f"{name} tokens must be in [0, {self.vocab_size}), got {min(tokens)} to {max(tokens)}")
+        return tokens
+
+
+def _named(part: Part) -> list[tuple[str, np.ndarray]]:
+    return [(part.name + name, table) for name, table in part.tables().items()]
+
+
+def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
+    if other is tree:
+        return True
+    nodes = len(other)
+    return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
+
+
+def best_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())

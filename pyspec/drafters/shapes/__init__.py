@@ -1,0 +1,136 @@
+"""Growth policies: which nodes a drafter with a law of its own spends its budget on.
+
+A policy knows no model. It asks a LawSource for the law after some nodes, chooses or draws children, and asks on. What
+makes a drawn tree exact is one rule that all of these policies keep: whether to draw another child, and where, may
+depend on everything drawn before, but not on that draw itself; and what was drawn stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from pyspec.sampling.noise import Noise
+from pyspec.sampling.sampler import largest
+from pyspec.tree import DraftTree, Siblings
+
+__all__ = ["Children", "GrowthPolicy", "LawSource", "Sapling", "top_tokens"]
+
+#: How a node's children come from its law. The likeliest tokens; independent draws; draws of tokens not drawn before.
+Children = Literal["top", "with replacement", "without replacement"]
+
+LARGEST_BUDGET = 4096
+
+
+class LawSource(Protocol):
+    """What a drafter thinks comes next, below the text so far."""
+
+    vocab_size: int
+
+    def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
+        """[len(nodes), V] floating point: the law after each of these nodes of a tree, in their order.
+
+        The tree is the one that grows: from call to call it only gets more nodes, at the end.
+        """
+        ...
+
+
+class GrowthPolicy(Protocol):
+    """Grows trees; `proposal` and `siblings` as in a Drafter, and "deterministic" has siblings "none"."""
+
+    proposal: Literal["deterministic", "sampled"]
+    siblings: Siblings
+
+    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+        """A tree of at most budget nodes, root included, below token."""
+        ...
+
+
+class Sapling:
+    """A tree while it grows.
+
+    Args:
+        source: gives the laws.
+        token: the root's.
+        budget: most nodes, in [1, 4096].
+    """
+
+    def __init__(self, source: LawSource, token: int, budget: int):
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise TypeError(f"budget must be an int, got {budget!r}")
+        if not 1 <= budget <= LARGEST_BUDGET:
+            raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
+        self._source = source
+        self.budget = budget
+        self.tokens, self.parents = [token], [-1]
+        self.chances = [1.0]  # of the path, by the laws
+        self._laws: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def room(self) -> int:
+        """Nodes that may still be added."""
+        return self.budget - len(self)
+
+    def laws(self, nodes: Sequence[int]) -> list[np.ndarray]:
+        """The laws [V] float64 after some nodes, asked for at once; not to be written to.
+
+        Raises:
+            ValueError: if one is no law.
+        """
+        nodes = list(nodes)
+        if not nodes:
+            return []
+        rows = np.asarray(self._source.laws(self.tokens, self.parents, nodes), dtype=np.float64)
+        if rows.shape != (len(nodes), self._source.vocab_size):
+            raise ValueError(f"laws must be [{len(nodes)}, {self._source.vocab_size}], got {list(rows.shape)}")
+        for node, row in zip(nodes, rows, strict=True):
+            total = row.sum()
+            if not (np.isfinite(total) and total > 0 and row.min() >= 0):
+                raise ValueError(
+                    f"the draft's law after node {node} must have no negative and some positive values, all finite, "
+                    f"got {row.min()} to {row.max()}, sum {total}"
+                )
+            self._laws[node] = row / total
+        return [self._laws[node] for node in nodes]
+
+    def add(self, parent: int, token: int) -> int:
+        """The new node: a child of parent, whose law is known."""
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.chances.append(self.chances[parent] * float(self._laws[parent][token]))
+        return len(self) - 1
+
+    def chosen(self, kept: Sequence[int] | None = None) -> DraftTree:
+        """The tree of some nodes, or all, as a deterministic proposal; parents come before children in kept."""
+        tokens, parents, kept = self._kept(kept)
+        chances = torch.tensor([self.chances[node] for node in kept], dtype=torch.float32, device="cpu")
+        return DraftTree(tokens, parents, chances=chances)
+
+    def drawn(self, kept: Sequence[int] | None = None) -> DraftTree:
+        """The tree of some nodes, or all, as a sampled proposal.
+
+        It has no chances: by them, nodes would be left out after they were drawn.
+        """
+        tokens, parents, kept = self._kept(kept)
+        q = np.zeros((len(tokens), self._source.vocab_size))
+        for node in set(parents[1:]):
+            q[node] = self._laws[kept[node]]
+        return DraftTree(tokens, parents, q=torch.from_numpy(q))
+
+    def _kept(self, kept: Sequence[int] | None) -> tuple[list[int], list[int], Sequence[int]]:
+        kept = range(len(self)) if kept is None else kept
+        places = {node: place for place, node in enumerate(kept)}
+        return [self.tokens[node] for node in kept], [places.get(self.parents[node], -1) for node in kept], kept
+
+
+def top_tokens(law: np.ndarray, count: int) -> list[int]:
+    """The count likeliest tokens, likeliest first and of equal ones the lower first; none without mass."""
+    count = min(count, np.count_nonzero(law))
+    kept = largest(law, count, np.partition(law, -count)[-count])
+    return kept[np.argsort(-law[kept], kind="stable")].tolist()

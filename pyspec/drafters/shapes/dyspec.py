@@ -1,0 +1,116 @@
+"""DySpec: the node that verification is most likely to reach is drawn next."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from pyspec.drafters.shapes import LawSource, Sapling
+from pyspec.sampling.noise import Noise
+from pyspec.tree import DraftTree
+
+__all__ = ["DySpecGreedy", "DySpecThreshold"]
+
+
+class _Slots:
+    """Places for another child, and the estimated chance that verification reaches each.
+
+    A token that was drawn with q is taken to be accepted with chance q. So if a slot is reached with chance v and the
+    draw is x, a first child of x is reached with v q(x), and a next sibling of x with v (1 - q(x)), q being what the
+    draws before it left of the law.
+    """
+
+    def __init__(self, sapling: Sapling, noise: Noise):
+        self._sapling, self._noise = sapling, noise
+        self._left: dict[int, np.ndarray] = {}  # of each node's law
+        self._heap: list[tuple[float, int]] = []  # (-chance, node)
+
+    def open(self, node: int, chance: float) -> None:
+        """A first child of node."""
+        heapq.heappush(self._heap, (-chance, node))
+
+    @property
+    def best(self) -> float:
+        """The chance of the best slot, 0 if there is none."""
+        return -self._heap[0][0] if self._heap else 0.0
+
+    def ask(self, nodes: list[int]) -> None:
+        """Asks for the laws of nodes at once."""
+        for node, law in zip(nodes, self._sapling.laws(nodes), strict=True):
+            self._left[node] = law.copy()
+
+    def draw(self) -> tuple[int, float]:
+        """Draws at the best slot and opens its sibling's: the child, and the chance of a first child of it."""
+        negated, node = heapq.heappop(self._heap)
+        if node not in self._left:
+            self.ask([node])
+        left = self._left[node]
+        total = left.sum()
+        token = self._noise.draw(left)
+        share = left[token] / total
+        left[token] = 0
+        if (rest := left.sum()) > 0:
+            heapq.heappush(self._heap, (negated * rest / total, node))
+        return self._sapling.add(node, token), -negated * share
+
+
+class DySpecGreedy:
+    """Draws at the best slot until the budget is used; asks for one law at a time.
+
+    Xiong et al., "DySpec", arXiv 2410.11744. The decision to draw is made by the chance of the slot, which was known
+    before the draw.
+    """
+
+    proposal = "sampled"
+    siblings = "without replacement"
+
+    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+        """A tree of budget nodes below token."""
+        sapling = Sapling(source, token, budget)
+        slots = _Slots(sapling, noise)
+        slots.open(0, 1.0)
+        while sapling.room and slots.best > 0:
+            slots.open(*slots.draw())
+        return sapling.drawn()
+
+
+class DySpecThreshold:
+    """Draws level by level at all slots with a chance of at least `threshold`; asks for the laws of a level at once.
+
+    Of more nodes than the budget, those with the best slots stay: what DySpecGreedy would draw down to the threshold.
+
+    Args:
+        threshold: in (0, 1]; about one over the budget uses the budget.
+    """
+
+    proposal = "sampled"
+    siblings = "without replacement"
+
+    def __init__(self, threshold: float):
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be in (0, 1], got {threshold}")
+        self.threshold = threshold
+
+    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+        """A tree of at most budget nodes below token."""
+        sapling = Sapling(source, token, budget)
+        chances = [1.0]  # of the slot that each node was drawn at; the root comes first
+
+        def pays(chance: float) -> bool:
+            return chance >= self.threshold and sum(other >= chance for other in chances) < budget
+
+        level = [(0, 1.0)] if budget > 1 else []
+        while level:
+            slots = _Slots(sapling, noise)
+            slots.ask([node for node, _ in level])
+            for slot in level:
+                slots.open(*slot)
+            grown = []
+            while pays(slots.best):
+                chances.append(slots.best)
+                grown.append(slots.draw())
+            level = [(child, chance) for child, chance in grown if pays(chance)]
+        # of equal nodes the first: parents stay before their children, and siblings in order
+        best = np.argsort(-np.array(chances), kind="stable")[:budget]
+        return sapling.drawn(np.sort(best).tolist())

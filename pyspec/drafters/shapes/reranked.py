@@ -1,0 +1,82 @@
+"""Cumulative top-k re-ranking: grow more than needed, and keep the likeliest."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyspec.drafters.shapes import LARGEST_BUDGET, GrowthPolicy, LawSource, Sapling, top_tokens
+from pyspec.sampling.noise import Noise
+from pyspec.tree import DraftTree
+
+__all__ = ["Reranked", "TopPaths"]
+
+
+class TopPaths:
+    """The `width` likeliest tokens below the `width` likeliest nodes of each level. Deterministic.
+
+    Args:
+        width: at least 1.
+        depth: levels below the root, at least 1.
+    """
+
+    proposal = "deterministic"
+    siblings = "none"
+
+    def __init__(self, width: int, depth: int):
+        for name, value in (("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.width = width
+        self.depth = depth
+
+    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+        """A tree below token, level by level until the budget is used."""
+        sapling = Sapling(source, token, budget)
+        level = [0]
+        for _ in range(self.depth):
+            if not sapling.room:
+                break
+            grown = []
+            for node, law in zip(level, sapling.laws(level), strict=True):
+                tokens = top_tokens(law, self.width)[: sapling.room]
+                grown += [sapling.add(node, child) for child in tokens]
+            level = sorted(sorted(grown, key=lambda node: -sapling.chances[node])[: self.width])
+        return sapling.chosen()
+
+
+class Reranked:
+    """Of everything that another policy grows, the nodes with the likeliest paths. EAGLE-2, arXiv 2406.16858.
+
+    Only for deterministic policies: a draft that was drawn and then left out for its value makes the others' law
+    another one than q.
+
+    Args:
+        policy: grows the candidates; TopPaths(10, 7) is EAGLE-2's.
+    """
+
+    proposal = "deterministic"
+    siblings = "none"
+
+    def __init__(self, policy: GrowthPolicy):
+        if policy.proposal != "deterministic":
+            raise ValueError(
+                f"policy must be deterministic: re-ranking what {type(policy).__name__} drew would bias the text. Use "
+                "StochasticBeam or DySpecGreedy, which decide before they draw, or a policy that takes the top tokens"
+            )
+        self.policy = policy
+
+    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+        """The budget likeliest nodes, likeliest first."""
+        Sapling(source, token, budget)
+        if budget == 1:
+            return DraftTree.chain([token])
+        candidates = self.policy.grow(source, token, LARGEST_BUDGET, noise)
+        # stable: of a parent and a child that is sure, the parent stays before
+        kept = np.argsort(-candidates.chances.numpy(), kind="stable")[:budget].tolist()
+        places = {node: place for place, node in enumerate(kept)}
+        parents = candidates.parents.tolist()
+        return DraftTree(
+            candidates.tokens[kept],
+            [places.get(parents[node], -1) for node in kept],
+            chances=candidates.chances[kept],
+        )

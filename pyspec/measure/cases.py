@@ -1,0 +1,371 @@
+"""The calls that `pyspec bench kernels` times: every op in the shapes of five real models.
+
+What a case says of bytes and operations is the least that any kernel must do: each input read once, each output written
+once, each multiplication done once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec import ops
+from pyspec.caches import CACHES
+from pyspec.masks import BlockMask
+from pyspec.ops.gear import BLOCK, HALF, TreeRows, attend_tree, blocks_seen, join_exact
+from pyspec.ops.residual_vq import WIDTH, attend_codes
+from pyspec.runners import flash_attn
+from pyspec.tree import DraftTree
+
+__all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
+
+TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a packed prompt
+DOCUMENTS = 8  # in the prompt
+DEPTH, CODES = 8, 256  # of residual VQ
+
+
+@dataclass(frozen=True)
+class Attention:
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class StateSpace:
+    """Mamba-2: inputs of heads * head_dim channels, one group."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    state: int
+    taps: int = 4
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+
+# From the models' own configurations.
+MODELS: dict[str, tuple[Attention | StateSpace, ...]] = {
+    "SmolLM2-135M": (Attention(576, 1536, 9, 3, 64, 49152),),
+    "Llama-3.1-8B": (Attention(4096, 14336, 32, 8, 128, 128256),),
+    "Qwen2.5-32B": (Attention(5120, 27648, 40, 8, 128, 152064),),
+    "Mamba-2 2.7B": (StateSpace(2560, 80, 64, 128),),
+    "Falcon-H1 1.5B": (Attention(2048, 4096, 8, 2, 128, 65537), StateSpace(2048, 48, 64, 256)),
+}
+
+
+@dataclass
+class Problem:
+    """One call, ready to be timed; its result is that of the same call under backend("reference")."""
+
+    call: Callable[[], Tensor]
+    bytes: int  # read and written at least once
+    operations: int  # multiplications and additions at least done
+    tolerance: float = 1e-4  # of the result against the reference, relative to its largest value
+    peers: dict[str, Callable] = field(default_factory=dict)
+    fresh: Callable[[], None] = lambda: None  # puts back what the call changes in place, before it is checked
+    dtype: torch.dtype = torch.float32  # whose multiply rate the floor takes
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    model: str
+    shape: str
+    make: Callable[[str], Problem]  # from a device
+
+
+class _Random:
+    """Normal numbers, the same for the same case."""
+
+    def __init__(self, device: str):
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._generator.device)
+        return (drawn * scale).to(dtype)
+
+
+def _tree(device: str) -> tuple[Tensor, Tensor]:
+    """Ancestor bits [1, T, 1] and what each node sees of the tree [T, T] bool: two children a node."""
+    bits = DraftTree([0] * TREE, [(node - 1) // 2 if node else -1 for node in range(TREE)]).ancestor_bits
+    sees = (bits >> torch.arange(TREE, device="cpu")) & 1 == 1
+    return bits[None].to(device), sees.to(device)
+
+
+def _nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# ==== attention ====
+
+
+def _flash_attn(name: str, q: Tensor, make: Callable[[], Callable]) -> dict[str, Callable]:
+    """The call of flash-attn that make gives, as a peer; none where flash-attn cannot run."""
+    return {name: make()} if flash_attn.why_not(q.dtype, q.device) is None else {}
+
+
+def _tree_attention(a: Attention, device: str) -> Problem:
+    random = _Random(device)
+    q = random(1, a.heads, TREE, a.head_dim, dtype=torch.bfloat16)
+    k, v = (random(1, a.kv_heads, CONTEXT + TREE, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
+    bits, sees = _tree(device)
+    lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
+    mask = torch.cat([torch.ones(TREE, CONTEXT, dtype=torch.bool, device=device), sees], 1)
+    return Problem(
+        lambda: ops.tree_attention(q, k, v, bits, lens),
+        bytes=_nbytes(q, k, v, q),
+        operations=4 * a.heads * int(mask.sum()) * a.head_dim,
+        tolerance=2e-2,
+        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)}
+        # which takes no mask of a tree
+        | _flash_attn("flash-attn, a chain", q, lambda: partial(flash_attn.attention, q, k, v)),
+        dtype=torch.bfloat16,
+    )
+
+
+def _block_masked_attention(a: Attention, device: str) -> Problem:
+    random = _Random(device)
+    q = random(1, a.heads, PROMPT, a.head_dim, dtype=torch.bfloat16)
+    k, v = (random(1, a.kv_heads, PROMPT, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
+    mask = BlockMask.from_documents([PROMPT // DOCUMENTS] * DOCUMENTS, device=device)
+    dense = mask.to_dense()[0, 0]
+    return Problem(
+        lambda: ops.block_masked_attention(q, k, v, mask),
+        bytes=_nbytes(q, k, v, q),
+        operations=4 * a.heads * int(dense.sum()) * a.head_dim,
+        tolerance=2e-2,
+        peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)}
+        | _flash_attn("flash-attn", q, lambda: flash_attn.documents(q, k, v, PROMPT // DOCUMENTS)),
+        dtype=torch.bfloat16,
+    )
+
+
+def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callable, operations: int) -> Problem:
+    """One row over packed blocks and the exact keys behind them; a window of half a block stays exact."""
+    random = _Random(device)
+    q = random(1, a.heads, 1, a.head_dim, dtype=torch.bfloat16)
+    k, v = (random(1, a.kv_heads, CONTEXT + BLOCK, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
+    blocks = blocks_seen(CONTEXT, HALF)
+    packed = pack(k[:, :, : blocks * BLOCK].contiguous(), v[:, :, : blocks * BLOCK].contiguous())
+    tail = [x[:, :, blocks * BLOCK :].contiguous() for x in (k, v)]
+    bits = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
+    lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
+    rows = TreeRows.of(bits, lens, HALF)  # once a round, for all layers
+    seen = [x[:, :, : CONTEXT + 1] for x in (k, v)]
+    return Problem(
+        lambda: attend(q, packed, *tail, rows),
+        bytes=_nbytes(q, packed, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
+        operations=operations,
+        tolerance=2e-2,
+        peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)}
+        | _flash_attn("dense flash-attn", q, lambda: partial(flash_attn.attention, q, *seen)),
+        dtype=torch.bfloat16,
+    )
+
+
+def _gear(a: Attention, device: str, cache: str = "gear-4bit") -> Problem:
+    format = CACHES[cache]
+    return _packed_attention(
+        a,
+        device,
+        lambda k, v: ops.gear_encode(k, v, format),
+        lambda q, packed, k, v, rows: attend_tree(q, packed, k, v, rows, format, a.head_dim**-0.5)[0],
+        operations=4 * a.heads * CONTEXT * a.head_dim,
+    )
+
+
+def _residual_vq(a: Attention, device: str) -> Problem:
+    codebooks = _Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
+    adds = 2 * a.heads * CONTEXT * a.head_dim // WIDTH * DEPTH  # of table entries and of masses
+
+    def attend(q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
+        scale = a.head_dim**-0.5
+        return join_exact(attend_codes(q, packed, rows.seen, codebooks, scale, None), q, k, v, rows, scale)[0]
+
+    return _packed_attention(
+        a,
+        device,
+        lambda k, v: ops.residual_vq_encode(k, v, codebooks),
+        attend,
+        operations=adds + 4 * a.heads * a.head_dim * DEPTH * CODES,
+    )
+
+
+# ==== rows ====
+
+
+def _linear(a: Attention | StateSpace, rows: int, packed_dtype: torch.dtype, device: str) -> Problem:
+    """The down projection of a layer, or the inputs and gates of a state space layer."""
+    outputs, inputs = (a.hidden, a.intermediate) if isinstance(a, Attention) else (2 * a.channels, a.hidden)
+    random = _Random(device)
+    dtype = torch.float32 if packed_dtype == torch.int8 else packed_dtype
+    weight, x = random(outputs, inputs, dtype=dtype, scale=inputs**-0.5), random(rows, inputs, dtype=dtype)
+    packed = ops.pack_weight(weight, packed_dtype)
+    peer = weight.to(torch.bfloat16)
+    rows_of_peer = x.to(torch.bfloat16)
+    return Problem(
+        lambda: ops.linear(x, packed),
+        bytes=packed.nbytes + x.nbytes + rows * outputs * x.element_size(),
+        operations=2 * rows * outputs * inputs,
+        tolerance=2e-2,
+        peers={"torch bf16": lambda: F.linear(rows_of_peer, peer)},
+        dtype=packed_dtype if packed_dtype != torch.int8 or device == "cpu" else torch.bfloat16,
+    )
+
+
+def _row_statistics(a: Attention, device: str) -> Problem:
+    logits = _Random(device)(TREE, a.vocab, scale=3.0)
+    return Problem(
+        lambda: ops.row_statistics(logits).log_sum_exp,
+        bytes=logits.nbytes,
+        operations=4 * logits.numel(),
+        peers={"torch logsumexp + topk": lambda: (logits.logsumexp(1), logits.topk(8, 1))},
+    )
+
+
+def _topk(a: Attention, device: str) -> Problem:
+    x = _Random(device)(TREE, a.vocab)
+    return Problem(
+        lambda: ops.topk(x, 64, sorted=True).values,
+        bytes=x.nbytes,
+        operations=x.numel(),
+        peers={"torch.topk": lambda: x.topk(64)},
+    )
+
+
+def _rms_norm(a: Attention | StateSpace, device: str) -> Problem:
+    random = _Random(device)
+    hidden, delta, weight = random(TREE, a.hidden), random(TREE, a.hidden, scale=1e-3), random(a.hidden)
+    kept = hidden.clone()
+    return Problem(
+        lambda: ops.rms_norm(hidden, weight, 1e-5, delta=delta, out_dtype=torch.bfloat16),
+        bytes=2 * hidden.nbytes + delta.nbytes + weight.nbytes + hidden.nbytes // 2,
+        operations=5 * hidden.numel(),
+        tolerance=2e-2,
+        peers={"torch": lambda: F.rms_norm(hidden + delta, (a.hidden,), weight, 1e-5).bfloat16()},
+        fresh=lambda: hidden.copy_(kept),
+    )
+
+
+def _swiglu(a: Attention, device: str) -> Problem:
+    gate_up = _Random(device)(TREE, 2 * a.intermediate)
+    return Problem(
+        lambda: ops.swiglu(gate_up),
+        bytes=gate_up.nbytes * 3 // 2,
+        operations=5 * gate_up.numel() // 2,
+        peers={"torch": lambda: F.silu(gate_up[:, : a.intermediate]) * gate_up[:, a.intermediate :]},
+    )
+
+
+# ==== state spaces ====
+
+
+def _round(device: str) -> ops.Round:
+    """A chain of TREE / 2 drafts behind four accepted ones."""
+    chain = DraftTree.chain([0] * (TREE // 2))
+    return ops.Round.of([chain], [0], [range(4)], [0], device=device)
+
+
+def _selective_state(s: StateSpace, device: str) -> Problem:
+    random, rows = _Random(device), TREE // 2
+    state = random(1, s.channels // 16, s.state, 16)
+    record = random(2, 1, rows, s.channels + s.heads + s.state, scale=0.1)
+    x, B, C = random(rows, s.channels), random(rows, s.state), random(rows, s.state)
+    dt, A, D = random(rows, s.heads), -random(s.heads).abs(), random(s.heads).repeat_interleave(s.head_dim)
+    bias, round, kept = torch.full((s.heads,), -4.0, device=device), _round(device), (state.clone(), record.clone())
+
+    def fresh() -> None:
+        state.copy_(kept[0])
+        record.copy_(kept[1])
+
+    return Problem(
+        lambda: ops.selective_state(state, record, x, dt, A, B, C, round, D=D, dt_bias=bias),
+        bytes=2 * state.nbytes + _nbytes(x, dt, B, C, x) + record.nbytes // 2,
+        operations=(4 + rows) * 5 * state.numel() + rows * 2 * state.numel(),
+        tolerance=1e-3,
+        fresh=fresh,
+    )
+
+
+def _causal_conv(s: StateSpace, device: str) -> Problem:
+    random, rows, channels = _Random(device), TREE // 2, s.channels + 2 * s.state
+    window, record = random(1, s.taps - 1, channels), random(2, 1, rows, channels)
+    x, weight, bias, round = random(rows, channels), random(s.taps, channels), random(channels), _round(device)
+    kept = window.clone()
+    return Problem(
+        lambda: ops.causal_conv(window, record, x, weight, bias, round),
+        bytes=2 * window.nbytes + _nbytes(x, weight, x) + record.nbytes // 2,
+        operations=2 * s.taps * x.numel(),
+        peers={"torch conv1d": lambda: F.conv1d(x.T[None], weight.T[:, None].contiguous(), bias, groups=channels)},
+        fresh=lambda: window.copy_(kept),
+    )
+
+
+# ==== all ====
+
+_Builder = tuple[str, Callable[[Attention | StateSpace, str], Problem]]  # what the shape is called, and the maker
+
+
+def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
+    """For each op that a part of a model runs, its calls."""
+    product = f"{part.intermediate} to {part.hidden}" if isinstance(part, Attention) else f"{part.hidden} to in and z"
+    wide = [
+        (
+            f"{product}, {rows} row{'s' * (rows > 1)}, {name}",
+            lambda p, d, rows=rows, dtype=dtype: _linear(p, rows, dtype, d),
+        )
+        for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))
+        for rows in (1, TREE)
+    ]
+    norm = (f"{TREE} rows of {part.hidden}", _rms_norm)
+    if isinstance(part, StateSpace):
+        round = f"{TREE // 2} drafts after 4 accepted, {part.heads} heads, state {part.state}"
+        return {
+            "selective_state": [(round, _selective_state)],
+            "causal_conv": [(f"{TREE // 2} drafts after 4 accepted", _causal_conv)],
+            "linear": wide,
+            "rms_norm": [norm],
+        }
+    heads = f"{part.heads}/{part.kv_heads} heads of {part.head_dim}"
+    return {
+        "tree_attention": [(f"{TREE} nodes behind {CONTEXT}, {heads}", _tree_attention)],
+        "block_masked_attention": [(f"{DOCUMENTS} documents, {PROMPT} tokens, {heads}", _block_masked_attention)],
+        "gear": [
+            (f"{cache}, 1 row behind {CONTEXT}, {heads}", lambda p, d, cache=cache: _gear(p, d, cache))
+            for cache in ("gear-4bit", "gear-2bit")
+        ],
+        "residual_vq": [(f"{DEPTH} x {CODES} codes, 1 row behind {CONTEXT}, {heads}", _residual_vq)],
+        "linear": wide,
+        "row_statistics": [(f"{TREE} rows of {part.vocab}", _row_statistics)],
+        "topk": [(f"64 of {part.vocab}, {TREE} rows", _topk)],
+        "rms_norm": [norm],
+        "swiglu": [(f"{TREE} rows of {part.intermediate}", _swiglu)],
+    }
+
+
+OPS = tuple(dict.fromkeys(op for parts in MODELS.values() for part in parts for op in _described(part)))
+
+
+def cases(wanted: tuple[str, ...] = OPS) -> Iterator[Case]:
+    """The cases of some ops, op by op."""
+    for op in OPS:
+        if op not in wanted:
+            continue
+        for model, parts in MODELS.items():
+            found = {}  # by shape: both parts of a hybrid have the norms of one width
+            for part in parts:
+                for shape, maker in _described(part).get(op, ()):
+                    make = lambda device, maker=maker, part=part: maker(part, device)  # noqa: E731
+                    found.setdefault(shape, Case(op, model, shape, make))
+            yield from found.values()

@@ -1,0 +1,403 @@
+"""TransformersRunner: any other Hugging Face causal model that keeps keys and values of all tokens.
+
+The arithmetic is transformers' own: the law of the output is exact, its bits are not promised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.checkpoints.fingerprint import WeightSample, fingerprint_of
+from pyspec.runners._checks import check_paths, check_prompts, check_trees
+from pyspec.runners._inference import inference
+from pyspec.runners.exclusive import lock_of
+from pyspec.runners.foreign_slots import Slots
+from pyspec.runners.foreign_support import (
+    SUPPORTED,
+    cache_argument,
+    check_supported,
+    context_of,
+    find_switches,
+    refuse,
+)
+from pyspec.tree import DraftTree
+
+__all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
+
+PREFILL_CHUNK = 256
+_OF_THE_LOAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+class TransformersRunner:
+    """A causal model of transformers with a cache of its own; see pyspec.runners.Runner for the calls.
+
+    Sequence b's committed keys are at slots 0 .. length - 1 of its row. Trees that are verified in one call are written
+    behind the longest of their sequences, and what is accepted moves to its place.
+
+    Some models (longrope) rotate all tokens of a call by other frequencies as soon as one of them is behind a certain
+    position, the switch. Plain decoding reads a prompt in one call and then each token alone, so here a call holds
+    positions of one side of the switch, and chunks of a prompt that ends behind it are read as that prompt is. Where
+    transformers reads the text again when it crosses the switch (Phi-3), so does this.
+
+    Args:
+        model: a transformers model with a language modelling head; it is put in eval mode.
+        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        eos_tokens: tokens that end a text, beside those that the model and the tokenizer name.
+
+    Raises:
+        ValueError: the model has state that cannot be cropped, or does not look where a mask tells it.
+    """
+
+    def __init__(self, model, tokenizer=None, eos_tokens: Sequence[int] = ()):
+        from pyspec.checkpoints.tokenizer import Tokenizer
+
+        check_supported(type(model), model.config)
+        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+            tokenizer = Tokenizer.from_transformers(tokenizer)
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
+        self.vocab_size = model.get_output_embeddings().weight.shape[0]
+        self.context_length = context_of(model.config)
+        self.device, self.dtype = model.device, model.dtype
+        # what this model says that others of its type do not, but for where it came from and what it was loaded as
+        stated = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_LOAD}
+        description = repr(sorted(stated.items())) + (tokenizer.fingerprint if tokenizer else "")
+        sample = WeightSample().add(sorted(model.state_dict().items())).hexdigest()
+        self.fingerprint = fingerprint_of(model.config.model_type, description, sample)
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._cache_argument = cache_argument(type(model))
+        self._switch: int | None = None
+        self._reads_again = False
+        self._clear()
+        self._check_arithmetic()
+
+    def lengths(self) -> list[int]:
+        """Committed tokens of each sequence."""
+        return list(self._lengths)
+
+    def fork(self) -> TransformersRunner:
+        """A runner on the same model with a batch, and drafters, of its own. Forwards through the model take turns."""
+        fork = copy.copy(self)
+        vars(fork).pop("_drafters", None)
+        fork._clear()
+        return fork
+
+    @inference
+    def prefill(
+        self,
+        tokens: Sequence[Sequence[int]],
+        *,
+        capacity: int | None = None,
+        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+    ) -> list[Tensor]:
+        """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
+
+        Args:
+            tokens: B prompts, none empty nor longer than the context.
+            capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
+            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+
+        Raises:
+            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+        """
+        tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        capacity = self.context_length if capacity is None else capacity
+        self._clear()  # the old batch makes room for the new one
+        self._slots = Slots(len(tokens), capacity)
+        self._lengths, self._starts = [0] * len(tokens), [0] * len(tokens)
+        self._texts = [list(prompt) for prompt in tokens]
+        self._are_long = [self._switch is not None and len(prompt) > self._switch for prompt in tokens]
+        return [self._read(sequence, observe) for sequence in range(len(tokens))]
+
+    @inference
+    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
+        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+
+        Raises:
+            RuntimeError: before any prefill.
+            ValueError: a tree has tokens outside of the vocabulary, or does not fit the capacity or the context.
+        """
+        check_trees(trees, None if self._slots is None else len(self._lengths), self.vocab_size)
+        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
+        results: list[Tensor | None] = [None] * len(trees)
+        for sequence in active:
+            deepest = self._lengths[sequence] + int(trees[sequence].depths.max())
+            if deepest >= self.context_length:
+                raise ValueError(
+                    f"trees[{sequence}] reaches position {deepest}, the model's context is {self.context_length}"
+                )
+        if active:
+            rows = range(active[0], active[-1] + 1)
+            self._check_room(rows, trees)
+            self._verified = None
+            sides = {sequence: self._behind_switch(sequence, trees[sequence]) for sequence in active}
+            joined = torch.cat(list(sides.values()))
+            if joined.all() or not joined.any():
+                for sequence in active:
+                    self._read_as(sequence, long=bool(joined[0]))
+                for sequence, logits in zip(rows, self._forward(rows, [trees[row] for row in rows]), strict=True):
+                    results[sequence] = logits
+            else:
+                for sequence in active:
+                    results[sequence] = self._verify_across(sequence, trees[sequence], sides[sequence])
+        self._verified = list(trees)
+        return results
+
+    @inference
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Makes a path of the last verified tree (node indices from the root, root included) state.
+
+        Raises:
+            RuntimeError: there is no verified tree.
+            ValueError: a path does not follow its tree; nothing is committed then.
+        """
+        check_paths(paths, self._verified)
+        trees, self._verified = self._verified, None
+        for sequence, path in enumerate(paths):
+            if path is not None:
+                self._slots.move(sequence, path, self._starts[sequence], self._lengths[sequence])
+                self._lengths[sequence] += len(path)
+                self._texts[sequence] += trees[sequence].tokens[list(path)].tolist()
+
+    def _clear(self) -> None:
+        self._slots: Slots | None = None
+        self._lengths: list[int] = []
+        self._starts: list[int] = []  # where the last tree of each sequence was written
+        self._texts: list[list[int]] = []  # what is committed
+        self._are_long: list[bool | None] = []  # whether keys were rotated as those behind the switch; None for neither
+        self._verified: list[DraftTree | None] | None = None
+
+    # ==== the switch ====
+
+    def _behind_switch(self, sequence: int, tree: DraftTree) -> Tensor:
+        """[T] bool for the nodes of a tree."""
+        if self._switch is None:
+            return torch.zeros(len(tree), dtype=torch.bool, device="cpu")
+        return tree.depths + self._lengths[sequence] >= self._switch
+
+    def _read(self, sequence: int, observe: Callable[[int, DraftTree, Tensor], None] | None = None) -> Tensor:
+        """Reads a sequence's text from its beginning, in chunks; returns the [V] logits after it."""
+        self._lengths[sequence], text = 0, self._texts[sequence]
+        for start in range(0, len(text), PREFILL_CHUNK):
+            chunk = DraftTree.chain(text[start : start + PREFILL_CHUNK])
+            logits = self._forward([sequence], [chunk], 0 if observe else 1, is_long=self._are_long[sequence])[0]
+            self._lengths[sequence] += len(chunk)
+            if observe is not None:
+                observe(sequence, chunk, logits)
+        return logits[-1]
+
+    def _read_as(self, sequence: int, long: bool) -> None:
+        """Reads a text again if its keys must be those of the other side of the switch now."""
+        if not self._reads_again or self._are_long[sequence] == long:
+            return
+        self._are_long[sequence] = long
+        try:
+            self._read(sequence)
+        except BaseException:
+            self._are_long[sequence] = None  # some are read
+            raise
+        finally:
+            self._lengths[sequence] = len(self._texts[sequence])
+
+    def _verify_across(self, sequence: int, tree: DraftTree, behind: Tensor) -> Tensor:
+        """[T, V] logits of a tree, each node in a call with nodes of its side of the switch only."""
+        parts, order = [], []
+        for long in (False, True):
+            nodes = (behind == long).nonzero()[:, 0]
+            if not len(nodes):
+                continue
+            self._read_as(sequence, long)
+            if long and self._reads_again:  # all nodes before these are read as these are
+                parts.append(self._forward([sequence], [tree])[0][nodes.to(self.device)])
+            else:
+                parts.append(self._forward([sequence], [tree], nodes=nodes)[0])
+            order.append(nodes)
+        return torch.cat(parts)[torch.cat(order).argsort().to(self.device)]
+
+    # ==== one call ====
+
+    def _check_room(self, rows: Sequence[int], trees: Sequence[DraftTree | None]) -> None:
+        start = max(self._lengths[row] for row in rows)
+        nodes = max(len(trees[row]) for row in rows if trees[row] is not None)
+        if start + nodes > self._slots.capacity:
+            raise ValueError(
+                f"trees of {nodes} nodes need slots up to {start + nodes}, capacity is {self._slots.capacity}: "
+                "prefill with a larger one"
+            )
+
+    def _forward(
+        self,
+        rows: Sequence[int],
+        trees: Sequence[DraftTree | None],
+        keep: int = 0,
+        nodes: Tensor | None = None,
+        is_long: bool = False,
+        beyond: int = 0,
+    ) -> list[Tensor | None]:
+        """[T, V] fp32 logits for the trees of neighbouring rows.
+
+        Args:
+            keep: the last nodes whose logits are needed; 0 for all.
+            nodes: those of the only tree that are read, where the others were read before.
+            is_long: whether they are read as those behind the switch, wherever they are.
+            beyond: is added to the positions of the last row.
+        """
+        lengths = [self._lengths[row] for row in rows]
+        start, size = max(lengths), max(len(tree) for tree in trees if tree is not None)
+        tokens = torch.zeros(len(rows), size, dtype=torch.int64, device="cpu")
+        positions = torch.zeros(len(rows), size, dtype=torch.int64, device="cpu")
+        visible = torch.zeros(len(rows), 1, size, start + size, dtype=torch.bool, device="cpu")
+        index = torch.arange(size, device="cpu")
+        for row, (tree, length) in enumerate(zip(trees, lengths, strict=True)):
+            if tree is None:
+                continue
+            own = len(tree)
+            tokens[row, :own] = tree.tokens
+            positions[row, :own] = tree.depths + length
+            visible[row, 0, :own, :length] = True
+            bits = tree.ancestor_bits[:, index[:own] // 32] >> (index[:own] % 32)
+            visible[row, 0, :own, start : start + own] = (bits & 1).bool()
+        positions[-1] += beyond
+        if nodes is not None:
+            tokens, positions, visible = tokens[:, nodes], positions[:, nodes], visible[:, :, nodes]
+        lone = int(is_long and int(positions.max()) < self._switch)
+        if lone:  # one more node, which no other sees, takes the call behind the switch
+            tokens, positions = F.pad(tokens, (0, 1)), F.pad(positions, (0, 1), value=self._switch)
+            visible = F.pad(visible, (0, 1, 0, 1))
+            visible[..., -1, -1] = True
+        for row in rows:
+            self._starts[row] = start
+        self._slots.place(rows, start, start + size + lone, nodes)
+        keep = {"logits_to_keep": keep + lone} if keep and self._keeps_logits else {}
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device="cpu").masked_fill_(
+            ~visible, torch.finfo(self.dtype).min
+        )
+        logits = self._run_model(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+            use_cache=True,
+            **{self._cache_argument: self._slots.cache},
+            **keep,
+        ).logits.float()
+        logits = logits[:, : logits.shape[1] - lone]
+        return [None if tree is None else logits[row, : len(tree)] for row, tree in enumerate(trees)]
+
+    def _run_model(self, **inputs):
+        """The model's forward, one at a time: forks share the model, and some models change in a call."""
+        # tensors that a model makes without naming a device shall not lie on the caller's default one
+        others = torch.get_default_device().type not in ("cpu", self.device.type)
+        with lock_of(self.model), torch.device(self.device) if others else contextlib.nullcontext():
+            return self.model(**inputs)
+
+    # ==== what a model does ====
+
+    def _check_arithmetic(self) -> None:
+        """Raises ValueError if a node's logits depend on more of its call than the tokens before it."""
+        try:
+            fault = self._find_fault()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            fault = f"its forward fails with positions, a mask and a cache of ours ({type(error).__name__}: {error})"
+        finally:
+            self._clear()
+        if fault is not None:
+            refuse(type(self.model), fault)
+
+    @torch.inference_mode()
+    def _find_fault(self) -> str | None:
+        """Why a model cannot be read; finds the switch by the way."""
+        first, second, third, other = (token % self.vocab_size for token in (11, 22, 33, 44))
+        texts = torch.tensor([[first, token, second, third] for token in (second, other)], device=self.device)
+        places, plain = torch.arange(4, device=self.device)[None], []
+
+        def read(text: Tensor) -> None:
+            logits = self.model(input_ids=text[None], position_ids=places, use_cache=False).logits
+            plain.append(logits[0].float())
+
+        switches = find_switches(self.model, functools.partial(read, texts[0]), 4, self.context_length)
+        if len(switches) > 1 or None in switches:
+            return "its rotary frequencies are others for each length of the longest text of a call"
+        read(texts[1])
+        # what another token in the text changes is the measure of what one that is not in it may change
+        most = 0.05 if self.dtype in (torch.float32, torch.float64) else 0.25
+        allowed = most * (plain[1] - plain[0])[-1].abs().mean()
+        hangs = "its logits depend on what else is in a call"
+        before = self.prefill([[first], [other, first, other]], capacity=19)[:1]
+        # the path root - 2 - 3 is the same text; node 1 is beside it, and a crowd in the other sequence
+        trees = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
+        path = self.verify(trees)[0][[0, 2, 3]]
+        if not (torch.cat([torch.stack(before), path]) - plain[0]).abs().mean(-1).max() <= allowed:
+            return f"it does not attend as its attention mask and position_ids tell, or {hangs}"
+        if not switches:
+            beside_far = self._forward(range(2), trees, beyond=max(0, self.context_length - 8))[0][[0, 2, 3]]
+            if not (beside_far - path).abs().mean(-1).max() <= allowed:
+                return f"{hangs}, or how far it goes"
+        self._slots.ahead = self.context_length // 2
+        again, self._slots.ahead = self.verify(trees)[0][[0, 2, 3]], 0
+        if not (again - path).abs().max() <= 0.01 * path.abs().max():
+            return "its positions cannot be given, they follow from the length of its cache"
+        self._switch = next(iter(switches), None)
+        self._reads_again = self._switch is not None and self._drops_its_cache()
+        return None
+
+    def _drops_its_cache(self) -> bool:
+        """Whether transformers' generate reads a text again when its length crosses the switch, as that of Phi-3."""
+        text = torch.zeros(1, self._switch + 1, dtype=torch.int64, device=self.device)
+        cache = {self._cache_argument: self._slots.cache}
+        inputs = self.model.prepare_inputs_for_generation(text, use_cache=True, **cache)
+        return inputs.get(self._cache_argument) is None
+
+
+def eos_tokens_of(model, tokenizer) -> frozenset[int]:
+    """Tokens that end a text, by a live model's generation config and the tokenizer."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = named if isinstance(named, list) else [] if named is None else [named]
+    return frozenset([*named, *(tokenizer.eos_tokens if tokenizer else ())])
+
+
+def load_folder(
+    folder: Path, description: dict, dtype: torch.dtype, device: torch.device, reason: str
+) -> TransformersRunner:
+    """A runner for a Hugging Face folder that LlamaRunner does not support, for the reason given.
+
+    Raises:
+        ValueError: the architecture is not supported, or the files are corrupt or incomplete.
+    """
+    try:
+        import transformers
+    except ImportError:
+        raise ImportError(f"{reason}; other models need transformers: pip install pyspec-kernels[hf]") from None
+    from pyspec.checkpoints.loading import eos_tokens
+    from pyspec.checkpoints.tokenizer import Tokenizer
+
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
+    model_class = getattr(transformers, str(architecture), None)
+    if model_class is None or architecture not in causal.values():
+        raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {SUPPORTED}")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        check_supported(model_class, config)
+        tokenizer = Tokenizer.from_folder(folder)
+        with torch.device("cpu"):  # the caller's default device may have no memory, or too little
+            options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
+            model, report = model_class.from_pretrained(folder, **options)
+    except (ValueError, ImportError):  # which say what it is
+        raise
+    except Exception as error:  # a configuration that is wrong fails in any way
+        raise ValueError(f"{folder} cannot be loaded, it may be truncated or corrupt: {error}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"{folder} has no tensor {', '.join(sorted(report['missing_keys'])[:5])}")
+    return TransformersRunner(model.to(device), tokenizer, eos_tokens(folder, tokenizer))

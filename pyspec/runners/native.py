@@ -1,0 +1,174 @@
+"""NativeRunner: what the runners on our own kernels share, whatever their state is: verify and commit of a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.architectures.weights import NativeWeights
+from pyspec.checkpoints.fingerprint import fingerprint_of
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.readback import pack_statistics, send_statistics
+from pyspec.runners._checks import check_paths, check_trees
+from pyspec.runners._inference import inference
+from pyspec.runners.static_steps import BUCKETS, Rows
+from pyspec.tree import DraftTree
+
+__all__ = ["NativeRunner"]
+
+WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
+
+
+class NativeRunner:
+    """A model with its state, `_cache`, which has the `lengths` of its sequences and their `check_room`.
+
+    See pyspec.runners.Runner for the calls. Threads wait for each other at every call, or use a `fork`.
+
+    Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
+    prompt was read in.
+
+    Args:
+        config: the model's shape.
+        weights: filled weights; what is not packed yet is packed here, in its place.
+        context_length: positions the model was made for.
+        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
+        eos_tokens: tokens that end a text.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+    """
+
+    def __init__(
+        self,
+        config,
+        weights: NativeWeights,
+        context_length: int,
+        tokenizer=None,
+        eos_tokens: Sequence[int] = (),
+        dtype: torch.dtype | None = None,
+    ):
+        sample = weights.sampled(config)
+        weights.pack(weights.head.dtype)
+        if weights.norm.device.type == "cpu":
+            weights.move_together()
+        self.config = config
+        self.weights = weights
+        self.tokenizer = tokenizer
+        self.eos_tokens = frozenset(eos_tokens)
+        self.vocab_size = config.vocab_size
+        self.context_length = context_length
+        self.weight_dtype = weights.head.dtype
+        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
+        self.device = weights.norm.device
+        vocabulary = "" if tokenizer is None else tokenizer.fingerprint
+        description = repr(sorted(asdict(config).items())) + vocabulary
+        self.fingerprint = fingerprint_of(config.architecture, description, sample)
+        self._cache = None
+        self._verified: list[DraftTree | None] | None = None
+        self._is_static = False  # whether rounds have fixed shapes and are recorded
+
+    def lengths(self) -> list[int]:
+        """Committed tokens of each sequence."""
+        return [] if self._cache is None else list(self._cache.lengths)
+
+    def fork(self):
+        """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""
+        fork = copy.copy(self)
+        vars(fork).pop("_drafters", None)
+        fork._drop_batch()
+        return fork
+
+    def _drop_batch(self) -> None:
+        """Forgets the batch and all that knows its addresses."""
+        self._cache = self._verified = None
+
+    @inference
+    def warm(self, capacity: int | None = None, sequences: int = 1) -> None:
+        """Compiles the kernels and captures the graphs that batches of so many sequences need; the batch is lost.
+
+        None of that is left then for a prefill with at most this capacity, nor for verifying trees of up to 64 nodes.
+        Batches of another size, or larger ones, have graphs of their own. On a CPU there is nothing to do.
+
+        Args:
+            capacity: as in prefill; the context length by default.
+            sequences: of the batches.
+        """
+        if self.device.type == "cpu" and not self._is_static:
+            return
+        self._cache = self._verified = None
+        capacity = self.context_length if capacity is None else capacity
+        self._record(sequences, capacity)
+        for length in WARM_PROMPTS:
+            if length <= min(capacity, self.context_length):
+                self.prefill([[0] * length] * sequences, capacity=capacity)
+        for nodes in (nodes for nodes in BUCKETS if nodes < capacity):
+            self.verify([DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))] * sequences)
+            path = sorted({0, nodes - 1})  # behind a gap, which takes other kernels to close
+        if self._verified is not None:
+            self.commit([path] * sequences)
+        self._cache = self._verified = None
+
+    @inference
+    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
+        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+
+        Raises:
+            RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
+            ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
+        """
+        check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
+        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
+        for sequence in active:
+            self._cache.check_room(sequence, len(trees[sequence]))
+        self._verified = None
+        if not active:
+            self._verified = list(trees)
+            return [None] * len(trees)
+        rows = self._run_layers(trees, active)
+        if rows.logits is None:
+            logits = self._logits(rows.of_trees(rows.hidden))
+            rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+        logits = rows.of_trees(rows.logits)
+        self._verified = list(trees)
+        parts = logits.split([len(trees[sequence]) for sequence in active])
+        if rows.statistics is not None:
+            send_statistics(rows.statistics, parts, rows.places)
+        parts = iter(parts)
+        return [None if tree is None else next(parts) for tree in trees]
+
+    @inference
+    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
+        """Makes a path of the last verified tree (node indices from the root, root included) state.
+
+        Raises:
+            RuntimeError: there is no verified tree.
+            ValueError: a path does not follow its tree; nothing is committed then.
+        """
+        check_paths(paths, self._verified)
+        trees, self._verified = self._verified, None
+        for sequence, path in enumerate(paths):
+            if path is not None:
+                self._extend(sequence, path, trees[sequence])
+
+    def _record(self, sequences: int, capacity: int) -> None:
+        """Captures all graphs that batches of this size and capacity need."""
+
+    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
+        """What the layers give for all nodes of the active sequences."""
+        raise NotImplementedError
+
+    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
+        """Makes a path of its verified tree state."""
+        self._cache.commit(sequence, path)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedding, tokens = self.weights.embedding, tokens.to(self.device)
+        if isinstance(embedding, PackedWeight):
+            return embedding.rows(tokens)
+        return F.embedding(tokens, embedding).float()
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return linear(hidden, self.weights.head, out_dtype=torch.float32)

@@ -1,0 +1,1 @@
+"""Sampling: warped distributions, and noise that is keyed by seed and position."""

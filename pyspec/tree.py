@@ -1,0 +1,151 @@
+"""DraftTree: several guesses at the next tokens, arranged as a tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pyspec.arguments import described
+
+__all__ = ["DraftTree", "Siblings"]
+
+#: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
+#: other, how many being decided before any was drawn; or each unlike those before it.
+Siblings = Literal["none", "with replacement", "without replacement"]
+
+
+def reference_tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """depths [T] and ancestor_bits [T, ceil(T / 32)], both int32, of parents [T] int32; see DraftTree."""
+    if parents[0] != -1:
+        raise ValueError(f"parents[0] must be -1 (the root), got {parents[0]}")
+    depths, rows = [0], [1]
+    for node, parent in enumerate(parents[1:].tolist(), start=1):
+        if not 0 <= parent < node:
+            raise ValueError(f"parents[{node}] must be in [0, {node}), parents before children, got {parent}")
+        depths.append(depths[parent] + 1)
+        rows.append(rows[parent] | 1 << node)
+    words = (len(rows) + 31) // 32
+    packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
+    bits = np.frombuffer(bytearray(packed), dtype="<i4").reshape(len(rows), words)
+    return np.array(depths, np.int32), bits
+
+
+try:
+    from pyspec._host import tree_layout
+except ImportError:  # a package without its compiled parts; pyspec.drafters warns about it
+    tree_layout = reference_tree_layout
+
+
+class DraftTree:
+    """A tree of draft tokens below the last committed token.
+
+    Node 0 is the root: the last committed token, whose key is not cached yet. Parents come before their
+    children, so ancestors in index order are ancestors in depth order. A chain is a tree.
+
+    Args:
+        tokens: [T] int64, the token of each node.
+        parents: [T] int32, the index of each node's parent; -1 for the root, and only there.
+        q: [T, V] floating point, row i the law that the children of node i were drawn from (those of leaves are not
+            read), or None for deterministic drafts.
+        chances: [T] float32, how likely each node is on the accepted path as far as the drafter knows, or None.
+
+    Raises:
+        ValueError: if the tree is empty, sizes differ, or a parent does not come before its child.
+        TypeError: if tokens or parents are no integers, or q or chances no floating point tensors.
+    """
+
+    __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits")
+
+    tokens: torch.Tensor
+    parents: torch.Tensor
+    q: torch.Tensor | None
+    chances: torch.Tensor | None
+    depths: torch.Tensor  # [T] int32: 0 for the root, one more than the parent's elsewhere
+    ancestor_bits: torch.Tensor  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
+
+    def __init__(self, tokens, parents, q: torch.Tensor | None = None, chances: torch.Tensor | None = None):
+        self.tokens = _integers("tokens", tokens, torch.int64)
+        self.parents = _integers("parents", parents, torch.int32)
+        self.q = q
+        self.chances = chances
+        if self.tokens.dim() != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
+            raise ValueError(
+                f"tokens and parents must be 1-D, of one length and not empty, got shapes "
+                f"{tuple(self.tokens.shape)} and {tuple(self.parents.shape)}"
+            )
+        for name, values, dims in (("q", q, 2), ("chances", chances, 1)):
+            if values is not None:
+                _check_floats(name, values, dims, len(self.tokens))
+        depths, bits = tree_layout(self.parents.contiguous().numpy())
+        self.depths, self.ancestor_bits = torch.from_numpy(depths), torch.from_numpy(bits)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int]) -> DraftTree:
+        """A tree without branches: each token is the child of the one before it."""
+        tokens = _integers("tokens", tokens, torch.int64)
+        if tokens.shape != (1,):
+            return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32, device="cpu"))
+        tree = DraftTree.__new__(DraftTree)  # plain decoding makes one in every round
+        tree.tokens, tree.q, tree.chances = tokens, None, None
+        tree.parents, tree.depths, tree.ancestor_bits = _ROOT
+        return tree
+
+    def first(self, nodes: int) -> DraftTree:
+        """The tree of the first nodes alone."""
+        if nodes >= len(self):
+            return self
+        tree = DraftTree.__new__(DraftTree)  # what was checked before need not be checked again
+        tree.tokens, tree.parents, tree.depths = self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes]
+        tree.q, tree.chances = (None if values is None else values[:nodes] for values in (self.q, self.chances))
+        tree.ancestor_bits = self.ancestor_bits[:nodes, : (nodes + 31) // 32].contiguous()
+        return tree
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        return f"DraftTree(tokens={self.tokens.tolist()}, parents={self.parents.tolist()})"
+
+    def children(self, node: int) -> list[int]:
+        """The children of a node, in index order."""
+        return [child for child, parent in enumerate(self.parents.tolist()) if parent == node]
+
+    def likeliest_path(self) -> DraftTree:
+        """The chain from the root that goes to the likeliest child of every node; to the first if none is stated."""
+        chances = [1.0] * len(self) if self.chances is None else self.chances.tolist()
+        path = [0]
+        while children := self.children(path[-1]):
+            path.append(max(children, key=lambda child: chances[child]))
+        parents = torch.arange(-1, len(path) - 1, dtype=torch.int32, device="cpu")
+        return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
+
+
+#: parents, depths and ancestor_bits of a root alone
+_ROOT = tuple(torch.tensor(values, dtype=torch.int32, device="cpu") for values in ([-1], [0], [[1]]))
+
+
+def _integers(name: str, values, dtype: torch.dtype) -> torch.Tensor:
+    """Integers of any kind as a tensor of dtype on the CPU."""
+    if isinstance(values, torch.Tensor) and values.dtype == dtype and values.device.type == "cpu":
+        return values
+    try:
+        found = torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # NotImplementedError too: a tensor on "meta" has no data
+        raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}") from None
+    if found.dtype.is_floating_point and not found.numel():  # what torch makes of an empty list
+        return found.to(dtype)
+    if found.dtype == torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
+        raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}")
+    if dtype != torch.int64 and found.numel() and not -1 <= int(found.min()) <= int(found.max()) < 2**31:
+        raise ValueError(f"{name} must be nodes or -1, got {described(values)}")
+    return found.to(dtype)
+
+
+def _check_floats(name: str, values, dims: int, nodes: int) -> None:
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor or None, got {described(values)}")
+    if values.dim() != dims or len(values) != nodes:
+        raise ValueError(f"{name} must be of {dims} dimensions and have {nodes} rows, got {described(values)}")

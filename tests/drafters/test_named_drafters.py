@@ -1,0 +1,23 @@
+"""Every named drafter over a real runner gives the bits of plain decoding."""
+
+import pytest
+import torch
+
+from pyspec.drafters import NAMES, new_drafter
+from pyspec.generate import generate
+from tests.helpers.random_llama import random_llama, random_tokens
+
+PROMPTS = [random_tokens(12) * 3, random_tokens(40, 1), random_tokens(5, 2)]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"layer_skip"}))  # which is test_layer_skip.py
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_the_plain_text_bit_for_bit(name, dtype):
+    model = random_llama(dtype=dtype)
+    drafter = new_drafter(name, model)
+    for settings in ({}, dict(temperature=0.8, seed=5), dict(temperature=0.8, seed=5, top_k=9, top_p=0.9)):
+        plain = generate(model, PROMPTS, drafter=None, max_new_tokens=40, **settings)
+        for budget in (1, 16):  # the second time from fuller tables
+            said = generate(model, PROMPTS, drafter=drafter, budget=budget, max_new_tokens=40, **settings)
+            assert said.tokens == plain.tokens
+    assert said.stats.mean_accepted_length > 1

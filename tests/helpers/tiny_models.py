@@ -1,0 +1,92 @@
+"""Tiny random models, as transformers makes and saves them."""
+
+import gguf
+import numpy as np
+import torch
+
+from tests.helpers.random_llama import VOCABULARY
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+KINDS = {
+    "llama": ("Llama", {}),
+    "llama_tied_with_biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
+    "llama3_scaling": ("Llama", {"rope_parameters": LLAMA3_SCALING}),
+    "linear_scaling": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2_some_windows": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 6}),
+}
+
+
+def tiny_model(kind: str):
+    """A transformers model of 2 layers, 4 query heads on 2 key heads, in fp32, with nothing left at 0 or 1."""
+    import transformers
+
+    family, options = KINDS[kind]
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 128,
+        "eos_token_id": 3,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**(shape | options))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    return model
+
+
+def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
+    """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved."""
+    config = model.config
+    architecture = config.model_type
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if architecture != "qwen2" else 64)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in metadata.items():
+        writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    if config.rope_parameters["rope_type"] == "llama3":
+        plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
+        writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+    tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    for name, values in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        name = f"{tensors.get_name(stem)}.{suffix}"
+        if name in leave_out or (config.tie_word_embeddings and stem == "lm_head"):
+            continue
+        values = values.float().numpy()
+        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
+            halves = values.reshape(-1, 2, 32, *values.shape[1:])
+            values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+        if values.ndim > 1 and quantization != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

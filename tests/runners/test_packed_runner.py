@@ -1,0 +1,207 @@
+"""The Llama runner over packed caches: plain decoding's bits, in any chunks, and generate's texts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import pyspec.runners.attention
+from pyspec import DraftTree, ResidualVqCache, generate, load
+from pyspec.caches import CACHES, Codebooks, GearCache, PackedCache
+from pyspec.caches.codebooks import DEMO_FILE
+from pyspec.ops.gear import BLOCK
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
+
+
+def random_codes(pre_rope: bool) -> ResidualVqCache:
+    runner = random_llama()
+    words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
+    words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
+    frequencies = runner.config.rope_frequencies() if pre_rope else None
+    return ResidualVqCache(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
+
+
+PACKED = {
+    **CACHES,
+    "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30),
+    "rvq": random_codes(pre_rope=False),
+    "rvq pre-rope": random_codes(pre_rope=True),
+}
+SPARSE = {"half": GearCache(4, 64, keep=0.5, whole_layers=1), "channels": GearCache(4, 64, key_channels=48)}
+LENGTHS = (190, 192, 319, 700)  # of prompts: trees behind them see one more block below some depth, and do not
+
+
+@pytest.fixture(scope="module")
+def runner():
+    return random_llama(dtype=torch.bfloat16)
+
+
+def error(packed):
+    """Of logits, that is allowed, in standard deviations."""
+    return {2: 1.2, 3: 0.8, 4: 0.4, 8: 0.1}[getattr(packed, "bits", 2)]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_logits_are_near_those_of_the_dense_cache(runner, name):
+    prompt, tree = random_tokens(400), random_tree(20)
+    runner.prefill([prompt])
+    (expected,) = runner.verify([tree])
+    runner.prefill([prompt], cache=PACKED[name])
+    (found,) = runner.verify([tree])
+    assert not torch.equal(found, expected)
+    assert (found - expected).abs().mean() < error(PACKED[name]) * expected.std()
+
+
+def test_before_the_first_block_it_is_the_dense_cache(runner):
+    prompt, tree = random_tokens(150), random_tree(20)
+    runner.prefill([prompt])
+    (expected,) = runner.verify([tree])
+    runner.prefill([prompt], cache=CACHES["gear-2bit"])
+    assert torch.equal(runner.verify([tree])[0], expected)
+
+
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
+    cache, prompt, tree = (PACKED | SPARSE)[name], random_tokens(length), random_tree(24)
+    runner.prefill([prompt], cache=cache)
+    (logits,) = runner.verify([tree])
+    for node in (3, 14, 23):
+        runner.prefill([prompt], cache=cache)
+        for step in root_path(tree, node):
+            (alone,) = runner.verify([DraftTree.chain([int(tree.tokens[step])])])
+            runner.commit([[0]])
+        assert torch.equal(alone[0], logits[node])
+    runner.prefill([random_tokens(7, 1), prompt], cache=cache)
+    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+
+
+@pytest.mark.parametrize("name", ["gear-2bit", "rotated"])
+def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name, monkeypatch):
+    cache, prompt, found = PACKED[name], random_tokens(330), []
+
+    def state(logits):
+        kept = runner._cache
+        exact = kept.keys_values[..., : len(prompt) - kept.starts[0], :].clone()
+        found.append((logits, kept.packed[..., : len(prompt) // BLOCK, :].clone(), exact))
+
+    for chunk in (128, 20, 7):
+        monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+        state(runner.prefill([prompt], cache=cache)[0])
+    runner.prefill([prompt[:100]], cache=cache)
+    for first in range(100, 330, 10):
+        # the right tokens as every second node, the wrong ones beside them
+        tokens = [token for right in prompt[first : first + 10] for token in (right, 5)]
+        parents = [-1, 0, *(node - 2 if node % 2 == 0 else node - 1 for node in range(2, 20))]
+        (logits,) = runner.verify([DraftTree(tokens, parents)])
+        runner.commit([list(range(0, 20, 2))])
+    state(logits[18])
+    for other in found[1:]:
+        for part, expected in zip(other, found[0], strict=True):
+            assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
+@pytest.mark.parametrize("drafter", ["lookup", "merged"])
+def test_greedy_text_is_that_of_plain_decoding(runner, name, drafter):
+    prompts = [random_tokens(20) * 9, random_tokens(11, 3) * 20]
+    settings = dict(max_new_tokens=90, cache=(PACKED | SPARSE)[name])
+    plain = generate(runner, prompts, drafter=None, **settings)
+    result = generate(runner, prompts, drafter=drafter, budget=16, **settings)
+    assert result.tokens == plain.tokens
+    assert result.stats.mean_accepted_length > 1.05
+    assert generate(runner, prompts[1], drafter=drafter, **settings).tokens == plain.tokens[1]
+
+
+def test_sampled_text_is_that_of_plain_decoding(runner):
+    settings = dict(max_new_tokens=60, temperature=1.0, seed=3, cache="kivi-2bit")
+    plain = generate(runner, random_tokens(20) * 9, drafter=None, **settings)
+    assert generate(runner, random_tokens(20) * 9, budget=9, **settings).tokens == plain.tokens
+
+
+def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
+    """Where all nodes see packed what their root does, as engines have it that pack by length, the bits differ."""
+    prompt, tree = random_tokens(190), random_tree(24)
+    node = max(range(24), key=lambda node: int(tree.depths[node]))
+
+    def verify(tree):
+        runner.prefill([prompt], cache=CACHES["gear-2bit"])
+        return runner.verify([tree])[0]
+
+    expected = verify(tree)
+    rows = PackedCache.rows
+
+    def like_the_root(self, sequence, tree):
+        own = rows(self, sequence, tree)
+        return replace(own, seen=own.first.int().expand_as(own.seen).contiguous(), most=0)
+
+    monkeypatch.setattr(PackedCache, "rows", like_the_root)
+    found = verify(tree)
+    assert torch.equal(found[0], expected[0]) and not torch.equal(found[node], expected[node])
+
+
+def test_bad_input(runner):
+    prompt = random_tokens(9)
+    windowed = random_llama(windows=(None, 50))
+    runner.prefill([prompt])
+    with pytest.raises(ValueError, match="cache must be dense for a model with sliding windows: layer 1 sees 50"):
+        windowed.prefill([prompt], cache=CACHES["int4"])
+    runner.prefill([prompt], cache=GearCache(window=10))
+    with pytest.raises(ValueError, match="at most 11 nodes with GearCache"):
+        runner.verify([random_tree(12)])
+    assert runner.lengths() == [9]
+    for settings, error, message in (
+        ({"cache": "gear"}, ValueError, "cache must be one of dense"),
+        ({"cache": None}, TypeError, "cache must be a name or a GearCache, got None"),
+        ({"cache": "int4", "budget": 66}, ValueError, "budget must be at most 65 nodes with cache 'int4', got 66"),
+    ):
+        with pytest.raises(error, match=message):
+            generate(runner, prompt, **settings)
+
+
+def test_codebooks_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="codebooks must be those of llama-.* got codebooks of llama-"):
+        generate(random_llama(context=2000), random_tokens(9), cache=PACKED["rvq"])
+
+
+def test_nan_keys_are_refused(runner):
+    """A weight that gives NaN values in the last layer only: generation says so instead of packing them."""
+    broken = random_llama(dtype=torch.float32)
+    layer = broken.weights.layers[1]
+    dense = layer.qkv.unpack()
+    dense[-1] = torch.nan
+    layer.qkv.data.copy_(pyspec.ops.pack_weight(dense, torch.float32).data)
+    with pytest.raises(ValueError, match="values must be .* got nan in layer 1, head 1, position 0, channel 63"):
+        broken.prefill([random_tokens(200)], cache=CACHES["gear-2bit"])
+
+
+def test_demo_model():
+    try:
+        runner = load("demo", device="cpu")
+    except FileNotFoundError as missing:
+        pytest.skip(str(missing))
+    text = "The list of the first prime numbers is 2, 3, 5, 7, 11. Once more: the list of the first prime numbers is "
+    tokens = runner.tokenizer.encode(text * 9)
+    assert len(tokens) > 192
+    for cache in ("gear-2bit", "int4", *(["rvq"] if DEMO_FILE.is_file() else [])):
+        plain = generate(runner, tokens, drafter=None, max_new_tokens=24, cache=cache)
+        assert generate(runner, tokens, max_new_tokens=24, budget=8, cache=cache).tokens == plain.tokens
+        if cache != "gear-2bit":  # still the model's own words
+            assert "2, 3, 5, 7, 11" in plain.text
+
+
+def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
+    prompt, tree = random_tokens(330), random_tree(20)
+    with pytest.raises(RuntimeError, match="there is no packed cache to save"):
+        runner.prefill([prompt])
+        runner.save_cache(tmp_path / "cache")
+    runner.prefill([prompt, prompt[:50]], cache=CACHES["gear-2bit"])
+    runner.save_cache(tmp_path / "cache")
+    expected = runner.verify([tree, tree])
+    other = random_llama(dtype=torch.bfloat16)
+    other.load_cache(tmp_path / "cache")
+    assert other.lengths() == [330, 50]
+    for found, right in zip(other.verify([tree, tree]), expected, strict=True):
+        assert torch.equal(found, right)
+    with pytest.raises(ValueError, match="is a cache in torch.bfloat16, the model runs in torch.float32"):
+        random_llama(dtype=torch.float32).load_cache(tmp_path / "cache")

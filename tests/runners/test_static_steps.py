@@ -1,0 +1,293 @@
+"""Steps of fixed shape, run on the CPU with a recorder in place of CUDA graphs: the bits of the runner's own path.
+
+tests/kernels/triton/test_llama_triton.py runs them through the GPU's kernels.
+"""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import pyspec.runners.attention
+import pyspec.runners.static_steps as static_steps
+from pyspec import DraftTree, costs, generate
+from pyspec.readback import read_statistics
+from pyspec.runners.static_inputs import StaticInputs
+from pyspec.runners.static_steps import StaticSteps, StepInputs, slots_for
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
+
+
+class FakeRecorder:
+    """Repeats a step; as with a graph, every result lies in the same memory."""
+
+    recorded = 0
+    replayed: set[int] = set()
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, step):
+        number, result = FakeRecorder.recorded, step()
+        FakeRecorder.recorded += 1
+
+        def replay():
+            FakeRecorder.replayed.add(number)
+            for memory, values in zip(result, step(), strict=True):
+                if memory is not None:
+                    memory.copy_(values)
+            return result
+
+        return replay
+
+
+@pytest.fixture
+def static_llama(monkeypatch):
+    """random_llama with static shapes, whose cache starts as full of NaN as memory may be."""
+    monkeypatch.setattr(pyspec.runners.attention, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(FakeRecorder, "recorded", 0)
+    monkeypatch.setattr(FakeRecorder, "replayed", set())
+    empty_cache = pyspec.runners.attention.DenseCache
+
+    def full_of_nan(*args):
+        cache = empty_cache(*args)
+        cache.keys_values.fill_(torch.nan)
+        return cache
+
+    def make(**options):
+        runner = random_llama(**options)
+        runner._is_static = True
+        return runner
+
+    monkeypatch.setattr(pyspec.runners.attention, "DenseCache", full_of_nan)
+    return make
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.bfloat16, "windows": (6, None)}, {"dtype": torch.int8, "biases": True}],
+    ids=["float32", "bfloat16 with a window", "int8 with biases"],
+)
+def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, monkeypatch):
+    """Over random batches: padding, sequences that sit out, trees beyond the largest bucket, several slot sizes."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 64)
+    static, dynamic = static_llama(**options), random_llama(**options)
+    generator = random.Random(sequences)
+    prompts = [random_tokens(generator.choice((1, 20, 130)), seed) for seed in range(sequences)]
+    for ours, theirs in zip(static.prefill(prompts, capacity=320), dynamic.prefill(prompts, capacity=320), strict=True):
+        assert torch.equal(ours, theirs)
+    for seed in range(12):
+        sizes = [generator.choice((1, 2, 3, 8, 13, 33, 64, 70)) for _ in range(sequences)]
+        trees = [random_tree(size, 10 * seed + index) for index, size in enumerate(sizes)]
+        if sequences > 1 and seed % 3:
+            trees[generator.randrange(sequences)] = None
+        found, expected = static.verify(trees), dynamic.verify(trees)
+        paths = []
+        for tree, ours, theirs in zip(trees, found, expected, strict=True):
+            assert tree is None and ours is None or torch.equal(ours, theirs)
+            if tree is not None:  # what the graph found beside them, too
+                assert all(map(np.array_equal, read_statistics(ours), read_statistics(theirs)))
+            paths.append(tree and root_path(tree, generator.randrange(len(tree))))
+        static.commit(paths)
+        dynamic.commit(paths)
+        assert static.lengths() == dynamic.lengths()
+        for index, length in enumerate(static.lengths()):
+            keys_values = (runner._cache.keys_values[:, :, index, :, :length] for runner in (static, dynamic))
+            assert torch.equal(*keys_values)
+
+
+def test_one_recording_for_each_shape(static_llama, monkeypatch):
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    runner = static_llama()
+
+    def recordings(size):
+        before = FakeRecorder.recorded
+        runner.verify([random_tree(size)])
+        return FakeRecorder.recorded - before
+
+    runner.prefill([random_tokens(60)], capacity=300)
+    assert FakeRecorder.recorded == 0  # a prompt is read once
+    assert [recordings(size) for size in (3, 4, 2, 3, 64, 40, 33, 65, 200)] == [1, 0, 1, 0, 1, 0, 0, 0, 0]
+    runner.verify([DraftTree.chain(random_tokens(65))])
+    runner.commit([range(65)])
+    assert [recordings(size) for size in (3, 4)] == [1, 0]  # 125 and 4 do not fit 128
+    assert [recordings(size) for size in (2, 1)] == [0, 1]
+
+    runner.prefill([random_tokens(20, 1)], capacity=383)  # a slot for padding makes 384, as before
+    assert [recordings(size) for size in (3, 60)] == [0, 0]
+    runner.prefill([random_tokens(20, 1)], capacity=384)
+    assert [recordings(size) for size in (3, 60)] == [1, 1]
+    runner.prefill([[1], [2]], capacity=10)
+    runner.verify([random_tree(3), random_tree(2)])
+    assert FakeRecorder.recorded == 8
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("capacity", [1, 5, 127, 128, 300])
+def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch, sequences, capacity):
+    """Prompts, and trees of every size up to 64, from the first slot to the last."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    runner = static_llama()
+    runner.warm(capacity, sequences)
+    assert runner.lengths() == []
+    with pytest.raises(RuntimeError, match="prefill"):
+        runner.verify([random_tree(1)] * sequences)
+    recorded, launched, alone = list(runner._steps._replays), [], StaticSteps.alone
+    assert len(recorded) == FakeRecorder.recorded
+    monkeypatch.setattr(FakeRecorder, "replayed", set())
+    monkeypatch.setattr(StaticSteps, "alone", lambda *args: launched.append(args) or alone(*args))
+    lengths = {1, 2, 100, 150, capacity, *(capacity - size for size in (1, 2, 3, 5, 9, 17, 33))}
+    for length in (length for length in lengths if 0 < length <= capacity):
+        runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=capacity)
+        for size in range(1, min(64, capacity - length) + 1):
+            runner.verify([random_tree(size), None][:sequences])
+    assert list(runner._steps._replays) == recorded
+    if capacity > 64:  # no more than can be replayed, neither
+        replayed = {recorded[number] for number in FakeRecorder.replayed}
+        assert {shape for shape in recorded if shape[0] <= 64} == {shape for shape in replayed if shape[0] <= 64}
+    assert sequences > 1 or not launched
+    runner.warm(capacity, sequences)
+    assert FakeRecorder.recorded == len(recorded)
+
+
+def test_warm_after_a_long_text_writes_only_to_slots_that_there_are(static_llama, monkeypatch):
+    """A runner that has read without it records what is missing, for fewer slots than the text before had."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    runner = static_llama()
+    runner.prefill([random_tokens(200)], capacity=300)
+    (before,) = runner.verify([random_tree(8)])
+    runner.warm(300)
+    runner.prefill([random_tokens(200)], capacity=300)
+    assert torch.equal(runner.verify([random_tree(8)])[0], before)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_warm_runner_has_the_bits_of_a_cold_one(static_llama, sequences):
+    """Its prompts are replayed too, in pieces of every size, in a cache that other texts have been in."""
+    warm, cold = static_llama(), random_llama()
+    warm.warm(1500, sequences)
+    for lengths in ((1300, 7, 512), (40, 700, 1), (513, 2, 90)):
+        prompts = [random_tokens(length, length) for length in lengths[:sequences]]
+        seen = {}
+        for runner in (warm, cold):
+            pieces = seen[runner] = [[] for _ in prompts]
+            last = runner.prefill(prompts, capacity=1500, observe=lambda b, chain, rows, p=pieces: p[b].append(rows))
+            assert all(torch.equal(rows[-1][-1], logits) for rows, logits in zip(pieces, last, strict=True))
+        assert all(torch.equal(torch.cat(ours), torch.cat(theirs)) for ours, theirs in zip(*seen.values(), strict=True))
+        trees = [random_tree(20, seed) for seed in range(sequences)]
+        for ours, theirs in zip(warm.verify(trees), cold.verify(trees), strict=True):
+            assert torch.equal(ours, theirs)
+        for index, length in enumerate(warm.lengths()):
+            keys_values = (runner._cache.keys_values[:, :, index, :, :length] for runner in (warm, cold))
+            assert torch.equal(*keys_values)
+
+
+def test_generation_records_nothing_after_warm(static_llama):
+    runner, prompt = static_llama(), random_tokens(30)
+    runner.warm(30 + 40 + 64)
+    recorded = FakeRecorder.recorded
+    plain = generate(runner, prompt, drafter=None, max_new_tokens=40).tokens
+    assert generate(runner, prompt, drafter="lookup", budget=20, max_new_tokens=40).tokens == plain
+    assert FakeRecorder.recorded == recorded
+
+
+def test_costs_are_measured_without_recording(static_llama, monkeypatch):
+    recorded, seconds = [], costs._seconds
+    monkeypatch.setattr(costs, "SECONDS", 0.01)
+    monkeypatch.setattr(costs.measured, "keep", lambda *entry: None)
+    monkeypatch.setattr(costs, "_seconds", lambda *args: recorded.append(FakeRecorder.recorded) or seconds(*args))
+    costs.measure_costs(static_llama())
+    assert set(recorded) == {FakeRecorder.recorded} != {0}
+
+
+def test_longer_and_longer_prompts_lose_the_graphs_a_few_times_only(static_llama, monkeypatch):
+    """However slowly they grow; the first cache, or the one that warm asks for, has no more slots than it needs."""
+    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 16)
+    runner, sizes = static_llama(context=1000), []
+    for capacity in range(20, 1064, 7):
+        runner.prefill([[1]], capacity=capacity)
+        sizes.append(runner._steps.slots)
+        assert sizes[-1] > capacity
+    assert sorted(set(sizes)) == sizes[:: len(sizes)] + [64, 128, 256, 512, 1024, 1072]
+    runner.prefill([[1]], capacity=20)
+    assert runner._steps.slots == 1072  # a shorter text has the graphs of the longest
+    runner.prefill([[1]], capacity=5000)
+    assert runner._steps.slots == 5008  # more than the context, if it must be
+
+
+def test_capacity_is_what_was_asked_for(static_llama):
+    runner = static_llama()
+    for capacity in (20, 15):  # the second in the first one's cache
+        runner.prefill([[1] * 10], capacity=capacity)
+        with pytest.raises(ValueError, match=f"has 10 of {capacity} slots committed and needs {capacity - 9} more"):
+            runner.verify([DraftTree.chain([1] * (capacity - 9))])
+        runner.verify([DraftTree.chain([1] * (capacity - 10))])
+
+
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_logits_outlive_the_next_verify(static_llama, sequences):
+    runner = static_llama()
+    runner.prefill([random_tokens(9), random_tokens(5, 1)][:sequences], capacity=40)
+    trees = [random_tree(5), random_tree(7, 1)][:sequences]
+    first = runner.verify(trees)
+    before = [logits.clone() for logits in first]
+    runner.verify([random_tree(8, 2), random_tree(6, 3)][:sequences])
+    assert all(map(torch.equal, first, before))
+    assert all(map(torch.equal, runner.verify(trees), before))
+    assert runner.verify([None] * sequences) == [None] * sequences
+
+
+def test_inputs_are_aligned_and_padded():
+    trees = [DraftTree([5, 6, 7], [-1, 0, 0]), None, DraftTree.chain([8])]
+    inputs = StepInputs(3, 33, torch.device("cpu"))
+    inputs.fill(trees, [10, 20, 30])
+    parts = ("tokens", "positions", "sequences", "slots", "prefix_lens", "ancestor_bits")
+    assert all(getattr(inputs, part).data_ptr() % 16 == inputs.buffer.data_ptr() % 16 for part in parts)
+    assert inputs.tokens[:, :4].tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [8, 0, 0, 0]]
+    assert inputs.positions[:, :4].tolist() == [[10, 11, 11, 0], [0, 0, 0, 0], [30, 0, 0, 0]]
+    assert inputs.sequences.tolist() == [[row] * 33 for row in range(3)]
+    assert inputs.slots.tolist() == [[10, 11, 12] + [13] * 30, [20] * 33, [30] + [31] * 32]
+    assert inputs.prefix_lens.tolist() == [10, 0, 30]
+    assert inputs.ancestor_bits.shape == (3, 33, 2)
+    assert inputs.ancestor_bits[:, :3, 0].tolist() == [[1, 3, 5], [0, 0, 0], [1, 0, 0]]
+    assert not inputs.ancestor_bits[:, 3:].any() and not inputs.ancestor_bits[:, :, 1].any()
+    inputs.fill([None, DraftTree.chain([3]), None], [1, 2, 3])  # nothing of the trees before is left
+    assert inputs.tokens.sum() == 3 and inputs.ancestor_bits.sum() == 1 and inputs.prefix_lens.tolist() == [0, 2, 0]
+
+
+def test_inputs_are_written_to_again_when_they_were_read():
+    """With something in place of CUDA's events."""
+    static, written = StaticInputs(torch.device("cpu"), numbers=(3,)), []
+
+    def read(place, so_far):
+        static._hosts[place] = static._hosts[place]._replace(read=SimpleNamespace(query=lambda: so_far))
+
+    for number in (1, 2, 3):
+        written.append(static.host()["numbers"])
+        assert not written[-1].any()
+        written[-1][:] = number
+        static.send()
+        read(-1, False)
+        assert static.numbers.tolist() == [number] * 3
+    assert [numbers[0] for numbers in written] == [1, 2, 3]
+    read(0, True)
+    assert static.host()["numbers"] is written[0]
+    assert [numbers[0] for numbers in written] == [0, 2, 3]
+
+
+def test_graphs_of_more_rows_have_no_head(static_llama):
+    """Their logits would take more memory than the launch of the head takes time."""
+    runner = static_llama()
+    for sequences, nodes in ((1, 64), (2, 32), (3, 32)):
+        runner.prefill([[1]] * sequences, capacity=100)
+        with torch.inference_mode():
+            rows = runner._run_layers([random_tree(nodes)] * sequences, range(sequences))
+        has_head = sequences * nodes <= 64
+        assert (rows.logits is not None) == (rows.statistics is not None) == has_head
+
+
+def test_padding_has_slots():
+    assert [slots_for(capacity) for capacity in (1, 1023, 1024)] == [1024, 1024, 2048]
+    assert all(capacity < slots_for(capacity) for capacity in range(1, 5000, 7))
