@@ -3,9 +3,9 @@
 from pyspec.caches import GearCache, ResidualVqCache
 from pyspec.checkpoints import from_transformers, load
 from pyspec.generate import Generation, generate
-from pyspec.loop import Stats
 from pyspec.masks import BlockMask
 from pyspec.ops import backend
+from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
 __version__ = "0.1.0"
