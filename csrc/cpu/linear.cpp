@@ -1,6 +1,6 @@
 #include "params/linear.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -24,15 +24,14 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     STD_TORCH_CHECK(bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->dim() == 1 &&
                         bias->size(0) == outputs,
                     "bias must be float32 [outputs]");
-    biases = torch::stable::contiguous(*bias);
+    biases = pyspec::contiguous(*bias, "bias");
     p.bias = static_cast<const float*>(biases->data_ptr());
   }
-  Tensor out = torch::stable::new_empty(x, {p.rows, outputs}, out_dtype);
+  Tensor out = pyspec::new_tensor({p.rows, outputs}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");
   p.x = x.data_ptr(), p.out = out.data_ptr(), p.out_stride = outputs;
-  p.parallel_for = pyspec::parallel_for;
-  p.workspace = pyspec::workspace((pyspec::workspace_bytes(p) + 3) / 4);
-  if (p.rows * outputs > 0) pyspec_linear_table[pyspec::instruction_set()](p);
+  p.workspace = pyspec::scratch((pyspec::workspace_bytes(p) + 3) / 4);
+  if (p.rows * outputs > 0) pyspec::launch(pyspec_linear_table, p);
   return out;
 }
 

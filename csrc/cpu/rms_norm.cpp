@@ -1,6 +1,6 @@
 #include "params/rms_norm.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -19,20 +19,20 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor&
   STD_TORCH_CHECK(weight.dim() >= 1 && weight.dim() <= 2 && weight.size(-1) == p.size && p.groups > 0 &&
                       p.rows % p.groups == 0 && weight.scalar_type() == float32,
                   "weight must be float32 [size], or [groups, size] for a multiple of groups rows");
-  Tensor weights = torch::stable::contiguous(weight);
+  Tensor weights = pyspec::contiguous(weight, "weight");
   std::optional<Tensor> deltas;
   if (delta) {
     STD_TORCH_CHECK(delta->dim() == 2 && delta->size(0) == p.rows && delta->size(1) == p.size &&
                         delta->scalar_type() == float32,
                     "delta must be float32 and have the shape of hidden");
-    deltas = torch::stable::contiguous(*delta);
+    deltas = pyspec::contiguous(*delta, "delta");
     p.delta = static_cast<const float*>(deltas->data_ptr());
   }
-  Tensor out = torch::stable::new_empty(hidden, {p.rows, p.size}, out_dtype);
+  Tensor out = pyspec::new_tensor({p.rows, p.size}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");
   p.hidden = static_cast<float*>(hidden.data_ptr()), p.weight = static_cast<const float*>(weights.data_ptr());
-  p.out = out.data_ptr(), p.epsilon = static_cast<float>(epsilon), p.parallel_for = pyspec::parallel_for;
-  pyspec_rms_norm_table[pyspec::instruction_set()](p);
+  p.out = out.data_ptr(), p.epsilon = static_cast<float>(epsilon);
+  pyspec::launch(pyspec_rms_norm_table, p);
   return out;
 }
 

@@ -1,6 +1,6 @@
 #include "params/rotary_write.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -46,9 +46,9 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
                       positions.scalar_type() == int32 && sequences.scalar_type() == int32 &&
                       slots.scalar_type() == int32,
                   "positions, sequences and slots must be int32 [rows]");
-  Tensor rows = torch::stable::contiguous(qkv), at = torch::stable::contiguous(positions);
-  Tensor of = torch::stable::contiguous(sequences), to = torch::stable::contiguous(slots);
-  Tensor q = torch::stable::new_empty(keys, {p.rows, heads, p.head_dim});
+  Tensor rows = pyspec::contiguous(qkv, "qkv"), at = pyspec::contiguous(positions, "positions");
+  Tensor of = pyspec::contiguous(sequences, "sequences"), to = pyspec::contiguous(slots, "slots");
+  Tensor q = pyspec::new_tensor({p.rows, heads, p.head_dim}, keys.scalar_type());
   p.qkv = static_cast<const float*>(rows.data_ptr()),
   p.cos_sin = static_cast<const float*>(cos_sin.data_ptr());
   p.positions = static_cast<const int32_t*>(at.data_ptr());
@@ -56,9 +56,8 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
   p.slots = static_cast<const int32_t*>(to.data_ptr());
   p.q = q.data_ptr(), p.k = keys.data_ptr(), p.v = values.data_ptr();
   for (int i = 0; i < 3; ++i) p.k_strides[i] = keys.stride(i), p.v_strides[i] = values.stride(i);
-  p.parallel_for = pyspec::parallel_for;
   check_places(p, cos_sin.size(0), keys.size(0), keys.size(2));
-  pyspec_rotary_write_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_rotary_write_table, p);
   return q;
 }
 

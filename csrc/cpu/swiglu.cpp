@@ -1,6 +1,6 @@
 #include "params/swiglu.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -12,14 +12,13 @@ Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype) {
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.scalar_type() == torch::headeronly::ScalarType::Float &&
                       gate_up.size(1) % 2 == 0,
                   "gate_up must be float32 [rows, 2 * size]");
-  Tensor values = torch::stable::contiguous(gate_up);
+  Tensor values = pyspec::contiguous(gate_up, "gate_up");
   pyspec::SwigluParams p{};
   p.rows = values.size(0), p.size = values.size(1) / 2;
-  Tensor out = torch::stable::new_empty(values, {p.rows, p.size}, out_dtype);
+  Tensor out = pyspec::new_tensor({p.rows, p.size}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");
   p.gate_up = static_cast<const float*>(values.data_ptr()), p.out = out.data_ptr();
-  p.parallel_for = pyspec::parallel_for;
-  pyspec_swiglu_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_swiglu_table, p);
   return out;
 }
 

@@ -1,0 +1,97 @@
+"""Tapes: launches of the compiled CPU kernels, recorded once and then run by all threads in one call.
+
+While a tape records, this thread's ops compute nothing: what they return has shape and dtype but no memory, so
+anything but pyspec's ops and views of their results is an error. csrc/cpu/tape.h says how a tape lays out its memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._library import compiled_library
+
+__all__ = ["Arena", "Tape", "can_record"]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = compiled_library()[0]
+    library.pyspec_tape_begin.restype = ctypes.c_void_p
+    library.pyspec_tape_end.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    library.pyspec_tape_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.pyspec_tape_bytes.argtypes = [ctypes.c_void_p]
+    library.pyspec_tape_bytes.restype = ctypes.c_int64
+    library.pyspec_tape_free.argtypes = [ctypes.c_void_p]
+    library.pyspec_tape_end.restype = library.pyspec_tape_run.restype = ctypes.c_char_p
+    return library
+
+
+class Arena:
+    """Memory that tapes share which never run at the same time."""
+
+    def __init__(self):
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def reserve(self, nbytes: int) -> None:
+        """Makes it at least so large; what it held is lost."""
+        if nbytes + 64 > self.memory.nbytes:
+            self.memory = torch.empty(nbytes + 64, dtype=torch.uint8, device="cpu")
+
+    @property
+    def address(self) -> int:
+        """Of the first byte, which is aligned to 64."""
+        return -(-self.memory.data_ptr() // 64) * 64
+
+
+class Tape:
+    """What the ops in `program` launch, to be run again and again.
+
+    Args:
+        program: calls ops on tensors that outlive the tape, and returns one of their results. What changes between
+            runs it reads from tensors on the CPU, whose shapes stay the same.
+        arena: for the tensors in between.
+
+    Attributes:
+        result: where each run leaves what program returned.
+        nbytes: that the tensors in between take of the arena.
+    """
+
+    def __init__(self, program: Callable[[], Tensor], arena: Arena):
+        library = _library()
+        self._handle = library.pyspec_tape_begin()
+        if self._handle is None:
+            raise RuntimeError("a tape cannot be recorded here: this thread records one already, or memory is short")
+        self._free = weakref.finalize(self, library.pyspec_tape_free, self._handle)
+        found = None
+        try:
+            found = program()
+            self.result = torch.empty(found.shape, dtype=found.dtype, device="cpu")
+        finally:
+            addresses = [] if found is None else [found.data_ptr(), self.result.data_ptr()]
+            words = [(ctypes.c_void_p * 1)(address) for address in addresses] or [None, None]
+            error = library.pyspec_tape_end(self._handle, len(addresses) // 2, *words)
+        if error:
+            raise RuntimeError(error.decode())
+        self.nbytes = library.pyspec_tape_bytes(self._handle)
+        self._arena = arena
+        arena.reserve(self.nbytes)
+        self._run = library.pyspec_tape_run
+
+    def run(self) -> Tensor:
+        """Runs the launches on all of torch's threads and returns `result`."""
+        if error := self._run(self._handle, self._arena.address):
+            raise RuntimeError(error.decode())
+        return self.result
+
+
+def can_record() -> bool:
+    """Whether ops on CPU tensors have compiled kernels now, which a tape needs."""
+    from pyspec.ops import _library as ops
+
+    return compiled_library()[0] is not None and ops._forced in (None, "compiled")
