@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.acceptance import Accepted
+from pyspec.acceptance import RULES, Accepted
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
@@ -70,3 +70,6 @@ class KSeq(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return k_seq(tree, p, q, noise)
+
+
+RULES.register("k_seq", KSeq, "independent draws; exact law (SpecTr)")
