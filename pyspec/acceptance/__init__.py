@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from pyspec.registry import Registry
 from pyspec.sampling.sampler import Sampler
-from pyspec.tree import DraftTree, Siblings
+from pyspec.tree import Accepted, DraftTree, Siblings
 
 if TYPE_CHECKING:
     from pyspec.drafters import Drafter
 
-__all__ = ["RULES", "AcceptanceRule", "Accepted", "Siblings", "acceptance_from_name", "check_laws"]
+__all__ = ["RULES", "AcceptanceRule", "acceptance_from_name", "check_laws"]
 
 #: What makes the rules that need no settings, by name.
 RULES: Registry[Callable[[], AcceptanceRule]] = Registry("pyspec.acceptance")
-
-
-class Accepted(NamedTuple):
-    """What a rule decided.
-
-    Attributes:
-        path: accepted nodes from the root on, root included.
-        next_token: what the target says after it.
-    """
-
-    path: list[int]
-    next_token: int
 
 
 class AcceptanceRule(Protocol):

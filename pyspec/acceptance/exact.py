@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from pyspec.acceptance import RULES, Accepted
+from pyspec.acceptance import RULES
 from pyspec.sampling.sampler import InvalidLogits, Sampler
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["ExactAcceptance"]
 
