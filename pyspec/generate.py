@@ -158,9 +158,7 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 
 def _check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
-        raise TypeError(
-            f"model must be a runner, from pyspec.load or pyspec.runners.from_transformers, got {described(model)}"
-        )
+        raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
