@@ -75,9 +75,8 @@ def generate(
             (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
             that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
-        acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
-            "block" and "traversal" are for drafters that draw, keep more of their drafts, and keep the law of the
-            text, not the text of a seed. "typical" is lossy.
+        acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
+            law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
