@@ -2,10 +2,10 @@
 
 from pyspec.caches import GearCache, ResidualVqCache
 from pyspec.generate import Generation, generate
-from pyspec.loop import Stats
 from pyspec.masks import BlockMask
 from pyspec.ops import backend
 from pyspec.runners import load
+from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
 __version__ = "0.1.0"
