@@ -76,9 +76,8 @@ def generate(
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
             that gives most tokens a second by the measured costs of this model on this machine
             (pyspec/controllers/pays.py).
-        acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
-            "block" and "traversal" are for drafters that draw, keep more of their drafts, and keep the law of the
-            text, not the text of a seed. "typical" is lossy.
+        acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
+            law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
@@ -154,9 +153,7 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 
 def _check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
-        raise TypeError(
-            f"model must be a runner, from pyspec.load or pyspec.runners.from_transformers, got {described(model)}"
-        )
+        raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:

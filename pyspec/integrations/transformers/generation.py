@@ -15,12 +15,13 @@ from transformers.cache_utils import Cache
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.architectures.llama import Unsupported
-from pyspec.checkpoints.loading import native_config_of
+from pyspec.checkpoints import from_transformers
+from pyspec.checkpoints.load import native_config_of
 from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import speculate
-from pyspec.runners import Runner, from_transformers
+from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.sampling.sampler import Sampler
