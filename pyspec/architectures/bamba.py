@@ -1,32 +1,24 @@
-"""BambaRunner: Bamba models, hybrids in which some layers are attention and the others Mamba-2.
+"""Bamba: hybrids in which some layers are attention and the others Mamba-2.
 
 A path is committed to both kinds of state: attention layers compact their keys and values, Mamba-2 layers replay it at
-the beginning of the next round. All layers run the same nodes, op by op.
+the beginning of the next round. All layers run the same nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures.llama import LayerWeights, LlamaConfig, rope_table
+from pyspec.architectures.blocks import attention, feed_forward
+from pyspec.architectures.llama import LayerWeights, LlamaConfig
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
-from pyspec.caches.dense import DenseCache
-from pyspec.caches.hybrid import HybridCache
-from pyspec.caches.state import StateCache
 from pyspec.ops.linear import PackedWeight
-from pyspec.ops.llama_layers import TreeRows, attention_block, feed_forward
-from pyspec.ops.mamba_layers import WEIGHTS, mamba2_mixer
 from pyspec.ops.rms_norm import rms_norm
-from pyspec.runners.recurrent import RecurrentRunner
-from pyspec.runners.static_steps import Rows
-from pyspec.tree import DraftTree
 
-__all__ = ["BambaConfig", "BambaRunner", "BambaWeights"]
+__all__ = ["BambaConfig", "BambaWeights"]
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ class RecurrentLayer(Mamba2Layer):
     """A Mamba-2 layer."""
 
     MATRICES = (*Mamba2Layer.MATRICES, "gate_up", "down")
-    MIXER = "mamba."
+    PREFIX = "mamba."
     NORM = "input_layernorm.weight"
 
     feed_forward_norm: Tensor  # [hidden]
@@ -178,55 +170,18 @@ class BambaWeights(NativeWeights):
 
     NORM = "model.final_layernorm.weight"
 
-
-class BambaRunner(RecurrentRunner):
-    """A Bamba model with its states, keys and values; see NativeRunner."""
-
-    def __init__(
-        self,
-        config: BambaConfig,
-        weights: BambaWeights,
-        tokenizer=None,
-        eos_tokens: Sequence[int] = (),
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__(config, weights, config.attention.context_length, tokenizer, eos_tokens, dtype)
-        self._recurrent = [
-            None if kind else dict(zip(WEIGHTS, layer.kernel_tensors(config.recurrence), strict=True))
-            for kind, layer in zip(config.is_attention, weights.layers, strict=True)
-        ]
-        self._cos_sin = rope_table(config.rope_frequencies(), 0, self.device)
-
-    def _empty_cache(self, sequences: int, capacity: int | None) -> HybridCache:
-        attention = self.config.attention
-        capacity = self.context_length if capacity is None else capacity
-        if len(self._cos_sin) < capacity:
-            self._cos_sin = rope_table(self.config.rope_frequencies(), capacity, self.device)
-        shape = (attention.layers, sequences, attention.kv_heads, capacity, attention.head_dim)
-        dense = DenseCache(*shape, self.dtype, self.device)
-        return HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
-
-    def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: HybridCache) -> Rows:
-        config, epsilon, state = self.config, self.config.attention.norm_epsilon, cache.state
-        lengths = [cache.lengths[sequence] for sequence in sequences]
-        round = state.round(trees, sequences, advances)  # may replace the records
-        rows = TreeRows([tree.ancestor_bits for tree in trees], sequences, lengths, self.device)
-        depths = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
-        place = (self._cos_sin, torch.cat(depths).to(self.device), rows.sequences, rows.slots)
-        states = zip(state.states, state.windows, state.records, state.conv_records, strict=True)
-        keys_values = iter(cache.dense.keys_values)
-
-        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees])), None
-        for layer, recurrent in zip(self.weights.layers, self._recurrent, strict=True):
-            if recurrent is None:
-                x = rms_norm(hidden, layer.attention_norm, epsilon, delta=delta, out_dtype=self.dtype)
-                matrices, biases = (layer.qkv.data, layer.output.data), (layer.qkv_bias, layer.output_bias)
-                k, v = next(keys_values)
-                delta = attention_block(x, matrices, biases, *place, k, v, rows.attend, config.attention.heads)
+    def forward(self, config: BambaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
+        epsilon, delta = config.attention.norm_epsilon, None
+        counts = {True: iter(range(config.layers)), False: iter(range(config.layers))}  # each kind has a cache
+        for is_attention, layer in zip(config.is_attention, self.layers, strict=True):
+            index = next(counts[is_attention])
+            x = rms_norm(
+                hidden, layer.attention_norm if is_attention else layer.norm, epsilon, delta=delta, out_dtype=dtype
+            )
+            if is_attention:
+                delta = attention(x, layer, config.attention.heads, cache, index, numbers)
             else:
-                x = rms_norm(hidden, layer.norm, epsilon, delta=delta, out_dtype=self.dtype)
-                delta = mamba2_mixer(x, recurrent, *next(states), round, epsilon)
-            x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=self.dtype)
-            delta = feed_forward(x, layer.gate_up.data, layer.down.data, config.attention.intermediate_size)
-        state.done(sequences, advances)
-        return Rows(rms_norm(hidden, self.weights.norm, epsilon, delta=delta, out_dtype=self.dtype))
+                delta = layer.mix(config.recurrence, x, cache.layer(index), numbers.round)
+            x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
+            delta = feed_forward(x, layer)
+        return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)

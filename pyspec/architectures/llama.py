@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pyspec.architectures.blocks import attention, feed_forward
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
+from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.tree_attention import HEAD_DIMS
 
 __all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "RopeScaling", "Unsupported", "rope_table"]
@@ -140,6 +142,16 @@ class LayerWeights(NativeLayer):
 
 class LlamaWeights(NativeWeights):
     """All weights, by the names of Hugging Face's Llama."""
+
+    def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
+        delta = None
+        for index in range(config.layers) if layers is None else layers:
+            layer, window = self.layers[index], config.windows[index]
+            x = rms_norm(hidden, layer.attention_norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
+            delta = attention(x, layer, config.heads, cache, index, numbers, window)
+            x = rms_norm(hidden, layer.feed_forward_norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
+            delta = feed_forward(x, layer)
+        return rms_norm(hidden, self.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
 
 
 def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyspec.architectures.blocks import mamba
+from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
-from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner
 
-__all__ = ["MambaConfig", "MambaLayer", "MambaRunner"]
+__all__ = ["MambaConfig", "MambaLayer"]
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,5 @@ class MambaLayer(StateSpaceLayer):
     def computed(self, config: MambaConfig) -> dict[str, Tensor]:
         return {"A": to_panels(-self.A_log.exp())}
 
-
-class MambaRunner(StateSpaceRunner):
-    """A Mamba model; see StateSpaceRunner."""
-
-    config: MambaConfig
+    def mix(self, config: MambaConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
+        return mamba(x, self.mixer(config), state, round)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyspec.architectures.blocks import mamba2
+from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.ops.selective_state import LANES, MULTIPLE
-from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner
 
-__all__ = ["Mamba2Config", "Mamba2Layer", "Mamba2Runner"]
+__all__ = ["Mamba2Config", "Mamba2Layer"]
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,5 @@ class Mamba2Layer(StateSpaceLayer):
             "gate_norm": self.gate_norm.view(config.groups, -1),
         }
 
-
-class Mamba2Runner(StateSpaceRunner):
-    """A Mamba-2 model; see StateSpaceRunner."""
-
-    config: Mamba2Config
+    def mix(self, config: Mamba2Config, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
+        return mamba2(x, self.mixer(config), state, round, config.norm_epsilon)

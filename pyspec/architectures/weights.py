@@ -71,6 +71,20 @@ class NativeWeights:
     head: Matrix  # [vocab, hidden]
     sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
 
+    def forward(self, config, hidden: Tensor, cache, numbers, dtype: torch.dtype, layers=None) -> Tensor:
+        """[R, H] of dtype, after the last norm: all layers, or those named, for the rows of a round.
+
+        A straight line of ops, because it is recorded; see architectures.blocks.
+
+        Args:
+            hidden: [R, H] fp32, the embedded rows; used up.
+            cache: of the batch; keys, values and states of the rows go there.
+            numbers: the round, a pyspec.runners.numbers.Numbers.
+            dtype: of activations.
+            layers: some of the layers, ascending; only where they are all attention.
+        """
+        raise NotImplementedError
+
     @classmethod
     def empty(cls, config, dtype: torch.dtype, device: torch.device) -> NativeWeights:
         """Dense weights to be filled through `named`."""

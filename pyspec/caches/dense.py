@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from pyspec.ops.ragged_attention import ragged_attention
 
 __all__ = ["DenseCache", "keep_path"]
 
@@ -14,13 +18,18 @@ class DenseCache:
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
-    `keys_values` is that allocation.
+    `keys_values` is that allocation, and `rope` the cosines and sines of every position, as rotary_write takes them.
 
     Args:
         layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1. `restart` may allow fewer
             slots than there are.
         dtype, device: of the keys and values.
+        rope: [capacity at least, 2, head_dim / 2] fp32, where a forward is to read it.
     """
+
+    has_keys = True
+    has_states = False
+    longest_path = 0  # nodes to be replayed: a path is compacted at once
 
     def __init__(
         self,
@@ -31,10 +40,49 @@ class DenseCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        rope: Tensor | None = None,
     ):
         self.capacity = capacity
+        self.rope = rope
         self.lengths = [0] * sequences
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_values.device
+
+    @property
+    def memory(self) -> int:
+        """Tells apart where it lies."""
+        return self.keys_values.data_ptr()
+
+    @property
+    def slots(self) -> int:
+        """Slots that are allocated for a sequence."""
+        return self.keys_values.shape[4]
+
+    @property
+    def starts(self) -> list[int]:
+        """The position of each sequence's first slot."""
+        return [0] * len(self.lengths)
+
+    def view(self, sequences: Sequence[int], slots: int) -> DenseCache:
+        """The same memory, as a cache of neighbouring sequences and of their first slots."""
+        view = copy.copy(self)
+        view.keys_values = self.keys_values[:, :, sequences[0] : sequences[-1] + 1, :, :slots]
+        return view
+
+    def plan(self, trees, advances) -> None:
+        """Nothing is to be done before a round."""
+
+    def done(self, trees, advances) -> None:
+        """Nothing is to be done after a round: its keys are scratch until they are committed."""
+
+    def attend(self, layer: int, q: Tensor, numbers, window: int | None) -> Tensor:
+        """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
+        k, v = self.keys_values[layer]
+        trees = (numbers.ancestor_bits, numbers.starts, numbers.prefix_lens)
+        return ragged_attention(q, k, v, *trees, window=window)
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
@@ -53,6 +101,10 @@ class DenseCache:
         """Makes the first count slots of a sequence, in all layers, those of another, and all it has."""
         self.keys_values[:, :, target, :, :count] = self.keys_values[:, :, source, :, :count]
         self.lengths[target] = count
+
+    def advance(self, sequence: int, count: int) -> None:
+        """Keeps the first written slots, of a chain that is accepted as a whole."""
+        self.commit(sequence, range(count))
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""

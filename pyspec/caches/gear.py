@@ -10,7 +10,7 @@ The block's keys stay in full precision until no row can come any more that is n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -228,6 +228,14 @@ class PackedCache:
                 f"and needs {count} more: prefill with a larger capacity"
             )
 
+    def over(self, trees: Mapping[int, DraftTree]) -> _Round:
+        """What a forward over trees by sequence, in ascending order, reads of this cache."""
+        return _Round(self, trees)
+
+    def advance(self, sequence: int, count: int) -> None:
+        """Keeps the first written slots, of a chain that is accepted as a whole."""
+        self.commit(sequence, range(count))
+
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
         """What the nodes of a tree behind a sequence see."""
         device = self.keys_values.device
@@ -305,6 +313,20 @@ class PackedCache:
                 f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
+
+
+class _Round:
+    """A packed cache, as a forward reads it in one round."""
+
+    def __init__(self, cache: PackedCache, trees: Mapping[int, DraftTree]):
+        self.keys_values, self.rope = cache.keys_values, cache.rope
+        self._cache, self._sizes = cache, [len(tree) for tree in trees.values()]
+        self._seen = {sequence: cache.rows(sequence, tree) for sequence, tree in trees.items()}
+
+    def attend(self, layer: int, q: Tensor, numbers, window: int | None) -> Tensor:
+        parts = zip(self._seen.items(), q.split(self._sizes), strict=True)
+        mixed = [self._cache.attend(layer, sequence, part, rows) for (sequence, rows), part in parts]
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 def _shortest_keys(part: Tensor) -> Tensor:

@@ -13,21 +13,39 @@ __all__ = ["HybridCache"]
 class HybridCache:
     """A path goes to both: `dense` compacts its keys and values at once, `state` replays it in the next round."""
 
+    has_keys = has_states = True
+
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense
+        self.attend, self.check_room = dense.attend, dense.check_room
+        self.layer, self.plan, self.done = state.layer, state.plan, state.done
 
     @property
     def lengths(self) -> list[int]:
         return self.dense.lengths
 
-    def check_room(self, sequence: int, count: int) -> None:
-        """Raises ValueError unless count more tokens fit behind a sequence."""
-        self.dense.check_room(sequence, count)
+    starts = property(lambda self: self.dense.starts)
+    slots = property(lambda self: self.dense.slots)
+    capacity = property(lambda self: self.dense.capacity)
+    rope = property(lambda self: self.dense.rope)
+    keys_values = property(lambda self: self.dense.keys_values)
+    device = property(lambda self: self.dense.device)
+    longest_path = property(lambda self: self.state.longest_path)
+    memory = property(lambda self: (self.state.memory, self.dense.memory))
+
+    def view(self, sequences: Sequence[int], slots: int) -> HybridCache:
+        """The same memory, with some sequences' first slots alone."""
+        return HybridCache(self.state, self.dense.view(sequences, slots))
+
+    def restart(self, capacity: int) -> None:
+        """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
+        self.state.restart()
+        self.dense.restart(capacity)
 
     def advance(self, sequence: int, count: int) -> None:
         """Counts tokens behind which the state has moved, and keeps their written slots."""
         self.state.advance(sequence, count)
-        self.dense.commit(sequence, range(count))
+        self.dense.advance(sequence, count)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Adds these nodes of the last tree to the sequence; path ascends."""

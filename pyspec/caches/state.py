@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from pyspec.ops.selective_state import LANES, Round
+from pyspec.ops.selective_state import LANES
 from pyspec.tree import DraftTree
 
 __all__ = ["Plan", "StateCache"]
@@ -16,7 +17,7 @@ FEWEST_NODES = 16  # of a record
 
 
 class Plan(NamedTuple):
-    """Of some trees, see Round."""
+    """What is replayed before a round, by sequence; see pyspec.ops.selective_state.Round."""
 
     paths: list[list[int]]
     halves: list[int]
@@ -58,6 +59,10 @@ class StateCache:
         self.conv_records = self.states.new_empty(layers, 2, sequences, 0, conv_channels)
         self._begin(sequences)
 
+    has_keys = False
+    has_states = True
+    slots = 0
+
     def _begin(self, sequences: int) -> None:
         self.lengths = [0] * sequences
         self._paths: list[list[int]] = [[] for _ in range(sequences)]  # nodes that are accepted and not yet replayed
@@ -83,28 +88,48 @@ class StateCache:
             device=device,
         )
 
-    def plan(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Plan:
-        """What `round` tells the kernels of these trees beside the trees."""
-        self._reserve(max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0))
-        paths = [self._paths[sequence] for sequence in sequences]
-        return Plan(paths, [self._halves[sequence] for sequence in sequences])
+    @property
+    def device(self) -> torch.device:
+        return self.states.device
 
-    def round(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Round:
-        """What the kernels are told of these trees; `done` says that all layers have run it.
+    @property
+    def memory(self) -> int:
+        """Tells apart where the records lie, which grow."""
+        return self.records.data_ptr()
 
-        Args:
-            sequences: of each tree, whose state it starts from.
-            advances: whether the tree is a chain that is accepted as a whole, so that the state moves behind it.
+    @property
+    def starts(self) -> list[int]:
+        """A state begins at position 0."""
+        return [0] * len(self.lengths)
+
+    @property
+    def longest_path(self) -> int:
+        """Nodes of a path that is replayed, at most: each of the record's once."""
+        return self.records.shape[3]
+
+    def view(self, sequences: Sequence[int], slots: int) -> StateCache:
+        """Itself: a round names the sequences that it is of."""
+        return self
+
+    def plan(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> Plan:
+        """What is to be replayed before the trees of some sequences, with room in the record for their nodes.
+
+        advances: the sequences whose tree is a chain that is accepted as a whole; the state moves behind it, and
+            nothing is recorded.
         """
-        plan = self.plan(trees, sequences, advances)
-        return Round.of(trees, sequences, *plan, advances=advances, device=self.states.device)
+        self._reserve(max((len(tree) for sequence, tree in trees.items() if sequence not in advances), default=0))
+        return Plan(self._paths, self._halves)
 
-    def done(self, sequences: Sequence[int], advances: Sequence[bool]) -> None:
+    def done(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
         """All layers have replayed the paths, and have recorded each tree or moved behind it."""
-        for sequence, moves in zip(sequences, advances, strict=True):
+        for sequence in trees:
             self._paths[sequence] = []
-            if not moves:
+            if sequence not in advances:
                 self._halves[sequence] = 1 - self._halves[sequence]
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """State, window, record and record of the convolution of a layer, as its ops take them."""
+        return self.states[index], self.windows[index], self.records[index], self.conv_records[index]
 
     def check_room(self, sequence: int, count: int) -> None:
         """Does nothing: a state has room for any text."""

@@ -105,8 +105,10 @@ def ragged_attention(
     if q.dim() != 3 or not q.is_contiguous():
         raise ValueError(f"q must be [rows, heads, head_dim] and contiguous, got {tuple(q.shape)} {q.stride()}")
     if k.dim() != 4 or k.stride(3) != 1 or v.stride(-1) != 1:
-        raise ValueError(f"k and v must be [sequences, kv_heads, slots, head_dim] with a contiguous last dimension, "
-                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"k and v must be [sequences, kv_heads, slots, head_dim] with a contiguous last dimension, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     check_tensors(
         "q",
         q,

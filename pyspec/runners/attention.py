@@ -17,28 +17,16 @@ from pyspec.architectures.llama import LlamaConfig, LlamaWeights, rope_table
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
-from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
-from pyspec.ops.tree_attention import tree_attention
 from pyspec.runners import flash_attn
 from pyspec.runners._checks import check_prompts, check_trees
 from pyspec.runners._inference import inference
-from pyspec.runners.native import NativeRunner
-from pyspec.runners.prompts import PromptPlan
-from pyspec.runners.static_steps import (
-    BUCKETS,
-    STATIC_CHUNK,
-    GraphedHead,
-    GraphRecorder,
-    Rows,
-    StaticSteps,
-    StepInputs,
-    slots_for,
-)
+from pyspec.runners.native import CHUNK, NativeRunner
+from pyspec.runners.numbers import Numbers
+from pyspec.runners.replay import BUCKETS, Rows, slots_for
 from pyspec.tree import DraftTree
 
 __all__ = ["LlamaConfig", "LlamaRunner", "LlamaWeights"]
 
-PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
 
@@ -76,31 +64,6 @@ class LlamaRunner(NativeRunner):
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
-        self._cos_sin = rope_table(self._frequencies, 0, self.device)
-        self._windows = [window or 0 for window in config.windows]
-        self._matrices = [
-            tensor
-            for layer in weights.layers
-            for tensor in (
-                layer.attention_norm,
-                layer.qkv.data,
-                layer.output.data,
-                layer.feed_forward_norm,
-                layer.gate_up.data,
-                layer.down.data,
-            )
-        ]
-        self._biases = []
-        if config.qkv_bias or config.output_bias:
-            none = torch.empty(0, dtype=torch.float32, device=self.device)
-            pairs = ((layer.qkv_bias, layer.output_bias) for layer in weights.layers)
-            self._biases = [none if bias is None else bias for pair in pairs for bias in pair]
-        self._is_static = self.device.type == "cuda"
-        self._steps: StaticSteps | None = None  # where shapes are static; outlives the batch
-
-    def _drop_batch(self) -> None:
-        super()._drop_batch()
-        self._steps = None
 
     @inference
     def prefill(
@@ -131,41 +94,14 @@ class LlamaRunner(NativeRunner):
         if cache is not None:
             self._check_packs(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
-        rows = PREFILL_CHUNK if cache is None else min(PREFILL_CHUNK, cache.largest_tree)
-        by_flash = self.prompt_attention == "flash-attn"
-        # of a packed prefix the exact last tokens would be missing, and flash-attn has other bits in other chunks
-        plan = PromptPlan(tokens, share=cache is None and not by_flash)
-        cache = self._empty_cache(len(tokens), capacity, cache)
-        if self._steps is not None:
-            rows = STATIC_CHUNK
-        if by_flash:
-            rows = FLASH_CHUNK
-        at_once = 1 if self._is_static or by_flash else len(tokens)
-        last_logits: dict[int, Tensor] = {}
-        while pieces := plan.next_pieces(cache.lengths, rows, at_once):
-            for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
-                if observe is not None:
-                    logits = self._logits(hidden)
-                    for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
-                        observe(reader, chain.first(count), logits[:count])
-                cache.commit(sequence, range(len(chain)))
-                if cache.lengths[sequence] == len(tokens[sequence]):
-                    last_logits[sequence] = self._logits(hidden[-1:])[0]
-                for taker, count in plan.takers(sequence):
-                    if cache.lengths[taker] < count <= cache.lengths[sequence]:
-                        cache.copy_prefix(sequence, taker, count)
-        self._cache = cache
-        return [last_logits[sequence] for sequence in range(len(tokens))]
-
-    def _record(self, sequences: int, capacity: int) -> None:
-        self._empty_cache(sequences, capacity)
-        if self._steps is not None:
-            self._steps.warm(self._step, capacity)
-
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
-        if self._steps is not None:
-            return self._steps.together(self._step, trees)
-        return Rows(self._forward([trees[sequence] for sequence in active], active, self._cache))
+        if cache is not None:
+            self._replays = None
+            empty = self._packed_cache(len(tokens), capacity, cache)
+            return self._prefill(tokens, empty, observe, chunk=min(CHUNK, cache.largest_tree))
+        empty = self._new_cache(len(tokens), capacity)
+        if self.prompt_attention == "flash-attn":  # which has other bits in other chunks
+            return self._prefill(tokens, empty, observe, chunk=FLASH_CHUNK, at_once=1)
+        return self._prefill(tokens, empty, observe, at_once=1 if self._records_graphs else None, share=True)
 
     def free_slots(self, sequence: int) -> int:
         """Nodes of the largest tree that fits behind a sequence."""
@@ -193,7 +129,8 @@ class LlamaRunner(NativeRunner):
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
         cache.check_room(sequence, len(tree))
-        return self._logits(self._forward([tree], [sequence], cache, layers))
+        rows = self._replays.run(self._step(layers), {sequence: tree}, key=tuple(layers))
+        return self._logits(rows.of_trees(rows.hidden))
 
     @inference
     def save_cache(self, path: str | Path) -> None:
@@ -217,8 +154,8 @@ class LlamaRunner(NativeRunner):
         cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
-        self._steps = self._verified = None
-        self._extend_rope(capacity)
+        self._replays = self._verified = None
+        cache.rope = rope_table(self._frequencies, capacity, self.device)
         self._cache = cache
 
     def _check_packs(self, cache: PackedSettings) -> None:
@@ -233,149 +170,59 @@ class LlamaRunner(NativeRunner):
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _empty_cache(
-        self, sequences: int, capacity: int, packed: PackedSettings | None = None
-    ) -> DenseCache | PackedCache:
-        """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
-        if packed is not None:
-            self._steps = None  # its keys grow with the text, its launches' shapes too
-            self._extend_rope(capacity)
-            config = self.config
-            return packed.start(
-                config.layers, sequences, config.kv_heads, capacity, config.head_dim, self.dtype, self.device
-            )
-        if self._steps is not None and self._steps.fits(sequences, capacity):
-            self._steps.cache.restart(capacity)
-            return self._steps.cache
-        config, slots = self.config, slots_for(capacity) if self._is_static else capacity
-        if self._steps is not None and self._steps.sequences == sequences:
-            # at least twice as many, so that prompts that grow and grow lose their graphs a few times only
-            most = slots_for(self.context_length + BUCKETS[-1])
-            slots = max(slots, min(2 * self._steps.slots, most))
-        self._steps = None  # makes room
-        self._extend_rope(slots)
-        cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, self.dtype, self.device)
+    def _packed_cache(self, sequences: int, capacity: int, packed: PackedSettings) -> PackedCache:
+        config = self.config
+        shape = (config.layers, sequences, config.kv_heads, capacity, config.head_dim)
+        cache = packed.start(*shape, self.dtype, self.device)
+        cache.rope = rope_table(self._frequencies, capacity, self.device)
+        return cache
+
+    def _new_cache(self, sequences: int, capacity: int) -> DenseCache:
+        replays = self._replays
+        if replays is not None and len(replays.cache.lengths) == sequences and replays.cache.slots > capacity:
+            replays.cache.restart(capacity)
+            return replays.cache
+        slots = slots_for(capacity)
+        if replays is not None and len(replays.cache.lengths) == sequences:
+            # at least twice as many, so that prompts that grow and grow lose what is recorded a few times only
+            slots = max(slots, min(2 * replays.cache.slots, slots_for(self.context_length + BUCKETS[-1])))
+        self._replays = replays = None  # makes room
+        config, rope = self.config, rope_table(self._frequencies, slots, self.device)
+        shape = (config.layers, sequences, config.kv_heads, slots, config.head_dim)
+        cache = DenseCache(*shape, self.dtype, self.device, rope)
         cache.restart(capacity)
-        if self._is_static:
-            self._steps = StaticSteps(cache, GraphRecorder(self.device), GraphedHead(self.weights.head))
+        self._new_replays(cache)
         return cache
 
     def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
-        """[n, hidden] of each sequence's next piece of its prompt; shapes that are static, or flash-attn, allow one."""
+        """[n, hidden] of each sequence's next piece of its prompt; flash-attn takes one."""
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
             return [self._read_by_flash(chain, sequence, cache)]
-        if self._steps is not None:
-            ((sequence, chain),) = pieces.items()
-            if len(cache.lengths) == 1:
-                rows = self._steps.together(self._step, [chain], record=False)  # a prompt is read once
-                return [rows.of_trees(rows.hidden)]
-            return [self._steps.alone(self._step, chain, sequence)]
-        hidden = self._forward(list(pieces.values()), list(pieces), cache)
-        return hidden.split([len(chain) for chain in pieces.values()])
+        if isinstance(cache, PackedCache):
+            return self._run_packed(pieces, cache).split([len(chain) for chain in pieces.values()])
+        return super()._read(pieces, cache)
+
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
+        if isinstance(self._cache, PackedCache):
+            return Rows(self._run_packed(trees, self._cache))
+        return super()._run_layers(trees)
 
     def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
         """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
-        length = cache.lengths[sequence]
-        places = torch.arange(length, length + len(chain), dtype=torch.int32, device=self.device)
-        of_sequence = cache.keys_values[:, :, sequence : sequence + 1, :, : length + len(chain)]
+        numbers = Numbers([sequence], len(chain), (len(chain) + 31) // 32, 0, self.device)
+        numbers.fill({sequence: chain}, cache.lengths, cache.starts)
+        view = cache.view([sequence], cache.lengths[sequence] + len(chain))
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            window = self._windows[layer] or None
-            return flash_attn.attention(q.transpose(0, 1)[None], k, v, window=window)[0].transpose(0, 1)
+        def attend(layer: int, q: Tensor, numbers: Numbers, window: int | None) -> Tensor:
+            return flash_attn.attention(q[None], *view.keys_values[layer], window=window)[0]
 
-        return self._by_ops(chain.tokens, places, torch.zeros_like(places), places, of_sequence, attend)
+        view.attend = attend
+        return self._step()(view, numbers)
 
-    def _forward(
-        self,
-        trees: list[DraftTree],
-        sequences: list[int],
-        cache: DenseCache | PackedCache,
-        layers: Sequence[int] | None = None,
-    ) -> Tensor:
-        """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed.
-
-        layers: those to run, ascending; None runs all.
-        """
-        if isinstance(cache, PackedCache):
-            return self._forward_packed(trees, sequences, cache)
-        lengths = [cache.lengths[sequence] for sequence in sequences]
-        positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
-        tokens = [tree.tokens for tree in trees]
-        positions, tokens = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (positions, tokens))
-        hidden = self._embed(tokens)
-        for first, end in [(0, self.config.layers)] if layers is None else _runs(layers):
-            # hidden is changed in place: after a run of layers it is what the next one begins with
-            normed = llama_layers(
-                hidden,
-                self._matrices[first * WEIGHTS : end * WEIGHTS],
-                self._biases[2 * first : 2 * end],
-                self.weights.norm,
-                cache.keys_values[first:end],
-                self._cos_sin,
-                positions,
-                [tree.ancestor_bits for tree in trees],
-                sequences,
-                lengths,
-                windows=self._windows[first:end],
-                heads=self.config.heads,
-                intermediate=self.config.intermediate_size,
-                epsilon=self.config.norm_epsilon,
-            )
-        return normed
-
-    def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: PackedCache) -> Tensor:
-        """`_forward` over a packed cache, op by op."""
-        sizes = [len(tree) for tree in trees]
-        places = []  # position, sequence and slot of every node
-        for tree, sequence in zip(trees, sequences, strict=True):
-            length = cache.lengths[sequence]
-            slots = torch.arange(len(tree), dtype=torch.int32, device="cpu") + length - cache.starts[sequence]
-            places.append(torch.stack((tree.depths + length, torch.full_like(slots, sequence), slots)))
-        positions, row_sequences, slots = torch.cat(places, 1).to(self.device)
-        seen = [cache.rows(sequence, tree) for tree, sequence in zip(trees, sequences, strict=True)]
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            parts = zip(sequences, q.split(sizes), seen, strict=True)
-            return torch.cat([cache.attend(layer, sequence, part, rows) for sequence, part, rows in parts])
-
-        tokens = torch.cat([tree.tokens for tree in trees])
-        return self._by_ops(tokens, positions, row_sequences, slots, cache.keys_values, attend)
-
-    def _step(self, inputs: StepInputs, keys_values: Tensor) -> Tensor:
-        """`_forward` for StaticSteps: sizes come from shapes, and what changes from round to round from inputs."""
-        sequences, nodes = inputs.tokens.shape
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = q.unflatten(0, (sequences, nodes)).transpose(1, 2)
-            window = self._windows[layer] or None
-            mixed = tree_attention(q, k, v, inputs.ancestor_bits, inputs.prefix_lens, window=window)
-            return mixed.transpose(1, 2).flatten(0, 1)
-
-        rows = (places.flatten() for places in (inputs.tokens, inputs.positions, inputs.sequences, inputs.slots))
-        return self._by_ops(*rows, keys_values, attend)
-
-    def _by_ops(
-        self, tokens: Tensor, positions: Tensor, sequences: Tensor, slots: Tensor, keys_values: Tensor, attend: Callable
-    ) -> Tensor:
-        """[R, hidden] of rows at these places, after the last norm; attend as layers_by_ops takes it."""
-        weights = (self._matrices, self._biases, self.weights.norm)
-        place = (keys_values, self._cos_sin, positions, sequences, slots)
-        sizes = (self.config.heads, self.config.intermediate_size, self.config.norm_epsilon)
-        return layers_by_ops(self._embed(tokens), *weights, *place, attend, *sizes)
-
-    def _extend_rope(self, positions: int) -> None:
-        """Makes the table of cosines and sines long enough."""
-        if positions > len(self._cos_sin):
-            self._cos_sin = rope_table(self._frequencies, positions, self.device)
-
-
-def _runs(layers: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, end) of the runs of neighbours in ascending numbers."""
-    runs: list[tuple[int, int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs
+    def _run_packed(self, trees: dict[int, DraftTree], cache: PackedCache) -> Tensor:
+        """[R, hidden] of all nodes over a packed cache, op by op."""
+        rows = sum(map(len, trees.values()))
+        numbers = Numbers(range(len(cache.lengths)), rows, (rows + 31) // 32, 0, self.device)
+        numbers.fill(trees, cache.lengths, cache.starts)
+        return self._step()(cache.over(trees), numbers)

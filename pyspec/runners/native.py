@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import torch
@@ -16,11 +16,14 @@ from pyspec.ops.linear import PackedWeight, linear
 from pyspec.readback import pack_statistics, send_statistics
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
-from pyspec.runners.static_steps import BUCKETS, Rows
+from pyspec.runners.numbers import Numbers
+from pyspec.runners.prompts import PromptPlan
+from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, Rows, Step, TapeRecorder
 from pyspec.tree import DraftTree
 
 __all__ = ["NativeRunner"]
 
+CHUNK = 128  # tokens of prompts in a call on a CPU
 WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
 
 
@@ -67,8 +70,8 @@ class NativeRunner:
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._cache = None
+        self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: list[DraftTree | None] | None = None
-        self._is_static = False  # whether rounds have fixed shapes and are recorded
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -83,7 +86,7 @@ class NativeRunner:
 
     def _drop_batch(self) -> None:
         """Forgets the batch and all that knows its addresses."""
-        self._cache = self._verified = None
+        self._cache = self._replays = self._verified = None
 
     @inference
     def warm(self, capacity: int | None = None, sequences: int = 1) -> None:
@@ -96,11 +99,12 @@ class NativeRunner:
             capacity: as in prefill; the context length by default.
             sequences: of the batches.
         """
-        if self.device.type == "cpu" and not self._is_static:
+        if not self._records_graphs:
             return
         self._cache = self._verified = None
         capacity = self.context_length if capacity is None else capacity
-        self._record(sequences, capacity)
+        self._new_cache(sequences, capacity)
+        self._replays.warm(self._step(), capacity)
         for length in WARM_PROMPTS:
             if length <= min(capacity, self.context_length):
                 self.prefill([[0] * length] * sequences, capacity=capacity)
@@ -127,7 +131,7 @@ class NativeRunner:
         if not active:
             self._verified = list(trees)
             return [None] * len(trees)
-        rows = self._run_layers(trees, active)
+        rows = self._run_layers({sequence: trees[sequence] for sequence in active})
         if rows.logits is None:
             logits = self._logits(rows.of_trees(rows.hidden))
             rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
@@ -153,11 +157,68 @@ class NativeRunner:
             if path is not None:
                 self._extend(sequence, path, trees[sequence])
 
-    def _record(self, sequences: int, capacity: int) -> None:
-        """Captures all graphs that batches of this size and capacity need."""
+    def _prefill(
+        self,
+        prompts: list[list[int]],
+        cache,
+        observe: Callable[[int, DraftTree, Tensor], None] | None,
+        *,
+        chunk: int = 0,
+        at_once: int | None = None,
+        share: bool = False,
+    ) -> list[Tensor]:
+        """Reads checked prompts into an empty cache, which becomes the batch's; the [V] fp32 logits after each.
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
+        Args:
+            chunk: tokens of prompts in a call; what this device likes by default.
+            at_once: prompts in a call, at most.
+            share: what two prompts begin with is read once.
+        """
+        plan, chunk = PromptPlan(prompts, share=share), chunk or (GRAPH_CHUNK if self._records_graphs else CHUNK)
+        last_logits: dict[int, Tensor] = {}
+        while pieces := plan.next_pieces(cache.lengths, chunk, at_once or len(prompts)):
+            for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
+                if observe is not None:
+                    logits = self._logits(hidden)
+                    for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
+                        observe(reader, chain.first(count), logits[:count])
+                cache.advance(sequence, len(chain))
+                if cache.lengths[sequence] == len(prompts[sequence]):
+                    last_logits[sequence] = self._logits(hidden[-1:])[0]
+                for taker, count in plan.takers(sequence):
+                    if cache.lengths[taker] < count <= cache.lengths[sequence]:
+                        cache.copy_prefix(sequence, taker, count)
+        self._cache = cache
+        return [last_logits[sequence] for sequence in range(len(prompts))]
+
+    def _read(self, pieces: dict[int, DraftTree], cache) -> Sequence[Tensor]:
+        """[n, hidden] of each sequence's next piece of its prompt."""
+        rows = self._replays.run(self._step(), pieces, advances=pieces)
+        return rows.of_trees(rows.hidden).split([len(chain) for chain in pieces.values()])
+
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         """What the layers give for all nodes of the active sequences."""
+        return self._replays.run(self._step(), trees)
+
+    @property
+    def _records_graphs(self) -> bool:
+        """Whether steps have few shapes, each a graph, rather than tapes."""
+        return self.device.type == "cuda"
+
+    def _step(self, layers: Sequence[int] | None = None) -> Step:
+        """A forward through all layers, or some."""
+
+        def forward(hidden: Tensor, cache, numbers: Numbers) -> Tensor:
+            return self.weights.forward(self.config, hidden, cache, numbers, self.dtype, layers)
+
+        return Step(self._embed, forward)
+
+    def _new_replays(self, cache) -> None:
+        record = GraphRecorder(self.weights.head) if self._records_graphs else TapeRecorder()
+        self._replays = Replays(cache, record)
+
+    def _new_cache(self, sequences: int, capacity: int):
+        """The empty cache of a new batch, the last one's if it fits, with `_replays` for it."""
         raise NotImplementedError
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:

@@ -1,0 +1,88 @@
+"""Blocks: the parts of a layer that architectures share, as straight lines of ops.
+
+A block takes normed rows [R, H] and gives what it adds to the residual stream, [R, H] fp32. Blocks are recorded
+(pyspec/runners/replay.py): they call pyspec's ops and views of their results alone, and every other tensor that they
+pass to an op outlives the call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyspec.ops.causal_conv import causal_conv
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.ops.rms_norm import rms_norm
+from pyspec.ops.rotary_write import rotary_write
+from pyspec.ops.selective_state import LANES, selective_state
+from pyspec.ops.swiglu import swiglu
+
+__all__ = ["attention", "feed_forward", "mamba", "mamba2"]
+
+
+def attention(x: Tensor, layer, heads: int, cache, index: int, numbers, window: int | None = None) -> Tensor:
+    """Attention over the keys of a cache's layer `index`, where those of the rows are written.
+
+    Args:
+        layer: has qkv, output and their biases, see architectures.llama.LayerWeights.
+        heads: of the queries.
+        cache: with keys and values, such as a DenseCache.
+        numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
+        window: positions that a row sees; None for all.
+    """
+    projected = _project(x, layer.qkv, layer.qkv_bias)
+    places = (numbers.positions, numbers.row_sequences, numbers.slots)
+    k, v = cache.keys_values[index]
+    q = rotary_write(projected, cache.rope, *places, k, v, heads=heads)
+    return _project(cache.attend(index, q, numbers, window).flatten(1), layer.output, layer.output_bias)
+
+
+def feed_forward(x: Tensor, layer) -> Tensor:
+    """A gated layer: down (silu(gate x) up x), with the matrices gate_up and down of layer."""
+    return _project(swiglu(_project(x, layer.gate_up), out_dtype=x.dtype), layer.down)
+
+
+def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:
+    """The recurrence of Mamba-2, whose state is changed in place:
+
+        z, x|B|C, dt = in_proj(x);  x|B|C = conv(x|B|C);  out_proj(group norm(recurrence(x, dt, B, C) silu(z)))
+
+    Args:
+        mixer: tensors by the names of architectures.state_space.MIXER.
+        state: of the layer, see StateCache.layer.
+        round: the trees, a pyspec.ops.selective_state.Round.
+        epsilon: of the group norm.
+    """
+    memory, window, record, conv_record = state
+    channels, conv_channels = memory.shape[1] * LANES, window.shape[2]
+    parts = [channels, conv_channels, len(mixer["A"])]
+    z, inner, dt = _project(x, mixer["in_proj"], mixer["in_bias"]).split(parts, 1)
+    inner = causal_conv(window, conv_record, inner, mixer["conv_weight"], mixer["conv_bias"], round)
+    inner, B, C = inner.split([channels, *[(conv_channels - channels) // 2] * 2], 1)
+    settings = {"D": mixer["D"], "dt_bias": mixer["dt_bias"]}
+    y = selective_state(memory, record, inner, dt, mixer["A"], B, C, round, z=z, **settings)
+    group = mixer["gate_norm"].shape[1]
+    y = rms_norm(y.view(-1, group), mixer["gate_norm"], epsilon, out_dtype=x.dtype).view(-1, channels)
+    return _project(y, mixer["out_proj"], mixer["out_bias"])
+
+
+def mamba(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round) -> Tensor:
+    """The recurrence of Mamba, whose state is changed in place; arguments as for mamba2:
+
+    x, z = in_proj(x);  x = conv(x);  low, B, C = x_proj(x);  dt = dt_proj(low)
+    out_proj(recurrence(x, dt, B, C) silu(z))
+    """
+    memory, window, record, conv_record = state
+    channels, states, dtype = window.shape[2], memory.shape[2], x.dtype
+    inner, z = _project(x, mixer["in_proj"], mixer["in_bias"]).split(channels, 1)
+    taps = (mixer["conv_weight"], mixer["conv_bias"])
+    inner = causal_conv(window, conv_record, inner, *taps, round, out_dtype=dtype)
+    low, B, C = linear(inner, mixer["x_proj"], out_dtype=dtype).split([mixer["dt_proj"].inputs, states, states], 1)
+    dt = _project(low, mixer["dt_proj"])
+    settings = {"D": mixer["D"], "dt_bias": mixer["dt_bias"], "z": z, "out_dtype": dtype}
+    y = selective_state(memory, record, inner, dt, mixer["A"], B, C, round, **settings)
+    return _project(y, mixer["out_proj"], mixer["out_bias"])
+
+
+def _project(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    return linear(x, weight, bias, out_dtype=torch.float32)

@@ -1,0 +1,298 @@
+"""Replay: a forward is recorded once for each shape, and run again with new numbers.
+
+The layers are launches whose sizes come from shapes alone. Whatever a round changes lies in one buffer of fixed address
+(`Numbers`), so what was launched for one round serves all of its shape: on a CPU as a tape, on a GPU as a graph.
+
+A tape is recorded for exactly the rows that a round has. A graph is for a few sizes, and rounds are padded to the next:
+with attention every tree, where padded nodes have no ancestors, so that they attend to nothing and nobody attends to
+them, and their keys all go to the scratch slot behind the tree; with a recurrence alone only what follows the last
+tree, which belongs to nobody. A sequence that sits out has a tree without nodes and a path without any. Padding costs
+no bits: rows do not depend on the rows beside them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from pyspec.ops.linear import PackedWeight, linear
+from pyspec.readback import pack_statistics
+from pyspec.runners.numbers import Numbers
+from pyspec.runners.tape import Arena, Tape, can_record
+from pyspec.tree import DraftTree
+
+__all__ = ["BUCKETS", "GRAPH_CHUNK", "GraphRecorder", "Replays", "Rows", "TapeRecorder", "slots_for"]
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # nodes of a tree with a graph; larger trees run launch by launch
+PROMPT_BUCKETS = (128, 256, 512)  # of a piece of a prompt, beside those: `warm` records them for a single sequence
+GRAPH_CHUNK = PROMPT_BUCKETS[-1]  # tokens of a prompt in a call: weights are read once for them
+FEWEST_SLOTS = 1024  # that attention's grid is made for; doubled until the longest sequence fits
+MOST_TAPES = 64  # of one batch: those that were used last
+
+
+class Rows(NamedTuple):
+    """What the layers give: rows of some trees, perhaps among others. A replay's lie where the next one's will."""
+
+    hidden: Tensor  # [rows, hidden], after the last norm
+    logits: Tensor | None = None  # [rows, V] fp32, where the head is in the graph
+    statistics: Tensor | None = None  # of logits, see pyspec.readback.pack_statistics
+    places: Sequence[slice] | None = None  # of the trees' rows, ascending; None if there are no others
+
+    def of_trees(self, values: Tensor) -> Tensor:
+        """The trees' rows of hidden or logits, tree after tree; a copy if there are others."""
+        if self.places is None:
+            return values
+        first, end = self.places[0].start, self.places[-1].stop
+        if end - first == sum(place.stop - place.start for place in self.places):
+            return values[first:end].clone()
+        return torch.cat([values[place] for place in self.places])
+
+
+class Step(NamedTuple):
+    """A forward over the trees of a round: embedded [rows, H] fp32 are used up, and normed [rows, H] come back."""
+
+    embed: Callable[[Tensor], Tensor]
+    layers: Callable[[Tensor, object, Numbers], Tensor]  # of embedded rows, a cache and the round's numbers
+
+    def __call__(self, cache, numbers: Numbers) -> Tensor:
+        return self.layers(self.embed(numbers.tokens), cache, numbers)
+
+
+class Recorder(Protocol):
+    """Makes a function that repeats a step's launches."""
+
+    is_graph: bool
+
+    def __call__(self, step: Step, cache, numbers: Numbers) -> Callable[[], Rows]: ...
+
+
+class Shape(NamedTuple):
+    """What launches take their sizes from. A GPU has few, because each is a graph."""
+
+    rows: int
+    padded: int  # rows of each tree, padding included; 0: rows follow each other
+    slots: int  # of the cache that attention is launched for
+
+
+class Replays:
+    """Runs a model's layers over the trees of a batch, recorded where that pays.
+
+    A step is passed to every call and not kept, because its model keeps the replays.
+
+    Args:
+        cache: of the batch. What is recorded knows its address and serves no other.
+        record: makes a function that repeats a step's launches.
+    """
+
+    def __init__(self, cache, record: Recorder):
+        self.cache = cache
+        self._record = record
+        self._memory = cache.memory
+        self._replays: OrderedDict[tuple, tuple[Numbers, Callable[[], Rows]]] = OrderedDict()
+
+    def warm(self, step: Step, capacity: int) -> None:
+        """Records all graphs that trees of up to 64 nodes in texts up to a capacity, and a single prompt, will replay.
+
+        Writes to the first slots: there must be no text yet.
+        """
+        self.cache.plan({0: DraftTree.chain([0] * BUCKETS[-1])}, ())  # which makes the room
+        self._memory = self.cache.memory
+        for shape in self._all_shapes(capacity):
+            self._replay(step, shape, None)
+
+    def run(self, step: Step, trees: Mapping[int, DraftTree], advances: Collection[int] = (), key=None) -> Rows:
+        """What the layers give for the nodes of all trees, at least one, by sequence in ascending order.
+
+        Args:
+            advances: the sequences whose tree is a chain that is accepted as a whole, such as a piece of a prompt.
+            key: tells steps apart that share a cache.
+        """
+        cache = self.cache
+        plan = cache.plan(trees, advances)
+        if cache.memory != self._memory:  # the plan has made room
+            self._memory = cache.memory
+            self._replays.clear()
+        shape, filled = self._shape(trees), {"plan": plan, "advances": advances}
+        if self._is_launched(shape, key, advances):
+            rows = self._by_launch(step, trees, filled)
+        else:
+            numbers, replay = self._replay(step, shape, key, trees, filled)
+            numbers.fill(trees, cache.lengths, cache.starts, padded=shape.padded, **filled)
+            rows = replay()._replace(places=_places(trees, cache, shape.padded) if self._record.is_graph else None)
+        cache.done(trees, advances)
+        return rows
+
+    def _is_launched(self, shape: Shape, key, advances: Collection[int]) -> bool:
+        """Whether a round runs launch by launch: a graph of it is not there and would serve no other."""
+        if not self._record.is_graph:
+            return not can_record()
+        cache = self.cache
+        if cache.has_keys and cache.has_states and self._sequences > 1:
+            return True  # padding between trees is nothing that a recurrence can pass over
+        is_large = shape.padded > BUCKETS[-1] if shape.padded else shape.rows > GRAPH_CHUNK
+        return (shape, key) not in self._replays and (is_large or bool(advances))
+
+    def _by_launch(self, step: Step, trees: Mapping[int, DraftTree], filled: dict) -> Rows:
+        cache = self.cache
+        if not (self._record.is_graph and cache.has_keys):
+            numbers = self._numbers(range(self._sequences), sum(map(len, trees.values())))
+            numbers.fill(trees, cache.lengths, cache.starts, **filled)
+            return Rows(step(cache, numbers))
+        parts = []  # one by one: with a size for all, one large tree would be padding for the others
+        for sequence, tree in trees.items():
+            padded = _bucket_of(len(tree))
+            numbers = self._numbers([sequence], padded)
+            numbers.fill({sequence: tree}, cache.lengths, cache.starts, padded=padded, **filled)
+            slots = self._slots(cache.lengths[sequence] + len(tree) + 1)
+            parts.append(step(cache.view([sequence], slots), numbers)[: len(tree)])
+        return Rows(torch.cat(parts))
+
+    def _replay(self, step: Step, shape: Shape, key, trees=(), filled=None) -> tuple[Numbers, Callable[[], Rows]]:
+        if (shape, key) in self._replays:
+            self._replays.move_to_end((shape, key))
+            return self._replays[shape, key]
+        cache = self.cache
+        numbers = self._numbers(range(self._sequences), shape.rows)
+        if self._record.is_graph:  # which runs the step too: with nobody in it, or a path would be replayed twice
+            numbers.fill({}, cache.lengths, cache.starts, padded=shape.padded)
+        else:
+            numbers.fill(trees, cache.lengths, cache.starts, **filled)
+            if len(self._replays) == MOST_TAPES:
+                self._replays.popitem(last=False)
+        view = cache.view(range(self._sequences), shape.slots)
+        self._replays[shape, key] = numbers, self._record(step, view, numbers)
+        return self._replays[shape, key]
+
+    @property
+    def _sequences(self) -> int:
+        return len(self.cache.lengths)
+
+    def _numbers(self, sequences: Sequence[int], rows: int) -> Numbers:
+        each = rows // len(sequences) if self._record.is_graph and self.cache.has_keys else rows
+        return Numbers(sequences, rows, (each + 31) // 32, self.cache.longest_path, self.cache.device)
+
+    def _shape(self, trees: Mapping[int, DraftTree]) -> Shape:
+        rows = sum(map(len, trees.values()))
+        if not self._record.is_graph:
+            return Shape(rows, 0, self.cache.slots)
+        if not self.cache.has_keys:
+            return Shape(_bucket_of(rows), 0, 0)
+        nodes, lengths = _bucket_of(max(map(len, trees.values()))), self.cache.lengths
+        ends = [length + (len(trees[sequence]) if sequence in trees else 0) for sequence, length in enumerate(lengths)]
+        return Shape(nodes * self._sequences, nodes, self._slots(max(ends) + 1))
+
+    def _all_shapes(self, capacity: int) -> list[Shape]:
+        """Of graphs, the largest first: the others find room in the memory that it needs."""
+        prompts = PROMPT_BUCKETS if self._sequences == 1 or not self.cache.has_keys else ()
+        buckets = [*reversed(prompts), *reversed(BUCKETS)]
+        if not self.cache.has_keys:
+            return [Shape(rows, 0, 0) for rows in buckets]
+        sizes = [self._slots(1)]
+        while sizes[-1] <= capacity:
+            sizes.append(self._slots(sizes[-1] + 1))
+        fitting = [nodes for nodes in buckets if nodes // 2 < capacity]  # else a smaller one holds any tree that fits
+        return [Shape(nodes * self._sequences, nodes, slots) for nodes in fitting for slots in reversed(sizes)]
+
+    def _slots(self, needed: int) -> int:
+        """Slots that attention is launched for: few sizes, because each is a graph, but not those of a long cache."""
+        slots = FEWEST_SLOTS
+        while slots < needed:
+            slots *= 2
+        return min(slots, self.cache.slots)
+
+
+class TapeRecorder:
+    """Records steps as tapes on a CPU, which share one arena. Embedding and head stay outside of it."""
+
+    is_graph = False
+
+    def __init__(self):
+        self._arena = Arena()
+
+    def __call__(self, step: Step, cache, numbers: Numbers) -> Callable[[], Rows]:
+        hidden = step.embed(numbers.tokens)
+        tape = Tape(lambda: step.layers(hidden, cache, numbers), self._arena)
+
+        def replay() -> Rows:
+            hidden.copy_(step.embed(numbers.tokens))
+            return Rows(tape.run())
+
+        return replay
+
+
+class GraphRecorder:
+    """Records steps, with the head behind them, as CUDA graphs that share one pool of memory.
+
+    They may share it because what a graph leaves there is copied before the next one is replayed.
+    """
+
+    is_graph = True
+
+    def __init__(self, head: PackedWeight):
+        self._head = _GraphedHead(head)
+        device = head.data.device
+        self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step, cache, numbers: Numbers) -> Callable[[], Rows]:
+        """Runs the step once, so that its kernels are compiled and loaded, then captures it.
+
+        The function that comes back replays the graph and returns its result, which is always the same memory.
+        """
+        callers = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(callers)
+        with torch.cuda.stream(self._stream):
+            self._head(step(cache, numbers))
+        callers.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = self._head(step(cache, numbers))
+
+        def replay() -> Rows:
+            graph.replay()
+            return result
+
+        return replay
+
+
+class _GraphedHead:
+    """The end of a graph: logits of its rows, and what the host reads of them.
+
+    Graphs of up to 64 rows have it. Their logits are copied to one place, so that each needs the memory for its own
+    while it runs only. For more rows the head is launched, which takes less time than they do, and less memory.
+    """
+
+    def __init__(self, weight: PackedWeight):
+        self._weight = weight
+        self._logits = torch.empty(BUCKETS[-1], weight.outputs, dtype=torch.float32, device=weight.data.device)
+
+    def __call__(self, hidden: Tensor) -> Rows:
+        if len(hidden) > len(self._logits):
+            return Rows(hidden)
+        logits = linear(hidden, self._weight, out_dtype=torch.float32)
+        statistics = pack_statistics(logits)
+        return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics)
+
+
+def slots_for(capacity: int) -> int:
+    """Slots to allocate for a capacity: padding has one too, and a somewhat longer text should fit as well."""
+    slots = capacity + 1
+    return slots + -slots % FEWEST_SLOTS
+
+
+def _bucket_of(nodes: int) -> int:
+    """Nodes of a tree with its padding: a power of two, because every size of ancestor_bits has kernels of its own."""
+    return 1 << (nodes - 1).bit_length()
+
+
+def _places(trees: Mapping[int, DraftTree], cache, padded: int) -> list[slice]:
+    """The trees' rows among all."""
+    if padded:
+        return [slice(padded * sequence, padded * sequence + len(tree)) for sequence, tree in trees.items()]
+    ends = accumulate(map(len, trees.values()))
+    return [slice(end - len(tree), end) for tree, end in zip(trees.values(), ends, strict=True)]
