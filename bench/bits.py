@@ -6,9 +6,11 @@
 
 For a change that must not touch the arithmetic: write with the build before it, check with the build after it, on one
 machine, with one number of threads (torch's own sums, which Qwen3's are, hang on it; ours don't). Hashes of another
-machine say nothing, since the bits of a float kernel are those of its instruction set; none are committed. The models are the demo model and small random ones, which transformers makes from a fixed seed and saves
-to a temporary folder. Each is loaded in fp32, bf16 and int8 (Qwen3, which stands for the models that run on
-transformers' own arithmetic, in fp32 and bf16), and reads
+machine say nothing, since the bits of a float kernel are those of its instruction set; none are committed.
+
+The models are the demo model and small random ones, which transformers makes from a fixed seed and saves to a
+temporary folder. Each is loaded in fp32, bf16 and int8 (Qwen3, which stands for the models that run on transformers'
+own arithmetic, in fp32 and bf16), and reads
 
 - a prompt of a few tokens and one of several chunks, then trees of 1, 8 and 40 nodes, whose branching paths it commits;
 - a batch of three prompts, two of which begin alike, with trees of other sizes and a sequence that sits out;
