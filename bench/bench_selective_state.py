@@ -36,10 +36,11 @@ import torch
 from joint import JointRounds
 
 import pyspec
-from pyspec.architectures.mamba import MambaConfig, MambaRunner
-from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.architectures.mamba import MambaConfig
+from pyspec.architectures.mamba2 import Mamba2Config
+from pyspec.architectures.state_space import StateSpaceWeights
 from pyspec.runners.foreign_support import cache_argument
-from pyspec.runners.recurrent import StateSpaceRunner, StateSpaceWeights
+from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
@@ -89,7 +90,7 @@ SHAPES = {
 }
 
 
-def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device: str) -> StateSpaceRunner:
+def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device: str) -> RecurrentRunner:
     dense = torch.bfloat16 if dtype == torch.int8 else dtype
     weights = StateSpaceWeights.empty(config, dense, torch.device(device))
     for name, tensor in weights.named(config).items():
@@ -97,13 +98,13 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights)
+    return (RecurrentRunner if isinstance(config, Mamba2Config) else RecurrentRunner)(config, weights)
 
 
 class Rounds:
     """The calls that are timed, on one model and batch."""
 
-    def __init__(self, model: StateSpaceRunner, batch: int):
+    def __init__(self, model: RecurrentRunner, batch: int):
         self.model, self.batch = model, batch
         prompts = [[place % model.vocab_size for place in range(8)]] * batch
         model.warm(sequences=batch)  # or recompute would be launched on a GPU, where the others are replayed
@@ -120,7 +121,7 @@ class Rounds:
     def joint(self, nodes: int) -> Callable[[], None]:
         return self._rounds(self._joint, nodes)
 
-    def _rounds(self, model: StateSpaceRunner | JointRounds, nodes: int) -> Callable[[], None]:
+    def _rounds(self, model: RecurrentRunner | JointRounds, nodes: int) -> Callable[[], None]:
         trees, paths = [DraftTree.chain([0] * nodes)] * self.batch, [range(nodes)] * self.batch
 
         def call() -> None:
@@ -218,7 +219,7 @@ def run(shape: str, dtype: str, batch: int, repeats: int, device: str = "cpu", s
 
 
 def time_rounds(
-    name: str, model: StateSpaceRunner, step: Callable | None, dtype: str, batch: int, repeats: int, sizes=SIZES
+    name: str, model: RecurrentRunner, step: Callable | None, dtype: str, batch: int, repeats: int, sizes=SIZES
 ) -> dict:
     """Medians of all rounds of a model and of a peer's step, in turn."""
     rounds, device = Rounds(model, batch), model.device.type

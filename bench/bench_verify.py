@@ -2,8 +2,8 @@
 
     python bench/bench_verify.py            a table, bench/results/verify_<device>.json
 
-A whole verify of LlamaRunner, tree to logits, with random weights in the shape of a known model: a time does not depend
-on the values. On a GPU the same verify launch by launch stands beside the replayed graph. See steps.py.
+A whole verify of AttentionRunner, tree to logits, with random weights in the shape of a known model: a time does not
+depend on the values. On a GPU the same verify launch by launch stands beside the replayed graph. See steps.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import measure
 import steps
 import torch
 
-from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.runners.attention import AttentionRunner
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
@@ -26,7 +27,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabular
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str) -> LlamaRunner:
+def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner:
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
         architecture="llama",
@@ -47,10 +48,10 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> LlamaRunner:
     for tensor in weights.named(config).values():
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
     weights.pack(dtype)
-    return LlamaRunner(config, weights)
+    return AttentionRunner(config, weights)
 
 
-def launched(runner: LlamaRunner, nodes: int) -> Callable[[], None]:
+def launched(runner: AttentionRunner, nodes: int) -> Callable[[], None]:
     """The verify of a GPU without its graph."""
 
     @torch.inference_mode()
@@ -60,7 +61,7 @@ def launched(runner: LlamaRunner, nodes: int) -> Callable[[], None]:
     return call
 
 
-def times(runner: LlamaRunner, shape: str, dtype: str, repeats: int) -> dict:
+def times(runner: AttentionRunner, shape: str, dtype: str, repeats: int) -> dict:
     result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
     if runner.device.type == "cuda":
         launches = {str(nodes): launched(runner, nodes) for nodes in steps.SIZES}

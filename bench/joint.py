@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyspec.runners.recurrent import StateSpaceRunner
+from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree
 
 
@@ -22,7 +22,7 @@ class JointRounds:
         logits: [V] fp32 after each prompt.
     """
 
-    def __init__(self, runner: StateSpaceRunner, prompts: Sequence[Sequence[int]]):
+    def __init__(self, runner: RecurrentRunner, prompts: Sequence[Sequence[int]]):
         self._runner = runner
         self.logits = runner.prefill([*prompts, *prompts])[: len(prompts)]  # sequence B + b is b's copy
         self._behind: list[list[int]] = [[] for _ in prompts]  # tokens that are accepted and not yet in the state

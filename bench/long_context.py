@@ -10,13 +10,13 @@ from torch import Tensor
 
 from pyspec.ops import tree_attention
 from pyspec.ops.llama_layers import layers_by_ops
-from pyspec.runners.attention import LlamaRunner
+from pyspec.runners.attention import AttentionRunner
 
 # attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-def texts(model: LlamaRunner, count: int, length: int) -> list[list[int]]:
+def texts(model: AttentionRunner, count: int, length: int) -> list[list[int]]:
     """Token ids of `count` texts: articles and passages of the prompts, one after the other, none used twice."""
     categories = prompts.by_category()
     found: list[list[int]] = [[]]
@@ -35,7 +35,7 @@ def texts(model: LlamaRunner, count: int, length: int) -> list[list[int]]:
 class LongContext:
     """Steps behind the first `context` tokens of a text, which were read with full attention."""
 
-    def __init__(self, model: LlamaRunner, text: list[int], context: int):
+    def __init__(self, model: AttentionRunner, text: list[int], context: int):
         self._model, self._text, self._context = model, text, context
         model.prefill([text[:context]], capacity=len(text))
 
@@ -77,7 +77,7 @@ def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return tree_attention(q[None, :, None], k[None], v[None], bits, lengths)[0, :, 0]
 
 
-def attention_scores(model: LlamaRunner, text: list[int]) -> Tensor:
+def attention_scores(model: AttentionRunner, text: list[int]) -> Tensor:
     """[layers * Hq, n] fp32: the scores of one query of every head over the text before it."""
     rows = []
 

@@ -19,7 +19,7 @@ from pyspec.drafters.lookup import LookupDrafter
 from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.recycling import RecyclingDrafter
 from pyspec.generate import generate
-from pyspec.runners.attention import LlamaRunner
+from pyspec.runners.attention import AttentionRunner
 
 LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
 DRAFTERS = {
@@ -54,7 +54,7 @@ class Engine(Protocol):
 class Pyspec:
     """pyspec.generate; a drafter keeps what it learns from prompt to prompt, as in a server."""
 
-    def __init__(self, model: LlamaRunner, drafter: str | None, budget: int | str):
+    def __init__(self, model: AttentionRunner, drafter: str | None, budget: int | str):
         self._model, self._name, self._budget = model, drafter, budget
         self.restart()
 
@@ -196,7 +196,7 @@ class LlamaCpp:
 
 
 def engines(
-    model: LlamaRunner,
+    model: AttentionRunner,
     drafters: Sequence[str],
     budget: int | str,
     context: int,
@@ -229,7 +229,7 @@ def engines(
     return found, missing
 
 
-def _transformers_engines(model: LlamaRunner, context: int) -> dict[str, Engine]:
+def _transformers_engines(model: AttentionRunner, context: int) -> dict[str, Engine]:
     if model.weight_dtype == torch.int8:
         raise ValueError("transformers has no int8 weights for the CPU")
     from pyspec.integrations.transformers import generate as speculated
@@ -245,7 +245,7 @@ def _transformers_engines(model: LlamaRunner, context: int) -> dict[str, Engine]
     }
 
 
-def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> dict[str, Engine]:
+def _llama_cpp_engines(model: AttentionRunner, context: int, threads: int) -> dict[str, Engine]:
     settings = (llama_cpp_file(model.weight_dtype), context, model.eos_tokens, threads)
     return {
         "llama.cpp": LlamaCpp(*settings),
@@ -254,7 +254,7 @@ def _llama_cpp_engines(model: LlamaRunner, context: int, threads: int) -> dict[s
     }
 
 
-def dense_transformers(model: LlamaRunner):
+def dense_transformers(model: AttentionRunner):
     """transformers' own Llama model with a copy of a runner's weights, in its dtype.
 
     transformers would load the GGUF file too, but keeps its weights packed, which is another precision and slower.

@@ -18,7 +18,7 @@ GOALS = {"over the floor": 1.25, 8: 1.2, 16: 1.5, 32: 2.8}  # at most; of bf16, 
 OVERHEAD_GOAL = 0.10
 
 
-def steps(model: llama.LlamaRunner, repeats: int = 21) -> dict:
+def steps(model: llama.AttentionRunner, repeats: int = 21) -> dict:
     """Medians of verify(T) behind CONTEXT tokens, and the floor: bytes of weights and cache over read bandwidth."""
     device = model.device.type
     model.prefill([[place % model.vocab_size for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
@@ -55,7 +55,7 @@ def tree_of(nodes: int) -> DraftTree:
     return DraftTree([0] * nodes, [(node - 1) // 3 if node else -1 for node in range(nodes)])
 
 
-def overhead_share(model: llama.LlamaRunner, new_tokens: int = 64) -> float:
+def overhead_share(model: llama.AttentionRunner, new_tokens: int = 64) -> float:
     """The share of plain decoding that is not spent inside the ops: Python, dispatch, acceptance, bookkeeping."""
     inside = 0.0
 

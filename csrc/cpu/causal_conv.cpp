@@ -1,6 +1,7 @@
 #include "../causal_conv.h"
 
 #include "rounds.h"
+#include "tape.h"
 
 namespace {
 
@@ -15,10 +16,9 @@ Tensor causal_conv(Tensor window, Tensor record, const Tensor& x, const Tensor& 
   auto p = pyspec::causal_conv_params_of(window, record, x, weight, bias);
   pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advances};
   p.round = pyspec::round_of(round, x.size(0), p.sequences, p.record_nodes);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), p.channels}, out_dtype);
+  Tensor out = pyspec::new_tensor({x.size(0), p.channels}, out_dtype);
   p.out = out.data_ptr(), p.out_element = pyspec::element_of(out, "out");
-  p.parallel_for = pyspec::parallel_for;
-  pyspec_causal_conv_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_causal_conv_table, p);
   return out;
 }
 

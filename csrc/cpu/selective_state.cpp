@@ -1,6 +1,7 @@
 #include "../selective_state.h"
 
 #include "rounds.h"
+#include "tape.h"
 
 namespace {
 
@@ -18,10 +19,9 @@ Tensor selective_state(Tensor state, Tensor record, const Tensor& x, const Tenso
   int64_t rows = x.size(0);
   pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advances};
   p.round = pyspec::round_of(round, rows, p.sequences, p.record_nodes);
-  Tensor out = torch::stable::new_empty(x, {rows, p.channels}, out_dtype);
+  Tensor out = pyspec::new_tensor({rows, p.channels}, out_dtype);
   p.out = out.data_ptr(), p.out_element = pyspec::element_of(out, "out");
-  p.parallel_for = pyspec::parallel_for;
-  pyspec_selective_state_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_selective_state_table, p);
   return out;
 }
 

@@ -49,7 +49,7 @@ def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaC
     """The shape of the model that a config.json, or the like, describes; source is its name in errors.
 
     Raises:
-        Unsupported: another architecture, or a feature that LlamaRunner does not have.
+        Unsupported: another architecture, or a feature that AttentionRunner does not have.
         ValueError: an entry is missing, is no such entry, or is one of Mamba's or Bamba's that is not supported.
     """
     name = f"{source}: {'params.json' if 'dim' in description else 'config.json'}"
@@ -61,7 +61,7 @@ def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaC
     # the classes of a live model are what it is; a file may name none, and then its type tells
     architecture = names[0] if names else _OF_MODEL_TYPE.get(model_type, model_type or None)
     if architecture not in _DEFAULTS:
-        raise Unsupported(f"{source} has architecture {architecture}, LlamaRunner has {', '.join(ARCHITECTURES)}")
+        raise Unsupported(f"{source} has architecture {architecture}, AttentionRunner has {', '.join(ARCHITECTURES)}")
     sizes = ("num_attention_heads", "hidden_size", "num_hidden_layers")
     if not any(size in stated for size in sizes):  # a file that says nothing is no model of 7 billion parameters
         raise ValueError(f"{name} is incomplete: it has no {sizes[0]!r}")
@@ -80,11 +80,11 @@ def native_config(source: Path | str, description: dict) -> LlamaConfig | MambaC
 
 def _llama_config(source: Path | str, entries: Entries, architecture: str) -> LlamaConfig:
     if entries.text("hidden_act") not in ("silu", "swish"):
-        raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, LlamaRunner has silu")
+        raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, AttentionRunner has silu")
     if architecture == "LlamaForCausalLM" and entries.flag("mlp_bias"):
-        raise Unsupported(f"{source} has mlp_bias, which LlamaRunner does not have")
+        raise Unsupported(f"{source} has mlp_bias, which AttentionRunner does not have")
     if entries.get("quantization_config"):
-        raise Unsupported(f"{source} has quantization_config, which LlamaRunner does not have")
+        raise Unsupported(f"{source} has quantization_config, which AttentionRunner does not have")
     heads, kv_heads, head_dim = _heads(entries)
     layers = entries.whole("num_hidden_layers")
     theta, scaling = _rope(source, entries)
@@ -128,13 +128,15 @@ def _rope(source: Path | str, entries: Entries) -> tuple[float, RopeScaling | No
     theta = rope.number("rope_theta", entries.number("rope_theta", 10000.0))
     kind = rope.text("rope_type", rope.text("type", "default"))
     if any(isinstance(value, dict) for value in rope.values()):
-        raise Unsupported(f"{source} has rope parameters of its own for kinds of layers, LlamaRunner has one for all")
+        raise Unsupported(
+            f"{source} has rope parameters of its own for kinds of layers, AttentionRunner has one for all"
+        )
     if kind == "default":
         return theta, None
     if kind not in ("linear", "llama3"):
-        raise Unsupported(f"{source} has rope scaling {kind!r}, LlamaRunner has linear and llama3")
+        raise Unsupported(f"{source} has rope scaling {kind!r}, AttentionRunner has linear and llama3")
     if (part := rope.number("partial_rotary_factor", entries.number("partial_rotary_factor", 1.0))) != 1:
-        raise Unsupported(f"{source} has partial_rotary_factor {part}, LlamaRunner turns all of a head")
+        raise Unsupported(f"{source} has partial_rotary_factor {part}, AttentionRunner turns all of a head")
     factor = rope.number("factor")
     if kind == "linear":
         return theta, RopeScaling("linear", factor=factor)
@@ -142,7 +144,7 @@ def _rope(source: Path | str, entries: Entries) -> tuple[float, RopeScaling | No
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if low >= high:
         raise Unsupported(
-            f"{source} has low_freq_factor {low} and high_freq_factor {high}, LlamaRunner needs less and more"
+            f"{source} has low_freq_factor {low} and high_freq_factor {high}, AttentionRunner needs less and more"
         )
     return theta, RopeScaling(
         "llama3",
@@ -181,7 +183,7 @@ def _windows(architecture: str, entries: Entries, layers: int) -> tuple[int | No
 
 
 def _mamba_config(source: Path | str, entries: Entries) -> MambaConfig:
-    _check_silu(source, entries, "MambaRunner")
+    _check_silu(source, entries, "RecurrentRunner")
     hidden = entries.whole("hidden_size")
     return MambaConfig(
         vocab_size=entries.whole("vocab_size"),
@@ -199,8 +201,8 @@ def _mamba_config(source: Path | str, entries: Entries) -> MambaConfig:
 
 
 def _mamba2_config(source: Path | str, entries: Entries) -> Mamba2Config:
-    _check_silu(source, entries, "Mamba2Runner")
-    _check_no_limit(source, entries, "Mamba2Runner")
+    _check_silu(source, entries, "RecurrentRunner")
+    _check_no_limit(source, entries, "RecurrentRunner")
     config = Mamba2Config(
         vocab_size=entries.whole("vocab_size"),
         hidden_size=entries.whole("hidden_size"),
@@ -221,13 +223,13 @@ def _mamba2_config(source: Path | str, entries: Entries) -> Mamba2Config:
 
 
 def _bamba_config(source: Path | str, entries: Entries) -> BambaConfig:
-    _check_silu(source, entries, "BambaRunner")
-    _check_no_limit(source, entries, "BambaRunner")
+    _check_silu(source, entries, "HybridRunner")
+    _check_no_limit(source, entries, "HybridRunner")
     if entries.flag("mlp_bias"):
-        raise ValueError(f"{source} has mlp_bias True, BambaRunner has none")
+        raise ValueError(f"{source} has mlp_bias True, HybridRunner has none")
     rope = _rope_entries(entries)
     if (kind := rope.text("rope_type", rope.text("type", "default"))) != "default":
-        raise ValueError(f"{source} has rope scaling {kind!r}, BambaRunner has none")
+        raise ValueError(f"{source} has rope scaling {kind!r}, HybridRunner has none")
     hidden, layers = entries.whole("hidden_size"), entries.whole("num_hidden_layers")
     heads, kv_heads, head_dim = _heads(entries)
     places = set(entries.array("attn_layer_indices", int, []))

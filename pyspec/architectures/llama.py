@@ -17,7 +17,7 @@ __all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "RopeScaling", "Unsupp
 
 
 class Unsupported(ValueError):
-    """A model of the family with a feature that LlamaRunner does not have."""
+    """A model of the family with a feature that AttentionRunner does not have."""
 
 
 @dataclass(frozen=True)

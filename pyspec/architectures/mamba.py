@@ -1,4 +1,4 @@
-"""MambaRunner: Mamba models. Every channel has a decay for each of its states, and a dt of its own."""
+"""Mamba models. Every channel has a decay for each of its states, and a dt of its own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MambaConfig(StateSpaceConfig):
         self.check_positive("vocab_size", "hidden_size", "layers", "channels", "state_size", "dt_rank", "conv_taps")
         if self.channels % LANES or self.state_size % MULTIPLE:
             raise ValueError(
-                f"MambaRunner has channels in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
+                f"RecurrentRunner has channels in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.channels} and {self.state_size}"
             )
 

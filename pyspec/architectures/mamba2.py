@@ -1,4 +1,4 @@
-"""Mamba2Runner: Mamba-2 models (state-spaces' and Codestral's). One decay a head, B and C shared by groups of heads."""
+"""Mamba-2 models (state-spaces' and Codestral's). One decay a head, B and C shared by groups of heads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Mamba2Config(StateSpaceConfig):
         self.check_positive("groups", "state_size", "conv_taps")
         if self.head_dim % LANES or self.state_size % MULTIPLE:
             raise ValueError(
-                f"Mamba2Runner has head_dim in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
+                f"RecurrentRunner has head_dim in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.head_dim} and {self.state_size}"
             )
         if self.heads % self.groups:

@@ -33,7 +33,7 @@ def llama_config(file: GGUFFile) -> LlamaConfig:
     """The shape of the model in a GGUF file.
 
     Raises:
-        Unsupported: another architecture, or a feature that LlamaRunner does not have.
+        Unsupported: another architecture, or a feature that AttentionRunner does not have.
         ValueError: metadata is missing, or is not what it should be.
     """
     architecture = file.metadata.get("general.architecture")

@@ -37,7 +37,7 @@ def load(
         progress: called with (tensors read, all tensors).
 
     Returns:
-        A pyspec.runners.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
+        A pyspec.runners.Runner: AttentionRunner, RecurrentRunner or HybridRunner for the families they have,
         TransformersRunner for other causal models.
 
     Raises:
@@ -69,8 +69,8 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
         dtype: of weights and cache; the model's own by default. See `load`.
 
     Returns:
-        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
-        models.
+        AttentionRunner, RecurrentRunner or HybridRunner for the families they have,
+        TransformersRunner for other causal models.
 
     Raises:
         ValueError: the model is not supported; the message names its family.
@@ -103,18 +103,19 @@ def native_config_of(model):
 
 def _native() -> dict[type, tuple[type, type]]:
     """Weights and runners by the shapes that they are for."""
-    from pyspec.architectures.bamba import BambaConfig, BambaRunner, BambaWeights
+    from pyspec.architectures.bamba import BambaConfig, BambaWeights
     from pyspec.architectures.llama import LlamaConfig, LlamaWeights
-    from pyspec.architectures.mamba import MambaConfig, MambaRunner
-    from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
-    from pyspec.runners.attention import LlamaRunner
-    from pyspec.runners.recurrent import StateSpaceWeights
+    from pyspec.architectures.mamba import MambaConfig
+    from pyspec.architectures.mamba2 import Mamba2Config
+    from pyspec.architectures.state_space import StateSpaceWeights
+    from pyspec.runners.attention import AttentionRunner
+    from pyspec.runners.recurrent import HybridRunner, RecurrentRunner
 
     return {
-        LlamaConfig: (LlamaWeights, LlamaRunner),
-        MambaConfig: (StateSpaceWeights, MambaRunner),
-        Mamba2Config: (StateSpaceWeights, Mamba2Runner),
-        BambaConfig: (BambaWeights, BambaRunner),
+        LlamaConfig: (LlamaWeights, AttentionRunner),
+        MambaConfig: (StateSpaceWeights, RecurrentRunner),
+        Mamba2Config: (StateSpaceWeights, RecurrentRunner),
+        BambaConfig: (BambaWeights, HybridRunner),
     }
 
 
@@ -130,7 +131,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, prompt_atte
     from pyspec.checkpoints.gguf import GGUFFile
     from pyspec.checkpoints.gguf_models import GGUFCheckpoint, llama_config
     from pyspec.checkpoints.tokenizer import Tokenizer
-    from pyspec.runners.attention import LlamaRunner
+    from pyspec.runners.attention import AttentionRunner
 
     file = GGUFFile(path)
     config = llama_config(file)
@@ -139,7 +140,7 @@ def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, prompt_atte
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
     config, weights = _read(GGUFCheckpoint(file, config), config, path, dtype, device, progress)
     ends = tokenizer.eos_tokens if tokenizer else ()
-    return LlamaRunner(config, weights, tokenizer, ends, prompt_attention=prompt_attention)
+    return AttentionRunner(config, weights, tokenizer, ends, prompt_attention=prompt_attention)
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress) -> Runner:

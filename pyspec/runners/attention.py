@@ -1,4 +1,4 @@
-"""LlamaRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense or a packed KV cache.
+"""AttentionRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense or a packed KV cache.
 
 The nodes of all trees of a batch run packed through the layers, [sum of T_b, hidden]; on a GPU they are padded to
 fixed shapes and replayed as a graph (static_steps.py). A prompt is read as a chain of draft tokens that are all
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyspec.architectures.llama import LlamaConfig, LlamaWeights, rope_table
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.gear import PackedCache, PackedSettings
 from pyspec.caches.saved import load_packed, save_packed
@@ -25,12 +25,12 @@ from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import BUCKETS, Rows, slots_for
 from pyspec.tree import DraftTree
 
-__all__ = ["LlamaConfig", "LlamaRunner", "LlamaWeights"]
+__all__ = ["LlamaConfig", "AttentionRunner", "LlamaWeights"]
 
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
 
-class LlamaRunner(NativeRunner):
+class AttentionRunner(NativeRunner):
     """A Llama-shaped model with its KV cache; see pyspec.runners.Runner for the calls.
 
     Every row of logits has the same bits whatever is computed beside it: the tree, the batch, the chunks that a
@@ -155,7 +155,7 @@ class LlamaRunner(NativeRunner):
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
         self._replays = self._verified = None
-        cache.rope = rope_table(self._frequencies, capacity, self.device)
+        cache.rope = self._rope(capacity)
         self._cache = cache
 
     def _check_packs(self, cache: PackedSettings) -> None:
@@ -174,7 +174,7 @@ class LlamaRunner(NativeRunner):
         config = self.config
         shape = (config.layers, sequences, config.kv_heads, capacity, config.head_dim)
         cache = packed.start(*shape, self.dtype, self.device)
-        cache.rope = rope_table(self._frequencies, capacity, self.device)
+        cache.rope = self._rope(capacity)
         return cache
 
     def _new_cache(self, sequences: int, capacity: int) -> DenseCache:
@@ -187,7 +187,7 @@ class LlamaRunner(NativeRunner):
             # at least twice as many, so that prompts that grow and grow lose what is recorded a few times only
             slots = max(slots, min(2 * replays.cache.slots, slots_for(self.context_length + BUCKETS[-1])))
         self._replays = replays = None  # makes room
-        config, rope = self.config, rope_table(self._frequencies, slots, self.device)
+        config, rope = self.config, self._rope(slots)
         shape = (config.layers, sequences, config.kv_heads, slots, config.head_dim)
         cache = DenseCache(*shape, self.dtype, self.device, rope)
         cache.restart(capacity)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyspec.architectures.llama import rope_table
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
@@ -69,6 +70,7 @@ class NativeRunner:
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
+        self._rope_table: Tensor | None = None
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: list[DraftTree | None] | None = None
@@ -212,6 +214,12 @@ class NativeRunner:
             return self.weights.forward(self.config, hidden, cache, numbers, self.dtype, layers)
 
         return Step(self._embed, forward)
+
+    def _rope(self, positions: int) -> Tensor:
+        """[at least so many positions, 2, head_dim / 2]: cosines and sines, as rotary_write takes them."""
+        if self._rope_table is None or len(self._rope_table) < positions:
+            self._rope_table = rope_table(self.config.rope_frequencies(), positions, self.device)
+        return self._rope_table
 
     def _new_replays(self, cache) -> None:
         record = GraphRecorder(self.weights.head) if self._records_graphs else TapeRecorder()

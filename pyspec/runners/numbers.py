@@ -57,7 +57,7 @@ class Numbers:
         self._shapes |= dict.fromkeys(("prefix_lens", "places", "halves", "advances"), (count,))
         self._buffer = torch.zeros(sum(map(_aligned, self._shapes.values())), dtype=torch.int32, device=device)
         views = _views(self._buffer, self._shapes)
-        self.round = Round(*(views.pop(name) for name in ("places", "paths", "halves", "advances")))
+        self.round = Round(*(views[name] for name in ("places", "starts", "parents", "paths", "halves", "advances")))
         vars(self).update(views)
         self._each = np.arange(rows, dtype=np.int32)
         self._hosts: deque[_Host] = deque()  # those that were sent first come first

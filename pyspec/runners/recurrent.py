@@ -1,7 +1,8 @@
 """RecurrentRunner: models with a recurrent state, such as Mamba and Mamba-2, and hybrids of it and attention.
 
 Verifying reads the state without changing it; committing notes the path, which the next verify replays. A prompt is
-read as chains that are accepted as a whole, through the same kernels in the same order, so it may be read in any chunks.
+read as chains that are accepted as a whole, through the same kernels in the same order, so it
+may be read in any chunks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pyspec.architectures.llama import rope_table
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
@@ -98,11 +98,8 @@ class HybridRunner(RecurrentRunner):
         self._replays = replays = None  # makes room
         attention, slots = self.config.attention, slots_for(capacity)
         shape = (attention.layers, sequences, attention.kv_heads, slots, attention.head_dim)
-        rope = rope_table(self.config.rope_frequencies(), slots, self.device)
-        cache = HybridCache(
-            StateCache.of(self.config.recurrence, sequences, self.device),
-            DenseCache(*shape, self.dtype, self.device, rope),
-        )
+        dense = DenseCache(*shape, self.dtype, self.device, self._rope(slots))
+        cache = HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
         cache.dense.restart(capacity)
         self._new_replays(cache)
         return cache

@@ -170,7 +170,7 @@ def test_a_bamba_obeys_the_same_entries():
     check_same("BambaForCausalLM", description | {"rope_parameters": THETA})
     check_same("BambaForCausalLM", description | {"rope_parameters": {"partial_rotary_factor": 1.0}})
     for scaling in ({"rope_scaling": LINEAR}, {"rope_scaling": LINEAR, "rope_parameters": THETA}):
-        with pytest.raises(ValueError, match="rope scaling 'linear', BambaRunner has none"):
+        with pytest.raises(ValueError, match="rope scaling 'linear', HybridRunner has none"):
             read("BambaForCausalLM", description | scaling)
 
 

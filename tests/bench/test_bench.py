@@ -87,14 +87,15 @@ def test_a_restarted_drafter_knows_nothing():
 
 def test_transformers_gets_the_same_model():
     pytest.importorskip("transformers")
-    from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+    from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+    from pyspec.runners.attention import AttentionRunner
 
     config = LlamaConfig("llama", 128, 96, 160, 2, 4, 2, 64, 128, 1e-5, 10000.0, tied_embedding=True)
     weights = LlamaWeights.empty(config, torch.float32, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for tensor in weights.named(config).values():
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.2, generator=generator)
-    model = LlamaRunner(config, weights, eos_tokens=(3,))
+    model = AttentionRunner(config, weights, eos_tokens=(3,))
     plain = Pyspec(model, None, 1).run(PROMPT[:9], 24)
     dense_model = peers.dense_transformers(model)
     from pyspec.integrations.transformers import generate

@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyspec import from_transformers, load
-from pyspec.architectures.mamba import MambaRunner
-from pyspec.architectures.mamba2 import Mamba2Runner
 from pyspec.ops.linear import PackedWeight
-from pyspec.runners.attention import LlamaRunner
+from pyspec.runners.attention import AttentionRunner
 from pyspec.runners.foreign import TransformersRunner
+from pyspec.runners.recurrent import RecurrentRunner
 from tests.helpers.random_llama import VOCABULARY
 from tests.helpers.runner_checks import check_last
 from tests.helpers.tiny_mambas import FAMILIES, KINDS, tiny_mamba
@@ -28,7 +27,7 @@ def test_folders_of_transformers_are_read(kind, tmp_path):
     model = tiny_mamba(kind)
     model.save_pretrained(tmp_path)
     runner = load_cpu(tmp_path)
-    assert isinstance(runner, MambaRunner if KINDS[kind][0] == "Mamba" else Mamba2Runner)
+    assert isinstance(runner, RecurrentRunner if KINDS[kind][0] == "Mamba" else RecurrentRunner)
     check_last(runner, model)
     assert runner.config.tied_embedding == (runner.weights.head is runner.weights.embedding)
     assert load_cpu(tmp_path, torch.int8).weight_dtype == torch.int8
@@ -104,11 +103,11 @@ def test_codestral_mambas_folder_is_read(tmp_path):
 @pytest.mark.parametrize(
     "kind, changed, message",
     [
-        ("mamba", {"hidden_act": "gelu"}, "hidden_act 'gelu', MambaRunner has silu"),
-        ("mamba", {"state_size": 24}, "MambaRunner has .* state_size in multiples of 16, got 96 and 24"),
-        ("mamba2", {"hidden_act": "gelu"}, "hidden_act 'gelu', Mamba2Runner has silu"),
-        ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit .* Mamba2Runner has no limit"),
-        ("mamba2", {"head_dim": 24}, "Mamba2Runner has head_dim in multiples of 16"),
+        ("mamba", {"hidden_act": "gelu"}, "hidden_act 'gelu', RecurrentRunner has silu"),
+        ("mamba", {"state_size": 24}, "RecurrentRunner has .* state_size in multiples of 16, got 96 and 24"),
+        ("mamba2", {"hidden_act": "gelu"}, "hidden_act 'gelu', RecurrentRunner has silu"),
+        ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit .* RecurrentRunner has no limit"),
+        ("mamba2", {"head_dim": 24}, "RecurrentRunner has head_dim in multiples of 16"),
         ("mamba2", {"n_groups": 2}, "heads must be a multiple of groups, got 3 and 2"),
         ("mamba2", {"num_hidden_layers": 0}, "layers must be at least 1, got 0"),
         ("mamba2", {"vocab_size": 90}, r"embeddings.weight must have shape \(90, 48\)"),
@@ -137,12 +136,12 @@ def test_missing_tensors_are_named(tmp_path):
 
 def test_live_models_run_on_our_kernels_where_there_are_some():
     runner = from_transformers(tiny_mamba("mamba_untied_with_biases"))
-    assert isinstance(runner, MambaRunner) and runner.eos_tokens == frozenset()
+    assert isinstance(runner, RecurrentRunner) and runner.eos_tokens == frozenset()
     assert from_transformers(tiny_mamba("mamba2").to(torch.bfloat16)).dtype == torch.bfloat16
     shape = {"vocab_size": VOCABULARY, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=64, eos_token_id=7))
     runner = from_transformers(llama.eval())
-    assert isinstance(runner, LlamaRunner) and runner.eos_tokens == {7}
+    assert isinstance(runner, AttentionRunner) and runner.eos_tokens == {7}
     check_last(runner, llama)
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2))
     assert isinstance(from_transformers(other), TransformersRunner)

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from pyspec.architectures.llama import LlamaWeights
 from pyspec.drafters import layer_skip
 from pyspec.drafters.layer_skip import LayerSkipDrafter, find_skipped_layers
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.generate import generate
 from pyspec.machine import measured
-from pyspec.runners.attention import LlamaRunner, LlamaWeights
+from pyspec.runners.attention import AttentionRunner
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 
@@ -27,7 +28,7 @@ def deep_llama(layers=6, useless=(1, 3, 4), dtype=torch.bfloat16):
         tensor.copy_(torch.normal(1.0 if tensor.dim() == 1 else 0.0, 0.2, tensor.shape, generator=generator))
         if any(f"layers.{layer}." in name for layer in useless) and ("o_proj" in name or "down_proj" in name):
             tensor.zero_()
-    return LlamaRunner(config, weights)
+    return AttentionRunner(config, weights)
 
 
 def test_all_layers_say_what_verify_says_and_useless_ones_are_not_missed():

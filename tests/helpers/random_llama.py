@@ -5,14 +5,15 @@ import random
 import torch
 
 from pyspec import DraftTree
-from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.runners.attention import AttentionRunner
 
 VOCABULARY = 97
 
 
 def random_llama(
     device="cpu", dtype=torch.float32, *, windows=(None, None), biases=False, context=3000, **options
-) -> LlamaRunner:
+) -> AttentionRunner:
     """A runner of 2 layers, 4 query heads on 2 key heads; the same weights on every device."""
     config = LlamaConfig(
         architecture="llama",
@@ -38,7 +39,7 @@ def random_llama(
         mean = 1.0 if tensor.dim() == 1 else 0.0
         tensor.copy_(torch.normal(mean, 0.2, tensor.shape, generator=generator))
     weights.pack(dtype)
-    return LlamaRunner(config, weights, **options)
+    return AttentionRunner(config, weights, **options)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -8,8 +8,8 @@ import torch
 
 import pyspec.runners.recurrent
 from pyspec import DraftTree, from_transformers, generate, load
-from pyspec.architectures.bamba import BambaRunner
 from pyspec.runners.foreign_support import cache_argument
+from pyspec.runners.recurrent import HybridRunner
 from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
 from tests.helpers.runner_checks import (
     check_batches,
@@ -92,7 +92,7 @@ def step_by_step(model, prompt, new_tokens):
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
     monkeypatch.setattr(pyspec.runners.recurrent, "PREFILL_CHUNK", chunk)
     model, runner = models(kind)
-    assert isinstance(runner, BambaRunner)
+    assert isinstance(runner, HybridRunner)
     check_prompt(runner, model)
 
 
@@ -129,7 +129,7 @@ def test_rows_do_not_depend_on_what_is_beside_them(models, dtype):
 def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models):
     """Random trees, paths and sequences that sit out; what belongs to nobody is NaN. The two states stay in step."""
     _, runner = models()
-    plain = BambaRunner(runner.config, runner.weights)
+    plain = HybridRunner(runner.config, runner.weights)
     prompts, generator = [random_tokens(length, length) for length in (3, 17, 1)], random.Random(0)
     runner.prefill(prompts, capacity=600)
     texts = [list(prompt) for prompt in prompts]
@@ -188,9 +188,9 @@ def test_a_saved_model_loads(models, kind, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ({"mlp_bias": True}, "has mlp_bias True, BambaRunner has none"),
-        ({"time_step_limit": [0.1, 1.0]}, r"has time_step_limit .*, BambaRunner has no limit"),
-        ({"hidden_act": "gelu"}, "has hidden_act 'gelu', BambaRunner has silu"),
+        ({"mlp_bias": True}, "has mlp_bias True, HybridRunner has none"),
+        ({"time_step_limit": [0.1, 1.0]}, r"has time_step_limit .*, HybridRunner has no limit"),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu', HybridRunner has silu"),
     ],
 )
 def test_what_is_not_supported_is_named(changed, message):

@@ -11,7 +11,7 @@ from pyspec.drafters import NAMES, new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
-from pyspec.runners.attention import LlamaRunner
+from pyspec.runners.attention import AttentionRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 from tests.helpers.torch_settings import SETTINGS, default_dtype
 
@@ -54,7 +54,7 @@ def texts(name: str):
 def llama_texts():
     with torch.device("cpu"), default_dtype(torch.float32):  # the test's own weights
         source = random_llama(dtype=torch.bfloat16)
-    runner, draft = (LlamaRunner(source.config, source.weights) for _ in range(2))
+    runner, draft = (AttentionRunner(source.config, source.weights) for _ in range(2))
     drafters = [new_drafter(name, runner) for name in NAMES if name != "layer_skip"]
     drafters += [None, LayerSkipDrafter(runner, skipped=[0]), ModelDrafter(draft, runner)]
     calls = [{"drafter": drafter} for drafter in drafters]

@@ -1,4 +1,4 @@
-"""LlamaRunner on a GPU: graphs give the bits of launches, trees those of plain decoding, and nothing waits."""
+"""AttentionRunner on a GPU: graphs give the bits of launches, trees those of plain decoding, and nothing waits."""
 
 import random
 from contextlib import contextmanager

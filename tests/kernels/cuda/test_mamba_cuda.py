@@ -11,11 +11,12 @@ import torch
 import pyspec.runners.recurrent
 import pyspec.runners.static_rounds
 from pyspec import DraftTree, generate
-from pyspec.architectures.mamba import MambaConfig, MambaRunner
-from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.architectures.mamba import MambaConfig
+from pyspec.architectures.mamba2 import Mamba2Config
+from pyspec.architectures.state_space import StateSpaceWeights
 from pyspec.ops.mamba_layers import mamba_layers_reference
 from pyspec.readback import read_statistics
-from pyspec.runners.recurrent import StateSpaceWeights
+from pyspec.runners.recurrent import RecurrentRunner
 from tests.helpers.cuda_on_host import op_on_host
 from tests.helpers.on_gpu import assert_close
 from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
@@ -23,8 +24,8 @@ from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, r
 HAS_GPU = torch.cuda.is_available()
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
 MODELS = {
-    "mamba": (MambaRunner, MambaConfig(**SHARED, channels=96, state_size=16, dt_rank=16)),
-    "mamba2": (Mamba2Runner, Mamba2Config(**SHARED, heads=3, head_dim=32, groups=1, state_size=32)),
+    "mamba": (RecurrentRunner, MambaConfig(**SHARED, channels=96, state_size=16, dt_rank=16)),
+    "mamba2": (RecurrentRunner, Mamba2Config(**SHARED, heads=3, head_dim=32, groups=1, state_size=32)),
 }
 
 

@@ -1,4 +1,4 @@
-"""LlamaRunner as on a GPU, step by step through the Triton kernels, beside the same model on the CPU."""
+"""AttentionRunner as on a GPU, step by step through the Triton kernels, beside the same model on the CPU."""
 
 import pytest
 import torch
