@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from pyspec.checkpoints.loading import demo_file
+from pyspec.checkpoints.sources import demo_file
 from pyspec.cli.shared import PHASES
 from pyspec.drafters.lookup import LookupDrafter
 from pyspec.drafters.merged import MergedDrafter

@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from pyspec.acceptance import Accepted
+from pyspec.acceptance import RULES
 from pyspec.sampling.sampler import InvalidLogits, Sampler
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["ExactAcceptance"]
 
@@ -51,3 +51,6 @@ class ExactAcceptance:
             if child is None:
                 return Accepted(path, token)
             node = child
+
+
+RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.acceptance import Accepted
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["KSeq", "k_seq"]
 
@@ -70,3 +70,6 @@ class KSeq(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return k_seq(tree, p, q, noise)
+
+
+RULES.register("k_seq", KSeq, "independent draws; exact law (SpecTr)")

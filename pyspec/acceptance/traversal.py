@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.acceptance import Accepted
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["TraversalVerification", "traversal_verification"]
 
@@ -74,3 +74,6 @@ class TraversalVerification(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return traversal_verification(tree, p, q, noise)
+
+
+RULES.register("traversal", TraversalVerification, "every drawn tree; exact law (traversal verification)")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pyspec.acceptance import Accepted
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["WithReplacement", "with_replacement"]
 
@@ -44,3 +44,6 @@ class WithReplacement(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return with_replacement(tree, p, q, noise)
+
+
+RULES.register("with_replacement", WithReplacement, "independent draws; exact law (SpecInfer)")

@@ -6,7 +6,6 @@ import argparse
 
 from pyspec.cli.shared import DTYPES
 
-ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
@@ -27,14 +26,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    from pyspec.acceptance import RULES
+
     parser.add_argument(
         "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
     parser.add_argument(
         "--acceptance",
-        choices=ACCEPTANCE,
+        choices=list(RULES),
         default="exact",
-        help="default: exact; see docs/acceptance.md; typical is lossy",
+        help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
