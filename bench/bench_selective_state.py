@@ -98,7 +98,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return (RecurrentRunner if isinstance(config, Mamba2Config) else RecurrentRunner)(config, weights)
+    return RecurrentRunner(config, weights)
 
 
 class Rounds:
@@ -142,7 +142,7 @@ class Rounds:
         return call
 
     def recompute(self, nodes: int) -> Callable[[], None]:
-        trees, sequences = [DraftTree.chain([0] * nodes)] * self.batch, list(range(self.batch))
+        trees = dict.fromkeys(range(self.batch), DraftTree.chain([0] * nodes))
         cache = self.model._cache
 
         @torch.inference_mode()
@@ -150,11 +150,11 @@ class Rounds:
             state = (cache.states, cache.windows)
             for kept, values in zip(self.spare, state, strict=True):
                 kept.copy_(values)
-            rows = self.model._forward(trees, sequences, [True] * self.batch, cache)
+            rows = self.model._replays.run(self.model._step(), trees, advances=trees)
             self.model._logits(rows.of_trees(rows.hidden))
             for kept, values in zip(self.spare, state, strict=True):
                 values.copy_(kept)
-            self.model._forward(trees, sequences, [True] * self.batch, cache)
+            self.model._replays.run(self.model._step(), trees, advances=trees)
 
         return call
 

@@ -18,6 +18,7 @@ import torch
 
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 from pyspec.runners.attention import AttentionRunner
+from pyspec.runners.replay import launch_by_launch
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
@@ -54,9 +55,9 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner
 def launched(runner: AttentionRunner, nodes: int) -> Callable[[], None]:
     """The verify of a GPU without its graph."""
 
-    @torch.inference_mode()
     def call() -> None:
-        runner._logits(runner._steps.alone(runner._step, steps.tree_of(nodes), 0))
+        with launch_by_launch():
+            runner.verify([steps.tree_of(nodes)])
 
     return call
 

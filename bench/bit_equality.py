@@ -35,7 +35,7 @@ from resume import Finished, seconds_a_token, work_through
 
 import pyspec
 from pyspec.cli.shared import first_difference
-from pyspec.ops.llama_layers import llama_layers_reference
+from pyspec.runners.replay import launch_by_launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 BUDGETS = (4, 16, 48)
@@ -137,7 +137,7 @@ def units(question_ids: list[int]) -> list[dict]:
 
 @contextmanager
 def torch_linear() -> Iterator[None]:
-    """Models compute with torch's own linear, and layer by layer op by op: the compiled program has ours inside."""
+    """Models compute with torch's own linear, launch by launch: what is recorded is our kernels alone."""
     dense: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def linear(x, weight, bias=None, *, out_dtype=None):
@@ -147,17 +147,9 @@ def torch_linear() -> Iterator[None]:
         out = torch.nn.functional.linear(x, dense[key], bias)
         return out if out_dtype is None else out.to(out_dtype)
 
-    def llama_layers(*tensors, windows, heads, intermediate, epsilon):
-        return llama_layers_reference(*tensors, windows, heads, intermediate, epsilon)
-
-    # by their full names, because pyspec.ops.llama_layers is the function
-    names = ("pyspec.runners.attention", "pyspec.runners.native", "pyspec.ops.llama_layers")
-    runner, base, layers = map(importlib.import_module, names)
-    with (
-        mock.patch.object(base, "linear", linear),
-        mock.patch.object(layers, "linear", linear),
-        mock.patch.object(runner, "llama_layers", llama_layers),
-    ):
+    names = ("pyspec.runners.native", "pyspec.architectures.blocks")
+    base, blocks = map(importlib.import_module, names)
+    with launch_by_launch(), mock.patch.object(base, "linear", linear), mock.patch.object(blocks, "linear", linear):
         yield
 
 

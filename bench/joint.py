@@ -36,8 +36,8 @@ class JointRounds:
         moving = [sequence for sequence in range(batch) if self._behind[sequence]]
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
         below = [_below(tokens, tree) for tokens, tree in zip(self._behind, trees, strict=True)]
-        advances = [True] * len(chains) + [False] * batch
-        rows = self._runner._forward([*chains, *below], [*moving, *range(batch, 2 * batch)], advances, cache)
+        together = dict(zip([*moving, *range(batch, 2 * batch)], [*chains, *below], strict=True))
+        rows = self._runner._replays.run(self._runner._step(), together, advances=moving)
         self._verified, self._behind = trees, [[] for _ in trees]
         logits = self._runner._logits(rows.of_trees(rows.hidden)) if rows.logits is None else rows.of_trees(rows.logits)
         parts = logits.split([len(tree) for tree in (*chains, *below)])[len(chains) :]

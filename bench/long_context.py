@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pyspec.ops import tree_attention
-from pyspec.ops.llama_layers import layers_by_ops
 from pyspec.runners.attention import AttentionRunner
+from pyspec.runners.numbers import Numbers
+from pyspec.tree import DraftTree
 
 # attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -42,30 +43,17 @@ class LongContext:
     @torch.inference_mode()
     def logits(self, attend: Attend) -> Tensor:
         """[steps, V]: after each later token of the text, all but the last, each a step with this attention."""
-        model, cache = self._model, self._model._cache
-        config = model.config
-        rows = []
+        model, cache, rows = self._model, self._model._cache.view([0], len(self._text)), []
+        numbers = Numbers([0], 1, 1, 0, model.device)
         for place, token in enumerate(self._text[self._context : -1], start=self._context):
-            at = torch.tensor([place], dtype=torch.int32)
+            numbers.fill({0: DraftTree.chain([token])}, [place], [0])
 
-            def of_layer(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: int = place + 1) -> Tensor:
+            def of_layer(layer: int, q: Tensor, numbers: Numbers, window: int | None, keys: int = place + 1) -> Tensor:
+                k, v = cache.keys_values[layer]
                 return attend(layer, q[0], k[0, :, :keys], v[0, :, :keys])[None]
 
-            hidden = layers_by_ops(
-                model._embed(torch.tensor([token])),
-                model._matrices,
-                model._biases,
-                model.weights.norm,
-                cache.keys_values,
-                model._cos_sin,
-                at,
-                torch.zeros(1, dtype=torch.int32),
-                at,
-                of_layer,
-                config.heads,
-                config.intermediate_size,
-                config.norm_epsilon,
-            )
+            cache.attend = of_layer
+            hidden = model.weights.forward(model.config, model._embed(numbers.tokens), cache, numbers, model.dtype)
             rows.append(model._logits(hidden)[0])
         return torch.stack(rows)
 

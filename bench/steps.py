@@ -8,8 +8,9 @@ import measure
 import torch
 
 from pyspec.generate import generate
-from pyspec.runners import attention as llama
-from pyspec.runners import native as _runner
+from pyspec.runners import native
+from pyspec.runners.attention import AttentionRunner
+from pyspec.runners.tape import Tape
 from pyspec.tree import DraftTree
 
 CONTEXT = 512  # tokens before the step
@@ -18,7 +19,7 @@ GOALS = {"over the floor": 1.25, 8: 1.2, 16: 1.5, 32: 2.8}  # at most; of bf16, 
 OVERHEAD_GOAL = 0.10
 
 
-def steps(model: llama.AttentionRunner, repeats: int = 21) -> dict:
+def steps(model: AttentionRunner, repeats: int = 21) -> dict:
     """Medians of verify(T) behind CONTEXT tokens, and the floor: bytes of weights and cache over read bandwidth."""
     device = model.device.type
     model.prefill([[place % model.vocab_size for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
@@ -55,7 +56,7 @@ def tree_of(nodes: int) -> DraftTree:
     return DraftTree([0] * nodes, [(node - 1) // 3 if node else -1 for node in range(nodes)])
 
 
-def overhead_share(model: llama.AttentionRunner, new_tokens: int = 64) -> float:
+def overhead_share(model: AttentionRunner, new_tokens: int = 64) -> float:
     """The share of plain decoding that is not spent inside the ops: Python, dispatch, acceptance, bookkeeping."""
     inside = 0.0
 
@@ -69,7 +70,7 @@ def overhead_share(model: llama.AttentionRunner, new_tokens: int = 64) -> float:
 
         return call
 
-    ops = [(llama, "llama_layers", llama.llama_layers), (_runner, "linear", _runner.linear)]
+    ops = [(Tape, "run", Tape.run), (native, "linear", native.linear)]
     prompt = [1] * 8
     generate(model, prompt, drafter=None, max_new_tokens=4)
     try:

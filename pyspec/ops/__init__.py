@@ -5,9 +5,8 @@ from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
 from pyspec.ops.linear import PackedWeight, linear, pack_weight
-from pyspec.ops.llama_layers import llama_layers
-from pyspec.ops.mamba_layers import mamba_layers
 from pyspec.ops.merge_attention import merge_attention
+from pyspec.ops.ragged_attention import ragged_attention
 from pyspec.ops.residual_vq import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
@@ -35,12 +34,13 @@ __all__ = [
     "gear_decode",
     "gear_encode",
     "linear",
-    "llama_layers",
-    "mamba_layers",
     "merge_attention",
     "pack_weight",
+    "ragged_attention",
     "residual_vq_attention",
+    "ragged_attention",
     "residual_vq_decode",
+    "ragged_attention",
     "residual_vq_encode",
     "rms_norm",
     "rotary_of_blocks",

@@ -70,6 +70,7 @@ class NativeRunner:
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
+        self._records_graphs = self.device.type == "cuda"  # few shapes, each a graph, rather than tapes
         self._rope_table: Tensor | None = None
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
@@ -201,11 +202,6 @@ class NativeRunner:
     def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         """What the layers give for all nodes of the active sequences."""
         return self._replays.run(self._step(), trees)
-
-    @property
-    def _records_graphs(self) -> bool:
-        """Whether steps have few shapes, each a graph, rather than tapes."""
-        return self.device.type == "cuda"
 
     def _step(self, layers: Sequence[int] | None = None) -> Step:
         """A forward through all layers, or some."""

@@ -28,7 +28,7 @@ class Numbers:
         tokens, positions, slots, parents: [R], of each node; 0 in padding. slots are where the cache keeps its key.
         row_sequences: [R], each row's sequence of the batch.
         ancestor_bits: [R, words]; 0 in padding.
-        starts: [B + 1], of each tree's rows.
+        starts: [B + 1], of each tree's rows, padding included.
         prefix_lens: [B], committed tokens that attention sees in the cache; 0 for a sequence that sits out.
         round: the same trees and the paths to be replayed, as recurrent ops take them.
 
@@ -53,11 +53,14 @@ class Numbers:
         count = len(sequences)
         self._sequences = sequences
         self._shapes = dict.fromkeys(("tokens", "positions", "slots", "parents", "row_sequences"), (rows,))
-        self._shapes |= {"ancestor_bits": (rows, words), "starts": (count + 1,), "paths": (count, longest)}
+        self._shapes |= {"ancestor_bits": (rows, words), "paths": (count, longest)}
+        self._shapes |= dict.fromkeys(("starts", "round_starts"), (count + 1,))
         self._shapes |= dict.fromkeys(("prefix_lens", "places", "halves", "advances"), (count,))
         self._buffer = torch.zeros(sum(map(_aligned, self._shapes.values())), dtype=torch.int32, device=device)
         views = _views(self._buffer, self._shapes)
-        self.round = Round(*(views[name] for name in ("places", "starts", "parents", "paths", "halves", "advances")))
+        self.round = Round(
+            *(views[name] for name in ("places", "round_starts", "parents", "paths", "halves", "advances"))
+        )
         vars(self).update(views)
         self._each = np.arange(rows, dtype=np.int32)
         self._hosts: deque[_Host] = deque()  # those that were sent first come first
@@ -110,7 +113,8 @@ class Numbers:
                     host["halves"][index] = plan.halves[sequence]
                     host["advances"][index] = advances
                 end = rows.stop
-            host["starts"][index + 1] = end
+            host["starts"][index + 1] = padded * (index + 1) or end
+            host["round_starts"][index + 1] = end
         self._send()
 
     def _host(self) -> dict[str, np.ndarray]:

@@ -13,7 +13,8 @@ no bits: rows do not depend on the rows beside them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -26,13 +27,36 @@ from pyspec.runners.numbers import Numbers
 from pyspec.runners.tape import Arena, Tape, can_record
 from pyspec.tree import DraftTree
 
-__all__ = ["BUCKETS", "GRAPH_CHUNK", "GraphRecorder", "Replays", "Rows", "TapeRecorder", "slots_for"]
+__all__ = [
+    "BUCKETS",
+    "GRAPH_CHUNK",
+    "GraphRecorder",
+    "Replays",
+    "Rows",
+    "TapeRecorder",
+    "launch_by_launch",
+    "slots_for",
+]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # nodes of a tree with a graph; larger trees run launch by launch
 PROMPT_BUCKETS = (128, 256, 512)  # of a piece of a prompt, beside those: `warm` records them for a single sequence
 GRAPH_CHUNK = PROMPT_BUCKETS[-1]  # tokens of a prompt in a call: weights are read once for them
 FEWEST_SLOTS = 1024  # that attention's grid is made for; doubled until the longest sequence fits
 MOST_TAPES = 64  # of one batch: those that were used last
+
+
+_launched = False
+
+
+@contextmanager
+def launch_by_launch() -> Iterator[None]:
+    """Nothing is recorded or replayed in this context: every round calls its ops one by one, to the same bits."""
+    global _launched
+    before, _launched = _launched, True
+    try:
+        yield
+    finally:
+        _launched = before
 
 
 class Rows(NamedTuple):
@@ -129,8 +153,8 @@ class Replays:
 
     def _is_launched(self, shape: Shape, key, advances: Collection[int]) -> bool:
         """Whether a round runs launch by launch: a graph of it is not there and would serve no other."""
-        if not self._record.is_graph:
-            return not can_record()
+        if _launched or not self._record.is_graph:
+            return _launched or not can_record()
         cache = self.cache
         if cache.has_keys and cache.has_states and self._sequences > 1:
             return True  # padding between trees is nothing that a recurrence can pass over

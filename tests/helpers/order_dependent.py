@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 
 from pyspec.ops import linear
-from pyspec.ops.llama_layers import llama_layers_reference
+from pyspec.runners.replay import launch_by_launch
 
 
 def order_dependent_linear(x, weight, bias=None, *, out_dtype=None) -> torch.Tensor:
@@ -21,17 +21,12 @@ def order_dependent_linear(x, weight, bias=None, *, out_dtype=None) -> torch.Ten
 
 @contextmanager
 def order_dependent_llamas() -> Iterator[None]:
-    """Llamas compute with order_dependent_linear, layer by layer and op by op: the compiled program has ours inside."""
-
-    def llama_layers(*tensors, windows, heads, intermediate, epsilon):
-        return llama_layers_reference(*tensors, windows, heads, intermediate, epsilon)
-
-    # by their full names, because pyspec.ops.llama_layers is the function
-    names = ("pyspec.runners.attention", "pyspec.runners.native", "pyspec.ops.llama_layers")
-    llama, runner, layers = map(importlib.import_module, names)
+    """Llamas compute with order_dependent_linear, launch by launch: what is recorded is the compiled kernel alone."""
+    names = ("pyspec.runners.native", "pyspec.architectures.blocks")
+    runner, blocks = map(importlib.import_module, names)
     with (
-        mock.patch.object(llama, "llama_layers", llama_layers),
+        launch_by_launch(),
         mock.patch.object(runner, "linear", order_dependent_linear),
-        mock.patch.object(layers, "linear", order_dependent_linear),
+        mock.patch.object(blocks, "linear", order_dependent_linear),
     ):
         yield

@@ -12,7 +12,7 @@ from pyspec.ops.selective_state import to_panels
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
 from tests.helpers.torch_settings import SETTINGS
-from tests.ops import test_llama_layers, test_mamba_layers
+from tests.ops import test_ragged_attention
 
 FUZZ = settings(
     max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -120,8 +120,7 @@ CALLS = {
         | {"packed": ops.residual_vq_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), codebooks())}
         | {"codebooks": codebooks(), "rotary": ops.rotary_of_blocks(floats(32).abs(), 1)},
     ),
-    "llama_layers": lambda: (ops.llama_layers, test_llama_layers.arguments()[0]),
-    "mamba_layers": lambda: (ops.mamba_layers, test_mamba_layers.arguments("mamba2")[0]),
+    "ragged_attention": lambda: (ops.ragged_attention, test_ragged_attention.case((3, 2))),
 }
 
 

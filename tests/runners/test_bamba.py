@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 import torch
 
-import pyspec.runners.recurrent
+import pyspec.runners.native
 from pyspec import DraftTree, from_transformers, generate, load
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import HybridRunner
@@ -90,7 +90,7 @@ def step_by_step(model, prompt, new_tokens):
 @pytest.mark.parametrize("chunk", [256, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
-    monkeypatch.setattr(pyspec.runners.recurrent, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
     model, runner = models(kind)
     assert isinstance(runner, HybridRunner)
     check_prompt(runner, model)

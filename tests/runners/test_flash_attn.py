@@ -11,10 +11,10 @@ import pyspec.runners.attention
 from pyspec.cli import main
 from pyspec.runners import flash_attn
 from tests.helpers import fake_flash_attn
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 from tests.helpers.tiny_mambas import tiny_mamba
 from tests.helpers.tiny_models import tiny_model, write_gguf
-from tests.runners.test_static_steps import FakeRecorder
 
 LONG = random_tokens(150, 50)
 
@@ -118,8 +118,8 @@ def test_every_prompt_has_the_bits_that_it_has_alone(device, small_chunks, is_st
     prompts = [LONG[:90], random_tokens(20), LONG, LONG[:60] + [1, 2]]
     alone = [read(runner.fork(), [prompt])[0] for prompt in prompts]
     if device == "cpu" and is_static:
-        monkeypatch.setattr(pyspec.runners.attention, "GraphRecorder", FakeRecorder)
-        runner._is_static = True
+        monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
+        with_graphs(runner)
     for found, expected in zip(read(runner, prompts), alone, strict=True):
         assert all(map(torch.equal, found, expected))
 

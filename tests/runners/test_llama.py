@@ -3,7 +3,7 @@ from functools import cache
 import pytest
 import torch
 
-import pyspec.runners.attention
+import pyspec.runners.native
 from pyspec import DraftTree, load
 from pyspec.architectures.llama import LlamaWeights
 from pyspec.ops.linear import PackedWeight
@@ -40,7 +40,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("chunk", [256, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
-    monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
     model, runner = models(kind)
     check_prompt(runner, model)
 
@@ -143,7 +143,7 @@ def test_a_prompt_may_be_read_in_any_chunks(models, tmp_path, dtype, monkeypatch
     runner = load(str(tmp_path), dtype=dtype, device="cpu")
     prompt, found = random_tokens(100), []
     for chunk in (100, 64, 7, 1):
-        monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
         (logits,) = runner.prefill([prompt])
         found.append((logits, runner._cache.keys_values[..., : len(prompt), :].clone()))
     for logits, keys_values in found[1:]:

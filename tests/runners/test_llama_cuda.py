@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import pyspec.runners.attention
-import pyspec.runners.static_steps as static_steps
+import pyspec.runners.native
+import pyspec.runners.replay as replay
 from pyspec import DraftTree, generate
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.drafters.merged import MergedDrafter
@@ -41,7 +41,7 @@ def no_waiting():
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
     """Over random trees and batches, while the texts grow from one size of the cache to the next."""
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
     runner = random_llama("cuda", **options)
     generator = random.Random(sequences)
     prompts = [random_tokens(generator.choice((1, 100, 300)), seed) for seed in range(sequences)]
@@ -53,15 +53,14 @@ def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
             trees[generator.randrange(sequences)] = None
         paths = []
         found = runner.verify(trees)
-        with torch.inference_mode():
-            for sequence, tree in enumerate(trees):
-                if tree is not None:
-                    expected = runner._logits(runner._steps.alone(runner._step, tree, sequence))
-                    assert torch.equal(found[sequence], expected), (seed, sequence, len(tree))
+        with replay.launch_by_launch():
+            for sequence, (tree, expected) in enumerate(zip(trees, runner.verify(trees), strict=True)):
+                if expected is not None:
+                    assert torch.equal(found[sequence], expected), (seed, sequence)
                     assert all(map(np.array_equal, read_statistics(found[sequence]), read_statistics(expected)))
                 paths.append(tree and root_path(tree, generator.randrange(len(tree))))
         runner.commit(paths)
-    assert len(runner._steps._replays) > 5
+    assert len(runner._replays._replays) > 5
 
 
 @each_model
@@ -102,7 +101,7 @@ def test_commit_gives_the_cache_of_plain_decoding(options):
 def test_a_prompt_may_be_read_in_any_chunks(options, monkeypatch):
     runner, prompt, found = random_llama("cuda", **options), random_tokens(300), []
     for chunk in (300, 128, 64, 7, 300, 128, 64):
-        monkeypatch.setattr(pyspec.runners.attention, "STATIC_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "GRAPH_CHUNK", chunk)
         if chunk == 7:
             runner.warm(300)  # from now on they are replayed
         (logits,) = runner.prefill([prompt], capacity=300)
@@ -158,17 +157,17 @@ def test_a_new_batch_of_the_same_size_keeps_its_graphs():
     for length in (30, 200, 5):
         runner.prefill([random_tokens(length)], capacity=700)
         runner.verify([random_tree(7)])
-        steps = runner._steps
+        steps = runner._replays
         assert len(steps._replays) == 1
     runner.prefill([[1], [2]], capacity=700)
-    assert runner._steps is not steps
+    assert runner._replays is not steps
 
 
 @pytest.mark.parametrize("sequences", [1, 2])
 def test_nothing_is_captured_nor_compiled_after_warm(sequences, monkeypatch):
     runner = random_llama("cuda", torch.bfloat16)
     runner.warm(1100, sequences)
-    graphs, compiled = list(runner._steps._replays), []
+    graphs, compiled = list(runner._replays._replays), []
     knobs = pytest.importorskip("triton").knobs
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]))
     for length in (1, 33, 70, 300, 1036):
@@ -176,7 +175,7 @@ def test_nothing_is_captured_nor_compiled_after_warm(sequences, monkeypatch):
         for size in (1, 2, 3, 20, 33, 64):
             runner.verify([random_tree(size)] * sequences)
         runner.commit([root_path(random_tree(64), 63)] * sequences)
-    assert list(runner._steps._replays) == graphs and not compiled
+    assert list(runner._replays._replays) == graphs and not compiled
 
 
 def test_greedy_acceptance_is_that_of_the_cpu():

@@ -6,9 +6,10 @@ from functools import cache
 import pytest
 import torch
 
-import pyspec.runners.recurrent
+import pyspec.runners.native
 from pyspec import DraftTree, from_transformers, generate
-from pyspec.ops.mamba_layers import mamba_layers_reference
+from pyspec.runners.replay import launch_by_launch
+from pyspec.runners.tape import Tape
 from tests.helpers.random_llama import random_tokens, random_tree, root_path
 from tests.helpers.runner_checks import (
     alone_and_together,
@@ -47,7 +48,7 @@ def models():
 @pytest.mark.parametrize("chunk", [256, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
-    monkeypatch.setattr(pyspec.runners.recurrent, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
     model, runner = models(kind)
     check_prompt(runner, model)
 
@@ -88,7 +89,7 @@ def test_a_prompt_may_be_read_in_any_chunks(models, kind, dtype, monkeypatch):
     _, runner = models(kind, dtype)
     prompt, found = random_tokens(100), []
     for chunk in (100, 64, 7, 1):
-        monkeypatch.setattr(pyspec.runners.recurrent, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
         (logits,) = runner.prefill([prompt])
         found.append((logits, runner._cache.states.clone(), runner._cache.windows.clone()))
     runner.prefill([prompt[:1]])
@@ -189,13 +190,9 @@ def test_batches_and_sampling_give_the_plain_texts(models, kind):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch):
+def test_a_tape_gives_the_bits_of_its_ops(models, kind, dtype):
     _, runner = models(kind, dtype)
     trees = [random_tree(24), random_tree(5, 1)]
-
-    def by_ops(hidden, weights, last_norm, *state, dt_rank, epsilon, dtype):
-        *state, round = state
-        return mamba_layers_reference(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)
 
     def run():
         first = runner.prefill([random_tokens(70), random_tokens(5)])
@@ -205,9 +202,9 @@ def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch)
         return [*first, *second, *runner.verify(trees[::-1]), cache.states, cache.windows]
 
     expected = run()
-    monkeypatch.setattr(pyspec.runners.recurrent, "mamba_layers", by_ops)
-    for found, other in zip(run(), expected, strict=True):
-        assert torch.equal(found, other)
+    with launch_by_launch():
+        for found, other in zip(run(), expected, strict=True):
+            assert torch.equal(found, other)
 
 
 # ==== what does not fit ====
@@ -230,7 +227,7 @@ def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pyspec.runners.recurrent, "mamba_layers", interrupt)
+        patch.setattr(Tape, "run", interrupt)
         with pytest.raises(KeyboardInterrupt):
             runner.verify([DraftTree.chain([1])])
     with pytest.raises(RuntimeError, match="call prefill first"):

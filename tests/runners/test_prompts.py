@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import pyspec.runners.attention
+import pyspec.runners.native
 from pyspec.runners.prompts import FEWEST_SHARED, PromptPlan
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 
@@ -43,7 +43,7 @@ def read(runner, prompts):
 def test_every_prompt_has_the_bits_that_it_has_alone(options, prompts, chunk, monkeypatch):
     runner = random_llama(**options)
     alone = [read(runner, [prompt])[0] for prompt in prompts]
-    monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
     for found, expected, prompt in zip(read(runner, prompts), alone, prompts, strict=True):
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
         assert found[2] == prompt and torch.equal(found[3], expected[3])
@@ -74,7 +74,7 @@ def test_the_masks_of_prompts_give_the_bits_of_tree_attention(window, monkeypatc
     runner = random_llama(windows=(window, None))
     whole = read(runner, [LONG + random_tokens(200)[:50]])[0]
     for chunk in (64, 65, 100):
-        monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
         found = read(runner, [LONG + random_tokens(200)[:50]])[0]
         assert all(torch.equal(one, other) for one, other in zip(found[::3], whole[::3], strict=True))
         assert torch.equal(found[1], whole[1])

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-import pyspec.runners.recurrent
-import pyspec.runners.static_rounds
+import pyspec.runners.native
 from pyspec import DraftTree, generate
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
 from pyspec.architectures.state_space import StateSpaceWeights
-from pyspec.ops.mamba_layers import mamba_layers_reference
 from pyspec.readback import read_statistics
+from pyspec.runners import replay
 from pyspec.runners.recurrent import RecurrentRunner
 from tests.helpers.cuda_on_host import op_on_host
+from tests.helpers.fake_recorder import FakeRecorder
 from tests.helpers.on_gpu import assert_close
 from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
 
@@ -45,14 +45,10 @@ def device(monkeypatch):
     if HAS_GPU:
         return "cuda"
 
-    def by_ops(hidden, weights, last_norm, *state, dt_rank, epsilon, dtype):
-        *state, round = state
-        return mamba_layers_reference(hidden, weights, last_norm, *state, *round.tensors(), dt_rank, epsilon, dtype)
-
     for name in ("selective_state", "causal_conv"):
         module = importlib.import_module(f"pyspec.ops.{name}")  # the function has its name too
         monkeypatch.setattr(module, "_OP", op_on_host(name)[0])
-    monkeypatch.setattr(pyspec.runners.recurrent, "mamba_layers", by_ops)
+    monkeypatch.setattr(replay, "can_record", lambda: False)  # as a tape, which knows the CPU's own kernels
     return "cpu"
 
 
@@ -94,34 +90,16 @@ def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, device):
     assert runner.lengths() == list(map(len, texts))
 
 
-class FakeRecorder:
-    """Repeats a step; as with a graph, it is run once to record it, and every result lies in the same memory."""
-
-    def __init__(self, device):
-        pass
-
-    def __call__(self, step):
-        result = step()
-
-        def replay():
-            for memory, values in zip(result, step(), strict=True):
-                if memory is not None:
-                    memory.copy_(values)
-            return result
-
-        return replay
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", MODELS)
 def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, device, monkeypatch):
     """Padding, sequences that sit out, more rows than have a graph, records that grow, and a second batch."""
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
-    monkeypatch.setattr(pyspec.runners.static_rounds, "ROWS", (4, 16))
+        monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(replay, "GRAPH_CHUNK", 16)
     static = random_runner(kind, device, torch.bfloat16)
     dynamic = type(static)(static.config, static.weights)
-    static._is_static, dynamic._is_static = True, False
+    static._records_graphs, dynamic._records_graphs = True, False
     generator = random.Random(0)
     for batch in range(2):
         prompts = [random_tokens(length + batch, length) for length in (3, 9, 1)]
@@ -140,8 +118,8 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, device, monkeypat
                 paths = [None] * 3
             static.commit(paths)
             dynamic.commit(paths)
-        assert static._rounds._replays and dynamic._rounds is None
-        assert static._cache is static._rounds.cache and static.lengths() == dynamic.lengths()
+        assert static._replays._replays
+        assert static._cache is static._replays.cache and static.lengths() == dynamic.lengths()
         assert torch.equal(cache.states[:, :2], dynamic._cache.states[:, :2])
         assert cache.states[:, 2].isnan().all() and not cache.states[:, :2].isnan().any()
 
@@ -149,9 +127,9 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, device, monkeypat
 @torch.inference_mode()
 def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
+        monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
     runner = random_runner("mamba2", device, torch.bfloat16)
-    runner._is_static = True
+    runner._records_graphs = True
     runner.prefill([[1, 2]])
     (first,) = runner.verify([random_tree(3)])
     before, statistics = first.clone(), read_statistics(first.clone())
@@ -166,14 +144,14 @@ def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
 def test_nothing_is_recorded_nor_launched_after_warm(kind, sequences, device, monkeypatch):
     """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
     if not HAS_GPU:
-        monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
+        monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
     static = random_runner(kind, device, torch.bfloat16)
     dynamic = type(static)(static.config, static.weights)
-    static._is_static, dynamic._is_static = True, False
+    static._records_graphs, dynamic._records_graphs = True, False
     static.warm(sequences=sequences)
     assert static.lengths() == []
-    monkeypatch.setattr(static._rounds.cache, "round", lambda *args: pytest.fail("launched"))
-    recorded = dict(static._rounds._replays)
+    monkeypatch.setattr(static._replays, "_by_launch", lambda *args: pytest.fail("launched"))
+    recorded = dict(static._replays._replays)
     for batch in range(2):
         prompts = [random_tokens(length + batch, length) for length in (70, 1)[:sequences]]
         for ours, other in zip(static.prefill(prompts), dynamic.prefill(prompts), strict=True):
@@ -184,9 +162,9 @@ def test_nothing_is_recorded_nor_launched_after_warm(kind, sequences, device, mo
                 assert torch.equal(ours, other)
             for runner in (static, dynamic):
                 runner.commit([range(size), [0]][:sequences])
-    assert static._rounds._replays == recorded
+    assert static._replays._replays == recorded
     static.warm(sequences=sequences)
-    assert static._rounds._replays == recorded
+    assert static._replays._replays == recorded
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
-import pyspec.runners.attention  # noqa: E402
+import pyspec.runners.native  # noqa: E402
 from pyspec import DraftTree  # noqa: E402
 from pyspec.ops import _library  # noqa: E402
 from pyspec.ops.linear import PackedWeight, _pack_int8  # noqa: E402
@@ -31,11 +32,10 @@ def gpu_llama(monkeypatch):
             patch.setattr(pyspec.architectures.weights, "pack_weight", pack_rows)
             runner = random_llama(**options)
         for op in _library._OPS.values():
-            if op._triton is not None and op.name != "llama_layers":
+            if op._triton is not None:
                 monkeypatch.setattr(op, "overload", op._triton())
-        monkeypatch.setattr(pyspec.runners.attention, "GraphRecorder", lambda device: lambda step: step)
-        runner._is_static = True
-        return runner
+        monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
+        return with_graphs(runner)
 
     return make
 
@@ -84,7 +84,7 @@ def test_a_prompt_may_be_read_in_any_chunks(gpu_llama, monkeypatch):
     prompt, found = random_tokens(6), []
     runner = gpu_llama()
     for chunk in (6, 4):
-        monkeypatch.setattr(pyspec.runners.attention, "STATIC_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "GRAPH_CHUNK", chunk)
         (logits,) = runner.prefill([prompt])
         found.append((logits.clone(), runner._cache.keys_values[..., : len(prompt), :].clone()))
     assert all(map(torch.equal, *found))

@@ -1,52 +1,31 @@
-"""Steps of fixed shape, run on the CPU with a recorder in place of CUDA graphs: the bits of the runner's own path.
+"""Replays: rounds of fixed shape, with a recorder in place of CUDA graphs, have the bits of rounds of any shape.
 
 tests/kernels/triton/test_llama_triton.py runs them through the GPU's kernels.
 """
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import pyspec.runners.attention
-import pyspec.runners.static_steps as static_steps
+import pyspec.runners.native
+import pyspec.runners.replay as replay
 from pyspec import DraftTree, generate
+from pyspec.caches.state import Plan
 from pyspec.machine import costs
 from pyspec.readback import read_statistics
-from pyspec.runners.static_inputs import StaticInputs
-from pyspec.runners.static_steps import StaticSteps, StepInputs, slots_for
+from pyspec.runners.numbers import Numbers
+from pyspec.runners.replay import Replays, slots_for
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
-
-
-class FakeRecorder:
-    """Repeats a step; as with a graph, every result lies in the same memory."""
-
-    recorded = 0
-    replayed: set[int] = set()
-
-    def __init__(self, device):
-        pass
-
-    def __call__(self, step):
-        number, result = FakeRecorder.recorded, step()
-        FakeRecorder.recorded += 1
-
-        def replay():
-            FakeRecorder.replayed.add(number)
-            for memory, values in zip(result, step(), strict=True):
-                if memory is not None:
-                    memory.copy_(values)
-            return result
-
-        return replay
 
 
 @pytest.fixture
 def static_llama(monkeypatch):
     """random_llama with static shapes, whose cache starts as full of NaN as memory may be."""
-    monkeypatch.setattr(pyspec.runners.attention, "GraphRecorder", FakeRecorder)
+    monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
     monkeypatch.setattr(FakeRecorder, "recorded", 0)
     monkeypatch.setattr(FakeRecorder, "replayed", set())
     empty_cache = pyspec.runners.attention.DenseCache
@@ -57,9 +36,7 @@ def static_llama(monkeypatch):
         return cache
 
     def make(**options):
-        runner = random_llama(**options)
-        runner._is_static = True
-        return runner
+        return with_graphs(random_llama(**options))
 
     monkeypatch.setattr(pyspec.runners.attention, "DenseCache", full_of_nan)
     return make
@@ -73,7 +50,7 @@ def static_llama(monkeypatch):
 )
 def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, monkeypatch):
     """Over random batches: padding, sequences that sit out, trees beyond the largest bucket, several slot sizes."""
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 64)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 64)
     static, dynamic = static_llama(**options), random_llama(**options)
     generator = random.Random(sequences)
     prompts = [random_tokens(generator.choice((1, 20, 130)), seed) for seed in range(sequences)]
@@ -100,7 +77,7 @@ def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, 
 
 
 def test_one_recording_for_each_shape(static_llama, monkeypatch):
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
     runner = static_llama()
 
     def recordings(size):
@@ -129,25 +106,26 @@ def test_one_recording_for_each_shape(static_llama, monkeypatch):
 @pytest.mark.parametrize("capacity", [1, 5, 127, 128, 300])
 def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch, sequences, capacity):
     """Prompts, and trees of every size up to 64, from the first slot to the last."""
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
     runner = static_llama()
     runner.warm(capacity, sequences)
     assert runner.lengths() == []
     with pytest.raises(RuntimeError, match="prefill"):
         runner.verify([random_tree(1)] * sequences)
-    recorded, launched, alone = list(runner._steps._replays), [], StaticSteps.alone
+    recorded, launched, by_launch = list(runner._replays._replays), [], Replays._by_launch
     assert len(recorded) == FakeRecorder.recorded
     monkeypatch.setattr(FakeRecorder, "replayed", set())
-    monkeypatch.setattr(StaticSteps, "alone", lambda *args: launched.append(args) or alone(*args))
+    monkeypatch.setattr(Replays, "_by_launch", lambda *args: launched.append(args) or by_launch(*args))
     lengths = {1, 2, 100, 150, capacity, *(capacity - size for size in (1, 2, 3, 5, 9, 17, 33))}
     for length in (length for length in lengths if 0 < length <= capacity):
         runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=capacity)
         for size in range(1, min(64, capacity - length) + 1):
             runner.verify([random_tree(size), None][:sequences])
-    assert list(runner._steps._replays) == recorded
+    assert list(runner._replays._replays) == recorded
     if capacity > 64:  # no more than can be replayed, neither
         replayed = {recorded[number] for number in FakeRecorder.replayed}
-        assert {shape for shape in recorded if shape[0] <= 64} == {shape for shape in replayed if shape[0] <= 64}
+        small = [{shape for shape, _ in shapes if shape.padded <= 64} for shapes in (recorded, replayed)]
+        assert small[0] == small[1]
     assert sequences > 1 or not launched
     runner.warm(capacity, sequences)
     assert FakeRecorder.recorded == len(recorded)
@@ -155,7 +133,7 @@ def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch,
 
 def test_warm_after_a_long_text_writes_only_to_slots_that_there_are(static_llama, monkeypatch):
     """A runner that has read without it records what is missing, for fewer slots than the text before had."""
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
     runner = static_llama()
     runner.prefill([random_tokens(200)], capacity=300)
     (before,) = runner.verify([random_tree(8)])
@@ -205,17 +183,17 @@ def test_costs_are_measured_without_recording(static_llama, monkeypatch):
 
 def test_longer_and_longer_prompts_lose_the_graphs_a_few_times_only(static_llama, monkeypatch):
     """However slowly they grow; the first cache, or the one that warm asks for, has no more slots than it needs."""
-    monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 16)
+    monkeypatch.setattr(replay, "FEWEST_SLOTS", 16)
     runner, sizes = static_llama(context=1000), []
     for capacity in range(20, 1064, 7):
         runner.prefill([[1]], capacity=capacity)
-        sizes.append(runner._steps.slots)
+        sizes.append(runner._replays.cache.slots)
         assert sizes[-1] > capacity
     assert sorted(set(sizes)) == sizes[:: len(sizes)] + [64, 128, 256, 512, 1024, 1072]
     runner.prefill([[1]], capacity=20)
-    assert runner._steps.slots == 1072  # a shorter text has the graphs of the longest
+    assert runner._replays.cache.slots == 1072  # a shorter text has the graphs of the longest
     runner.prefill([[1]], capacity=5000)
-    assert runner._steps.slots == 5008  # more than the context, if it must be
+    assert runner._replays.cache.slots == 5008  # more than the context, if it must be
 
 
 def test_capacity_is_what_was_asked_for(static_llama):
@@ -240,42 +218,39 @@ def test_logits_outlive_the_next_verify(static_llama, sequences):
     assert runner.verify([None] * sequences) == [None] * sequences
 
 
-def test_inputs_are_aligned_and_padded():
-    trees = [DraftTree([5, 6, 7], [-1, 0, 0]), None, DraftTree.chain([8])]
-    inputs = StepInputs(3, 33, torch.device("cpu"))
-    inputs.fill(trees, [10, 20, 30])
-    parts = ("tokens", "positions", "sequences", "slots", "prefix_lens", "ancestor_bits")
-    assert all(getattr(inputs, part).data_ptr() % 16 == inputs.buffer.data_ptr() % 16 for part in parts)
-    assert inputs.tokens[:, :4].tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [8, 0, 0, 0]]
-    assert inputs.positions[:, :4].tolist() == [[10, 11, 11, 0], [0, 0, 0, 0], [30, 0, 0, 0]]
-    assert inputs.sequences.tolist() == [[row] * 33 for row in range(3)]
-    assert inputs.slots.tolist() == [[10, 11, 12] + [13] * 30, [20] * 33, [30] + [31] * 32]
-    assert inputs.prefix_lens.tolist() == [10, 0, 30]
-    assert inputs.ancestor_bits.shape == (3, 33, 2)
-    assert inputs.ancestor_bits[:, :3, 0].tolist() == [[1, 3, 5], [0, 0, 0], [1, 0, 0]]
-    assert not inputs.ancestor_bits[:, 3:].any() and not inputs.ancestor_bits[:, :, 1].any()
-    inputs.fill([None, DraftTree.chain([3]), None], [1, 2, 3])  # nothing of the trees before is left
-    assert inputs.tokens.sum() == 3 and inputs.ancestor_bits.sum() == 1 and inputs.prefix_lens.tolist() == [0, 2, 0]
+def test_numbers_are_aligned_and_padded():
+    trees = {0: DraftTree([5, 6, 7], [-1, 0, 0]), 2: DraftTree.chain([8])}
+    numbers = Numbers(range(3), 3 * 33, 2, 0, torch.device("cpu"))
+    numbers.fill(trees, [10, 20, 30], [0, 0, 0], padded=33)
+    parts = ("tokens", "positions", "row_sequences", "slots", "prefix_lens", "ancestor_bits", "starts")
+    start = numbers.tokens.data_ptr()
+    assert all((getattr(numbers, part).data_ptr() - start) % 16 == 0 for part in parts)
+    per_tree = {name: getattr(numbers, name).view(3, 33) for name in ("tokens", "positions", "row_sequences", "slots")}
+    assert per_tree["tokens"][:, :4].tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [8, 0, 0, 0]]
+    assert per_tree["positions"][:, :4].tolist() == [[10, 11, 11, 0], [0, 0, 0, 0], [30, 0, 0, 0]]
+    assert per_tree["row_sequences"].tolist() == [[row] * 33 for row in range(3)]
+    assert per_tree["slots"].tolist() == [[10, 11, 12] + [13] * 30, [20] * 33, [30] + [31] * 32]
+    assert numbers.prefix_lens.tolist() == [10, 0, 30] and numbers.starts.tolist() == [0, 33, 66, 99]
+    bits = numbers.ancestor_bits.view(3, 33, 2)
+    assert bits[:, :3, 0].tolist() == [[1, 3, 5], [0, 0, 0], [1, 0, 0]]
+    assert not bits[:, 3:].any() and not bits[:, :, 1].any()
+    numbers.fill({1: DraftTree.chain([3])}, [1, 2, 3], [0, 0, 0], padded=33)  # nothing of the trees before is left
+    assert numbers.tokens.sum() == 3 and numbers.ancestor_bits.sum() == 1 and numbers.prefix_lens.tolist() == [0, 2, 0]
 
 
-def test_inputs_are_written_to_again_when_they_were_read():
-    """With something in place of CUDA's events."""
-    static, written = StaticInputs(torch.device("cpu"), numbers=(3,)), []
-
-    def read(place, so_far):
-        static._hosts[place] = static._hosts[place]._replace(read=SimpleNamespace(query=lambda: so_far))
-
-    for number in (1, 2, 3):
-        written.append(static.host()["numbers"])
-        assert not written[-1].any()
-        written[-1][:] = number
-        static.send()
-        read(-1, False)
-        assert static.numbers.tolist() == [number] * 3
-    assert [numbers[0] for numbers in written] == [1, 2, 3]
-    read(0, True)
-    assert static.host()["numbers"] is written[0]
-    assert [numbers[0] for numbers in written] == [0, 2, 3]
+def test_ragged_numbers_follow_each_other():
+    trees = {0: DraftTree([5, 6, 7], [-1, 0, 0]), 2: DraftTree.chain([8])}
+    numbers = Numbers(range(3), 4, 1, 6, torch.device("cpu"))
+    plan = Plan([[0, 2], [1], []], [1, 1, 0])
+    numbers.fill(trees, [10, 20, 30], [8, 0, 0], plan=plan, advances={2})
+    assert numbers.tokens.tolist() == [5, 6, 7, 8] and numbers.positions.tolist() == [10, 11, 11, 30]
+    assert numbers.row_sequences.tolist() == [0, 0, 0, 2] and numbers.slots.tolist() == [2, 3, 4, 30]
+    assert numbers.starts.tolist() == [0, 3, 3, 4] and numbers.prefix_lens.tolist() == [2, 0, 30]
+    round = numbers.round
+    assert round.sequences.tolist() == [0, 1, 2] and round.starts.tolist() == [0, 3, 3, 4]
+    assert round.parents.tolist() == [-1, 0, 0, -1]
+    assert round.paths.tolist() == [[0, 2, -1, -1, -1, -1], [-1] * 6, [-1] * 6]  # who sits out replays nothing
+    assert round.halves.tolist() == [1, 0, 0] and round.advances.tolist() == [0, 0, 1]
 
 
 def test_graphs_of_more_rows_have_no_head(static_llama):
@@ -284,7 +259,7 @@ def test_graphs_of_more_rows_have_no_head(static_llama):
     for sequences, nodes in ((1, 64), (2, 32), (3, 32)):
         runner.prefill([[1]] * sequences, capacity=100)
         with torch.inference_mode():
-            rows = runner._run_layers([random_tree(nodes)] * sequences, range(sequences))
+            rows = runner._run_layers(dict.fromkeys(range(sequences), random_tree(nodes)))
         has_head = sequences * nodes <= 64
         assert (rows.logits is not None) == (rows.statistics is not None) == has_head
 
