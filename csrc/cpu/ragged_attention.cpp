@@ -17,12 +17,12 @@ PYSPEC_KERNEL_TABLE(pyspec_block_masked_attention, BlockMaskedAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, TreeAttentionParams);
 
 struct RaggedAttentionParams {
-  TreeAttentionParams all;        // as for one tree of all rows in the first sequence
-  const int32_t* starts;          // [sequences + 1], of each tree's rows
-  const int32_t* prefix_lens;     // [sequences]
-  const int32_t* ancestor_bits;   // [rows, words]
+  TreeAttentionParams all;       // as for one tree of all rows in the first sequence
+  const int32_t* starts;         // [sequences + 1], of each tree's rows
+  const int32_t* prefix_lens;    // [sequences]
+  const int32_t* ancestor_bits;  // [rows, words]
   int64_t sequences, words, slots;
-  int64_t bytes;                  // of an element
+  int64_t bytes;  // of an element
 };
 
 // The place of `elements` behind a pointer to elements of some type.
@@ -119,26 +119,30 @@ class RaggedAttention : public pyspec::Launch {
   std::deque<std::vector<int32_t>> bits_;
 };
 
-// What the lengths and bits name must be inside of the cache and of the trees: checked here because they are data.
+// What the lengths and bits name must be inside of the cache and of the trees: checked here because they are
+// data.
 void check_trees(const RaggedAttentionParams& p) {
   const int64_t rows = p.all.nodes;
-  STD_TORCH_CHECK(p.starts[0] == 0 && p.starts[p.sequences] == rows, "starts must go from 0 to ", rows, ", got ",
-                  p.starts[0], " and ", p.starts[p.sequences]);
+  STD_TORCH_CHECK(p.starts[0] == 0 && p.starts[p.sequences] == rows, "starts must go from 0 to ", rows,
+                  ", got ", p.starts[0], " and ", p.starts[p.sequences]);
   for (int64_t sequence = 0; sequence < p.sequences; ++sequence) {
     const int64_t first = p.starts[sequence], nodes = p.starts[sequence + 1] - first;
     const int64_t prefix = p.prefix_lens[sequence];
-    STD_TORCH_CHECK(nodes >= 0 && first + nodes <= rows, "starts[", sequence + 1, "] must not be below ", first,
-                    " nor above ", rows, ", got ", first + nodes);
-    STD_TORCH_CHECK(prefix >= 0 && prefix + nodes <= p.slots, "prefix_lens[", sequence, "] is ", prefix,
-                    " and the tree has ", nodes, " nodes, but k has only ", p.slots, " slots");
+    STD_TORCH_CHECK(nodes >= 0 && first + nodes <= rows, "starts[", sequence + 1, "] must not be below ",
+                    first, " nor above ", rows, ", got ", first + nodes);
+    STD_TORCH_CHECK(nodes <= 32 * p.words, "ancestor_bits must have ", pyspec::ceil_div(nodes, 32),
+                    " words for a tree of ", nodes, " nodes, got ", p.words);
+    int64_t reach = 0;  // 1 + the largest node that any row names; padding names none
     for (int64_t node = 0; node < nodes; ++node) {
       const int32_t* bits = p.ancestor_bits + (first + node) * p.words;
-      for (int64_t word = nodes / 32; word < p.words; ++word) {
-        const uint32_t named = static_cast<uint32_t>(bits[word]);
-        STD_TORCH_CHECK((word > nodes / 32 ? named : named >> nodes % 32) == 0, "ancestor_bits of tree ", sequence,
-                        " name a node past the last");
+      for (int64_t word = reach / 32; word < p.words; ++word) {
+        if (bits[word]) reach = std::max<int64_t>(reach, word * 32 + 32 - __builtin_clz(bits[word]));
       }
     }
+    STD_TORCH_CHECK(reach <= nodes, "ancestor_bits of tree ", sequence, " name node ", reach - 1, " of ",
+                    nodes);
+    STD_TORCH_CHECK(prefix >= 0 && prefix + reach <= p.slots, "prefix_lens[", sequence, "] is ", prefix,
+                    " and the tree has ", reach, " nodes, but k has only ", p.slots, " slots");
   }
 }
 
@@ -161,17 +165,18 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   RaggedAttentionParams p{};
   auto& all = p.all;
   all.element = pyspec::element_of(q, "q");
-  all.batch = 1, all.nodes = q.size(0), all.heads = q.size(1), all.head_dim = q.size(2), all.kv_heads = k.size(1);
+  all.batch = 1, all.nodes = q.size(0), all.heads = q.size(1), all.head_dim = q.size(2),
+  all.kv_heads = k.size(1);
   p.sequences = k.size(0), p.slots = k.size(2), p.bytes = pyspec::bytes_of(all.element);
-  STD_TORCH_CHECK(all.head_dim % 16 == 0 && all.head_dim > 0 && all.head_dim <= 256 && k.size(3) == all.head_dim,
-                  "q must have the head_dim of k, a multiple of 16 of at most 256, got ", all.head_dim);
+  STD_TORCH_CHECK(
+      all.head_dim % 16 == 0 && all.head_dim > 0 && all.head_dim <= 256 && k.size(3) == all.head_dim,
+      "q must have the head_dim of k, a multiple of 16 of at most 256, got ", all.head_dim);
   STD_TORCH_CHECK(all.kv_heads > 0 && all.heads % all.kv_heads == 0,
                   "k must have a number of heads that divides q's");
   STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
   p.ancestor_bits = numbers_of(ancestor_bits, 2, "ancestor_bits"), p.words = ancestor_bits.size(1);
   p.starts = numbers_of(starts, 1, "starts"), p.prefix_lens = numbers_of(prefix_lens, 1, "prefix_lens");
-  STD_TORCH_CHECK(ancestor_bits.size(0) == all.nodes && p.words >= pyspec::ceil_div(all.nodes, 32),
-                  "ancestor_bits must be [rows, at least ceil(rows / 32)]");
+  STD_TORCH_CHECK(ancestor_bits.size(0) == all.nodes, "ancestor_bits must have a row for each of q");
   STD_TORCH_CHECK(starts.size(0) == p.sequences + 1 && prefix_lens.size(0) == p.sequences,
                   "starts and prefix_lens must have ", p.sequences + 1, " and ", p.sequences, " entries");
   check_trees(p);

@@ -15,10 +15,11 @@ constexpr int64_t kAddresses = int64_t{1} << 38;
 
 thread_local Tape* recorded = nullptr;
 
-// Addresses that no memory has: where tensors of a recording lie until it ends.
+// Where tensors of a recording lie until it ends: addresses that cost no memory. Who looks there, as a debugger may,
+// finds zeros.
 char* addresses() {
   static char* const base = [] {
-    void* found = mmap(nullptr, kAddresses, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* found = mmap(nullptr, kAddresses, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     return found == MAP_FAILED ? nullptr : static_cast<char*>(found);
   }();
   STD_TORCH_CHECK(base, "no addresses are left for a recording");
@@ -117,9 +118,12 @@ void Tape::run(char* arena) {
   for (auto& launch : launches_) most = std::max(most, launch->prepare());
   float* shared = workspace(most);
   for (auto& launch : launches_) launch->place(shared);
-  run_team(loops_, [](void* tape) {
-    for (auto& launch : static_cast<Tape*>(tape)->launches_) launch->run();
-  }, this);
+  run_team(
+      loops_,
+      [](void* tape) {
+        for (auto& launch : static_cast<Tape*>(tape)->launches_) launch->run();
+      },
+      this);
 }
 
 void launch(std::unique_ptr<Launch> made) {
@@ -138,9 +142,9 @@ torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, torch::he
   AtenTensorHandle handle;
   if (Tape* tape = Tape::recording()) {
     const int64_t bytes = type == torch::headeronly::ScalarType::Float ? 4 : 2;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(tape->allocate(numel * bytes), dims, sizes.begin(),
-                                                              layout, 0, dtype, aoti_torch_device_type_cpu(), 0,
-                                                              &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(tape->allocate(numel * bytes), dims,
+                                                              sizes.begin(), layout, 0, dtype,
+                                                              aoti_torch_device_type_cpu(), 0, &handle));
   } else {
     TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes.begin(), layout, dtype,
                                                     aoti_torch_device_type_cpu(), 0, &handle));
@@ -186,7 +190,8 @@ PYSPEC_EXPORT pyspec::Tape* pyspec_tape_begin() {
 }
 
 // The others return what went wrong, or null.
-PYSPEC_EXPORT const char* pyspec_tape_end(pyspec::Tape* tape, int64_t count, char* const* results, char* const* to) {
+PYSPEC_EXPORT const char* pyspec_tape_end(pyspec::Tape* tape, int64_t count, char* const* results,
+                                          char* const* to) {
   return pyspec::error_of([&] { tape->end(count, results, to); });
 }
 

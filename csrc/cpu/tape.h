@@ -1,10 +1,10 @@
 // A tape: launches of kernels, recorded once and then run by all threads in one call.
 //
-// While a thread records, its ops compute nothing: their bindings fill params as always and append them, and the
-// tensors that come back are addresses without memory. When the recording ends, the tape knows from the params alone
-// which launch is the last to use each of them, and lays them out in one arena, in which they share memory. What a
-// replay reads anew, it reads through pointers: numbers in buffers of fixed addresses, which `prepare` of a launch
-// may look at before the threads start.
+// While a thread records, its ops compute nothing: their bindings fill params as always and append them, and
+// the tensors that come back are addresses without memory. When the recording ends, the tape knows from the
+// params alone which launch is the last to use each of them, and lays them out in one arena, in which they
+// share memory. What a replay reads anew, it reads through pointers: numbers in buffers of fixed addresses,
+// which `prepare` of a launch may look at before the threads start.
 #pragma once
 
 #include <initializer_list>
@@ -37,7 +37,8 @@ class Tape {
   static Tape* recording();
 
   void begin();
-  // The results are tensors of this recording; a replay writes them to `to` instead, which lies outside of the arena.
+  // The results are tensors of this recording; a replay writes them to `to` instead, which lies outside of
+  // the arena.
   void end(int64_t count, char* const* results, char* const* to);
   void run(char* arena);
   int64_t bytes() const { return bytes_; }
@@ -47,10 +48,10 @@ class Tape {
 
  private:
   struct Piece {
-    int64_t begin, bytes;     // of the address space of a recording
-    int64_t first = -1, last; // launches that use it
-    char* fixed = nullptr;    // where a result goes
-    int64_t offset = 0;       // into the arena
+    int64_t begin, bytes;      // of the address space of a recording
+    int64_t first = -1, last;  // launches that use it
+    char* fixed = nullptr;     // where a result goes
+    int64_t offset = 0;        // into the arena
   };
   struct Pointer {
     char** word;
@@ -65,8 +66,8 @@ class Tape {
   char* arena_ = nullptr;
 };
 
-// What most bindings launch. prepare, where there is one, sets what the params say of data, and p.workspace is
-// set to as many floats as it returned.
+// What most bindings launch. prepare, where there is one, sets what the params say of data, and p.workspace
+// is set to as many floats as it returned.
 template <class Params>
 class KernelLaunch : public Launch {
  public:

@@ -244,7 +244,7 @@ def linear(
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, out_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    bias = None if bias is None else bias.float()
+    bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
     out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
     return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1]) if x.dim() > 1 else out[0]
 

@@ -86,10 +86,10 @@ def ragged_attention(
     Args:
         q: [R, Hq, D] fp32, fp16 or bf16, contiguous: the rows of all trees, tree after tree.
         k, v: [B, Hkv, S, D] like q; the keys of a tree's nodes lie behind the committed ones, see tree_attention.
-        ancestor_bits: [R, W] int32, W at least ceil(R / 32): row r has bit j set where node j of its own tree is r's
-            node or an ancestor of it.
+        ancestor_bits: [R, W] int32, 32 W at least the nodes of the largest tree: row r has bit j set where node j of
+            its own tree is r's node or an ancestor of it; none in padding, which sees nothing.
         starts: [B + 1] int32, from 0 to R: tree b has the rows from starts[b] to starts[b + 1], perhaps none. On a GPU
-            all trees must have R / B rows, padding included, which is not checked, and W may be ceil(R / B / 32).
+            all trees must have R / B rows, padding included, which is not checked.
         prefix_lens: [B] int32, committed keys of each sequence.
         scale, softcap, window: as for tree_attention.
 

@@ -215,7 +215,8 @@ class AttentionRunner(NativeRunner):
         view = cache.view([sequence], cache.lengths[sequence] + len(chain))
 
         def attend(layer: int, q: Tensor, numbers: Numbers, window: int | None) -> Tensor:
-            return flash_attn.attention(q[None], *view.keys_values[layer], window=window)[0]
+            q = q.transpose(0, 1)[None]
+            return flash_attn.attention(q, *view.keys_values[layer], window=window)[0].transpose(0, 1)
 
         view.attend = attend
         return self._step()(view, numbers)

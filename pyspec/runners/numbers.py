@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +73,7 @@ class Numbers:
         *,
         padded: int = 0,
         plan: Plan | None = None,
-        advances: bool = False,
+        advances: Collection[int] = (),
     ) -> None:
         """Describes the trees of some sequences; the others sit out. Does not wait for the device.
 
@@ -83,7 +83,7 @@ class Numbers:
             starts: the position of each sequence's first slot.
             padded: rows of every sequence, padding included; 0 puts the trees' rows one after another.
             plan: what to replay before, where there are recurrent layers.
-            advances: whether the trees are chains that are accepted as a whole.
+            advances: the sequences whose tree is a chain that is accepted as a whole.
         """
         host = self._host()
         end = 0
@@ -111,7 +111,7 @@ class Numbers:
                     path = plan.paths[sequence]
                     host["paths"][index, : len(path)] = path
                     host["halves"][index] = plan.halves[sequence]
-                    host["advances"][index] = advances
+                    host["advances"][index] = sequence in advances
                 end = rows.stop
             host["starts"][index + 1] = padded * (index + 1) or end
             host["round_starts"][index + 1] = end

@@ -178,7 +178,8 @@ class Replays:
 
     def _replay(self, step: Step, shape: Shape, key, trees=(), filled=None) -> tuple[Numbers, Callable[[], Rows]]:
         if (shape, key) in self._replays:
-            self._replays.move_to_end((shape, key))
+            if not self._record.is_graph:
+                self._replays.move_to_end((shape, key))
             return self._replays[shape, key]
         cache = self.cache
         numbers = self._numbers(range(self._sequences), shape.rows)

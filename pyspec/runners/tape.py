@@ -1,7 +1,7 @@
 """Tapes: launches of the compiled CPU kernels, recorded once and then run by all threads in one call.
 
 While a tape records, this thread's ops compute nothing: what they return has shape and dtype but no memory, so
-anything but pyspec's ops and views of their results is an error. csrc/cpu/tape.h says how a tape lays out its memory.
+anything but pyspec's ops and views of their results reads zeros. csrc/cpu/tape.h says how a tape lays out its memory.
 """
 
 from __future__ import annotations

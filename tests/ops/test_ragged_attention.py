@@ -11,6 +11,8 @@ from tests.helpers.every_backend import each_backend, each_kernel
 from tests.helpers.rounds import random_tree
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+op = each_backend(ragged_attention)
+kernel = each_kernel(ragged_attention)
 
 
 def case(sizes, dtype=torch.float32, heads=4, kv_heads=2, head_dim=64, slots=400, chains=(), seed=0):
@@ -57,17 +59,15 @@ def by_tree(given, **settings):
 @pytest.mark.parametrize("settings", [{}, {"window": 50}, {"scale": 0.3, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1,), (40,), (3, 0, 33, 1), (130, 7), (0, 65, 129)], ids=str)
-@each_kernel
-def test_each_tree_has_the_bits_that_it_has_alone(isa, sizes, dtype, settings):
+def test_each_tree_has_the_bits_that_it_has_alone(kernel, sizes, dtype, settings):
     """Chains of more than 64 nodes go another way; their neighbours are trees, and some sequences sit out."""
     given = case(sizes, dtype, chains=(0, 2))
-    assert torch.equal(ragged_attention(**given, **settings), by_tree(given, **settings))
+    assert torch.equal(kernel(**given, **settings), by_tree(given, **settings))
 
 
-@each_backend
-def test_rows_are_those_of_float64(name):
+def test_rows_are_those_of_float64(op):
     given = case((5, 0, 70), chains=(2,))
-    found = ragged_attention(**given, window=60)
+    found = op(**given, window=60)
     q, k, v = (given[key].double() for key in "qkv")
     starts, lens = given["starts"].tolist(), given["prefix_lens"].tolist()
     for index, (first, end) in enumerate(itertools.pairwise(starts)):
@@ -93,7 +93,7 @@ def test_what_does_not_fit():
             ragged_attention(**given | {name: torch.tensor(value, dtype=torch.int32)})
     bits = given["ancestor_bits"].clone()
     bits[0, 0] = 8
-    with pytest.raises(ValueError, match="ancestor_bits of tree 0 name a node past the last"):
+    with pytest.raises(ValueError, match="ancestor_bits of tree 0 name node 3 of 3"):
         ragged_attention(**given | {"ancestor_bits": bits})
     with pytest.raises(ValueError, match="q must be .rows, heads, head_dim. and contiguous"):
         ragged_attention(**given | {"q": given["q"].transpose(0, 1)})

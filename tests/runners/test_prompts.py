@@ -58,9 +58,9 @@ def test_a_shared_prefix_is_read_once_and_verify_goes_on_from_it(monkeypatch):
     for prompt, tree in zip(prompts, trees, strict=True):
         runner.prefill([prompt], capacity=200)
         alone.append(runner.verify([tree])[0])
-    rows, forward = [], runner._forward
+    rows, read = [], runner._read
     monkeypatch.setattr(
-        runner, "_forward", lambda trees, *rest: rows.append(sum(map(len, trees))) or forward(trees, *rest)
+        runner, "_read", lambda pieces, cache: rows.append(sum(map(len, pieces.values()))) or read(pieces, cache)
     )
     runner.prefill(prompts, capacity=200)
     assert rows == [128, 17, 15]

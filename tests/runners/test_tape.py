@@ -1,6 +1,7 @@
 """Tapes: a run has the bits of the ops one by one, wherever the memory lies, and says what cannot be recorded."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -120,23 +121,15 @@ def test_forwards_are_straight_lines_of_ops(monkeypatch):
     for runner in runners():
         found = []
         for by_launch in (False, True):
-            runner.fork()
-            prompts = [random_tokens(40) + [1] * 100, [3, 4]]
-            rows = list(_with(by_launch, lambda prompts=prompts: runner.prefill(prompts, capacity=300)))
-            gc.collect()
-            for seed in range(3):
-                trees = [random_tree(4 + seed, seed), random_tree(9, seed)]
-                rows += _with(by_launch, lambda trees=trees: runner.verify(trees))
-                runner.commit([root_path(trees[0], 3), [0]])
+            with replay.launch_by_launch() if by_launch else nullcontext():
+                rows = runner.prefill([random_tokens(40) + [1] * 100, [3, 4]], capacity=300)
+                gc.collect()
+                for seed in range(3):
+                    trees = [random_tree(4 + seed, seed), random_tree(9, seed)]
+                    rows += runner.verify(trees)
+                    runner.commit([root_path(trees[0], 3), [0]])
             found.append(torch.cat([row.flatten() for row in rows]))
         assert torch.equal(*found)
-
-
-def _with(by_launch, call):
-    if not by_launch:
-        return call()
-    with replay.launch_by_launch():
-        return call()
 
 
 @torch.inference_mode()
