@@ -153,6 +153,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(found), f"{page.name} links to {target}#{anchor}"
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_end_before_column_120(page):
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        assert len(line) <= 120, f"line {number} of {page.name} has {len(line)} columns"
+
+
 def test_pages_are_linked():
     for page in (ROOT / "docs").rglob("*.md"):
         targets = {
