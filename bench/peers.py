@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from pyspec import measure
-from pyspec.checkpoints.loading import demo_file
+from pyspec.checkpoints.sources import demo_file
 from pyspec.cli.shared import PHASES
 from pyspec.drafters import new_drafter
 from pyspec.generate import generate

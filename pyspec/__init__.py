@@ -1,11 +1,11 @@
 """pyspec: language models that generate faster without changing what they say."""
 
 from pyspec.caches import GearCache, ResidualVqCache
+from pyspec.checkpoints import from_transformers, load
 from pyspec.generate import Generation, generate
-from pyspec.loop import Stats
 from pyspec.masks import BlockMask
 from pyspec.ops import backend
-from pyspec.runners import load
+from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "ResidualVqCache",
     "Stats",
     "backend",
+    "from_transformers",
     "generate",
     "load",
 ]

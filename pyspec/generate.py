@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -11,10 +11,11 @@ from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import PackedSettings, cache_from_name
 from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafters import Drafter, drafter_from_name
-from pyspec.loop import Continuation, Stats, speculate
+from pyspec.loop import speculate
 from pyspec.runners import Runner
 from pyspec.sampling.sampler import Sampler
-from pyspec.text import TextStream
+from pyspec.sequence import Sequence, TextStream
+from pyspec.stats import Stats
 
 __all__ = ["Generation", "check_limits", "generate"]
 
@@ -53,7 +54,7 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     cache: str | PackedSettings = "dense",
     stream: Callable | None = None,
 ) -> Generation:
@@ -115,7 +116,7 @@ def generate(
 
     stats = Stats(seed=sampler.seed)
     sequences = [
-        Continuation(
+        Sequence(
             model=model,
             context=list(prompt),
             prompt_length=len(prompt),
@@ -138,7 +139,7 @@ def generate(
     return _generation(sequences, stats, batched)
 
 
-def _generation(sequences: list[Continuation], stats: Stats, batched: bool) -> Generation:
+def _generation(sequences: list[Sequence], stats: Stats, batched: bool) -> Generation:
     fields = (
         [sequence.new_tokens for sequence in sequences],
         [None if sequence.text is None else sequence.text.text for sequence in sequences],
@@ -158,9 +159,7 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 
 def _check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
-        raise TypeError(
-            f"model must be a runner, from pyspec.load or pyspec.runners.from_transformers, got {described(model)}"
-        )
+        raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:

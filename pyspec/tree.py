@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from pyspec.arguments import described
 
-__all__ = ["DraftTree", "Siblings"]
+__all__ = ["Accepted", "DraftTree", "Siblings"]
 
 #: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
 #: other, how many being decided before any was drawn; or each unlike those before it.
@@ -121,6 +121,24 @@ class DraftTree:
             path.append(max(children, key=lambda child: chances[child]))
         parents = torch.arange(-1, len(path) - 1, dtype=torch.int32, device="cpu")
         return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
+
+
+class Accepted(NamedTuple):
+    """What an acceptance rule decided of a verified tree.
+
+    Attributes:
+        path: accepted nodes from the root on, root included.
+        next_token: the target's token behind the path; None where its logits there are no law.
+    """
+
+    path: list[int]
+    next_token: int | None
+
+    def tokens(self, tree: DraftTree) -> list[int]:
+        """The new tokens: the accepted drafts of the tree, then the next token where there is one."""
+        tokens = tree.tokens.tolist()
+        drafts = [tokens[node] for node in self.path[1:]]
+        return drafts if self.next_token is None else [*drafts, self.next_token]
 
 
 #: parents, depths and ancestor_bits of a root alone

@@ -111,7 +111,7 @@ def test_blocks_run(page, monkeypatch, tmp_path):
             import llama_cpp
 
             importlib.import_module("pyspec.integrations.llama_cpp")
-            from pyspec.checkpoints.loading import demo_file
+            from pyspec.checkpoints.sources import demo_file
 
             Path("model.gguf").symlink_to(demo_file())
             quiet = functools.partial(llama_cpp.Llama, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
@@ -122,7 +122,7 @@ def test_blocks_run(page, monkeypatch, tmp_path):
 
 
 def known_model(source: str):
-    from pyspec.runners import from_transformers
+    from pyspec import from_transformers
 
     if source.startswith("state-spaces/"):
         return from_transformers(tiny("Mamba"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyspec.generate import generate
-from pyspec.text import TextStream
+from pyspec.sequence import TextStream
 from pyspec.tree import DraftTree
 from tests.helpers.fake_drafters import Drafts, Oracle, RandomTrees
 from tests.helpers.fake_runner import WORDS, FakeRunner, FakeTokenizer, ScriptedRunner

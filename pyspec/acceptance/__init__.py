@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 
 from pyspec.arguments import described
 from pyspec.sampling.sampler import Sampler
-from pyspec.tree import DraftTree, Siblings
+from pyspec.tree import Accepted, DraftTree, Siblings
 
 if TYPE_CHECKING:
     from pyspec.drafters import Drafter
 
-__all__ = ["Accepted", "AcceptanceRule", "Siblings", "acceptance_from_name", "check_laws"]
+__all__ = ["AcceptanceRule", "acceptance_from_name", "check_laws"]
 
 # rules that need no settings: name, module, class
 NAMES = {
@@ -26,18 +26,6 @@ NAMES = {
     "traversal": ("traversal", "TraversalVerification"),
     "typical": ("typical", "TypicalAcceptance"),
 }
-
-
-class Accepted(NamedTuple):
-    """What a rule decided.
-
-    Attributes:
-        path: accepted nodes from the root on, root included.
-        next_token: what the target says after it.
-    """
-
-    path: list[int]
-    next_token: int
 
 
 class AcceptanceRule(Protocol):

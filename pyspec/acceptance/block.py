@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, residual
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["BlockVerification", "block_verification"]
 

@@ -6,9 +6,8 @@ from typing import Literal
 
 import torch
 
-from pyspec.acceptance import Accepted
 from pyspec.sampling.sampler import InvalidLogits, Sampler
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["ExactAcceptance"]
 

@@ -7,10 +7,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pyspec.acceptance import Accepted, Siblings
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree, Siblings
 
 __all__ = ["DraftLaws", "LawRule", "TargetLaws", "children_of", "residual"]
 

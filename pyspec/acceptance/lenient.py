@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule
 from pyspec.acceptance.recursive import recursive_rejection
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["LenientAcceptance"]
 

@@ -6,10 +6,9 @@ import math
 
 import numpy as np
 
-from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["TypicalAcceptance", "typical"]
 

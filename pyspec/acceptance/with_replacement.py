@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pyspec.acceptance import Accepted
 from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 
 __all__ = ["WithReplacement", "with_replacement"]
 

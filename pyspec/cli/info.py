@@ -159,7 +159,7 @@ def _prompt_attention() -> dict[str, str]:
 
 
 def _demo_model() -> str:
-    from pyspec.checkpoints.loading import demo_file
+    from pyspec.checkpoints.sources import demo_file
 
     try:
         return str(demo_file())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pyspec.acceptance import NAMES, Accepted, acceptance_from_name
+from pyspec.acceptance import NAMES, acceptance_from_name
 from pyspec.acceptance.block import block_verification
 from pyspec.acceptance.k_seq import k_seq
 from pyspec.acceptance.lenient import LenientAcceptance
@@ -18,7 +18,7 @@ from pyspec.acceptance.typical import TypicalAcceptance, typical
 from pyspec.acceptance.with_replacement import with_replacement
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
-from pyspec.tree import DraftTree
+from pyspec.tree import Accepted, DraftTree
 from tests.helpers.enumeration import (
     KINDS,
     Laws,

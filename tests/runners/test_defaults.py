@@ -5,13 +5,12 @@ from functools import cache
 import pytest
 import torch
 
-from pyspec import generate, load
+from pyspec import from_transformers, generate, load
 from pyspec.caches import CACHES, GearCache
 from pyspec.drafters import NAMES, new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
-from pyspec.runners import from_transformers
 from pyspec.runners.attention import LlamaRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 from tests.helpers.torch_settings import SETTINGS, default_dtype

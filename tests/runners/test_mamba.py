@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import pyspec.runners.recurrent
-from pyspec import DraftTree, generate
+from pyspec import DraftTree, from_transformers, generate
 from pyspec.architectures.mamba2 import Mamba2Runner
 from pyspec.ops.mamba_layers import mamba_layers_reference
-from pyspec.runners import from_transformers
 from tests.helpers.random_llama import random_tokens, random_tree, root_path
 from tests.helpers.runner_checks import (
     alone_and_together,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,15 +15,18 @@ from transformers.cache_utils import Cache
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.architectures.llama import Unsupported
-from pyspec.checkpoints.loading import native_config_of
+from pyspec.checkpoints import from_transformers
+from pyspec.checkpoints.load import native_config_of
 from pyspec.costs import LARGEST, auto_budget, costs_of
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
-from pyspec.loop import Continuation, Stats, speculate
-from pyspec.runners import Runner, from_transformers
+from pyspec.loop import speculate
+from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.sampling.sampler import Sampler
+from pyspec.sequence import Sequence
+from pyspec.stats import Stats
 
 __all__ = ["generate", "runner_of"]
 
@@ -143,8 +146,6 @@ def generate(
             limit=min(generation_config.max_length - input_ids.shape[1] + len(prompt), runner.context_length),
             drafter=shared_drafter,
             sampler=_RowSampler(input_ids.cpu(), number, logits_processor, generation_config.do_sample, keeps()),
-            text=None,
-            stream=None,
             criteria=stopping_criteria,
             put=getattr(stream, "put", stream),
         )
@@ -318,29 +319,18 @@ def _know_their_row(processors) -> bool:
 
 
 @dataclass
-class _Row(Continuation):
+class _Row(Sequence):
     """A sequence that ends where the stopping criteria say so."""
 
-    criteria: Sequence = ()
+    criteria: Callable = field(kw_only=True)
     put: Callable[[Tensor], None] | None = None
 
-    def emit(self, said) -> int:
-        before = len(self.context)
-        for token in said.tokens:
-            self.context.append(token)
-            self.sampler.ids = torch.cat([self.sampler.ids, self.sampler.ids.new_tensor([token])])
-            if self.put is not None:
-                self.put(torch.tensor([token], device="cpu"))
-            if self._ends():
-                self.finish("stopped")
-                break
-            if len(self.context) >= self.limit:
-                self.finish("length")
-                break
-        if self.going and said.error is not None:
-            self.error = said.error
-            self.finish("error")
-        return len(self.context) - before
+    def _read(self, token: int) -> None:
+        self.sampler.ids = torch.cat([self.sampler.ids, self.sampler.ids.new_tensor([token])])
+        if self.put is not None:
+            self.put(torch.tensor([token], device="cpu"))
+        if self._ends():
+            self.finish("stopped")
 
     def _ends(self) -> bool:
         kept, new = self.sampler.kept.scores, len(self.new_tokens)

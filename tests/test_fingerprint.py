@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from pyspec import GearCache, generate, load
-from pyspec.checkpoints.fingerprint import WeightSample, fingerprint_of
+from pyspec import GearCache, from_transformers, generate, load
 from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.ngrammys import model_bigrams
+from pyspec.fingerprint import WeightSample, fingerprint_of
 from pyspec.machine import measured
-from pyspec.runners import from_transformers
 from tests.helpers.random_llama import random_llama
 from tests.helpers.tiny_mambas import tiny_mamba
 

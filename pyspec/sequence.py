@@ -1,0 +1,191 @@
+"""One prompt and what became of it: the tokens, and the text as it comes."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from pyspec.acceptance import AcceptanceRule
+from pyspec.drafters import Drafter
+from pyspec.runners import Runner
+from pyspec.sampling.sampler import InvalidLogits, Sampler
+from pyspec.tree import Accepted, DraftTree
+
+__all__ = ["Sequence", "TextStream"]
+
+
+@dataclass
+class Sequence:
+    """One prompt and its continuation.
+
+    Attributes:
+        model: the runner, for its tokenizer, vocabulary and end tokens; nothing is computed here.
+        context: prompt and new tokens; the last one's key is not cached yet.
+        prompt_length: tokens of the prompt.
+        limit: tokens of the context at which the sequence ends.
+        drafter: shared by all sequences until start_drafting; None for plain decoding.
+        sampler: draws the tokens.
+        text: the text of the new tokens; None where the model has no tokenizer.
+        stream: called with each new piece of text, or None.
+        finish_reason: see pyspec.Generation; None while the sequence is going.
+        error: what went wrong where finish_reason is "error".
+    """
+
+    model: Runner
+    context: list[int]
+    prompt_length: int
+    limit: int
+    drafter: Drafter | None
+    sampler: Sampler
+    text: TextStream | None = None
+    stream: Callable[[str], None] | None = None
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def going(self) -> bool:
+        return self.finish_reason is None
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.context[self.prompt_length :]
+
+    def start_drafting(self) -> None:
+        """Takes a drafter of its own."""
+        if self.drafter is not None:
+            self.drafter = self.drafter.start(self.context)
+
+    def propose(self, budget: int) -> DraftTree:
+        """The next tree to verify, of at most budget nodes; the root alone in plain decoding.
+
+        Raises:
+            ValueError: the drafter proposed a larger tree, one below another token, or one with tokens outside of the
+                vocabulary.
+        """
+        # a tree of as many nodes as tokens are left is never too deep for the limit or the context
+        budget = min(budget, self.limit - len(self.context))
+        if self.drafter is None or budget == 1:
+            return DraftTree.chain(self.context[-1:])
+        tree = self.drafter.propose(self.context, budget)
+        tokens = tree.tokens.tolist()
+        if len(tokens) > budget or tokens[0] != self.context[-1]:
+            raise ValueError(
+                f"drafter must propose at most {budget} nodes below token {self.context[-1]}, "
+                f"got {len(tokens)} below token {tokens[0]}"
+            )
+        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
+            raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tokens}")
+        return tree
+
+    def accept(self, tree: DraftTree, logits: torch.Tensor, rule: AcceptanceRule) -> Accepted:
+        """What a rule accepts of a verified tree. Where it comes to logits that are no law, there is no next token."""
+        try:
+            return rule.accept(tree, logits, self.sampler, len(self.context))
+        except InvalidLogits as invalid:
+            self._invalid = self._describe(invalid, tree)
+            # the drafts up to that node were accepted, as plain decoding would have emitted them before it failed
+            return Accepted(invalid.path, None)
+
+    def extend(self, tree: DraftTree, accepted: Accepted) -> int:
+        """Adds what was accepted, up to the token that ends the text, and streams it; returns the number of tokens."""
+        before = len(self.context)
+        for token in accepted.tokens(tree):
+            self.context.append(token)
+            self._read(token)
+            if self.going and len(self.context) >= self.limit:
+                self.finish("length")
+            if not self.going:
+                break
+        if self.going and accepted.next_token is None:
+            self.error = self._invalid
+            self.finish("error")
+        if self.going:
+            self._show()
+        return len(self.context) - before
+
+    def finish(self, reason: str) -> None:
+        """Ends the sequence, and streams what was held back."""
+        self.finish_reason = reason
+        if self.text is not None:
+            self.text.finish()
+            self._show()
+
+    def _read(self, token: int) -> None:
+        """Takes a new token into the text; finishes if the text ends with it."""
+        if token in self.model.eos_tokens:
+            self.finish("eos")
+        elif self.text is not None:
+            self.text.push(token)
+            if self.text.stopped:
+                self.finish("stop")
+
+    def _show(self) -> None:
+        if self.stream is not None and (piece := self.text.take()):
+            self.stream(piece)
+
+    def _describe(self, invalid: InvalidLogits, tree: DraftTree) -> str:
+        node = invalid.path[-1]
+        token, depth = int(tree.tokens[node]), int(tree.depths[node])
+        spelled = "" if self.model.tokenizer is None else f" {self.model.tokenizer.token_bytes(token)!r}"
+        return (
+            f"the logits of node {node} (depth {depth}, position {len(self.context) - 1 + depth}, "
+            f"token {token}{spelled}) are {invalid}"
+        )
+
+
+class TextStream:
+    """Turns tokens into text: only whole characters, cut before the first stop string.
+
+    A stop string may begin inside a token and span several. `take` never gives out text that a later token
+    may turn into a stop string, so what was shown is always a beginning of the final text.
+
+    Args:
+        tokenizer: has `token_bytes(token) -> bytes`.
+        stop: strings, none empty.
+    """
+
+    def __init__(self, tokenizer, stop: Iterable[str] = ()):
+        self.text = ""
+        self.stopped = False
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._longest_stop = max(map(len, self._stop), default=0)
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._taken = 0
+
+    def push(self, token: int) -> None:
+        """Adds a token; sets `stopped` and cuts the text if it completes a stop string."""
+        self._extend(self._decoder.decode(self._tokenizer.token_bytes(token)))
+
+    def finish(self) -> None:
+        """No more tokens: an unfinished character becomes U+FFFD, and nothing is held back any longer."""
+        if not self.stopped:
+            self._extend(self._decoder.decode(b"", final=True))
+        self._longest_stop = 0
+
+    def take(self) -> str:
+        """The text that is certain by now and was not taken before."""
+        certain = len(self.text) - self._held_back()
+        piece = self.text[self._taken : certain]
+        self._taken = certain
+        return piece
+
+    def _extend(self, piece: str) -> None:
+        first_new = max(0, len(self.text) - self._longest_stop + 1)
+        self.text += piece
+        starts = [start for stop in self._stop if (start := self.text.find(stop, first_new)) >= 0]
+        if starts:
+            self.text = self.text[: min(starts)]
+            self.stopped = True
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        if self.stopped:
+            return 0
+        for length in range(min(len(self.text), self._longest_stop - 1), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return length
+        return 0
