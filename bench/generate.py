@@ -26,7 +26,7 @@ from peers import Engine, Run
 import pyspec
 from pyspec import measure
 from pyspec.cli.shared import PHASES
-from pyspec.costs import LARGEST
+from pyspec.controllers import LARGEST
 from pyspec.measure import first_difference, prompts, ratio
 
 # in bf16, from the project's plan: how many times as fast in decoding

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from pyspec.acceptance import RULES
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
@@ -50,3 +51,6 @@ class ExactAcceptance:
             if child is None:
                 return Accepted(path, token)
             node = child
+
+
+RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from pyspec.cli.shared import DTYPES
 
-ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
 CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
@@ -28,14 +27,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    from pyspec.acceptance import RULES
+
     parser.add_argument(
         "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
     parser.add_argument(
         "--acceptance",
-        choices=ACCEPTANCE,
+        choices=list(RULES),
         default="exact",
-        help="default: exact; see docs/acceptance.md; typical is lossy",
+        help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")

@@ -102,20 +102,12 @@ def _drafter(arguments: argparse.Namespace, model, console):
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
     from pyspec.drafters.model import ModelDrafter
-    from pyspec.drafters.shapes.dyspec import DySpecThreshold
-    from pyspec.drafters.shapes.static import FixedBranching
+    from pyspec.drafters.shapes.by_rule import growth_for
 
-    growth = {
-        "with_replacement": FixedBranching((3, 2, 1, 1), "with replacement"),
-        "k_seq": FixedBranching((3, 2, 1, 1), "with replacement"),
-        "recursive": DySpecThreshold(0.05),
-        "traversal": DySpecThreshold(0.05),
-        "block": FixedBranching((1,) * 6),
-    }
     return ModelDrafter(
         load_model(arguments, console, arguments.draft_model),
         model,
-        growth.get(arguments.acceptance),
+        growth_for(arguments.acceptance),
         temperature=arguments.temperature or 1.0,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
