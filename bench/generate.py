@@ -27,7 +27,7 @@ from peers import Engine, Run
 
 import pyspec
 from pyspec.cli.shared import PHASES, first_difference
-from pyspec.costs import LARGEST
+from pyspec.controllers import LARGEST
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # in bf16, from the project's plan: how many times as fast in decoding

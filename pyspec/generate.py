@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import PackedSettings, cache_from_name
-from pyspec.costs import LARGEST, auto_budget, costs_of
+from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
@@ -74,7 +74,8 @@ def generate(
         drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
             (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
-            that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
+            that gives most tokens a second by the measured costs of this model on this machine
+            (pyspec/controllers/pays.py).
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
@@ -106,13 +107,7 @@ def generate(
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
-    auto = None
-    if budget == "auto" and shared_drafter is not None:
-        auto = auto_budget(shared_drafter, costs_of(model, packed))
-    largest = LARGEST if budget == "auto" else budget
-    if packed is not None:
-        largest = min(largest, packed.largest_tree)
-
+    controller = controller_for(budget, model, shared_drafter, packed)
     stats = Stats(seed=sampler.seed)
     sequences = [
         Sequence(
@@ -128,7 +123,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
+        speculate(model, sequences, rule, controller=controller, packed=packed, stats=stats)
     except KeyboardInterrupt:
         for sequence in sequences:
             if sequence.going:

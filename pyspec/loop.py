@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pyspec.acceptance import AcceptanceRule
-from pyspec.costs import Budget
+from pyspec.controllers import Controller
 from pyspec.readback import wait_for
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -21,16 +21,14 @@ def speculate(
     sequences: list[Sequence],
     rule: AcceptanceRule,
     *,
-    largest: int,
-    auto: Budget | None,
+    controller: Controller,
     packed,
     stats: Stats,
 ) -> None:
     """Continues all sequences to their ends; the model is theirs alone until then.
 
     Args:
-        largest: nodes of a tree, at most.
-        auto: cuts trees to what pays; None verifies them whole.
+        controller: says how much is drafted and verified.
         packed: how keys and values are kept, None for a dense cache.
         stats: is filled in.
 
@@ -38,9 +36,9 @@ def speculate(
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
-        _prefill(model, sequences, rule, largest, packed, stats)
+        _prefill(model, sequences, rule, controller.largest, packed, stats)
         while any(sequence.going for sequence in sequences):
-            _round(model, sequences, rule, largest, auto, stats)
+            _round(model, sequences, rule, controller, stats)
 
 
 def _prefill(model, sequences, rule, largest, packed, stats) -> None:
@@ -65,7 +63,7 @@ def _prefill(model, sequences, rule, largest, packed, stats) -> None:
         sequence.extend(last, accepted)
 
 
-def _round(model, sequences, rule, largest, auto, stats) -> None:
+def _round(model, sequences, rule, controller, stats) -> None:
     """One round of every sequence that is still going."""
     active = [index for index, sequence in enumerate(sequences) if sequence.going]
     trees: list = [None] * len(sequences)
@@ -73,10 +71,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with stats.timed("draft"):
-        nodes = largest if auto is None else min(auto.nodes, largest)
-        proposed = [sequences[index].propose(nodes) for index in active]
-        if auto is not None:
-            proposed = auto.cut(proposed)
+        proposed = controller.cut([sequences[index].propose(controller.nodes) for index in active])
         for index, tree in zip(active, proposed, strict=True):
             trees[index] = tree
     with stats.timed("verify"):
@@ -91,8 +86,7 @@ def _round(model, sequences, rule, largest, auto, stats) -> None:
             accepted = sequence.accept(trees[index], logits[index], rule)
         paths[index] = accepted.path
         stats.count(len(trees[index]), sequence.extend(trees[index], accepted))
-    if auto is not None:
-        auto.learn(proposed, [paths[index] for index in active], draft_seconds, verify_seconds)
+    controller.learn(proposed, [paths[index] for index in active], draft_seconds, verify_seconds)
     with stats.timed("commit"):
         model.commit([path if sequence.going else None for sequence, path in zip(sequences, paths, strict=True)])
     with stats.timed("draft"):

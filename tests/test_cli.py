@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import pyspec
-from pyspec import costs
 from pyspec.caches import CACHES
 from pyspec.cli import main
+from pyspec.machine import costs
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
 ROOT = Path(__file__).parents[1]

@@ -99,7 +99,7 @@ def _info_costs(arguments: argparse.Namespace) -> int:
     model = load_model(arguments, make_console())
     import torch
 
-    from pyspec.costs import CONTEXT, measure_costs
+    from pyspec.machine.costs import CONTEXT, measure_costs
 
     costs = measure_costs(model)
     plain, before = costs.seconds[0], (1, costs.seconds[0])
