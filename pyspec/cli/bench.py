@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pyspec.arguments import check_unicode
-from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, budget, generation_settings
+from pyspec.cli.arguments import add_budget_argument, add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
     DRAFTERS,
     BadInput,
@@ -65,9 +65,7 @@ def _add_drafters_bench(commands) -> None:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt" or "turns"')
     parser.add_argument("--limit", type=int, help="at most this many prompts of each category")
     parser.add_argument("--drafters", nargs="+", choices=DRAFTERS[:-1], help="default: all")
-    parser.add_argument(
-        "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
-    )
+    add_budget_argument(parser)
     parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0, 0.8], help="default: 0 0.8")
     parser.add_argument("--answers", type=int, default=4, help="to one problem; 0 leaves them out; default: 4")
