@@ -11,7 +11,7 @@ __all__ = ["HybridCache"]
 
 
 class HybridCache:
-    """A KV cache, `dense`, that moves a path's keys at once, and a state cache, `state`, that replays it in the next round."""
+    """A KV cache, `dense`, which keeps a path's keys at once, and a `state` cache, which replays it next."""
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense

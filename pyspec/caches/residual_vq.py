@@ -56,7 +56,7 @@ class ResidualVqSettings(QuantisedSettings):
         return super().effective_bits(head_dim, length) + self.codebooks.tables[0].nbytes * 8 / numbers
 
     def ready(self, capacity: int, device: torch.device) -> ResidualVqSettings:
-        """The settings with their codebooks on a device, and cosines and sines where keys are coded before they are turned."""
+        """The settings with codebooks on a device, and with cosines and sines where keys are coded before these."""
         settings = replace(self, codebooks=self.codebooks.to(device))
         if settings.codebooks.frequencies is not None:
             rotary = rotary_of_blocks(settings.codebooks.frequencies, capacity // BLOCK)

@@ -145,7 +145,7 @@ def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut(strips: Tensor, first: int, rows: int, keys: int, words: int) -> Tensor:
-    """Tiles [B, H, R, C, W, 64] of some rows; `first` lies within the first of strips [B, H, n, C, 64] of 64 rows each."""
+    """Tiles [B, H, R, C, W, 64] of some rows; `first` lies within the first of strips [B, H, n, C, 64] of 64 rows."""
     if first and strips.shape[2]:
         above = torch.nn.functional.pad(strips[:, :, 1:], (0, 0, 0, 0, 0, 1))
         low = (strips >> first) & ((1 << (WORD - first)) - 1)

@@ -85,7 +85,7 @@ class Round:
         return Round(*(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)))
 
     def check(self, rows: int, sequences: int, record_nodes: int) -> None:
-        """Raises BadData unless the round has so many rows, of sequences of a state, and fits a record of so many nodes."""
+        """Raises BadData unless a round has so many rows, sequences of the state, and nodes that the record holds."""
         trees, starts = len(self.sequences), self.starts.tolist()
         for name in ("starts", "paths", "halves", "advances"):
             if len(getattr(self, name)) != trees + (name == "starts"):

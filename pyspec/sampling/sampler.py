@@ -164,6 +164,6 @@ def _best(statistics: HostStatistics, row: int) -> int:
 
 
 def largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
-    """Finds the indices, ascending, of the `count` largest values, of which threshold is the least; the first of equals."""
+    """Finds the indices, ascending, of the `count` largest values, the least being threshold; the first of equals."""
     above, equal = np.flatnonzero(values > threshold), np.flatnonzero(values == threshold)
     return np.sort(np.concatenate((above, equal[: count - len(above)])))
