@@ -21,7 +21,6 @@ llama.cpp's q8_0 and q4_0 caches.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
@@ -30,11 +29,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import cache_peers
-import measure
 import torch
+from command_line import parse, parser_of, positive
 from rich.console import Console
 
-from pyspec import generate, load
+from pyspec import generate, load, measure
 from pyspec.caches import CACHES, Codebooks, GearCache, PackedSettings, ResidualVqCache, cache_from_name
 from pyspec.ops import gear_decode, gear_encode, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK
@@ -179,26 +178,26 @@ def summary(name: str, figures: list[dict[str, float]]) -> dict:
 def run(model, pages: list[list[int]], names: list[str], hidden: list[tuple[list[int], str]] = ()) -> list[dict]:
     head_dim = model.config.head_dim
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("dense", *names)}
-    with measure.progress(Console(stderr=True)) as progress:
-        task = progress.add_task("texts", total=(len(pages) + len(hidden)) * (len(names) + 1))
+    total = len(pages) * (len(names) + 1) + (len(names) + 1 if hidden else 0)
+    with measure.counted(Console(stderr=True), total) as advance:
         for text in pages:
+            advance("dense")
             dense = laws(model, text, None)
             accepted = {"accepted": accepted_length(model, text, "dense")}
             found["dense"].append(against_dense(dense, dense, text) | accepted)
             parts = keys_values(model, text)
-            progress.advance(task)
             for name in names:
+                advance(name)
                 settings = settings_of(name)
                 figures = against_dense(dense, laws(model, text, settings), text) | error_figures(parts, settings)
                 found[name].append(figures | {"accepted": accepted_length(model, text, settings)})
-                progress.advance(task)
         rows = [summary(name, figures) for name, figures in found.items()]
         for row in rows:
             settings = settings_of(row["cache"]) or "dense"
             row["effective_bits_at_8k"] = 16.0 if settings == "dense" else settings.effective_bits(head_dim, 8192)
             if hidden:
+                advance(f"{row['cache']}, hidden numbers")
                 row["passkeys"] = statistics.mean(is_found(model, *each, settings) for each in hidden)
-                progress.advance(task, len(hidden))
     return rows
 
 
@@ -258,22 +257,20 @@ def show_depths(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=measure.positive, default=2)
-    parser.add_argument("--tokens", type=measure.positive, default=1024, help="of a text")
-    parser.add_argument("--passkey-tokens", type=measure.positive, default=768, help="of a text that hides a number")
+    parser = parser_of(__doc__)
+    parser.add_argument("--texts", type=positive, default=2)
+    parser.add_argument("--tokens", type=positive, default=1024, help="of a text")
+    parser.add_argument("--passkey-tokens", type=positive, default=768, help="of a text that hides a number")
     parser.add_argument("--quick", action="store_true", help="one text of 640 tokens, and 512 around one number")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--caches", nargs="+", choices=[*SETTINGS, "rvq"], default=[*SETTINGS, "rvq"])
     parser.add_argument("--codebooks", nargs="+", type=Path, default=[], help="measured as rvq and the file's name")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parse(parser)
     if options.quick:
         options.texts, options.tokens, options.passkey_tokens = 1, 640, 512
     if options.tokens < FIRST + BLOCK:
         sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a packed block")
-    torch.set_num_threads(options.threads)
     for path in options.codebooks:
         options.caches.append(f"rvq {path.stem}")
         SETTINGS[options.caches[-1]] = ResidualVqCache(Codebooks.load(path))

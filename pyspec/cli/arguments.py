@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from pyspec.cli.shared import DTYPES
 
@@ -38,7 +39,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
@@ -51,8 +51,8 @@ def budget(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def generation_settings(arguments: argparse.Namespace) -> dict:
-    """The settings of generate, checked before a model is loaded for them."""
+def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
+    """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
 
@@ -61,6 +61,7 @@ def generation_settings(arguments: argparse.Namespace) -> dict:
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
     check_limits(arguments.budget, arguments.max_new_tokens)
-    Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")
+    for temperature in temperatures:
+        Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    names = ("budget", "acceptance", "max_new_tokens", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names}
