@@ -17,17 +17,17 @@ from command_line import parse, parser_of, positive
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import DraftTree, measure
-from pyspec.caches import CACHES, GearCache
+from pyspec.caches import CACHES, GearSettings, cache_from_name
 from pyspec.ops import gear_decode, gear_encode, tree_attention
 from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 NODES, LENGTHS = (1, 8, 32), (1024, 4096, 16384, 32768, 65536)
 FORMATS = {
-    **{name: cache for name, cache in CACHES.items() if isinstance(cache, GearCache)},
-    "4 bits, groups of 64": GearCache(4, 64),
-    "4 bits, low rank": GearCache(4, 128, rank=4),
-    "2 bits, outliers": GearCache(2, 64, outliers=2),
+    **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
+    "4 bits, groups of 64": GearSettings(4, 64),
+    "4 bits, low rank": GearSettings(4, 128, rank=4),
+    "2 bits, outliers": GearSettings(2, 64, outliers=2),
 }
 PIECE = 8 * BLOCK  # tokens that are really packed
 TARGETS = {("int4", 1, 32768): 1.8, ("kivi-2bit", 1, 32768): 2.2, ("int4", 8, 32768): 1.0}
@@ -57,7 +57,7 @@ class Problem:
     def sdpa(self) -> torch.Tensor:
         return scaled_dot_product_attention(self.q, self.k, self.v, self.mask, enable_gqa=True)
 
-    def packed(self, format: GearCache):
+    def packed(self, format: GearSettings):
         """The attention as a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
         record = gear_encode(*self.piece, format)
         packed = record.repeat(1, 1, -(-self.length // PIECE), 1)
@@ -66,7 +66,7 @@ class Problem:
         rows = TreeRows.of(self.bits, self.lens, format.window)
         return lambda: attend_tree(self.q, packed, k, v, rows, format, HEAD_DIM**-0.5)[0]
 
-    def check(self, format: GearCache) -> None:
+    def check(self, format: GearSettings) -> None:
         """Refuses to time a wrong result."""
         k, v = self.k.double(), self.v.double()
         start = blocks_seen(self.length, format.window) * BLOCK

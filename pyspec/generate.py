@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
-from pyspec.caches import PackedSettings, cache_from_name
+from pyspec.caches import QuantisedSettings, cache_from_name
 from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
@@ -55,7 +55,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: str | Iterable[str] = (),
-    cache: str | PackedSettings = "dense",
+    cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
@@ -82,8 +82,8 @@ def generate(
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
         stop: strings that end the text before they begin.
-        cache: how keys and values are kept (docs/gear.md): "dense", "int8", "int4", "gear-4bit", "gear-2bit",
-            "gear-l-2bit", "kivi-2bit", "rvq" (docs/residual_vq.md), or a GearCache or ResidualVqCache.
+        cache: how keys and values are kept (docs/gear.md): a name of pyspec.caches.CACHES, or a GearSettings or
+            ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
 
     Raises:
@@ -188,12 +188,12 @@ def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     return strings
 
 
-def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str) -> PackedSettings | None:
+def _packed_cache(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
     """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
     packed = cache_from_name(cache)
     if packed is None:
         return None
-    if not getattr(model, "takes_packed_cache", False):
+    if not getattr(model, "takes_quantised_cache", False):
         raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
     if budget != "auto" and budget > packed.largest_tree:
         raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from pyspec.cli.shared import DTYPES
 
-CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
@@ -28,6 +27,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     from pyspec.acceptance import RULES
+    from pyspec.caches import CACHES
 
     parser.add_argument(
         "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
@@ -42,7 +42,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
-    parser.add_argument("--cache", choices=CACHES, default="dense", help="how keys and values are kept; default: dense")
+    parser.add_argument(
+        "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
+    )
 
 
 def budget(text: str) -> int | str:

@@ -10,7 +10,7 @@ from pyspec.controllers.fixed import FixedController
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
-    from pyspec.caches import PackedSettings
+    from pyspec.caches import QuantisedSettings
     from pyspec.drafters import Drafter
     from pyspec.runners import Runner
 
@@ -50,7 +50,7 @@ class Controller(Protocol):
 
 
 def controller_for(
-    budget: int | str, model: Runner, drafter: Drafter | None, cache: PackedSettings | None = None
+    budget: int | str, model: Runner, drafter: Drafter | None, cache: QuantisedSettings | None = None
 ) -> Controller:
     """The controller of one call of generate.
 
