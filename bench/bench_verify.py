@@ -16,7 +16,8 @@ import torch
 from command_line import DTYPES, parse, parser_of
 
 from pyspec import measure
-from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.runners.attention import LlamaRunner
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
