@@ -72,9 +72,8 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
         raise Unsupported(f"{source} has architecture {architecture}, our kernels have {supported}")
     defaults = family.architectures[architecture]
     sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
-    if sizes and not any(
-        size in stated for size in sizes
-    ):  # a file that says nothing is no model of 7 billion parameters
+    # a file that says nothing is no model of 7 billion parameters
+    if sizes and not any(size in stated for size in sizes):
         raise ValueError(f"{name} is incomplete: it has no {sizes[0]!r}")
     return family, family.read(source, Entries(name, description, defaults), architecture)
 
