@@ -115,7 +115,7 @@ class TransformersRunner:
 
     @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+        """Logits [T, V] fp32 of every node of each sequence's tree; None marks a sequence that sits out.
 
         Raises:
             RuntimeError: before any prefill.
