@@ -8,21 +8,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pyspec.architectures import supported_architectures
 from pyspec.integrations import require
 
-__all__ = ["SUPPORTED", "cache_argument", "check_supported", "context_of", "find_switches", "refuse"]
+__all__ = ["cache_argument", "check_supported", "context_of", "find_switches", "refuse", "supported"]
 
-SUPPORTED = (
-    "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, MambaForCausalLM, Mamba2ForCausalLM and "
-    "BambaForCausalLM (pyspec.load, pyspec.from_transformers), and through transformers the causal models with "
-    "explicit positions that keep the keys and values of all tokens, such as GPT2LMHeadModel, GPTNeoXForCausalLM, "
-    "OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
-)
+
+def supported() -> str:
+    """What pyspec takes, for the end of an error."""
+    return (
+        f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
+        "transformers the causal models with explicit positions that keep the keys and values of all tokens, such as "
+        "GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
+    )
 
 
 def refuse(model_class: type, reason: str):
     """Raises the ValueError that names a model, the reason, and what is supported."""
-    raise ValueError(f"{model_class.__name__} is not supported: {reason}; {SUPPORTED}")
+    raise ValueError(f"{model_class.__name__} is not supported: {reason}; {supported()}")
 
 
 def context_of(config) -> int:
