@@ -28,8 +28,8 @@ LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth
 
-# Tables are shared by the sequences of several threads, and tables by several drafters. One lock for all is no loss: the
-# work under it is short, and Python would let one thread at a time do it anyway.
+# Tables are shared by the sequences of several threads, and by several drafters. One lock for all is no loss: the work
+# under it is short, and Python would let one thread at a time do it anyway.
 _tables = threading.RLock()
 
 
@@ -318,9 +318,10 @@ def _check_tables(tables: Sequence[Table]) -> None:
     for table in tables:
         if not isinstance(table, Table):
             raise TypeError(f"tables must be those of pyspec.drafters.tables or like them, got {type(table).__name__}")
+        if table.vocab_size != tables[0].vocab_size:
+            raise ValueError(
+                f"tables must have the vocabulary of {tables[0].vocab_size} tokens, got {table.vocab_size}"
+            )
     kinds = [type(table).__name__ for table in tables]
     if len({table.name for table in tables}) < len(tables):
         raise ValueError(f"tables must be of different kinds, got {kinds}")
-    sizes = {table.vocab_size for table in tables}
-    if len(sizes) > 1:
-        raise ValueError(f"tables must have one vocabulary, got some of {' and '.join(map(str, sorted(sizes)))} tokens")

@@ -20,7 +20,7 @@ CAPACITY = 2**18  # tokens
 
 
 class Suffix(Table):
-    """A suffix automaton of all sequences, this request's and earlier ones, and of texts read beside them (`read_text`).
+    """A suffix automaton of all sequences, this request's and earlier ones, and of texts beside them (`read_text`).
 
     The longest match comes first, and of its continuations the most frequent. After "SuffixDecoding", Oliaro et al.,
     arXiv 2411.04975, with an automaton for the suffix tree. A request's tokens stay known to later ones; where they
@@ -78,5 +78,5 @@ class Suffix(Table):
 
 
 DRAFTERS.register(
-    "suffix", of_tables(Suffix), "what followed the longest earlier occurrence of the newest tokens, in any text"
+    "suffix", of_tables(Suffix), "what followed the longest earlier match of the newest tokens, in any text"
 )
