@@ -156,7 +156,7 @@ def test_logits_of_any_type_and_layout(dtype):
     drafters = [drafter_from_name("merged", Runner()) for _ in range(2)]
     drafters[0].observe(tree, logits, [0])
     drafters[1].observe(tree, logits.T.contiguous().T.requires_grad_(), [0])
-    first, second = (drafter.parts[-1].sources[0].successors for drafter in drafters)
+    first, second = (drafter.tables[-1].sources[0].successors for drafter in drafters)
     assert (first == second).all() and (first[PROMPT[-1]] == logits[-1].float().topk(8).indices.numpy()).all()
 
 
