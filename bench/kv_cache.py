@@ -42,7 +42,6 @@ from pyspec.ops.residual_vq import turn_keys
 
 SETTINGS = {
     **CACHES,
-    "int4, rotated": GearCache(4, 128, rotate=True),
     "int4, half": GearCache(4, 128, keep=0.5),
     "int4, 48 keys": GearCache(4, 128, key_channels=48),
     "3 bits": GearCache(3, 64),
