@@ -8,12 +8,10 @@ depend on the values. All T nodes are accepted, which is the most that a method 
 right state afterwards are timed in turn:
 
     replay      ours: the inputs are recorded, the next verify replays the accepted ones
-    kept        ours for large batches: the same, but the state is stored only when more than HISTORY nodes were
-                accepted; a mean over the rounds from one store to the next
     snapshots   a state is written for every node; timed as our verify, without a replay, and T writes of a state's
                 size: at least what such a kernel costs, its commit being free
-    joint       the paper's other method, Joint Attainment and Advancement: the accepted tokens run through the whole
-                model again, below the next tree and beside it
+    joint       the paper's other method, Joint Attainment and Advancement (joint.py): the accepted tokens run through
+                the whole model again, below the next tree and beside it
     recompute   the state is copied before the verify, restored when a draft was wrong, and the accepted tokens run
                 through the whole model again
     plain       one token, committed: what all are measured against
@@ -35,6 +33,7 @@ from itertools import product
 
 import measure
 import torch
+from joint import JointRounds
 
 import pyspec
 from pyspec.architectures.mamba import MambaConfig, MambaRunner
@@ -45,8 +44,7 @@ from pyspec.tree import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
-WAYS = ("replay", "kept", "snapshots", "joint", "recompute")
-HISTORY = 12
+WAYS = ("replay", "snapshots", "joint", "recompute")
 PROMPTS, PROMPT_CHARACTERS = 20, 400
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
@@ -99,7 +97,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights, history=0)
+    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights)
 
 
 class Rounds:
@@ -110,29 +108,19 @@ class Rounds:
         prompts = [[place % model.vocab_size for place in range(8)]] * batch
         model.warm(sequences=batch)  # or recompute would be launched on a GPU, where the others are replayed
         model.prefill(prompts)
-        self.joint_model = type(model)(model.config, model.weights, rollback="joint")
-        self.joint_model.prefill(prompts)
-        self.keeping_model = type(model)(model.config, model.weights, history=HISTORY)
-        self.keeping_model.prefill(prompts)
+        joint_model = model.fork()
+        joint_model.warm(sequences=2 * batch)
+        self._joint = JointRounds(joint_model, prompts)
         cache = model._cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
         return self._rounds(self.model, nodes)
 
-    def kept(self, nodes: int) -> Callable[[], None]:
-        round = self._rounds(self.keeping_model, nodes)
-
-        def call() -> None:
-            for _ in range(rounds_to_a_store(nodes)):
-                round()
-
-        return call
-
     def joint(self, nodes: int) -> Callable[[], None]:
-        return self._rounds(self.joint_model, nodes)
+        return self._rounds(self._joint, nodes)
 
-    def _rounds(self, model: StateSpaceRunner, nodes: int) -> Callable[[], None]:
+    def _rounds(self, model: StateSpaceRunner | JointRounds, nodes: int) -> Callable[[], None]:
         trees, paths = [DraftTree.chain([0] * nodes)] * self.batch, [range(nodes)] * self.batch
 
         def call() -> None:
@@ -180,18 +168,11 @@ class Rounds:
         }
 
 
-def rounds_to_a_store(nodes: int) -> int:
-    """Of a model that keeps paths of HISTORY nodes, with so many accepted in each round."""
-    return HISTORY // nodes + 1
-
-
 def floor_bytes(way: str, nodes: int, moved: dict[str, int]) -> float:
     """What a round must move, by Rounds.bytes: weights, passes over the states, nodes written to a record and read."""
     weights, one_pass, node = moved["weights"], moved["state"] / 2, moved["node"]
-    rounds = rounds_to_a_store(nodes)
     return {
         "replay": weights + 2 * one_pass + 2 * nodes * node,
-        "kept": weights + (1 + 1 / rounds) * one_pass + (1 + (rounds + 1) / 2) * nodes * node,
         "snapshots": weights + (1 + nodes) * one_pass,
         "joint": weights + 5 * one_pass,
         "recompute": 2 * weights + 6 * one_pass,
@@ -247,8 +228,6 @@ def time_rounds(
     if step is not None:
         calls["transformers", 1] = step
     seconds = measure.in_turn(calls, repeats)
-    for nodes in sizes:
-        seconds["kept", nodes] /= rounds_to_a_store(nodes)
     bandwidth = max(bandwidth, measure.read_bandwidth(device))  # it drifts: the better of before and after
     plain_bytes = moved["weights"] + moved["state"]
     plain, floor = seconds["replay", 1], plain_bytes / bandwidth
@@ -365,7 +344,6 @@ def main() -> None:
         show(console, results[-1])
     for folder, dtype in product(options.trained, options.dtypes):
         model = pyspec.load(folder, dtype=DTYPES[dtype], device=options.device)
-        model = type(model)(model.config, model.weights, history=0)
         for batch in options.batches:
             results.append(time_rounds(folder, model, None, dtype, batch, options.repeats))
             show(console, results[-1])
