@@ -12,9 +12,39 @@ SOURCES = (".py", ".cpp", ".cu", ".h")
 MOST_LINES, MOST_PYTHON, MOST_CPP = 400, 60, 100
 
 #: What is still above a limit, each with its size when it was last seen: may shrink, may not grow.
-KNOWN: dict[str, int] = {}
+KNOWN = {
+    "bench/compiled_kernels.py": 445,
+    "csrc/cpu/llama_layers.cpp: llama_layers": 173,
+    "csrc/cpu/mamba_layers.cpp: mamba_layers": 139,
+    "docs/results.py": 405,
+    "kernels/cpu/block_masked_attention_backward.cpp": 438,
+    "kernels/cpu/gear.cpp": 511,
+    "kernels/cpu/topk.cpp": 531,
+    "kernels/cuda/topk.cu": 404,
+    "kernels/triton/block_masked_attention.py: block_masked_attention_kernel": 116,
+    "kernels/triton/block_masked_attention_backward.py": 526,
+    "kernels/triton/block_masked_attention_backward.py: query_kernel": 109,
+    "kernels/triton/block_masked_attention_backward.py: sum_over_rows": 82,
+    "kernels/triton/block_masked_attention_backward.py: key_kernel": 102,
+    "kernels/triton/block_masked_attention_backward.py: block_masked_attention_backward": 61,
+    "kernels/triton/gear.py": 403,
+    "kernels/triton/gear.py: fold_kernel": 99,
+    "kernels/triton/row_statistics.py: row_kernel": 61,
+    "kernels/triton/tree_attention.py: fold_kernel": 142,
+    "kernels/triton/tree_attention.py: merge_kernel": 71,
+    "pyspec/masks/block_mask.py": 478,
+    "pyspec/ops/selective_state.py: selective_state": 61,
+    "tests/acceptance/test_rules.py": 412,
+    "tests/cuda_on_host/cuda_on_host.h": 530,
+    "tests/integrations/test_transformers_integration.py": 475,
+    "tests/kernels/triton/test_compile.py": 545,
+    "tests/masks/test_block_mask.py": 421,
+    "tests/ops/test_gear_encode.py": 412,
+    "tests/ops/test_tree_attention.py": 405,
+    "tests/test_cli.py": 544,
+}
 #: Circles that are still there, by their modules.
-KNOWN_CIRCLES: set[frozenset[str]] = set()
+KNOWN_CIRCLES = {frozenset({"pyspec.caches.gear", "pyspec.caches.residual_vq"})}
 
 
 def tracked(*suffixes: str) -> list[str]:
@@ -43,25 +73,25 @@ def lines_of(node: ast.AST | None) -> int:
     return 0 if node is None else node.end_lineno - node.lineno + 1
 
 
+#: What a line of 0 or 2 columns of indent begins with where it begins no function.
+NO_FUNCTION = r'namespace|struct|class|enum|union|public|private|for|while|if|extern "C" {|[#/{}]'
+
+
 def cpp_functions(source: str) -> list[tuple[str, int]]:
     """Name and lines of every function, in the layout of clang-format: it ends with a brace below its first letter."""
-    lines, found, first = source.splitlines(), [], 0
-    while first < len(lines):
-        head = re.match(r"( {0,2})(?! |namespace|struct|class|enum|union|extern \"C\" \{|#|//|[{}]|public|private)", lines[first])
-        if not head or not lines[first]:
-            first += 1
+    lines, found, row = re.sub(r"#define.*(\\\n.*)*", "", source).splitlines(), [], 0
+    while row < len(lines):
+        begin = re.match(rf"( {{0,2}})(?!{NO_FUNCTION})\S", lines[row])
+        first, row = row, row + 1
+        if not begin:
             continue
-        indent, last = head[1], first
-        while not re.search(r"[;{}]\s*(//.*)?$", lines[last]) and last + 1 < len(lines):
-            last += 1
-        statement = " ".join(lines[first : last + 1])
-        name = re.match(r"[^(=]*?([\w~]+)\s*\(", re.sub(r"^\s*template\s*<.*?>\s*(?=[\w_])", "", statement))
-        if not name or not re.search(r"\{\s*(//.*)?$", lines[last]):
-            first = last + 1
-            continue
-        end = next(row for row in range(last + 1, len(lines)) if lines[row].startswith(indent + "}"))
-        found.append((name[1], end - first + 1))
-        first = end + 1
+        while not re.search(r"[;{}]$", re.sub(r"\s*//.*", "", lines[row - 1])) and row < len(lines):
+            row += 1
+        statement = re.sub(r"\s*//.*", "", " ".join(lines[first:row]))
+        name = re.match(r"[^(=]*?(\w+)\(", re.sub(r"template <.*?>|__\w+__\(.*?\)+", "", statement))
+        if name and statement.endswith("{"):
+            row = 1 + next(end for end in range(row, len(lines)) if lines[end].startswith(begin[1] + "}"))
+            found.append((name[1], row - first))
     return found
 
 
@@ -90,7 +120,7 @@ def test_the_list_of_exceptions_only_has_exceptions():
 
 def modules() -> dict[str, str]:
     """Name -> path of pyspec's modules; kernels/triton is installed as pyspec.kernels."""
-    found = {}
+    found = {"pyspec._host": "csrc/host/module.cpp"}
     for path in tracked(".py"):
         if path.startswith(("pyspec/", "kernels/triton/")):
             name = path.removesuffix(".py").replace("kernels/triton", "pyspec/kernels").replace("/", ".")
@@ -136,7 +166,10 @@ def circles(graph: dict[str, set[str]]) -> set[frozenset[str]]:
 
 def test_no_import_circle():
     known = modules()
-    graph = {name: imports(name, (ROOT / path).read_text(), known) for name, path in known.items()}
+    graph = {
+        name: imports(name, (ROOT / path).read_text(), known) if path.endswith(".py") else set()
+        for name, path in known.items()
+    }
     assert sorted(map(sorted, circles(graph) ^ KNOWN_CIRCLES)) == []
 
 

@@ -13,7 +13,6 @@ Nothing outside of a block has a part in its record.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
