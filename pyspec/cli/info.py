@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import util
 
 from pyspec.cli.arguments import add_model_arguments
-from pyspec.cli.shared import load_model, make_console, new_table, print_json, version_of
+from pyspec.cli.shared import load_model, make_console, print_json, version_of
+from pyspec.measure import new_table
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
