@@ -36,7 +36,7 @@ class Call:
 
     run: Callable[[], object]
     tiles: dict[str, float] = field(default_factory=dict)
-    source: str = ""  # of CUDA C++: run takes the op, which tests/cuda_on_host runs on the CPU without its launches
+    source: str = ""  # of CUDA C++: run takes the op, which tests/helpers/cuda_on_host.py runs on the CPU
 
 
 def attend_to_tree(nodes, prefix, dtype=BF16, heads=32, kv_heads=8, head_dim=128, window=None, softcap=None, page=None):

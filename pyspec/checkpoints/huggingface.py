@@ -70,10 +70,10 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
     if family is None:
         supported = ", ".join(supported_architectures())
         raise Unsupported(f"{source} has architecture {architecture}, our kernels have {supported}")
-    sizes = ("num_attention_heads", "hidden_size", "num_hidden_layers")
     defaults = family.architectures[architecture]
+    sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
     # a file that says nothing is no model of 7 billion parameters
-    if defaults and not any(size in stated for size in sizes):
+    if sizes and not any(size in stated for size in sizes):
         raise ValueError(f"{name} is incomplete: it has no {sizes[0]!r}")
     return family, family.read(source, Entries(name, description, defaults), architecture)
 

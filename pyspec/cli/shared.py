@@ -13,7 +13,6 @@ from pathlib import Path
 from pyspec.arguments import decode_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
 PHASES = ("draft", "verify", "accept", "commit")
 
 
@@ -77,11 +76,10 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
 
 def prepare(names: Sequence[str], model, console) -> None:
     """Computes what some drafters need of a model, once for each model, with a progress bar."""
-    from pyspec.drafters.layer_skip import find_skipped_layers
-    from pyspec.drafters.ngrammys import model_bigrams
+    from pyspec.drafters import DRAFTERS
 
-    for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
-        if name in names:
+    for name in names:
+        if (compute := DRAFTERS[name].prepare) is not None:
             with progress_of(console, f"what {name} needs of the model, once") as progress:
                 compute(model, progress=progress)
 

@@ -18,8 +18,9 @@ from functools import partial
 import numpy as np
 
 from pyspec.drafters import Drafter
-from pyspec.drafters.lookup import LookupDrafter
-from pyspec.drafters.suffix import SuffixDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.lookup import Lookup
+from pyspec.drafters.tables.suffix import Suffix
 from pyspec.integrations import require
 
 __all__ = ["LookupProposer", "SuffixProposer", "register"]
@@ -88,14 +89,14 @@ class LookupProposer(Proposer):
     """Prompt lookup: what followed earlier occurrences of the newest tokens in the request."""
 
     def make(self, vocab_size: int) -> Drafter:
-        return LookupDrafter(vocab_size)
+        return TableDrafter([Lookup(vocab_size)])
 
 
 class SuffixProposer(Proposer):
     """Suffix lookup: what followed their longest earlier occurrence, in the request or in earlier ones."""
 
     def make(self, vocab_size: int) -> Drafter:
-        return SuffixDrafter(vocab_size, "")  # its tables are never saved
+        return TableDrafter([Suffix(vocab_size)])  # its tables are never saved
 
 
 def _continued(known: dict[int, tuple[np.ndarray, Drafter]], row: int, context: np.ndarray) -> Drafter | None:

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from pyspec import caches
 from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable, gear_decode
+from pyspec.ops.gear_encode import LARGEST
 
 __all__ = ["GearCache", "GearLayer", "PackedStates"]
 
@@ -111,11 +112,11 @@ class GearLayer(DynamicLayer):
         if blocks <= 0:
             return
         parts = [states[:, :, : blocks * BLOCK] for states in (self.keys, self.values)]
-        bad = find_unpackable(*parts, self.settings)
+        bad = find_unpackable(*parts)
         if bad is not None:
-            name, (sequence, head, token, channel), value, limit = bad
+            name, (sequence, head, token, channel), value = bad
             raise ValueError(
-                f"{'keys' if name == 'k' else 'values'} must be at most {limit:.0f} in magnitude to be packed, got "
+                f"{'keys' if name == 'k' else 'values'} must be at most {LARGEST:.0f} in magnitude to be packed, got "
                 f"{value} in layer {self.index}, head {head}, position {self.packed.shape[2] * BLOCK + token}, "
                 f"channel {channel} of sequence {sequence}"
             )
