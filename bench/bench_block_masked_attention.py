@@ -16,18 +16,17 @@ large matrix product, or the bytes of q, k, v and out over the read bandwidth.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import measure
 import pytest
 import torch
+from command_line import parse, parser_of
 from mask_figure import draw
 from mask_patterns import PATTERNS, as_variant, builder, document_length, predicate, random_tiles, window_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyspec import BlockMask
+from pyspec import BlockMask, measure
 from pyspec.ops import block_masked_attention
 from pyspec.runners import flash_attn
 
@@ -194,9 +193,7 @@ def test_block_masked_attention(benchmark, pattern, dtype):
 
 def timed(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
     """Milliseconds of each call, in turn, for about so many seconds in all."""
-    first = measure.in_turn(calls, repeats=1, warmup=1)
-    repeats = min(max(round(seconds / sum(first.values())), 5), 100)
-    return {name: 1e3 * value for name, value in measure.in_turn(calls, repeats, warmup=0).items()}
+    return {name: 1e3 * value for name, value in measure.in_turn_for(calls, seconds).items()}
 
 
 def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float, patterns: Sequence[str] = PATTERNS) -> dict:
@@ -220,7 +217,7 @@ def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float, patt
                 ours, peers, builds = problem.ours(), problem.peers(), problem.builds()
                 row = {
                     "pattern": pattern,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": measure.name_of(dtype),
                     "size": size,
                     "density": problem.mask.density,
                     "ms": timed(ours | peers, seconds),
@@ -270,19 +267,25 @@ def tree_build_us(device: str) -> float:
     return 1e6 * measure.in_turn({"tree": build}, repeats=1000, warmup=50)["tree"]
 
 
-def targets_of(result: dict, plan: Plan) -> list[dict]:
-    """Every figure of the plan: what it is about, what was reached and what was asked for."""
+def reached(result: dict, targets: dict[tuple[str, str, str, str], float], size: int, verbs: dict[str, str]) -> list:
+    """What each target is about, what was reached at that size, in its worst mask, and what was asked for."""
     found = []
-    for (pattern, dtype, kind, peer), wanted in plan.targets.items():
-        rows = [row for row in result["rows"] if row["dtype"] == dtype and row["size"] == plan.size]
+    for (pattern, dtype, kind, peer), wanted in targets.items():
+        rows = [row for row in result["rows"] if row["dtype"] == dtype and row["size"] == size]
         rows = [row for row in rows if pattern in (ALL, row["pattern"]) and peer in row[kind]]
         ratios = {row["pattern"]: row[kind][peer] / row[kind]["pyspec"] for row in rows}
         if not ratios:
             continue
         worst = min(ratios, key=ratios.get)
         about = f"{dtype}, {pattern if pattern != ALL else f'{ALL} (worst: {worst})'}"
-        what = f"{about}: {'built' if kind == 'build_ms' else 'runs'} x times as fast as {peer}"
+        what = f"{about}: {verbs[kind]} x times as fast as {peer}"
         found.append({"what": what, "reached": ratios[worst], "wanted": wanted, "met": ratios[worst] >= wanted})
+    return found
+
+
+def targets_of(result: dict, plan: Plan) -> list[dict]:
+    """Every figure of the plan: what it is about, what was reached and what was asked for."""
+    found = reached(result, plan.targets, plan.size, {"ms": "runs", "build_ms": "built"})
     if plan.most_build_ms is not None:
         slowest = max(row["build_ms"]["pyspec"] for row in result["rows"] if row["size"] == plan.size)
         met = slowest <= plan.most_build_ms
@@ -303,8 +306,8 @@ def show(row: dict) -> None:
         f"{row['dtype']:>8} N={row['size']:<5} {row['pattern']:<9} {row['density']:6.1%} of tiles: {ours:.2f} ms, "
         f"{row['floor_ms'] / ours:.0%} of the floor; "
         + ", ".join(f"{name} {ms:.2f} ({ms / ours:.2f}x)" for name, ms in row["ms"].items() if name != "pyspec")
-        + "; built in "
-        + ", ".join(f"{name} {ms:.3f}" for name, ms in row["build_ms"].items()),
+        + ("; built in " if "build_ms" in row else "")
+        + ", ".join(f"{name} {ms:.3f}" for name, ms in row.get("build_ms", {}).items()),
         flush=True,
     )
 
@@ -316,18 +319,15 @@ def show_targets(targets: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, devices=True)
     parser.add_argument("--backward", action="store_true", help="time gradients instead: masked_gradients.py")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=PLANS)
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="N, up to 16,384 where memory allows; the plan's by default"
     )
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--seconds", type=float, default=8.0, help="to time one mask's calls for")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which takes long to compile")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     sizes = options.sizes or [PLANS[options.device].size]
     if options.backward:
         import masked_gradients

@@ -26,19 +26,20 @@ tokens a second of plain decoding, of drafts out of the text so far, and of tran
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from itertools import product
 
-import measure
 import torch
+from command_line import DTYPES, parse, parser_of, positive
 from joint import JointRounds
 
 import pyspec
+from pyspec import measure
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
 from pyspec.architectures.state_space import StateSpaceWeights
+from pyspec.measure.inside import read, weight_bytes
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree
@@ -47,7 +48,6 @@ SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
 WAYS = ("replay", "snapshots", "joint", "recompute")
 PROMPTS, PROMPT_CHARACTERS = 20, 400
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
 FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL, TEXT_GOAL = 1.3, 4.0, 1.5, 1.5
 
@@ -98,7 +98,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return RecurrentRunner(config, weights)
+    return (RecurrentRunner if isinstance(config, Mamba2Config) else RecurrentRunner)(config, weights)
 
 
 class Rounds:
@@ -112,7 +112,7 @@ class Rounds:
         joint_model = model.fork()
         joint_model.warm(sequences=2 * batch)
         self._joint = JointRounds(joint_model, prompts)
-        cache = model._cache
+        cache = model.cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
@@ -142,28 +142,26 @@ class Rounds:
         return call
 
     def recompute(self, nodes: int) -> Callable[[], None]:
-        trees = dict.fromkeys(range(self.batch), DraftTree.chain([0] * nodes))
-        cache = self.model._cache
+        trees, sequences = [DraftTree.chain([0] * nodes)] * self.batch, list(range(self.batch))
+        cache = self.model.cache
 
         @torch.inference_mode()
         def call() -> None:
             state = (cache.states, cache.windows)
             for kept, values in zip(self.spare, state, strict=True):
                 kept.copy_(values)
-            rows = self.model._replays.run(self.model._step(), trees, advances=trees)
-            self.model._logits(rows.of_trees(rows.hidden))
+            read(self.model, trees, sequences, [True] * self.batch)
             for kept, values in zip(self.spare, state, strict=True):
                 values.copy_(kept)
-            self.model._replays.run(self.model._step(), trees, advances=trees)
+            read(self.model, trees, sequences, [True] * self.batch, logits=False)
 
         return call
 
     def bytes(self) -> dict[str, int]:
         """What a plain step must move."""
-        model, cache = self.model, self.model._cache
-        weights = sum(getattr(layer, name).nbytes for layer in model.weights.layers for name in layer.MATRICES)
+        model, cache = self.model, self.model.cache
         return {
-            "weights": weights + model.weights.head.nbytes,
+            "weights": weight_bytes(model),
             "state": 2 * (cache.states.nbytes + cache.windows.nbytes),
             "node": 4 * self.batch * model.config.layers * (model.config.record_width + model.config.conv_channels),
         }
@@ -288,14 +286,9 @@ def continue_texts(folder: str, dtype: str, new_tokens: int) -> dict:
 
 
 def show(console, found: dict, sizes=SIZES) -> None:
-    from rich import box
-    from rich.table import Table
-
     over, model, batch = found["over_plain"], found["model"], found["batch"]
     title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step (floor in bytes)"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in ("nodes", "replay", "goal", *WAYS[1:]):
-        table.add_column(column, justify="right")
+    table = measure.new_table("nodes", "replay", "goal", *WAYS[1:], left=0, title=title)
     floors = found["floor_over_plain"]
     for nodes in sizes:
         goal = GOALS.get((model, batch, nodes)) if found["weights"] == "bf16" else None
@@ -326,17 +319,13 @@ def show_texts(console, found: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=measure.positive, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=7)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, repeats=7, devices=True)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
     parser.add_argument("--trained", nargs="*", default=[], metavar="FOLDER", help="models of training.mamba")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--batches", nargs="+", type=measure.positive, default=list(BATCHES))
-    parser.add_argument("--new-tokens", type=measure.positive, default=128, help="of a text that is continued")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--batches", nargs="+", type=positive, default=list(BATCHES))
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a text that is continued")
+    options = parse(parser)
     from rich.console import Console
 
     console, results, texts = Console(highlight=False), [], []

@@ -8,24 +8,22 @@ depend on the values. On a GPU the same verify launch by launch stands beside th
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from itertools import product
 
-import measure
 import steps
 import torch
+from command_line import DTYPES, parse, parser_of
 
+from pyspec import measure
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.measure.inside import launched
 from pyspec.runners.attention import AttentionRunner
-from pyspec.runners.replay import launch_by_launch
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128, 128256, False),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner:
@@ -52,20 +50,10 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner
     return AttentionRunner(config, weights)
 
 
-def launched(runner: AttentionRunner, nodes: int) -> Callable[[], None]:
-    """The verify of a GPU without its graph."""
-
-    def call() -> None:
-        with launch_by_launch():
-            runner.verify([steps.tree_of(nodes)])
-
-    return call
-
-
 def times(runner: AttentionRunner, shape: str, dtype: str, repeats: int) -> dict:
     result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
     if runner.device.type == "cuda":
-        launches = {str(nodes): launched(runner, nodes) for nodes in steps.SIZES}
+        launches = {str(nodes): launched(runner, steps.tree_of(nodes)) for nodes in steps.SIZES}
         result["launched_seconds"] = measure.in_turn(launches, repeats)
     return result
 
@@ -81,14 +69,10 @@ def show(found: dict, has_goals: bool = False) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, repeats=15, devices=True)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["SmolLM2-135M"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "int8"])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     result = {"machine": measure.machine(), "device": options.device, "results": []}
     for model, dtype in product(options.models, options.dtypes):
         runner = random_model(model, DTYPES[dtype], options.device)

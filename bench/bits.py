@@ -134,7 +134,7 @@ def caches(model: str) -> dict[str, object]:
     """Name -> settings, None for the dense cache; quantised ones for the models whose keys can be."""
     if model not in ("demo", "llama"):
         return {"dense": None}
-    found = {"dense": None} | {name: cache_from_name(name) for name in CACHES}
+    found = {"dense": None} | {name: cache_from_name(name) for name in CACHES if name != "rvq"}
     found["int4-half-the-tokens"] = replace(found["int4"], keep=0.5, whole_layers=1)
     found["int4-half-the-channels"] = replace(found["int4"], key_channels=32)
     if model == "demo":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyspec.measure.inside import read
 from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree
 
@@ -30,16 +31,15 @@ class JointRounds:
     @torch.inference_mode()
     def verify(self, trees: Sequence[DraftTree]) -> list[Tensor]:
         """[T, V] fp32 logits of each sequence's tree."""
-        cache, batch = self._runner._cache, len(trees)
+        cache, batch = self._runner.cache, len(trees)
         for values in (cache.states, cache.windows):
             values[:, batch:].copy_(values[:, :batch])
         moving = [sequence for sequence in range(batch) if self._behind[sequence]]
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
         below = [_below(tokens, tree) for tokens, tree in zip(self._behind, trees, strict=True)]
-        together = dict(zip([*moving, *range(batch, 2 * batch)], [*chains, *below], strict=True))
-        rows = self._runner._replays.run(self._runner._step(), together, advances=moving)
+        advances = [True] * len(chains) + [False] * batch
+        logits = read(self._runner, [*chains, *below], [*moving, *range(batch, 2 * batch)], advances)
         self._verified, self._behind = trees, [[] for _ in trees]
-        logits = self._runner._logits(rows.of_trees(rows.hidden)) if rows.logits is None else rows.of_trees(rows.logits)
         parts = logits.split([len(tree) for tree in (*chains, *below)])[len(chains) :]
         return [part[len(part) - len(tree) :] for part, tree in zip(parts, trees, strict=True)]
 

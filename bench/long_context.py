@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import prompts
 import torch
 from torch import Tensor
 
+from pyspec.measure import prompts
+from pyspec.measure.inside import attend_step
 from pyspec.ops import tree_attention
 from pyspec.runners.attention import AttentionRunner
-from pyspec.runners.numbers import Numbers
-from pyspec.tree import DraftTree
 
 # attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -19,9 +18,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 def texts(model: AttentionRunner, count: int, length: int) -> list[list[int]]:
     """Token ids of `count` texts: articles and passages of the prompts, one after the other, none used twice."""
-    categories = prompts.by_category()
     found: list[list[int]] = [[]]
-    for prompt in (*categories["summarization"], *categories["rag"]):
+    articles = [prompt for prompt in prompts.spec_bench() if prompt.category in ("summarization", "rag")]
+    for prompt in sorted(articles, key=lambda prompt: prompt.category != "summarization"):
         if len(found[-1]) >= length:
             found.append([])
         if len(found) > count:
@@ -40,22 +39,10 @@ class LongContext:
         self._model, self._text, self._context = model, text, context
         model.prefill([text[:context]], capacity=len(text))
 
-    @torch.inference_mode()
     def logits(self, attend: Attend) -> Tensor:
         """[steps, V]: after each later token of the text, all but the last, each a step with this attention."""
-        model, cache, rows = self._model, self._model._cache.view([0], len(self._text)), []
-        numbers = Numbers([0], 1, 1, 0, model.device)
-        for place, token in enumerate(self._text[self._context : -1], start=self._context):
-            numbers.fill({0: DraftTree.chain([token])}, [place], [0])
-
-            def of_layer(layer: int, q: Tensor, numbers: Numbers, window: int | None, keys: int = place + 1) -> Tensor:
-                k, v = cache.keys_values[layer]
-                return attend(layer, q[0], k[0, :, :keys], v[0, :, :keys])[None]
-
-            cache.attend = of_layer
-            hidden = model.weights.forward(model.config, model._embed(numbers.tokens), cache, numbers, model.dtype)
-            rows.append(model._logits(hidden)[0])
-        return torch.stack(rows)
+        later = enumerate(self._text[self._context : -1], start=self._context)
+        return torch.stack([attend_step(self._model, token, place, attend) for place, token in later])
 
 
 def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
-import measure
 import torch
 
+from pyspec import measure
 from pyspec.generate import generate
-from pyspec.runners import native
+from pyspec.measure.inside import seconds_in_ops, weight_bytes
 from pyspec.runners.attention import AttentionRunner
-from pyspec.runners.tape import Tape
 from pyspec.tree import DraftTree
 
 CONTEXT = 512  # tokens before the step
@@ -23,11 +20,8 @@ def steps(model: AttentionRunner, repeats: int = 21) -> dict:
     """Medians of verify(T) behind CONTEXT tokens, and the floor: bytes of weights and cache over read bandwidth."""
     device = model.device.type
     model.prefill([[place % model.vocab_size for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
-    layers = model.weights.layers
-    weights = (
-        sum(getattr(layer, name).nbytes for layer in layers for name in layer.MATRICES) + model.weights.head.nbytes
-    )
     config = model.config
+    weights = weight_bytes(model)
     cache = 2 * config.layers * config.kv_heads * CONTEXT * config.head_dim * model.dtype.itemsize
 
     def step(nodes: int):
@@ -58,41 +52,19 @@ def tree_of(nodes: int) -> DraftTree:
 
 def overhead_share(model: AttentionRunner, new_tokens: int = 64) -> float:
     """The share of plain decoding that is not spent inside the ops: Python, dispatch, acceptance, bookkeeping."""
-    inside = 0.0
-
-    def timed(op):
-        def call(*args, **settings):
-            nonlocal inside
-            start = time.perf_counter()
-            result = op(*args, **settings)
-            inside += time.perf_counter() - start
-            return result
-
-        return call
-
-    ops = [(Tape, "run", Tape.run), (native, "linear", native.linear)]
     prompt = [1] * 8
     generate(model, prompt, drafter=None, max_new_tokens=4)
-    try:
-        for module, name, op in ops:
-            setattr(module, name, timed(op))
+    with seconds_in_ops() as inside:
         model.prefill([prompt])
-        prefill = inside
+        prefill = inside()
         stats = generate(model, prompt, drafter=None, max_new_tokens=new_tokens).stats
-    finally:
-        for module, name, op in ops:
-            setattr(module, name, op)
-    return 1 - (inside - 2 * prefill) / stats.decode_seconds
+    return 1 - (inside() - 2 * prefill) / stats.decode_seconds
 
 
 def show(console, found: dict, has_goals: bool) -> None:
     """Prints what `steps` found; the goals are those of the demo model in bf16 on the CPU."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"verify behind {CONTEXT} tokens", title_justify="left")
-    for column in ("nodes", "ms", "over the plain step", "goal"):
-        table.add_column(column, justify="right")
+    columns = ("nodes", "ms", "over the plain step", "goal")
+    table = measure.new_table(*columns, left=0, title=f"verify behind {CONTEXT} tokens")
     for nodes in SIZES:
         goal = f"at most {GOALS[nodes]}x" if has_goals and nodes in GOALS else ""
         cells = (f"{found['seconds'][str(nodes)] * 1e3:.1f}", f"{found['over_plain'][str(nodes)]:.2f}x", goal)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
-from pyspec.caches import PackedSettings, cache_from_name
-from pyspec.controllers import controller_for
+from pyspec.caches import QuantisedSettings, cache_from_name
+from pyspec.controllers import CONTROLLERS, controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
@@ -55,7 +55,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: str | Iterable[str] = (),
-    cache: str | PackedSettings = "dense",
+    cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
@@ -71,19 +71,18 @@ def generate(
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ. Arrays, tensors and
             iterators of integers are as good, and so is what a tokenizer returns: its attention_mask says what is
             padding, on the left or on the right, which is left out.
-        drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
-            (docs/drafting.md), a drafter, or None for plain decoding.
-        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
-            that gives most tokens a second by the measured costs of this model on this machine
-            (pyspec/controllers/pays.py).
+        drafter: a name of pyspec.drafters.DRAFTERS (docs/drafting.md), a drafter, or None for plain decoding.
+        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or a name of
+            pyspec.controllers.CONTROLLERS: "auto" is the number that gives most tokens a second by the measured costs
+            of this model on this machine.
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
         stop: strings that end the text before they begin.
-        cache: how keys and values are kept (docs/gear.md): "dense", "int8", "int4", "gear-4bit", "gear-2bit",
-            "gear-l-2bit", "kivi-2bit", "rvq" (docs/residual_vq.md), or a GearCache or ResidualVqCache.
+        cache: how keys and values are kept (docs/gear.md): a name of pyspec.caches.CACHES, or a GearSettings or
+            ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
 
     Raises:
@@ -103,7 +102,7 @@ def generate(
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule)
-    if packed is not None and getattr(shared_drafter, "wants_dense_cache", False):
+    if packed is not None and getattr(shared_drafter, "needs_dense_cache", False):
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
@@ -188,26 +187,27 @@ def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     return strings
 
 
-def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str) -> PackedSettings | None:
+def _packed_cache(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
     """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
     packed = cache_from_name(cache)
     if packed is None:
         return None
-    if not getattr(model, "takes_packed_cache", False):
+    if not getattr(model, "takes_quantised_cache", False):
         raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
-    if budget != "auto" and budget > packed.largest_tree:
+    if not isinstance(budget, str) and budget > packed.largest_tree:
         raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")
     return packed
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:
     """Budget and number of new tokens as generate takes them; raises TypeError or ValueError for any others."""
+    choices = " or ".join(["an integer", *(f'"{name}"' for name in CONTROLLERS)])
     if not isinstance(budget, str):
-        budget = read_integer("budget", budget, 'an integer or "auto"')
-    elif budget != "auto":
-        raise TypeError(f'budget must be an integer or "auto", got {budget!r}')
+        budget = read_integer("budget", budget, choices)
+    elif budget not in CONTROLLERS:
+        raise TypeError(f"budget must be {choices}, got {budget!r}")
     max_new_tokens = read_integer("max_new_tokens", max_new_tokens)
     for name, value, most in (("budget", budget, LARGEST_BUDGET), ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)):
-        if value != "auto" and not 1 <= value <= most:
+        if not isinstance(value, str) and not 1 <= value <= most:
             raise ValueError(f"{name} must be in [1, {most}], got {value}")
     return budget, max_new_tokens

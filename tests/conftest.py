@@ -1,6 +1,3 @@
-import sys
-from pathlib import Path
-
 import pytest
 from hypothesis import settings
 
@@ -9,7 +6,6 @@ from pyspec.machine import costs, measured
 from tests.helpers.fake_runner import FakeRunner
 
 pytest_plugins = ["tests.helpers.on_gpu"]
-sys.path.append(str(Path(__file__).parents[1] / "bench"))  # the benchmarks are scripts, not a package
 
 settings.register_profile("busy machine", deadline=None)
 settings.load_profile("busy machine")

@@ -1,4 +1,4 @@
-"""Bamba: hybrids in which some layers are attention and the others Mamba-2.
+"""Bamba models, hybrids in which some layers are attention and the others Mamba-2.
 
 A path is committed to both kinds of state: attention layers compact their keys and values, Mamba-2 layers replay it at
 the beginning of the next round. All layers run the same nodes.
@@ -7,16 +7,23 @@ the beginning of the next round. All layers run the same nodes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures.blocks import attention, feed_forward
-from pyspec.architectures.llama import LayerWeights, LlamaConfig
-from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer
+from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures.blocks import attention as attention_block
+from pyspec.architectures.blocks import feed_forward
+from pyspec.architectures.llama import SHARED_DEFAULTS, LayerWeights, LlamaConfig, read_heads
+from pyspec.architectures.mamba import check_silu
+from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
+from pyspec.architectures.rotary import rope_entries
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
+from pyspec.entries import Entries
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.rms_norm import rms_norm
+from pyspec.runners.recurrent import HybridRunner
 
 __all__ = ["BambaConfig", "BambaWeights"]
 
@@ -70,7 +77,7 @@ class BambaConfig:
         return [kinds[is_attention].empty(self, blank) for is_attention in self.is_attention]
 
     def rope_frequencies(self) -> Tensor:
-        """[head_dim / 2] fp32: radians per position, 0 for the dimensions that are not turned."""
+        """Radians per position, [head_dim / 2] fp32; 0 for the dimensions that are not turned."""
         exponents = torch.arange(0, self.rotary_dim, 2, device="cpu").float() / self.rotary_dim
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
@@ -175,13 +182,77 @@ class BambaWeights(NativeWeights):
         counts = {True: iter(range(config.layers)), False: iter(range(config.layers))}  # each kind has a cache
         for is_attention, layer in zip(config.is_attention, self.layers, strict=True):
             index = next(counts[is_attention])
-            x = rms_norm(
-                hidden, layer.attention_norm if is_attention else layer.norm, epsilon, delta=delta, out_dtype=dtype
-            )
+            norm = layer.attention_norm if is_attention else layer.norm
+            x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
             if is_attention:
-                delta = attention(x, layer, config.attention.heads, cache, index, numbers)
+                delta = attention_block(x, layer, config.attention.heads, cache, index, numbers)
             else:
                 delta = layer.mix(config.recurrence, x, cache.layer(index), numbers.round)
             x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
             delta = feed_forward(x, layer)
         return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
+
+
+# ==== config.json ====
+
+_DEFAULTS = SHARED_DEFAULTS | {"vocab_size": 128000, "intermediate_size": 14336, "max_position_embeddings": 262144}
+_DEFAULTS |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_n_heads": 128, "mamba_n_groups": 1}
+_DEFAULTS |= {"mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2}
+_DEFAULTS |= {"mamba_conv_bias": True, "mamba_proj_bias": False}
+
+
+def _read(source: Path | str, entries: Entries, architecture: str) -> BambaConfig:
+    check_silu(source, entries, "HybridRunner")
+    check_no_limit(source, entries, "HybridRunner")
+    if entries.flag("mlp_bias"):
+        raise ValueError(f"{source} has mlp_bias True, HybridRunner has none")
+    rope = rope_entries(entries)
+    if (kind := rope.text("rope_type", rope.text("type", "default"))) != "default":
+        raise ValueError(f"{source} has rope scaling {kind!r}, HybridRunner has none")
+    hidden, layers = entries.whole("hidden_size"), entries.whole("num_hidden_layers")
+    heads, kv_heads, head_dim = read_heads(entries)
+    places = set(entries.array("attn_layer_indices", int, []))
+    is_attention = tuple(layer in places for layer in range(layers))
+    if not any(is_attention) or all(is_attention):
+        raise entries.wrong("attn_layer_indices", sorted(places), f"some of the {layers} layers, and not all")
+    shared = {
+        "vocab_size": entries.whole("vocab_size"),
+        "hidden_size": hidden,
+        "norm_epsilon": entries.number("rms_norm_eps"),
+        "tied_embedding": entries.flag("tie_word_embeddings"),
+    }
+    attention = LlamaConfig(
+        architecture=entries.text("model_type", "bamba"),
+        intermediate_size=entries.whole("intermediate_size"),
+        layers=sum(is_attention),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context_length=entries.whole("max_position_embeddings"),
+        rope_base=rope.number("rope_theta", entries.number("rope_theta", 10000.0)),
+        qkv_bias=entries.flag("attention_bias"),
+        output_bias=entries.flag("attention_bias"),
+        **shared,
+    )
+    state_heads = entries.whole("mamba_n_heads")
+    channels = entries.whole("mamba_expand") * hidden
+    is_stated = entries.get("mamba_d_head", "auto") != "auto"
+    state_head_dim = entries.whole("mamba_d_head") if is_stated else channels // state_heads
+    if state_heads * state_head_dim != channels:
+        raise entries.wrong("mamba_n_heads", state_heads, f"heads that share {channels} channels")
+    recurrence = Mamba2Config(
+        layers=layers - sum(is_attention),
+        heads=state_heads,
+        head_dim=state_head_dim,
+        groups=entries.whole("mamba_n_groups"),
+        state_size=entries.whole("mamba_d_state"),
+        conv_taps=entries.whole("mamba_d_conv"),
+        projection_bias=entries.flag("mamba_proj_bias"),
+        conv_bias=entries.flag("mamba_conv_bias"),
+        **shared,
+    )
+    return BambaConfig(attention, recurrence, is_attention, int(head_dim * rope.number("partial_rotary_factor", 0.5)))
+
+
+_FAMILY = Family({"BambaForCausalLM": _DEFAULTS}, _read, BambaWeights, HybridRunner)
+FAMILIES.register("bamba", _FAMILY, "Bamba, hybrids of attention and Mamba-2")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from pyspec.cli.shared import DTYPES
 
-CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
@@ -27,10 +27,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     from pyspec.acceptance import RULES
+    from pyspec.caches import CACHES
 
-    parser.add_argument(
-        "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
-    )
+    add_budget_argument(parser)
     parser.add_argument(
         "--acceptance",
         choices=list(RULES),
@@ -38,21 +37,31 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
-    parser.add_argument("--cache", choices=CACHES, default="dense", help="how keys and values are kept; default: dense")
+    parser.add_argument(
+        "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
+    )
 
 
-def budget(text: str) -> int | str:
-    if text != "auto" and not text.lstrip("+-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number of nodes or auto, got {text!r}")
-    return text if text == "auto" else int(text)
+def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+    from pyspec.controllers import CONTROLLERS
+
+    named = ", ".join(f"or {name}, {summary}" for name, summary in CONTROLLERS.summaries.items())
+    parser.add_argument("--budget", type=_budget, default="auto", help=f"tree nodes a round, {named}; default: auto")
 
 
-def generation_settings(arguments: argparse.Namespace) -> dict:
-    """The settings of generate, checked before a model is loaded for them."""
+def _budget(text: str) -> int | str:
+    from pyspec.controllers import CONTROLLERS
+
+    if text not in CONTROLLERS and not text.lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or {' or '.join(CONTROLLERS)}, got {text!r}")
+    return text if text in CONTROLLERS else int(text)
+
+
+def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
+    """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
 
@@ -61,6 +70,7 @@ def generation_settings(arguments: argparse.Namespace) -> dict:
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
     check_limits(arguments.budget, arguments.max_new_tokens)
-    Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")
+    for temperature in temperatures:
+        Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    names = ("budget", "acceptance", "max_new_tokens", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names}

@@ -9,21 +9,18 @@ from pathlib import Path
 from pyspec.arguments import check_unicode, decode_text
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
-    DRAFTERS,
     PHASES,
     BadInput,
     fail,
-    first_difference,
     load_model,
     make_console,
-    new_table,
     prepare,
     print_json,
     prompt_tokens,
-    ratio_of,
     read_text,
     write,
 )
+from pyspec.measure import first_difference, new_table, ratio
 
 ENDINGS = {
     "eos": "ended by the model",
@@ -35,15 +32,18 @@ ENDINGS = {
 
 
 def add_parser(commands) -> None:
+    from pyspec.drafters import DRAFTERS
+
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
     prompt.add_argument("--file", type=Path, help="read the prompt from a file")
     add_model_arguments(generate)
     drafter = generate.add_mutually_exclusive_group()
-    drafter.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
+    drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     add_generation_arguments(generate, max_new_tokens=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
     generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
@@ -59,7 +59,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         check_unicode("--stop", text)
     if arguments.drafter_state is not None:
         _check_state(arguments)
-    settings = generation_settings(arguments) | {"stop": arguments.stop}
+    settings = generation_settings(arguments, [arguments.temperature])
+    settings |= {"temperature": arguments.temperature, "stop": arguments.stop}
     console = make_console()
     model = load_model(arguments, console)
     from pyspec.generate import generate
@@ -153,7 +154,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
     if plain is not None:
         report["plain"] = {
             "stats": plain.stats.to_dict(),
-            "speed_up": ratio_of(result.stats.tokens_per_second, plain.stats.tokens_per_second),
+            "speed_up": ratio(result.stats.tokens_per_second, plain.stats.tokens_per_second),
             "equal": plain.tokens == result.tokens,
             "first_difference": first_difference(result.tokens, plain.tokens),
         }
@@ -170,9 +171,9 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
     table = new_table("", *columns)
     for name, figures in rows:
         cells = [name, f"{figures.tokens_per_second:.1f}", f"{figures.mean_accepted_length:.2f}"]
-        cells += [f"{ratio_of(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
+        cells += [f"{ratio(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
         if plain is not None:
-            cells.append(f"{ratio_of(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
+            cells.append(f"{ratio(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
         table.add_row(*cells)
     console.print(table)
     seed = f", seed {stats.seed}" if arguments.temperature > 0 else ""
@@ -198,7 +199,9 @@ def _drafter_name(arguments: argparse.Namespace) -> str:
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "layer_skip", "none"):
+    from pyspec.drafters import DRAFTERS
+
+    if arguments.draft_model is not None or arguments.drafter == "none" or not DRAFTERS[arguments.drafter].learns:
         raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")

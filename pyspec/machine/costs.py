@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pyspec.caches import PackedSettings
+from pyspec.caches import QuantisedSettings
 from pyspec.machine import cpu_name, measured
 from pyspec.ops import backends
 from pyspec.runners import Runner
@@ -68,7 +68,7 @@ class Costs:
         return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
 
 
-def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:
+def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
     """The costs of a model on this machine, measured once and then kept in the user's cache folder.
 
     The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
@@ -80,7 +80,7 @@ def costs_of(model: Runner, cache: PackedSettings | None = None) -> Costs:
         return measure_costs(model, cache)
 
 
-def measure_costs(model: Runner, cache: PackedSettings | None = None) -> Costs:
+def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
     """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost.
 
     Kernels are compiled and graphs captured before, and every size is called once before it counts: a first call may
@@ -138,7 +138,7 @@ def _seconds(model: Runner, nodes: int) -> float:
     return time.perf_counter() - start
 
 
-def _key(model: Runner, cache: PackedSettings | None = None) -> str:
+def _key(model: Runner, cache: QuantisedSettings | None = None) -> str:
     on_cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
     kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)

@@ -39,7 +39,7 @@ class Runner(Protocol):
 
         capacity is the number of cache slots a sequence will need (prompt, new tokens and one tree).
         observe is called with (sequence, chain of prompt tokens, their [n, V] logits) as chunks are read.
-        A runner with takes_packed_cache = True also takes cache, a GearCache or None for a dense one.
+        A runner with takes_quantised_cache = True also takes cache, a GearSettings or None for a dense one.
         """
         ...
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import PackedCache, PackedSettings
-from pyspec.caches.saved import load_packed, save_packed
+from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn
 from pyspec.runners._checks import check_prompts, check_trees
 from pyspec.runners._inference import inference
@@ -25,7 +25,10 @@ from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import BUCKETS, Rows, slots_for
 from pyspec.tree import DraftTree
 
-__all__ = ["LlamaConfig", "AttentionRunner", "LlamaWeights"]
+if TYPE_CHECKING:
+    from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+
+__all__ = ["AttentionRunner"]
 
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
@@ -49,7 +52,8 @@ class AttentionRunner(NativeRunner):
         ValueError: prompt_attention cannot run here.
     """
 
-    takes_packed_cache = True
+    takes_quantised_cache = True
+    takes_flash_attn = True
 
     def __init__(
         self,
@@ -72,7 +76,7 @@ class AttentionRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Tensor], None] | None = None,
-        cache: PackedSettings | None = None,
+        cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -139,26 +143,26 @@ class AttentionRunner(NativeRunner):
         Raises:
             RuntimeError: there is no packed cache.
         """
-        if not isinstance(self._cache, PackedCache):
+        if not isinstance(self._cache, QuantisedCache):
             raise RuntimeError("there is no packed cache to save: prefill with cache first")
-        save_packed(self._cache, path, self.fingerprint)
+        save_quantised(self._cache, path, self.fingerprint)
 
     @inference
     def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
         """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
 
         Raises:
-            FileNotFoundError, ValueError: the file does not fit, see load_packed; the batch before is then untouched.
+            FileNotFoundError, ValueError: the file does not fit, see load_quantised; the batch before is untouched.
         """
         capacity = self.context_length if capacity is None else capacity
-        cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
+        cache = load_quantised(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
         self._replays = self._verified = None
         cache.rope = self._rope(capacity)
         self._cache = cache
 
-    def _check_packs(self, cache: PackedSettings) -> None:
+    def _check_packs(self, cache: QuantisedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
         if self.prompt_attention != "pyspec":
             raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a packed one")
@@ -170,7 +174,7 @@ class AttentionRunner(NativeRunner):
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _packed_cache(self, sequences: int, capacity: int, packed: PackedSettings) -> PackedCache:
+    def _packed_cache(self, sequences: int, capacity: int, packed: QuantisedSettings) -> QuantisedCache:
         config = self.config
         shape = (config.layers, sequences, config.kv_heads, capacity, config.head_dim)
         cache = packed.start(*shape, self.dtype, self.device)
@@ -194,17 +198,17 @@ class AttentionRunner(NativeRunner):
         self._new_replays(cache)
         return cache
 
-    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Sequence[Tensor]:
         """[n, hidden] of each sequence's next piece of its prompt; flash-attn takes one."""
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
             return [self._read_by_flash(chain, sequence, cache)]
-        if isinstance(cache, PackedCache):
+        if isinstance(cache, QuantisedCache):
             return self._run_packed(pieces, cache).split([len(chain) for chain in pieces.values()])
         return super()._read(pieces, cache)
 
     def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
-        if isinstance(self._cache, PackedCache):
+        if isinstance(self._cache, QuantisedCache):
             return Rows(self._run_packed(trees, self._cache))
         return super()._run_layers(trees)
 
@@ -221,7 +225,7 @@ class AttentionRunner(NativeRunner):
         view.attend = attend
         return self._step()(view, numbers)
 
-    def _run_packed(self, trees: dict[int, DraftTree], cache: PackedCache) -> Tensor:
+    def _run_packed(self, trees: dict[int, DraftTree], cache: QuantisedCache) -> Tensor:
         """[R, hidden] of all nodes over a packed cache, op by op."""
         rows = sum(map(len, trees.values()))
         numbers = Numbers(range(len(cache.lengths)), rows, (rows + 31) // 32, 0, self.device)

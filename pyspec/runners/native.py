@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.architectures.llama import rope_table
+from pyspec.architectures.rotary import rope_table
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
@@ -79,6 +79,11 @@ class NativeRunner:
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
         return [] if self._cache is None else list(self._cache.lengths)
+
+    @property
+    def cache(self):
+        """The keys and values, or the states, of the batch: for benchmarks and training. None before any prefill."""
+        return self._cache
 
     def fork(self):
         """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""

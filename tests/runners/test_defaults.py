@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pyspec import from_transformers, generate, load
-from pyspec.caches import CACHES, GearCache
-from pyspec.drafters import NAMES, new_drafter
+from pyspec.caches import CACHES, GearSettings, cache_from_name
+from pyspec.drafters import DRAFTERS, new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
@@ -55,14 +55,15 @@ def llama_texts():
     with torch.device("cpu"), default_dtype(torch.float32):  # the test's own weights
         source = random_llama(dtype=torch.bfloat16)
     runner, draft = (AttentionRunner(source.config, source.weights) for _ in range(2))
-    drafters = [new_drafter(name, runner) for name in NAMES if name != "layer_skip"]
+    drafters = [new_drafter(name, runner) for name in DRAFTERS if name != "layer_skip"]
     drafters += [None, LayerSkipDrafter(runner, skipped=[0]), ModelDrafter(draft, runner)]
     calls = [{"drafter": drafter} for drafter in drafters]
     drawn = {"drafter": ModelDrafter(draft, runner, DySpecThreshold(0.05))} | SAMPLED
     calls += [drawn | {"acceptance": rule} for rule in ("recursive", "traversal")]
     found = [generate(runner, PROMPTS, budget=7, max_new_tokens=12, **call).tokens for call in calls]
     long = [random_tokens(190, seed=4)]
-    for packed in (*CACHES.values(), GearCache(4, 64, keep=0.5), GearCache(4, 64, key_channels=48, rank=1)):
+    named = [cache for cache in map(cache_from_name, CACHES) if isinstance(cache, GearSettings)]
+    for packed in (*named, GearSettings(4, 64, keep=0.5), GearSettings(4, 64, key_channels=48, rank=1)):
         found.append(generate(runner, long, drafter="lookup", budget=7, max_new_tokens=12, cache=packed).tokens)
     return found, [row.clone() for row in runner.prefill(PROMPTS)]
 
