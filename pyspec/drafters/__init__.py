@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-
 from pyspec.arguments import described
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
     from pyspec.runners import Runner
+    from pyspec.runners.verified import Verified
 
 __all__ = ["NAMES", "Drafter", "drafter_from_name", "new_drafter"]
 
@@ -53,8 +52,8 @@ class Drafter(Protocol):
         """A tree of at most budget nodes, root included, below context[-1]; context only ever grows."""
         ...
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
-        """What the target said: [T, V] fp32 logits of every node, and the accepted path (root included)."""
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
+        """What the target said after every node of a tree, and the accepted path (root included)."""
         ...
 
 
