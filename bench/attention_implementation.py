@@ -9,14 +9,15 @@ the making of the mask, once a forward. The model has the demo model's heads and
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections import defaultdict
 
-import measure
 import torch
+from command_line import parse, parser_of
+
+from pyspec import measure
 
 TOKENS, LAYERS = 4096, 4
 DOCUMENTS = (8, 32)
@@ -81,11 +82,8 @@ def run(dtype: torch.dtype, documents: int, repeats: int, seconds: dict[str, flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
-    parser.add_argument("--repeats", type=measure.positive, default=5, help="forwards of each; default: 5")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser = parser_of(__doc__, repeats=5)
+    options = parse(parser)
     seconds: dict[str, float] = defaultdict(float)
     register_timed(seconds)
     rows = []

@@ -16,18 +16,17 @@ large matrix product, or the bytes of q, k, v and out over the read bandwidth.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import measure
 import pytest
 import torch
+from command_line import parse, parser_of
 from mask_figure import draw
 from mask_patterns import PATTERNS, as_variant, builder, document_length, predicate, random_tiles, window_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyspec import BlockMask
+from pyspec import BlockMask, measure
 from pyspec.ops import block_masked_attention
 from pyspec.runners import flash_attn
 
@@ -194,9 +193,7 @@ def test_block_masked_attention(benchmark, pattern, dtype):
 
 def timed(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
     """Milliseconds of each call, in turn, for about so many seconds in all."""
-    first = measure.in_turn(calls, repeats=1, warmup=1)
-    repeats = min(max(round(seconds / sum(first.values())), 5), 100)
-    return {name: 1e3 * value for name, value in measure.in_turn(calls, repeats, warmup=0).items()}
+    return {name: 1e3 * value for name, value in measure.in_turn_for(calls, seconds).items()}
 
 
 def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float, patterns: Sequence[str] = PATTERNS) -> dict:
@@ -220,7 +217,7 @@ def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float, patt
                 ours, peers, builds = problem.ours(), problem.peers(), problem.builds()
                 row = {
                     "pattern": pattern,
-                    "dtype": str(dtype).removeprefix("torch."),
+                    "dtype": measure.name_of(dtype),
                     "size": size,
                     "density": problem.mask.density,
                     "ms": timed(ours | peers, seconds),
@@ -316,18 +313,15 @@ def show_targets(targets: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, devices=True)
     parser.add_argument("--backward", action="store_true", help="time gradients instead: masked_gradients.py")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=PLANS)
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="N, up to 16,384 where memory allows; the plan's by default"
     )
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=list(PATTERNS))
     parser.add_argument("--seconds", type=float, default=8.0, help="to time one mask's calls for")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which takes long to compile")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     sizes = options.sizes or [PLANS[options.device].size]
     if options.backward:
         import masked_gradients

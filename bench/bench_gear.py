@@ -11,25 +11,23 @@ product. A time does not depend on the values, so one piece of text is packed an
 
 from __future__ import annotations
 
-import argparse
-
-import measure
 import pytest
 import torch
+from command_line import parse, parser_of, positive
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyspec import DraftTree
-from pyspec.caches import CACHES, GearCache
+from pyspec import DraftTree, measure
+from pyspec.caches import CACHES, GearSettings, cache_from_name
 from pyspec.ops import gear_decode, gear_encode, tree_attention
 from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 NODES, LENGTHS = (1, 8, 32), (1024, 4096, 16384, 32768, 65536)
 FORMATS = {
-    **{name: cache for name, cache in CACHES.items() if isinstance(cache, GearCache)},
-    "4 bits, groups of 64": GearCache(4, 64),
-    "4 bits, low rank": GearCache(4, 128, rank=4),
-    "2 bits, outliers": GearCache(2, 64, outliers=2),
+    **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
+    "4 bits, groups of 64": GearSettings(4, 64),
+    "4 bits, low rank": GearSettings(4, 128, rank=4),
+    "2 bits, outliers": GearSettings(2, 64, outliers=2),
 }
 PIECE = 8 * BLOCK  # tokens that are really packed
 TARGETS = {("int4", 1, 32768): 1.8, ("kivi-2bit", 1, 32768): 2.2, ("int4", 8, 32768): 1.0}
@@ -59,7 +57,7 @@ class Problem:
     def sdpa(self) -> torch.Tensor:
         return scaled_dot_product_attention(self.q, self.k, self.v, self.mask, enable_gqa=True)
 
-    def packed(self, format: GearCache):
+    def packed(self, format: GearSettings):
         """The attention as a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
         record = gear_encode(*self.piece, format)
         packed = record.repeat(1, 1, -(-self.length // PIECE), 1)
@@ -68,7 +66,7 @@ class Problem:
         rows = TreeRows.of(self.bits, self.lens, format.window)
         return lambda: attend_tree(self.q, packed, k, v, rows, format, HEAD_DIM**-0.5)[0]
 
-    def check(self, format: GearCache) -> None:
+    def check(self, format: GearSettings) -> None:
         """Refuses to time a wrong result."""
         k, v = self.k.double(), self.v.double()
         start = blocks_seen(self.length, format.window) * BLOCK
@@ -143,11 +141,7 @@ def encode_times(names: list[str], repeats: int) -> dict[str, dict[str, float]]:
 
 
 def plot(result: dict, path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = measure.pyplot()
     figure, axes = plt.subplots(1, len(NODES), figsize=(4 * len(NODES), 4), sharey=True)
     for axis, nodes in zip(axes, NODES, strict=True):
         rows = [row for row in result["rows"] if row["nodes"] == nodes]
@@ -161,24 +155,15 @@ def plot(result: dict, path) -> None:
         axis.set_title(f"{nodes} nodes")
     axes[0].set_ylabel("time of dense tree_attention over time")
     axes[-1].legend(fontsize=7)
-    machine = result["machine"]
-    figure.suptitle(
-        f"attention over packed caches, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}; {machine['cpu']}, "
-        f"{machine['threads']} threads, torch {machine['torch']}, {machine['date']}",
-        fontsize=9,
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    what = f"attention over packed caches, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}"
+    measure.save_figure(figure, what, result, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=15)
+    parser = parser_of(__doc__, repeats=15)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--lengths", nargs="+", type=measure.positive, default=list(LENGTHS))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--lengths", nargs="+", type=positive, default=list(LENGTHS))
+    options = parse(parser)
     result = run(options.formats, options.lengths, options.repeats)
     path = measure.save("gear_cpu", result)
     plot(result, path.with_suffix(".png"))

@@ -12,14 +12,14 @@ is faster here.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import parse, parser_of
 
+from pyspec import measure
 from pyspec.ops.linear import linear, pack_weight
 
 LAYERS = 30
@@ -104,7 +104,7 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
         for rows in ROWS:
             model.check(rows)
             calls = {"pyspec": model.pyspec(rows)}
-            calls |= {f"torch {name(peer)}": model.torch(rows, peer) for peer in FORMATS[dtype]}
+            calls |= {f"torch {measure.name_of(peer)}": model.torch(rows, peer) for peer in FORMATS[dtype]}
             if device == "cuda":
                 calls = {who: measure.replayed([call]) for who, call in calls.items()}
             ms = {who: 1e3 * seconds for who, seconds in measure.in_turn(calls, repeats, warmup=1).items()}
@@ -112,7 +112,7 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
             one_row = results[-1]["one_row_ms"] if rows > 1 else ms["pyspec"]
             results.append(
                 {
-                    "weights": name(dtype),
+                    "weights": measure.name_of(dtype),
                     "rows": rows,
                     "ms": ms,
                     "one_row_ms": one_row,
@@ -133,10 +133,6 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
         "read_gb_s": bandwidth / 1e9,
         "results": results,
     }
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def show(row: dict) -> None:
@@ -173,12 +169,8 @@ def plot(result: dict, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser = parser_of(__doc__, repeats=15, devices=True)
+    options = parse(parser)
     result = run(options.repeats, device=options.device)
     path = measure.save(f"linear_{options.device}", result)
     plot(result, path.with_suffix(".png"))

@@ -10,14 +10,13 @@ before rotary embedding have no tables but are rebuilt, an add for each of their
 Codebooks are random: times do not hang on what they hold.
 """
 
-import argparse
-
-import measure
 import pytest
 import torch
 from bench_gear import HEAD_DIM, HEADS, KV_HEADS, LENGTHS, NODES, PIECE, Problem
+from command_line import parse, parser_of, positive
 from torch.nn.functional import scaled_dot_product_attention
 
+from pyspec import measure
 from pyspec.ops import residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, join_exact
 from pyspec.ops.residual_vq import WIDTH, attend_codes, format_of, turn_keys
@@ -140,13 +139,10 @@ def encode_times(books: dict[str, torch.Tensor], rate: float, repeats: int) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=15)
+    parser = parser_of(__doc__, repeats=15)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--lengths", nargs="+", type=measure.positive, default=list(LENGTHS))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--lengths", nargs="+", type=positive, default=list(LENGTHS))
+    options = parse(parser)
     print(f"wrote {measure.save('residual_vq_cpu', run(options.shapes, options.lengths, options.repeats))}")
 
 

@@ -8,12 +8,10 @@ depend on the values. All T nodes are accepted, which is the most that a method 
 right state afterwards are timed in turn:
 
     replay      ours: the inputs are recorded, the next verify replays the accepted ones
-    kept        ours for large batches: the same, but the state is stored only when more than HISTORY nodes were
-                accepted; a mean over the rounds from one store to the next
     snapshots   a state is written for every node; timed as our verify, without a replay, and T writes of a state's
                 size: at least what such a kernel costs, its commit being free
-    joint       the paper's other method, Joint Attainment and Advancement: the accepted tokens run through the whole
-                model again, below the next tree and beside it
+    joint       the paper's other method, Joint Attainment and Advancement (joint.py): the accepted tokens run through
+                the whole model again, below the next tree and beside it
     recompute   the state is copied before the verify, restored when a draft was wrong, and the accepted tokens run
                 through the whole model again
     plain       one token, committed: what all are measured against
@@ -28,15 +26,16 @@ tokens a second of plain decoding, of drafts out of the text so far, and of tran
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from itertools import product
 
-import measure
 import torch
+from command_line import DTYPES, parse, parser_of, positive
+from joint import JointRounds
 
 import pyspec
+from pyspec import measure
 from pyspec.architectures.mamba import MambaConfig, MambaRunner
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.runners.foreign_support import cache_argument
@@ -45,10 +44,8 @@ from pyspec.tree import DraftTree
 
 SIZES = (1, 2, 4, 6, 8, 12, 16)  # draft nodes
 BATCHES = (1, 4, 16)
-WAYS = ("replay", "kept", "snapshots", "joint", "recompute")
-HISTORY = 12
+WAYS = ("replay", "snapshots", "joint", "recompute")
 PROMPTS, PROMPT_CHARACTERS = 20, 400
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 GOALS = {("Mamba-2 130M", 1, 6): 1.20, ("Mamba-2 370M", 1, 6): 1.15}  # at most; replay in bf16 on the CPU
 FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL, TEXT_GOAL = 1.3, 4.0, 1.5, 1.5
 
@@ -99,7 +96,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
     weights.pack(dtype)
-    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights, history=0)
+    return (Mamba2Runner if isinstance(config, Mamba2Config) else MambaRunner)(config, weights)
 
 
 class Rounds:
@@ -110,29 +107,19 @@ class Rounds:
         prompts = [[place % model.vocab_size for place in range(8)]] * batch
         model.warm(sequences=batch)  # or recompute would be launched on a GPU, where the others are replayed
         model.prefill(prompts)
-        self.joint_model = type(model)(model.config, model.weights, rollback="joint")
-        self.joint_model.prefill(prompts)
-        self.keeping_model = type(model)(model.config, model.weights, history=HISTORY)
-        self.keeping_model.prefill(prompts)
+        joint_model = model.fork()
+        joint_model.warm(sequences=2 * batch)
+        self._joint = JointRounds(joint_model, prompts)
         cache = model._cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
         return self._rounds(self.model, nodes)
 
-    def kept(self, nodes: int) -> Callable[[], None]:
-        round = self._rounds(self.keeping_model, nodes)
-
-        def call() -> None:
-            for _ in range(rounds_to_a_store(nodes)):
-                round()
-
-        return call
-
     def joint(self, nodes: int) -> Callable[[], None]:
-        return self._rounds(self.joint_model, nodes)
+        return self._rounds(self._joint, nodes)
 
-    def _rounds(self, model: StateSpaceRunner, nodes: int) -> Callable[[], None]:
+    def _rounds(self, model: StateSpaceRunner | JointRounds, nodes: int) -> Callable[[], None]:
         tree = DraftTree.chain([0] * nodes)
         trees, paths = (dict.fromkeys(range(self.batch), value) for value in (tree, range(nodes)))
 
@@ -181,18 +168,11 @@ class Rounds:
         }
 
 
-def rounds_to_a_store(nodes: int) -> int:
-    """Of a model that keeps paths of HISTORY nodes, with so many accepted in each round."""
-    return HISTORY // nodes + 1
-
-
 def floor_bytes(way: str, nodes: int, moved: dict[str, int]) -> float:
     """What a round must move, by Rounds.bytes: weights, passes over the states, nodes written to a record and read."""
     weights, one_pass, node = moved["weights"], moved["state"] / 2, moved["node"]
-    rounds = rounds_to_a_store(nodes)
     return {
         "replay": weights + 2 * one_pass + 2 * nodes * node,
-        "kept": weights + (1 + 1 / rounds) * one_pass + (1 + (rounds + 1) / 2) * nodes * node,
         "snapshots": weights + (1 + nodes) * one_pass,
         "joint": weights + 5 * one_pass,
         "recompute": 2 * weights + 6 * one_pass,
@@ -248,8 +228,6 @@ def time_rounds(
     if step is not None:
         calls["transformers", 1] = step
     seconds = measure.in_turn(calls, repeats)
-    for nodes in sizes:
-        seconds["kept", nodes] /= rounds_to_a_store(nodes)
     bandwidth = max(bandwidth, measure.read_bandwidth(device))  # it drifts: the better of before and after
     plain_bytes = moved["weights"] + moved["state"]
     plain, floor = seconds["replay", 1], plain_bytes / bandwidth
@@ -309,14 +287,9 @@ def continue_texts(folder: str, dtype: str, new_tokens: int) -> dict:
 
 
 def show(console, found: dict, sizes=SIZES) -> None:
-    from rich import box
-    from rich.table import Table
-
     over, model, batch = found["over_plain"], found["model"], found["batch"]
     title = f"{model}, {found['weights']}, batch {batch}: a round over a plain step (floor in bytes)"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for column in ("nodes", "replay", "goal", *WAYS[1:]):
-        table.add_column(column, justify="right")
+    table = measure.new_table("nodes", "replay", "goal", *WAYS[1:], left=0, title=title)
     floors = found["floor_over_plain"]
     for nodes in sizes:
         goal = GOALS.get((model, batch, nodes)) if found["weights"] == "bf16" else None
@@ -347,17 +320,13 @@ def show_texts(console, found: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=measure.positive, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=7)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, repeats=7, devices=True)
     parser.add_argument("--models", nargs="*", choices=SHAPES, default=["Mamba-2 130M", "Mamba-2 370M", "Mamba 130M"])
     parser.add_argument("--trained", nargs="*", default=[], metavar="FOLDER", help="models of training.mamba")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
-    parser.add_argument("--batches", nargs="+", type=measure.positive, default=list(BATCHES))
-    parser.add_argument("--new-tokens", type=measure.positive, default=128, help="of a text that is continued")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--batches", nargs="+", type=positive, default=list(BATCHES))
+    parser.add_argument("--new-tokens", type=positive, default=128, help="of a text that is continued")
+    options = parse(parser)
     from rich.console import Console
 
     console, results, texts = Console(highlight=False), [], []
@@ -366,7 +335,6 @@ def main() -> None:
         show(console, results[-1])
     for folder, dtype in product(options.trained, options.dtypes):
         model = pyspec.load(folder, dtype=DTYPES[dtype], device=options.device)
-        model = type(model)(model.config, model.weights, history=0)
         for batch in options.batches:
             results.append(time_rounds(folder, model, None, dtype, batch, options.repeats))
             show(console, results[-1])

@@ -11,17 +11,17 @@ keys stored in rows or in columns, against the runner's own kernel and torch's.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 
 import long_context
-import measure
 import torch
 import torch.nn.functional as F
+from command_line import parse, parser_of, positive
 from long_context import LongContext
 
 import pyspec
+from pyspec import measure
 from pyspec.ops import sparse_attention
 
 SETTINGS = (
@@ -104,14 +104,11 @@ def speed(heads: int, kv_heads: int, head_dim: int, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=measure.positive, default=2)
-    parser.add_argument("--texts", type=measure.positive, default=3)
-    parser.add_argument("--context", type=measure.positive, default=2048)
-    parser.add_argument("--steps", type=measure.positive, default=48)
-    parser.add_argument("--repeats", type=measure.positive, default=15)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser = parser_of(__doc__, repeats=15)
+    parser.add_argument("--texts", type=positive, default=3)
+    parser.add_argument("--context", type=positive, default=2048)
+    parser.add_argument("--steps", type=positive, default=48)
+    options = parse(parser)
     model = pyspec.load("demo", dtype=torch.float32, device="cpu")
     texts = long_context.texts(model, options.texts, options.context + options.steps + 1)
     start = time.perf_counter()

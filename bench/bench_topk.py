@@ -10,13 +10,13 @@ graphs, 20 in one, and torch.topk and topk are timed eagerly as well.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 
-import measure
 import pytest
 import torch
+from command_line import parse, parser_of
 
+from pyspec import measure
 from pyspec.ops import choose_buckets, expected_recall, topk
 
 MODES = {"one stage": {"per_bucket": 2}, "recall 0.99": {"recall": 0.99}, "exact": {}}
@@ -85,7 +85,7 @@ def time_shapes(device: str, repeats: int) -> list[dict]:
                 "rows": rows,
                 "n": n,
                 "k": k,
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": measure.name_of(dtype),
                 "ms": milliseconds(calls, device, repeats),
                 "recall": {mode: measured_recall(x, k, **knobs) for mode, knobs in MODES.items()},
                 "chosen": choose_buckets(n, k, 0.99, device),
@@ -238,13 +238,9 @@ def plot(result: dict, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=measure.positive, default=2)
-    parser.add_argument("--repeats", type=measure.positive, default=30)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, repeats=30, devices=True)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="the figure needs all")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     result = run(options.repeats, options.device, options.parts)
     path = measure.save(f"topk_{options.device}", result)
     print(f"wrote {path}")

@@ -11,15 +11,14 @@ bytes of K and V over the measured read bandwidth and the operations over the me
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
-import measure
 import pytest
 import torch
+from command_line import parse, parser_of
 from torch.nn.functional import scaled_dot_product_attention
 
-from pyspec import DraftTree
+from pyspec import DraftTree, measure
 from pyspec.ops import tree_attention
 from pyspec.runners import flash_attn
 
@@ -124,7 +123,7 @@ def run(device: str, with_flex: bool, dtypes=(torch.bfloat16, torch.float32)) ->
             ms = milliseconds(calls, problem, device)
             bytes_floor = 1e3 * 2 * problem.k.nbytes / bandwidth
             rate_floor = 1e3 * 4 * HEADS * nodes * (prefix + nodes) * HEAD_DIM / rate
-            name = str(dtype).removeprefix("torch.")
+            name = measure.name_of(dtype)
             rows.append(
                 {
                     "dtype": name,
@@ -190,15 +189,12 @@ def plot(result: dict, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, devices=True)
     parser.add_argument(
         "--no-flex", action="store_true", help="leave out FlexAttention, which takes minutes to compile"
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     result = run(options.device, not options.no_flex, [DTYPES[name] for name in options.dtypes])
     path = measure.save(f"tree_attention_{options.device}", result)
     plot(result, path.with_suffix(".png"))

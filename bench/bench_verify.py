@@ -8,14 +8,14 @@ on the values. On a GPU the same verify launch by launch stands beside the repla
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from itertools import product
 
-import measure
 import steps
 import torch
+from command_line import DTYPES, parse, parser_of
 
+from pyspec import measure
 from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
@@ -23,7 +23,6 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabular
     "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 64, 128256, True),
     "Llama-3.1-8B": (4096, 14336, 32, 32, 8, 128, 128256, False),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str) -> LlamaRunner:
@@ -79,14 +78,10 @@ def show(found: dict, has_goals: bool = False) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, repeats=15, devices=True)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=["SmolLM2-135M"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "int8"])
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parse(parser)
     result = {"machine": measure.machine(), "device": options.device, "results": []}
     for model, dtype in product(options.models, options.dtypes):
         runner = random_model(model, DTYPES[dtype], options.device)

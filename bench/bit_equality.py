@@ -26,23 +26,24 @@ from dataclasses import dataclass
 from itertools import product, zip_longest
 from unittest import mock
 
-import measure
 import peers
-import prompts
 import torch
+from command_line import DTYPES, parse, parser_of, positive
 from recording import Text, record
 from resume import Finished, seconds_a_token, work_through
 
 import pyspec
-from pyspec.cli.shared import first_difference
+from pyspec import measure
+from pyspec.drafters import new_drafter
+from pyspec.measure import first_difference, prompts
+from pyspec.measure.results import RESULTS
 from pyspec.ops.llama_layers import llama_layers_reference
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 BUDGETS = (4, 16, 48)
 BATCH = 3
 COUNTS = ("tokens", "rows", "token_differences", "logit_differences")
 TORCH_LINEAR_TOKENS = 8
-FINISHED = measure.RESULTS / "bit_equality.jsonl"
+FINISHED = RESULTS / "bit_equality.jsonl"
 
 
 @dataclass
@@ -95,7 +96,7 @@ class Check:
 
     def unit(self, unit: dict) -> dict:
         """Every budget, with each prompt alone and with the batch."""
-        drafter = peers.DRAFTERS[unit["drafter"]](self._models[unit["dtype"]])
+        drafter = new_drafter(unit["drafter"], self._models[unit["dtype"]])
         batches = [*([question_id] for question_id in unit["alone"]), unit["together"]]
         return {"runs": [self.run(unit["dtype"], drafter, *setting) for setting in product(BUDGETS, batches)]}
 
@@ -218,9 +219,10 @@ def would_notice(models: dict, token_ids: dict[int, list[int]], console) -> bool
     """Whether a few short texts, alone and in a batch, differ with torch's linear in place of ours."""
     check, together = Check(models, token_ids, TORCH_LINEAR_TOKENS), list(token_ids)[:BATCH]
     noticed = False
-    with torch_linear(), measure.progress(console) as progress:
-        for dtype, model in progress.track(models.items(), description="torch's linear"):
-            drafter = peers.DRAFTERS["merged"](model)
+    with torch_linear(), measure.counted(console, len(models)) as advance:
+        for dtype, model in models.items():
+            advance(f"torch's linear, {dtype}")
+            drafter = new_drafter("merged", model)
             runs = [check.run(dtype, drafter, TORCH_LINEAR_TOKENS, batch) for batch in (together[:1], together)]
             counts = total(summary([{"dtype": dtype, "drafter": "merged", "runs": runs}]))
             console.print(f"{dtype} with torch's linear: {describe(counts)}")
@@ -229,28 +231,26 @@ def would_notice(models: dict, token_ids: dict[int, list[int]], console) -> bool
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=measure.positive, default=50, help="default: 50")
-    parser.add_argument("--tokens", type=measure.positive, default=64, help="new tokens of each text; default: 64")
-    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
+    parser = parser_of(__doc__)
+    parser.add_argument("--prompts", type=positive, default=50, help="default: 50")
+    parser.add_argument("--tokens", type=positive, default=64, help="new tokens of each text; default: 64")
     parser.add_argument(
         "--torch-linear",
         action="store_true",
         help="a small run with torch's linear in place of ours, in which something must differ",
     )
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> int:
     options = arguments()
-    torch.set_num_threads(options.threads)
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
         models = {name: pyspec.load("demo", dtype=dtype) for name, dtype in DTYPES.items()}
     tokenizing = models["fp32"]
-    questions = prompts.across_categories(options.prompts)
+    questions = prompts.across_categories(prompts.spec_bench(), options.prompts)
     token_ids = {question.question_id: question.tokens(tokenizing) for question in questions}
     if options.torch_linear:
         noticed = would_notice(models, token_ids, console)

@@ -8,15 +8,15 @@ is a proposal of 32 nodes in less than 5% of a round, which takes the demo model
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable
 
-import measure
 import numpy as np
+from command_line import parse, parser_of, positive
 
+from pyspec import measure
 from pyspec.host import engine
 
 VOCAB = 49152
@@ -87,10 +87,9 @@ def seconds_of(call: Callable[[int], object], places: np.ndarray) -> list[float]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--entries", type=measure.positive, default=1_000_000, help="of a table; default: a million")
-    parser.add_argument("--repeats", type=measure.positive, default=500, help="proposals of each drafter; default: 500")
-    options = parser.parse_args()
+    parser = parser_of(__doc__, repeats=500)
+    parser.add_argument("--entries", type=positive, default=1_000_000, help="of a table; default: a million")
+    options = parse(parser)
     host, random = engine(), np.random.default_rng(0)
     text = made_up_text(2 * options.entries, random)
     noise = host.SamplerNoise(0, 0.8)

@@ -19,20 +19,22 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-import measure
 import peers
-import prompts
 import torch
+from command_line import parse, parser_of, positive
 from recording import record
 from resume import Finished, seconds_a_token, work_through
 
 import pyspec
-from pyspec.cli.shared import first_difference
+from pyspec import measure
+from pyspec.drafters import new_drafter
+from pyspec.measure import first_difference, prompts
+from pyspec.measure.results import RESULTS
 
 SEED = 2024
 SAMPLED = {"temperature 0.8": {"temperature": 0.8}, "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95}}
 LARGEST_TIE = 1e-4  # two logits this close may be ordered either way by two orders of summation
-FINISHED = measure.RESULTS / "equality.jsonl"
+FINISHED = RESULTS / "equality.jsonl"
 
 
 def check_drafters(
@@ -150,35 +152,31 @@ def show(kinds: dict[str, dict], lines: list[dict]) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = parser_of(__doc__, devices=True)
     parser.add_argument(
-        "--prompts", type=measure.positive, default=50, help="for greedy decoding and the reference; default: 50"
+        "--prompts", type=positive, default=50, help="for greedy decoding and the reference; default: 50"
     )
-    parser.add_argument("--sampled-prompts", type=measure.positive, default=20, help="default: 20")
-    parser.add_argument(
-        "--tokens", type=measure.positive, default=128, help="new tokens of greedy decoding; default: 128"
-    )
-    parser.add_argument("--sampled-tokens", type=measure.positive, default=64, help="default: 64")
-    parser.add_argument("--budget", type=measure.positive, default=16, help="tree nodes a round; default: 16")
-    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
+    parser.add_argument("--sampled-prompts", type=positive, default=20, help="default: 20")
+    parser.add_argument("--tokens", type=positive, default=128, help="new tokens of greedy decoding; default: 128")
+    parser.add_argument("--sampled-tokens", type=positive, default=64, help="default: 64")
+    parser.add_argument("--budget", type=positive, default=16, help="tree nodes a round; default: 16")
     parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> int:
     options = arguments()
-    torch.set_num_threads(options.threads)
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
         model = pyspec.load(options.model, dtype=torch.float32, device=options.device)
         dense_model = peers.dense_transformers(model)
-        drafters = {name: make(model) for name, make in peers.DRAFTERS.items()}
+        drafters = {name: new_drafter(name, model) for name in peers.DRAFTERS}
     new_tokens = {"greedy": options.tokens, **dict.fromkeys(SAMPLED, options.sampled_tokens)}
     counts = {"greedy": options.prompts, **dict.fromkeys(SAMPLED, options.sampled_prompts)}
-    questions = {question.question_id: question for question in prompts.across_categories(max(counts.values()))}
+    asked = prompts.across_categories(prompts.spec_bench(), max(counts.values()))
+    questions = {question.question_id: question for question in asked}
     with console.status("compiling"):
         longest = max(len(question.tokens(model)) for question in questions.values())
         model.warm(longest + max(new_tokens.values()) + options.budget)
@@ -210,10 +208,8 @@ def main() -> int:
     finished = Finished(FINISHED, settings)
     lines = work_through(units, finished, work, lambda unit: unit["kind"], expected_seconds, console)
     kinds = summary(lines)
-    path = measure.save(
-        measure.on_device("equality", options.device),
-        {"machine": measure.machine(), **finished.made_with, "checks": kinds},
-    )
+    name = "equality" if options.device == "cpu" else "equality_cuda"
+    path = measure.save(name, {"machine": measure.machine(), **finished.made_with, "checks": kinds})
     show(kinds, lines)
     failed = failures(kinds)
     print(f"{failed} differences" if failed else "no token differs", f"(wrote {path})")

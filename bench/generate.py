@@ -18,18 +18,17 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import measure
 import peers
-import prompts
 import steps
-import torch
+from command_line import DTYPES, parse, parser_of, positive
 from peers import Engine, Run
 
 import pyspec
-from pyspec.cli.shared import PHASES, first_difference
-from pyspec.costs import LARGEST
+from pyspec import measure
+from pyspec.cli.shared import PHASES
+from pyspec.controllers import LARGEST
+from pyspec.measure import first_difference, prompts, ratio
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 # in bf16, from the project's plan: how many times as fast in decoding
 GOALS = {
     "pyspec merged": {"pyspec plain": 1.4, "llama.cpp": 1.35, "transformers": 7.0, "transformers lookup": 5.0},
@@ -101,10 +100,6 @@ def figures(runs: Sequence[Run], plain: Sequence[Run]) -> dict:
     }
 
 
-def ratio(value: float, of: float) -> float:
-    return value / of if of else 0.0
-
-
 def report(questions: list[prompts.Prompt], tokens: list[list[int]], runs: dict[str, list[Run]]) -> dict:
     """The figures of every engine, over all prompts and by category, and the plain facts of every run."""
     plain = runs["pyspec plain"]
@@ -148,17 +143,12 @@ def report(questions: list[prompts.Prompt], tokens: list[list[int]], runs: dict[
 
 
 def show(result: dict) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     count = len(result["prompts"])
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title(result), title_justify="left")
-    table.add_column("")
-    for column in ("tokens/s", "end to end", "over transformers", "over plain", "tokens/round", *PHASES):
-        table.add_column(column, justify="right")
-    table.add_column("same as plain", justify="right")
+    columns = ("tokens/s", "end to end", "over transformers", "over plain", "tokens/round", *PHASES, "same as plain")
+    table = measure.new_table("", *columns, title=title(result))
     for name, row in result["engines"].items():
         cells = [f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_second_end_to_end']:.1f}"]
         for other in ("transformers", "pyspec plain"):
@@ -176,10 +166,7 @@ def show(result: dict) -> None:
     for name, reason in result["missing"].items():
         console.print(f"[red]missing: {name}[/red] ({reason})")
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="tokens/s in decoding", title_justify="left")
-    table.add_column("")
-    for name in result["engines"]:
-        table.add_column(name, justify="right")
+    table = measure.new_table("", *result["engines"], title="tokens/s in decoding")
     for category, rows in result["categories"].items():
         table.add_row(category, *(f"{row['tokens_per_second']:.1f}" for row in rows.values()))
     console.print(table)
@@ -275,9 +262,9 @@ def machine() -> dict:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=measure.positive, default=5, help="prompts of each category; default: 5")
-    parser.add_argument("--new-tokens", type=measure.positive, default=128, help="default: 128")
+    parser = parser_of(__doc__, devices=True)
+    parser.add_argument("--limit", type=positive, default=5, help="prompts of each category; default: 5")
+    parser.add_argument("--new-tokens", type=positive, default=128, help="default: 128")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of all engines; default: bf16")
     parser.add_argument(
         "--drafters", nargs="+", choices=peers.DRAFTERS, default=["merged"], help="of pyspec; default: merged"
@@ -285,29 +272,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
-    parser.add_argument("--threads", type=measure.positive, default=2, help="default: 2")
-    parser.add_argument(
-        "--repeats", type=measure.positive, default=1, help="passes over the prompts; medians are taken"
-    )
+    parser.add_argument("--repeats", type=positive, default=1, help="passes over the prompts; medians are taken")
     parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all engines; default: cpu")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def _budget(text: str) -> int | str:
-    return text if text == "auto" else measure.positive(text)
+    return text if text == "auto" else positive(text)
 
 
 def main() -> int:
     options = arguments()
-    torch.set_num_threads(options.threads)
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the engines"):
         model = pyspec.load(options.model, dtype=DTYPES[options.dtype], device=options.device)
-        questions = prompts.first_of_each_category(options.limit)
+        questions = prompts.first_of_each_category(prompts.spec_bench(), options.limit)
         tokens = [question.tokens(model) for question in questions]
         nodes = LARGEST if options.budget == "auto" else options.budget
         context = max(map(len, tokens)) + options.new_tokens + max(nodes, peers.LOOKUP_TOKENS + 1)
@@ -322,16 +304,8 @@ def main() -> int:
     minutes = options.repeats * expected_seconds(warm, tokens[0], tokens, options.new_tokens) / 60
     console.print(f"{len(tokens)} prompts, {len(engines)} engines: about {minutes:.0f} minutes at the warm-up's speed")
 
-    with measure.progress(console) as progress:
-        task = progress.add_task("", total=options.repeats * len(tokens) * len(engines), completed=-1)
-        runs = measure_all(
-            engines,
-            tokens,
-            options.new_tokens,
-            options.repeats,
-            lambda name: progress.update(task, description=name, advance=1),
-        )
-        progress.update(task, advance=1)
+    with measure.counted(console, options.repeats * len(tokens) * len(engines)) as advance:
+        runs = measure_all(engines, tokens, options.new_tokens, options.repeats, advance)
 
     result = {
         "machine": machine(),
@@ -345,7 +319,7 @@ def main() -> int:
         "steps": measured_steps,
         **report(questions, tokens, runs),
     }
-    path = measure.save(measure.on_device(f"generate_{options.dtype}", options.device), result)
+    path = measure.save(f"generate_{options.dtype}{'' if options.device == 'cpu' else '_cuda'}", result)
     plot(result, path.with_suffix(".png"))
     if options.json:
         print(json.dumps(result))

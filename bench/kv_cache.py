@@ -21,7 +21,6 @@ llama.cpp's q8_0 and q4_0 caches.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import statistics
@@ -30,24 +29,24 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import cache_peers
-import measure
 import torch
+from command_line import parse, parser_of, positive
 from rich.console import Console
 
-from pyspec import generate, load
-from pyspec.caches import CACHES, Codebooks, GearCache, PackedSettings, ResidualVqCache, cache_from_name
+from pyspec import generate, load, measure
+from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedSettings, ResidualVqSettings, cache_from_name
 from pyspec.ops import gear_decode, gear_encode, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import turn_keys
 
 SETTINGS = {
-    **CACHES,
-    "int4, rotated": GearCache(4, 128, rotate=True),
-    "int4, half": GearCache(4, 128, keep=0.5),
-    "int4, 48 keys": GearCache(4, 128, key_channels=48),
-    "3 bits": GearCache(3, 64),
-    "2 bits, fitted": GearCache(2, 64, fitted=True),
-    "gear-3bit": GearCache(3, 64, rank=4, outliers=2, fitted=True),
+    **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
+    "int4, rotated": GearSettings(4, 128, rotate=True),
+    "int4, half": GearSettings(4, 128, keep=0.5),
+    "int4, 48 keys": GearSettings(4, 128, key_channels=48),
+    "3 bits": GearSettings(3, 64),
+    "2 bits, fitted": GearSettings(2, 64, fitted=True),
+    "gear-3bit": GearSettings(3, 64, rank=4, outliers=2, fitted=True),
 }
 FIRST = 2 * BLOCK  # from here on every position sees a packed block
 DEPTHS = (0.1, 0.5, 0.9)  # of a hidden number in its text
@@ -87,11 +86,11 @@ def passkeys(model, tokens: int, depths=DEPTHS) -> list[tuple[list[int], str]]:
     return found
 
 
-def is_found(model, text: list[int], key: str, cache: str | GearCache) -> bool:
+def is_found(model, text: list[int], key: str, cache: str | GearSettings) -> bool:
     return key in generate(model, text, drafter="lookup", max_new_tokens=8, cache=cache).text
 
 
-def laws(model, text: list[int], cache: PackedSettings | None) -> torch.Tensor:
+def laws(model, text: list[int], cache: QuantisedSettings | None) -> torch.Tensor:
     """[n, V] log-probabilities of the next token at every position but the last."""
     rows = []
     model.prefill([text], cache=cache, observe=lambda _, chain, verified: rows.append(verified.logits.log_softmax(-1)))
@@ -110,7 +109,7 @@ def errors(parts: list[torch.Tensor], decoded: tuple[torch.Tensor, torch.Tensor]
     return [float((x - exact.float()).norm() / exact.float().norm()) for x, exact in zip(decoded, parts, strict=True)]
 
 
-def gear_errors(parts: list[torch.Tensor], settings: GearCache) -> list[float]:
+def gear_errors(parts: list[torch.Tensor], settings: GearSettings) -> list[float]:
     return errors(parts, gear_decode(gear_encode(*parts, settings), settings, parts[0].shape[-1]))
 
 
@@ -124,7 +123,7 @@ def code_errors(parts: list[torch.Tensor], codebooks: Codebooks, depth: int) -> 
     return errors(parts, (k if rotary is None else turn_keys(k, rotary), v))
 
 
-def accepted_length(model, text: list[int], cache: str | GearCache) -> float:
+def accepted_length(model, text: list[int], cache: str | GearSettings) -> float:
     result = generate(model, text[:FIRST], drafter="lookup", budget=16, max_new_tokens=96, cache=cache)
     return result.stats.mean_accepted_length
 
@@ -140,12 +139,12 @@ def against_dense(dense: torch.Tensor, other: torch.Tensor, text: list[int]) -> 
     }
 
 
-def error_figures(parts: list[torch.Tensor], settings: PackedSettings) -> dict[str, float]:
+def error_figures(parts: list[torch.Tensor], settings: QuantisedSettings) -> dict[str, float]:
     """Errors of keys and values; of codes by depth, else over those of min-max in as many bits.
 
     None where some are left out.
     """
-    if isinstance(settings, ResidualVqCache):
+    if isinstance(settings, ResidualVqSettings):
         depth = settings.codebooks.format.depth
         found = {level: code_errors(parts, settings.codebooks, level) for level in range(1, depth + 1)}
         by_depth = {
@@ -156,7 +155,7 @@ def error_figures(parts: list[torch.Tensor], settings: PackedSettings) -> dict[s
         return {"key_error": found[depth][0], "value_error": found[depth][1]} | by_depth
     if settings.keep < 1 or settings.key_channels:
         return {}
-    found, plain = gear_errors(parts, settings), gear_errors(parts, GearCache(settings.bits, settings.group))
+    found, plain = gear_errors(parts, settings), gear_errors(parts, GearSettings(settings.bits, settings.group))
     return {
         "key_error": found[0],
         "value_error": found[1],
@@ -179,26 +178,26 @@ def summary(name: str, figures: list[dict[str, float]]) -> dict:
 def run(model, pages: list[list[int]], names: list[str], hidden: list[tuple[list[int], str]] = ()) -> list[dict]:
     head_dim = model.config.head_dim
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("dense", *names)}
-    with measure.progress(Console(stderr=True)) as progress:
-        task = progress.add_task("texts", total=(len(pages) + len(hidden)) * (len(names) + 1))
+    total = len(pages) * (len(names) + 1) + (len(names) + 1 if hidden else 0)
+    with measure.counted(Console(stderr=True), total) as advance:
         for text in pages:
+            advance("dense")
             dense = laws(model, text, None)
             accepted = {"accepted": accepted_length(model, text, "dense")}
             found["dense"].append(against_dense(dense, dense, text) | accepted)
             parts = keys_values(model, text)
-            progress.advance(task)
             for name in names:
+                advance(name)
                 settings = settings_of(name)
                 figures = against_dense(dense, laws(model, text, settings), text) | error_figures(parts, settings)
                 found[name].append(figures | {"accepted": accepted_length(model, text, settings)})
-                progress.advance(task)
         rows = [summary(name, figures) for name, figures in found.items()]
         for row in rows:
             settings = settings_of(row["cache"]) or "dense"
             row["effective_bits_at_8k"] = 16.0 if settings == "dense" else settings.effective_bits(head_dim, 8192)
             if hidden:
+                advance(f"{row['cache']}, hidden numbers")
                 row["passkeys"] = statistics.mean(is_found(model, *each, settings) for each in hidden)
-                progress.advance(task, len(hidden))
     return rows
 
 
@@ -258,25 +257,23 @@ def show_depths(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=measure.positive, default=2)
-    parser.add_argument("--tokens", type=measure.positive, default=1024, help="of a text")
-    parser.add_argument("--passkey-tokens", type=measure.positive, default=768, help="of a text that hides a number")
+    parser = parser_of(__doc__)
+    parser.add_argument("--texts", type=positive, default=2)
+    parser.add_argument("--tokens", type=positive, default=1024, help="of a text")
+    parser.add_argument("--passkey-tokens", type=positive, default=768, help="of a text that hides a number")
     parser.add_argument("--quick", action="store_true", help="one text of 640 tokens, and 512 around one number")
     parser.add_argument("--no-peers", action="store_true", help="leave transformers and llama.cpp out")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--caches", nargs="+", choices=[*SETTINGS, "rvq"], default=[*SETTINGS, "rvq"])
     parser.add_argument("--codebooks", nargs="+", type=Path, default=[], help="measured as rvq and the file's name")
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parse(parser)
     if options.quick:
         options.texts, options.tokens, options.passkey_tokens = 1, 640, 512
     if options.tokens < FIRST + BLOCK:
         sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a packed block")
-    torch.set_num_threads(options.threads)
     for path in options.codebooks:
         options.caches.append(f"rvq {path.stem}")
-        SETTINGS[options.caches[-1]] = ResidualVqCache(Codebooks.load(path))
+        SETTINGS[options.caches[-1]] = ResidualVqSettings(Codebooks.load(path))
     model = load("demo", dtype=DTYPES[options.dtype], device="cpu")
     pages = texts(model, options.texts, options.tokens)
     hidden = passkeys(model, options.passkey_tokens, DEPTHS[1:2] if options.quick else DEPTHS)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import prompts
 import torch
 from torch import Tensor
 
+from pyspec.measure import prompts
 from pyspec.ops import tree_attention
 from pyspec.ops.llama_layers import layers_by_ops
 from pyspec.runners.attention import LlamaRunner
@@ -18,9 +18,9 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 def texts(model: LlamaRunner, count: int, length: int) -> list[list[int]]:
     """Token ids of `count` texts: articles and passages of the prompts, one after the other, none used twice."""
-    categories = prompts.by_category()
     found: list[list[int]] = [[]]
-    for prompt in (*categories["summarization"], *categories["rag"]):
+    articles = [prompt for prompt in prompts.spec_bench() if prompt.category in ("summarization", "rag")]
+    for prompt in sorted(articles, key=lambda prompt: prompt.category != "summarization"):
         if len(found[-1]) >= length:
             found.append([])
         if len(found) > count:

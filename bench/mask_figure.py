@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import measure
+from pyspec import measure
 
 
 def draw(result: dict, path) -> None:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import measure
 import torch
 from bench_block_masked_attention import ALL, HEAD_DIM, PATTERNS, PLANS, Problem, both, show_targets, timed
 from torch.nn.functional import scaled_dot_product_attention
+
+from pyspec import measure
 
 TARGETS = {  # as in PLANS
     "cpu": both(5, 5, "window", "ms", "sdpa")
@@ -84,7 +85,7 @@ def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> d
                         calls["flex"] = problem.flex()[0]
                     except Exception as error:  # a peer that cannot run is a result too
                         print(f"FlexAttention does not run: {type(error).__name__}: {str(error).splitlines()[0]}")
-                row = {"pattern": pattern, "dtype": str(dtype).removeprefix("torch."), "size": size}
+                row = {"pattern": pattern, "dtype": measure.name_of(dtype), "size": size}
                 row |= {"density": problem.mask.density, "floor_ms": problem.floor(rate, bandwidth)}
                 row["ms"] = timed(calls, seconds)
                 result["rows"].append(row)

@@ -13,20 +13,15 @@ from typing import Protocol
 
 import torch
 
-from pyspec.checkpoints.loading import demo_file
+from pyspec import measure
+from pyspec.checkpoints.sources import demo_file
 from pyspec.cli.shared import PHASES
-from pyspec.drafters.lookup import LookupDrafter
-from pyspec.drafters.merged import MergedDrafter
-from pyspec.drafters.recycling import RecyclingDrafter
+from pyspec.drafters import new_drafter
 from pyspec.generate import generate
 from pyspec.runners.attention import LlamaRunner
 
 LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
-DRAFTERS = {
-    "merged": lambda model: MergedDrafter(model.vocab_size, model.fingerprint),
-    "lookup": lambda model: LookupDrafter(model.vocab_size),
-    "recycling": lambda model: RecyclingDrafter(model.vocab_size, model.fingerprint),
-}
+DRAFTERS = ("merged", "lookup", "recycling")
 
 
 @dataclass
@@ -60,7 +55,7 @@ class Pyspec:
 
     def restart(self) -> None:
         # made here, because a drafter that generate looks up by its name already knows the warm-up's prompt
-        self._drafter = None if self._name is None else DRAFTERS[self._name](self._model)
+        self._drafter = None if self._name is None else new_drafter(self._name, self._model)
 
     def run(self, prompt: list[int], new_tokens: int) -> Run:
         start = time.perf_counter()
@@ -307,7 +302,7 @@ def llama_cpp_file(dtype: torch.dtype) -> Path:
         raise ValueError(f"llama.cpp is asked for bfloat16, float32 or int8, got {dtype}")
     source = demo_file()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
-    file = cache / f"{source.stem}.{str(dtype).removeprefix('torch.')}.gguf"
+    file = cache / f"{source.stem}.{measure.name_of(dtype)}.gguf"
     if file.exists():
         return file
     cache.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import measure
-
 import pyspec
+from pyspec import measure
 from pyspec.generate import generate
 
 
@@ -80,12 +79,10 @@ def work_through(
     if remaining:
         console.print(f"about {expected_seconds(remaining) / 60:.0f} minutes at the speed of plain decoding")
     try:
-        with measure.progress(console) as progress:
-            task = progress.add_task("", total=len(remaining))
+        with measure.counted(console, len(remaining)) as advance:
             for unit in remaining:
-                progress.update(task, description=describe(unit))
+                advance(describe(unit))
                 finished.add(unit | work(unit))
-                progress.advance(task)
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on from here")
         sys.exit(130)

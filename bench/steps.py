@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-import measure
 import torch
 
+from pyspec import measure
 from pyspec.generate import generate
 from pyspec.runners import attention as llama
 from pyspec.runners import native as _runner
@@ -86,12 +86,8 @@ def overhead_share(model: llama.LlamaRunner, new_tokens: int = 64) -> float:
 
 def show(console, found: dict, has_goals: bool) -> None:
     """Prints what `steps` found; the goals are those of the demo model in bf16 on the CPU."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"verify behind {CONTEXT} tokens", title_justify="left")
-    for column in ("nodes", "ms", "over the plain step", "goal"):
-        table.add_column(column, justify="right")
+    columns = ("nodes", "ms", "over the plain step", "goal")
+    table = measure.new_table(*columns, left=0, title=f"verify behind {CONTEXT} tokens")
     for nodes in SIZES:
         goal = f"at most {GOALS[nodes]}x" if has_goals and nodes in GOALS else ""
         cells = (f"{found['seconds'][str(nodes)] * 1e3:.1f}", f"{found['over_plain'][str(nodes)]:.2f}x", goal)

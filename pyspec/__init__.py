@@ -1,10 +1,10 @@
 """pyspec: language models that generate faster without changing what they say."""
 
-from pyspec.caches import GearCache, ResidualVqCache
+from pyspec.caches import GearSettings, ResidualVqSettings
+from pyspec.checkpoints import from_transformers, load
 from pyspec.generate import Generation, generate
 from pyspec.masks import BlockMask
 from pyspec.ops import backend
-from pyspec.runners import load
 from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
@@ -12,11 +12,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BlockMask",
     "DraftTree",
-    "GearCache",
+    "GearSettings",
     "Generation",
-    "ResidualVqCache",
+    "ResidualVqSettings",
     "Stats",
     "backend",
+    "from_transformers",
     "generate",
     "load",
 ]

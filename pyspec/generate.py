@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
-from pyspec.caches import PackedSettings, cache_from_name
-from pyspec.costs import LARGEST, auto_budget, costs_of
+from pyspec.caches import QuantisedSettings, cache_from_name
+from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
@@ -55,7 +55,7 @@ def generate(
     top_k: int = 0,
     seed: int | None = None,
     stop: str | Iterable[str] = (),
-    cache: str | PackedSettings = "dense",
+    cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
@@ -74,16 +74,16 @@ def generate(
         drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
             (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
-            that gives most tokens a second by the measured costs of this model on this machine (pyspec/costs.py).
-        acceptance: "exact", or another rule or its name (docs/acceptance.md). "with_replacement", "recursive", "k_seq",
-            "block" and "traversal" are for drafters that draw, keep more of their drafts, and keep the law of the
-            text, not the text of a seed. "typical" is lossy.
+            that gives most tokens a second by the measured costs of this model on this machine
+            (pyspec/controllers/pays.py).
+        acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
+            law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
         stop: strings that end the text before they begin.
-        cache: how keys and values are kept (docs/gear.md): "dense", "int8", "int4", "gear-4bit", "gear-2bit",
-            "gear-l-2bit", "kivi-2bit", "rvq" (docs/residual_vq.md), or a GearCache or ResidualVqCache.
+        cache: how keys and values are kept (docs/gear.md): a name of pyspec.caches.CACHES, or a GearSettings or
+            ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
 
     Raises:
@@ -107,13 +107,7 @@ def generate(
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
-    auto = None
-    if budget == "auto" and shared_drafter is not None:
-        auto = auto_budget(shared_drafter, costs_of(model, packed))
-    largest = LARGEST if budget == "auto" else budget
-    if packed is not None:
-        largest = min(largest, packed.largest_tree)
-
+    controller = controller_for(budget, model, shared_drafter, packed)
     stats = Stats(seed=sampler.seed)
     sequences = [
         Sequence(
@@ -129,7 +123,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        speculate(model, sequences, rule, largest=largest, auto=auto, packed=packed, stats=stats)
+        speculate(model, sequences, rule, controller=controller, packed=packed, stats=stats)
     except KeyboardInterrupt:
         for sequence in sequences:
             if sequence.going:
@@ -159,9 +153,7 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
 
 def _check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
-        raise TypeError(
-            f"model must be a runner, from pyspec.load or pyspec.runners.from_transformers, got {described(model)}"
-        )
+        raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
 def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
@@ -196,12 +188,12 @@ def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     return strings
 
 
-def _packed_cache(cache: str | PackedSettings, model: Runner, budget: int | str) -> PackedSettings | None:
+def _packed_cache(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
     """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
     packed = cache_from_name(cache)
     if packed is None:
         return None
-    if not getattr(model, "takes_packed_cache", False):
+    if not getattr(model, "takes_quantised_cache", False):
         raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
     if budget != "auto" and budget > packed.largest_tree:
         raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyspec.acceptance import AcceptanceRule
-from pyspec.costs import Budget
+from pyspec.controllers import Controller
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.runners.verified import Verified
@@ -19,16 +19,14 @@ def speculate(
     sequences: list[Sequence],
     rule: AcceptanceRule,
     *,
-    largest: int,
-    auto: Budget | None,
+    controller: Controller,
     packed,
     stats: Stats,
 ) -> None:
     """Continues all sequences to their ends; the model is theirs alone until then.
 
     Args:
-        largest: nodes of a tree, at most.
-        auto: cuts trees to what pays; None verifies them whole.
+        controller: says how much is drafted and verified.
         packed: how keys and values are kept, None for a dense cache.
         stats: is filled in.
 
@@ -36,9 +34,9 @@ def speculate(
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
-        _prefill(model, sequences, rule, largest, packed, stats)
+        _prefill(model, sequences, rule, controller.largest, packed, stats)
         while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
-            _round(model, going, rule, largest, auto, stats)
+            _round(model, going, rule, controller, stats)
 
 
 def _prefill(model, sequences: list[Sequence], rule, largest, packed, stats) -> None:
@@ -63,15 +61,13 @@ def _prefill(model, sequences: list[Sequence], rule, largest, packed, stats) -> 
         sequence.extend(last, accepted)
 
 
-def _round(model, going: dict[int, Sequence], rule, largest, auto, stats) -> None:
+def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
     """One round of the sequences that are still going, by slot."""
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with stats.timed("draft"):
-        nodes = largest if auto is None else min(auto.nodes, largest)
-        trees = {slot: sequence.propose(nodes) for slot, sequence in going.items()}
-        if auto is not None:
-            trees = dict(zip(trees, auto.cut(list(trees.values())), strict=True))
+        proposed = [sequence.propose(controller.nodes) for sequence in going.values()]
+        trees = dict(zip(going, controller.cut(proposed), strict=True))
 
     with stats.timed("verify"):
         _check_batch(model, going)
@@ -86,8 +82,7 @@ def _round(model, going: dict[int, Sequence], rule, largest, auto, stats) -> Non
             accepted = sequence.accept(trees[slot], verified[slot], rule)
         paths[slot] = accepted.path
         stats.count(len(trees[slot]), sequence.extend(trees[slot], accepted))
-    if auto is not None:
-        auto.learn(list(trees.values()), list(paths.values()), draft_seconds, verify_seconds)
+    controller.learn(list(trees.values()), list(paths.values()), draft_seconds, verify_seconds)
 
     with stats.timed("commit"):
         model.commit({slot: paths[slot] for slot, sequence in going.items() if sequence.going})

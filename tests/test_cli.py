@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import pyspec
-from pyspec import costs
-from pyspec.caches import CACHES
+from pyspec.caches import cache_from_name
 from pyspec.cli import main
+from pyspec.machine import costs
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
 ROOT = Path(__file__).parents[1]
@@ -104,10 +104,6 @@ def test_generate_passes_every_setting_on(model, capsys, tmp_path):
     assert max(i for i, n in enumerate(report["stats"]["accepted_lengths"]) if n) <= 4
 
 
-def test_caches_of_the_command_line_are_those_of_generate():
-    assert pyspec.cli.arguments.CACHES == ("dense", *CACHES, "rvq")
-
-
 def test_generate_packs_its_cache(model, capsys, monkeypatch):
     seen = []
 
@@ -115,11 +111,11 @@ def test_generate_packs_its_cache(model, capsys, monkeypatch):
         seen.append(cache)
         return FakeRunner.prefill(model, tokens, capacity=capacity, observe=observe)
 
-    monkeypatch.setattr(model, "takes_packed_cache", True, raising=False)
+    monkeypatch.setattr(model, "takes_quantised_cache", True, raising=False)
     monkeypatch.setattr(model, "prefill", prefill)
     settings = ("--cache", "gear-2bit", "--drafter", "lookup", "--budget", 4, "--max-new-tokens", 9, "--json")
     code, out, _ = run(capsys, "generate", "x", *settings)
-    assert code == 0 and seen == [CACHES["gear-2bit"]] * 2  # with the drafter, and plain
+    assert code == 0 and seen == [cache_from_name("gear-2bit")] * 2  # with the drafter, and plain
     assert json.loads(out)["cache"] == "gear-2bit" and json.loads(out)["plain"]["equal"]
 
 
@@ -338,24 +334,28 @@ def test_bench_json(model, capsys, tmp_path):
     code, out, _ = run(capsys, "bench", "--prompts", prompts, "--limit", 2, "--max-new-tokens", 24, "--json")
     report = json.loads(out)
     assert code == 0
-    assert [prompt["prompt"] for prompt in report["prompts"]] == ["a 0", "a 1", "b 0", "b 1", "alone"]
-    assert [row["drafter"] for row in report["drafters"]] == ["plain", "lookup", "recycling", "merged"]
-    for row in report["drafters"]:
+    assert [text["prompt"] for text in report["texts"]] == ["a 0", "a 1", "b 0", "b 1", "alone"]
+    assert report["answers"] == {} and list(report["temperatures"]) == ["0.0"]
+    rows = report["temperatures"]["0.0"]["all"]
+    assert list(rows) == ["plain", "lookup", "recycling", "merged"]
+    for name, row in rows.items():
         assert row["equal"] == 5
-        stats = [prompt["runs"][row["drafter"]]["stats"] for prompt in report["prompts"]]
-        assert all(one["new_tokens"] == 24 for one in stats)
-        rounds = sum(sum(one["accepted_lengths"]) for one in stats)
-        assert row["mean_accepted_length"] == pytest.approx(5 * 23 / rounds)
-        decode = sum(one["decode_seconds"] for one in stats)
+        runs = [text["temperatures"]["0.0"][name] for text in report["texts"]]
+        assert all(one["first_difference"] is None and one["stats"]["new_tokens"] == 24 for one in runs)
+        rounds = sum(sum(one["stats"]["accepted_lengths"]) for one in runs)
+        assert row["tokens_per_round"] == pytest.approx(5 * 23 / rounds)
+        decode = sum(one["stats"]["decode_seconds"] for one in runs)
         assert row["tokens_per_second"] == pytest.approx(5 * 23 / decode)
-    plain, *others = report["drafters"]
-    assert plain["speed_up"] == 1.0 and plain["mean_accepted_length"] == 1.0
-    assert others[0]["speed_up"] == pytest.approx(others[0]["tokens_per_second"] / plain["tokens_per_second"])
+    assert rows["plain"]["speed_up"] == 1.0 and rows["plain"]["tokens_per_round"] == 1.0
+    assert rows["lookup"]["speed_up"] == pytest.approx(
+        rows["lookup"]["tokens_per_second"] / rows["plain"]["tokens_per_second"]
+    )
 
 
 def test_bench_table(model, capsys):
     code, out, err = run(capsys, "bench", "--drafter", "lookup", "--max-new-tokens", 8, "--temperature", 0.8)
     assert code == 0 and "4/4" in out and "lookup" in out and "recycling" not in out and "1.00x" in out
+    assert "temperature 0.8" in out and "several drawn answers" not in out
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_bench_reads_lines_of_json_as_they_are_written_anywhere(model, capsys, t
     path.write_bytes(codecs.BOM_UTF8 + "\r\n".join(lines).encode())
     arguments = ("bench", "--prompts", path, "--drafter", "lookup", "--max-new-tokens", 2, "--json")
     code, out, _ = run(capsys, *arguments)
-    assert code == 0 and [prompt["prompt"] for prompt in json.loads(out)["prompts"]] == ["one\u2028line", "two"]
+    assert code == 0 and [text["prompt"] for text in json.loads(out)["texts"]] == ["one\u2028line", "two"]
     path.write_text('\n\n{"prompt": "fine"}\n\n{"turns": "no list"}\n')
     code, _, err = run(capsys, *arguments)
     assert code == 2 and "line 5" in err

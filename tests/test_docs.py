@@ -111,7 +111,7 @@ def test_blocks_run(page, monkeypatch, tmp_path):
             import llama_cpp
 
             importlib.import_module("pyspec.integrations.llama_cpp")
-            from pyspec.checkpoints.loading import demo_file
+            from pyspec.checkpoints.sources import demo_file
 
             Path("model.gguf").symlink_to(demo_file())
             quiet = functools.partial(llama_cpp.Llama, n_ctx=128, n_threads=1, n_threads_batch=1, verbose=False)
@@ -122,7 +122,7 @@ def test_blocks_run(page, monkeypatch, tmp_path):
 
 
 def known_model(source: str):
-    from pyspec.runners import from_transformers
+    from pyspec import from_transformers
 
     if source.startswith("state-spaces/"):
         return from_transformers(tiny("Mamba"))
@@ -165,3 +165,34 @@ def test_pages_are_linked():
             (other.parent / target).resolve() for other in LINKED for target, _ in LINK.findall(other.read_text())
         }
         assert page.resolve() in targets, f"nothing links to {page.name}"
+
+
+FOLDERS = ("pyspec", "kernels", "csrc", "tests", "bench", "docs", "training", "examples", "models")
+PATH = re.compile(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w/.-]*\w\.(?:py|cpp|h|cu|md|jsonl?|png|sh|safetensors))\b")
+NAME = re.compile(r"(?<![\w/.])pyspec((?:\.[a-zA-Z]\w+)+)")
+TEXTS = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".md", ".cpp", ".h", ".cu"} and not path.is_symlink()
+)
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name below pyspec is a module, or a word of the module that it begins with."""
+    module, words = ROOT / "pyspec", name.split(".")[1:]
+    while words and ((module / words[0]).is_dir() or (module / f"{words[0]}.py").exists()):
+        module /= words.pop(0)
+    source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+    return not words or re.search(rf"\b{words[0]}\b", source.read_text()) is not None
+
+
+def test_paths_and_names_that_texts_mention_are_there():
+    stale = []
+    for text in (*LINKED, *TEXTS):
+        words = text.read_text()
+        results_of_a_script = "bench/results/" if text.suffix == ".py" else "none"
+        missing = [path for path in PATH.findall(words) if not (ROOT / path).exists()]
+        stale += [f"{text.relative_to(ROOT)}: {path}" for path in missing if not path.startswith(results_of_a_script)]
+        stale += [f"{text.relative_to(ROOT)}: pyspec{name}" for name in NAME.findall(words) if not is_there(name)]
+    assert not stale, "what is named and is not there:\n" + "\n".join(sorted(set(stale)))

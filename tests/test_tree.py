@@ -88,3 +88,13 @@ def test_the_likeliest_path_takes_the_likeliest_children():
     assert path.chances.tolist() == pytest.approx([1.0, 0.5, 0.2])
     assert DraftTree([9, 1, 2], [-1, 0, 0]).likeliest_path().tokens.tolist() == [9, 1]
     assert DraftTree.chain([4]).likeliest_path().tokens.tolist() == [4]
+
+
+def test_the_first_nodes_are_the_tree_that_they_would_be_alone():
+    parents = [-1, *(node // 3 for node in range(69))]
+    tree = DraftTree(range(70), parents, chances=torch.linspace(1, 0, 70))
+    for nodes in (1, 31, 32, 33, 64, 65, 70):
+        first, alone = tree.first(nodes), DraftTree(range(nodes), parents[:nodes])
+        for name in ("tokens", "parents", "depths", "ancestor_bits"):
+            assert torch.equal(getattr(first, name), getattr(alone, name)), name
+        assert first.ancestor_bits.is_contiguous() and torch.equal(first.chances, tree.chances[:nodes])

@@ -231,7 +231,7 @@ def train(runner, out: Path, recipe: Recipe, sources: list[list[str]]) -> Codebo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    from pyspec.runners import load
+    from pyspec import load
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help='"demo", a GGUF file, a Hugging Face folder or hub id')

@@ -3,9 +3,10 @@
 import platform
 import sys
 
-import measure
 import torch
 from where import DEVICE, IS_DRY
+
+from pyspec import measure
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     result["bytes_per_second"] = measure.read_bandwidth(DEVICE)
     measure.save("ceilings", result)
     for dtype in (torch.bfloat16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
+        name = measure.name_of(dtype)
         result[f"operations_per_second_{name}"] = measure.multiply_rate(dtype, DEVICE)
         measure.save("ceilings", result)
     print(result)

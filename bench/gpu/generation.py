@@ -8,12 +8,11 @@ import sys
 import time
 
 import bench_verify
-import measure
 import torch
 from where import DEVICE, IS_DRY, synchronize
 
 import pyspec
-from pyspec import generate
+from pyspec import generate, measure
 
 DRAFTERS = (None, "lookup", "merged")
 NEW_TOKENS = 12 if IS_DRY else 256

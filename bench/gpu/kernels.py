@@ -2,10 +2,10 @@
 
 import sys
 
-import measure
 import where
 from rich.console import Console
 
+from pyspec import measure
 from pyspec.measure import cases
 from pyspec.measure.kernels import run, show
 

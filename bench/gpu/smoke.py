@@ -14,9 +14,9 @@ import sys
 import time
 import traceback
 
-import measure
 import where
 
+from pyspec import measure
 from pyspec.measure import cases, kernels
 
 MODELS = ("Llama-3.1-8B", "Mamba-2 2.7B")  # the shapes that are tried
@@ -32,7 +32,7 @@ def check(op: str) -> dict:
         name = f"{case.model}, {case.shape}"
         try:
             problem = case.make(where.DEVICE)
-            error = kernels._error(problem)
+            error = kernels.error_of(problem)
             where.synchronize()
             found[name] = {"error": error, "tolerance": problem.tolerance, "ok": error <= problem.tolerance}
         except Exception as error:

@@ -11,11 +11,11 @@ from functools import partial
 from unittest import mock
 
 import bench_verify
-import measure
 import steps
 import torch
 from where import DEVICE, IS_DRY
 
+from pyspec import measure
 from pyspec.kernels.early_launch import launch_options
 from pyspec.tree import DraftTree
 

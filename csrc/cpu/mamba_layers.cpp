@@ -79,7 +79,7 @@ float* part_of(const Tensor& tensor, int64_t layer) {
 Tensor mamba_layers(Tensor hidden, std::vector<Tensor> weights, const Tensor& last_norm, Tensor states,
                     Tensor windows, Tensor records, Tensor conv_records, const Tensor& sequences,
                     const Tensor& starts, const Tensor& parents, const Tensor& paths, const Tensor& halves,
-                    const Tensor& keeps, const Tensor& advances, int64_t dt_rank, double epsilon,
+                    const Tensor& advances, int64_t dt_rank, double epsilon,
                     torch::headeronly::ScalarType dtype) {
   auto float32 = torch::headeronly::ScalarType::Float;
   STD_TORCH_CHECK(hidden.dim() == 2, "hidden must be [rows, size]");
@@ -113,7 +113,7 @@ Tensor mamba_layers(Tensor hidden, std::vector<Tensor> weights, const Tensor& la
         std::tuple{&records, layers * 2 * batch * nodes * width, "records"},
         std::tuple{&conv_records, layers * 2 * batch * nodes * conv_channels, "conv_records"}})
     floats_of(*tensor, floats, name);
-  pyspec::RoundTensors round_tensors{sequences, starts, parents, paths, halves, keeps, advances};
+  pyspec::RoundTensors round_tensors{sequences, starts, parents, paths, halves, advances};
   pyspec::Round round = pyspec::round_of(round_tensors, rows, batch, nodes);
 
   // ==== the program: params of every kernel, first to size the buffer, then to run ====

@@ -10,7 +10,7 @@ namespace pyspec {
 
 // The tensors that a round points to.
 struct RoundTensors {
-  torch::stable::Tensor sequences, starts, parents, paths, halves, keeps, advances;
+  torch::stable::Tensor sequences, starts, parents, paths, halves, advances;
 };
 
 inline const int32_t* places_of(const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
@@ -28,13 +28,11 @@ inline Round round_of(const RoundTensors& tensors, int64_t rows, int64_t sequenc
   round.parents = places_of(tensors.parents, 1, "parents");
   round.paths = places_of(tensors.paths, 2, "paths");
   round.halves = places_of(tensors.halves, 1, "halves");
-  round.keeps = places_of(tensors.keeps, 1, "keeps");
   round.advances = places_of(tensors.advances, 1, "advances");
   round.trees = tensors.sequences.size(0), round.longest_path = tensors.paths.size(1);
   STD_TORCH_CHECK(tensors.starts.size(0) == round.trees + 1 && tensors.paths.size(0) == round.trees &&
-                      tensors.halves.size(0) == round.trees && tensors.keeps.size(0) == round.trees &&
-                      tensors.advances.size(0) == round.trees,
-                  "starts must have ", round.trees + 1, " entries, and paths, halves, keeps and advances ",
+                      tensors.halves.size(0) == round.trees && tensors.advances.size(0) == round.trees,
+                  "starts must have ", round.trees + 1, " entries, and paths, halves and advances ",
                   round.trees, ", for ", round.trees, " sequences");
   STD_TORCH_CHECK(tensors.parents.size(0) == rows, "parents must have one entry for each of the ", rows,
                   " rows, got ", tensors.parents.size(0));
@@ -49,11 +47,8 @@ inline Round round_of(const RoundTensors& tensors, int64_t rows, int64_t sequenc
     bool advance = round.advances[i] == 1;
     STD_TORCH_CHECK(advance || round.advances[i] == 0, "advances[", i, "] must be 0 or 1, got ",
                     round.advances[i]);
-    int64_t keep = round.keeps[i], kept = keep < 0 ? 0 : keep;
-    STD_TORCH_CHECK(keep >= -1 && keep <= record_nodes && !(advance && keep >= 0), "keeps[", i, "] is ", keep,
-                    ", must be -1 or, unless the tree advances, a place in the record, of ", record_nodes);
-    STD_TORCH_CHECK(nodes >= 0 && (advance || kept + nodes <= record_nodes), "tree ", i, " has ", nodes,
-                    " nodes, the record has room for ", record_nodes - kept);
+    STD_TORCH_CHECK(nodes >= 0 && (advance || nodes <= record_nodes), "tree ", i, " has ", nodes,
+                    " nodes, the record has room for ", record_nodes);
     STD_TORCH_CHECK(round.halves[i] == 0 || round.halves[i] == 1, "halves[", i, "] must be 0 or 1, got ",
                     round.halves[i]);
   }
@@ -67,12 +62,12 @@ inline Round round_of(const RoundTensors& tensors, int64_t rows, int64_t sequenc
                       advance ? ", a chain that is accepted must have the node before" : "");
     }
     const int32_t* path = round.paths + i * round.longest_path;
-    int64_t keep = round.keeps[i], end = keep < 0 ? record_nodes : keep;
     bool ended = false;
     for (int64_t place = 0; place < round.longest_path; ++place) {
       ended |= path[place] < 0;
-      STD_TORCH_CHECK(ended ? path[place] == -1 : path[place] < end, "paths[", i, "][", place, "] is ",
-                      path[place], ", must be a recorded node, of ", end, ", or -1 behind the last");
+      STD_TORCH_CHECK(ended ? path[place] == -1 : path[place] < record_nodes, "paths[", i, "][", place,
+                      "] is ", path[place], ", must be a recorded node, of ", record_nodes,
+                      ", or -1 behind the last");
     }
   }
   return round;

@@ -8,7 +8,7 @@ namespace pyspec {
 
 // The tensors that a round points to.
 struct RoundTensors {
-  const torch::stable::Tensor &sequences, &starts, &parents, &paths, &halves, &keeps, &advances;
+  const torch::stable::Tensor &sequences, &starts, &parents, &paths, &halves, &advances;
 };
 
 inline Round round_of(const RoundTensors& tensors, int64_t rows) {
@@ -25,7 +25,6 @@ inline Round round_of(const RoundTensors& tensors, int64_t rows) {
   round.parents = places(tensors.parents, 1, rows, "parents");
   round.paths = places(tensors.paths, 2, round.trees, "paths");
   round.halves = places(tensors.halves, 1, round.trees, "halves");
-  round.keeps = places(tensors.keeps, 1, round.trees, "keeps");
   round.advances = places(tensors.advances, 1, round.trees, "advances");
   round.longest_path = tensors.paths.size(1);
   return round;

@@ -45,7 +45,7 @@ struct Item {
       copy(before[place],
            behind < 0 ? window(place + tree.accepted) : recorded(tree.half, tree.path[behind]));
     }
-    if (!tree.accepted || !tree.fold) return;
+    if (!tree.accepted) return;
     for (int64_t place = 0; place < p.taps - 1; ++place) copy(window(place), before[place]);
   }
 
@@ -71,7 +71,7 @@ struct Item {
     replay();
     for (int64_t index = 0; index < tree.nodes; ++index) {
       node<Out>(index);
-      if (!tree.advance) copy(recorded(tree.node_half, tree.first_node + index), row(index));
+      if (!tree.advance) copy(recorded(1 - tree.half, index), row(index));
     }
     if (!tree.advance) return;
     for (int64_t place = 0; place < p.taps - 1; ++place) {

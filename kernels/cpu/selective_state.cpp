@@ -4,7 +4,7 @@
 //
 // and out[t] = y[t] silu(z[t]). The path begins with the last round's accepted nodes, whose inputs were
 // recorded; the state behind them is stored, and that is all the state's traffic: one read, one write,
-// whatever the tree. Where the nodes are kept, it is not even written.
+// whatever the tree.
 //
 // An item is a tree and a few panels of 16 channels. It holds a block of states in registers, replays the
 // accepted nodes, stores, and walks this round's nodes; where a node is not the child of the one before it,
@@ -99,7 +99,7 @@ struct Item {
   }
   float* recorded_step(int64_t step) const {  // where a step was recorded, or will be; null where it is not
     if (step < tree.accepted) return recorded(tree.half, tree.path[step]);
-    return tree.advance ? nullptr : recorded(tree.node_half, tree.first_node + step - tree.accepted);
+    return tree.advance ? nullptr : recorded(1 - tree.half, step - tree.accepted);
   }
   int64_t row(int64_t step) const { return tree.first_row + step - tree.accepted; }
 
@@ -205,7 +205,7 @@ struct Item {
       __builtin_prefetch(states + (kAhead + k) * kStateLanes, 1);
     }
     for (int64_t step = 0; step < tree.accepted; ++step) take_step(state, step, a, n);
-    if (tree.accepted && tree.fold) {
+    if (tree.accepted) {
       PYSPEC_UNROLL
       for (int k = 0; k < kBlock; ++k) store(states + k * kStateLanes, state[k]);
     }

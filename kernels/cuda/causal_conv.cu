@@ -81,10 +81,10 @@ __device__ void run(const Channel& at, bool is_there) {
     }
     int64_t to = (tree.first_row + node) * p.channels + at.channel;
     pyspec::store_element(p.out, to, p.out_element, pyspec::silu(sum));
-    if (!tree.advance) *at.recorded(tree.node_half, tree.first_node + node) = seen[kTaps - 1];
+    if (!tree.advance) *at.recorded(1 - tree.half, node) = seen[kTaps - 1];
   }
   bool moves = tree.advance && tree.nodes;
-  if (warp > 0 || !(moves || (tree.fold && tree.accepted))) return;
+  if (warp > 0 || !(moves || tree.accepted)) return;
   int64_t nodes = moves ? tree.nodes : 0;
 #pragma unroll
   for (int place = 0; place < kTaps - 1; ++place) {
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kLanes* kWarps)
     causal_conv_kernel(const __grid_constant__ CausalConvParams p, int64_t rows) {
   pyspec::wait_for_inputs();
   RoundTree tree = pyspec::tree_on_gpu(p.round, blockIdx.x);
-  if (!pyspec::fits(tree, p.round, rows, p.sequences, p.record_nodes)) return;
+  if (!pyspec::fits(tree, rows, p.sequences, p.record_nodes)) return;
   int64_t channel = blockIdx.y * kLanes + threadIdx.x % kLanes;
   run<kTaps>({p, tree, channel}, channel < p.channels);
 }

@@ -43,9 +43,7 @@ __device__ inline RoundTree tree_on_gpu(const Round& round, int64_t index) {
   tree.sequence = round.sequences[index], tree.half = round.halves[index];
   tree.first_row = round.starts[index], tree.nodes = round.starts[index + 1] - tree.first_row;
   tree.parents = round.parents + tree.first_row, tree.path = path;
-  tree.advance = round.advances[index], tree.fold = round.keeps[index] < 0;
-  tree.node_half = tree.fold ? 1 - tree.half : tree.half;
-  tree.first_node = tree.fold ? 0 : round.keeps[index];
+  tree.advance = round.advances[index];
   for (unsigned goes_on = 0xffffffffu; goes_on == 0xffffffffu && tree.accepted < round.longest_path;) {
     int64_t at = tree.accepted + lane;
     goes_on = __ballot_sync(0xffffffffu, at < round.longest_path && path[at] >= 0);
@@ -56,14 +54,12 @@ __device__ inline RoundTree tree_on_gpu(const Round& round, int64_t index) {
 
 // What of a round decides where a kernel reads and writes: nobody looked at it on the host, which does not
 // wait for the device. fits: what it may read. All threads of a warp ask, and those of a block hear the same.
-__device__ inline bool fits(const RoundTree& tree, const Round& round, int64_t rows, int64_t sequences,
-                            int64_t record_nodes) {
+__device__ inline bool fits(const RoundTree& tree, int64_t rows, int64_t sequences, int64_t record_nodes) {
   bool good = tree.sequence >= 0 && tree.sequence < sequences && tree.first_row >= 0 && tree.nodes >= 0 &&
               tree.first_row + tree.nodes <= rows && (tree.half == 0 || tree.half == 1) &&
-              (tree.advance ? tree.fold : tree.first_node + tree.nodes <= record_nodes);
-  int64_t end = tree.fold ? record_nodes : tree.first_node;
+              (tree.advance || tree.nodes <= record_nodes);
 #pragma unroll 1
-  for (int64_t i = threadIdx.x % 32; i < tree.accepted; i += 32) good &= tree.path[i] < end;
+  for (int64_t i = threadIdx.x % 32; i < tree.accepted; i += 32) good &= tree.path[i] < record_nodes;
   return __all_sync(0xffffffffu, good);
 }
 // And whether it may write. All threads of a block ask, and wait for each other.

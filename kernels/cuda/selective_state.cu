@@ -135,7 +135,7 @@ struct Block {
       from.c = static_cast<const char*>(p.c) + (row * p.c_stride + states) * width;
       from.dt = p.dt + row * p.dt_stride + own;
       from.z = p.z ? p.z + row * p.z_stride + channel : nullptr;
-      from.record = tree.advance ? nullptr : recorded(tree.node_half, tree.first_node + step - accepted);
+      from.record = tree.advance ? nullptr : recorded(1 - tree.half, step - accepted);
     } else {
       const float* record = recorded(tree.half, tree.path[step]);
       from.x = record + channel, from.dt = record + p.channels + own;
@@ -334,7 +334,7 @@ struct Block {
           visit(step - accepted, at);
         } else {
           take_step(at);
-          if (tree.fold && step == accepted - 1) store();
+          if (step == accepted - 1) store();
         }
       }
       write(min(old, count), count);
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kMostThreads, kPerState&& kStates == 16 ? 1 : 
                            const __grid_constant__ Plan plan) {
   pyspec::wait_for_inputs();
   RoundTree tree = pyspec::tree_on_gpu(p.round, blockIdx.x);
-  if (!pyspec::fits(tree, p.round, plan.rows, p.sequences, p.record_nodes)) return;
+  if (!pyspec::fits(tree, plan.rows, p.sequences, p.record_nodes)) return;
   Block<kPerState, kStates>(p, plan, tree, static_cast<int>(blockIdx.y)).run();
 }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from pyspec.arguments import described
+from pyspec.registry import Registry
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import Accepted, DraftTree, Siblings
@@ -13,18 +13,10 @@ from pyspec.tree import Accepted, DraftTree, Siblings
 if TYPE_CHECKING:
     from pyspec.drafters import Drafter
 
-__all__ = ["AcceptanceRule", "acceptance_from_name", "check_laws"]
+__all__ = ["RULES", "AcceptanceRule", "acceptance_from_name", "check_laws"]
 
-# rules that need no settings: name, module, class
-NAMES = {
-    "exact": ("exact", "ExactAcceptance"),
-    "with_replacement": ("with_replacement", "WithReplacement"),
-    "recursive": ("recursive", "RecursiveRejection"),
-    "k_seq": ("k_seq", "KSeq"),
-    "block": ("block", "BlockVerification"),
-    "traversal": ("traversal", "TraversalVerification"),
-    "typical": ("typical", "TypicalAcceptance"),
-}
+#: What makes the rules that need no settings, by name.
+RULES: Registry[Callable[[], AcceptanceRule]] = Registry("pyspec.acceptance")
 
 
 class AcceptanceRule(Protocol):
@@ -48,11 +40,7 @@ def acceptance_from_name(name: str | AcceptanceRule) -> AcceptanceRule:
     """The rule of a name; a rule passes through. Raises ValueError for a name there is no rule for, else TypeError."""
     if hasattr(name, "accept") and not isinstance(name, type):
         return name
-    if not isinstance(name, str) or name not in NAMES:
-        error = ValueError if isinstance(name, str) else TypeError
-        raise error(f"acceptance must be one of {', '.join(NAMES)}, or an acceptance rule, got {described(name)}")
-    module, rule = NAMES[name]
-    return getattr(import_module(f"pyspec.acceptance.{module}"), rule)()
+    return RULES.named("acceptance", name, "or an acceptance rule")()
 
 
 def check_laws(drafter: Drafter | None, rule: AcceptanceRule) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, residual
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
@@ -55,3 +56,6 @@ class BlockVerification(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return block_verification(tree, p, q, noise)
+
+
+RULES.register("block", BlockVerification, "a drawn chain; exact law (block verification)")

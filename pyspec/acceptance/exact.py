@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pyspec.acceptance import RULES
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
@@ -49,3 +50,6 @@ class ExactAcceptance:
             if child is None:
                 return Accepted(path, token)
             node = child
+
+
+RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")

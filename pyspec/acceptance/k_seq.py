@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
@@ -69,3 +70,6 @@ class KSeq(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return k_seq(tree, p, q, noise)
+
+
+RULES.register("k_seq", KSeq, "independent draws; exact law (SpecTr)")

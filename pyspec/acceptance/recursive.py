@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
@@ -50,3 +51,6 @@ class RecursiveRejection(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return recursive_rejection(tree, p, q, noise)
+
+
+RULES.register("recursive", RecursiveRejection, "every drawn tree; exact law (RSD)")

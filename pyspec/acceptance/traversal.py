@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
@@ -73,3 +74,6 @@ class TraversalVerification(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return traversal_verification(tree, p, q, noise)
+
+
+RULES.register("traversal", TraversalVerification, "every drawn tree; exact law (traversal verification)")

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
@@ -54,3 +55,6 @@ class TypicalAcceptance(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return typical(tree, p, noise, self.threshold, self.alpha)
+
+
+RULES.register("typical", TypicalAcceptance, "every tree; not the target's text (Medusa)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
@@ -43,3 +44,6 @@ class WithReplacement(LawRule):
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return with_replacement(tree, p, q, noise)
+
+
+RULES.register("with_replacement", WithReplacement, "independent draws; exact law (SpecInfer)")

@@ -58,6 +58,10 @@ class BambaConfig:
             )
 
     @property
+    def layers(self) -> int:
+        return len(self.is_attention)
+
+    @property
     def vocab_size(self) -> int:
         return self.attention.vocab_size
 

@@ -12,7 +12,7 @@ from pyspec.architectures.bamba import BambaConfig
 from pyspec.architectures.llama import LlamaConfig, RopeScaling, Unsupported
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
-from pyspec.checkpoints.entries import Entries
+from pyspec.entries import Entries
 
 __all__ = ["ARCHITECTURES", "native_config"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyspec.checkpoints.fingerprint import WeightSample
+from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
 from pyspec.ops.linear import PackedWeight, pack_weight
 

@@ -1,24 +1,26 @@
 """Caches: where a runner keeps what it knows of committed tokens."""
 
+from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.codebooks import Codebooks
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import CACHES, GearCache, PackedCache, PackedSettings, cache_from_name
+from pyspec.caches.gear import GearSettings
 from pyspec.caches.hybrid import HybridCache
-from pyspec.caches.residual_vq import ResidualVqCache
-from pyspec.caches.saved import load_packed, save_packed
+from pyspec.caches.names import CACHES, cache_from_name
+from pyspec.caches.residual_vq import ResidualVqSettings
+from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.caches.state import StateCache
 
 __all__ = [
     "CACHES",
     "Codebooks",
     "DenseCache",
-    "GearCache",
+    "GearSettings",
     "HybridCache",
-    "PackedCache",
-    "PackedSettings",
-    "ResidualVqCache",
+    "QuantisedCache",
+    "QuantisedSettings",
+    "ResidualVqSettings",
     "StateCache",
     "cache_from_name",
-    "load_packed",
-    "save_packed",
+    "load_quantised",
+    "save_quantised",
 ]

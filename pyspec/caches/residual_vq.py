@@ -1,4 +1,4 @@
-"""ResidualVqCache: keys and values as codes of a model's codebooks, by the commit rule of PackedCache."""
+"""ResidualVqSettings: keys and values as codes of a model's codebooks, by the commit rule of QuantisedCache."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyspec.caches.blocks import QuantisedSettings
 from pyspec.caches.codebooks import Codebooks, demo_codebooks
-from pyspec.caches.gear import PackedSettings
+from pyspec.caches.names import CACHES
 from pyspec.ops.gear import BLOCK, TreeRows, join_exact
 from pyspec.ops.residual_vq import attend_codes, encode_codes, rotary_of_blocks, turn_keys
 
-__all__ = ["ResidualVqCache"]
+__all__ = ["ResidualVqSettings"]
 
 
 @dataclass(frozen=True)
-class ResidualVqCache(PackedSettings):
+class ResidualVqSettings(QuantisedSettings):
     """How a runner keeps keys and values as codes.
 
     Args:
         codebooks: of the runner's model; those of the demo model, which come with the package, by default.
-        window: how many positions behind a block's end a row must be to see it packed, as for GearCache.
+        window: how many positions behind a block's end a row must be to see it packed, as for GearSettings.
     """
 
     codebooks: Codebooks = field(default_factory=demo_codebooks)
@@ -50,11 +51,11 @@ class ResidualVqCache(PackedSettings):
         return self.codebooks.format.record_bytes(head_dim)
 
     def effective_bits(self, head_dim: int, length: int) -> float:
-        """As PackedSettings has it, and the codebooks, which all heads of a layer share."""
+        """As QuantisedSettings has it, and the codebooks, which all heads of a layer share."""
         numbers = 2 * self.codebooks.kv_heads * head_dim * length
         return super().effective_bits(head_dim, length) + self.codebooks.tables[0].nbytes * 8 / numbers
 
-    def ready(self, capacity: int, device: torch.device) -> ResidualVqCache:
+    def ready(self, capacity: int, device: torch.device) -> ResidualVqSettings:
         """The same with the codebooks on a device, and cosines and sines where keys are coded before them."""
         settings = replace(self, codebooks=self.codebooks.to(device))
         if settings.codebooks.frequencies is not None:
@@ -70,3 +71,6 @@ class ResidualVqCache(PackedSettings):
     def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
         packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
         return join_exact(packed_part, q, k, v, rows, scale)
+
+
+CACHES.register("rvq", ResidualVqSettings, "codes of the model's codebooks; those of the demo model come with pyspec")

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from pyspec.caches.gear import RECENT, GearCache, PackedCache
+from pyspec.caches.blocks import RECENT, QuantisedCache
+from pyspec.caches.gear import GearSettings
 from pyspec.ops.gear_format import FORMAT_VERSION
 
-__all__ = ["load_packed", "save_packed"]
+__all__ = ["load_quantised", "save_quantised"]
 
 KIND = "pyspec packed cache"
 
 
-def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
+def save_quantised(cache: QuantisedCache, path: str | Path, fingerprint: str) -> None:
     """Writes the committed tokens of all sequences to a safetensors file.
 
     Args:
@@ -25,12 +26,12 @@ def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
         fingerprint: of the model whose keys these are.
 
     Raises:
-        TypeError: its settings are not a GearCache.
+        TypeError: its settings are not a GearSettings.
     """
     from safetensors.torch import save_file
 
-    if type(cache.settings) is not GearCache:
-        raise TypeError(f"cache must be packed by a GearCache, got {cache.settings!r}")
+    if type(cache.settings) is not GearSettings:
+        raise TypeError(f"cache must be packed by a GearSettings, got {cache.settings!r}")
     tensors = {}
     for sequence, (length, start) in enumerate(zip(cache.lengths, cache.starts, strict=True)):
         blocks = length // cache.span
@@ -49,8 +50,8 @@ def save_packed(cache: PackedCache, path: str | Path, fingerprint: str) -> None:
     save_file(tensors, path, about)
 
 
-def load_packed(path: str | Path, fingerprint: str, *, capacity: int, device: torch.device | str) -> PackedCache:
-    """A cache with what `save_packed` wrote.
+def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device: torch.device | str) -> QuantisedCache:
+    """A cache with what `save_quantised` wrote.
 
     Args:
         path: the file.
@@ -72,7 +73,7 @@ def load_packed(path: str | Path, fingerprint: str, *, capacity: int, device: to
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
-    settings, lengths = GearCache(**json.loads(about["settings"])), json.loads(about["lengths"])
+    settings, lengths = GearSettings(**json.loads(about["settings"])), json.loads(about["lengths"])
     if capacity < max(lengths):
         raise ValueError(f"capacity must be at least the {max(lengths)} tokens of {path}, got {capacity}")
     layers, _, kv_heads, _, head_dim = tensors["0.exact"].shape

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.checkpoints.entries import Entries
+from pyspec.entries import Entries
 
 __all__ = ["GGUFFile"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures.llama import LlamaConfig, RopeScaling, Unsupported
-from pyspec.checkpoints.entries import Entries
 from pyspec.checkpoints.gguf import GGUFFile
+from pyspec.entries import Entries
 
 __all__ = ["ARCHITECTURES", "GGUFCheckpoint", "llama_config"]
 

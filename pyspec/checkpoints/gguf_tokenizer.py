@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyspec.checkpoints.entries import Entries
+from pyspec.entries import Entries
 
 __all__ = ["add_tokens", "byte_level_backend", "sentencepiece_backend", "token_id"]
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyspec.entries import Entries
+
 __all__ = [
     "SafetensorsCheckpoint",
     "TensorCheckpoint",
+    "eos_tokens",
     "read_checkpoint",
     "read_description",
     "read_json",
@@ -45,6 +48,23 @@ def read_description(folder: Path) -> dict:
             f"{base}, for example by peft's merge_and_unload, and load the result"
         )
     raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+
+
+def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
+    """Tokens that end a text, by generation_config.json, config.json and the tokenizer.
+
+    Raises:
+        ValueError: one of the files names something else than tokens.
+    """
+    tokens = set(tokenizer.eos_tokens) if tokenizer else set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            entries = Entries(f"{folder}: {name}", read_json(folder / name))
+            if isinstance(entries.get("eos_token_id"), list):
+                tokens.update(entries.array("eos_token_id", int))
+            elif "eos_token_id" in entries:
+                tokens.add(entries.whole("eos_token_id", least=-1))
+    return frozenset(token for token in tokens if token >= 0)  # some files write -1 for none
 
 
 class SafetensorsCheckpoint:

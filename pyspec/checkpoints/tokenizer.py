@@ -10,10 +10,10 @@ from pathlib import Path
 from pyspec.arguments import check_unicode, described, read_tokens
 from pyspec.checkpoints import gguf_tokenizer
 from pyspec.checkpoints.chat_templates import render_chat, select_template
-from pyspec.checkpoints.entries import Entries
 from pyspec.checkpoints.pre_tokenizers import IGNORE_MERGES, WANTS_BOS
 from pyspec.checkpoints.pre_tokenizers import SPLITS as _SPLITS
 from pyspec.checkpoints.tokenizer_settings import read_settings
+from pyspec.entries import Entries
 
 __all__ = ["Tokenizer"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyspec.checkpoints.entries import Entries
 from pyspec.checkpoints.huggingface import read_json
+from pyspec.entries import Entries
 
 __all__ = ["TokenizerSettings", "read_settings"]
 

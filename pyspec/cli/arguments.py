@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from pyspec.cli.shared import DTYPES
 
-ACCEPTANCE = ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical")
-CACHES = ("dense", "int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit", "rvq")
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
@@ -27,21 +26,25 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    from pyspec.acceptance import RULES
+    from pyspec.caches import CACHES
+
     parser.add_argument(
         "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
     )
     parser.add_argument(
         "--acceptance",
-        choices=ACCEPTANCE,
+        choices=list(RULES),
         default="exact",
-        help="default: exact; see docs/acceptance.md; typical is lossy",
+        help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
-    parser.add_argument("--cache", choices=CACHES, default="dense", help="how keys and values are kept; default: dense")
+    parser.add_argument(
+        "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
+    )
 
 
 def budget(text: str) -> int | str:
@@ -50,8 +53,8 @@ def budget(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def generation_settings(arguments: argparse.Namespace) -> dict:
-    """The settings of generate, checked before a model is loaded for them."""
+def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
+    """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
 
@@ -60,6 +63,7 @@ def generation_settings(arguments: argparse.Namespace) -> dict:
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
     check_limits(arguments.budget, arguments.max_new_tokens)
-    Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "acceptance", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "cache")
+    for temperature in temperatures:
+        Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed)
+    names = ("budget", "acceptance", "max_new_tokens", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names}

@@ -13,17 +13,15 @@ from pyspec.cli.shared import (
     PHASES,
     BadInput,
     fail,
-    first_difference,
     load_model,
     make_console,
-    new_table,
     prepare,
     print_json,
     prompt_tokens,
-    ratio_of,
     read_text,
     write,
 )
+from pyspec.measure import first_difference, new_table, ratio
 
 ENDINGS = {
     "eos": "ended by the model",
@@ -44,6 +42,7 @@ def add_parser(commands) -> None:
     drafter.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     add_generation_arguments(generate, max_new_tokens=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
     generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
@@ -59,7 +58,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         check_unicode("--stop", text)
     if arguments.drafter_state is not None:
         _check_state(arguments)
-    settings = generation_settings(arguments) | {"stop": arguments.stop}
+    settings = generation_settings(arguments, [arguments.temperature])
+    settings |= {"temperature": arguments.temperature, "stop": arguments.stop}
     console = make_console()
     model = load_model(arguments, console)
     from pyspec.generate import generate
@@ -102,20 +102,12 @@ def _drafter(arguments: argparse.Namespace, model, console):
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
     from pyspec.drafters.model import ModelDrafter
-    from pyspec.drafters.shapes.dyspec import DySpecThreshold
-    from pyspec.drafters.shapes.static import FixedBranching
+    from pyspec.drafters.shapes.by_rule import growth_for
 
-    growth = {
-        "with_replacement": FixedBranching((3, 2, 1, 1), "with replacement"),
-        "k_seq": FixedBranching((3, 2, 1, 1), "with replacement"),
-        "recursive": DySpecThreshold(0.05),
-        "traversal": DySpecThreshold(0.05),
-        "block": FixedBranching((1,) * 6),
-    }
     return ModelDrafter(
         load_model(arguments, console, arguments.draft_model),
         model,
-        growth.get(arguments.acceptance),
+        growth_for(arguments.acceptance),
         temperature=arguments.temperature or 1.0,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
@@ -161,7 +153,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
     if plain is not None:
         report["plain"] = {
             "stats": plain.stats.to_dict(),
-            "speed_up": ratio_of(result.stats.tokens_per_second, plain.stats.tokens_per_second),
+            "speed_up": ratio(result.stats.tokens_per_second, plain.stats.tokens_per_second),
             "equal": plain.tokens == result.tokens,
             "first_difference": first_difference(result.tokens, plain.tokens),
         }
@@ -178,9 +170,9 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
     table = new_table("", *columns)
     for name, figures in rows:
         cells = [name, f"{figures.tokens_per_second:.1f}", f"{figures.mean_accepted_length:.2f}"]
-        cells += [f"{ratio_of(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
+        cells += [f"{ratio(getattr(figures, f'{phase}_seconds'), figures.decode_seconds):.1%}" for phase in PHASES]
         if plain is not None:
-            cells.append(f"{ratio_of(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
+            cells.append(f"{ratio(figures.tokens_per_second, plain.stats.tokens_per_second):.2f}x")
         table.add_row(*cells)
     console.print(table)
     seed = f", seed {stats.seed}" if arguments.temperature > 0 else ""

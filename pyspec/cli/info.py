@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import util
 
 from pyspec.cli.arguments import add_model_arguments
-from pyspec.cli.shared import load_model, make_console, new_table, print_json, version_of
+from pyspec.cli.shared import load_model, make_console, print_json, version_of
+from pyspec.measure import new_table
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
@@ -99,7 +100,7 @@ def _info_costs(arguments: argparse.Namespace) -> int:
     model = load_model(arguments, make_console())
     import torch
 
-    from pyspec.costs import CONTEXT, measure_costs
+    from pyspec.machine.costs import CONTEXT, measure_costs
 
     costs = measure_costs(model)
     plain, before = costs.seconds[0], (1, costs.seconds[0])
@@ -158,7 +159,7 @@ def _prompt_attention() -> dict[str, str]:
 
 
 def _demo_model() -> str:
-    from pyspec.checkpoints.loading import demo_file
+    from pyspec.checkpoints.sources import demo_file
 
     try:
         return str(demo_file())

@@ -110,29 +110,6 @@ def make_console():
     return Console(stderr=True)
 
 
-def new_table(first: str, *columns: str):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(first)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def write(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
-
-
-def first_difference(tokens: Sequence[int], others: Sequence[int]) -> int | None:
-    """Index of the first token in which two texts differ, None where they are equal."""
-    for index, (token, other) in enumerate(zip(tokens, others, strict=False)):
-        if token != other:
-            return index
-    return None if len(tokens) == len(others) else min(len(tokens), len(others))
-
-
-def ratio_of(value: float, of: float) -> float:
-    return value / of if of else 0.0

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyspec.drafters.shapes import GrowthPolicy
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.verified import Verified
@@ -32,8 +32,8 @@ class ModelDrafter:
     Args:
         draft: any runner but the target itself.
         target: the model to draft for.
-        growth: by default the likeliest paths, which acceptance="exact" fits. A policy that draws, say DySpecThreshold,
-            makes the drafter "sampled": then give acceptance="traversal".
+        growth: by default the likeliest paths, which acceptance="exact" fits; growth_for finds what fits another rule.
+            A policy that draws makes the drafter "sampled".
         temperature, top_k, top_p: of the draft's laws, see Sampler; a drafter that draws needs a temperature above 0.
         seed: of the draws.
 
@@ -58,7 +58,7 @@ class ModelDrafter:
         self._set_up(draft, growth, temperature, top_k, top_p, seed)
 
     def _set_up(self, draft: Runner, growth: GrowthPolicy | None, temperature, top_k, top_p, seed) -> None:
-        self.growth = Reranked(TopPaths(width=4, depth=5)) if growth is None else growth
+        self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
         if temperature == 0 and self.proposal == "sampled":

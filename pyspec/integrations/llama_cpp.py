@@ -22,9 +22,10 @@ import torch
 
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.costs import AutoBudget, Costs
+from pyspec.controllers.pays import CuttingController
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.integrations import require
+from pyspec.machine.costs import Costs
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -79,7 +80,7 @@ class DraftModel(LlamaDraftModel):
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")
         check_laws(self._shared, ExactAcceptance())
         self.costs = _measure_costs(llama)
-        self._auto = AutoBudget(self.costs)
+        self._controller = CuttingController(self.costs)
         self._drafter: Drafter | None = None
         self._context: list[int] = []
         self._proposed: DraftTree | None = None
@@ -95,9 +96,9 @@ class DraftModel(LlamaDraftModel):
         self._learn(context, known, start - self._ended)
         self._context = context
         tree = DraftTree.chain(context[-1:])
-        if self._auto.nodes > 1:
+        if self._controller.nodes > 1:
             tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
-        (self._proposed,) = self._auto.cut([tree])
+        (self._proposed,) = self._controller.cut([tree])
         self._ended = time.perf_counter()
         self._draft_seconds = self._ended - start
         return self._proposed.tokens[1:].numpy().astype(np.intc)
@@ -106,7 +107,7 @@ class DraftModel(LlamaDraftModel):
         """Shows the drafter what the model said since the last call: its logits after context[known - 1 : -1]."""
         if self._proposed is not None:
             path = range(len(context) - known)
-            self._auto.learn([self._proposed], [path], self._draft_seconds, verify_seconds)
+            self._controller.learn([self._proposed], [path], self._draft_seconds, verify_seconds)
         for start in range(max(known - 1, 0), len(context) - 1, OBSERVED_AT_ONCE):
             end = min(start + OBSERVED_AT_ONCE, len(context) - 1)
             chain = DraftTree.chain(context[start:end])

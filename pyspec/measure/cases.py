@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec import ops
-from pyspec.caches import CACHES
+from pyspec.caches import cache_from_name
 from pyspec.masks import BlockMask
 from pyspec.ops.gear import BLOCK, HALF, TreeRows, attend_tree, blocks_seen, join_exact
 from pyspec.ops.residual_vq import WIDTH, attend_codes
@@ -175,7 +175,7 @@ def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callabl
 
 
 def _gear(a: Attention, device: str, cache: str = "gear-4bit") -> Problem:
-    format = CACHES[cache]
+    format = cache_from_name(cache)
     return _packed_attention(
         a,
         device,

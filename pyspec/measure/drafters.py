@@ -1,6 +1,6 @@
-"""What every drafter is worth on some prompts: tokens a round, speed over plain decoding, and the time of drafting.
+"""What drafters are worth on some prompts: tokens a round, speed over plain decoding, and the time of drafting.
 
-Two questions. Prompt after prompt, greedily and drawn: drafters start empty and keep what they learn, as in a server.
+Two questions. Prompt after prompt, at some temperatures: drafters start empty and keep what they learn, as in a server.
 And several drawn answers to one problem, where a drafter starts empty with each problem: the setting of STAND.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pyspec.drafters import NAMES, new_drafter
 from pyspec.generate import Generation, check_limits, generate
+from pyspec.measure import first_difference, new_table, pyplot, ratio, save_figure
 from pyspec.runners import Runner
 
 __all__ = ["drafters_of", "measure", "plot", "runs_of", "tables"]
@@ -42,6 +43,7 @@ def measure(
     answers: int = ANSWERS,
     seed: int = 0,
     advance: Callable[[str], None] = lambda name: None,
+    **settings,
 ) -> dict:
     """The figures of drafters, ready for JSON; all engines take turns on each prompt.
 
@@ -51,12 +53,13 @@ def measure(
         answers: to each of at most 4 problems, prompts of different categories; 0 leaves that question out.
         seed: of the drawn texts; the answers to a problem have seeds from this one on.
         advance: called with the name of the drafter before each text; `runs_of` tells how many there are.
+        settings: of generate, others than these. Plain decoding has the rule "exact", whichever the drafters have.
 
     Returns:
         Under "temperatures", by temperature, then "all" or category, then "plain" or drafter, tokens_per_second,
         speed_up, tokens_per_round, draft_share, and how many texts are those of plain decoding (equal) of how many
         (texts). Under "answers", by drafter, the same without a plain decoding, and over_recycling, a ratio of tokens
-        a second.
+        a second. Under "texts", by prompt, its category and each run's Stats and first difference from plain decoding.
 
     Raises:
         ValueError: for a setting that does not fit, before any work.
@@ -68,25 +71,36 @@ def measure(
         raise ValueError(f"names must be some of {', '.join(NAMES)}, got {unknown or 'none'}")
     if not prompts:
         raise ValueError("prompts must not be empty")
-    settings = dict(budget=budget, max_new_tokens=max_new_tokens)
+    settings |= dict(budget=budget, max_new_tokens=max_new_tokens)
     for name in names:  # what is computed from the model is not a drafter's speed, nor the first call of a kernel
         _run(model, prompts[0][1], new_drafter(name, model), **settings | {"max_new_tokens": 8})
-    by_temperature = {}
-    for temperature in temperatures:
-        drafters = {"plain": None} | {name: new_drafter(name, model) for name in names}
-        runs: dict[str, list[Generation]] = {name: [] for name in drafters}
-        for _, tokens in prompts:
-            for name, drafter in drafters.items():
-                advance(name)
-                runs[name].append(_run(model, tokens, drafter, temperature=temperature, seed=seed, **settings))
-        by_temperature[str(temperature)] = _by_category([category for category, _ in prompts], runs)
-    return {
-        "budget": budget,
-        "max_new_tokens": max_new_tokens,
-        "prompts": len(prompts),
-        "temperatures": by_temperature,
-        "answers": _answers(model, prompts, names, answers, seed, settings, advance),
+    categories = [category for category, _ in prompts]
+    runs = {
+        str(temperature): _in_turn(model, prompts, names, advance, settings | dict(temperature=temperature, seed=seed))
+        for temperature in temperatures
     }
+    return {
+        **settings,
+        "seed": seed,
+        "prompts": len(prompts),
+        "temperatures": {temperature: _by_category(categories, of_names) for temperature, of_names in runs.items()},
+        "answers": _answers(model, prompts, names, answers, seed, settings, advance),
+        "texts": [
+            {"category": category, "temperatures": {name: _text(of_names, place) for name, of_names in runs.items()}}
+            for place, category in enumerate(categories)
+        ],
+    }
+
+
+def _in_turn(model, prompts, names, advance, settings) -> dict[str, list[Generation]]:
+    drafters = {"plain": None} | {name: new_drafter(name, model) for name in names}
+    runs: dict[str, list[Generation]] = {name: [] for name in drafters}
+    for _, tokens in prompts:
+        for name, drafter in drafters.items():
+            advance(name)
+            own = settings if drafter is not None else settings | {"acceptance": "exact"}
+            runs[name].append(_run(model, tokens, drafter, **own))
+    return runs
 
 
 def _run(model: Runner, tokens: list[int], drafter, **settings) -> Generation:
@@ -96,6 +110,15 @@ def _run(model: Runner, tokens: list[int], drafter, **settings) -> Generation:
     if run.finish_reason == "error":
         raise RuntimeError(run.error)
     return run
+
+
+def _text(runs: dict[str, list[Generation]], place: int) -> dict[str, dict]:
+    plain = runs["plain"][place].tokens
+    texts = {name: of_name[place] for name, of_name in runs.items()}
+    return {
+        name: {"first_difference": first_difference(text.tokens, plain), "stats": text.stats.to_dict()}
+        for name, text in texts.items()
+    }
 
 
 def _by_category(categories: list[str], runs: dict[str, list[Generation]]) -> dict[str, dict[str, dict]]:
@@ -110,7 +133,7 @@ def _by_category(categories: list[str], runs: dict[str, list[Generation]]) -> di
                 "equal": sum(text.tokens == other.tokens for text, other in zip(texts, plain, strict=True)),
                 "texts": len(texts),
             }
-            rates[name]["speed_up"] = _ratio(rates[name]["tokens_per_second"], rates["plain"]["tokens_per_second"])
+            rates[name]["speed_up"] = ratio(rates[name]["tokens_per_second"], rates["plain"]["tokens_per_second"])
         found[category] = rates
     return found
 
@@ -126,7 +149,7 @@ def _answers(model, prompts, names, answers, seed, settings, advance) -> dict[st
                 runs[name].append(_run(model, tokens, drafter, **call))
     figures = {name: _figures(texts) for name, texts in runs.items() if texts}
     for row in figures.values():
-        row["over_recycling"] = _ratio(row["tokens_per_second"], figures["recycling"]["tokens_per_second"])
+        row["over_recycling"] = ratio(row["tokens_per_second"], figures["recycling"]["tokens_per_second"])
     return figures
 
 
@@ -143,57 +166,36 @@ def _figures(runs: Iterable[Generation]) -> dict[str, float]:
     lengths = [(length, count) for one in stats for length, count in enumerate(one.accepted_lengths)]
     tokens, seconds = sum(length * count for length, count in lengths), sum(one.decode_seconds for one in stats)
     return {
-        "tokens_per_second": _ratio(tokens, seconds),
-        "tokens_per_round": _ratio(tokens, sum(count for _, count in lengths)),
-        "draft_share": _ratio(sum(one.draft_seconds for one in stats), seconds),
+        "tokens_per_second": ratio(tokens, seconds),
+        "tokens_per_round": ratio(tokens, sum(count for _, count in lengths)),
+        "draft_share": ratio(sum(one.draft_seconds for one in stats), seconds),
     }
-
-
-def _ratio(value: float, of: float) -> float:
-    return value / of if of else 0.0
 
 
 def tables(report: dict) -> Iterable:
     """Tables of rich: one a temperature, and one of the answers."""
-    from rich import box
-    from rich.table import Table
-
-    def table(title: str, columns: Iterable[str]) -> Table:
-        made = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-        made.add_column("")
-        for column in columns:
-            made.add_column(column, justify="right")
-        return made
-
     for temperature, categories in report["temperatures"].items():
-        names = [name for name in categories["all"] if name != "plain"]
-        plain = categories["all"]["plain"]["tokens_per_second"]
-        made = table(
-            f"temperature {temperature}: tokens a round, speed over plain decoding ({plain:.1f} tokens/s)", names
-        )
+        names, all_rows = list(categories["all"]), categories["all"].values()
+        made = new_table("", *names, title=f"temperature {temperature}: tokens a round, speed over plain decoding")
         for category, rows in categories.items():
             cells = [f"{rows[name]['tokens_per_round']:.2f} {rows[name]['speed_up']:.2f}x" for name in names]
             made.add_row(category, *cells, end_section=category == "all")
-        made.add_row("drafting", *(f"{categories['all'][name]['draft_share']:.1%}" for name in names))
-        made.add_row(
-            "same text", *(f"{categories['all'][name]['equal']}/{categories['all'][name]['texts']}" for name in names)
-        )
+        made.add_row("tokens/s", *(f"{row['tokens_per_second']:.1f}" for row in all_rows))
+        made.add_row("drafting", *(f"{row['draft_share']:.1%}" for row in all_rows))
+        made.add_row("same text", *(f"{row['equal']}/{row['texts']}" for row in all_rows))
         yield made
     if report["answers"]:
-        made = table("several drawn answers to one problem", ("tokens a round", "tokens/s", "over recycling"))
+        title = "several drawn answers to one problem"
+        made = new_table("", "tokens a round", "tokens/s", "over recycling", title=title)
         for name, row in report["answers"].items():
             rates = f"{row['tokens_per_round']:.2f}", f"{row['tokens_per_second']:.1f}", f"{row['over_recycling']:.2f}x"
             made.add_row(name, *rates)
         yield made
 
 
-def plot(report: dict, path: str | Path, title: str = "") -> None:
+def plot(report: dict, path: Path) -> None:
     """Speed over plain decoding by category, a panel for each temperature, and the answers, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     panels = len(report["temperatures"]) + bool(report["answers"])
     figure, axes = plt.subplots(panels, 1, figsize=(12, 3.6 * panels), squeeze=False)
     axes = axes[:, 0].tolist()
@@ -219,7 +221,4 @@ def plot(report: dict, path: str | Path, title: str = "") -> None:
         axes[-1].set_title("several drawn answers to one problem", fontsize=10)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, f"{report['model']}, {report['dtype']}, {report['prompts']} prompts", report, path)

@@ -10,15 +10,14 @@ from pathlib import Path
 import torch
 
 import pyspec
+from pyspec import measure
 from pyspec.arguments import decode_text
-from pyspec.measure import measure
 from pyspec.measure.cases import OPS, Case, Problem, cases
 from pyspec.ops import backend, backends
 
 __all__ = ["best_peer", "compare", "read", "run", "show", "show_comparison", "time_text"]
 
 SECONDS = 0.6  # of calls that a case is timed for
-MOST_REPEATS = 200
 ROTATED_BYTES, MOST_COPIES = 256e6, 20  # of inputs on a GPU: several times what its cache holds
 SLOWER = 1.15  # of the time before: more is a regression
 
@@ -45,10 +44,10 @@ def run(
         raise ValueError(f"device must be cpu, or cuda where there is one, got {device!r}")
     wanted = list(cases(tuple(ops)))
     dtypes = (torch.float32, torch.bfloat16, *((torch.int8,) if device == "cpu" else ()))
-    with _progress(console, len(wanted) + 1) as advance:
+    with measure.counted(console, len(wanted) + 1) as advance:
         advance("what the machine can do")
         bandwidth = measure.read_bandwidth(device)
-        rates = {str(dtype).removeprefix("torch."): measure.multiply_rate(dtype, device) for dtype in dtypes}
+        rates = {measure.name_of(dtype): measure.multiply_rate(dtype, device) for dtype in dtypes}
         result = {
             "machine": measure.machine() | {"pyspec": pyspec.__version__},
             "device": device,
@@ -68,19 +67,16 @@ def _row(case: Case, device: str, bandwidth: float, rates: dict[str, float]) -> 
     row = {"op": case.op, "model": case.model, "shape": case.shape, "backend": _backend_of(case.op, device)}
     try:
         problem = case.make(device)
-        error = _error(problem)
+        error = error_of(problem)
         if not error <= problem.tolerance:
             raise ValueError(f"differs from the reference by {error:.1e} of its largest value")
         calls, in_a_call = {"pyspec": problem.call} | problem.peers, 1
         if device == "cuda":
             calls, in_a_call = _replayed(case, problem, device)
-        first = measure.in_turn(calls, repeats=1, warmup=1)
-        repeats = min(max(round(SECONDS / sum(first.values())), 5), MOST_REPEATS)
-        seconds = measure.in_turn(calls, repeats, warmup=0)
-        seconds = {name: value / in_a_call for name, value in seconds.items()}
+        seconds = {name: value / in_a_call for name, value in measure.in_turn_for(calls, SECONDS).items()}
     except Exception as error:  # one kernel that fails is a result, and not the end of the others
         return row | {"failed": f"{type(error).__name__}: {error}"}
-    floor = max(problem.bytes / bandwidth, problem.operations / rates[str(problem.dtype).removeprefix("torch.")])
+    floor = max(problem.bytes / bandwidth, problem.operations / rates[measure.name_of(problem.dtype)])
     ours = seconds.pop("pyspec")
     return row | {
         "us": 1e6 * ours,
@@ -108,7 +104,7 @@ def _replayed(case: Case, problem: Problem, device: str) -> tuple[dict[str, Call
     return calls, copies
 
 
-def _error(problem: Problem) -> float:
+def error_of(problem: Problem) -> float:
     """The largest difference from the reference, over the reference's largest value."""
     problem.fresh()
     found = problem.call().float()
@@ -124,32 +120,11 @@ def _backend_of(op: str, device: str) -> str:
     return next((row["backend"] for row in backends() if row["op"] == name and row["device"] == device), "torch")
 
 
-def _progress(console, total: int):
-    """A context that gives a function to call with each step's name; silent without a console."""
-    from contextlib import contextmanager, nullcontext
-
-    if console is None:
-        return nullcontext(lambda step: None)
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    @contextmanager
-    def shown():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("", total=total)
-            yield lambda step: progress.update(task, advance=1, description=step)
-
-    return shown()
-
-
 # ==== showing ====
 
 
 def show(result: dict, console) -> None:
     """A table for each op."""
-    from rich import box
-    from rich.table import Table
-
     machine = result["machine"]
     console.print(
         f"{machine.get('gpu', machine['cpu']) if result['device'] == 'cuda' else machine['cpu']}, "
@@ -158,11 +133,8 @@ def show(result: dict, console) -> None:
         highlight=False,
     )
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=op, title_justify="left")
-        for name in ("model", "shape"):
-            table.add_column(name)
-        for name in ("time", "floor", "of the floor", "GB/s", "GFLOP/s", "peer", "faster"):
-            table.add_column(name, justify="right")
+        columns = ("time", "floor", "of the floor", "GB/s", "GFLOP/s", "peer", "faster")
+        table = measure.new_table("model", "shape", *columns, left=2, title=op)
         for row in (row for row in result["rows"] if row["op"] == op):
             if "failed" in row:
                 table.add_row(row["model"], row["shape"], f"[red]{row['failed']}[/red]")
@@ -220,14 +192,7 @@ def compare(before: dict, after: dict) -> list[dict]:
 
 
 def show_comparison(lines: Sequence[dict], console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("op", "model", "shape"):
-        table.add_column(name)
-    for name in ("before", "after", "over the floor"):
-        table.add_column(name, justify="right")
+    table = measure.new_table("op", "model", "shape", "before", "after", "over the floor", left=3)
     for line in sorted(lines, key=lambda line: -line.get("over_before", float("inf"))):
         after = line.get("failed") or time_text(line["after_us"])
         ratio = "" if "failed" in line else f"{line['over_before']:.2f}x"

@@ -6,6 +6,7 @@ import html
 import io
 from collections.abc import Sequence
 
+from pyspec.measure import pyplot
 from pyspec.measure.kernels import best_peer, time_text
 
 __all__ = ["page"]
@@ -79,13 +80,10 @@ def _table(rows: Sequence[dict]) -> str:
 
 def _chart(rows: Sequence[dict]) -> str:
     """Bars of ours and the best peer, and a line where the floor is: as SVG, times on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(10, 0.7 + 0.42 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
         name, peer = best_peer(row)

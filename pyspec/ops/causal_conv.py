@@ -33,7 +33,6 @@ def causal_conv_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    keeps: Tensor,
     advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -50,15 +49,11 @@ def causal_conv_reference(
             above = seen[parent][1:] if parent >= 0 else before
             seen.append(torch.cat((above, x[row, None])))
             out[row] = (seen[-1] * weight).sum(0)
-        keep = int(keeps[tree])
         if advances[tree]:
             before = seen[-1][1:] if seen else before
-        elif keep < 0:
-            record[1 - half, sequence, : last - first] = x[first:last]
         else:
-            record[half, sequence, keep : keep + last - first] = x[first:last]
-        if keep < 0:
-            window[sequence] = before
+            record[1 - half, sequence, : last - first] = x[first:last]
+        window[sequence] = before
     return F.silu(out if bias is None else out + bias).to(out_dtype)
 
 
@@ -73,7 +68,7 @@ def _check_round(window, record, x, weight, bias, *rest) -> None:
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
-    "Tensor parents, Tensor paths, Tensor halves, Tensor keeps, Tensor advances, ScalarType out_dtype) -> Tensor",
+    "Tensor parents, Tensor paths, Tensor halves, Tensor advances, ScalarType out_dtype) -> Tensor",
     causal_conv_reference,
     _fake,
     cuda=True,

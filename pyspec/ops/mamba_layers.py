@@ -60,14 +60,13 @@ def mamba_layers_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    keeps: Tensor,
     advances: Tensor,
     dt_rank: int,
     epsilon: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """The layers, op by op; hidden and the state are changed in place. The specification of the program."""
-    round = Round(sequences, starts, parents, paths, halves, keeps, advances)
+    round = Round(sequences, starts, parents, paths, halves, advances)
     delta = None
     for layer in range(len(states)):
         own = weights[len(WEIGHTS) * layer :][: len(WEIGHTS)]
@@ -145,7 +144,7 @@ _OP = Op(
     "mamba_layers",
     "(Tensor(a!) hidden, Tensor[] weights, Tensor last_norm, Tensor(b!) states, Tensor(c!) windows, "
     "Tensor(d!) records, Tensor(e!) conv_records, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, "
-    "Tensor halves, Tensor keeps, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
+    "Tensor halves, Tensor advances, int dt_rank, float epsilon, ScalarType dtype) -> Tensor",
     mamba_layers_reference,
     lambda hidden, *rest: torch.empty_like(hidden, dtype=rest[-1]),
     lambda: mamba_layers_reference,

@@ -35,9 +35,8 @@ MULTIPLE = 16  # of states
 class Round:
     """Which trees a call reads, and what of the last round is replayed first. All tensors are int32.
 
-    A sequence has a record of two halves. Its accepted nodes are replayed from one. Either they are folded into the
-    state, and those of its tree go to the other half; or the state stays what it is, and those of its tree go behind
-    them. Sequences that are not named are left alone, to the bit.
+    A sequence has a record of two halves. Its accepted nodes are replayed from one, and those of its tree go to the
+    other. Sequences that are not named are left alone, to the bit.
     """
 
     sequences: Tensor  #: [trees]: places in the state, each at most once
@@ -45,7 +44,6 @@ class Round:
     parents: Tensor  #: [rows]: as in DraftTree
     paths: Tensor  #: [trees, longest]: recorded nodes that were accepted, then -1
     halves: Tensor  #: [trees]: the half of the record that they lie in, 0 or 1
-    keeps: Tensor  #: [trees]: -1 to fold them, else the place in the half where the tree's nodes begin, behind them
     advances: Tensor  #: [trees]: 1 for a chain that is accepted as a whole; the state moves behind it, unrecorded
 
     @classmethod
@@ -56,14 +54,10 @@ class Round:
         paths: Sequence[Sequence[int]],
         halves: Sequence[int],
         *,
-        keeps: Sequence[int] | None = None,
         advances: Sequence[bool] | bool = False,
         device: torch.device | str = "cpu",
     ) -> Round:
-        """A round of these trees, with a sequence, a path (it may be empty) and a half for each, and who advances.
-
-        keeps: None folds all paths.
-        """
+        """A round of these trees, with a sequence, a path (it may be empty) and a half for each, and who advances."""
         starts = [0]
         for tree in trees:
             starts.append(starts[-1] + len(tree))
@@ -80,7 +74,6 @@ class Round:
             parents[0] if len(parents) == 1 else torch.cat(parents),
             places(filled, len(trees), longest),
             places(list(halves), len(trees)),
-            places([-1] * len(trees) if keeps is None else list(keeps), len(trees)),
             places([advances] * len(trees) if isinstance(advances, bool) else list(advances), len(trees)),
         )
         return round if torch.device(device).type == "cpu" else round.to(device)
@@ -94,7 +87,7 @@ class Round:
     def check(self, rows: int, sequences: int, record_nodes: int) -> None:
         """Raises BadData unless it is of so many rows, of sequences of a state, and fits a record of so many nodes."""
         trees, starts = len(self.sequences), self.starts.tolist()
-        for name in ("starts", "paths", "halves", "keeps", "advances"):
+        for name in ("starts", "paths", "halves", "advances"):
             if len(getattr(self, name)) != trees + (name == "starts"):
                 raise BadData(f"{name} must be for {trees} sequences, got shape {tuple(getattr(self, name).shape)}")
         if len(self.parents) != rows:
@@ -105,35 +98,29 @@ class Round:
         for i, place in enumerate(places):
             if not 0 <= place < sequences or place in places[:i]:
                 raise BadData(f"sequences[{i}] is {place}, must be in [0, {sequences}) and there once")
-            first, end, keep = starts[i], starts[i + 1], int(self.keeps[i])
+            first, end = starts[i], starts[i + 1]
             advances, half = int(self.advances[i]), int(self.halves[i])
             if advances not in (0, 1) or half not in (0, 1):
                 raise BadData(f"advances[{i}] and halves[{i}] must be 0 or 1, got {advances} and {half}")
-            if not -1 <= keep <= record_nodes or (advances and keep >= 0):
-                raise BadData(
-                    f"keeps[{i}] is {keep}, must be -1 or, unless the tree advances, a place in the record, of "
-                    f"{record_nodes}"
-                )
-            room = record_nodes - max(keep, 0)
-            if not advances and end - first > room:
-                raise BadData(f"tree {i} has {end - first} nodes, the record has room for {room}")
+            if not advances and end - first > record_nodes:
+                raise BadData(f"tree {i} has {end - first} nodes, the record has room for {record_nodes}")
             for node, parent in enumerate(self.parents[first:end].tolist()):
                 fits = parent == node - 1 if advances or not node else 0 <= parent < node
                 if not fits:
                     chain = ", a chain that is accepted must have the node before" if advances else ""
                     raise BadData(f"parents of tree {i}: node {node} has parent {parent}{chain}")
-            last = record_nodes if keep < 0 else keep
             path = self.paths[i].tolist()
             ended = path.index(-1) if -1 in path else len(path)
             for place, node in enumerate(path):
-                if node != -1 if place >= ended else not 0 <= node < last:
+                if node != -1 if place >= ended else not 0 <= node < record_nodes:
                     raise BadData(
-                        f"paths[{i}][{place}] is {node}, must be a recorded node, of {last}, or -1 behind the last"
+                        f"paths[{i}][{place}] is {node}, must be a recorded node, of {record_nodes}, or -1 behind the "
+                        "last"
                     )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order in which the ops take them."""
-        return self.sequences, self.starts, self.parents, self.paths, self.halves, self.keeps, self.advances
+        return self.sequences, self.starts, self.parents, self.paths, self.halves, self.advances
 
 
 def to_panels(values: Tensor) -> Tensor:
@@ -162,7 +149,6 @@ def selective_state_reference(
     parents: Tensor,
     paths: Tensor,
     halves: Tensor,
-    keeps: Tensor,
     advances: Tensor,
     out_dtype: torch.dtype,
 ) -> Tensor:
@@ -195,15 +181,11 @@ def selective_state_reference(
         for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
             reached.append(step(reached[parent] if parent >= 0 else s, nodes[row]))
             y[row] = (reached[-1] * of_channels(C[row].view(-1, states))).sum(1).flatten()
-        keep = int(keeps[tree])
         if advances[tree]:
             s = reached[-1] if reached else s
-        elif keep < 0:
-            record[1 - half, sequence, : last - first] = nodes[first:last]
         else:
-            record[half, sequence, keep : keep + last - first] = nodes[first:last]
-        if keep < 0:
-            state[sequence] = s
+            record[1 - half, sequence, : last - first] = nodes[first:last]
+        state[sequence] = s
     if D is not None:
         y += D * x
     if z is not None:
@@ -228,7 +210,7 @@ _OP = Op(
     "selective_state",
     "(Tensor(a!) state, Tensor(b!) record, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
     "Tensor? dt_bias, Tensor? z, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, Tensor halves, "
-    "Tensor keeps, Tensor advances, ScalarType out_dtype) -> Tensor",
+    "Tensor advances, ScalarType out_dtype) -> Tensor",
     selective_state_reference,
     _fake,
     cuda=True,

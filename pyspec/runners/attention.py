@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights, rope_table
+from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache
-from pyspec.caches.gear import PackedCache, PackedSettings
-from pyspec.caches.saved import load_packed, save_packed
+from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.ops.llama_layers import WEIGHTS, layers_by_ops, llama_layers
 from pyspec.ops.tree_attention import tree_attention
 from pyspec.runners import flash_attn
@@ -62,7 +62,7 @@ class LlamaRunner(NativeRunner):
         ValueError: prompt_attention cannot run here.
     """
 
-    takes_packed_cache = True
+    takes_quantised_cache = True
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class LlamaRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
-        cache: PackedSettings | None = None,
+        cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -202,26 +202,26 @@ class LlamaRunner(NativeRunner):
         Raises:
             RuntimeError: there is no packed cache.
         """
-        if not isinstance(self._cache, PackedCache):
+        if not isinstance(self._cache, QuantisedCache):
             raise RuntimeError("there is no packed cache to save: prefill with cache first")
-        save_packed(self._cache, path, self.fingerprint)
+        save_quantised(self._cache, path, self.fingerprint)
 
     @inference
     def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
         """Starts a new batch from what `save_cache` wrote: `verify` goes on behind it, with the bits it had.
 
         Raises:
-            FileNotFoundError, ValueError: the file does not fit, see load_packed; the batch before is then untouched.
+            FileNotFoundError, ValueError: the file does not fit, see load_quantised; the batch before is untouched.
         """
         capacity = self.context_length if capacity is None else capacity
-        cache = load_packed(path, self.fingerprint, capacity=capacity, device=self.device)
+        cache = load_quantised(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
         self._steps = self._verified = None
         self._extend_rope(capacity)
         self._cache = cache
 
-    def _check_packs(self, cache: PackedSettings) -> None:
+    def _check_packs(self, cache: QuantisedSettings) -> None:
         """Raises ValueError unless this model's keys can be packed so."""
         if self.prompt_attention != "pyspec":
             raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a packed one")
@@ -234,8 +234,8 @@ class LlamaRunner(NativeRunner):
                 )
 
     def _empty_cache(
-        self, sequences: int, capacity: int, packed: PackedSettings | None = None
-    ) -> DenseCache | PackedCache:
+        self, sequences: int, capacity: int, packed: QuantisedSettings | None = None
+    ) -> DenseCache | QuantisedCache:
         """The cache of a new batch; where shapes are static, the last one's if it fits, with its graphs."""
         if packed is not None:
             self._steps = None  # its keys grow with the text, its launches' shapes too
@@ -260,7 +260,7 @@ class LlamaRunner(NativeRunner):
             self._steps = StaticSteps(cache, GraphRecorder(self.device), GraphedHead(self.weights.head))
         return cache
 
-    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | PackedCache) -> Sequence[Tensor]:
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Sequence[Tensor]:
         """[n, hidden] of each sequence's next piece of its prompt; shapes that are static, or flash-attn, allow one."""
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
@@ -290,14 +290,14 @@ class LlamaRunner(NativeRunner):
         self,
         trees: list[DraftTree],
         sequences: list[int],
-        cache: DenseCache | PackedCache,
+        cache: DenseCache | QuantisedCache,
         layers: Sequence[int] | None = None,
     ) -> Tensor:
         """[R, hidden] of all nodes, tree after tree, after the last norm; keys and values go behind the committed.
 
         layers: those to run, ascending; None runs all.
         """
-        if isinstance(cache, PackedCache):
+        if isinstance(cache, QuantisedCache):
             return self._forward_packed(trees, sequences, cache)
         lengths = [cache.lengths[sequence] for sequence in sequences]
         positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
@@ -324,7 +324,7 @@ class LlamaRunner(NativeRunner):
             )
         return normed
 
-    def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: PackedCache) -> Tensor:
+    def _forward_packed(self, trees: list[DraftTree], sequences: list[int], cache: QuantisedCache) -> Tensor:
         """`_forward` over a packed cache, op by op."""
         sizes = [len(tree) for tree in trees]
         places = []  # position, sequence and slot of every node

@@ -10,19 +10,17 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.checkpoints.fingerprint import WeightSample, fingerprint_of
+from pyspec.fingerprint import WeightSample, fingerprint_of
 from pyspec.runners._checks import check_paths, check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign_slots import Slots
 from pyspec.runners.foreign_support import (
-    SUPPORTED,
     cache_argument,
     check_supported,
     context_of,
@@ -32,7 +30,7 @@ from pyspec.runners.foreign_support import (
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["TransformersRunner", "eos_tokens_of", "load_folder"]
+__all__ = ["TransformersRunner", "eos_tokens_of"]
 
 PREFILL_CHUNK = 256
 _OF_THE_LOAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
@@ -366,39 +364,3 @@ def eos_tokens_of(model, tokenizer) -> frozenset[int]:
     named = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = named if isinstance(named, list) else [] if named is None else [named]
     return frozenset([*named, *(tokenizer.eos_tokens if tokenizer else ())])
-
-
-def load_folder(
-    folder: Path, description: dict, dtype: torch.dtype, device: torch.device, reason: str
-) -> TransformersRunner:
-    """A runner for a Hugging Face folder that LlamaRunner does not support, for the reason given.
-
-    Raises:
-        ValueError: the architecture is not supported, or the files are corrupt or incomplete.
-    """
-    try:
-        import transformers
-    except ImportError:
-        raise ImportError(f"{reason}; other models need transformers: pip install pyspec-kernels[hf]") from None
-    from pyspec.checkpoints.loading import eos_tokens
-    from pyspec.checkpoints.tokenizer import Tokenizer
-
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
-    model_class = getattr(transformers, str(architecture), None)
-    if model_class is None or architecture not in causal.values():
-        raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {SUPPORTED}")
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        check_supported(model_class, config)
-        tokenizer = Tokenizer.from_folder(folder)
-        with torch.device("cpu"):  # the caller's default device may have no memory, or too little
-            options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
-            model, report = model_class.from_pretrained(folder, **options)
-    except (ValueError, ImportError):  # which say what it is
-        raise
-    except Exception as error:  # a configuration that is wrong fails in any way
-        raise ValueError(f"{folder} cannot be loaded, it may be truncated or corrupt: {error}") from error
-    if report["missing_keys"]:
-        raise ValueError(f"{folder} has no tensor {', '.join(sorted(report['missing_keys'])[:5])}")
-    return TransformersRunner(model.to(device), tokenizer, eos_tokens(folder, tokenizer))

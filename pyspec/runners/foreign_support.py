@@ -14,7 +14,7 @@ __all__ = ["SUPPORTED", "cache_argument", "check_supported", "context_of", "find
 
 SUPPORTED = (
     "supported are LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, MambaForCausalLM, Mamba2ForCausalLM and "
-    "BambaForCausalLM (pyspec.load, pyspec.runners.from_transformers), and through transformers the causal models with "
+    "BambaForCausalLM (pyspec.load, pyspec.from_transformers), and through transformers the causal models with "
     "explicit positions that keep the keys and values of all tokens, such as GPT2LMHeadModel, GPTNeoXForCausalLM, "
     "OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
 )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.architectures.weights import NativeWeights
-from pyspec.checkpoints.fingerprint import fingerprint_of
+from pyspec.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pyspec.architectures.weights import Blank, NativeLayer, NativeWeights, dense
-from pyspec.caches.history import history_for
 from pyspec.caches.state import StateCache
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.mamba_layers import WEIGHTS, mamba_layers
@@ -33,7 +31,6 @@ __all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpace
 
 PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
-ROLLBACKS = ("replay", "joint")
 
 
 class StateSpaceConfig:
@@ -169,14 +166,6 @@ class StateSpaceRunner(RecurrentRunner):
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
         dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
-        rollback: how a state comes to be behind what was accepted. "replay" takes the steps again from their recorded
-            inputs. "joint" (Joint Attainment and Advancement) runs the accepted tokens through the whole model again
-            beside the next tree, once below it and once to move the state; it is there to be compared with.
-        history: with "replay", the longest path that is kept before it is folded into the state, in nodes; None is what
-            rounds of so many sequences cost least with on this machine, measured once. Bits are the same.
-
-    Raises:
-        ValueError: rollback is neither, or history is negative or given with "joint".
     """
 
     def __init__(
@@ -186,34 +175,22 @@ class StateSpaceRunner(RecurrentRunner):
         tokenizer=None,
         eos_tokens: Sequence[int] = (),
         dtype: torch.dtype | None = None,
-        rollback: str = "replay",
-        history: int | None = None,
     ):
-        if rollback not in ROLLBACKS:
-            raise ValueError(f"rollback must be one of {', '.join(ROLLBACKS)}, got {rollback!r}")
-        if history is not None and (history < 0 or rollback != "replay"):
-            raise ValueError(f"history must be None, or at least 0 with rollback 'replay', got {history}")
         super().__init__(config, weights, CONTEXT_LENGTH, tokenizer, eos_tokens, dtype)
-        self.rollback = rollback
-        self._histories: dict[int, int] = {}  # by sequences
-        self._history = 0 if rollback == "joint" else history
         self._is_static = self.device.type == "cuda"
         self._rounds: StaticRounds | None = None  # where shapes are static; outlives the batch
         self._layers = [tensor for layer in weights.layers for tensor in layer.kernel_tensors(config)]
-        self._behind: list[list[int]] = []  # of each sequence, tokens that a joint state is behind its length
 
     def _drop_batch(self) -> None:
         super()._drop_batch()
-        self._rounds, self._behind = None, []
+        self._rounds = None
 
     def _empty_cache(self, sequences: int, capacity: int | None) -> StateCache:
-        self._behind = [[] for _ in range(sequences)]
         if self._rounds is not None and len(self._rounds.cache.lengths) == sequences:
             self._rounds.cache.restart()
             return self._rounds.cache
         self._rounds = None  # makes room
-        cache = StateCache.of(self.config, sequences, self.device, copies=1 if self.rollback == "replay" else 2)
-        cache.history = self._history_for(cache, sequences) if self._history is None else self._history
+        cache = StateCache.of(self.config, sequences, self.device)
         if self._is_static:
             self._rounds = StaticRounds(cache, GraphRecorder(self.device), GraphedHead(self.weights.head))
         return cache
@@ -221,56 +198,18 @@ class StateSpaceRunner(RecurrentRunner):
     def _record(self, sequences: int, capacity: int) -> None:
         cache = self._empty_cache(sequences, capacity)
         if self._rounds is not None:
-            most = BUCKETS[-1] if self.rollback == "replay" else 2 * BUCKETS[-1]  # below what was accepted
-            self._rounds.warm(partial(self._run_round, cache), most)
-
-    def _history_for(self, cache: StateCache, sequences: int) -> int:
-        if sequences not in self._histories:
-            rates = self._layers[WEIGHTS.index("A") :: len(WEIGHTS)]
-            heads = rates[0].shape[0] if rates[0].dim() == 1 else self.config.channels
-            groups = (self.config.record_width - self.config.channels - heads) // self.config.state_size
-            self._histories[sequences] = history_for(cache, rates, heads, groups)
-        return self._histories[sequences]
+            self._rounds.warm(partial(self._run_round, cache), BUCKETS[-1])
 
     def _forward(self, trees: list[DraftTree], sequences: list[int], advances: list[bool], cache: StateCache) -> Rows:
-        if self.rollback == "joint" and not any(advances):
-            return self._run_joint(trees, sequences, cache)
-        return self._run(trees, sequences, advances, cache)
-
-    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
-        if self.rollback == "joint":
-            self._behind[sequence] = tree.tokens[list(path)].tolist()
-            self._cache.advance(sequence, len(path))
-        else:
-            self._cache.commit(sequence, path)
-
-    def _run_joint(self, trees: list[DraftTree], sequences: list[int], cache: StateCache) -> Rows:
-        """`_run` of trees below tokens that the states do not have yet, which then do."""
-        batch, behind = len(cache.lengths), [self._behind[sequence] for sequence in sequences]
-        moving = [sequence for sequence in sequences if self._behind[sequence]]
-        for sequence in sequences:  # the drafts' state, for the other one moves in the same call
-            cache.copy(sequence, batch + sequence)
-        chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
-        places = moving + [batch + sequence for sequence in sequences]
-        below = [_below(tokens, tree) for tokens, tree in zip(behind, trees, strict=True)]
-        advances = [True] * len(chains) + [False] * len(below)
-        rows = self._run([*chains, *below], places, advances, cache)
-        for sequence in sequences:
-            self._behind[sequence] = []
-        ends = accumulate(map(len, below), initial=sum(map(len, chains)))
-        next(ends)
-        return rows._replace(places=[slice(end - len(tree), end) for tree, end in zip(trees, ends, strict=True)])
-
-    def _run(self, trees: list[DraftTree], places: list[int], advances: list[bool], cache: StateCache) -> Rows:
         """What the layers give for the nodes of all trees. See StateCache.round."""
         if self._rounds is not None:
-            rows = self._rounds.run(partial(self._run_round, cache), trees, places, advances)
+            rows = self._rounds.run(partial(self._run_round, cache), trees, sequences, advances)
             if rows is not None:
                 return rows
         tokens = [tree.tokens for tree in trees]
-        round = cache.round(trees, places, advances)
+        round = cache.round(trees, sequences, advances)
         hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)
-        cache.done(places, advances)
+        cache.done(sequences, advances)
         return Rows(hidden)
 
     def _run_round(self, cache: StateCache, tokens: Tensor, round: Round) -> Tensor:
@@ -287,13 +226,3 @@ class StateSpaceRunner(RecurrentRunner):
             epsilon=self.config.norm_epsilon,
             dtype=self.dtype,
         )
-
-
-def _below(tokens: list[int], tree: DraftTree) -> DraftTree:
-    """A tree below a chain of tokens."""
-    if not tokens:
-        return tree
-    count = len(tokens)
-    parents = torch.cat((torch.arange(-1, count - 1, dtype=torch.int32, device="cpu"), tree.parents + count))
-    parents[count] = count - 1
-    return DraftTree(torch.cat((torch.tensor(tokens, device="cpu"), tree.tokens)), parents)

@@ -42,7 +42,7 @@ class RoundInputs(StaticInputs):
     def __init__(self, places: int, rows: int, longest: int, device: torch.device):
         per_row, per_place = dict.fromkeys(("tokens", "parents"), (rows,)), (places,)
         shapes = {"sequences": per_place, "starts": (places + 1,), "paths": (places, longest)}
-        shapes |= dict.fromkeys(("halves", "keeps", "advances"), per_place)
+        shapes |= dict.fromkeys(("halves", "advances"), per_place)
         super().__init__(device, **per_row, **shapes)
         self.round = Round(*(getattr(self, field.name) for field in fields(Round)))
 
@@ -57,14 +57,13 @@ class RoundInputs(StaticInputs):
         host, end = self.host(), 0
         host["sequences"][:] = range(len(host["sequences"]))
         host["paths"].fill(-1)
-        host["keeps"].fill(-1)
-        for tree, place, moves, path, half, keep in zip(trees, places, advances, *plan, strict=True):
+        for tree, place, moves, path, half in zip(trees, places, advances, *plan, strict=True):
             rows = slice(end, end + len(tree))
             host["tokens"][rows], host["parents"][rows] = tree.tokens.numpy(), tree.parents.numpy()
             end = rows.stop
             host["starts"][place + 1 :] = end
             host["paths"][place, : len(path)] = path
-            host["halves"][place], host["keeps"][place], host["advances"][place] = half, keep, moves
+            host["halves"][place], host["advances"][place] = half, moves
         self.send()
 
 
@@ -126,6 +125,6 @@ class StaticRounds:
         if rows not in self._replays:
             longest = self._records.shape[3]  # of which a path takes each node once: more places cost nothing
             inputs = RoundInputs(self.cache.states.shape[1], rows, longest, self.cache.states.device)
-            inputs.fill((), (), (), Plan([], [], []))  # recording runs the step too, which must not replay a path twice
+            inputs.fill((), (), (), Plan([], []))  # recording runs the step too, which must not replay a path twice
             self._replays[rows] = inputs, self._record(lambda: self._head(step(inputs.tokens, inputs.round)))
         return self._replays[rows]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
-from pyspec.acceptance import NAMES, acceptance_from_name
+from pyspec import acceptance
+from pyspec.acceptance import acceptance_from_name
 from pyspec.acceptance.block import block_verification
 from pyspec.acceptance.k_seq import k_seq
 from pyspec.acceptance.lenient import LenientAcceptance
@@ -232,7 +233,7 @@ def test_bad_settings_of_lossy_rules(make):
 
 
 def all_rules():
-    return [acceptance_from_name(name) for name in NAMES] + [LenientAcceptance(0.5), TargetRoots(2)]
+    return [acceptance_from_name(name) for name in acceptance.RULES] + [LenientAcceptance(0.5), TargetRoots(2)]
 
 
 def chain_of(length, size, seed=0):

@@ -1,9 +1,9 @@
 import pytest
 
+from pyspec.measure import results
+
 
 @pytest.fixture(autouse=True)
 def own_results(tmp_path, monkeypatch):
     """No test writes over what was measured."""
-    import measure
-
-    monkeypatch.setattr(measure, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")

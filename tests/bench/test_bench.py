@@ -4,12 +4,13 @@ import dataclasses
 
 import equality
 import peers
-import prompts
 import pytest
 import steps
 import torch
 from peers import DRAFTERS, PHASES, Pyspec, Run
 
+from pyspec.drafters import new_drafter
+from pyspec.measure import prompts
 from tests.helpers.fake_runner import FakeRunner
 
 PROMPT = list(b"a tree is a tree is a tree")
@@ -38,16 +39,17 @@ def run(tokens, seconds=1.0, prefill=0.5, rounds=None):
 
 
 def test_prompts_cover_every_category():
-    assert len(prompts.by_category()) == 13
-    assert len(prompts.first_of_each_category(5)) == 65
-    assert len({prompt.category for prompt in prompts.across_categories(13)}) == 13
-    assert len({prompt.question_id for prompt in prompts.across_categories(50)}) == 50
+    found = prompts.spec_bench()
+    assert len({prompt.category for prompt in found}) == 13
+    assert len(prompts.first_of_each_category(found, 5)) == 65
+    assert len({prompt.category for prompt in prompts.across_categories(found, 13)}) == 13
+    assert len({prompt.question_id for prompt in prompts.across_categories(found, 50)}) == 50
 
 
 @pytest.mark.parametrize("sampling", [{}, *equality.SAMPLED.values()], ids=str)
 def test_equal_tokens_are_found_equal(sampling):
     model = FakeRunner()
-    drafters = {name: make(model) for name, make in DRAFTERS.items()}
+    drafters = {name: new_drafter(name, model) for name in DRAFTERS}
     tokens, found = equality.check_drafters(model, PROMPT, drafters, 40, 8, **sampling)
     assert len(tokens) == 40
     assert found == dict.fromkeys(DRAFTERS, {"difference": None, "drift": 0.0})
@@ -55,7 +57,7 @@ def test_equal_tokens_are_found_equal(sampling):
 
 def test_a_different_token_is_found_and_described():
     model = DrawnApart()
-    tokens, found = equality.check_drafters(model, PROMPT, {"merged": DRAFTERS["merged"](model)}, 20, 8)
+    tokens, found = equality.check_drafters(model, PROMPT, {"merged": new_drafter("merged", model)}, 20, 8)
     difference = found["merged"]["difference"]
     place = difference["place"]
     assert difference["plain_token"] == tokens[place] != difference["drafted_token"] == 99
@@ -114,7 +116,7 @@ def test_transformers_gets_the_same_model():
 
 
 def test_figures_are_sums_first_and_ratios_then(generate_bench, capsys):
-    questions = prompts.first_of_each_category(1)[:2]
+    questions = prompts.first_of_each_category(prompts.spec_bench(), 1)[:2]
     runs = {
         "pyspec plain": [run(range(11)), run(range(31), seconds=3.0)],
         "pyspec merged": [run(range(11), seconds=0.5, rounds=5), run([*range(30), 99], rounds=15)],

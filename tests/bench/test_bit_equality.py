@@ -5,7 +5,6 @@ import secrets
 from itertools import pairwise
 
 import bit_equality
-import prompts
 import pytest
 import torch
 from bit_equality import BUDGETS, DTYPES, Check
@@ -13,6 +12,8 @@ from peers import DRAFTERS
 from recording import record
 
 from pyspec import load
+from pyspec.drafters import new_drafter
+from pyspec.measure import prompts
 from tests.helpers.fake_runner import EOS, FakeRunner
 from tests.helpers.order_dependent import order_dependent_llamas
 
@@ -59,7 +60,7 @@ def check_unit(model, tokens=30):
 @pytest.mark.parametrize("runner", [FakeRunner, EndingRunner])
 def test_every_token_has_the_logits_it_was_drawn_from(runner):
     model = runner()
-    for drafter in (None, DRAFTERS["merged"](model)):
+    for drafter in (None, new_drafter("merged", model)):
         texts, _ = record(model, list(PROMPTS.values()), drafter=drafter, max_new_tokens=30)
         assert [len(text.tokens) for text in texts] == ([30] * 3 if runner is FakeRunner else [12, 10, 20])
         for prompt, text in zip(PROMPTS.values(), texts, strict=True):
@@ -138,7 +139,9 @@ def demo():
 
 
 def short_questions(model, count, choose):
-    token_ids = {question.question_id: question.tokens(model) for question in prompts.across_categories(50)}
+    token_ids = {
+        question.question_id: question.tokens(model) for question in prompts.across_categories(prompts.spec_bench(), 50)
+    }
     short = [question_id for question_id, tokens in token_ids.items() if len(tokens) < 100]
     return {question_id: token_ids[question_id] for question_id in choose.sample(short, count)}
 
@@ -150,8 +153,8 @@ def test_a_sample_of_the_demo_models_texts_has_the_bits_of_plain_decoding(demo, 
         choose = random.Random(seed)
         token_ids = short_questions(model, 3, choose)
         check = Check({dtype: model}, token_ids, 16)
-        name = choose.choice(list(DRAFTERS))
-        drafter = DRAFTERS[name](model)
+        name = choose.choice(DRAFTERS)
+        drafter = new_drafter(name, model)
         for batch in ([choose.choice(list(token_ids))], list(token_ids)):
             run = check.run(dtype, drafter, choose.choice(BUDGETS), batch)
             differences = sum(map(bit_equality.differences, run["texts"]))
@@ -164,7 +167,7 @@ def test_the_sample_has_teeth(demo):
     token_ids = short_questions(model, 1, random.Random(0))
 
     def differences():
-        run = Check({"fp32": model}, token_ids, 6).run("fp32", DRAFTERS["merged"](model), 4, list(token_ids))
+        run = Check({"fp32": model}, token_ids, 6).run("fp32", new_drafter("merged", model), 4, list(token_ids))
         return bit_equality.differences(run["texts"][0])
 
     assert differences() == 0

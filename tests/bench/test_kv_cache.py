@@ -4,7 +4,7 @@ import kv_cache
 import pytest
 import torch
 
-from pyspec.caches import Codebooks, GearCache, ResidualVqCache
+from pyspec.caches import Codebooks, GearSettings, ResidualVqSettings
 from pyspec.ops.gear import BLOCK
 from tests.helpers.random_llama import random_llama, random_tokens
 
@@ -30,7 +30,7 @@ def test_errors_are_beside_those_of_the_backbone(rows):
     for name in ("int8", "kivi-2bit"):
         assert rows[name]["key_ratio"] == rows[name]["value_ratio"] == pytest.approx(1)
     assert rows["gear-2bit"]["key_ratio"] < 1 and rows["gear-2bit"]["value_ratio"] < 1
-    assert rows["int8"]["effective_bits_at_8k"] == GearCache(8, 128).effective_bits(64, 8192)
+    assert rows["int8"]["effective_bits_at_8k"] == GearSettings(8, 128).effective_bits(64, 8192)
     assert "key_error" not in rows["int4, half"] and rows["dense"]["kl"] == rows["dense"]["change"] == 0
     assert all(row["accepted"] >= 1 for row in rows.values())
 
@@ -43,7 +43,7 @@ def test_errors_of_codes_are_those_of_each_depth(model, keys, capsys):
     books = Codebooks(words.half(), 2, 64, model.fingerprint, frequencies)
     text = random_tokens(kv_cache.FIRST + BLOCK)
     parts = kv_cache.keys_values(model, text)
-    figures = kv_cache.error_figures(parts, ResidualVqCache(books))
+    figures = kv_cache.error_figures(parts, ResidualVqSettings(books))
     assert len(figures) == 8 and figures["key_error"] == figures["key_error_depth_3"]
     for side in ("key", "value"):
         by_depth = [figures[f"{side}_error_depth_{depth}"] for depth in (1, 2, 3)]
@@ -120,4 +120,4 @@ def test_each_cache_of_transformers_is_a_peer_or_is_missed_by_name(backend, monk
 def test_caches_are_found_by_their_names():
     assert kv_cache.settings_of("dense") is None
     assert kv_cache.settings_of("int4, half") == kv_cache.SETTINGS["int4, half"]
-    assert type(kv_cache.settings_of("rvq")).__name__ == "ResidualVqCache"
+    assert type(kv_cache.settings_of("rvq")).__name__ == "ResidualVqSettings"

@@ -24,7 +24,7 @@ def test_every_round_is_timed_and_shown():
     for shape, batch in (("Mamba", 1), ("Mamba-2 130M", 16)):
         found = bench.run(shape, "bf16", batch, 2, sizes=(1, 6), shapes=SHAPES)
         ways = {name.split()[0] for name in found["seconds"]}
-        assert ways == {"replay", "kept", "snapshots", "joint", "recompute", "transformers"}
+        assert ways == {"replay", "snapshots", "joint", "recompute", "transformers"}
         assert found["over_plain"]["replay 1"] == 1.0
         bench.show(Console(file=output, width=120), found, sizes=(1, 6))
     assert "snapshots of 6 nodes take" in output.getvalue()
@@ -32,14 +32,13 @@ def test_every_round_is_timed_and_shown():
 
 def test_recompute_ends_where_replay_ends():
     states = []
-    for way in ("replay", "recompute", "kept"):
+    for way in ("replay", "recompute"):
         torch.manual_seed(0)
         rounds = bench.Rounds(bench.random_model(SHAPES["Mamba-2 130M"], torch.float32, "cpu"), 2)
         getattr(rounds, way)(13)()
-        model = rounds.keeping_model if way == "kept" else rounds.model
-        verify_all(model, [DraftTree.chain([0])] * 2)  # which replays the round before
-        states.append(model._cache.states)
-    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+        verify_all(rounds.model, [DraftTree.chain([0])] * 2)  # which replays the round before
+        states.append(rounds.model._cache.states)
+    assert torch.equal(*states)
 
 
 def test_texts_of_a_trained_model_are_continued(tmp_path):

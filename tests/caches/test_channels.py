@@ -1,19 +1,19 @@
-"""GearCache(key_channels=...): which channels of the keys stay, and that committed tokens alone decide it."""
+"""GearSettings(key_channels=...): which channels of the keys stay, and that committed tokens alone decide it."""
 
 import pytest
 import torch
 
-from pyspec.caches import GearCache, load_packed, save_packed
-from pyspec.caches.gear import RECENT
+from pyspec.caches import GearSettings, load_quantised, save_quantised
+from pyspec.caches.blocks import RECENT
 from pyspec.ops import gear_decode
 from pyspec.ops.gear import BLOCK
 from pyspec.tree import DraftTree
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 SETTINGS = {
-    "half": GearCache(8, 64, key_channels=32),
-    "gear": GearCache(2, 64, rank=2, outliers=2, fitted=True, key_channels=48),
-    "evicting": GearCache(4, 64, key_channels=48, keep=0.5, whole_layers=1),
+    "half": GearSettings(8, 64, key_channels=32),
+    "gear": GearSettings(2, 64, rank=2, outliers=2, fitted=True, key_channels=48),
+    "evicting": GearSettings(4, 64, key_channels=48, keep=0.5, whole_layers=1),
 }
 
 
@@ -89,7 +89,7 @@ def test_the_channels_that_recent_queries_ask_for_stay():
 
 
 def test_records_are_smaller():
-    whole, half = GearCache(4, 64), GearCache(4, 64, key_channels=32)
+    whole, half = GearSettings(4, 64), GearSettings(4, 64, key_channels=32)
     assert half.record_bytes(64) <= 0.78 * whole.record_bytes(64)
     assert half.effective_bits(64, 65536) < 0.8 * whole.effective_bits(64, 65536)
     cache = half.start(1, 1, 1, 1000, 64, torch.bfloat16, torch.device("cpu"))
@@ -103,7 +103,7 @@ def test_recent_queries_are_saved_too(tmp_path):
     text, queries = text_of(300)
     settings = SETTINGS["gear"]
     cache = filled(settings, text[..., :250, :], queries[:, :250], endless(30))
-    save_packed(cache, tmp_path / "cache", "model")
-    found = load_packed(tmp_path / "cache", "model", capacity=400, device="cpu")
+    save_quantised(cache, tmp_path / "cache", "model")
+    found = load_quantised(tmp_path / "cache", "model", capacity=400, device="cpu")
     for part, right in zip(state(found), state(cache), strict=True):
         assert torch.equal(part, right)

@@ -1,19 +1,19 @@
-"""GearCache(keep=...): which tokens stay, that committed tokens alone decide it, and what a row sees."""
+"""GearSettings(keep=...): which tokens stay, that committed tokens alone decide it, and what a row sees."""
 
 import pytest
 import torch
 
-from pyspec.caches import GearCache
+from pyspec.caches import GearSettings
 from pyspec.ops import gear_decode, tree_attention
 from pyspec.ops.gear import BLOCK
 from pyspec.tree import DraftTree
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 64
-HALF = GearCache(8, 64, keep=0.5, whole_layers=1)
+HALF = GearSettings(8, 64, keep=0.5, whole_layers=1)
 SETTINGS = {
     "half": HALF,
-    "eighth": GearCache(8, 64, keep=0.125, whole_layers=0, window=20),
-    "gear": GearCache(2, 64, rank=2, outliers=2, keep=0.25, fitted=True),
+    "eighth": GearSettings(8, 64, keep=0.125, whole_layers=0, window=20),
+    "gear": GearSettings(2, 64, rank=2, outliers=2, keep=0.25, fitted=True),
 }
 
 
@@ -110,12 +110,12 @@ def test_a_share_of_the_memory():
     def held(settings):
         return settings.start(2, 1, 1, 8192, HEAD_DIM, torch.bfloat16, torch.device("cpu")).packed.nbytes
 
-    whole = GearCache(4, 64)
+    whole = GearSettings(4, 64)
     for keep in (0.5, 0.25, 0.125):
-        evicted = GearCache(4, 64, keep=keep, whole_layers=0)
+        evicted = GearSettings(4, 64, keep=keep, whole_layers=0)
         assert held(evicted) == keep * held(whole)
         assert evicted.effective_bits(64, 65536) < keep * whole.effective_bits(64, 65536) + 0.25
-    assert held(GearCache(4, 64, keep=0.5, whole_layers=9)) == 0
+    assert held(GearSettings(4, 64, keep=0.5, whole_layers=9)) == 0
 
 
 def test_what_cannot_be_packed_is_named_by_its_position():
@@ -136,4 +136,4 @@ def test_what_cannot_be_packed_is_named_by_its_position():
 )
 def test_settings_that_do_not_exist(fields, message):
     with pytest.raises(ValueError, match=message):
-        GearCache(**fields)
+        GearSettings(**fields)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyspec.caches import GearCache, load_packed, save_packed
+from pyspec.caches import GearSettings, load_quantised, save_quantised
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 64
 SETTINGS = {
-    "gear": GearCache(2, 64, rank=2, outliers=2, fitted=True),
-    "evicting": GearCache(4, 64, keep=0.5, whole_layers=1),
+    "gear": GearSettings(2, 64, rank=2, outliers=2, fitted=True),
+    "evicting": GearSettings(4, 64, keep=0.5, whole_layers=1),
 }
 
 
@@ -30,8 +30,8 @@ def cache_of(settings, lengths=(300, 20)):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_is_saved_comes_back(name, tmp_path):
     cache, path = cache_of(SETTINGS[name]), tmp_path / "cache"
-    save_packed(cache, path, "model-1")
-    found = load_packed(path, "model-1", capacity=1000, device="cpu")
+    save_quantised(cache, path, "model-1")
+    found = load_quantised(path, "model-1", capacity=1000, device="cpu")
     assert found.settings == cache.settings and found.lengths == [300, 20] and found.capacity == 1000
     for sequence, length in enumerate(cache.lengths):
         blocks, start = length // cache.span, cache.starts[sequence]
@@ -47,18 +47,18 @@ def test_what_is_saved_comes_back(name, tmp_path):
 def test_other_caches_are_refused(tmp_path):
     cache = cache_of(SETTINGS["gear"])
     cache.settings = "rvq"
-    with pytest.raises(TypeError, match="cache must be packed by a GearCache, got 'rvq'"):
-        save_packed(cache, tmp_path / "cache", "model-1")
+    with pytest.raises(TypeError, match="cache must be packed by a GearSettings, got 'rvq'"):
+        save_quantised(cache, tmp_path / "cache", "model-1")
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "cache"
-    save_packed(cache_of(SETTINGS["gear"]), path, "model-1")
+    save_quantised(cache_of(SETTINGS["gear"]), path, "model-1")
     tensors = load_file(path)
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])["__metadata__"]
 
     def load(**options):
-        return load_packed(path, **{"fingerprint": "model-1", "capacity": 400, "device": "cpu"} | options)
+        return load_quantised(path, **{"fingerprint": "model-1", "capacity": 400, "device": "cpu"} | options)
 
     load()
     with pytest.raises(ValueError, match="cache is a cache of model model-1, not of model-2"):

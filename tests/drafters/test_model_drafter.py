@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyspec.acceptance import NAMES, acceptance_from_name
+from pyspec.acceptance import RULES, acceptance_from_name
 from pyspec.drafters.model import ModelDrafter, _Laws
 from pyspec.drafters.shapes.dyspec import DySpecGreedy, DySpecThreshold
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
@@ -72,7 +72,7 @@ def test_the_default_fits_the_defaults_of_generate():
 
 
 @pytest.mark.parametrize("growth", GROWTH, ids=ids)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RULES)
 def test_what_may_be_combined(name, growth):
     """Greedily all that may gives the plain text; what may not says what to use."""
     drafter = ModelDrafter(Draft(), FakeRunner(), growth)

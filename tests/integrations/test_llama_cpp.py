@@ -3,10 +3,10 @@ import pytest
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from pyspec.checkpoints.loading import demo_file  # noqa: E402
-from pyspec.costs import Costs  # noqa: E402
+from pyspec.checkpoints.sources import demo_file  # noqa: E402
 from pyspec.drafters.lookup import LookupDrafter  # noqa: E402
 from pyspec.integrations.llama_cpp import speculate  # noqa: E402
+from pyspec.machine.costs import Costs  # noqa: E402
 
 TEXT = b"one, two, three, four, five, six, seven, eight; one, two, three, four, five,"
 

@@ -10,7 +10,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import pyspec  # noqa: E402
-from pyspec.caches import CACHES  # noqa: E402
+from pyspec.caches import cache_from_name  # noqa: E402
 from pyspec.integrations.transformers import GearCache, GearLayer, register_attention  # noqa: E402
 from pyspec.integrations.transformers import cache as cache_module  # noqa: E402
 from pyspec.ops import gear_decode, gear_encode  # noqa: E402
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::Deprecat
 CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version
 
 HEADS, HEAD_DIM, VOCABULARY = 2, 64, 101
-GEAR = CACHES["gear-2bit"]
+GEAR = cache_from_name("gear-2bit")
 
 
 @pytest.fixture(scope="module")
@@ -237,15 +237,15 @@ def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match="cache must name or be a pyspec.GearCache, got 'dense'"):
+    with pytest.raises(ValueError, match="cache must name or be a pyspec.GearSettings, got 'dense'"):
         GearCache("dense")
     with pytest.raises(ValueError, match="cache must be one of"):
         GearCache("gear")
     with pytest.raises(ValueError, match="keep must be 1 with transformers.* got 0.5"):
-        GearCache(pyspec.GearCache(keep=0.5))
+        GearCache(pyspec.GearSettings(keep=0.5))
     with pytest.raises(ValueError, match="key_channels must be 0 with transformers"):
-        GearCache(pyspec.GearCache(key_channels=32))
-    cache = GearCache(pyspec.GearCache(4, 64))
+        GearCache(pyspec.GearSettings(key_channels=32))
+    cache = GearCache(pyspec.GearSettings(4, 64))
     with pytest.raises(ValueError, match="head_dim must be one of"):
         cache.update(torch.zeros(1, 1, 3, 48), torch.zeros(1, 1, 3, 48), 0)
     with pytest.raises(ValueError, match="layer 1 must have one head_dim to be packed, got 64 and 128"):

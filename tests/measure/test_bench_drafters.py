@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pyspec.measure import drafters as drafter_bench
+from pyspec.measure import machine
 from tests.helpers.fake_runner import FakeRunner
 from tests.test_cli import model, run, write_prompts  # noqa: F401
 
@@ -45,8 +46,8 @@ def test_answers_help_each_other_and_problems_do_not():
 
 def test_a_plot_and_tables(tmp_path):
     for settings in (dict(answers=1), dict(answers=0, temperatures=[0.8])):
-        report = measure(**settings)
-        drafter_bench.plot(report, tmp_path / "plot.png", "a title")
+        report = measure(**settings) | {"model": "a model", "dtype": "float32", "machine": machine()}
+        drafter_bench.plot(report, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").stat().st_size > 10_000
         assert len(list(drafter_bench.tables(report))) == (3 if settings["answers"] else 1)
 

@@ -56,10 +56,10 @@ def test_a_wrong_kernel_is_named_and_the_others_go_on(monkeypatch):
 
 def test_what_a_call_changes_is_put_back_before_it_is_checked():
     problem = cases._rms_norm(cases.Attention(128, 256, 4, 2, 64, 500), "cpu")
-    first = kernels._error(problem)
+    first = kernels.error_of(problem)
     for _ in range(50):
         problem.call()
-    assert kernels._error(problem) == first
+    assert kernels.error_of(problem) == first
 
 
 def test_comparison_finds_what_became_slower_over_its_floor(result):

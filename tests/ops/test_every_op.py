@@ -320,15 +320,12 @@ def test_rotary_write(places):
     parent=st.sampled_from([-1, 0, 1, 2, 5, -9]),
     path=st.lists(place, max_size=3),
     half=st.sampled_from([0, 1, 2, -1]),
-    keep=st.sampled_from([-1, -1, 0, 3, 4, 5, 9, 10, -2]),
     advance=st.sampled_from([0, 0, 1, 2]),
 )
-def test_rounds(sequence, start, parent, path, half, keep, advance):
+def test_rounds(sequence, start, parent, path, half, advance):
     parents = TREE.parents.clone()
     parents[2] = parent
-    round = Round(
-        ints([sequence]), ints([start, 5]), parents, ints(path).view(1, -1), ints([half]), ints([keep]), ints([advance])
-    )
+    round = Round(ints([sequence]), ints([start, 5]), parents, ints(path).view(1, -1), ints([half]), ints([advance]))
     agree(ops.selective_state, selective_case() | {"round": round}, changed=("state", "record"))
     agree(ops.causal_conv, CALLS["causal_conv"]()[1] | {"round": round}, changed=("window", "record"))
 

@@ -176,14 +176,14 @@ def test_equals_a_textbook_mamba(kind, biases, backend):
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_program_has_the_bits_of_its_ops(kind, weight_dtype, dtype, name, monkeypatch):
-    """In rounds with nothing to replay, with a path to fold, with one that is kept, and with a chain that advances."""
+    """In rounds with nothing to replay, with paths to replay, and with a chain that advances."""
     monkeypatch.setenv("PYSPEC_ISA", name)
     given, _ = arguments(kind, weight_dtype, dtype)
     chains = [TREES[0], DraftTree.chain([1] * 3)]
     for round in (
         given["round"],
         Round.of(TREES, PLACES, [[0, 1, 3], [0]], [1, 0]),
-        Round.of(chains, PLACES, [[0, 2], []], [0, 1], keeps=[3, -1], advances=[False, True]),
+        Round.of(chains, PLACES, [[0, 2], []], [0, 1], advances=[False, True]),
     ):
         given["round"] = round
         out, after = call(given)
@@ -235,8 +235,10 @@ def changed(**changes):
         (changed(conv_records=lambda x: x[:, :, :3]), "conv_records must be float32"),
         (changed(dt_rank=lambda x: 3 - x), "weights must be those of Mamba, or of Mamba-2"),
         (changed(round=lambda x: replace(x, sequences=x.sequences + 2)), r"sequences\[0\] is 4"),
-        (changed(round=lambda x: replace(x, keeps=x.keeps + 7)), "tree 0 has 7 nodes, the record has room for 6"),
-        (changed(round=lambda x: replace(x, keeps=x.keeps - 1)), r"keeps\[0\] is -2"),
+        (
+            changed(**dict.fromkeys(("records", "conv_records"), lambda x: x[:, :, :, :6].contiguous())),
+            "tree 0 has 7 nodes, the record has room for 6",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(change, message):

@@ -369,9 +369,7 @@ def test_places_outside_are_refused_before_anything_is_written():
 
 
 def test_a_round_moves_to_another_device_in_one_piece():
-    round = Round.of(
-        [DraftTree([0] * 3, [-1, 0, 0]), DraftTree.chain([0])], [2, 0], [[0, 2], []], [1, 0], keeps=[3, -1]
-    )
+    round = Round.of([DraftTree([0] * 3, [-1, 0, 0]), DraftTree.chain([0])], [2, 0], [[0, 2], []], [1, 0])
     for moved, tensor in zip(round.to("cpu").tensors(), round.tensors(), strict=True):
         assert moved.is_contiguous() and torch.equal(moved, tensor) and moved.dtype == torch.int32
     shapes = [tensor.shape for tensor in round.to("meta").tensors()]

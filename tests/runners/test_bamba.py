@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import pyspec.runners.recurrent
-from pyspec import DraftTree, generate, load
+from pyspec import DraftTree, from_transformers, generate, load
 from pyspec.architectures.bamba import BambaRunner
-from pyspec.runners import from_transformers
 from pyspec.runners.foreign_support import cache_argument
 from tests.helpers.random_llama import VOCABULARY, by_slot, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import (

@@ -5,13 +5,12 @@ from functools import cache
 import pytest
 import torch
 
-from pyspec import generate, load
-from pyspec.caches import CACHES, GearCache
+from pyspec import from_transformers, generate, load
+from pyspec.caches import CACHES, GearSettings, cache_from_name
 from pyspec.drafters import NAMES, new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
-from pyspec.runners import from_transformers
 from pyspec.runners.attention import LlamaRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree
 from tests.helpers.torch_settings import SETTINGS, default_dtype
@@ -63,7 +62,8 @@ def llama_texts():
     calls += [drawn | {"acceptance": rule} for rule in ("recursive", "traversal")]
     found = [generate(runner, PROMPTS, budget=7, max_new_tokens=12, **call).tokens for call in calls]
     long = [random_tokens(190, seed=4)]
-    for packed in (*CACHES.values(), GearCache(4, 64, keep=0.5), GearCache(4, 64, key_channels=48, rank=1)):
+    named = [cache for cache in map(cache_from_name, CACHES) if isinstance(cache, GearSettings)]
+    for packed in (*named, GearSettings(4, 64, keep=0.5), GearSettings(4, 64, key_channels=48, rank=1)):
         found.append(generate(runner, long, drafter="lookup", budget=7, max_new_tokens=12, cache=packed).tokens)
     return found, [row.clone() for row in runner.prefill(PROMPTS)]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyspec import DraftTree, load
-from pyspec.checkpoints.loading import demo_file
+from pyspec.checkpoints.sources import demo_file
 
 PROMPTS = (
     "Explain how rainbows form.",

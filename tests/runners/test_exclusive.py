@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pyspec import DraftTree, generate
+from pyspec import DraftTree, from_transformers, generate
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.model import ModelDrafter
-from pyspec.runners import from_transformers
 from pyspec.runners.exclusive import exclusive_use, lock_of
 from pyspec.runners.foreign import TransformersRunner
 from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 import pyspec.runners.recurrent
-from pyspec import DraftTree, generate
-from pyspec.architectures.mamba2 import Mamba2Runner
+from pyspec import DraftTree, from_transformers, generate
 from pyspec.ops.mamba_layers import mamba_layers_reference
-from pyspec.runners import from_transformers
-from tests.helpers.random_llama import by_slot, random_tokens, random_tree, root_path, verify_all
+from tests.helpers.random_llama import random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import (
     alone_and_together,
     check_batches,
@@ -141,25 +139,6 @@ def test_a_thousand_rounds_do_not_drift(models, kind):
     assert runner._cache.states.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_joint_attainment_has_the_bits_of_replay(models, kind, dtype):
-    """The paper's other method, in a ragged batch with rounds that some sequences sit out or commit nothing in."""
-    _, replay = models(kind, dtype)
-    joint = type(replay)(replay.config, replay.weights, dtype=replay.dtype, rollback="joint")
-    prompts, generator = [random_tokens(length, length) for length in (3, 17, 1)], random.Random(1)
-    for logits in zip(replay.prefill(prompts), joint.prefill(prompts), strict=True):
-        assert torch.equal(*logits)
-    for turn in range(25):
-        trees = [random_tree(size, turn) if size else None for size in generator.choices((0, 1, 2, 7), k=3)]
-        for found, other in zip(verify_all(joint, trees), verify_all(replay, trees), strict=True):
-            assert found is other is None or torch.equal(found, other)
-        paths = [tree and (root_path(tree, generator.randrange(-1, len(tree))) or None) for tree in trees]
-        joint.commit(by_slot(paths))
-        replay.commit(by_slot(paths))
-        assert joint.lengths() == replay.lengths()
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_sequences_that_sit_out_are_left_alone(models, kind):
@@ -241,8 +220,6 @@ def test_prefill_refuses_what_does_not_fit_and_keeps_the_batch(models):
 def test_verify_and_commit_refuse_what_does_not_fit(models):
     _, runner = models("mamba2")
     check_trees_and_paths_refused(runner)
-    with pytest.raises(ValueError, match="rollback must be one of replay, joint, got 'snapshots'"):
-        Mamba2Runner(runner.config, runner.weights, rollback="snapshots")
 
 
 def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):

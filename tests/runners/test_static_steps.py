@@ -12,7 +12,8 @@ import torch
 
 import pyspec.runners.attention
 import pyspec.runners.static_steps as static_steps
-from pyspec import DraftTree, costs, generate
+from pyspec import DraftTree, generate
+from pyspec.machine import costs
 from pyspec.runners.static_inputs import StaticInputs
 from pyspec.runners.static_steps import StaticSteps, StepInputs, slots_for
 from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all

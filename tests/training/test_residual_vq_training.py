@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from pyspec import ResidualVqCache, generate  # noqa: E402
+from pyspec import ResidualVqSettings, generate  # noqa: E402
 from pyspec.caches import Codebooks  # noqa: E402
 from pyspec.ops import residual_vq_decode, residual_vq_encode, rotary_of_blocks  # noqa: E402
 from pyspec.ops.residual_vq import nearest, turn_keys  # noqa: E402
@@ -147,7 +147,7 @@ def test_a_run_learns_goes_on_and_is_used(runner, tmp_path, monkeypatch, keys):
         error = float((found - k).norm() / k.norm())
         assert error < before
         before = error
-    cache = ResidualVqCache(whole)
+    cache = ResidualVqSettings(whole)
     plain = generate(runner, prompt, drafter=None, max_new_tokens=20, cache=cache)
     assert generate(runner, prompt, budget=6, max_new_tokens=20, cache=cache).tokens == plain.tokens
 

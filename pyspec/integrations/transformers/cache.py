@@ -35,16 +35,16 @@ class GearCache(Cache):
     positions behind its end; its record depends on its own keys and values alone.
 
     Args:
-        cache: a pyspec.GearCache, or the name of one in pyspec.caches.CACHES. It keeps all tokens and channels.
+        cache: a pyspec.GearSettings, or the name of one in pyspec.caches.CACHES. It keeps all tokens and channels.
 
     Raises:
         TypeError, ValueError: it is none.
     """
 
-    def __init__(self, cache: str | caches.GearCache = "gear-4bit"):
+    def __init__(self, cache: str | caches.GearSettings = "gear-4bit"):
         settings = caches.cache_from_name(cache)
-        if not isinstance(settings, caches.GearCache):
-            raise ValueError(f"cache must name or be a pyspec.GearCache, got {cache!r}")
+        if not isinstance(settings, caches.GearSettings):
+            raise ValueError(f"cache must name or be a pyspec.GearSettings, got {cache!r}")
         if settings.keep < 1:
             raise ValueError(f"keep must be 1 with transformers, whose masks count all tokens, got {settings.keep}")
         if settings.key_channels:
@@ -69,7 +69,7 @@ class GearCache(Cache):
 class GearLayer(DynamicLayer):
     """One layer: `packed` [B, Hkv, blocks, record] uint8, then `keys` and `values` [B, Hkv, S, D] as they came."""
 
-    def __init__(self, settings: caches.GearCache, index: int):
+    def __init__(self, settings: caches.GearSettings, index: int):
         super().__init__()
         self.settings = settings
         self.index = index
@@ -174,7 +174,7 @@ class GearLayer(DynamicLayer):
 class _Held:
     """What a layer holds during a pass: records, then keys and values as they came."""
 
-    settings: caches.GearCache
+    settings: caches.GearSettings
     packed: Tensor  # [B, Hkv, blocks, record] uint8
     keys: Tensor  # [B, Hkv, S, D]
     values: Tensor

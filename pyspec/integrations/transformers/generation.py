@@ -15,12 +15,13 @@ from transformers.cache_utils import Cache
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.architectures.llama import Unsupported
-from pyspec.checkpoints.loading import native_config_of
-from pyspec.costs import LARGEST, auto_budget, costs_of
+from pyspec.checkpoints import from_transformers
+from pyspec.checkpoints.load import native_config_of
+from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import speculate
-from pyspec.runners import Runner, from_transformers
+from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.verified import Verified
@@ -136,7 +137,7 @@ def generate(
         raise ValueError(f"input_ids must leave room in the context of {runner.context_length}, got {input_ids.shape}")
     shared_drafter = drafter_from_name(drafter, runner)
     check_laws(shared_drafter, ExactAcceptance())
-    auto = auto_budget(shared_drafter, costs_of(runner)) if budget == "auto" and shared_drafter is not None else None
+    controller = controller_for(budget, runner, shared_drafter)
     keeps = _Kept.asked_for(generation_config)
     rows = [
         _Row(
@@ -153,8 +154,7 @@ def generate(
     ]
     if stream is not None and hasattr(stream, "put"):
         stream.put(input_ids.cpu())  # streamers take the prompt first, and skip it if told so
-    largest = LARGEST if budget == "auto" else budget
-    speculate(runner, rows, ExactAcceptance(), largest=largest, auto=auto, packed=None, stats=Stats(seed=0))
+    speculate(runner, rows, ExactAcceptance(), controller=controller, packed=None, stats=Stats(seed=0))
     if stream is not None and hasattr(stream, "end"):
         stream.end()
     for number, row in enumerate(rows):

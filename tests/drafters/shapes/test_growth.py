@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pyspec.acceptance import NAMES, acceptance_from_name
+from pyspec.acceptance import RULES, acceptance_from_name
 from pyspec.drafters.shapes import top_tokens
 from pyspec.drafters.shapes.dyspec import DySpecGreedy, DySpecThreshold
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
@@ -94,7 +94,7 @@ def test_every_exact_rule_that_takes_the_trees_says_what_the_target_says(name, k
     length = 1 + max(int(tree.depths.max()) for tree, _ in trees)
     target = target_law(laws, length)
     accepted = {}
-    for rule_name in NAMES:
+    for rule_name in RULES:
         rule = acceptance_from_name(rule_name)
         if rule.law != "exact" or (rule.siblings is not None and DRAWN[name][0].siblings not in rule.siblings):
             continue

@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-def random_runner(kind: str, device: str, dtype: torch.dtype, **options):
+def random_runner(kind: str, device: str, dtype: torch.dtype):
     runner, config = MODELS[kind]
     weights, generator = StateSpaceWeights.empty(config, dtype, torch.device(device)), torch.Generator().manual_seed(0)
     for name, tensor in weights.named(config).items():
@@ -36,7 +36,7 @@ def random_runner(kind: str, device: str, dtype: torch.dtype, **options):
         if "dt" in name and "bias" in name or "A_log" in name:
             mean, deviation = -2.0, 1.0
         tensor.copy_(torch.normal(mean, deviation, tensor.shape, generator=generator))
-    return runner(config, weights, **options)
+    return runner(config, weights)
 
 
 @pytest.fixture
@@ -71,10 +71,9 @@ def test_logits_are_those_of_the_cpu(kind, device, monkeypatch):
         assert_close(ours.cpu(), other, atol=2e-3 if HAS_GPU else 1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("history", [0, 5])
 @pytest.mark.parametrize("kind", MODELS)
-def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, history, device):
-    runner = random_runner(kind, device, torch.bfloat16, history=history)
+def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, device):
+    runner = random_runner(kind, device, torch.bfloat16)
     plain = type(runner)(runner.config, runner.weights)
     generator, texts = random.Random(0), [random_tokens(length, length) for length in (3, 9)]
     runner.prefill(texts)
@@ -114,15 +113,14 @@ class FakeRecorder:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("history", [0, 5])
 @pytest.mark.parametrize("kind", MODELS)
-def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, history, device, monkeypatch):
+def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, device, monkeypatch):
     """Padding, sequences that sit out, more rows than have a graph, records that grow, and a second batch."""
     if not HAS_GPU:
         monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
     monkeypatch.setattr(pyspec.runners.static_rounds, "ROWS", (4, 16))
-    static = random_runner(kind, device, torch.bfloat16, history=history)
-    dynamic = type(static)(static.config, static.weights, history=history)
+    static = random_runner(kind, device, torch.bfloat16)
+    dynamic = type(static)(static.config, static.weights)
     static._is_static, dynamic._is_static = True, False
     generator = random.Random(0)
     for batch in range(2):
@@ -165,14 +163,13 @@ def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("sequences", [1, 2])
-@pytest.mark.parametrize("options", [{"history": 0}, {"history": 5}, {"rollback": "joint"}], ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_nothing_is_recorded_nor_launched_after_warm(kind, options, sequences, device, monkeypatch):
+def test_nothing_is_recorded_nor_launched_after_warm(kind, sequences, device, monkeypatch):
     """And all has the bits of launches: prompts, trees of up to 64 nodes, long paths, and a second batch."""
     if not HAS_GPU:
         monkeypatch.setattr(pyspec.runners.recurrent, "GraphRecorder", FakeRecorder)
-    static = random_runner(kind, device, torch.bfloat16, **options)
-    dynamic = type(static)(static.config, static.weights, history=0)
+    static = random_runner(kind, device, torch.bfloat16)
+    dynamic = type(static)(static.config, static.weights)
     static._is_static, dynamic._is_static = True, False
     static.warm(sequences=sequences)
     assert static.lengths() == []

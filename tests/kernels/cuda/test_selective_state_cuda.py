@@ -119,23 +119,19 @@ KINDS = [(Recurrence, shape) for shape in SHAPES] + [(Convolution, "")]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind, shape", KINDS)
 def test_rounds_are_those_of_the_reference(kind, shape, dtype, seed):
-    """Ragged batches of trees and chains that advance, paths that are folded or kept; what is not used stays NaN."""
+    """Ragged batches of trees and chains that advance, and paths that are replayed; what is not used stays NaN."""
     rng = random.Random(shape)
     layer, kernel = kind(shape, dtype, rng.randrange(12)), kernel_of(kind.name)
     layer.state[1:] = layer.new(*layer.state[1:].shape)
-    paths, halves, starts = [[] for _ in range(SEQUENCES)], [0] * SEQUENCES, [0] * SEQUENCES
+    paths, halves = [[] for _ in range(SEQUENCES)], [0] * SEQUENCES
     for turn in range(5):
         seed(turn)
         active = rng.sample([1, 2], rng.choice([1, 2, 2]))
         trees = [random_tree(rng, rng.choice([1, 3, 9])) for _ in active]
         advances = [turn == 2 and len(tree) == 1 for tree in trees]
-        keeps = []
-        for b, tree, advance in zip(active, trees, advances, strict=True):
-            end = max(paths[b], default=-1) + 1
-            keeps.append(end if paths[b] and not advance and end + len(tree) <= NODES and rng.random() < 0.5 else -1)
         inputs = layer.inputs(sum(map(len, trees)))
         of_active = [[values[b] for b in active] for values in (paths, halves)]
-        round = Round.of(trees, active, *of_active, keeps=keeps, advances=advances)
+        round = Round.of(trees, active, *of_active, advances=advances)
         before = layer.state.clone(), layer.record.clone()
         expected = kind.reference(*before, *inputs, *round.tensors(), dtype)
         out = call(kernel, layer, inputs, round, dtype)
@@ -144,18 +140,15 @@ def test_rounds_are_those_of_the_reference(kind, shape, dtype, seed):
         for place, other in zip((layer.state, layer.record), before, strict=True):
             assert torch.equal(place.isnan(), other.isnan())
             assert_close(place, other, atol=2e-5, rtol=2e-5, equal_nan=True)
-        for b, tree, keep, advance in zip(active, trees, keeps, advances, strict=True):
-            if keep < 0:
-                paths[b], halves[b] = [], halves[b] if advance else 1 - halves[b]
-            starts[b] = max(keep, 0)
-            if not advance:
-                paths[b] = paths[b] + [starts[b] + node for node in root_path(tree, rng.randrange(len(tree)))]
+        for b, tree, advance in zip(active, trees, advances, strict=True):
+            paths[b] = [] if advance else root_path(tree, rng.randrange(len(tree)))
+            halves[b] = halves[b] if advance else 1 - halves[b]
     assert layer.state[0].isnan().all() and layer.record[:, 0].isnan().all()
 
 
 @pytest.mark.parametrize("kind, shape", KINDS)
-def test_trees_chains_and_kept_paths_have_the_bits_of_plain_decoding(kind, shape, seed):
-    """Of a tree with more branches than states are kept of, every path; replayed at once, or kept round after round."""
+def test_trees_and_chains_have_the_bits_of_plain_decoding(kind, shape, seed):
+    """Of a tree with more branches than states are kept of, some paths, and what they are replayed to."""
     rng = random.Random(1)
     layer, kernel = kind(shape, seed=4), kernel_of(kind.name)
     layer.state[2] = layer.new(*layer.state[2].shape)
@@ -178,20 +171,10 @@ def test_trees_chains_and_kept_paths_have_the_bits_of_plain_decoding(kind, shape
         layer.state.copy_(start)
         probe = layer.inputs(2)
         call(kernel, layer, inputs, Round.of([tree], [2], [[]], [1]))
-        folded = call(kernel, layer, probe, Round.of([DraftTree.chain([0] * 2)], [2], [path], [0]))
+        replayed = call(kernel, layer, probe, Round.of([DraftTree.chain([0] * 2)], [2], [path], [0]))
         assert torch.equal(layer.state[2], plain)
-
-        layer.state.copy_(start)
-        chain = [kind.rows_of(inputs, [row]) for row in path]
-        for place, row in enumerate(chain):  # rounds of one node, none of which is folded
-            keep = Round.of([DraftTree.chain([0])], [2], [range(place)], [0], keeps=[place])
-            assert torch.equal(call(kernel, layer, row, keep), rows[place])
-        assert torch.equal(layer.state[2], start[2])
-        kept = Round.of([DraftTree.chain([0] * 2)], [2], [range(len(path))], [0], keeps=[len(path)])
-        assert torch.equal(call(kernel, layer, probe, kept), folded)
-        fold = Round.of([DraftTree.chain([0] * 2)], [2], [range(len(path))], [0])
-        assert torch.equal(call(kernel, layer, probe, fold), folded)
-        assert torch.equal(layer.state[2], plain)
+        behind = Round.of([DraftTree.chain([0] * 2)], [2], [[]], [0])
+        assert torch.equal(call(kernel, layer, probe, behind), replayed)
 
 
 @pytest.mark.parametrize("kind", [Recurrence, Convolution])
@@ -210,8 +193,6 @@ def test_a_tree_that_does_not_fit_changes_nothing(kind):
         ("parents", [-1, -1, 0]),
         ("paths", [[0, NODES]]),
         ("halves", [2]),
-        ("keeps", [NODES - 2]),
-        ("keeps", [1]),  # over a node of the path
     ):
         tensors = dict(zip(Round.__dataclass_fields__, good.tensors(), strict=True))
         call(kernel, layer, inputs, Round(**tensors | {name: torch.tensor(value, dtype=torch.int32)}))

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from pyspec import GearCache, generate, load
-from pyspec.checkpoints.fingerprint import WeightSample, fingerprint_of
+from pyspec import GearSettings, from_transformers, generate, load
 from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.ngrammys import model_bigrams
+from pyspec.fingerprint import WeightSample, fingerprint_of
 from pyspec.machine import measured
-from pyspec.runners import from_transformers
 from tests.helpers.random_llama import random_llama
 from tests.helpers.tiny_mambas import tiny_mamba
 
@@ -100,7 +99,7 @@ def test_nothing_of_one_fine_tune_is_taken_for_anothers(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     one = from_transformers(tiny_llama())
     other = from_transformers(fine_tuned(tiny_llama(), "model.layers.1.self_attn.v_proj.weight"))
-    one.prefill([[1, 2, 3]], capacity=99, cache=GearCache(8, 64))
+    one.prefill([[1, 2, 3]], capacity=99, cache=GearSettings(8, 64))
     one.save_cache(tmp_path / "cache")
     with pytest.raises(ValueError, match=f"cache of model {one.fingerprint}, not of {other.fingerprint}"):
         other.load_cache(tmp_path / "cache")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyspec import load
-from pyspec.checkpoints import loading
+from pyspec.checkpoints import sources
 from tests.helpers.random_llama import random_tokens
 from tests.helpers.runner_checks import check_last, expected_logits
 from tests.helpers.tiny_models import KINDS, tiny_model, write_gguf
@@ -158,8 +158,8 @@ def test_a_hub_id_is_downloaded_without_pickles(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load("some/model", device="cpu").config.architecture == "llama"
-    assert asked == [("some/model", list(loading.HUB_FILES))]
-    assert not any("bin" in pattern or "pt" in pattern for pattern in loading.HUB_FILES)
+    assert asked == [("some/model", list(sources.HUB_FILES))]
+    assert not any("bin" in pattern or "pt" in pattern for pattern in sources.HUB_FILES)
 
 
 def test_without_the_demo_package_the_error_says_how_to_get_it(monkeypatch):

@@ -11,7 +11,9 @@ import torch
 
 from pyspec.machine import cpu_name
 
-__all__ = ["in_turn", "machine", "multiply_rate", "read_bandwidth", "replayed"]
+__all__ = ["in_turn", "in_turn_for", "machine", "multiply_rate", "read_bandwidth", "replayed"]
+
+LEAST_REPEATS, MOST_REPEATS = 5, 200
 
 
 def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> dict[str, float]:
@@ -28,6 +30,13 @@ def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> d
         for name, call in calls.items():
             seconds[name].append(timed(call))
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def in_turn_for(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
+    """As in_turn, with as many repeats as take about so many seconds in all."""
+    first = in_turn(calls, repeats=1, warmup=1)
+    repeats = min(max(round(seconds / sum(first.values())), LEAST_REPEATS), MOST_REPEATS)
+    return in_turn(calls, repeats, warmup=0)
 
 
 def _seconds(call: Callable) -> float:

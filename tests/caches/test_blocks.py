@@ -1,9 +1,9 @@
-"""PackedCache: what is packed when, that it hangs on the committed tokens alone, and what is written."""
+"""QuantisedCache: what is packed when, that it hangs on the committed tokens alone, and what is written."""
 
 import pytest
 import torch
 
-from pyspec.caches import CACHES, Codebooks, GearCache, ResidualVqCache
+from pyspec.caches import Codebooks, GearSettings, ResidualVqSettings, cache_from_name
 from pyspec.ops import gear_decode, residual_vq_decode
 from pyspec.ops.gear import BLOCK
 from pyspec.tree import DraftTree
@@ -19,17 +19,17 @@ def codebooks(depth=4, codes=256, layers=LAYERS, heads=HEADS, name="toy", freque
 
 
 SETTINGS = {
-    "gear": GearCache(2, 64, rank=2, outliers=2),
-    "int4": CACHES["int4"],
-    "narrow": GearCache(3, 32, window=5),
-    "codes": ResidualVqCache(codebooks()),
-    "pre-rope codes": ResidualVqCache(codebooks(frequencies=FREQUENCIES)),
+    "gear": GearSettings(2, 64, rank=2, outliers=2),
+    "int4": cache_from_name("int4"),
+    "narrow": GearSettings(3, 32, window=5),
+    "codes": ResidualVqSettings(codebooks()),
+    "pre-rope codes": ResidualVqSettings(codebooks(frequencies=FREQUENCIES)),
 }
 
 
 def decoded(settings, packed, layer):
     """Keys and values [heads, S, D] of a layer's records, and the relative error that they may have."""
-    if isinstance(settings, GearCache):
+    if isinstance(settings, GearSettings):
         k, v = gear_decode(packed[layer, None], settings, HEAD_DIM)
         return k[0], v[0], {2: 0.5, 3: 0.25, 4: 0.15}[settings.bits]
     k, v = residual_vq_decode(packed[layer, None], settings.codebooks.tables[layer], HEAD_DIM)

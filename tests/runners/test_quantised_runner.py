@@ -6,28 +6,28 @@ import pytest
 import torch
 
 import pyspec.runners.attention
-from pyspec import DraftTree, ResidualVqCache, generate, load
-from pyspec.caches import CACHES, Codebooks, GearCache, PackedCache
+from pyspec import DraftTree, ResidualVqSettings, generate, load
+from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
 
 
-def random_codes(pre_rope: bool) -> ResidualVqCache:
+def random_codes(pre_rope: bool) -> ResidualVqSettings:
     runner = random_llama()
     words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
     words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
     frequencies = runner.config.rope_frequencies() if pre_rope else None
-    return ResidualVqCache(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
+    return ResidualVqSettings(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
 
 
 PACKED = {
-    **CACHES,
-    "rotated": GearCache(4, 64, rank=1, outliers=2, rotate=True, window=30),
+    **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
+    "rotated": GearSettings(4, 64, rank=1, outliers=2, rotate=True, window=30),
     "rvq": random_codes(pre_rope=False),
     "rvq pre-rope": random_codes(pre_rope=True),
 }
-SPARSE = {"half": GearCache(4, 64, keep=0.5, whole_layers=1), "channels": GearCache(4, 64, key_channels=48)}
+SPARSE = {"half": GearSettings(4, 64, keep=0.5, whole_layers=1), "channels": GearSettings(4, 64, key_channels=48)}
 LENGTHS = (190, 192, 319, 700)  # of prompts: trees behind them see one more block below some depth, and do not
 
 
@@ -56,7 +56,7 @@ def test_before_the_first_block_it_is_the_dense_cache(runner):
     prompt, tree = random_tokens(150), random_tree(20)
     runner.prefill([prompt])
     expected = runner.verify({0: tree})[0].logits
-    runner.prefill([prompt], cache=CACHES["gear-2bit"])
+    runner.prefill([prompt], cache=cache_from_name("gear-2bit"))
     assert torch.equal(runner.verify({0: tree})[0].logits, expected)
 
 
@@ -125,17 +125,17 @@ def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
     node = max(range(24), key=lambda node: int(tree.depths[node]))
 
     def verify(tree):
-        runner.prefill([prompt], cache=CACHES["gear-2bit"])
+        runner.prefill([prompt], cache=cache_from_name("gear-2bit"))
         return runner.verify({0: tree})[0].logits
 
     expected = verify(tree)
-    rows = PackedCache.rows
+    rows = QuantisedCache.rows
 
     def like_the_root(self, sequence, tree):
         own = rows(self, sequence, tree)
         return replace(own, seen=own.first.int().expand_as(own.seen).contiguous(), most=0)
 
-    monkeypatch.setattr(PackedCache, "rows", like_the_root)
+    monkeypatch.setattr(QuantisedCache, "rows", like_the_root)
     found = verify(tree)
     assert torch.equal(found[0], expected[0]) and not torch.equal(found[node], expected[node])
 
@@ -145,14 +145,14 @@ def test_bad_input(runner):
     windowed = random_llama(windows=(None, 50))
     runner.prefill([prompt])
     with pytest.raises(ValueError, match="cache must be dense for a model with sliding windows: layer 1 sees 50"):
-        windowed.prefill([prompt], cache=CACHES["int4"])
-    runner.prefill([prompt], cache=GearCache(window=10))
-    with pytest.raises(ValueError, match="at most 11 nodes with GearCache"):
+        windowed.prefill([prompt], cache=cache_from_name("int4"))
+    runner.prefill([prompt], cache=GearSettings(window=10))
+    with pytest.raises(ValueError, match="at most 11 nodes with GearSettings"):
         runner.verify({0: random_tree(12)})
     assert runner.lengths() == [9]
     for settings, error, message in (
         ({"cache": "gear"}, ValueError, "cache must be one of dense"),
-        ({"cache": None}, TypeError, "cache must be a name or a GearCache, got None"),
+        ({"cache": None}, TypeError, "cache must be a name or a GearSettings, got None"),
         ({"cache": "int4", "budget": 66}, ValueError, "budget must be at most 65 nodes with cache 'int4', got 66"),
     ):
         with pytest.raises(error, match=message):
@@ -172,7 +172,7 @@ def test_nan_keys_are_refused(runner):
     dense[-1] = torch.nan
     layer.qkv.data.copy_(pyspec.ops.pack_weight(dense, torch.float32).data)
     with pytest.raises(ValueError, match="values must be .* got nan in layer 1, head 1, position 0, channel 63"):
-        broken.prefill([random_tokens(200)], cache=CACHES["gear-2bit"])
+        broken.prefill([random_tokens(200)], cache=cache_from_name("gear-2bit"))
 
 
 def test_demo_model():
@@ -195,7 +195,7 @@ def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
     with pytest.raises(RuntimeError, match="there is no packed cache to save"):
         runner.prefill([prompt])
         runner.save_cache(tmp_path / "cache")
-    runner.prefill([prompt, prompt[:50]], cache=CACHES["gear-2bit"])
+    runner.prefill([prompt, prompt[:50]], cache=cache_from_name("gear-2bit"))
     runner.save_cache(tmp_path / "cache")
     expected = runner.verify({0: tree, 1: tree})
     other = random_llama(dtype=torch.bfloat16)

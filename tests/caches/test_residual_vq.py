@@ -1,6 +1,6 @@
-"""ResidualVqCache: its bits, and codebooks that are saved, damaged or of another model.
+"""ResidualVqSettings: its bits, and codebooks that are saved, damaged or of another model.
 
-When blocks are packed is in test_packed_cache.py.
+When blocks are packed is in test_blocks.py.
 """
 
 import dataclasses
@@ -8,20 +8,20 @@ import dataclasses
 import pytest
 import torch
 
-from pyspec.caches import Codebooks, ResidualVqCache, cache_from_name
+from pyspec.caches import Codebooks, ResidualVqSettings, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE, demo_codebooks
 from pyspec.ops.gear import BLOCK
-from tests.caches.test_packed_cache import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
+from tests.caches.test_blocks import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
 
 
 def test_effective_bits():
     """At most 3.2 at 8k tokens, of a model with 3 KV heads of 64 as of one with 8 of 128; 2.25 and less a token."""
-    small = ResidualVqCache(codebooks(8, layers=1))
+    small = ResidualVqSettings(codebooks(8, layers=1))
     tables = torch.zeros(1, 2, 8, 256, 32, dtype=torch.float16)
-    large = ResidualVqCache(Codebooks(tables, 8, 128, "large"))
+    large = ResidualVqSettings(Codebooks(tables, 8, 128, "large"))
     assert 2.25 < small.effective_bits(64, 8192) <= 3.2 and 2.125 < large.effective_bits(128, 8192) <= 2.6
     assert small.record_bytes(64) * 8 / (2 * 64 * BLOCK) == 2.25 and large.record_bytes(128) * 8 / 2**15 == 2.125
-    paper = ResidualVqCache(Codebooks(tables[..., :1, :].expand(-1, -1, -1, 2048, -1), 8, 128, "large"))
+    paper = ResidualVqSettings(Codebooks(tables[..., :1, :].expand(-1, -1, -1, 2048, -1), 8, 128, "large"))
     assert paper.record_bytes(128) * 8 / (2 * 128 * BLOCK) == 2.875  # the paper's 5.5x
     cache = small.start(1, 1, HEADS, 1000, HEAD_DIM, torch.bfloat16, torch.device("cpu"))
     cache.lengths = [1000]
@@ -85,9 +85,9 @@ def test_codebooks_that_do_not_exist():
         with pytest.raises(error, match=message):
             dataclasses.replace(good, **change)
     with pytest.raises(TypeError, match="codebooks must be Codebooks, got str"):
-        ResidualVqCache("books.safetensors")
+        ResidualVqSettings("books.safetensors")
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        ResidualVqCache(good, window=0)
+        ResidualVqSettings(good, window=0)
 
 
 def test_codebooks_of_another_model_are_refused():
@@ -109,5 +109,5 @@ def test_codebooks_of_another_model_are_refused():
 @pytest.mark.skipif(not DEMO_FILE.is_file(), reason="the demo model's codebooks are not there")
 def test_the_name_is_the_demo_models():
     cache = cache_from_name("rvq")
-    assert cache == ResidualVqCache(demo_codebooks()) and cache.codebooks is demo_codebooks()
+    assert cache == ResidualVqSettings(demo_codebooks()) and cache.codebooks is demo_codebooks()
     assert cache.codebooks.tables.shape == (30, 2, 8, 256, 32) and cache.effective_bits(64, 8192) <= 3.2

@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyspec import load
+from pyspec import from_transformers, load
 from pyspec.architectures.mamba import MambaRunner
 from pyspec.architectures.mamba2 import Mamba2Runner
 from pyspec.ops.linear import PackedWeight
-from pyspec.runners import from_transformers
 from pyspec.runners.attention import LlamaRunner
 from pyspec.runners.foreign import TransformersRunner
 from tests.helpers.random_llama import VOCABULARY

@@ -1,0 +1,267 @@
+"""QuantisedCache: keys and values in quantised blocks, read as they are; the last tokens stay in full precision.
+
+The commit rule: nothing is packed before it is committed, and a block is packed when the committed length passes its
+end, whatever was committed with it. So a cache built from one prompt is the one built token by token, bit for bit, and
+a rejected draft never touches a packed block.
+
+A row sees a block packed when it is at least `window` positions behind the block's end (pyspec.ops.gear.blocks_seen).
+The block's keys stay in full precision until no row can come any more that is nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyspec.caches.dense import keep_path
+from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, find_unpackable
+from pyspec.tree import DraftTree
+
+__all__ = ["RECENT", "QuantisedCache", "QuantisedSettings"]
+
+RECENT = 32  # queries that channels of keys are chosen by
+
+
+class QuantisedSettings:
+    """What a QuantisedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
+
+    Attributes:
+        encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
+            channels [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
+        attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
+    """
+
+    keep = 1.0
+    whole_layers = 0
+    key_channels = 0
+
+    @property
+    def span(self) -> int:
+        """Tokens of a block."""
+        return round(BLOCK / self.keep)
+
+    @property
+    def records(self) -> int:
+        """Of a block, in a layer that keeps all its tokens."""
+        return self.span // BLOCK
+
+    @property
+    def largest_tree(self) -> int:
+        """Nodes of a tree, or of a chunk of a prompt."""
+        return self.window + 1
+
+    def check_window(self) -> None:
+        """Raises TypeError or ValueError unless window is a positive integer."""
+        if isinstance(self.window, bool) or not isinstance(self.window, int):
+            raise TypeError(f"window must be an integer, got {self.window!r}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+
+    def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str, frequencies: Tensor) -> None:
+        """Raises ValueError unless the keys of a model, whose rotary frequencies these are, can be packed so."""
+        self.check_head_dim(head_dim)
+
+    def effective_bits(self, head_dim: int, length: int) -> float:
+        """Bits for each number of a text of so many tokens: its records, and what is kept in 16 bits beside them.
+
+        In both forms are kept the tokens of a block that a row may see packed or not. Scratch slots for a tree's keys
+        are not counted; a cache in full precision has them too. The layers that keep all tokens while others do not
+        have the bits of keep = 1.
+        """
+        self.check_head_dim(head_dim)
+        packed = length // self.span * self.record_bytes(head_dim) * 8
+        packed += RECENT * head_dim * 32 if self.key_channels else 0  # queries
+        exact = (length - blocks_seen(length, self.window, self.span) * self.span) * 2 * head_dim * 16
+        return (packed + exact) / (2 * head_dim * length)
+
+    def ready(self, capacity: int, device: torch.device) -> QuantisedSettings:
+        """The same with what a cache of so many tokens needs beside it, on its device."""
+        return self
+
+    def start(
+        self,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> QuantisedCache:
+        """An empty cache of these sizes."""
+        return QuantisedCache(
+            self.ready(capacity, device), layers, sequences, kv_heads, capacity, head_dim, dtype, device
+        )
+
+
+class QuantisedCache:
+    """Keys and values of B sequences, each with its own length.
+
+    `packed` [layers, B, Hkv, blocks, record] uint8 are the blocks of the layers that keep a share of their tokens, one
+    record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them, which
+    keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
+    [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
+    DenseCache, scratch for a tree's keys. slots does not grow with the text. Where keys keep some of their channels,
+    `queries` [layers, B, Hkv, RECENT + nodes, D] fp32 are squares, summed over a group's heads, of the last committed
+    tokens' queries and then of a tree's; else it has no layers.
+
+    Args:
+        settings: how blocks are packed.
+        layers, sequences, kv_heads, capacity, head_dim: sizes, all at least 1; capacity in tokens of a sequence.
+        dtype, device: of keys and values in full precision.
+
+    Raises:
+        ValueError: settings do not fit the head_dim.
+    """
+
+    def __init__(
+        self,
+        settings: QuantisedSettings,
+        layers: int,
+        sequences: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        settings.check_head_dim(head_dim)
+        self.settings = settings
+        self.capacity = capacity
+        self.lengths = [0] * sequences
+        self.span = settings.span
+        slots = min(capacity, settings.window + self.span - 1 + settings.largest_tree)
+        self.keys_values = torch.empty(layers, 2, sequences, kv_heads, slots, head_dim, dtype=dtype, device=device)
+        record = settings.record_bytes(head_dim)
+        blocks, whole_layers = capacity // self.span, min(settings.whole_layers, layers) if settings.keep < 1 else 0
+        self.whole, self.packed = (
+            torch.empty(count, sequences, kv_heads, records, record, dtype=torch.uint8, device=device)
+            for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
+        )
+        query_layers = layers if settings.key_channels else 0
+        shape = (query_layers, sequences, kv_heads, RECENT + settings.largest_tree, head_dim)
+        self.queries = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._scale = head_dim**-0.5
+
+    @property
+    def starts(self) -> list[int]:
+        """The position of each sequence's first slot in full precision."""
+        return [blocks_seen(length, self.settings.window, self.span) * self.span for length in self.lengths]
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that was allocated."""
+        return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
+
+    def check_room(self, sequence: int, count: int) -> None:
+        """Raises ValueError unless a tree of count nodes fits behind a sequence's committed tokens."""
+        if count > self.settings.largest_tree:
+            raise ValueError(
+                f"a tree must have at most {self.settings.largest_tree} nodes with {self.settings}, got {count}"
+            )
+        if self.lengths[sequence] + count > self.capacity:
+            raise ValueError(
+                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} tokens committed "
+                f"and needs {count} more: prefill with a larger capacity"
+            )
+
+    def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
+        """What the nodes of a tree behind a sequence see."""
+        device = self.keys_values.device
+        length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
+        return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window, self.span)
+
+    def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
+        """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
+        k, v = self.keys_values[layer, :, sequence, None]
+        if len(self.queries):
+            grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
+            # sum() adds head by head: an order that the number of nodes cannot change
+            self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
+        if layer < len(self.whole):
+            packed, records = self.whole[layer, sequence, None], self.settings.records
+        else:
+            packed, records = self.packed[layer - len(self.whole), sequence, None], 1
+        out, _ = self.settings.attend(layer, q.transpose(0, 1)[None], packed, k, v, rows, self._scale, records)
+        return out[0].transpose(0, 1)
+
+    def commit(self, sequence: int, path: Sequence[int]) -> None:
+        """Keeps the written slots behind the committed ones, path[j] being the j-th, in all layers; path ascends.
+
+        Raises:
+            ValueError: a key or value of a block that is now whole is NaN, infinite or too large; nothing is committed.
+        """
+        before, start = self.lengths[sequence], self.starts[sequence]
+        after = before + len(path)
+        slots = self.keys_values[:, :, sequence]
+        keep_path(slots[..., before - start :, :], path)
+        blocks = range(before // self.span, after // self.span)
+        parts = [slots[..., block * self.span - start :, :][..., : self.span, :] for block in blocks]
+        for block, part in zip(blocks, parts, strict=True):
+            self._check(sequence, block, part)
+        recent = None
+        if len(self.queries):
+            queries = self.queries[:, sequence]
+            nodes = torch.tensor([*range(RECENT), *(RECENT + node for node in path)], device=queries.device)
+            recent = queries[:, :, nodes]  # of the positions from before - RECENT on
+            queries[:, :, :RECENT] = recent[:, :, len(path) :]
+        for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
+            channels = None
+            if recent is not None:
+                end = (block + 1) * self.span - before
+                channels = _channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
+            self._pack(sequence, block, part, channels)
+        self.lengths[sequence] = after
+        if (past := self.starts[sequence] - start) > 0:
+            kept = slots[..., past : after - start, :].clone()
+            slots[..., : after - start - past, :] = kept
+
+    def _pack(self, sequence: int, block: int, part: Tensor, channels: Tensor | None) -> None:
+        """Makes the records of a block, keys and values [layers, 2, Hkv, span, D] with channels [layers, Hkv, C]."""
+
+        def encode(layers: slice, kept: Tensor) -> Tensor:
+            records = kept.shape[3] // BLOCK
+            wanted = None if channels is None else channels[layers, :, None].expand(-1, -1, records, -1)
+            return self.settings.encode(kept[:, 0], kept[:, 1], wanted, block)
+
+        first = len(self.whole)
+        if first:
+            records = self.settings.records
+            self.whole[:, sequence, :, block * records : (block + 1) * records] = encode(slice(first), part[:first])
+        rest = part[first:]
+        if self.span > BLOCK:
+            rest = _shortest_keys(rest)
+        self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
+
+    def _check(self, sequence: int, block: int, part: Tensor) -> None:
+        bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
+        if bad is not None:
+            name, (layer, head, token, channel), value, limit = bad
+            what = "keys" if name == "k" else "values"
+            raise ValueError(
+                f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
+                f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
+            )
+
+
+def _shortest_keys(part: Tensor) -> Tensor:
+    """Of keys and values [layers, 2, Hkv, span, D] those of each head's BLOCK tokens with the shortest keys, in order.
+
+    Keys are turned to their positions already, so nothing else knows where they were (Devoto et al., arXiv:2406.11430).
+    """
+    lengths = part[:, 0].float().square().sum(-1)  # [layers, Hkv, span]
+    kept = lengths.sort(dim=-1, stable=True).indices[..., :BLOCK].sort(dim=-1).values
+    return part.gather(3, kept[:, None, :, :, None].expand(-1, 2, -1, -1, part.shape[-1]))
+
+
+def _channels(queries: Tensor, k: Tensor, count: int) -> Tensor:
+    """The channels [layers, Hkv, count] uint8, ascending, that matter most to squared queries [layers, Hkv, RECENT, D].
+
+    Leaving a channel of keys k [layers, Hkv, span, D] out takes the product of the lengths of the two columns from the
+    scores (ThinK, Xu et al., arXiv:2407.21018).
+    """
+    score = queries.contiguous().sum(2) * k.float().square().contiguous().sum(2)
+    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return kept.sort(dim=-1).values.to(torch.uint8)

@@ -1,0 +1,111 @@
+"""Weights out of a checkpoint: checked before anything is made, then read and packed part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+
+import torch
+
+from pyspec.architectures.weights import NativeWeights
+from pyspec.fingerprint import WeightSample
+
+__all__ = ["Progress", "read_weights", "tied_as_stored"]
+
+Progress = Callable[[int, int], None]
+
+
+def tied_as_stored(checkpoint, config, embedding: str):
+    """The configuration without its tie where the checkpoint has a head that is not its tensor `embedding`.
+
+    transformers does not tie them either: it takes the configuration for wrong.
+    """
+    head = "lm_head.weight"
+    if not config.tied_embedding or not {embedding, head} <= checkpoint.shapes.keys():
+        return config
+    pairs = zip(checkpoint.blocks(embedding), checkpoint.blocks(head), strict=True)
+    if checkpoint.shapes[embedding] == checkpoint.shapes[head] and all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        return config
+    return _untied(config)
+
+
+def _untied(config):
+    parts = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {name: _untied(part) for name, part in parts.items() if is_dataclass(part)}
+    if "tied_embedding" in parts:
+        changed["tied_embedding"] = False
+    return replace(config, **changed)
+
+
+def read_weights(
+    weights_class: type[NativeWeights],
+    checkpoint,
+    config,
+    path: Path | str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> NativeWeights:
+    """Weights from a checkpoint, packed part by part so that little is ever there twice.
+
+    Args:
+        weights_class: of the model's family.
+        checkpoint: has the `shapes` of all tensors by name, and `blocks(name)` of one: rows and their values.
+        config: the model's shape.
+        path: what errors name.
+        dtype: that matrices are packed to: float32, float16, bfloat16 or int8.
+        device: where the weights will be.
+        progress: called with (tensors read, all tensors).
+
+    Raises:
+        ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
+    """
+    _check_tensors(weights_class, checkpoint.shapes, config, path)
+    weights = weights_class.empty(config, torch.float32 if dtype == torch.int8 else dtype, device)
+    expected = len(weights.named(config))  # views: memory comes with the first write
+    sample = WeightSample()
+    done = 0
+
+    def read(places: dict[str, torch.Tensor]) -> None:
+        nonlocal done
+        for name, place in places.items():
+            for rows, values in checkpoint.blocks(name):
+                place[rows] = values.to(device, dtype=place.dtype)
+                # a sum is finite only where all values are, and far quicker; fp16 can overflow on the way
+                is_sure = values.sum().isfinite() and place.dtype != torch.float16
+                if not is_sure and not place[rows].isfinite().all():
+                    raise ValueError(f"{path}: tensor {name} has values that are NaN or infinite in {place.dtype}")
+            sample.add([(name, place)])
+            done += 1
+            if progress is not None:
+                progress(done, expected)
+
+    read(weights.named_outside(config))
+    weights.pack_outside(dtype)
+    for index, layer in enumerate(weights.layers):
+        read(layer.named(config, f"{weights.LAYERS}{index}."))
+        layer.pack(dtype)
+    weights.sample = sample.hexdigest()
+    return weights
+
+
+def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple], config, path: Path | str) -> None:
+    """Raises ValueError naming the tensors that are missing, have another shape or are unknown."""
+    last = f"{weights_class.LAYERS}{config.layers - 1}."
+    if not any(name.startswith(last) for name in shapes):  # before anything is made for so many layers
+        raise ValueError(f"{path} has no tensor {last}*, for {config.layers} layers")
+    try:
+        places = weights_class.empty(config, torch.float32, torch.device("meta")).named(config)
+    except RuntimeError as error:
+        raise ValueError(f"{path} describes tensors that are larger than any memory: {error}") from None
+    expected = {name: tuple(place.shape) for name, place in places.items()}
+    if missing := sorted(expected.keys() - shapes.keys()):
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ValueError(f"{path} has no tensor {', '.join(missing[:5])}{more}")
+    for name, shape in shapes.items():
+        if name in expected:
+            if shape != expected[name]:
+                raise ValueError(f"{path}: tensor {name} must have shape {expected[name]}, got {shape}")
+        elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # computed, or tied to another
+            raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")

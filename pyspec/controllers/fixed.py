@@ -1,0 +1,29 @@
+"""As many nodes as were asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyspec.tree import DraftTree
+
+__all__ = ["FixedController"]
+
+
+class FixedController:
+    """Asks for the same number of nodes in every round, and verifies whatever was proposed."""
+
+    def __init__(self, nodes: int):
+        self.nodes = self.largest = nodes
+
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """The trees, whole."""
+        return list(trees)
+
+    def learn(
+        self,
+        trees: Sequence[DraftTree],
+        paths: Sequence[Sequence[int]],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """Nothing changes."""

@@ -1,0 +1,179 @@
+"""As many nodes as pay.
+
+A round gives one token and its accepted drafts, and takes as long as verifying its nodes. The best number of nodes m
+maximises
+
+    (1 + sum of the chances of the first m - 1 drafts) / seconds(m)
+
+over trees that drafters grow best node first. m = 1 is plain decoding, so speculation that does not pay is left out.
+Drafting takes time too: while rounds with it lose against plain decoding, it is tried rarely (PayingController).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from pyspec.caches import QuantisedSettings
+from pyspec.controllers import LARGEST
+from pyspec.drafters import Drafter
+from pyspec.machine.costs import Costs, costs_of
+from pyspec.runners import Runner
+from pyspec.tree import DraftTree
+
+__all__ = ["CuttingController", "PayingController", "SizingController", "new_controller"]
+
+FEWEST = 8  # nodes that are asked for, so that a tree which was not worth it lately gets its chance
+TRUST = 8.0  # accepted drafts that the drafter's own word is worth
+MEMORY = 0.98  # of what earlier rounds showed, from round to round
+RECENT = 0.1  # what the last round counts in the mean of what rounds with drafts lost
+MOST_LOST = 2.0  # plain rounds that one round is taken to have lost at most: a machine may hang
+LEARNING = 0.1  # plain rounds that a round may lose for what is learned from it
+TRIALS = 0.02  # share of the time that drafting may lose
+
+
+class PayingController(ABC):
+    """Decides how many nodes of a round pay from what earlier rounds cost and gave.
+
+    When rounds with drafts give much less than plain decoding would in their time, drafting with it, as many plain
+    rounds follow each of them as keep the loss at about TRIALS of the time.
+
+    Args:
+        costs: seconds of a verification by its nodes.
+        largest: nodes of a tree, at most.
+    """
+
+    def __init__(self, costs: Costs, largest: int = LARGEST):
+        self.largest = largest
+        self._costs = costs
+        self._seconds: list[float] = []  # by number of nodes, as far as they were asked for
+        self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
+        self._resting = 0  # plain rounds that are left
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that a drafter should propose; 1 while drafting rests."""
+        return 1 if self._resting else min(self._wanted(), self.largest)
+
+    def learn(
+        self,
+        trees: Sequence[DraftTree],
+        paths: Sequence[Sequence[int]],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """How much of a round's trees was accepted, and what proposing and verifying them took."""
+        for tree, path in zip(trees, paths, strict=True):
+            self._learn(tree, path)
+        if self._resting:
+            self._resting -= 1
+            return
+        # both times were taken on the machine as it is now, the costs when it was perhaps less busy
+        nodes = sum(map(len, trees))
+        costs = self._costs_up_to(nodes)
+        plain_rounds = costs[nodes] / costs[len(trees)] * (1 + draft_seconds / verify_seconds)
+        lost = plain_rounds - sum(map(len, paths)) / len(trees)
+        self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
+        self._resting = max(0, int((self._lost - LEARNING) / TRIALS))
+
+    def _costs_up_to(self, nodes: int) -> list[float]:
+        if len(self._seconds) <= nodes:
+            self._seconds = self._costs(np.arange(2 * nodes + 1)).tolist()
+        return self._seconds
+
+    @abstractmethod
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """What is verified of the trees of a round."""
+
+    @abstractmethod
+    def _wanted(self) -> int: ...
+
+    @abstractmethod
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None: ...
+
+
+class CuttingController(PayingController):
+    """Cuts the trees of a round to the nodes that pay.
+
+    Drafters state chances for greedy text and are sometimes wrong; what they promised is therefore scaled by what was
+    accepted of it lately.
+    """
+
+    def __init__(self, costs: Costs, largest: int = LARGEST):
+        super().__init__(costs, largest)
+        self._promised = self._accepted = 0.0
+        self._largest_kept = largest
+
+    def _wanted(self) -> int:
+        # twice what was worth it last time, for growing costs time too
+        return max(2 * self._largest_kept, FEWEST)
+
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """The first nodes of each tree; all of a tree that has no chances."""
+        scale = (self._accepted + TRUST) / (self._promised + TRUST)
+        drafts = []  # (chance, tree) of all that may be left out
+        for index, tree in enumerate(trees):
+            chance = 1.0
+            for stated in [] if tree.chances is None else tree.chances[1:].tolist():
+                chance = min(chance, stated * scale)
+                drafts.append((chance, index))
+        if len(trees) > 1:
+            drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
+        nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
+        seconds = self._costs_up_to(nodes + len(drafts))
+        tokens = float(len(trees))
+        best, most = 0, tokens / seconds[nodes]
+        for taken, (chance, _) in enumerate(drafts, start=1):
+            tokens += chance
+            if tokens / seconds[nodes + taken] > most:
+                best, most = taken, tokens / seconds[nodes + taken]
+        kept = [len(tree) if tree.chances is None else 1 for tree in trees]
+        for _, index in drafts[:best]:
+            kept[index] += 1
+        self._largest_kept = max(kept)
+        return [tree.first(count) for tree, count in zip(trees, kept, strict=True)]
+
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
+        if tree.chances is not None:
+            self._promised = self._promised * MEMORY + sum(tree.chances[1:].tolist())
+            self._accepted = self._accepted * MEMORY + len(path) - 1
+
+
+class SizingController(PayingController):
+    """Decides the number of nodes before they are drawn, for drafters that draw: no drawn node may be left out.
+
+    How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
+    """
+
+    def __init__(self, costs: Costs, largest: int = LARGEST):
+        super().__init__(costs, largest)
+        # until more is known, a tree of m nodes gives about log(m) + 1 tokens
+        self._promised = 1 / (1 + np.arange(1, LARGEST))
+        self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
+        self._trees = 1
+
+    def _wanted(self) -> int:
+        tried = self._tried @ self._promised
+        scale = (self._accepted.sum() + TRUST) / (tried + TRUST)
+        chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
+        tokens = 1 + np.concatenate(([0.0], np.cumsum(chances)))
+        return 1 + int(np.argmax(tokens / self._costs(self._trees * np.arange(1, LARGEST + 1))))
+
+    def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """The trees, whole."""
+        self._trees = len(trees)
+        return list(trees)
+
+    def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
+        self._accepted *= MEMORY
+        self._tried *= MEMORY
+        self._tried[: len(tree) - 1] += 1
+        self._accepted[np.array(path[1:], int) - 1] += 1
+
+
+def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> PayingController:
+    """The controller for a drafter, by the measured costs of a model: drawn trees may not be cut, chosen ones may."""
+    kind = SizingController if drafter.proposal == "sampled" else CuttingController
+    return kind(costs_of(model, cache), largest)

@@ -1,0 +1,28 @@
+"""Which growth fits which acceptance rule."""
+
+from __future__ import annotations
+
+from pyspec.acceptance import AcceptanceRule, acceptance_from_name
+from pyspec.drafters.shapes import GrowthPolicy
+from pyspec.drafters.shapes.dyspec import DySpecThreshold
+from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.static import FixedBranching
+
+__all__ = ["growth_for"]
+
+
+def growth_for(acceptance: str | AcceptanceRule) -> GrowthPolicy:
+    """The growth policy whose trees a rule keeps most of, of those that it takes: the likeliest paths for a rule that
+    takes every tree, else draws without replacement where it takes them, independent ones, or a chain.
+
+    Args:
+        acceptance: a rule or its name, as for generate.
+    """
+    siblings = acceptance_from_name(acceptance).siblings
+    if siblings is None:
+        return Reranked(TopPaths(width=4, depth=5))
+    if "without replacement" in siblings:
+        return DySpecThreshold(0.05)
+    if "with replacement" in siblings:
+        return FixedBranching((3, 2, 1, 1), "with replacement")
+    return FixedBranching((1,) * 6)

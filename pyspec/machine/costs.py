@@ -1,0 +1,147 @@
+"""What verifying a tree costs on this machine: measured once for a model, then kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pyspec.caches import QuantisedSettings
+from pyspec.machine import cpu_name, measured
+from pyspec.ops import backends
+from pyspec.runners import Runner
+from pyspec.runners.exclusive import exclusive_use
+from pyspec.tree import DraftTree
+
+__all__ = ["Costs", "costs_of", "measure_costs"]
+
+CONTEXT = 128  # tokens before the trees that are measured
+SECONDS = 1.5  # that measuring takes, but for warming up; longer only where two passes of two sizes do
+SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of two or more spans the range: a slow model gets no further
+ATTEMPTS = 3  # at a table without a hiccup of the machine in it
+HICCUP = 0.2  # how much cheaper than a smaller tree a larger one may seem
+LONGEST = 3600.0  # seconds of a verify that are believed
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a verification, measured at some numbers of nodes.
+
+    Args:
+        nodes: two or more numbers, ascending from 1.
+        seconds: of each, never falling.
+
+    Raises:
+        ValueError: it is no such table, or an absurd one: more than so many plain steps, or than an hour.
+    """
+
+    nodes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self):
+        nodes, seconds = self.nodes, self.seconds
+        if not (len(nodes) == len(seconds) > 1 and nodes[0] == 1 and all(a < b for a, b in itertools.pairwise(nodes))):
+            raise ValueError(f"nodes must ascend from 1 with a time for each, got {nodes} and {seconds}")
+        if not (all(map(math.isfinite, seconds)) and 0 < seconds[0] <= seconds[-1] <= LONGEST):
+            raise ValueError(f"seconds must be in (0, {LONGEST}], got {seconds}")
+        if list(seconds) != sorted(seconds) or any(s > n * seconds[0] for n, s in zip(nodes, seconds, strict=True)):
+            raise ValueError(f"seconds must not fall with nodes, nor exceed as many plain steps, got {seconds}")
+
+    @classmethod
+    def of_medians(cls, medians: Mapping[int, float]) -> Costs:
+        """The table of what was measured: larger trees are never cheaper, nor dearer than node by node."""
+        nodes, seconds = zip(*sorted(medians.items()), strict=True)
+        rising = np.maximum.accumulate(np.minimum(seconds, np.multiply(nodes, seconds[0])))
+        return cls(nodes, tuple(rising.tolist()))
+
+    def __call__(self, nodes: np.ndarray | int) -> np.ndarray:
+        """Seconds at any number of nodes: on the lines between those measured, and on the last line beyond."""
+        beyond = max(np.max(nodes), self.nodes[-1] + 1)
+        slope = (self.seconds[-1] - self.seconds[-2]) / (self.nodes[-1] - self.nodes[-2])
+        end = self.seconds[-1] + slope * (beyond - self.nodes[-1])
+        return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
+
+
+def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
+    """The costs of a model on this machine, measured once and then kept in the user's cache folder.
+
+    The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
+    """
+    try:
+        kept = measured.read("costs")[_key(model, cache)]
+        return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
+    except (KeyError, TypeError, ValueError):
+        return measure_costs(model, cache)
+
+
+def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
+    """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost.
+
+    Kernels are compiled and graphs captured before, and every size is called once before it counts: a first call may
+    read weights from a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured
+    anew, and one that stays so is not kept.
+    """
+    context = min(CONTEXT, model.context_length - 2)
+    if context < 1:  # no draft ever fits
+        return Costs((1, 2), (1.0, 2.0))
+    largest = min(model.context_length - context, max(SIZES) if cache is None else cache.largest_tree)
+    sizes = [size for size in SIZES if size <= max(2, largest)]
+    capacity = context + max(sizes)
+    with exclusive_use(model):
+        if cache is None and hasattr(model, "warm"):
+            model.warm(capacity)
+        model.prefill([[0] * context], capacity=capacity, **({} if cache is None else {"cache": cache}))
+        for _ in range(ATTEMPTS):
+            medians = _medians(model, sizes)
+            in_order = [medians[size] for size in sorted(medians)]
+            has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
+            if not has_hiccup:
+                break
+    costs = Costs.of_medians(medians)
+    if not has_hiccup:
+        measured.keep("costs", _key(model, cache), {"nodes": costs.nodes, "seconds": costs.seconds})
+    return costs
+
+
+def _medians(model: Runner, sizes: Sequence[int]) -> dict[int, float]:
+    """Seconds of a verify by its number of nodes, for as many of the sizes as there is time for, but two of them."""
+    found: dict[int, list[float]] = {}
+    spent = 0.0
+    for size in sizes:
+        if len(found) > 1 and 2 * spent > SECONDS:
+            break
+        _seconds(model, size)
+        found[size] = [_seconds(model, size)]
+        spent += found[size][0]
+    passes = 1
+    while passes < 2 or spent < SECONDS:
+        for size, times in found.items():  # in turn, and medians: a busy machine is slower for all sizes
+            times.append(_seconds(model, size))
+            spent += times[-1]
+        passes += 1
+    return {size: statistics.median(times) for size, times in found.items()}
+
+
+def _seconds(model: Runner, nodes: int) -> float:
+    # two children a node: neither a chain nor a star
+    tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
+    start = time.perf_counter()
+    model.verify({0: tree})
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - start
+
+
+def _key(model: Runner, cache: QuantisedSettings | None = None) -> str:
+    on_cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
+    weights = getattr(model, "weight_dtype", model.dtype)
+    packed = "" if cache is None else f" {cache}"
+    return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}{packed}"
