@@ -38,6 +38,7 @@ import pyspec
 from pyspec import measure
 from pyspec.architectures.mamba import MambaConfig, MambaRunner
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
+from pyspec.measure.inside import read, weight_bytes
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import StateSpaceRunner, StateSpaceWeights
 from pyspec.tree import DraftTree
@@ -110,7 +111,7 @@ class Rounds:
         joint_model = model.fork()
         joint_model.warm(sequences=2 * batch)
         self._joint = JointRounds(joint_model, prompts)
-        cache = model._cache
+        cache = model.cache
         self.spare = [torch.empty_like(cache.states), torch.empty_like(cache.windows)]
 
     def replay(self, nodes: int) -> Callable[[], None]:
@@ -142,27 +143,25 @@ class Rounds:
 
     def recompute(self, nodes: int) -> Callable[[], None]:
         trees, sequences = [DraftTree.chain([0] * nodes)] * self.batch, list(range(self.batch))
-        cache = self.model._cache
+        cache = self.model.cache
 
         @torch.inference_mode()
         def call() -> None:
             state = (cache.states, cache.windows)
             for kept, values in zip(self.spare, state, strict=True):
                 kept.copy_(values)
-            rows = self.model._forward(trees, sequences, [True] * self.batch, cache)
-            self.model._logits(rows.of_trees(rows.hidden))
+            read(self.model, trees, sequences, [True] * self.batch)
             for kept, values in zip(self.spare, state, strict=True):
                 values.copy_(kept)
-            self.model._forward(trees, sequences, [True] * self.batch, cache)
+            read(self.model, trees, sequences, [True] * self.batch, logits=False)
 
         return call
 
     def bytes(self) -> dict[str, int]:
         """What a plain step must move."""
-        model, cache = self.model, self.model._cache
-        weights = sum(getattr(layer, name).nbytes for layer in model.weights.layers for name in layer.MATRICES)
+        model, cache = self.model, self.model.cache
         return {
-            "weights": weights + model.weights.head.nbytes,
+            "weights": weight_bytes(model),
             "state": 2 * (cache.states.nbytes + cache.windows.nbytes),
             "node": 4 * self.batch * model.config.layers * (model.config.record_width + model.config.conv_channels),
         }

@@ -8,7 +8,6 @@ on the values. On a GPU the same verify launch by launch stands beside the repla
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import steps
@@ -16,7 +15,9 @@ import torch
 from command_line import DTYPES, parse, parser_of
 
 from pyspec import measure
-from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.measure.inside import launched
+from pyspec.runners.attention import LlamaRunner
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 64, 49152, True),
@@ -49,20 +50,10 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> LlamaRunner:
     return LlamaRunner(config, weights)
 
 
-def launched(runner: LlamaRunner, nodes: int) -> Callable[[], None]:
-    """The verify of a GPU without its graph."""
-
-    @torch.inference_mode()
-    def call() -> None:
-        runner._logits(runner._steps.alone(runner._step, steps.tree_of(nodes), 0))
-
-    return call
-
-
 def times(runner: LlamaRunner, shape: str, dtype: str, repeats: int) -> dict:
     result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
     if runner.device.type == "cuda":
-        launches = {str(nodes): launched(runner, nodes) for nodes in steps.SIZES}
+        launches = {str(nodes): launched(runner, steps.tree_of(nodes)) for nodes in steps.SIZES}
         result["launched_seconds"] = measure.in_turn(launches, repeats)
     return result
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from pyspec.measure.inside import read
 from pyspec.runners.recurrent import StateSpaceRunner
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
@@ -30,16 +31,15 @@ class JointRounds:
     @torch.inference_mode()
     def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
         """What the model says of the trees of all B sequences, by slot."""
-        cache, batch = self._runner._cache, len(trees)
+        cache, batch = self._runner.cache, len(trees)
         for values in (cache.states, cache.windows):
             values[:, batch:].copy_(values[:, :batch])
         moving = [sequence for sequence in range(batch) if self._behind[sequence]]
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
         below = [_below(tokens, tree) for tokens, tree in zip(self._behind, trees.values(), strict=True)]
         advances = [True] * len(chains) + [False] * batch
-        rows = self._runner._forward([*chains, *below], [*moving, *range(batch, 2 * batch)], advances, cache)
+        logits = read(self._runner, [*chains, *below], [*moving, *range(batch, 2 * batch)], advances)
         self._verified, self._behind = trees, [[] for _ in trees]
-        logits = self._runner._logits(rows.of_trees(rows.hidden)) if rows.logits is None else rows.of_trees(rows.logits)
         parts = logits.split([len(tree) for tree in (*chains, *below)])[len(chains) :]
         return {slot: Verified(part[len(part) - len(trees[slot]) :]) for slot, part in zip(trees, parts, strict=True)}
 

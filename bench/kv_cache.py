@@ -101,7 +101,7 @@ def keys_values(model, text: list[int]) -> list[torch.Tensor]:
     """Keys and values [layers, heads, n, D] of a text, whole blocks."""
     model.prefill([text])
     whole = len(text) // BLOCK * BLOCK
-    return [part[:, 0, :, :whole].clone() for part in model._cache.keys_values.unbind(1)]
+    return [part[:, 0, :, :whole].clone() for part in model.cache.keys_values.unbind(1)]
 
 
 def errors(parts: list[torch.Tensor], decoded: tuple[torch.Tensor, torch.Tensor]) -> list[float]:

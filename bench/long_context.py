@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyspec.measure import prompts
+from pyspec.measure.inside import attend_step
 from pyspec.ops import tree_attention
-from pyspec.ops.llama_layers import layers_by_ops
 from pyspec.runners.attention import LlamaRunner
 
 # attend(layer, q [Hq, D], k [Hkv, n, D], v [Hkv, n, D]) gives [Hq, D]; the query's own key is the last
@@ -39,35 +39,10 @@ class LongContext:
         self._model, self._text, self._context = model, text, context
         model.prefill([text[:context]], capacity=len(text))
 
-    @torch.inference_mode()
     def logits(self, attend: Attend) -> Tensor:
         """[steps, V]: after each later token of the text, all but the last, each a step with this attention."""
-        model, cache = self._model, self._model._cache
-        config = model.config
-        rows = []
-        for place, token in enumerate(self._text[self._context : -1], start=self._context):
-            at = torch.tensor([place], dtype=torch.int32)
-
-            def of_layer(layer: int, q: Tensor, k: Tensor, v: Tensor, keys: int = place + 1) -> Tensor:
-                return attend(layer, q[0], k[0, :, :keys], v[0, :, :keys])[None]
-
-            hidden = layers_by_ops(
-                model._embed(torch.tensor([token])),
-                model._matrices,
-                model._biases,
-                model.weights.norm,
-                cache.keys_values,
-                model._cos_sin,
-                at,
-                torch.zeros(1, dtype=torch.int32),
-                at,
-                of_layer,
-                config.heads,
-                config.intermediate_size,
-                config.norm_epsilon,
-            )
-            rows.append(model._logits(hidden)[0])
-        return torch.stack(rows)
+        later = enumerate(self._text[self._context : -1], start=self._context)
+        return torch.stack([attend_step(self._model, token, place, attend) for place, token in later])
 
 
 def full(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

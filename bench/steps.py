@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from pyspec import measure
 from pyspec.generate import generate
-from pyspec.runners import attention as llama
-from pyspec.runners import native as _runner
+from pyspec.measure.inside import seconds_in_ops, weight_bytes
+from pyspec.runners.attention import LlamaRunner
 from pyspec.tree import DraftTree
 
 CONTEXT = 512  # tokens before the step
@@ -18,15 +16,12 @@ GOALS = {"over the floor": 1.25, 8: 1.2, 16: 1.5, 32: 2.8}  # at most; of bf16, 
 OVERHEAD_GOAL = 0.10
 
 
-def steps(model: llama.LlamaRunner, repeats: int = 21) -> dict:
+def steps(model: LlamaRunner, repeats: int = 21) -> dict:
     """Medians of verify(T) behind CONTEXT tokens, and the floor: bytes of weights and cache over read bandwidth."""
     device = model.device.type
     model.prefill([[place % model.vocab_size for place in range(CONTEXT)]], capacity=CONTEXT + max(SIZES))
-    layers = model.weights.layers
-    weights = (
-        sum(getattr(layer, name).nbytes for layer in layers for name in layer.MATRICES) + model.weights.head.nbytes
-    )
     config = model.config
+    weights = weight_bytes(model)
     cache = 2 * config.layers * config.kv_heads * CONTEXT * config.head_dim * model.dtype.itemsize
 
     def step(nodes: int):
@@ -55,33 +50,15 @@ def tree_of(nodes: int) -> DraftTree:
     return DraftTree([0] * nodes, [(node - 1) // 3 if node else -1 for node in range(nodes)])
 
 
-def overhead_share(model: llama.LlamaRunner, new_tokens: int = 64) -> float:
+def overhead_share(model: LlamaRunner, new_tokens: int = 64) -> float:
     """The share of plain decoding that is not spent inside the ops: Python, dispatch, acceptance, bookkeeping."""
-    inside = 0.0
-
-    def timed(op):
-        def call(*args, **settings):
-            nonlocal inside
-            start = time.perf_counter()
-            result = op(*args, **settings)
-            inside += time.perf_counter() - start
-            return result
-
-        return call
-
-    ops = [(llama, "llama_layers", llama.llama_layers), (_runner, "linear", _runner.linear)]
     prompt = [1] * 8
     generate(model, prompt, drafter=None, max_new_tokens=4)
-    try:
-        for module, name, op in ops:
-            setattr(module, name, timed(op))
+    with seconds_in_ops() as inside:
         model.prefill([prompt])
-        prefill = inside
+        prefill = inside()
         stats = generate(model, prompt, drafter=None, max_new_tokens=new_tokens).stats
-    finally:
-        for module, name, op in ops:
-            setattr(module, name, op)
-    return 1 - (inside - 2 * prefill) / stats.decode_seconds
+    return 1 - (inside() - 2 * prefill) / stats.decode_seconds
 
 
 def show(console, found: dict, has_goals: bool) -> None:

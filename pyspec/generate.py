@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import QuantisedSettings, cache_from_name
-from pyspec.controllers import controller_for
+from pyspec.controllers import CONTROLLERS, controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
@@ -73,9 +73,9 @@ def generate(
             padding, on the left or on the right, which is left out.
         drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
             (docs/drafting.md), a drafter, or None for plain decoding.
-        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or "auto", the number
-            that gives most tokens a second by the measured costs of this model on this machine
-            (pyspec/controllers/pays.py).
+        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or a name of
+            pyspec.controllers.CONTROLLERS: "auto" is the number that gives most tokens a second by the measured costs
+            of this model on this machine.
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
@@ -195,19 +195,20 @@ def _packed_cache(cache: str | QuantisedSettings, model: Runner, budget: int | s
         return None
     if not getattr(model, "takes_quantised_cache", False):
         raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
-    if budget != "auto" and budget > packed.largest_tree:
+    if not isinstance(budget, str) and budget > packed.largest_tree:
         raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")
     return packed
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:
     """Budget and number of new tokens as generate takes them; raises TypeError or ValueError for any others."""
+    choices = " or ".join(["an integer", *(f'"{name}"' for name in CONTROLLERS)])
     if not isinstance(budget, str):
-        budget = read_integer("budget", budget, 'an integer or "auto"')
-    elif budget != "auto":
-        raise TypeError(f'budget must be an integer or "auto", got {budget!r}')
+        budget = read_integer("budget", budget, choices)
+    elif budget not in CONTROLLERS:
+        raise TypeError(f"budget must be {choices}, got {budget!r}")
     max_new_tokens = read_integer("max_new_tokens", max_new_tokens)
     for name, value, most in (("budget", budget, LARGEST_BUDGET), ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)):
-        if value != "auto" and not 1 <= value <= most:
+        if not isinstance(value, str) and not 1 <= value <= most:
             raise ValueError(f"{name} must be in [1, {most}], got {value}")
     return budget, max_new_tokens

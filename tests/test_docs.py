@@ -192,7 +192,7 @@ def test_paths_and_names_that_texts_mention_are_there():
     for text in (*LINKED, *TEXTS):
         words = text.read_text()
         results_of_a_script = "bench/results/" if text.suffix == ".py" else "none"
-        missing = [path for path in PATH.findall(words) if not (ROOT / path).exists()]
+        missing = [path for path in PATH.findall(words) if not (ROOT / path).exists() and "NAME" not in path]
         stale += [f"{text.relative_to(ROOT)}: {path}" for path in missing if not path.startswith(results_of_a_script)]
         stale += [f"{text.relative_to(ROOT)}: pyspec{name}" for name in NAME.findall(words) if not is_there(name)]
     assert not stale, "what is named and is not there:\n" + "\n".join(sorted(set(stale)))

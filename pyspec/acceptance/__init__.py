@@ -32,7 +32,7 @@ class AcceptanceRule(Protocol):
     siblings: frozenset[Siblings] | None
 
     def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
-        """What is accepted of a verified tree; position is that of the token which the root's logits predict."""
+        """Judges a verified tree; position is that of the token which the root's logits predict."""
         ...
 
 

@@ -50,7 +50,7 @@ def block_verification(tree: DraftTree, p, q, noise: Noise) -> Accepted:
 
 
 class BlockVerification(LawRule):
-    """block_verification as an acceptance rule."""
+    """The acceptance rule of block_verification."""
 
     siblings = frozenset({"none"})
 

@@ -45,7 +45,7 @@ def recursive_rejection(tree: DraftTree, p, q, noise: Noise, lenience: float = 1
 
 
 class RecursiveRejection(LawRule):
-    """recursive_rejection as an acceptance rule."""
+    """The acceptance rule of recursive_rejection."""
 
     siblings = frozenset({"none", "with replacement", "without replacement"})
 

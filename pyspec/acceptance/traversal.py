@@ -68,7 +68,7 @@ def _delete_first_child(node: int, token: int, children, rates, laws) -> None:
 
 
 class TraversalVerification(LawRule):
-    """traversal_verification as an acceptance rule."""
+    """The acceptance rule of traversal_verification."""
 
     siblings = frozenset({"none", "with replacement", "without replacement"})
 

@@ -38,7 +38,7 @@ def with_replacement(tree: DraftTree, p, q, noise: Noise) -> Accepted:
 
 
 class WithReplacement(LawRule):
-    """with_replacement as an acceptance rule."""
+    """The acceptance rule of with_replacement."""
 
     siblings = frozenset({"none", "with replacement"})
 

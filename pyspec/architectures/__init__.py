@@ -1,1 +1,78 @@
-"""Architectures: one file a family, with its configuration, the names of its tensors, and its forward as ops."""
+"""Architectures: one file a family of models, which registers what its checkpoints look like and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyspec.entries import Entries
+from pyspec.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyspec.architectures.weights import NativeWeights
+
+__all__ = ["FAMILIES", "GGUF", "Family", "Unsupported", "family_of", "supported_architectures"]
+
+
+class Unsupported(ValueError):
+    """A model, or a feature of one, that our kernels do not run; the message names it."""
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """What the GGUF files of a family look like.
+
+    Attributes:
+        architectures: names that general.architecture has.
+        read: the model's configuration, from the file (a pyspec.checkpoints.gguf.GGUFFile) and the metadata that begin
+            with its architecture's name. Raises Unsupported for features that the runner does not have.
+        tensors: names of tensors in Hugging Face checkpoints by those in GGUF files, both without the layer's number
+            and without "weight" or "bias".
+        row_order: for the configuration, a tensor's name in `tensors` and its number of rows: [rows] int64, which row
+            of the checkpoint each row of the file is; None where they are the same.
+    """
+
+    architectures: tuple[str, ...]
+    read: Callable[[Any, Entries], Any]
+    tensors: Mapping[str, str]
+    row_order: Callable[[Any, str, int], Tensor | None] = lambda config, name, rows: None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: how its checkpoints are read, and what runs them.
+
+    Attributes:
+        architectures: by each name that `architectures` in a config.json has, what counts where config.json leaves an
+            entry out, as transformers' class has it. Files of mamba_ssm name none: theirs is "mamba_ssm" and the kind
+            of its layers.
+        read: the model's configuration, from the checkpoint's name in errors, the entries of its config.json and its
+            architecture. Raises Unsupported for features that the runner does not have, and ValueError for entries
+            that are not what they should be.
+        weights: holds the tensors, by the names of Hugging Face.
+        runner: made of a configuration, weights, a tokenizer or None, and the tokens that end a text.
+        gguf: its GGUF files; None where it has none.
+    """
+
+    architectures: Mapping[str, Mapping[str, Any]]
+    read: Callable[[Path | str, Entries, str], Any]
+    weights: type[NativeWeights]
+    runner: type
+    gguf: GGUF | None = None
+
+
+FAMILIES: Registry[Family] = Registry("pyspec.architectures")
+
+
+def family_of(architecture: str | None) -> Family | None:
+    """The family of an architecture of config.json; None where our kernels have none."""
+    return next((family for family in FAMILIES.values() if architecture in family.architectures), None)
+
+
+def supported_architectures() -> list[str]:
+    """Every architecture of config.json that our kernels run."""
+    return [name for family in FAMILIES.values() for name in family.architectures]

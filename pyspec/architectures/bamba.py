@@ -1,4 +1,4 @@
-"""BambaRunner: Bamba models, hybrids in which some layers are attention and the others Mamba-2.
+"""Bamba models, hybrids in which some layers are attention and the others Mamba-2.
 
 A path is committed to both kinds of state: attention layers compact their keys and values, Mamba-2 layers replay it at
 the beginning of the next round. All layers run the same nodes, op by op.
@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures.llama import LayerWeights, LlamaConfig, rope_table
-from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer
+from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures.llama import LayerWeights, LlamaConfig, read_heads
+from pyspec.architectures.mamba import check_silu
+from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
+from pyspec.architectures.rotary import rope_entries, rope_table
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
+from pyspec.entries import Entries
 from pyspec.ops.linear import PackedWeight
 from pyspec.ops.llama_layers import TreeRows, attention_block, feed_forward
 from pyspec.ops.mamba_layers import WEIGHTS, mamba2_mixer
@@ -230,3 +235,88 @@ class BambaRunner(RecurrentRunner):
             delta = feed_forward(x, layer.gate_up.data, layer.down.data, config.attention.intermediate_size)
         state.done(sequences, advances)
         return Rows(rms_norm(hidden, self.weights.norm, epsilon, delta=delta, out_dtype=self.dtype))
+
+
+# ==== config.json ====
+
+_DEFAULTS = {
+    "BambaForCausalLM": {
+        "vocab_size": 128000,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "mamba_n_heads": 128,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 256,
+        "mamba_d_conv": 4,
+        "mamba_expand": 2,
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+    }
+}
+
+
+def _read(source: Path | str, entries: Entries, architecture: str) -> BambaConfig:
+    check_silu(source, entries, "BambaRunner")
+    check_no_limit(source, entries, "BambaRunner")
+    if entries.flag("mlp_bias"):
+        raise ValueError(f"{source} has mlp_bias True, BambaRunner has none")
+    rope = rope_entries(entries)
+    if (kind := rope.text("rope_type", rope.text("type", "default"))) != "default":
+        raise ValueError(f"{source} has rope scaling {kind!r}, BambaRunner has none")
+    hidden, layers = entries.whole("hidden_size"), entries.whole("num_hidden_layers")
+    heads, kv_heads, head_dim = read_heads(entries)
+    places = set(entries.array("attn_layer_indices", int, []))
+    is_attention = tuple(layer in places for layer in range(layers))
+    if not any(is_attention) or all(is_attention):
+        raise entries.wrong("attn_layer_indices", sorted(places), f"some of the {layers} layers, and not all")
+    shared = {
+        "vocab_size": entries.whole("vocab_size"),
+        "hidden_size": hidden,
+        "norm_epsilon": entries.number("rms_norm_eps"),
+        "tied_embedding": entries.flag("tie_word_embeddings"),
+    }
+    attention = LlamaConfig(
+        architecture=entries.text("model_type", "bamba"),
+        intermediate_size=entries.whole("intermediate_size"),
+        layers=sum(is_attention),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context_length=entries.whole("max_position_embeddings"),
+        rope_base=rope.number("rope_theta", entries.number("rope_theta", 10000.0)),
+        qkv_bias=entries.flag("attention_bias"),
+        output_bias=entries.flag("attention_bias"),
+        **shared,
+    )
+    state_heads = entries.whole("mamba_n_heads")
+    channels = entries.whole("mamba_expand") * hidden
+    is_stated = entries.get("mamba_d_head", "auto") != "auto"
+    state_head_dim = entries.whole("mamba_d_head") if is_stated else channels // state_heads
+    if state_heads * state_head_dim != channels:
+        raise entries.wrong("mamba_n_heads", state_heads, f"heads that share {channels} channels")
+    recurrence = Mamba2Config(
+        layers=layers - sum(is_attention),
+        heads=state_heads,
+        head_dim=state_head_dim,
+        groups=entries.whole("mamba_n_groups"),
+        state_size=entries.whole("mamba_d_state"),
+        conv_taps=entries.whole("mamba_d_conv"),
+        projection_bias=entries.flag("mamba_proj_bias"),
+        conv_bias=entries.flag("mamba_conv_bias"),
+        **shared,
+    )
+    return BambaConfig(attention, recurrence, is_attention, int(head_dim * rope.number("partial_rotary_factor", 0.5)))
+
+
+FAMILIES.register(
+    "bamba", Family(_DEFAULTS, _read, BambaWeights, BambaRunner), "Bamba, hybrids of attention and Mamba-2"
+)

@@ -1,37 +1,25 @@
-"""The shape and the weights of Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2), by the names of Hugging Face."""
+"""Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2): their shape, their weights and their checkpoints."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
+from pyspec.architectures.rotary import RopeScaling, read_gguf_scaling, read_rope
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
+from pyspec.entries import Entries
 from pyspec.ops.tree_attention import HEAD_DIMS
+from pyspec.runners.attention import LlamaRunner
 
-__all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "RopeScaling", "Unsupported", "rope_table"]
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
-
-class Unsupported(ValueError):
-    """A model of the family with a feature that LlamaRunner does not have."""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the context of the first training.
-
-    "linear" divides all of them by factor; "llama3" leaves wavelengths below original_context / high_factor,
-    divides those above original_context / low_factor and blends between; "table" divides each by its own and by factor.
-    """
-
-    kind: str
-    factor: float = 1.0
-    low_factor: float = 1.0
-    high_factor: float = 4.0
-    original_context: int = 8192
-    table: tuple[float, ...] = ()
+__all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "read_heads"]
 
 
 @dataclass(frozen=True)
@@ -73,19 +61,7 @@ class LlamaConfig:
         """[head_dim / 2] fp32: radians per position."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
         frequencies = 1.0 / self.rope_base**exponents
-        scaling = self.rope_scaling
-        if scaling is None:
-            return frequencies
-        if scaling.kind == "table":
-            return frequencies / torch.tensor(scaling.table, dtype=torch.float32, device="cpu") / scaling.factor
-        if scaling.kind == "linear":
-            return frequencies / scaling.factor
-        wavelengths = 2 * math.pi / frequencies
-        kept = (scaling.original_context / wavelengths - scaling.low_factor) / (
-            scaling.high_factor - scaling.low_factor
-        )
-        kept = kept.clamp(0, 1)
-        return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+        return frequencies if self.rope_scaling is None else self.rope_scaling.scaled(frequencies)
 
 
 @dataclass
@@ -142,7 +118,156 @@ class LlamaWeights(NativeWeights):
     """All weights, by the names of Hugging Face's Llama."""
 
 
-def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:
-    """[positions, 2, head_dim / 2] fp32: cosines and sines, as rotary_write takes them."""
-    angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()), 1).to(device)
+# ==== config.json ====
+
+_SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu"}
+_SHARED |= {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6}
+_DEFAULTS = {
+    "LlamaForCausalLM": _SHARED | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "MistralForCausalLM": _SHARED
+    | {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072}
+    | {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": _SHARED
+    | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+    | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+}
+
+
+def _read(source: Path | str, entries: Entries, architecture: str) -> LlamaConfig:
+    if entries.text("hidden_act") not in ("silu", "swish"):
+        raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, LlamaRunner has silu")
+    if architecture == "LlamaForCausalLM" and entries.flag("mlp_bias"):
+        raise Unsupported(f"{source} has mlp_bias, which LlamaRunner does not have")
+    if entries.get("quantization_config"):
+        raise Unsupported(f"{source} has quantization_config, which LlamaRunner does not have")
+    heads, kv_heads, head_dim = read_heads(entries)
+    layers = entries.whole("num_hidden_layers")
+    theta, scaling = read_rope(source, entries)
+    has_output_bias = architecture == "LlamaForCausalLM" and entries.flag("attention_bias")
+    return LlamaConfig(
+        architecture=entries.text("model_type", architecture.removesuffix("ForCausalLM").lower()),
+        vocab_size=entries.whole("vocab_size"),
+        hidden_size=entries.whole("hidden_size"),
+        intermediate_size=entries.whole("intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        context_length=entries.whole("max_position_embeddings"),
+        norm_epsilon=entries.number("rms_norm_eps"),
+        rope_base=theta,
+        rope_scaling=scaling,
+        windows=_windows(architecture, entries, layers),
+        qkv_bias=architecture == "Qwen2ForCausalLM" or has_output_bias,
+        output_bias=has_output_bias,
+        tied_embedding=entries.flag("tie_word_embeddings"),
+    )
+
+
+def read_heads(entries: Entries) -> tuple[int, int, int]:
+    """Query heads, key heads and the width of a head. null key heads are the query heads, left out the class's."""
+    heads, hidden = entries.whole("num_attention_heads"), entries.whole("hidden_size")
+    if entries.is_null("num_key_value_heads"):
+        return heads, heads, entries.whole("head_dim", max(1, hidden // heads))
+    return heads, entries.whole("num_key_value_heads", heads), entries.whole("head_dim", max(1, hidden // heads))
+
+
+def _windows(architecture: str, entries: Entries, layers: int) -> tuple[int | None, ...]:
+    """Each layer's window: null is none, left out the class's."""
+    if architecture == "LlamaForCausalLM" or entries.is_null("sliding_window"):
+        return (None,) * layers
+    window = entries.whole("sliding_window", least=0) or None
+    if architecture == "MistralForCausalLM":
+        return (window,) * layers
+    window = window if entries.flag("use_sliding_window") else None
+    if "layer_types" not in entries:
+        first = min(layers, entries.whole("max_window_layers", least=0))
+        return (None,) * first + (window,) * (layers - first)
+    kinds = entries.array("layer_types", str)
+    expected = ["full_attention"] + ["sliding_attention"] * (window is not None)
+    if len(kinds) != layers or not set(kinds) <= set(expected):
+        raise entries.wrong("layer_types", kinds, f"{layers} of {' or '.join(expected)}")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+# ==== GGUF ====
+
+_GGUF_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> LlamaConfig:
+    """The shape of the model in a GGUF file, as llama.cpp reads it."""
+    shapes = file.shapes
+    hidden, layers = entries.whole("embedding_length"), entries.whole("block_count")
+    heads = _of_all_layers(entries, "attention.head_count", layers)
+    head_dim = entries.whole("attention.key_length", max(1, hidden // heads))
+    if entries.whole("attention.value_length", head_dim) != head_dim:
+        raise Unsupported(f"{file.path} has values of another width than keys, which is not supported")
+    if entries.whole("rope.dimension_count", head_dim) != head_dim:
+        raise Unsupported(f"{file.path} rotates only part of each head, which is not supported")
+    if entries.whole("expert_count", 0, least=0):
+        raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
+    return LlamaConfig(
+        architecture=file.metadata["general.architecture"],
+        vocab_size=shapes.get("token_embd.weight", (0,))[0],
+        hidden_size=hidden,
+        intermediate_size=_of_all_layers(entries, "feed_forward_length", layers),
+        layers=layers,
+        heads=heads,
+        kv_heads=_of_all_layers(entries, "attention.head_count_kv", layers, heads),
+        head_dim=head_dim,
+        context_length=entries.whole("context_length"),
+        norm_epsilon=entries.number("attention.layer_norm_rms_epsilon"),
+        rope_base=entries.number("rope.freq_base", 10000.0),
+        rope_scaling=read_gguf_scaling(file, entries, head_dim),
+        windows=(entries.whole("attention.sliding_window", 0, least=0) or None,) * layers,
+        qkv_bias="blk.0.attn_q.bias" in shapes,
+        output_bias="blk.0.attn_output.bias" in shapes,
+        tied_embedding="output.weight" not in shapes,
+    )
+
+
+def _of_all_layers(entries: Entries, key: str, layers: int, default: int | None = None) -> int:
+    """A number that may be stated once, or for each layer."""
+    if not isinstance(entries.get(key), list):
+        return entries.whole(key, default)
+    values = entries.array(key, int)
+    if len(values) != layers:
+        raise entries.wrong(key, values, f"one number, or one for each of {layers} layers")
+    if len(set(values)) > 1:
+        raise Unsupported(f"{entries.name} has layers that differ in {key}, which is not supported")
+    return Entries(entries.name, {key: values[0]}).whole(key)
+
+
+def _gguf_row_order(config: LlamaConfig, name: str, rows: int) -> Tensor | None:
+    if config.architecture != "llama" or name not in ("attn_q", "attn_k"):
+        return None
+    # llama.cpp rotates neighbours, so its files have the two halves of each head interleaved
+    order = torch.arange(rows, device="cpu")
+    return order.view(-1, 2, config.head_dim // 2).transpose(1, 2).flatten()
+
+
+FAMILIES.register(
+    "llama",
+    Family(
+        _DEFAULTS,
+        _read,
+        LlamaWeights,
+        LlamaRunner,
+        GGUF(("llama", "mistral", "qwen2"), _read_gguf, _GGUF_TENSORS, _gguf_row_order),
+    ),
+    "Llama 2 and 3, SmolLM2, Mistral, Qwen2",
+)

@@ -1,16 +1,19 @@
-"""MambaRunner: Mamba models. Every channel has a decay for each of its states, and a dt of its own."""
+"""Mamba models. Every channel has a decay for each of its states, and a dt of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from pyspec.architectures import FAMILIES, Family
 from pyspec.architectures.weights import Blank, Matrix
+from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
-from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner
+from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner, StateSpaceWeights
 
-__all__ = ["MambaConfig", "MambaLayer", "MambaRunner"]
+__all__ = ["MambaConfig", "MambaLayer", "MambaRunner", "check_silu", "mamba_ssm_shape"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,90 @@ class MambaRunner(StateSpaceRunner):
     """A Mamba model; see StateSpaceRunner."""
 
     config: MambaConfig
+
+
+# ==== config.json ====
+
+_DEFAULTS = {
+    "MambaForCausalLM": {
+        "vocab_size": 50280,
+        "hidden_size": 768,
+        "num_hidden_layers": 32,
+        "state_size": 16,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": 1e-5,
+        "conv_kernel": 4,
+        "expand": 2,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "mamba_ssm Mamba1": {},
+}
+
+
+def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfig:
+    if architecture == "mamba_ssm Mamba1":
+        shape, layer = mamba_ssm_shape(source, entries, "Mamba1")
+        channels, rank = (
+            layer.whole("expand", 2) * shape["hidden_size"],
+            _dt_rank(layer, "dt_rank", shape["hidden_size"]),
+        )
+        return MambaConfig(channels=channels, state_size=layer.whole("d_state", 16), dt_rank=rank, **shape)
+    check_silu(source, entries, "MambaRunner")
+    hidden = entries.whole("hidden_size")
+    return MambaConfig(
+        vocab_size=entries.whole("vocab_size"),
+        hidden_size=hidden,
+        layers=entries.whole("num_hidden_layers"),
+        channels=entries.whole("intermediate_size", entries.whole("expand") * hidden),
+        state_size=entries.whole("state_size"),
+        dt_rank=_dt_rank(entries, "time_step_rank", hidden),
+        conv_taps=entries.whole("conv_kernel"),
+        norm_epsilon=entries.number("layer_norm_epsilon"),
+        projection_bias=entries.flag("use_bias"),
+        conv_bias=entries.flag("use_conv_bias"),
+        tied_embedding=entries.flag("tie_word_embeddings"),
+    )
+
+
+def check_silu(source: Path | str, entries: Entries, runner: str) -> None:
+    if entries.text("hidden_act") not in ("silu", "swish"):
+        raise ValueError(f"{source} has hidden_act {entries.get('hidden_act')!r}, {runner} has silu")
+
+
+def _dt_rank(entries: Entries, key: str, hidden: int) -> int:
+    return -(-hidden // 16) if entries.get(key, "auto") == "auto" else entries.whole(key)
+
+
+def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[dict, Entries]:
+    """What both kinds of layers share in files of the package mamba_ssm, and of Codestral-Mamba with its other names.
+
+    Returns:
+        Fields of MambaConfig or Mamba2Config, and the entries about layers.
+    """
+    is_codestral = "dim" in entries
+    layer = entries.part("ssm_cfg")
+    for name, wanted in (
+        ("rms_norm", True),
+        ("attn_layer_idx", []),
+        ("d_intermediate", 0),
+        ("norm_before_gate", False),
+    ):
+        if (found := layer.get(name, entries.get(name, wanted))) != wanted:
+            raise ValueError(f"{source} has {name} {found}, models of {kind} have {wanted}")
+    multiple = entries.whole("pad_vocab_size_multiple", 1 if is_codestral else 8)
+    shape = {
+        "vocab_size": -(-entries.whole("vocab_size") // multiple) * multiple,
+        "hidden_size": entries.whole("dim" if is_codestral else "d_model"),
+        "layers": entries.whole("n_layers" if is_codestral else "n_layer"),
+        "conv_taps": layer.whole("d_conv", 4),
+        "norm_epsilon": 1e-5,
+        "projection_bias": layer.flag("bias", False),
+        "conv_bias": layer.flag("conv_bias", True),
+        "tied_embedding": entries.flag("tie_embeddings", True),
+    }
+    return shape, layer
+
+
+FAMILIES.register("mamba", Family(_DEFAULTS, _read, StateSpaceWeights, MambaRunner), "Mamba")

@@ -1,16 +1,21 @@
-"""Mamba2Runner: Mamba-2 models (state-spaces' and Codestral's). One decay a head, B and C shared by groups of heads."""
+"""Mamba-2 models (state-spaces' and Codestral's). One decay a head, B and C shared by groups of heads."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
+from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures.mamba import check_silu, mamba_ssm_shape
 from pyspec.architectures.weights import Blank, Matrix
+from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE
-from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner
+from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner, StateSpaceWeights
 
-__all__ = ["Mamba2Config", "Mamba2Layer", "Mamba2Runner"]
+__all__ = ["Mamba2Config", "Mamba2Layer", "Mamba2Runner", "check_no_limit"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +116,75 @@ class Mamba2Runner(StateSpaceRunner):
     """A Mamba-2 model; see StateSpaceRunner."""
 
     config: Mamba2Config
+
+
+# ==== config.json ====
+
+_DEFAULTS = {
+    "Mamba2ForCausalLM": {
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "num_hidden_layers": 64,
+        "num_heads": 128,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 8,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": 1e-5,
+        "conv_kernel": 4,
+        "expand": 2,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "mamba_ssm Mamba2": {},
+}
+
+
+def _read(source: Path | str, entries: Entries, architecture: str) -> Mamba2Config:
+    if architecture == "mamba_ssm Mamba2":
+        return _read_mamba_ssm(source, entries)
+    check_silu(source, entries, "Mamba2Runner")
+    check_no_limit(source, entries, "Mamba2Runner")
+    config = Mamba2Config(
+        vocab_size=entries.whole("vocab_size"),
+        hidden_size=entries.whole("hidden_size"),
+        layers=entries.whole("num_hidden_layers"),
+        heads=entries.whole("num_heads"),
+        head_dim=entries.whole("head_dim"),
+        groups=entries.whole("n_groups"),
+        state_size=entries.whole("state_size"),
+        conv_taps=entries.whole("conv_kernel"),
+        norm_epsilon=entries.number("layer_norm_epsilon"),
+        projection_bias=entries.flag("use_bias"),
+        conv_bias=entries.flag("use_conv_bias"),
+        tied_embedding=entries.flag("tie_word_embeddings"),
+    )
+    if config.channels != (channels := entries.whole("expand") * config.hidden_size):
+        raise entries.wrong("num_heads", config.heads, f"heads of {config.head_dim} that share {channels} channels")
+    return config
+
+
+def check_no_limit(source: Path | str, entries: Entries, runner: str) -> None:
+    limit = entries.get("time_step_limit", [0.0, math.inf])
+    if not isinstance(limit, (list, tuple)) or len(limit) != 2:
+        raise entries.wrong("time_step_limit", limit, "two numbers")
+    lowest, highest = limit
+    highest = highest.get("__float__") if isinstance(highest, dict) else highest  # how transformers writes infinity
+    if type(lowest) not in (int, float) or lowest > 0 or highest not in (math.inf, "Infinity"):
+        raise ValueError(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
+
+
+def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
+    shape, layer = mamba_ssm_shape(source, entries, "Mamba2")
+    head_dim = layer.whole("headdim", 64)
+    return Mamba2Config(
+        heads=layer.whole("expand", 2) * shape["hidden_size"] // head_dim,
+        head_dim=head_dim,
+        groups=entries.whole("n_groups", 1) if "dim" in entries else layer.whole("ngroups", 1),
+        state_size=layer.whole("d_state", 128),
+        **shape,
+    )
+
+
+FAMILIES.register("mamba2", Family(_DEFAULTS, _read, StateSpaceWeights, Mamba2Runner), "Mamba-2, Codestral Mamba")

@@ -25,7 +25,7 @@ RECENT = 32  # queries that channels of keys are chosen by
 
 
 class QuantisedSettings:
-    """What a QuantisedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
+    """The base of settings of a QuantisedCache, which are also a format of records: `window`, `encode` and `attend`.
 
     Attributes:
         encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
@@ -44,12 +44,12 @@ class QuantisedSettings:
 
     @property
     def records(self) -> int:
-        """Of a block, in a layer that keeps all its tokens."""
+        """Records of a block, in a layer that keeps all its tokens."""
         return self.span // BLOCK
 
     @property
     def largest_tree(self) -> int:
-        """Nodes of a tree, or of a chunk of a prompt."""
+        """Nodes of a tree, or tokens of a chunk of a prompt, at most."""
         return self.window + 1
 
     def check_window(self) -> None:
@@ -77,7 +77,7 @@ class QuantisedSettings:
         return (packed + exact) / (2 * head_dim * length)
 
     def ready(self, capacity: int, device: torch.device) -> QuantisedSettings:
-        """The same with what a cache of so many tokens needs beside it, on its device."""
+        """The settings with what a cache of so many tokens needs beside them, on its device."""
         return self
 
     def start(
@@ -152,7 +152,7 @@ class QuantisedCache:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that was allocated."""
+        """Bytes of everything that was allocated."""
         return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
 
     def check_room(self, sequence: int, count: int) -> None:
@@ -168,7 +168,7 @@ class QuantisedCache:
             )
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
-        """What the nodes of a tree behind a sequence see."""
+        """The rows of a tree behind a sequence, with what each of its nodes sees."""
         device = self.keys_values.device
         length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
         return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window, self.span)

@@ -51,7 +51,7 @@ def save_quantised(cache: QuantisedCache, path: str | Path, fingerprint: str) ->
 
 
 def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device: torch.device | str) -> QuantisedCache:
-    """A cache with what `save_quantised` wrote.
+    """Reads a cache that `save_quantised` wrote.
 
     Args:
         path: the file.

@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata, and tensors dequantised block by block."""
+"""Reads GGUF files: metadata, and tensors dequantised block by block, under the names of Hugging Face."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.entries import Entries
 
-__all__ = ["GGUFFile"]
+__all__ = ["GGUFCheckpoint", "GGUFFile", "read_gguf_config"]
 
 BLOCK_ELEMENTS = 2**22  # dequantised at a time, so that the fp32 values of a large tensor never exist together
 
@@ -81,6 +83,54 @@ class GGUFFile:
                 raise ValueError(f"{info.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
             yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
+
+
+def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
+    """The family of the model in a GGUF file, and its configuration.
+
+    Raises:
+        Unsupported: no family has the architecture, or its runner lacks a feature.
+        ValueError: metadata is missing, or is not what it should be.
+    """
+    found = file.metadata.get("general.architecture")
+    families = {name: family for family in FAMILIES.values() if family.gguf for name in family.gguf.architectures}
+    if not isinstance(found, str) or found not in families:
+        raise Unsupported(
+            f"{file.path} has architecture {found!r}, supported in GGUF files are {', '.join(sorted(families))}"
+        )
+    entries = Entries(str(file.path), file.metadata, prefix=f"{found}.", noun="metadata ")
+    return families[found], families[found].gguf.read(file, entries)
+
+
+class GGUFCheckpoint:
+    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, and `blocks` of one."""
+
+    def __init__(self, file: GGUFFile, family: Family, config):
+        self._file, self._family, self._config = file, family, config
+        self._names = {self._hugging_face_name(name): name for name in file.shapes if name != "rope_freqs.weight"}
+        self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Row numbers and the fp32 values of these rows."""
+        original, rows = self._names[name], self.shapes[name][0]
+        order = self._family.gguf.row_order(self._config, _parts_of(original)[1], rows)
+        order = torch.arange(rows, device="cpu") if order is None else order
+        start = 0
+        for values in self._file.rows(original):
+            yield order[start : start + len(values)], values
+            start += len(values)
+
+    def _hugging_face_name(self, name: str) -> str:
+        layer, stem, kind = _parts_of(name)
+        stem = self._family.gguf.tensors.get(stem, stem)
+        return f"{stem}.{kind}" if layer is None else f"{self._family.weights.LAYERS}{layer}.{stem}.{kind}"
+
+
+def _parts_of(name: str) -> tuple[str | None, str, str]:
+    """The layer's number or None, the tensor's own name, and "weight" or "bias"."""
+    stem, _, kind = name.rpartition(".")
+    _, layer, part = (stem.split(".", 2) + ["", ""])[:3] if stem.startswith("blk.") else ("", None, stem)
+    return layer, part, kind
 
 
 def _parts(part: _Part) -> list[_Part]:

@@ -1,4 +1,4 @@
-"""Reads the files of model folders: JSON, safetensors and pytorch_model.bin, whole or in shards."""
+"""Reads the files of model folders: config.json, safetensors and pytorch_model.bin, whole or in shards."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyspec.architectures import Family, Unsupported, family_of, supported_architectures
 from pyspec.entries import Entries
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "TensorCheckpoint",
     "eos_tokens",
     "read_checkpoint",
+    "read_config",
     "read_description",
     "read_json",
 ]
@@ -48,6 +51,47 @@ def read_description(folder: Path) -> dict:
             f"{base}, for example by peft's merge_and_unload, and load the result"
         )
     raise FileNotFoundError(f"{folder} is no model folder: it has no config.json")
+
+
+def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
+    """The family of the model that a config.json, or the like, describes, and its configuration.
+
+    What wins of what is stated twice, and what counts where something is left out, is as in transformers. source is the
+    model's name in errors.
+
+    Raises:
+        Unsupported: no family has the architecture, or its runner lacks a feature.
+        ValueError: an entry is missing, or is no such entry.
+    """
+    name = f"{source}: {'params.json' if 'dim' in description else 'config.json'}"
+    stated = Entries(name, description)
+    architecture = _architecture(source, stated)
+    family = family_of(architecture)
+    if family is None:
+        supported = ", ".join(supported_architectures())
+        raise Unsupported(f"{source} has architecture {architecture}, our kernels have {supported}")
+    defaults = family.architectures[architecture]
+    sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
+    # a file that says nothing is no model of 7 billion parameters
+    if sizes and not any(size in stated for size in sizes):
+        raise ValueError(f"{name} is incomplete: it has no {sizes[0]!r}")
+    return family, family.read(source, Entries(name, description, defaults), architecture)
+
+
+def _architecture(source: Path | str, stated: Entries) -> str | None:
+    """The classes of a live model are what it is. A file may name none, and then its type tells, or its other names."""
+    names, model_type = stated.array("architectures", str, []), stated.text("model_type", "")
+    if names:
+        return names[0]
+    supported = supported_architectures()
+    if not model_type and ("d_model" in stated or "dim" in stated):  # of mamba_ssm, and Codestral's
+        kind = "Mamba2" if "dim" in stated else stated.part("ssm_cfg").text("layer", "Mamba1")
+        kinds = [name.removeprefix("mamba_ssm ") for name in supported if name.startswith("mamba_ssm ")]
+        if kind not in kinds:
+            raise ValueError(f"{source} has layers of {kind}, the families are {' and '.join(kinds)}")
+        return f"mamba_ssm {kind}"
+    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in supported}
+    return by_type.get(model_type.replace("_", ""), model_type or None)
 
 
 def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:

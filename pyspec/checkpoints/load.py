@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.runners import Runner
 from pyspec.runners._inference import as_stored
 
-__all__ = ["from_transformers", "load", "native_config_of"]
+__all__ = ["config_of", "from_transformers", "load"]
 
 
 @as_stored()
@@ -37,8 +39,8 @@ def load(
         progress: called with (tensors read, all tensors).
 
     Returns:
-        A pyspec.runners.Runner: LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families,
-        TransformersRunner for other causal models.
+        A pyspec.runners.Runner on our kernels for the families that `pyspec info` lists, TransformersRunner for other
+        causal models.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -69,53 +71,35 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
         dtype: of weights and cache; the model's own by default. See `load`.
 
     Returns:
-        LlamaRunner, MambaRunner, Mamba2Runner or BambaRunner for their families, TransformersRunner for other causal
-        models.
+        A runner on our kernels for the families that `pyspec info` lists, TransformersRunner for other causal models.
 
     Raises:
         ValueError: the model is not supported; the message names its family.
     """
-    from pyspec.architectures.llama import Unsupported
     from pyspec.checkpoints.huggingface import TensorCheckpoint
     from pyspec.checkpoints.tokenizer import Tokenizer
+    from pyspec.checkpoints.weights import read_weights
     from pyspec.runners.foreign import TransformersRunner, eos_tokens_of
 
     try:
-        config = native_config_of(model)
+        family, config = config_of(model)
     except Unsupported as reason:
         if dtype not in (None, model.dtype):
             raise ValueError(f"dtype must be the model's own, {model.dtype}, got {dtype}: {reason}") from None
         return TransformersRunner(model, tokenizer)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_transformers(tokenizer)
-    source = type(model).__name__, dtype or model.dtype, model.device
-    config, weights = _read(TensorCheckpoint(model.state_dict()), config, *source)
-    return _native()[type(config)][1](config, weights, tokenizer, eos_tokens_of(model, tokenizer))
+    checkpoint, name = TensorCheckpoint(model.state_dict()), type(model).__name__
+    config, weights = read_weights(family, checkpoint, config, name, dtype or model.dtype, model.device)
+    return family.runner(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
 
 
-def native_config_of(model):
-    """The shape of a live model that our kernels can run; raises Unsupported, with the reason, for others."""
-    from pyspec.architectures.configurations import native_config
+def config_of(model) -> tuple[Family, Any]:
+    """The family of a live model, and its configuration; raises Unsupported, with the reason, for others."""
+    from pyspec.checkpoints.huggingface import read_config
 
     name = type(model).__name__
-    return native_config(name, model.config.to_dict() | {"architectures": [name]})
-
-
-def _native() -> dict[type, tuple[type, type]]:
-    """Weights and runners by the shapes that they are for."""
-    from pyspec.architectures.bamba import BambaConfig, BambaRunner, BambaWeights
-    from pyspec.architectures.llama import LlamaConfig, LlamaWeights
-    from pyspec.architectures.mamba import MambaConfig, MambaRunner
-    from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
-    from pyspec.runners.attention import LlamaRunner
-    from pyspec.runners.recurrent import StateSpaceWeights
-
-    return {
-        LlamaConfig: (LlamaWeights, LlamaRunner),
-        MambaConfig: (StateSpaceWeights, MambaRunner),
-        Mamba2Config: (StateSpaceWeights, Mamba2Runner),
-        BambaConfig: (BambaWeights, BambaRunner),
-    }
+    return read_config(name, model.config.to_dict() | {"architectures": [name]})
 
 
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -127,55 +111,59 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 
 
 def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress) -> Runner:
-    from pyspec.checkpoints.gguf import GGUFFile
-    from pyspec.checkpoints.gguf_models import GGUFCheckpoint, llama_config
+    from pyspec.checkpoints.gguf import GGUFCheckpoint, GGUFFile, read_gguf_config
     from pyspec.checkpoints.tokenizer import Tokenizer
-    from pyspec.runners.attention import LlamaRunner
+    from pyspec.checkpoints.weights import read_weights
 
     file = GGUFFile(path)
-    config = llama_config(file)
+    family, config = read_gguf_config(file)
+    options = _options(family, config, prompt_attention)
     tokenizer = Tokenizer.from_gguf(file.metadata, path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
-    config, weights = _read(GGUFCheckpoint(file, config), config, path, dtype, device, progress)
-    ends = tokenizer.eos_tokens if tokenizer else ()
-    return LlamaRunner(config, weights, tokenizer, ends, prompt_attention=prompt_attention)
+    checkpoint = GGUFCheckpoint(file, family, config)
+    config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress)
+    return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress) -> Runner:
-    from pyspec.architectures.configurations import native_config
-    from pyspec.architectures.llama import LlamaConfig, Unsupported
-    from pyspec.checkpoints.huggingface import eos_tokens, read_checkpoint, read_description
+    from pyspec.checkpoints.huggingface import eos_tokens, read_checkpoint, read_config, read_description
     from pyspec.checkpoints.tokenizer import Tokenizer
+    from pyspec.checkpoints.weights import read_weights
 
     description = read_description(folder)
     try:
-        config = native_config(folder, description)
+        family, config = read_config(folder, description)
     except Unsupported as reason:
         if dtype == torch.int8:
-            raise ValueError(f"dtype int8 needs a model of the Llama, Mamba or Bamba family: {reason}") from None
+            raise ValueError(f"dtype int8 needs a model of {_families(FAMILIES)}: {reason}") from None
         if prompt_attention != "pyspec":
-            raise ValueError(
-                f"prompt_attention {prompt_attention} needs a model of the Llama family: {reason}"
-            ) from None
+            raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         return _load_foreign(folder, description, dtype, device, str(reason))
-    if prompt_attention != "pyspec" and not isinstance(config, LlamaConfig):
-        family = config.architecture
-        raise ValueError(f"prompt_attention {prompt_attention} needs a model of the Llama family, got {family}")
-    options = {"prompt_attention": prompt_attention} if isinstance(config, LlamaConfig) else {}
+    options = _options(family, config, prompt_attention)
     tokenizer = Tokenizer.from_folder(folder)
     ends = eos_tokens(folder, tokenizer)
-    config, weights = _read(read_checkpoint(folder), config, folder, dtype, device, progress)
-    return _native()[type(config)][1](config, weights, tokenizer, ends, **options)
+    config, weights = read_weights(family, read_checkpoint(folder), config, folder, dtype, device, progress)
+    return family.runner(config, weights, tokenizer, ends, **options)
 
 
-def _read(checkpoint, config, path: Path | str, dtype: torch.dtype, device: torch.device, progress=None):
-    """The configuration, tied as the checkpoint is, and the weights."""
-    from pyspec.checkpoints.weights import read_weights, tied_as_stored
+def _options(family: Family, config, prompt_attention: str) -> dict[str, str]:
+    """What a runner of the family takes beside the model; raises ValueError where it does not take what is asked."""
+    if prompt_attention == "pyspec":
+        return {}
+    if not getattr(family.runner, "takes_flash_attn", False):
+        raise ValueError(
+            f"prompt_attention {prompt_attention} needs a model of {_by_flash()}, got {config.architecture}"
+        )
+    return {"prompt_attention": prompt_attention}
 
-    weights_class = _native()[type(config)][0]
-    config = tied_as_stored(checkpoint, config, weights_class.EMBEDDING)
-    return config, read_weights(weights_class, checkpoint, config, path, dtype, device, progress)
+
+def _by_flash() -> str:
+    return _families([name for name, family in FAMILIES.items() if getattr(family.runner, "takes_flash_attn", False)])
+
+
+def _families(names: Iterable[str]) -> str:
+    return f"the {' or '.join(name.capitalize() for name in names)} family"
 
 
 def _load_foreign(folder: Path, description: dict, dtype: torch.dtype, device: torch.device, reason: str) -> Runner:
@@ -191,13 +179,13 @@ def _load_foreign(folder: Path, description: dict, dtype: torch.dtype, device: t
     from pyspec.checkpoints.huggingface import eos_tokens
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.runners.foreign import TransformersRunner
-    from pyspec.runners.foreign_support import SUPPORTED, check_supported
+    from pyspec.runners.foreign_support import check_supported, supported
 
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
     model_class = getattr(transformers, str(architecture), None)
     if model_class is None or architecture not in causal.values():
-        raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {SUPPORTED}")
+        raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {supported()}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         check_supported(model_class, config)

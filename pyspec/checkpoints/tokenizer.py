@@ -84,8 +84,8 @@ class Tokenizer:
         if kind == "gpt2" and name not in _SPLITS:
             raise ValueError(f"{path} splits words by the rules {name!r}, supported are {', '.join(sorted(_SPLITS))}")
         texts = [text or f"[EMPTY_{token}]" for token, text in enumerate(entries.array("tokens", str))]
-        if len(set(texts)) < len(texts):
-            raise entries.wrong("tokens", texts, "tokens that all differ")
+        if not texts or len(set(texts)) < len(texts):
+            raise entries.wrong("tokens", texts, "tokens that all differ, at least one")
         types = entries.array("token_type", int, [gguf_tokenizer.NORMAL] * len(texts))
         if len(types) < len(texts):
             raise entries.wrong("token_type", types, f"one for each of {len(texts)} tokens")

@@ -5,64 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from pyspec.architectures import Family
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import WeightSample
 
-__all__ = ["Progress", "read_weights", "tied_as_stored"]
-
-Progress = Callable[[int, int], None]
-
-
-def tied_as_stored(checkpoint, config, embedding: str):
-    """The configuration without its tie where the checkpoint has a head that is not its tensor `embedding`.
-
-    transformers does not tie them either: it takes the configuration for wrong.
-    """
-    head = "lm_head.weight"
-    if not config.tied_embedding or not {embedding, head} <= checkpoint.shapes.keys():
-        return config
-    pairs = zip(checkpoint.blocks(embedding), checkpoint.blocks(head), strict=True)
-    if checkpoint.shapes[embedding] == checkpoint.shapes[head] and all(torch.equal(a, b) for (_, a), (_, b) in pairs):
-        return config
-    return _untied(config)
-
-
-def _untied(config):
-    parts = {field.name: getattr(config, field.name) for field in fields(config)}
-    changed = {name: _untied(part) for name, part in parts.items() if is_dataclass(part)}
-    if "tied_embedding" in parts:
-        changed["tied_embedding"] = False
-    return replace(config, **changed)
+__all__ = ["read_weights"]
 
 
 def read_weights(
-    weights_class: type[NativeWeights],
+    family: Family,
     checkpoint,
     config,
     path: Path | str,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Progress | None = None,
-) -> NativeWeights:
-    """Weights from a checkpoint, packed part by part so that little is ever there twice.
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Any, NativeWeights]:
+    """A model's configuration, and its weights, packed part by part so that little is ever there twice.
 
     Args:
-        weights_class: of the model's family.
+        family: the model's.
         checkpoint: has the `shapes` of all tensors by name, and `blocks(name)` of one: rows and their values.
-        config: the model's shape.
+        config: the model's shape, as its description has it.
         path: what errors name.
         dtype: that matrices are packed to: float32, float16, bfloat16 or int8.
         device: where the weights will be.
         progress: called with (tensors read, all tensors).
 
+    Returns:
+        The configuration, without a tie of embedding and head that the checkpoint does not have; and the weights.
+
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
     """
-    _check_tensors(weights_class, checkpoint.shapes, config, path)
-    weights = weights_class.empty(config, torch.float32 if dtype == torch.int8 else dtype, device)
+    config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
+    _check_tensors(family.weights, checkpoint.shapes, config, path)
+    weights = family.weights.empty(config, torch.float32 if dtype == torch.int8 else dtype, device)
     expected = len(weights.named(config))  # views: memory comes with the first write
     sample = WeightSample()
     done = 0
@@ -87,7 +69,29 @@ def read_weights(
         read(layer.named(config, f"{weights.LAYERS}{index}."))
         layer.pack(dtype)
     weights.sample = sample.hexdigest()
-    return weights
+    return config, weights
+
+
+def _tied_as_stored(checkpoint, config, embedding: str):
+    """The configuration without its tie where the checkpoint has a head that is not its tensor `embedding`.
+
+    transformers does not tie them either: it takes the configuration for wrong.
+    """
+    head = "lm_head.weight"
+    if not config.tied_embedding or not {embedding, head} <= checkpoint.shapes.keys():
+        return config
+    pairs = zip(checkpoint.blocks(embedding), checkpoint.blocks(head), strict=True)
+    if checkpoint.shapes[embedding] == checkpoint.shapes[head] and all(torch.equal(a, b) for (_, a), (_, b) in pairs):
+        return config
+    return _untied(config)
+
+
+def _untied(config):
+    parts = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {name: _untied(part) for name, part in parts.items() if is_dataclass(part)}
+    if "tied_embedding" in parts:
+        changed["tied_embedding"] = False
+    return replace(config, **changed)
 
 
 def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple], config, path: Path | str) -> None:

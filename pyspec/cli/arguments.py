@@ -29,9 +29,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     from pyspec.acceptance import RULES
     from pyspec.caches import CACHES
 
-    parser.add_argument(
-        "--budget", type=budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
-    )
+    add_budget_argument(parser)
     parser.add_argument(
         "--acceptance",
         choices=list(RULES),
@@ -47,10 +45,19 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     )
 
 
-def budget(text: str) -> int | str:
-    if text != "auto" and not text.lstrip("+-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number of nodes or auto, got {text!r}")
-    return text if text == "auto" else int(text)
+def add_budget_argument(parser: argparse.ArgumentParser) -> None:
+    from pyspec.controllers import CONTROLLERS
+
+    named = ", ".join(f"or {name}, {summary}" for name, summary in CONTROLLERS.summaries.items())
+    parser.add_argument("--budget", type=_budget, default="auto", help=f"tree nodes a round, {named}; default: auto")
+
+
+def _budget(text: str) -> int | str:
+    from pyspec.controllers import CONTROLLERS
+
+    if text not in CONTROLLERS and not text.lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or {' or '.join(CONTROLLERS)}, got {text!r}")
+    return text if text in CONTROLLERS else int(text)
 
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:

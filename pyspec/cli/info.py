@@ -49,6 +49,7 @@ def _info(arguments: argparse.Namespace) -> int:
         return _info_costs(arguments)
     import torch
 
+    from pyspec.architectures import FAMILIES
     from pyspec.machine import cpu_name
     from pyspec.ops import backends
 
@@ -66,6 +67,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "ops": backends(),
         "extras": {name: _missing_modules(modules) or "installed" for name, modules in EXTRAS.items()},
         "prompt_attention": _prompt_attention(),
+        "families": FAMILIES.summaries,
         "demo_model": _demo_model(),
     }
     if arguments.json:
@@ -92,7 +94,7 @@ def _info(arguments: argparse.Namespace) -> int:
         [(name, found if found == "installed" else f"missing {found}") for name, found in report["extras"].items()],
     )
     _section("prompts are read by", report["prompt_attention"].items())
-    _section("models", [("demo", report["demo_model"])])
+    _section("models", [("demo", report["demo_model"]), *report["families"].items()])
     return 0
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pyspec.controllers.fixed import FixedController
+from pyspec.registry import Registry
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from pyspec.drafters import Drafter
     from pyspec.runners import Runner
 
-__all__ = ["LARGEST", "Controller", "controller_for"]
+__all__ = ["CONTROLLERS", "LARGEST", "Controller", "controller_for"]
 
 LARGEST = 64  # nodes of a tree that a controller with a name asks for, at most
 
-NAMES = {"auto": "pays"}  # module, by name
+#: What makes a controller by name, as a budget may be one: called with model, drafter, cache and the largest tree.
+CONTROLLERS: Registry[Callable[..., Controller]] = Registry("pyspec.controllers")
 
 
 class Controller(Protocol):
@@ -65,4 +66,4 @@ def controller_for(
         largest = min(largest, cache.largest_tree)
     if drafter is None or not isinstance(budget, str):
         return FixedController(largest)
-    return import_module(f"pyspec.controllers.{NAMES[budget]}").new_controller(model, drafter, cache, largest)
+    return CONTROLLERS[budget](model, drafter, cache, largest)

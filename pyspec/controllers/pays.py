@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyspec.caches import QuantisedSettings
-from pyspec.controllers import LARGEST
+from pyspec.controllers import CONTROLLERS, LARGEST
 from pyspec.drafters import Drafter
 from pyspec.machine.costs import Costs, costs_of
 from pyspec.runners import Runner
@@ -177,3 +177,6 @@ def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | N
     """The controller for a drafter, by the measured costs of a model: drawn trees may not be cut, chosen ones may."""
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
     return kind(costs_of(model, cache), largest)
+
+
+CONTROLLERS.register("auto", new_controller, "as many as pay")

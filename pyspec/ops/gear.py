@@ -56,13 +56,13 @@ def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tens
 
 
 def used_blocks(packed: Tensor, seen: Tensor) -> Tensor:
-    """packed with zeros for the blocks that no row sees, which may hold anything."""
+    """The packed records, with zeros in place of the blocks that no row sees, which may hold anything."""
     used = torch.arange(packed.shape[2], device=packed.device) < seen.amax(1, keepdim=True)  # [B, blocks]
     return packed.masked_fill(~used[:, None, :, None], 0)
 
 
 def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The references' attention, to the first seen [B, T] blocks of decoded k and v [B, Hkv, S, D] fp32."""
+    """The references' attention to the first seen [B, T] blocks, decoded to k and v [B, Hkv, S, D] fp32."""
     slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
     visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
     grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
@@ -149,7 +149,7 @@ class TreeRows:
 def attend_tree(
     q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float, records: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """gear_attention for rows that were worked out before: out like q and lse [B, Hq, T]. records: of a block."""
+    """gear_attention for rows worked out before: out like q, lse [B, Hq, T]. A block has `records` records."""
     return join_exact(attend_packed(q, packed, rows.seen * records, format, scale), q, k, v, rows, scale)
 
 

@@ -41,7 +41,7 @@ INDEPENDENT = 1e-3  # of its length that a column must have left beside those be
 
 
 def _half(x: Tensor, upwards: bool) -> Tensor:
-    """x in fp16, rounded to the side."""
+    """x rounded to fp16, down or up as asked."""
     half = x.half()
     wrong = half.float() < x if upwards else half.float() > x
     bits = half.view(torch.int16)
@@ -290,7 +290,7 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | Non
 
 
 def encode_packed(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
-    """gear_encode of what was checked."""
+    """Records of arguments that gear_encode has checked."""
     if not format.key_channels:
         channels = k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, 0), dtype=torch.uint8)
     else:

@@ -95,7 +95,7 @@ class GearFormat:
 
     @property
     def layout(self) -> tuple[int, int, int, int, bool, int]:
-        """What a reader of records must know, as the ops take it."""
+        """The settings that a reader of records must know, as the ops take them."""
         return self.bits, self.group, self.rank, self.outliers, self.rotate, self.key_channels
 
     def check_head_dim(self, head_dim: int) -> None:
@@ -110,7 +110,7 @@ class GearFormat:
             raise ValueError(f"key_channels must be below the head_dim {head_dim}, got {self.key_channels}")
 
     def record_bytes(self, head_dim: int) -> int:
-        """Of a block of 128 tokens of one head, keys and values."""
+        """Bytes of one record: keys and values of 128 tokens of one head."""
         sides = [self.parts(head_dim, values) for values in (False, True)]
         return _up(sum(dtype.itemsize * math.prod(shape) for parts in sides for _, dtype, shape in parts), 64)
 
@@ -154,7 +154,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def low_rank_values(factor: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[..., 128, D]."""
+    """The low-rank part of each record's numbers, [..., 128, D]."""
     return torch.einsum("...r,...rn,...rd->...nd", factor, a.float(), b.float())
 
 
@@ -178,7 +178,7 @@ def pack_codes(codes: Tensor, bits: int, values: bool) -> Tensor:
 
 
 def _unpack_codes(words: Tensor, bits: int, values: bool, head_dim: int) -> Tensor:
-    """The reverse: codes [..., 128, D] int32."""
+    """Codes [..., 128, D] int32 out of what pack_codes made."""
     front = words.shape[:-2]
     codes, low = 0, 0
     planes = (2, 1) if bits == 3 else (bits,)
@@ -198,7 +198,7 @@ def _unpack_codes(words: Tensor, bits: int, values: bool, head_dim: int) -> Tens
 
 
 def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values: bool) -> Tensor:
-    """[..., 128, D] fp32."""
+    """One side of the records, decoded: [..., 128, D] fp32."""
     group = f.width(head_dim) if values else f.group
     kept = f.key_channels and not values
     codes = _unpack_codes(parts["codes"], f.bits, values, f.key_channels if kept else head_dim).float()

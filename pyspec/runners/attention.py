@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures.llama import LlamaConfig, LlamaWeights, rope_table
+from pyspec.architectures.rotary import rope_table
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.saved import load_quantised, save_quantised
@@ -37,7 +38,10 @@ from pyspec.runners.static_steps import (
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["LlamaConfig", "LlamaRunner", "LlamaWeights"]
+if TYPE_CHECKING:
+    from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+
+__all__ = ["LlamaRunner"]
 
 PREFILL_CHUNK = 128  # tokens of prompts in a call; STATIC_CHUNK where shapes are static
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
@@ -63,6 +67,7 @@ class LlamaRunner(NativeRunner):
     """
 
     takes_quantised_cache = True
+    takes_flash_attn = True
 
     def __init__(
         self,

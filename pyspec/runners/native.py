@@ -75,6 +75,11 @@ class NativeRunner:
         """Committed tokens of each sequence."""
         return [] if self._cache is None else list(self._cache.lengths)
 
+    @property
+    def cache(self):
+        """The keys and values, or the states, of the batch: for benchmarks and training. None before any prefill."""
+        return self._cache
+
     def fork(self):
         """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""
         fork = copy.copy(self)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pyspec import load
-from pyspec.architectures.configurations import _DEFAULTS, native_config
-from pyspec.architectures.llama import Unsupported
+from pyspec.architectures import FAMILIES, Unsupported, family_of
+from pyspec.checkpoints.huggingface import read_config
 from tests.helpers.random_llama import VOCABULARY
 from tests.helpers.runner_checks import check_last
 from tests.helpers.tiny_mambas import tiny_mamba
@@ -39,7 +39,7 @@ def of_transformers(architecture, description):
 
 
 def read(architecture, description):
-    return native_config("folder", {"architectures": [architecture]} | description)
+    return read_config("folder", {"architectures": [architecture]} | description)[1]
 
 
 def check_same(architecture, description):
@@ -55,7 +55,7 @@ def test_what_is_left_out_is_what_transformers_has(architecture):
         check_same(architecture, {name: value for name, value in stated.items() if name != left_out})
     size = {"num_hidden_layers": 4} | ({"attn_layer_indices": [2]} if architecture.startswith("Bamba") else {})
     check_same(architecture, size)
-    names = {"num_hidden_layers", *_DEFAULTS[architecture]} - {"attention_bias", "mlp_bias"}
+    names = {"num_hidden_layers", *family_of(architecture).architectures[architecture]} - {"attention_bias", "mlp_bias"}
     assert names <= set(dir(of_transformers(architecture, {})))
 
 
@@ -64,7 +64,7 @@ def test_a_file_without_architectures_is_of_its_type(architecture):
     description = SMALL[architecture] | {"model_type": architecture.removesuffix("ForCausalLM").lower()}
     expected = read(architecture, description)
     for stated in ({}, {"architectures": None}, {"architectures": []}):
-        assert native_config("folder", description | stated) == expected
+        assert read_config("folder", description | stated)[1] == expected
 
 
 def test_null_has_the_meaning_that_it_has_in_transformers():
@@ -247,7 +247,7 @@ ODD = st.one_of(
     st.sampled_from(["linear", "auto", "silu", "4", [], {}, {"rope_type": "llama3"}, ["sliding_attention"] * 3]),
 )
 ENTRIES = sorted(
-    {name for defaults in _DEFAULTS.values() for name in defaults}
+    {name for family in FAMILIES.values() for defaults in family.architectures.values() for name in defaults}
     | {
         "architectures",
         "model_type",
@@ -284,7 +284,7 @@ def test_any_entry_is_read_or_named(architecture, changed):
     else:
         stated = SMALL[architecture] | {"architectures": [architecture]}
     try:
-        native_config("folder", stated | changed)
+        read_config("folder", stated | changed)
     except ValueError as error:
         assert str(error).startswith("folder") or any(name in str(error) for name in ("must", "head_dim")), error
 

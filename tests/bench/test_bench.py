@@ -89,7 +89,8 @@ def test_a_restarted_drafter_knows_nothing():
 
 def test_transformers_gets_the_same_model():
     pytest.importorskip("transformers")
-    from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+    from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+    from pyspec.runners.attention import LlamaRunner
 
     config = LlamaConfig("llama", 128, 96, 160, 2, 4, 2, 64, 128, 1e-5, 10000.0, tied_embedding=True)
     weights = LlamaWeights.empty(config, torch.float32, torch.device("cpu"))

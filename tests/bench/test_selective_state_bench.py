@@ -37,7 +37,7 @@ def test_recompute_ends_where_replay_ends():
         rounds = bench.Rounds(bench.random_model(SHAPES["Mamba-2 130M"], torch.float32, "cpu"), 2)
         getattr(rounds, way)(13)()
         verify_all(rounds.model, [DraftTree.chain([0])] * 2)  # which replays the round before
-        states.append(rounds.model._cache.states)
+        states.append(rounds.model.cache.states)
     assert torch.equal(*states)
 
 

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from pyspec.architectures.llama import LlamaWeights
 from pyspec.drafters import layer_skip
 from pyspec.drafters.layer_skip import LayerSkipDrafter, find_skipped_layers
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.generate import generate
 from pyspec.machine import measured
-from pyspec.runners.attention import LlamaRunner, LlamaWeights
+from pyspec.runners.attention import LlamaRunner
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, verify_all
 

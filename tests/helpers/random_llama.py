@@ -5,7 +5,8 @@ import random
 import torch
 
 from pyspec import DraftTree
-from pyspec.runners.attention import LlamaConfig, LlamaRunner, LlamaWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.runners.attention import LlamaRunner
 
 VOCABULARY = 97
 

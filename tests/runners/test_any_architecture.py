@@ -28,7 +28,7 @@ def runner_or_sentence(model):
         return TransformersRunner(model)
     except ValueError as error:
         message = str(error)
-    assert message.startswith(f"{type(model).__name__} is not supported: it") and "; supported are Llama" in message
+    assert message.startswith(f"{type(model).__name__} is not supported: it") and "; supported are Bamba" in message
     return None
 
 

@@ -147,7 +147,7 @@ def test_a_live_model_brings_its_tokenizer_and_end_tokens():
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_without_a_croppable_cache_are_refused_by_name(family):
     options, reason = REFUSED[family]
-    with pytest.raises(ValueError, match=rf"{family}\w+ is not supported: .*{reason}.*; supported are Llama"):
+    with pytest.raises(ValueError, match=rf"{family}\w+ is not supported: .*{reason}.*; supported are Bamba"):
         TransformersRunner(tiny_model(family, options))
 
 
@@ -199,7 +199,7 @@ def test_a_model_whose_rows_hang_on_their_call_is_refused(fault, reason, monkeyp
     seen.__signature__ = inspect.signature(whole)
     monkeypatch.setattr(block, "forward", changed)
     monkeypatch.setattr(model, "forward", seen)
-    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}; supported are Llama"):
+    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}; supported are Bamba"):
         TransformersRunner(model)
 
 

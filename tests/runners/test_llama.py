@@ -5,8 +5,8 @@ import torch
 
 import pyspec.runners.attention
 from pyspec import DraftTree, load
+from pyspec.architectures.llama import LlamaWeights
 from pyspec.ops.linear import PackedWeight
-from pyspec.runners.attention import LlamaWeights
 from tests.helpers.order_dependent import order_dependent_llamas
 from tests.helpers.random_llama import random_tokens, random_tree
 from tests.helpers.runner_checks import (

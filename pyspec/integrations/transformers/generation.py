@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache
 
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.architectures.llama import Unsupported
+from pyspec.architectures import Unsupported
 from pyspec.checkpoints import from_transformers
-from pyspec.checkpoints.load import native_config_of
+from pyspec.checkpoints.load import config_of
 from pyspec.controllers import controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
@@ -82,7 +82,7 @@ def _runner(model) -> Runner:
 
 def _native_runner(model) -> Runner:
     try:
-        native_config_of(model)
+        config_of(model)
     except Unsupported as reason:
         raise ValueError(f"native must be False: pyspec has no kernels for {type(model).__name__}: {reason}") from None
     return from_transformers(model)
