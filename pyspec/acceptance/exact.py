@@ -52,4 +52,4 @@ class ExactAcceptance:
             node = child
 
 
-RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")
+RULES.register("exact", ExactAcceptance, "A: every tree; the text of plain decoding (SpecInfer's naive sampling)")

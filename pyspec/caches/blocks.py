@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyspec.caches.dense import keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, find_unpackable
+from pyspec.ops.gear_encode import LARGEST
 from pyspec.tree import DraftTree
 
 __all__ = ["RECENT", "QuantisedCache", "QuantisedSettings"]
@@ -236,12 +237,12 @@ class QuantisedCache:
         self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
-        bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
+        bad = find_unpackable(part[:, 0], part[:, 1])
         if bad is not None:
-            name, (layer, head, token, channel), value, limit = bad
+            name, (layer, head, token, channel), value = bad
             what = "keys" if name == "k" else "values"
             raise ValueError(
-                f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
+                f"{what} must be at most {LARGEST:.0f} in magnitude to be packed, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
 

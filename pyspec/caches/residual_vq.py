@@ -34,7 +34,6 @@ class ResidualVqSettings(QuantisedSettings):
             raise TypeError(f"codebooks must be Codebooks, got {type(self.codebooks).__name__}: see Codebooks.load")
         self.check_window()
 
-    rotate = False  # as of ResidualVqFormat
     _rotary: ClassVar[Tensor | None] = None  # of a started cache's blocks, where keys are coded before it
 
     def check_head_dim(self, head_dim: int) -> None:

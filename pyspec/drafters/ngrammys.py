@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from pyspec.drafters import saving
-from pyspec.drafters.growing import GrowingDrafter, Part
-from pyspec.drafters.lookup import Lookup
-from pyspec.host import engine
+from pyspec.drafters import DRAFTERS, NamedDrafter, saving
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.bigrams import Bigrams, check_bigrams
+from pyspec.drafters.tables.lookup import Lookup
 from pyspec.machine import measured
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
@@ -20,7 +20,7 @@ from pyspec.runners.exclusive import exclusive_use
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["NgrammysDrafter", "NgrammysRows", "model_bigrams"]
+__all__ = ["NgrammysRows", "model_bigrams"]
 
 BATCH = 256  # tokens that are run side by side
 
@@ -55,43 +55,6 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     return successors
 
 
-class Bigrams(Part):
-    """The model's bigrams, and the tokens that follow most tokens."""
-
-    name = "bigrams_"
-
-    def __init__(self, successors: np.ndarray):
-        self.sources = [engine().Bigrams(successors, common_tokens(successors))]
-
-
-def common_tokens(successors: np.ndarray) -> list[int]:
-    """The unigram: tokens by how many others they are among the best after, a better rank counting more."""
-    counts = np.zeros(len(successors))
-    for rank, column in enumerate(successors.T):
-        np.add.at(counts, column[column >= 0], 1 / (1 + rank))
-    return [token for token in np.argsort(-counts, kind="stable")[:TOP].tolist() if counts[token] > 0]
-
-
-class NgrammysDrafter(GrowingDrafter):
-    """Model bigrams, chained as far as the tree goes, the model's unigram, and the n-grams of the text, as one tree.
-
-    After Stewart et al., "The N-Grammys: Accelerating Autoregressive Inference with Learning-Free Batched Speculation",
-    arXiv 2411.03786. Their unigram ranks by embeddings; this one by the bigrams.
-
-    Args:
-        vocab_size: tokens of the target.
-        fingerprint: names the target; a file saved with another one is refused.
-        bigrams: from model_bigrams.
-
-    Raises:
-        ValueError: if bigrams are of another vocabulary.
-    """
-
-    def __init__(self, vocab_size: int, fingerprint: str, bigrams: np.ndarray):
-        _check(bigrams, vocab_size)
-        super().__init__(vocab_size, [Lookup(), Bigrams(bigrams)], fingerprint)
-
-
 class NgrammysRows:
     """The paper's own allocation: `rows` continuations of up to `width` tokens, merged by what they begin with.
 
@@ -102,7 +65,7 @@ class NgrammysRows:
     proposal = "deterministic"
 
     def __init__(self, vocab_size: int, bigrams: np.ndarray, *, rows: int = 10, width: int = 10):
-        _check(bigrams, vocab_size)
+        check_bigrams(bigrams, vocab_size)
         for name, value in (("rows", rows), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -145,9 +108,13 @@ class NgrammysRows:
         return found
 
 
-def _check(bigrams: np.ndarray, vocab_size: int) -> None:
-    if bigrams.shape != (vocab_size, TOP) or bigrams.min() < -1 or bigrams.max() >= vocab_size:
-        raise ValueError(
-            f"bigrams must be [{vocab_size}, {TOP}] tokens of this vocabulary, got {list(bigrams.shape)} "
-            f"from {bigrams.min()} to {bigrams.max()}"
-        )
+def _make(runner: Runner) -> TableDrafter:
+    tables = [Lookup(runner.vocab_size), Bigrams(runner.vocab_size, model_bigrams(runner))]
+    return TableDrafter(tables, runner.fingerprint)
+
+
+DRAFTERS.register(
+    "ngrammys",
+    NamedDrafter(_make, prepare=model_bigrams),
+    "the model's own bigrams and unigram, and the n-grams of this text (N-Grammys)",
+)

@@ -80,12 +80,11 @@ def gear_packed_attention_reference(
     group: int,
     rank: int,
     outliers: int,
-    rotate: bool,
     key_channels: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
-    format = GearFormat(bits, group, rank, outliers, rotate, False, key_channels)
+    format = GearFormat(bits, group, rank, outliers, False, key_channels)
     k, v = gear_decode(used_blocks(packed, seen), format, q.shape[3])
     return attention_to_blocks(q, k, v, seen, scale)
 
@@ -95,7 +94,7 @@ def check_seen(q: Tensor, packed: Tensor, seen: Tensor, *rest) -> None:
     check_places("seen", seen, packed.shape[2] + 1, f"packed has {packed.shape[2]} blocks")
 
 
-def _fake(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale) -> tuple[Tensor, Tensor]:
+def _fake(q, packed, seen, bits, group, rank, outliers, key_channels, scale) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -107,7 +106,7 @@ def _triton():
 
 _OP = Op(
     "gear_packed_attention",
-    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, bool rotate, "
+    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, "
     "int key_channels, float scale) "
     "-> (Tensor, Tensor)",
     gear_packed_attention_reference,

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -74,7 +73,6 @@ class ResidualVqFormat:
 
     depth: int = 8
     codes: int = 256
-    rotate: ClassVar[bool] = False  # GEAR's option: keys are packed as they are
 
     def __post_init__(self):
         if not 1 <= self.depth <= MOST_DEPTH:

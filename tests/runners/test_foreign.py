@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyspec import DraftTree, load
+from pyspec import DraftTree, from_transformers, load
+from pyspec.checkpoints.tokenizer import Tokenizer
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.foreign_support import cache_argument
 from tests.helpers.random_llama import by_slot, verify_all
@@ -135,13 +136,14 @@ def test_a_live_model_brings_its_tokenizer_and_end_tokens():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     model = tiny_model("GPT2", SUPPORTED["GPT2"] | {"eos_token_id": 4})
-    runner = TransformersRunner(model, fast, eos_tokens=[9])
+    assert from_transformers(model, fast).eos_tokens == {2, 4}
+    runner = TransformersRunner(model, Tokenizer.from_transformers(fast), eos_tokens=[9])
     assert runner.eos_tokens == {2, 4, 9}
     assert runner.tokenizer.encode("abba") == [0, 1, 1, 0]
     assert runner.vocab_size == VOCABULARY and runner.context_length == 96
     assert runner.fingerprint.startswith("gpt2-")
     with pytest.raises(ValueError, match="fast tokenizer"):
-        TransformersRunner(model, object())
+        from_transformers(model, object())
 
 
 @pytest.mark.parametrize("family", REFUSED)
