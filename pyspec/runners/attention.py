@@ -23,6 +23,7 @@ from pyspec.runners._inference import inference
 from pyspec.runners.native import CHUNK, NativeRunner
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import BUCKETS, Rows, slots_for
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class AttentionRunner(NativeRunner):
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
         cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
@@ -86,7 +87,7 @@ class AttentionRunner(NativeRunner):
         Args:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
             cache: how keys and values are packed; None keeps them as they are. Packed, the layers run op by op.
 
         Raises:
@@ -107,12 +108,12 @@ class AttentionRunner(NativeRunner):
             return self._prefill(tokens, empty, observe, chunk=FLASH_CHUNK, at_once=1)
         return self._prefill(tokens, empty, observe, at_once=1 if self._records_graphs else None, share=True)
 
-    def free_slots(self, sequence: int) -> int:
-        """Nodes of the largest tree that fits behind a sequence."""
-        return self._cache.capacity - self._cache.lengths[sequence]
+    def room(self, slot: int) -> int:
+        """Nodes of the largest tree that fits behind a slot's sequence."""
+        return self._cache.capacity - self._cache.lengths[slot]
 
     @inference
-    def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
+    def draft(self, slot: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
 
         A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
@@ -125,15 +126,14 @@ class AttentionRunner(NativeRunner):
             ValueError: the tree does not fit, as in verify, the layers are none of the model, or the cache is packed.
         """
         cache = self._cache
-        trees = [None] * sequence + [tree]
-        check_trees(trees, None if cache is None else len(trees), self.vocab_size)
+        check_trees({slot: tree}, None if cache is None else len(cache.lengths), self.vocab_size)
         if not isinstance(cache, DenseCache):
             raise ValueError("some layers alone can read a dense cache only, got a packed one")
         ascending = all(left < right for left, right in zip(layers, layers[1:], strict=False))
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
-        cache.check_room(sequence, len(tree))
-        rows = self._replays.run(self._step(layers), {sequence: tree}, key=tuple(layers))
+        cache.check_room(slot, len(tree))
+        rows = self._replays.run(self._step(layers), {slot: tree}, key=tuple(layers))
         return self._logits(rows.of_trees(rows.hidden))
 
     @inference

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,12 @@ from pyspec.architectures.rotary import rope_table
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
-from pyspec.readback import pack_statistics, send_statistics
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.prompts import PromptPlan
 from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, Rows, Step, TapeRecorder
+from pyspec.runners.verified import SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
 __all__ = ["NativeRunner"]
@@ -74,7 +75,7 @@ class NativeRunner:
         self._rope_table: Tensor | None = None
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
-        self._verified: list[DraftTree | None] | None = None
+        self._verified: dict[int, DraftTree] | None = None
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -117,59 +118,59 @@ class NativeRunner:
             if length <= min(capacity, self.context_length):
                 self.prefill([[0] * length] * sequences, capacity=capacity)
         for nodes in (nodes for nodes in BUCKETS if nodes < capacity):
-            self.verify([DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))] * sequences)
+            self.verify(dict.fromkeys(range(sequences), DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))))
             path = sorted({0, nodes - 1})  # behind a gap, which takes other kernels to close
         if self._verified is not None:
-            self.commit([path] * sequences)
+            self.commit(dict.fromkeys(range(sequences), path))
         self._cache = self._verified = None
 
     @inference
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot.
 
         Raises:
             RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
             ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
         """
         check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        for sequence in active:
-            self._cache.check_room(sequence, len(trees[sequence]))
+        trees = dict(sorted(trees.items()))
+        for slot, tree in trees.items():
+            self._cache.check_room(slot, len(tree))
         self._verified = None
-        if not active:
-            self._verified = list(trees)
-            return [None] * len(trees)
-        rows = self._run_layers({sequence: trees[sequence] for sequence in active})
-        if rows.logits is None:
-            logits = self._logits(rows.of_trees(rows.hidden))
-            rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
-        logits = rows.of_trees(rows.logits)
-        self._verified = list(trees)
-        parts = logits.split([len(trees[sequence]) for sequence in active])
-        if rows.statistics is not None:
-            send_statistics(rows.statistics, parts, rows.places)
-        parts = iter(parts)
-        return [None if tree is None else next(parts) for tree in trees]
+        verified: dict[int, Verified] = {}
+        if trees:
+            rows = self._run_layers(trees)
+            if rows.logits is None:
+                logits = self._logits(rows.of_trees(rows.hidden))
+                rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+            parts = rows.of_trees(rows.logits).split([len(tree) for tree in trees.values()])
+            if rows.statistics is None:
+                verified = dict(zip(trees, map(Verified, parts), strict=True))
+            else:
+                sent, ends = SentStatistics(rows.statistics), accumulate(map(len, parts))
+                places = rows.places or [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+                verified = dict(zip(trees, map(Verified, parts, repeat(sent), places), strict=True))
+        self._verified = trees
+        return verified
 
     @inference
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Makes paths of the last verified trees state, by slot: node indices from the root, root included.
 
         Raises:
-            RuntimeError: there is no verified tree.
+            RuntimeError: there are no verified trees.
             ValueError: a path does not follow its tree; nothing is committed then.
         """
         check_paths(paths, self._verified)
         trees, self._verified = self._verified, None
-        for sequence, path in enumerate(paths):
-            if path is not None:
-                self._extend(sequence, path, trees[sequence])
+        for slot, path in paths.items():
+            self._extend(slot, path, trees[slot])
 
     def _prefill(
         self,
         prompts: list[list[int]],
         cache,
-        observe: Callable[[int, DraftTree, Tensor], None] | None,
+        observe: Callable[[int, DraftTree, Verified], None] | None,
         *,
         chunk: int = 0,
         at_once: int | None = None,
@@ -189,7 +190,7 @@ class NativeRunner:
                 if observe is not None:
                     logits = self._logits(hidden)
                     for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
-                        observe(reader, chain.first(count), logits[:count])
+                        observe(reader, chain.first(count), Verified(logits[:count]))
                 cache.advance(sequence, len(chain))
                 if cache.lengths[sequence] == len(prompts[sequence]):
                     last_logits[sequence] = self._logits(hidden[-1:])[0]
@@ -205,7 +206,7 @@ class NativeRunner:
         return rows.of_trees(rows.hidden).split([len(chain) for chain in pieces.values()])
 
     def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
-        """What the layers give for all nodes of the active sequences."""
+        """What the layers give for all nodes of the trees by slot, in ascending order of the slots."""
         return self._replays.run(self._step(), trees)
 
     def _step(self, layers: Sequence[int] | None = None) -> Step:

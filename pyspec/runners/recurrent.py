@@ -18,6 +18,7 @@ from pyspec.runners._checks import check_prompts
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.replay import Rows, slots_for
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 __all__ = ["HybridRunner", "RecurrentRunner"]
@@ -48,7 +49,7 @@ class RecurrentRunner(NativeRunner):
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -58,7 +59,7 @@ class RecurrentRunner(NativeRunner):
             tokens: B prompts, none empty.
             capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
                 tree, the context length by default. States need none.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
 
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
