@@ -119,7 +119,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfi
         hidden = shape["hidden_size"]
         channels, rank = layer.whole("expand", 2) * hidden, _dt_rank(layer, "dt_rank", hidden)
         return MambaConfig(channels=channels, state_size=layer.whole("d_state", 16), dt_rank=rank, **shape)
-    check_silu(source, entries)
+    check_silu(source, entries, "RecurrentRunner")
     hidden = entries.whole("hidden_size")
     return MambaConfig(
         vocab_size=entries.whole("vocab_size"),

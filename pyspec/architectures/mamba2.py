@@ -126,8 +126,8 @@ _DEFAULTS |= {"head_dim": 64, "state_size": 128, "n_groups": 8, "tie_word_embedd
 def _read(source: Path | str, entries: Entries, architecture: str) -> Mamba2Config:
     if architecture == "mamba_ssm Mamba2":
         return _read_mamba_ssm(source, entries)
-    check_silu(source, entries)
-    check_no_limit(source, entries)
+    check_silu(source, entries, "RecurrentRunner")
+    check_no_limit(source, entries, "RecurrentRunner")
     config = Mamba2Config(
         vocab_size=entries.whole("vocab_size"),
         hidden_size=entries.whole("hidden_size"),
