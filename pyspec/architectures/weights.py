@@ -69,6 +69,7 @@ class NativeWeights:
     layers: list[NativeLayer] = field(repr=False)
     norm: Tensor  # [hidden]
     head: Matrix  # [vocab, hidden]
+    is_together: bool = field(default=False, repr=False)  # see move_together
     sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
 
     def forward(self, config, hidden: Tensor, cache, numbers, dtype: torch.dtype, layers=None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyspec.ops import linear, pack_weight, rms_norm, swiglu
 from pyspec.runners import replay
 from pyspec.runners.tape import Arena, Tape, can_record
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.tiny_mambas import tiny_mamba
 from tests.runners.test_bamba import tiny_bamba
 
@@ -126,8 +126,8 @@ def test_forwards_are_straight_lines_of_ops(monkeypatch):
                 gc.collect()
                 for seed in range(3):
                     trees = [random_tree(4 + seed, seed), random_tree(9, seed)]
-                    rows += runner.verify(trees)
-                    runner.commit([root_path(trees[0], 3), [0]])
+                    rows += verify_all(runner, trees)
+                    runner.commit({0: root_path(trees[0], 3), 1: [0]})
             found.append(torch.cat([row.flatten() for row in rows]))
         assert torch.equal(*found)
 
@@ -138,8 +138,20 @@ def test_shapes_are_bounded(monkeypatch):
     runner = random_llama()
     runner.prefill([random_tokens(9)], capacity=60)
     kept = runner._replays._replays
-    expected = {size: runner.verify([random_tree(size)])[0] for size in range(1, 9)}
+    expected = {size: runner.verify({0: random_tree(size)})[0].logits for size in range(1, 9)}
     assert [shape.rows for shape, _ in kept] == [6, 7, 8]
-    runner.verify([random_tree(6)])
+    runner.verify({0: random_tree(6)})
     assert [shape.rows for shape, _ in kept] == [7, 8, 6]
-    assert all(torch.equal(runner.verify([random_tree(size)])[0], expected[size]) for size in expected)
+    assert all(torch.equal(runner.verify({0: random_tree(size)})[0].logits, expected[size]) for size in expected)
+
+
+@torch.inference_mode()
+def test_a_runner_that_shares_weights_leaves_tapes_alone():
+    runner = random_llama(dtype=torch.bfloat16)
+    runner.prefill([random_tokens(9)], capacity=60)
+    expected = runner.verify({0: random_tree(5)})[0].logits
+    other = type(runner)(runner.config, runner.weights)
+    gc.collect()
+    assert torch.equal(runner.verify({0: random_tree(5)})[0].logits, expected)
+    other.prefill([random_tokens(9)], capacity=60)
+    assert torch.equal(other.verify({0: random_tree(5)})[0].logits, expected)
