@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from pyspec.drafters import saving
 from pyspec.drafters.growing import GrowingDrafter, Part, best_tokens
 from pyspec.drafters.lookup import Lookup
 from pyspec.host import engine
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -30,14 +28,10 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     Every token is run once, as a prompt of its own, and the result is kept in the user's cache folder. The model's
     batch is lost then. progress is called with (tokens done, tokens).
     """
-    identity = {"vocab_size": model.vocab_size, "fingerprint": model.fingerprint}
-    column = saving.Column((model.vocab_size, TOP), np.int32, -1, model.vocab_size)
-    name = hashlib.sha256(model.fingerprint.encode()).hexdigest()[:16]
-    path = measured.folder() / f"bigrams-{name}.npz"
-    try:
-        return saving.load(path, identity, {"successors": column})["successors"]
-    except (OSError, ValueError):
-        pass
+    key = store.key(model, vocab_size=model.vocab_size, top=TOP)
+    kept = store.read("bigrams", key)
+    if _is_table(kept, model.vocab_size):
+        return np.array(kept, np.int32)
     rows = []
     with exclusive_use(model):
         for first in range(0, model.vocab_size, BATCH):
@@ -46,12 +40,17 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
             if progress is not None:
                 progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        saving.save(path, identity, {"successors": successors})
-    except OSError:  # a folder that cannot be written to only means computing again
-        pass
+    store.keep("bigrams", key, successors.tolist())
     return successors
+
+
+def _is_table(kept: object, vocab_size: int) -> bool:
+    try:
+        table = np.array(kept)
+    except ValueError:  # rows of several lengths
+        return False
+    fits = table.dtype.kind == "i" and table.shape == (vocab_size, TOP)
+    return fits and -1 <= table.min() <= table.max() < vocab_size
 
 
 class Bigrams(Part):
