@@ -68,7 +68,9 @@ class Call:
 
     run: Callable[[], object]
     tiles: dict[str, float] = field(default_factory=dict)
-    source: str = ""  # of CUDA C++: run takes the op, which tests/cuda_on_host runs on the CPU without its launches
+    source: str = (
+        ""  # of CUDA C++: run takes the op, run on the CPU by tests/helpers/cuda_on_host.py without its launches
+    )
 
 
 # ==== calls ====
@@ -260,11 +262,11 @@ def bytes_of(values) -> int:
 
 
 def on_host():
-    """tests/cuda_on_host, where the bindings and the launches of C++ kernels run."""
-    sys.path.append(str(ROOT / "tests"))
-    from cuda_on_host import loading
+    """tests/helpers/cuda_on_host.py, where the bindings and the launches of C++ kernels run."""
+    sys.path.append(str(ROOT))
+    from tests.helpers import cuda_on_host
 
-    return loading
+    return cuda_on_host
 
 
 @functools.cache

@@ -41,7 +41,6 @@ from pyspec.ops.residual_vq import turn_keys
 
 SETTINGS = {
     **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
-    "int4, rotated": GearSettings(4, 128, rotate=True),
     "int4, half": GearSettings(4, 128, keep=0.5),
     "int4, 48 keys": GearSettings(4, 128, key_channels=48),
     "3 bits": GearSettings(3, 64),

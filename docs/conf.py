@@ -13,7 +13,7 @@ project = "pyspec"
 author = "the authors of pyspec"
 version = release = pyspec.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "results"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton", "results", "registries"]
 html_theme = "furo"
 html_show_copyright = False
 html_title = "pyspec"

@@ -52,7 +52,7 @@ class Stats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """By depth d, at d - 1, the share of rounds that accepted a draft there. They add up to the mean length - 1."""
+        """The acceptance rate at each depth d, at d - 1: shares of all rounds, whose sum is the mean length - 1."""
         rounds = max(1, sum(self.accepted_lengths))
         return [sum(self.accepted_lengths[length:]) / rounds for length in range(2, len(self.accepted_lengths))]
 

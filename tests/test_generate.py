@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from pyspec.drafters import NAMES
+from pyspec.drafters import DRAFTERS
 from pyspec.generate import generate
 from pyspec.tree import DraftTree
 from tests.helpers.fake_drafters import AlwaysWrong, Drafts, Oracle, OracleTrees, RandomTrees
@@ -242,7 +242,7 @@ def test_an_unknown_drafter_is_named():
         generate(FakeRunner(), PROMPT, drafter="medium")
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"layer_skip"}))
+@pytest.mark.parametrize("name", sorted(set(DRAFTERS) - {"layer_skip"}))
 @pytest.mark.parametrize("settings", [{}, SAMPLED, dict(temperature=1e30, seed=3), dict(temperature=1e-30, seed=3)])
 def test_named_drafters_give_the_plain_text(name, settings):
     plain = generate(FakeRunner(), PROMPT * 3, drafter=None, max_new_tokens=80, **settings)

@@ -18,13 +18,17 @@ PUBLIC = ("pyspec", "pyspec.ops", "pyspec.caches", "pyspec.drafters", "pyspec.dr
 OPS = sorted(path.stem for path in (ROOT / "pyspec/ops").glob("[!_]*.py"))
 
 
-@pytest.fixture(scope="module")
-def results():
-    """docs/results.py, as Sphinx loads it."""
-    spec = importlib.util.spec_from_file_location("site_results", DOCS / "results.py")
+def load_extension(name: str):
+    """A module of docs/, as Sphinx loads it."""
+    spec = importlib.util.spec_from_file_location(f"site_{name}", DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def results():
+    return load_extension("results")
 
 
 def test_every_page_is_in_the_map():

@@ -10,7 +10,7 @@ using torch::stable::Tensor;
 PYSPEC_KERNEL_TABLE(pyspec_gear_packed_attention, pyspec::GearAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_gear_encode, pyspec::GearEncodeParams);
 
-pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t outliers, bool rotate,
+pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t outliers,
                              int64_t key_channels, int64_t head_dim) {
   STD_TORCH_CHECK(head_dim % 16 == 0 && head_dim >= 64 && head_dim <= 256,
                   "the head_dim must be a multiple of 16 from 64 to 256, got ", head_dim);
@@ -22,19 +22,16 @@ pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t 
                   "], got ", rank);
   STD_TORCH_CHECK(outliers >= 0 && outliers <= pyspec::kMostOutliers && outliers % 2 == 0,
                   "outliers must be an even number in [0, ", pyspec::kMostOutliers, "], got ", outliers);
-  STD_TORCH_CHECK(!rotate || (head_dim & (head_dim - 1)) == 0,
-                  "rotate needs a head_dim that is a power of two, got ", head_dim);
-  STD_TORCH_CHECK(
-      key_channels % 16 == 0 && key_channels >= 0 && key_channels < head_dim && !(key_channels && rotate),
-      "key_channels must be 0 or, without rotate, a multiple of 16 below the head_dim ", head_dim, ", got ",
-      key_channels);
-  return {bits, group, rank, outliers, rotate, key_channels};
+  STD_TORCH_CHECK(key_channels % 16 == 0 && key_channels >= 0 && key_channels < head_dim,
+                  "key_channels must be 0 or a multiple of 16 below the head_dim ", head_dim, ", got ",
+                  key_channels);
+  return {bits, group, rank, outliers, key_channels};
 }
 
 Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int64_t bits, int64_t group,
-                   int64_t rank, int64_t outliers, bool rotate, int64_t key_channels, bool fitted) {
+                   int64_t rank, int64_t outliers, int64_t key_channels, bool fitted) {
   auto p = pyspec::packed_encode_params<pyspec::GearEncodeParams>(k, v, pyspec::kBlock);
-  p.format = format_of(bits, group, rank, outliers, rotate, key_channels, p.head_dim);
+  p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   p.fitted = fitted;
   int64_t key_dim = pyspec::gear_key_dim(p.format, p.head_dim);
   STD_TORCH_CHECK(k.size(3) == key_dim, "k must have ", key_dim, " channels, got ", k.size(3));
@@ -52,9 +49,9 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int
 
 std::tuple<Tensor, Tensor> gear_packed_attention(const Tensor& q, const Tensor& packed, const Tensor& seen,
                                                  int64_t bits, int64_t group, int64_t rank, int64_t outliers,
-                                                 bool rotate, int64_t key_channels, double scale) {
+                                                 int64_t key_channels, double scale) {
   auto p = pyspec::packed_attention_params<pyspec::GearAttentionParams>(q, packed);
-  p.format = format_of(bits, group, rank, outliers, rotate, key_channels, p.head_dim);
+  p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   pyspec::set_packed(p, q, packed, seen, pyspec::gear_record_bytes(p.format, p.head_dim), scale);
   Tensor counts = torch::stable::contiguous(seen);
   pyspec::set_seen(p, counts, packed.size(2));

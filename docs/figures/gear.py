@@ -1,4 +1,4 @@
-"""Draws docs/figures/gear.png: what rows see packed and in full precision, and what a packed block is made of."""
+"""Draws docs/figures/gear.png: what rows see quantised and in full precision, and what a quantised block is made of."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def draw_rows(axis) -> None:
         start = blocks_seen(position, WINDOW) * BLOCK
         for first in range(0, start, BLOCK):
             axis.add_patch(Rectangle((first, y), BLOCK, 0.7, facecolor=PACKED_COLOUR, edgecolor="black"))
-            axis.text(first + BLOCK / 2, y + 0.35, "packed", ha="center", va="center", fontsize=8)
+            axis.text(first + BLOCK / 2, y + 0.35, "quantised", ha="center", va="center", fontsize=8)
         axis.add_patch(Rectangle((start, y), PREFIX - start, 0.7, facecolor=EXACT_COLOUR, edgecolor="black"))
         axis.text((start + PREFIX) / 2, y + 0.35, "full precision", ha="center", va="center", fontsize=8)
         axis.add_patch(Rectangle((PREFIX, y), depth + 1, 0.7, facecolor=TREE_COLOUR, edgecolor="black"))

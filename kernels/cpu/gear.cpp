@@ -16,7 +16,6 @@
 #include "params/gear.h"
 
 #include "cpu/gear_codes.h"
-#include "cpu/hadamard.h"
 #include "cpu/packed_rows.h"
 
 namespace {
@@ -144,7 +143,7 @@ struct Kernel : PackedRows<Storage, GearAttentionParams> {
     return states + ((sequence_head * max_chunks + chunk) * sets * kGearRows + row) * state_floats;
   }
 
-  // ==== queries in fp32, rotated where the keys are ====
+  // ==== queries in fp32 ====
 
   void pack_queries(int64_t sequence_head) const {
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
@@ -155,7 +154,6 @@ struct Kernel : PackedRows<Storage, GearAttentionParams> {
         continue;
       }
       this->read_query(b, h, row, to);
-      if (p.format.rotate) rotate(to, d);
     }
   }
 

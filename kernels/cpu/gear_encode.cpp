@@ -4,7 +4,6 @@
 // Fitted ranges are tried at several widths and moved to the least squares of their codes; then low rank and
 // backbone take turns, each fitted to what the other leaves.
 #include "cpu/gear_ranges.h"
-#include "cpu/hadamard.h"
 #include "cpu/simd.h"
 #include "params/gear.h"
 
@@ -275,7 +274,6 @@ void encode(const GearEncodeParams& p) {
       const Storage* from = static_cast<const Storage*>(values ? p.v : p.k) + b * strides[0] + h * strides[1];
       for (int64_t token = 0; token < kBlock; ++token) {
         convert_row(from + (block * kBlock + token) * strides[2], s.x + token * width, width);
-        if (p.format.rotate && !values) rotate(s.x + token * d, d);
       }
       Side(s, p.format, width, values, out + (values ? value_side : 0)).encode(p.fitted);
     }

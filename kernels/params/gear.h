@@ -20,8 +20,7 @@
 //   channels     keys only: uint8 [key_channels], ascending. Where key_channels is not 0, a record has that
 //   many
 //                channels of its keys, these, and head_dim above is key_channels; the others count as 0.
-// and zeros up to a multiple of 64 bytes. Numbers are little-endian. Rotated keys were multiplied by the
-// Hadamard matrix / sqrt(head_dim), in the order of Sylvester.
+// and zeros up to a multiple of 64 bytes. Numbers are little-endian.
 #pragma once
 
 #include "params/common.h"
@@ -33,7 +32,6 @@ struct GearFormat {
   int64_t group;         // 32, 64 or 128
   int64_t rank;          // 0 .. 16
   int64_t outliers;      // 0 .. 16 of each vector, half of them its smallest
-  int64_t rotate;        // 0 or 1
   int64_t key_channels;  // 0 for all, or a multiple of 16 below head_dim
 };
 

@@ -368,7 +368,7 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_plain: bool) -> dict:
     return {"num_warps": 16 if dtype == torch.float32 and head_dim not in (64, 128) else 8, **options}
 
 
-def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale):
+def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, key_channels, scale):
     """Launches both kernels; arguments and results of torch.ops.pyspec.gear_packed_attention.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
@@ -379,10 +379,6 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, rotate, 
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    if rotate:
-        from pyspec.ops.gear_format import rotated
-
-        q = rotated(q).to(q.dtype)
     blocks, short = packed.shape[2], SHORT_CHUNKS.value
     chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)

@@ -33,7 +33,7 @@ class AcceptanceRule(Protocol):
     siblings: frozenset[Siblings] | None
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
-        """logits [T, V] fp32; position is that of the token which the root's logits predict."""
+        """Judges a tree by logits [T, V] fp32; position is that of the token which the root's logits predict."""
         ...
 
 

@@ -14,7 +14,7 @@ __all__ = ["ExactAcceptance"]
 
 
 class ExactAcceptance:
-    """What plain decoding would have drawn, whatever the drafts are.
+    """Keeps what plain decoding would have drawn, whatever the drafts are.
 
     Exact for every tree, chosen or drawn, for the token at a position is a function of its logits and of the seed
     alone; a tree drawn with the same noise is merely accepted more often. With drawn drafts the rules that use their
@@ -53,4 +53,4 @@ class ExactAcceptance:
             node = child
 
 
-RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")
+RULES.register("exact", ExactAcceptance, "A: every tree; the text of plain decoding (SpecInfer's naive sampling)")

@@ -19,7 +19,7 @@ def k_seq(tree: DraftTree, p, q, noise: Noise) -> Accepted:
 
         accept child x with probability min(1, p(x) / (rho q(x)))
 
-    and when no child is left, say a token of p - min(q, p / rho) (1 - (1 - beta)^k) / beta, normalised, where
+    and when no child is left, emit a token of p - min(q, p / rho) (1 - (1 - beta)^k) / beta, normalised, where
     beta = sum of min(q, p / rho) is the chance that one child is accepted. rho >= 1 makes the last term fit under p:
     (1 - (1 - beta)^k) / beta <= rho. The smallest such rho accepts most. Sun et al., "SpecTr", arXiv 2310.15141.
 
@@ -64,7 +64,7 @@ def _tries(beta: float, count: int) -> float:
 
 
 class KSeq(LawRule):
-    """k_seq as an acceptance rule."""
+    """The acceptance rule of k_seq."""
 
     siblings = frozenset({"none", "with replacement"})
 
@@ -72,4 +72,4 @@ class KSeq(LawRule):
         return k_seq(tree, p, q, noise)
 
 
-RULES.register("k_seq", KSeq, "independent draws; exact law (SpecTr)")
+RULES.register("k_seq", KSeq, "D: independent draws; exact law (SpecTr, arXiv 2310.15141)")

@@ -15,7 +15,7 @@ __all__ = ["DraftLaws", "LawRule", "TargetLaws", "children_of", "residual"]
 
 
 class LawRule:
-    """Base of the rules that are a function of (tree, p, q, noise).
+    """The base of the rules that are a function of (tree, p, q, noise).
 
     `judge` reads p[u] and q[u], the laws [V] float64 after node u of target and drafter, only at nodes it comes to.
     Arrays [T, V] do, and so do the laws here, which make a row when it is read: of a vocabulary of V tokens and a tree
@@ -30,7 +30,7 @@ class LawRule:
         raise NotImplementedError
 
     def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
-        """judge on the laws of logits [T, V] float32.
+        """Applies judge to the laws of logits [T, V] float32.
 
         Raises:
             InvalidLogits: with the path to the node whose logits are no law, if it is the last that was accepted.
@@ -41,7 +41,7 @@ class LawRule:
 
 
 class TargetLaws:
-    """p[u]: what the sampler draws from after node u, computed when asked for."""
+    """The target's laws: p[u], which the sampler draws from after node u, is computed when asked for."""
 
     def __init__(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler):
         self._tree, self._logits, self._sampler = tree, logits, sampler
@@ -57,7 +57,7 @@ class TargetLaws:
 
 
 class DraftLaws:
-    """q[u]: what the children of node u were drawn from, checked when asked for."""
+    """The drafter's laws: q[u], which the children of node u were drawn from, is checked when asked for."""
 
     def __init__(self, tree: DraftTree):
         self._tree = tree
@@ -85,7 +85,7 @@ def children_of(tree: DraftTree) -> list[list[int]]:
 
 
 def residual(law: np.ndarray, draft: np.ndarray) -> np.ndarray:
-    """[law - draft]+, scaled to sum to 1: what is left to say once a draw from `draft` was rejected."""
+    """The law [law - draft]+, scaled to sum to 1, that is left once a draw from `draft` was rejected."""
     excess = np.maximum(law - draft, 0)
     total = excess.sum()
     return excess / total if total > 0 else law  # without excess nothing is rejected, but for rounding

@@ -45,7 +45,7 @@ def recursive_rejection(tree: DraftTree, p, q, noise: Noise, lenience: float = 1
 
 
 class RecursiveRejection(LawRule):
-    """recursive_rejection as an acceptance rule."""
+    """The acceptance rule of recursive_rejection."""
 
     siblings = frozenset({"none", "with replacement", "without replacement"})
 
@@ -53,4 +53,4 @@ class RecursiveRejection(LawRule):
         return recursive_rejection(tree, p, q, noise)
 
 
-RULES.register("recursive", RecursiveRejection, "every drawn tree; exact law (RSD)")
+RULES.register("recursive", RecursiveRejection, "C: every drawn tree; exact law (RSD, arXiv 2402.14160)")

@@ -30,7 +30,7 @@ def target_roots(tree: DraftTree, p, noise: Noise, width: int) -> Accepted:
 
 
 class TargetRoots(LawRule):
-    """target_roots as an acceptance rule. The text is NOT the target's, greedily it is.
+    """The acceptance rule of target_roots. The text is NOT the target's, except greedily.
 
     Args:
         width: draws at the root, at least 1; 1 is exact.

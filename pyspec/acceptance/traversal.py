@@ -68,7 +68,7 @@ def _delete_first_child(node: int, token: int, children, rates, laws) -> None:
 
 
 class TraversalVerification(LawRule):
-    """traversal_verification as an acceptance rule."""
+    """The acceptance rule of traversal_verification."""
 
     siblings = frozenset({"none", "with replacement", "without replacement"})
 
@@ -76,4 +76,4 @@ class TraversalVerification(LawRule):
         return traversal_verification(tree, p, q, noise)
 
 
-RULES.register("traversal", TraversalVerification, "every drawn tree; exact law (traversal verification)")
+RULES.register("traversal", TraversalVerification, "F: every drawn tree; exact law (arXiv 2505.12398)")

@@ -37,7 +37,7 @@ def typical(tree: DraftTree, p, noise: Noise, threshold: float, alpha: float) ->
 
 
 class TypicalAcceptance(LawRule):
-    """typical as an acceptance rule, with Medusa's constants. The text is NOT the target's, except greedily.
+    """The acceptance rule of `typical`, with Medusa's constants. The text is NOT the target's, except greedily.
 
     Args:
         threshold: in (0, 1): enough whatever the entropy.
@@ -57,4 +57,4 @@ class TypicalAcceptance(LawRule):
         return typical(tree, p, noise, self.threshold, self.alpha)
 
 
-RULES.register("typical", TypicalAcceptance, "every tree; not the target's text (Medusa)")
+RULES.register("typical", TypicalAcceptance, "every tree; not the target's text (Medusa, arXiv 2401.10774)")

@@ -38,7 +38,7 @@ def with_replacement(tree: DraftTree, p, q, noise: Noise) -> Accepted:
 
 
 class WithReplacement(LawRule):
-    """with_replacement as an acceptance rule."""
+    """The acceptance rule of with_replacement."""
 
     siblings = frozenset({"none", "with replacement"})
 
@@ -46,4 +46,4 @@ class WithReplacement(LawRule):
         return with_replacement(tree, p, q, noise)
 
 
-RULES.register("with_replacement", WithReplacement, "independent draws; exact law (SpecInfer)")
+RULES.register("with_replacement", WithReplacement, "B: independent draws; exact law (SpecInfer, arXiv 2305.09781)")

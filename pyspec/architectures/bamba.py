@@ -83,7 +83,7 @@ class BambaConfig:
         return [kinds[is_attention].empty(self, blank) for is_attention in self.is_attention]
 
     def rope_frequencies(self) -> Tensor:
-        """[head_dim / 2] fp32: radians per position, 0 for the dimensions that are not turned."""
+        """Radians per position, [head_dim / 2] fp32; 0 for the dimensions that are not turned."""
         exponents = torch.arange(0, self.rotary_dim, 2, device="cpu").float() / self.rotary_dim
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))

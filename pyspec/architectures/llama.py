@@ -58,7 +58,7 @@ class LlamaConfig:
         return [LayerWeights.empty(self, blank) for _ in range(self.layers)]
 
     def rope_frequencies(self) -> Tensor:
-        """[head_dim / 2] fp32: radians per position."""
+        """Radians per position, [head_dim / 2] fp32."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
         frequencies = 1.0 / self.rope_base**exponents
         return frequencies if self.rope_scaling is None else self.rope_scaling.scaled(frequencies)

@@ -161,7 +161,7 @@ def _dt_rank(entries: Entries, key: str, hidden: int) -> int:
 
 
 def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[dict, Entries]:
-    """What both kinds of layers share in files of the package mamba_ssm, and of Codestral-Mamba with its other names.
+    """The shape that both kinds of layers share in files of mamba_ssm, and of Codestral-Mamba with its other names.
 
     Returns:
         Fields of MambaConfig or Mamba2Config, and the entries about layers.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyspec.caches.dense import keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, find_unpackable
+from pyspec.ops.gear_encode import LARGEST
 from pyspec.tree import DraftTree
 
 __all__ = ["RECENT", "QuantisedCache", "QuantisedSettings"]
@@ -25,7 +26,7 @@ RECENT = 32  # queries that channels of keys are chosen by
 
 
 class QuantisedSettings:
-    """What a QuantisedCache asks of its settings, which are also a format of records: `window`, `encode` and `attend`.
+    """The base of settings of a QuantisedCache, which are also a format of records: `window`, `encode` and `attend`.
 
     Attributes:
         encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
@@ -44,12 +45,12 @@ class QuantisedSettings:
 
     @property
     def records(self) -> int:
-        """Of a block, in a layer that keeps all its tokens."""
+        """Records of a block, in a layer that keeps all its tokens."""
         return self.span // BLOCK
 
     @property
     def largest_tree(self) -> int:
-        """Nodes of a tree, or of a chunk of a prompt."""
+        """Nodes of a tree, or tokens of a chunk of a prompt, at most."""
         return self.window + 1
 
     def check_window(self) -> None:
@@ -77,7 +78,7 @@ class QuantisedSettings:
         return (packed + exact) / (2 * head_dim * length)
 
     def ready(self, capacity: int, device: torch.device) -> QuantisedSettings:
-        """The same with what a cache of so many tokens needs beside it, on its device."""
+        """The settings with what a cache of so many tokens needs beside them, on its device."""
         return self
 
     def start(
@@ -152,7 +153,7 @@ class QuantisedCache:
 
     @property
     def nbytes(self) -> int:
-        """Of everything that was allocated."""
+        """Bytes of everything that was allocated."""
         return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
 
     def check_room(self, sequence: int, count: int) -> None:
@@ -168,7 +169,7 @@ class QuantisedCache:
             )
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
-        """What the nodes of a tree behind a sequence see."""
+        """The rows of a tree behind a sequence, with what each of its nodes sees."""
         device = self.keys_values.device
         length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
         return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window, self.span)
@@ -236,12 +237,12 @@ class QuantisedCache:
         self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
-        bad = find_unpackable(part[:, 0], part[:, 1], self.settings)
+        bad = find_unpackable(part[:, 0], part[:, 1])
         if bad is not None:
-            name, (layer, head, token, channel), value, limit = bad
+            name, (layer, head, token, channel), value = bad
             what = "keys" if name == "k" else "values"
             raise ValueError(
-                f"{what} must be at most {limit:.0f} in magnitude to be packed, got {value} in layer {layer}, "
+                f"{what} must be at most {LARGEST:.0f} in magnitude to be packed, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
 

@@ -59,7 +59,7 @@ class Codebooks:
 
     @property
     def keys(self) -> str:
-        """What keys are coded as: one of KEYS."""
+        """The form in which keys are coded, one of KEYS."""
         return "post-rope" if self.frequencies is None else "pre-rope"
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class Codebooks:
         return hash((self.fingerprint, self.digest))
 
     def to(self, device: torch.device) -> Codebooks:
-        """The same on a device."""
+        """The codebooks on a device."""
         if self.tables.device == device:
             return self
         return replace(
@@ -121,7 +121,7 @@ class Codebooks:
 
     @classmethod
     def load(cls, path: str | Path) -> Codebooks:
-        """Reads what save wrote.
+        """Reads codebooks that `save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -148,5 +148,5 @@ class Codebooks:
 
 @functools.cache
 def demo_codebooks() -> Codebooks:
-    """Those of the demo model, which come with the package."""
+    """The codebooks of the demo model, which come with the package."""
     return Codebooks.load(DEMO_FILE)

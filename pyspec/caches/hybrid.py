@@ -11,7 +11,7 @@ __all__ = ["HybridCache"]
 
 
 class HybridCache:
-    """A path goes to both: `dense` compacts its keys and values at once, `state` replays it in the next round."""
+    """A KV cache, `dense`, which keeps a path's keys at once, and a `state` cache, which replays it next."""
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense

@@ -34,7 +34,6 @@ class ResidualVqSettings(QuantisedSettings):
             raise TypeError(f"codebooks must be Codebooks, got {type(self.codebooks).__name__}: see Codebooks.load")
         self.check_window()
 
-    rotate = False  # as of ResidualVqFormat
     _rotary: ClassVar[Tensor | None] = None  # of a started cache's blocks, where keys are coded before it
 
     def check_head_dim(self, head_dim: int) -> None:
@@ -47,16 +46,16 @@ class ResidualVqSettings(QuantisedSettings):
         self.codebooks.check_model(layers, kv_heads, head_dim, fingerprint, frequencies)
 
     def record_bytes(self, head_dim: int) -> int:
-        """Of a block of 128 tokens of one head, keys and values."""
+        """Bytes of one record: keys and values of 128 tokens of one head."""
         return self.codebooks.format.record_bytes(head_dim)
 
     def effective_bits(self, head_dim: int, length: int) -> float:
-        """As QuantisedSettings has it, and the codebooks, which all heads of a layer share."""
+        """Bits for each number, as for QuantisedSettings, with the codebooks, which all heads of a layer share."""
         numbers = 2 * self.codebooks.kv_heads * head_dim * length
         return super().effective_bits(head_dim, length) + self.codebooks.tables[0].nbytes * 8 / numbers
 
     def ready(self, capacity: int, device: torch.device) -> ResidualVqSettings:
-        """The same with the codebooks on a device, and cosines and sines where keys are coded before them."""
+        """The settings with codebooks on a device, and with cosines and sines where keys are coded before these."""
         settings = replace(self, codebooks=self.codebooks.to(device))
         if settings.codebooks.frequencies is not None:
             rotary = rotary_of_blocks(settings.codebooks.frequencies, capacity // BLOCK)

@@ -51,7 +51,7 @@ def save_quantised(cache: QuantisedCache, path: str | Path, fingerprint: str) ->
 
 
 def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device: torch.device | str) -> QuantisedCache:
-    """A cache with what `save_quantised` wrote.
+    """Reads a cache that `save_quantised` wrote.
 
     Args:
         path: the file.
@@ -61,8 +61,8 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, no packed cache, of another version or model, or has more than capacity
-            tokens.
+        ValueError: the file is truncated, no packed cache, of another version or model, packed with `rotate`, which
+            older versions had, or has more than capacity tokens.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -73,7 +73,10 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
-    settings, lengths = GearSettings(**json.loads(about["settings"])), json.loads(about["lengths"])
+    stated, lengths = json.loads(about["settings"]), json.loads(about["lengths"])
+    if stated.pop("rotate", False):
+        raise ValueError(f"{path} has keys packed with rotate, which is no longer there: make the cache again")
+    settings = GearSettings(**stated)
     if capacity < max(lengths):
         raise ValueError(f"capacity must be at least the {max(lengths)} tokens of {path}, got {capacity}")
     layers, _, kv_heads, _, head_dim = tensors["0.exact"].shape

@@ -71,7 +71,7 @@ class StateCache:
 
     @classmethod
     def of(cls, config, sequences: int, device: torch.device) -> StateCache:
-        """For a model of the shape of a pyspec.runners.recurrent.StateSpaceConfig."""
+        """A cache for a model of the shape of a pyspec.runners.recurrent.StateSpaceConfig."""
         return cls(
             config.layers,
             sequences,
@@ -84,13 +84,13 @@ class StateCache:
         )
 
     def plan(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Plan:
-        """What `round` tells the kernels of these trees beside the trees."""
+        """The plan of a round: what `round` tells the kernels of these trees beside the trees."""
         self._reserve(max((len(tree) for tree, moves in zip(trees, advances, strict=True) if not moves), default=0))
         paths = [self._paths[sequence] for sequence in sequences]
         return Plan(paths, [self._halves[sequence] for sequence in sequences])
 
     def round(self, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool]) -> Round:
-        """What the kernels are told of these trees; `done` says that all layers have run it.
+        """The round of these trees, as kernels take it; `done` says that all layers have run it.
 
         Args:
             sequences: of each tree, whose state it starts from.
@@ -100,7 +100,7 @@ class StateCache:
         return Round.of(trees, sequences, *plan, advances=advances, device=self.states.device)
 
     def done(self, sequences: Sequence[int], advances: Sequence[bool]) -> None:
-        """All layers have replayed the paths, and have recorded each tree or moved behind it."""
+        """Notes that all layers have replayed the paths, and have recorded each tree or moved behind it."""
         for sequence, moves in zip(sequences, advances, strict=True):
             self._paths[sequence] = []
             if not moves:

@@ -81,14 +81,14 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     from pyspec.checkpoints.weights import read_weights
     from pyspec.runners.foreign import TransformersRunner, eos_tokens_of
 
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.from_transformers(tokenizer)
     try:
         family, config = config_of(model)
     except Unsupported as reason:
         if dtype not in (None, model.dtype):
             raise ValueError(f"dtype must be the model's own, {model.dtype}, got {dtype}: {reason}") from None
         return TransformersRunner(model, tokenizer)
-    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        tokenizer = Tokenizer.from_transformers(tokenizer)
     checkpoint, name = TensorCheckpoint(model.state_dict()), type(model).__name__
     config, weights = read_weights(family, checkpoint, config, name, dtype or model.dtype, model.device)
     return family.runner(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
@@ -148,7 +148,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_
 
 
 def _options(family: Family, config, prompt_attention: str) -> dict[str, str]:
-    """What a runner of the family takes beside the model; raises ValueError where it does not take what is asked."""
+    """The options that a family's runner takes beside the model; raises ValueError where it does not take one."""
     if prompt_attention == "pyspec":
         return {}
     if not getattr(family.runner, "takes_flash_attn", False):

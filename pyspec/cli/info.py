@@ -49,6 +49,7 @@ def _info(arguments: argparse.Namespace) -> int:
         return _info_costs(arguments)
     import torch
 
+    from pyspec.architectures import FAMILIES
     from pyspec.machine import cpu_name
     from pyspec.ops import backends
 
@@ -66,6 +67,7 @@ def _info(arguments: argparse.Namespace) -> int:
         "ops": backends(),
         "extras": {name: _missing_modules(modules) or "installed" for name, modules in EXTRAS.items()},
         "prompt_attention": _prompt_attention(),
+        "families": FAMILIES.summaries,
         "demo_model": _demo_model(),
     }
     if arguments.json:
@@ -92,7 +94,7 @@ def _info(arguments: argparse.Namespace) -> int:
         [(name, found if found == "installed" else f"missing {found}") for name, found in report["extras"].items()],
     )
     _section("prompts are read by", report["prompt_attention"].items())
-    _section("models", [("demo", report["demo_model"])])
+    _section("models", [("demo", report["demo_model"]), *report["families"].items()])
     return 0
 
 
@@ -168,7 +170,7 @@ def _demo_model() -> str:
 
 
 def _instruction_sets() -> list[str]:
-    """Those that a kernel variant may want, of the ones that the processor has."""
+    """The processor's instruction sets, of those that a kernel variant may want."""
     from pyspec.machine import cpu_fields
 
     fields = cpu_fields()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pyspec.drafters import DRAFTERS, NamedDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
@@ -42,7 +43,7 @@ class LayerSkipDrafter(ModelDrafter):
         ValueError: if the model cannot run some of its layers, or would have none left.
     """
 
-    wants_dense_cache = True
+    needs_dense_cache = True
 
     def __init__(
         self,
@@ -220,3 +221,10 @@ def _others(model: Runner, skipped: Sequence[int]) -> list[int]:
     if not _is_set(list(skipped), layers):
         raise ValueError(f"skipped must be some of the model's {layers} layers, but not all, got {list(skipped)}")
     return [layer for layer in range(layers) if layer not in skipped]
+
+
+DRAFTERS.register(
+    "layer_skip",
+    NamedDrafter(LayerSkipDrafter, fits=lambda runner: hasattr(runner, "draft"), prepare=find_skipped_layers),
+    "the target itself, without some of its layers",
+)

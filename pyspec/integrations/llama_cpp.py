@@ -115,7 +115,7 @@ class DraftModel(LlamaDraftModel):
 
 
 class _Described(SimpleNamespace):
-    """What drafters want to know of a model: how many tokens it has, and a name for it with its vocabulary."""
+    """A model as drafters see it: how many tokens it has, and a name for it with its vocabulary."""
 
     def __init__(self, llama):
         names = b"".join(llama._model.token_get_text(token).encode() for token in range(llama.n_vocab()))

@@ -3,7 +3,7 @@
     python -m pyspec.integrations.lm_eval run --model pyspec --model_args model=demo,dtype=bf16 --tasks gsm8k
 
 or, in Python, lm_eval.simple_evaluate(model=PyspecLM(model="demo"), tasks=[...]). Texts are generated with speculation.
-Requests for log likelihoods are read packed, a batch in one go, and what they begin with alike only once: the answers
+Requests for log likelihoods are read ragged, a batch in one go, and what they begin with alike only once: the answers
 to choose from behind one question cost little more than the question.
 """
 
@@ -172,7 +172,7 @@ class PyspecLM(TemplateLM):
         return results
 
     def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One packed reading of context and continuation pairs; contexts that are too long lose their beginnings."""
+        """One ragged reading of context and continuation pairs; contexts that are too long lose their beginnings."""
         texts = [(context + continuation)[-self.runner.context_length - 1 :] for context, continuation in pairs]
         first = [len(text) - len(continuation) for text, (_, continuation) in zip(texts, pairs, strict=True)]
         if min(first) < 1:

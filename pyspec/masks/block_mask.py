@@ -257,7 +257,7 @@ class BlockMask:
         return (len(self.full_tiles) + len(self.partial_tiles)) / count if count else 0.0
 
     def to_dense(self) -> Tensor:
-        """[B or 1, Hq or 1, N, M] bool."""
+        """The mask as a tensor [B or 1, Hq or 1, N, M] bool."""
         dense = self._dense_in_order()
         if self.row_order is None:
             return dense.contiguous()
@@ -306,8 +306,9 @@ class BlockMask:
         )
 
     def __getstate__(self) -> dict:
-        """What pickle and copy keep: all but the dense tensor that it was built from, whose later edits a copy does not
-        look at. Raises ValueError where it has been edited already.
+        """The state that pickle and copy keep: all but the dense tensor that the mask was built from.
+
+        A copy does not look at later edits of that tensor. Raises ValueError where it has been edited already.
         """
         self.check_current()
         return vars(self) | {"_dense": []}
@@ -315,11 +316,11 @@ class BlockMask:
     # ==== masks from masks ====
 
     def __and__(self, other: BlockMask) -> BlockMask:
-        """Keys that both see."""
+        """The mask of the keys that both masks let a row see."""
         return self._combine(other, torch.bitwise_and, FULL, EMPTY)
 
     def __or__(self, other: BlockMask) -> BlockMask:
-        """Keys that either sees."""
+        """The mask of the keys that either mask lets a row see."""
         return self._combine(other, torch.bitwise_or, EMPTY, FULL)
 
     def _combine(self, other: BlockMask, operation: Callable, neutral: int, absorbing: int) -> BlockMask:
@@ -340,7 +341,7 @@ class BlockMask:
         return mask
 
     def slice_rows(self, start: int, stop: int, keys: int | None = None) -> BlockMask:
-        """Rows start to stop - 1, and of the keys only the first ones, for a cache that has grown no further."""
+        """The mask of rows start to stop - 1 and of the first keys, for a cache that has grown no further."""
         keys = self.keys if keys is None else keys
         if not 0 <= start <= stop <= self.rows:
             raise ValueError(f"start and stop must be in order and within {self.rows} rows, got {start} and {stop}")

@@ -6,7 +6,7 @@ __all__ = ["draw"]
 
 
 def draw(kinds, seen, height: int, width: int, axis=None):
-    """Tiles [R, C], 0 empty, 1 partial (orange), 2 full (blue), and what rows see [N, M] (dark), with matplotlib.
+    """Draws tiles [R, C], 0 empty, 1 partial (orange), 2 full (blue), and what rows see [N, M] (dark), with matplotlib.
 
     A tile is height rows and width keys. Returns the axis.
     """

@@ -18,7 +18,7 @@ Span = tuple[np.ndarray, np.ndarray, int]
 
 
 def dense_of_spans(spans: list[Span], keys: int) -> Tensor:
-    """[N, M] bool, what span_tiles makes tiles of."""
+    """The mask [N, M] bool that span_tiles makes tiles of."""
     key = np.arange(keys)
     seen = [
         (key >= low[:, None]) & (key < high[:, None]) & ((key - low[:, None]) % step == 0) for low, high, step in spans

@@ -41,7 +41,7 @@ FULL, EMPTY = -1, -2
 
 
 def words_per_block(rows: int, device) -> int:
-    """64 rows a block suit a CPU; a GPU's tensor cores want 128 where there are that many."""
+    """Words of 64 rows in a block: one suits a CPU; a GPU's tensor cores want two where there are 128 rows."""
     return 2 if torch.device(device).type == "cuda" and rows > WORD else 1
 
 
@@ -145,7 +145,7 @@ def lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cut(strips: Tensor, first: int, rows: int, keys: int, words: int) -> Tensor:
-    """[B, H, R, C, W, 64] of some rows, the first one within the first of strips [B, H, n, C, 64] of 64 rows each."""
+    """Tiles [B, H, R, C, W, 64] of some rows; `first` lies within the first of strips [B, H, n, C, 64] of 64 rows."""
     if first and strips.shape[2]:
         above = torch.nn.functional.pad(strips[:, :, 1:], (0, 0, 0, 0, 0, 1))
         low = (strips >> first) & ((1 << (WORD - first)) - 1)

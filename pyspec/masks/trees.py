@@ -34,7 +34,7 @@ def parents_of(tree) -> np.ndarray:
 
 
 def dense_of_trees(described: list[TreeAndPrefix], rows: int, keys: int) -> Tensor:
-    """[B, 1, N, M] bool: what the lists of tree_tiles say."""
+    """The mask [B, 1, N, M] bool that the lists of tree_tiles stand for."""
     visible = torch.zeros((len(described), 1, rows, keys), dtype=torch.bool, device="cpu")
     for b, (parents, n) in enumerate(described):
         nodes = len(parents)

@@ -27,7 +27,7 @@ def check_are_tensors(*, optional: tuple[str, ...] = (), **values) -> None:
 
 
 def check_places(name: str, places: Tensor, end: int, where: str) -> None:
-    """Raises BadData unless all of places are in [0, end), the message says that `where` has so many."""
+    """Raises BadData unless all places are in [0, end); the message says that `where` has `end` of them."""
     outside = ((places < 0) | (places >= end)).nonzero()
     if len(outside):
         index = outside[0].tolist()

@@ -56,13 +56,13 @@ def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tens
 
 
 def used_blocks(packed: Tensor, seen: Tensor) -> Tensor:
-    """packed with zeros for the blocks that no row sees, which may hold anything."""
+    """The packed records, with zeros in place of the blocks that no row sees, which may hold anything."""
     used = torch.arange(packed.shape[2], device=packed.device) < seen.amax(1, keepdim=True)  # [B, blocks]
     return packed.masked_fill(~used[:, None, :, None], 0)
 
 
 def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The references' attention, to the first seen [B, T] blocks of decoded k and v [B, Hkv, S, D] fp32."""
+    """The references' attention to the first seen [B, T] blocks, decoded to k and v [B, Hkv, S, D] fp32."""
     slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
     visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
     grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
@@ -80,12 +80,11 @@ def gear_packed_attention_reference(
     group: int,
     rank: int,
     outliers: int,
-    rotate: bool,
     key_channels: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
-    format = GearFormat(bits, group, rank, outliers, rotate, False, key_channels)
+    format = GearFormat(bits, group, rank, outliers, False, key_channels)
     k, v = gear_decode(used_blocks(packed, seen), format, q.shape[3])
     return attention_to_blocks(q, k, v, seen, scale)
 
@@ -95,7 +94,7 @@ def check_seen(q: Tensor, packed: Tensor, seen: Tensor, *rest) -> None:
     check_places("seen", seen, packed.shape[2] + 1, f"packed has {packed.shape[2]} blocks")
 
 
-def _fake(q, packed, seen, bits, group, rank, outliers, rotate, key_channels, scale) -> tuple[Tensor, Tensor]:
+def _fake(q, packed, seen, bits, group, rank, outliers, key_channels, scale) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -107,7 +106,7 @@ def _triton():
 
 _OP = Op(
     "gear_packed_attention",
-    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, bool rotate, "
+    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, "
     "int key_channels, float scale) "
     "-> (Tensor, Tensor)",
     gear_packed_attention_reference,
@@ -149,7 +148,7 @@ class TreeRows:
 def attend_tree(
     q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float, records: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """gear_attention for rows that were worked out before: out like q and lse [B, Hq, T]. records: of a block."""
+    """gear_attention for rows worked out before: out like q, lse [B, Hq, T]. A block has `records` records."""
     return join_exact(attend_packed(q, packed, rows.seen * records, format, scale), q, k, v, rows, scale)
 
 

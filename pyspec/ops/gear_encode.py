@@ -13,14 +13,12 @@ Nothing outside of a block has a part in its record.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes, rotated
+from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes
 
 __all__ = [
     "check_floats",
@@ -41,7 +39,7 @@ INDEPENDENT = 1e-3  # of its length that a column must have left beside those be
 
 
 def _half(x: Tensor, upwards: bool) -> Tensor:
-    """x in fp16, rounded to the side."""
+    """x rounded to fp16, down or up as asked."""
     half = x.half()
     wrong = half.float() < x if upwards else half.float() > x
     bits = half.view(torch.int16)
@@ -187,7 +185,6 @@ def gear_encode_reference(
     group: int,
     rank: int,
     outliers: int,
-    rotate: bool,
     key_channels: int,
     fitted: bool,
 ) -> Tensor:
@@ -195,11 +192,10 @@ def gear_encode_reference(
 
     Of keys, k has the channels [B, Hkv, S / 128, key_channels] that are kept, or all, and channels is empty then.
     """
-    f, head_dim = GearFormat(bits, group, rank, outliers, rotate, fitted, key_channels), v.shape[-1]
+    f, head_dim = GearFormat(bits, group, rank, outliers, fitted, key_channels), v.shape[-1]
     parts = []
     for x, values in ((k, False), (v, True)):
-        x = x.float().unflatten(2, (-1, BLOCK))
-        encoded = _encode_side(rotated(x) if rotate and not values else x, f, values)
+        encoded = _encode_side(x.float().unflatten(2, (-1, BLOCK)), f, values)
         encoded.append(channels[..., : 0 if values else key_channels])
         for part, (_, dtype, _) in zip(encoded, f.parts(head_dim, values), strict=True):
             parts.append(part.to(dtype).contiguous().flatten(3).view(torch.uint8))
@@ -207,14 +203,14 @@ def gear_encode_reference(
     return torch.nn.functional.pad(record, (0, f.record_bytes(head_dim) - record.shape[-1]))
 
 
-def _fake(k, v, channels, bits, group, rank, outliers, rotate, key_channels, fitted) -> Tensor:
-    record = GearFormat(bits, group, rank, outliers, rotate, fitted, key_channels).record_bytes(v.shape[3])
+def _fake(k, v, channels, bits, group, rank, outliers, key_channels, fitted) -> Tensor:
+    record = GearFormat(bits, group, rank, outliers, fitted, key_channels).record_bytes(v.shape[3])
     return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
 
 
 _OP = Op(
     "gear_encode",
-    "(Tensor k, Tensor v, Tensor channels, int bits, int group, int rank, int outliers, bool rotate, "
+    "(Tensor k, Tensor v, Tensor channels, int bits, int group, int rank, int outliers, "
     "int key_channels, bool fitted) -> Tensor",
     gear_encode_reference,
     _fake,
@@ -232,15 +228,13 @@ def check_floats(name: str, tensor: Tensor) -> None:
         )
 
 
-def find_unpackable(k: Tensor, v: Tensor, format: GearFormat) -> tuple[str, list[int], float, float] | None:
-    """The first value that cannot be packed: "k" or "v", where, what it is, and what it may be at most."""
+def find_unpackable(k: Tensor, v: Tensor) -> tuple[str, list[int], float] | None:
+    """The first value that cannot be packed, NaN or above LARGEST: "k" or "v", where, and what it is."""
     for name, tensor in (("k", k), ("v", v)):
-        # a rotated channel is at most sqrt(D) times the largest
-        limit = LARGEST / math.sqrt(k.shape[3]) if format.rotate and name == "k" else LARGEST
-        good = tensor.abs() <= limit  # not for NaN
+        good = tensor.abs() <= LARGEST  # not for NaN
         if not good.all():
             place = (~good).nonzero()[0].tolist()
-            return name, place, tensor[tuple(place)].item(), limit
+            return name, place, tensor[tuple(place)].item()
     return None
 
 
@@ -255,10 +249,10 @@ def check_keys_values(k: Tensor, v: Tensor, format: GearFormat) -> None:
     if k.shape[2] % BLOCK:
         raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
     format.check_head_dim(k.shape[3])
-    if (bad := find_unpackable(k, v, format)) is not None:
-        name, (sequence, head, position, channel), value, limit = bad
+    if (bad := find_unpackable(k, v)) is not None:
+        name, (sequence, head, position, channel), value = bad
         raise ValueError(
-            f"{name} must hold values of at most {limit:.0f} in magnitude, got {value} at sequence {sequence}, "
+            f"{name} must hold values of at most {LARGEST:.0f} in magnitude, got {value} at sequence {sequence}, "
             f"head {head}, position {position}, channel {channel}"
         )
 
@@ -290,7 +284,7 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | Non
 
 
 def encode_packed(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
-    """gear_encode of what was checked."""
+    """Records of arguments that gear_encode has checked."""
     if not format.key_channels:
         channels = k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, 0), dtype=torch.uint8)
     else:

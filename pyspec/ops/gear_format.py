@@ -35,7 +35,6 @@ __all__ = [
     "gear_decode",
     "low_rank_values",
     "pack_codes",
-    "rotated",
 ]
 
 FORMAT_VERSION = 1
@@ -56,7 +55,6 @@ class GearFormat:
             the values, at most all of them.
         rank: of the low-rank part of each block, 0 (none) to 16.
         outliers: of each vector, an even number from 0 (none) to 16.
-        rotate: multiply keys, and queries, by a Hadamard matrix, which spreads outliers over the channels.
         fitted: choose ranges, and low rank with them, for the least squared error; else ranges are min-max. That is
             a matter of packing alone: records are read alike.
         key_channels: how many channels of its keys a record keeps, a multiple of 16, 0 for all. The others count as 0.
@@ -69,7 +67,6 @@ class GearFormat:
     group: int = 64
     rank: int = 0
     outliers: int = 0
-    rotate: bool = False
     fitted: bool = False
     key_channels: int = 0
 
@@ -84,19 +81,15 @@ class GearFormat:
             raise ValueError(f"rank must be in [0, {MOST_RANK}], got {self.rank}")
         if not 0 <= self.outliers <= MOST_OUTLIERS or self.outliers % 2:
             raise ValueError(f"outliers must be an even number in [0, {MOST_OUTLIERS}], got {self.outliers}")
-        for name in ("rotate", "fitted"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-
+        if not isinstance(self.fitted, bool):
+            raise TypeError(f"fitted must be True or False, got {self.fitted!r}")
         if self.key_channels < 0 or self.key_channels % 16:
             raise ValueError(f"key_channels must be 0 or a multiple of 16, got {self.key_channels}")
-        if self.key_channels and self.rotate:
-            raise ValueError("key_channels must be 0 with rotate, which makes all channels alike")
 
     @property
-    def layout(self) -> tuple[int, int, int, int, bool, int]:
-        """What a reader of records must know, as the ops take it."""
-        return self.bits, self.group, self.rank, self.outliers, self.rotate, self.key_channels
+    def layout(self) -> tuple[int, int, int, int, int]:
+        """The settings that a reader of records must know, as the ops take them."""
+        return self.bits, self.group, self.rank, self.outliers, self.key_channels
 
     def check_head_dim(self, head_dim: int) -> None:
         """Raises ValueError unless heads of this size can be packed so."""
@@ -104,13 +97,11 @@ class GearFormat:
             raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got {head_dim}")
         if head_dim % self.width(head_dim):
             raise ValueError(f"group must divide the head_dim {head_dim} or be at least as large, got {self.group}")
-        if self.rotate and head_dim & (head_dim - 1):
-            raise ValueError(f"rotate needs a head_dim that is a power of two, got {head_dim}")
         if self.key_channels >= head_dim:
             raise ValueError(f"key_channels must be below the head_dim {head_dim}, got {self.key_channels}")
 
     def record_bytes(self, head_dim: int) -> int:
-        """Of a block of 128 tokens of one head, keys and values."""
+        """Bytes of one record: keys and values of 128 tokens of one head."""
         sides = [self.parts(head_dim, values) for values in (False, True)]
         return _up(sum(dtype.itemsize * math.prod(shape) for parts in sides for _, dtype, shape in parts), 64)
 
@@ -141,20 +132,8 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def rotated(x: Tensor) -> Tensor:
-    """x [..., D] times the Hadamard matrix / sqrt(D), which is its own inverse; fp32."""
-    head_dim, shape = x.shape[-1], x.shape
-    x = x.float()
-    size = 1
-    while size < head_dim:
-        first, second = x.reshape(*shape[:-1], -1, 2, size).unbind(-2)
-        x = torch.stack((first + second, first - second), -2)
-        size *= 2
-    return x.reshape(shape) * head_dim**-0.5
-
-
 def low_rank_values(factor: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """[..., 128, D]."""
+    """The low-rank part of each record's numbers, [..., 128, D]."""
     return torch.einsum("...r,...rn,...rd->...nd", factor, a.float(), b.float())
 
 
@@ -178,7 +157,7 @@ def pack_codes(codes: Tensor, bits: int, values: bool) -> Tensor:
 
 
 def _unpack_codes(words: Tensor, bits: int, values: bool, head_dim: int) -> Tensor:
-    """The reverse: codes [..., 128, D] int32."""
+    """Codes [..., 128, D] int32 out of what pack_codes made."""
     front = words.shape[:-2]
     codes, low = 0, 0
     planes = (2, 1) if bits == 3 else (bits,)
@@ -198,7 +177,7 @@ def _unpack_codes(words: Tensor, bits: int, values: bool, head_dim: int) -> Tens
 
 
 def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values: bool) -> Tensor:
-    """[..., 128, D] fp32."""
+    """One side of the records, decoded: [..., 128, D] fp32."""
     group = f.width(head_dim) if values else f.group
     kept = f.key_channels and not values
     codes = _unpack_codes(parts["codes"], f.bits, values, f.key_channels if kept else head_dim).float()
@@ -233,8 +212,7 @@ def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tens
             piece = packed[..., start : start + size].clone(memory_format=torch.contiguous_format)  # aligned
             parts[name] = piece.view(dtype).unflatten(-1, shape) if size else piece.new_empty(*piece.shape[:-1], *shape)
             start += size
-        side = _decode_side(parts, format, head_dim, values)
-        sides.append((rotated(side) if format.rotate and not values else side).flatten(2, 3))
+        sides.append(_decode_side(parts, format, head_dim, values).flatten(2, 3))
     return sides[0], sides[1]
 
 

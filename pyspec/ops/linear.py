@@ -51,7 +51,7 @@ class PackedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, float16, bfloat16 or int8."""
+        """The dtype that the weight is kept in: float32, float16, bfloat16 or int8."""
         return torch.int8 if self.data.dtype == torch.uint8 else self.data.dtype
 
     @property
@@ -59,7 +59,7 @@ class PackedWeight:
         return self.data.nbytes
 
     def rows(self, index: Tensor) -> Tensor:
-        """[n, inputs] fp32: some outputs' weights, as an embedding reads them; index [n] integers in [0, outputs)."""
+        """Some outputs' weights, [n, inputs] fp32, as an embedding reads them; index [n] integers in [0, outputs)."""
         if self.data.dim() == 2:
             return self.data[index].float()
         if self.data.shape[-1] == TILE_BYTES:
@@ -67,16 +67,16 @@ class PackedWeight:
         return _ROWS(index.long(), self.data, self.outputs, self.inputs)
 
     def unpack(self) -> Tensor:
-        """[outputs, inputs] fp32."""
+        """The weight as a matrix [outputs, inputs] fp32."""
         return _unpack(self.data, self.outputs, self.inputs)
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
-    """Packs a weight for `linear`, once, at load.
+    """Lays out a weight for `linear`, once, at load.
 
     Args:
         weight: [outputs, inputs] fp32, fp16 or bf16.
-        dtype: of the packed values: float32, float16, bfloat16, int8, or None for the weight's own.
+        dtype: of the laid out values: float32, float16, bfloat16, int8, or None for the weight's own.
 
     Raises:
         TypeError: a dtype is not supported.
@@ -133,7 +133,7 @@ def _split_groups(panels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_tiles(data: Tensor, inputs: int, index: Tensor) -> Tensor:
-    """[n, inputs] fp32, contiguous, of an int8 weight in tiles: what was packed for the outputs in index [n]."""
+    """The rows [n, inputs] fp32, contiguous, of an int8 weight in tiles: those of the outputs in index [n]."""
     panel, output = index // TILE_OUTPUTS, index % TILE_OUTPUTS
     start = TILE_OUTPUTS * TILE_GROUPS * 2
     scales = data[..., :start].view(torch.float16).unflatten(2, (TILE_OUTPUTS, TILE_GROUPS))  # [P, T, 64, 4]
@@ -156,7 +156,7 @@ def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:
 
 
 def _round_groups(x: Tensor) -> Tensor:
-    """x [R, K] fp32 rounded to 8 bits in groups of 32."""
+    """Rounds x [R, K] fp32 to 8 bits in groups of 32."""
     groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     largest = groups.abs().amax(-1, keepdim=True)
     top = largest.new_tensor(127.0)  # as a tensor: 127 / x multiplies by the reciprocal of x, which rounds twice
@@ -167,7 +167,7 @@ def _round_groups(x: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, out_dtype: torch.dtype) -> Tensor:
-    """Plain PyTorch, in fp32: x [R, K], a packed weight's data, bias [N] fp32. The specification of the kernels."""
+    """Plain PyTorch, in fp32: x [R, K], a laid out weight's data, bias [N] fp32. The specification of the kernels."""
     values = x.float()
     if weight.dtype == torch.uint8:
         values = _round_groups(values)
@@ -176,7 +176,7 @@ def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: in
 
 
 def linear_rows_reference(index: Tensor, weight: Tensor, outputs: int, inputs: int) -> Tensor:
-    """[n, inputs] fp32 of panels: what was packed for the outputs in index [n]."""
+    """The rows [n, inputs] fp32 of a weight in panels: those of the outputs in index [n]."""
     panel, lane = index // PANEL, index % PANEL
     if weight.dtype != torch.uint8:
         return weight[panel, :, lane].flatten(1)[:, :inputs].float()

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ LARGEST = 65504.0  # fp16, which scales are kept in
 
 @dataclass(frozen=True)
 class ResidualVqFormat:
-    """How a block is packed: what its codebooks' shape says.
+    """The format of a record, which the shape of its codebooks decides.
 
     Args:
         depth: codes of a group, 1 to 16.
@@ -74,7 +73,6 @@ class ResidualVqFormat:
 
     depth: int = 8
     codes: int = 256
-    rotate: ClassVar[bool] = False  # GEAR's option: keys are packed as they are
 
     def __post_init__(self):
         if not 1 <= self.depth <= MOST_DEPTH:
@@ -90,11 +88,11 @@ class ResidualVqFormat:
 
     @property
     def level_bytes(self) -> int:
-        """Of the codes that a block's tokens have in one group and level."""
+        """Bytes of the codes that a block's tokens have in one group and level."""
         return BLOCK * (self.codes.bit_length() - 1) // 8
 
     def record_bytes(self, head_dim: int) -> int:
-        """Of a block of 128 tokens of one head, keys and values."""
+        """Bytes of one record: keys and values of 128 tokens of one head."""
         side = 2 * BLOCK + head_dim // WIDTH * self.depth * self.level_bytes
         return -(-2 * side // 64) * 64
 
@@ -105,7 +103,7 @@ def format_of(codebooks: Tensor) -> ResidualVqFormat:
 
 
 def group_channels(x: Tensor, values: bool) -> Tensor:
-    """[..., D] as [..., D / 32, 32]."""
+    """Reshapes [..., D] to groups of channels [..., D / 32, 32]."""
     return x.unflatten(-1, (-1, WIDTH)) if values else x.unflatten(-1, (WIDTH, -1)).transpose(-1, -2)
 
 
@@ -118,7 +116,7 @@ def _channels(groups: Tensor, values: bool) -> Tensor:
 
 
 def rotary_of_blocks(frequencies: Tensor, blocks: int) -> Tensor:
-    """[128 + blocks, 2, D / 2] fp32: cosines and sines of a token's place in its block, then of each block's first.
+    """Cosines and sines [128 + blocks, 2, D / 2] fp32 of a token's place in its block, then of each block's first.
 
     frequencies: [D / 2] radians a position, of channels c and c + D / 2.
     """
@@ -158,13 +156,13 @@ def check_rotary(rotary: Tensor, blocks: int, head_dim: int, device: torch.devic
 
 
 def scales_of(x: Tensor) -> Tensor:
-    """[...] fp16 of vectors x [..., D] fp32."""
+    """Scales [...] fp16 of vectors x [..., D] fp32."""
     scale = x.std(-1).clamp_max(LARGEST).half()
     return torch.where(scale == 0, 1.0, scale).half()
 
 
 def nearest(x: Tensor, codewords: Tensor) -> Tensor:
-    """[..., n] int64: which of codewords [..., codes, 32] is nearest to each of x [..., n, 32], the first of equals."""
+    """Indices [..., n] of the codewords [..., codes, 32] nearest to each of x [..., n, 32], the first of equals."""
     half_norms = (codewords * codewords).sum(-1) / 2
     return (half_norms[..., None, :] - x @ codewords.transpose(-1, -2)).argmin(-1)
 
@@ -319,7 +317,7 @@ def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def encode_codes(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
-    """residual_vq_encode of what was checked; codebooks [B, 2, depth, codes, 32]."""
+    """Records of arguments that residual_vq_encode has checked; codebooks [B, 2, depth, codes, 32]."""
     return _ENCODE(k, v, codebooks)
 
 

@@ -79,13 +79,13 @@ class Round:
         return round if torch.device(device).type == "cpu" else round.to(device)
 
     def to(self, device: torch.device | str) -> Round:
-        """The same on another device, in one copy."""
+        """The round on another device, in one copy."""
         tensors = self.tensors()
         parts = torch.cat([tensor.flatten() for tensor in tensors]).to(device).split([t.numel() for t in tensors])
         return Round(*(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)))
 
     def check(self, rows: int, sequences: int, record_nodes: int) -> None:
-        """Raises BadData unless it is of so many rows, of sequences of a state, and fits a record of so many nodes."""
+        """Raises BadData unless a round has so many rows, sequences of the state, and nodes that the record holds."""
         trees, starts = len(self.sequences), self.starts.tolist()
         for name in ("starts", "paths", "halves", "advances"):
             if len(getattr(self, name)) != trees + (name == "starts"):
@@ -119,17 +119,17 @@ class Round:
                     )
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order in which the ops take them."""
+        """The tensors, in the order in which the ops take them."""
         return self.sequences, self.starts, self.parents, self.paths, self.halves, self.advances
 
 
 def to_panels(values: Tensor) -> Tensor:
-    """[..., channels, N] as [..., channels / 16, N, 16]: how a state lies in memory."""
+    """Lays out states [..., channels, N] as they lie in memory: [..., channels / 16, N, 16]."""
     return values.unflatten(-2, (-1, LANES)).transpose(-1, -2).contiguous()
 
 
 def from_panels(panels: Tensor) -> Tensor:
-    """[..., channels, N] of [..., channels / 16, N, 16]."""
+    """States [..., channels, N] out of panels [..., channels / 16, N, 16]."""
     return panels.transpose(-1, -2).flatten(-3, -2)
 
 

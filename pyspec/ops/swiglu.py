@@ -32,7 +32,7 @@ _OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype) -> Tensor", swiglu_re
 
 
 def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """silu of the first half of the columns times the second half.
+    """Multiplies silu of the first half of the columns by the second half.
 
     Args:
         gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them.

@@ -31,7 +31,7 @@ ASSIGNMENTS = ("interleaved", "contiguous")
 
 
 class TopK(NamedTuple):
-    """The best of x along a dimension, which has k of them."""
+    """The k best values of x along a dimension, and their indices."""
 
     values: Tensor  #: of x's dtype; always x.gather(dim, indices)
     indices: Tensor  #: int64, different from each other

@@ -43,7 +43,7 @@ WORTH_IT = 0.9  # of the exact op's seconds: for more, everything is found
 
 
 class Buckets(NamedTuple):
-    """How a row is searched: 0 buckets for the exact result."""
+    """The way in which a row is searched; 0 buckets stand for the exact result."""
 
     buckets: int
     per_bucket: int

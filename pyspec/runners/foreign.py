@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 
@@ -19,14 +18,9 @@ from pyspec.fingerprint import WeightSample, fingerprint_of
 from pyspec.runners._checks import check_paths, check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
+from pyspec.runners.foreign_arithmetic import arithmetic_of
 from pyspec.runners.foreign_slots import Slots
-from pyspec.runners.foreign_support import (
-    cache_argument,
-    check_supported,
-    context_of,
-    find_switches,
-    refuse,
-)
+from pyspec.runners.foreign_support import cache_argument, check_supported, context_of
 from pyspec.tree import DraftTree
 
 __all__ = ["TransformersRunner", "eos_tokens_of"]
@@ -48,7 +42,7 @@ class TransformersRunner:
 
     Args:
         model: a transformers model with a language modelling head; it is put in eval mode.
-        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text, beside those that the model and the tokenizer name.
 
     Raises:
@@ -56,11 +50,7 @@ class TransformersRunner:
     """
 
     def __init__(self, model, tokenizer=None, eos_tokens: Sequence[int] = ()):
-        from pyspec.checkpoints.tokenizer import Tokenizer
-
         check_supported(type(model), model.config)
-        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_transformers(tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
@@ -74,10 +64,12 @@ class TransformersRunner:
         self.fingerprint = fingerprint_of(model.config.model_type, description, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(type(model))
-        self._switch: int | None = None
-        self._reads_again = False
+        self._switch, self._reads_again = None, False  # as long as it is not known
         self._clear()
-        self._check_arithmetic()
+        try:
+            self._switch, self._reads_again = arithmetic_of(self)
+        finally:
+            self._clear()
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -119,7 +111,7 @@ class TransformersRunner:
 
     @inference
     def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+        """Logits [T, V] fp32 of every node of each sequence's tree; None marks a sequence that sits out.
 
         Raises:
             RuntimeError: before any prefill.
@@ -297,65 +289,6 @@ class TransformersRunner:
         others = torch.get_default_device().type not in ("cpu", self.device.type)
         with lock_of(self.model), torch.device(self.device) if others else contextlib.nullcontext():
             return self.model(**inputs)
-
-    # ==== what a model does ====
-
-    def _check_arithmetic(self) -> None:
-        """Raises ValueError if a node's logits depend on more of its call than the tokens before it."""
-        try:
-            fault = self._find_fault()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            fault = f"its forward fails with positions, a mask and a cache of ours ({type(error).__name__}: {error})"
-        finally:
-            self._clear()
-        if fault is not None:
-            refuse(type(self.model), fault)
-
-    @torch.inference_mode()
-    def _find_fault(self) -> str | None:
-        """Why a model cannot be read; finds the switch by the way."""
-        first, second, third, other = (token % self.vocab_size for token in (11, 22, 33, 44))
-        texts = torch.tensor([[first, token, second, third] for token in (second, other)], device=self.device)
-        places, plain = torch.arange(4, device=self.device)[None], []
-
-        def read(text: Tensor) -> None:
-            logits = self.model(input_ids=text[None], position_ids=places, use_cache=False).logits
-            plain.append(logits[0].float())
-
-        switches = find_switches(self.model, functools.partial(read, texts[0]), 4, self.context_length)
-        if len(switches) > 1 or None in switches:
-            return "its rotary frequencies are others for each length of the longest text of a call"
-        read(texts[1])
-        # what another token in the text changes is the measure of what one that is not in it may change
-        most = 0.05 if self.dtype in (torch.float32, torch.float64) else 0.25
-        allowed = most * (plain[1] - plain[0])[-1].abs().mean()
-        hangs = "its logits depend on what else is in a call"
-        before = self.prefill([[first], [other, first, other]], capacity=19)[:1]
-        # the path root - 2 - 3 is the same text; node 1 is beside it, and a crowd in the other sequence
-        trees = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
-        path = self.verify(trees)[0][[0, 2, 3]]
-        if not (torch.cat([torch.stack(before), path]) - plain[0]).abs().mean(-1).max() <= allowed:
-            return f"it does not attend as its attention mask and position_ids tell, or {hangs}"
-        if not switches:
-            beside_far = self._forward(range(2), trees, beyond=max(0, self.context_length - 8))[0][[0, 2, 3]]
-            if not (beside_far - path).abs().mean(-1).max() <= allowed:
-                return f"{hangs}, or how far it goes"
-        self._slots.ahead = self.context_length // 2
-        again, self._slots.ahead = self.verify(trees)[0][[0, 2, 3]], 0
-        if not (again - path).abs().max() <= 0.01 * path.abs().max():
-            return "its positions cannot be given, they follow from the length of its cache"
-        self._switch = next(iter(switches), None)
-        self._reads_again = self._switch is not None and self._drops_its_cache()
-        return None
-
-    def _drops_its_cache(self) -> bool:
-        """Whether transformers' generate reads a text again when its length crosses the switch, as that of Phi-3."""
-        text = torch.zeros(1, self._switch + 1, dtype=torch.int64, device=self.device)
-        cache = {self._cache_argument: self._slots.cache}
-        inputs = self.model.prepare_inputs_for_generation(text, use_cache=True, **cache)
-        return inputs.get(self._cache_argument) is None
 
 
 def eos_tokens_of(model, tokenizer) -> frozenset[int]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
 
 from pyspec.architectures import supported_architectures
 from pyspec.integrations import require
 
-__all__ = ["cache_argument", "check_supported", "context_of", "find_switches", "refuse", "supported"]
+__all__ = ["cache_argument", "check_supported", "context_of", "refuse", "supported"]
 
 
 def supported() -> str:
-    """What pyspec takes, for the end of an error."""
+    """The models that pyspec takes, for the end of an error."""
     return (
         f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
         "transformers the causal models with explicit positions that keep the keys and values of all tokens, such as "
@@ -34,7 +30,7 @@ def context_of(config) -> int:
 
 
 def cache_argument(model_class: type) -> str | None:
-    """What a model's forward calls its cache, which depends on the version of transformers; None if it takes none."""
+    """The name of a model's cache argument, which depends on the version of transformers; None if it takes none."""
     parameters = inspect.signature(model_class.forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
@@ -68,67 +64,3 @@ def check_supported(model_class: type, config) -> None:
             refuse(model_class, "it has layers that do not keep the keys of all tokens (linear attention or an index)")
     if "local" in getattr(config, "attention_layers", ()):
         refuse(model_class, "it has layers that do not keep the keys of all tokens (local attention)")
-
-
-# ==== arithmetic that depends on the longest position of a call ====
-
-
-def find_switches(model, read: Callable[[], object], tokens: int, context: int) -> set[int | None]:
-    """Positions that change the angles of those before them when they are in the same call.
-
-    Empty for most models, one for longrope; None stands for one that is followed by others (dynamic NTK).
-
-    Args:
-        read: runs the model on a text of `tokens` tokens, from position 0.
-        context: positions to look at.
-    """
-    switches = set()
-    for call in _position_calls(model, read, tokens):
-
-        def angles(longest: int, call=call) -> Tensor:
-            positions = torch.ones(tokens, dtype=torch.int64, device="cpu")
-            positions[-1] = longest
-            return call(positions)
-
-        short, long = angles(1), angles(context - 1)
-        if torch.equal(short, long):
-            continue
-        below, switch = 1, context - 1  # the angles with the former are short, with the latter they are not
-        while switch - below > 1:
-            middle = (below + switch) // 2
-            below, switch = (middle, switch) if torch.equal(angles(middle), short) else (below, middle)
-        switches.add(switch if torch.equal(angles(switch), long) else None)
-    return switches
-
-
-def _position_calls(model, read: Callable[[], object], tokens: int) -> list[Callable[[Tensor], Tensor]]:
-    """The parts of a model that turn positions into angles, as functions of positions [tokens].
-
-    They are those without weights that are given the positions of a text; each is called again as it was then.
-    """
-    calls = []
-
-    def is_positions(value) -> bool:
-        is_long = isinstance(value, Tensor) and value.dtype == torch.int64 and value.shape[-1:] == (tokens,)
-        return is_long and bool((value == torch.arange(tokens, device=value.device)).all())
-
-    def record(module, args, kwargs):
-        def call(positions: Tensor) -> Tensor:
-            def replaced(value):
-                return positions.to(value.device).expand_as(value) if is_positions(value) else value
-
-            found = module.forward(*map(replaced, args), **{name: replaced(value) for name, value in kwargs.items()})
-            parts = found if isinstance(found, tuple | list) else (found,)
-            return torch.cat([part[..., 0, :].flatten() for part in parts])  # of the first position
-
-        if any(map(is_positions, (*args, *kwargs.values()))):
-            calls.append(call)
-
-    without_weights = [module for module in model.modules() if next(module.parameters(), None) is None]
-    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in without_weights]
-    try:
-        read()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

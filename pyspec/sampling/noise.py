@@ -27,20 +27,20 @@ class Noise:
         self._bits = np.random.Philox(key=seed, counter=[0, 0, position, purpose])
 
     def uniform(self) -> float:
-        """In (0, 1)."""
+        """The next uniform number in (0, 1)."""
         # raw bits are stable between numpy's versions; half a step keeps 0 and 1 out
         return ((self._bits.random_raw() >> 12) + 0.5) * 2.0**-52
 
     def coin(self, probability: float) -> bool:
-        """True with this probability; anything from 1 on is sure."""
+        """Is true with this probability, which counts as 1 if it is larger."""
         return self.uniform() < probability
 
     def exponential(self) -> float:
-        """A waiting time of mean 1."""
+        """The next exponential number, of mean 1."""
         return -math.log(self.uniform())
 
     def draw(self, law: np.ndarray) -> int:
-        """A token by its share of law [V] float64, which has mass but need not sum to 1."""
+        """Draws a token by its share of law [V] float64, which has mass but need not sum to 1."""
         sums = np.cumsum(law)
         # a uniform is at most 1 - 2**-53, so the product stays below the whole sum, and a token without mass, whose
         # sum is that of the token before it, is never the first above it

@@ -63,7 +63,7 @@ class Sampler:
         self.seed = secrets.randbits(32) if seed is None else seed
 
     def draw(self, logits: torch.Tensor, position: int) -> int:
-        """The token at a position of the text.
+        """Draws the token at a position of the text.
 
         Args:
             logits: [V] float32, on any device.
@@ -91,7 +91,7 @@ class Sampler:
         return lambda row, position: self.draw(logits[row], position)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """[V] float64: the law that draw follows, from [V] float32 logits."""
+        """The law [V] float64 that draw follows, from logits [V] float32."""
         row = _row(logits)
         law = np.zeros(len(row))
         if self.temperature == 0:
@@ -164,6 +164,6 @@ def _best(statistics: HostStatistics, row: int) -> int:
 
 
 def largest(values: np.ndarray, count: int, threshold: float) -> np.ndarray:
-    """Indices, ascending, of the `count` largest values, the last of which is threshold; the first of equal values."""
+    """Finds the indices, ascending, of the `count` largest values, the least being threshold; the first of equals."""
     above, equal = np.flatnonzero(values > threshold), np.flatnonzero(values == threshold)
     return np.sort(np.concatenate((above, equal[: count - len(above)])))

@@ -65,6 +65,9 @@ def test_other_files_are_refused(tmp_path):
         load(fingerprint="model-2")
     with pytest.raises(ValueError, match="capacity must be at least the 300 tokens of .*cache, got 299"):
         load(capacity=299)
+    settings = json.loads(header["settings"])
+    save_file(tensors, path, header | {"settings": json.dumps(settings | {"rotate": False})})  # as older versions did
+    load()
     whole = path.read_bytes()
     for size in (4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
@@ -75,6 +78,7 @@ def test_other_files_are_refused(tmp_path):
         ({"kind": "drafter"}, "cache is no packed cache"),
         ({"settings": json.dumps({"bits": 5})}, "bits must be one of"),
         ({"settings": json.dumps({"bits": 4})}, "cache is damaged: 0.packed must be torch.uint8"),
+        ({"settings": json.dumps(settings | {"rotate": True})}, "cache has keys packed with rotate"),
         ({"lengths": "[301, 20]"}, "cache is damaged: 0.exact must be torch.bfloat16 .* for 301 tokens"),
     ):
         save_file(tensors, path, header | change)

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 import pyspec.host as engine_module
-from pyspec import drafters
-from pyspec.drafters import drafter_from_name
-from pyspec.drafters.merged import MergedDrafter
+from pyspec.drafters import DRAFTERS, drafter_from_name
+from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.host import twins as reference
 from pyspec.tree import DraftTree
 
 VOCAB = 40
-NAMES = [name for name in drafters.NAMES if name != "layer_skip"]  # which is tests/drafters/test_layer_skip.py
+NAMES = [name for name in DRAFTERS if name != "layer_skip"]  # which is tests/drafters/test_layer_skip.py
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]
 
 
@@ -157,15 +156,15 @@ def test_logits_of_any_type_and_layout(dtype):
     drafters = [drafter_from_name("merged", Runner()) for _ in range(2)]
     drafters[0].observe(tree, logits, [0])
     drafters[1].observe(tree, logits.T.contiguous().T.requires_grad_(), [0])
-    first, second = (drafter.parts[-1].sources[0].successors for drafter in drafters)
+    first, second = (drafter.tables[-1].sources[0].successors for drafter in drafters)
     assert (first == second).all() and (first[PROMPT[-1]] == logits[-1].float().topk(8).indices.numpy()).all()
 
 
 def test_names():
     assert drafter_from_name(None, Runner()) is None
     drafter = drafter_from_name("merged", Runner())
-    assert isinstance(drafter, MergedDrafter) and drafter_from_name(drafter, Runner()) is drafter
-    with pytest.raises(ValueError, match="merged, lookup, recycling, suffix, .* a Drafter or None, got .magic."):
+    assert isinstance(drafter, TableDrafter) and drafter_from_name(drafter, Runner()) is drafter
+    with pytest.raises(ValueError, match="aded, layer_skip, lookup, merged, .* a Drafter or None, got .magic."):
         drafter_from_name("magic", Runner())
 
 

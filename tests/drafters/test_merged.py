@@ -1,13 +1,13 @@
 import torch
 
-from pyspec.drafters.merged import MergedDrafter
 from pyspec.tree import DraftTree
+from tests.helpers.table_drafters import drafter_of
 
 VOCAB = 30
 
 
 def taught(rows):
-    drafter = MergedDrafter(VOCAB, "tiny")
+    drafter = drafter_of("merged", VOCAB)
     for token, following in rows.items():
         logits = torch.full((1, VOCAB), -torch.inf)
         logits[0, following] = 1.0

@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from pyspec.drafters.recycling import RecyclingDrafter
 from pyspec.tree import DraftTree
+from tests.helpers.table_drafters import drafter_of
 
 VOCAB = 30
 
 
 def drafter(vocab_size=VOCAB, fingerprint="tiny"):
-    return RecyclingDrafter(vocab_size, fingerprint)
+    return drafter_of("recycling", vocab_size, fingerprint)
 
 
 def logits_for(order, vocab_size=VOCAB):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.drafters.growing import best_tokens
+from pyspec.drafters.table_drafter import best_tokens
 from pyspec.host import twins as reference
 
 host = pytest.importorskip("pyspec._host")

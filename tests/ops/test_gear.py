@@ -8,7 +8,7 @@ from tests.helpers.packings import PACKINGS
 from tests.ops.test_gear_encode import FORMATS, keys_values
 
 
-@pytest.mark.parametrize("name", ["kivi", "gear-3bit, rotated"])
+@pytest.mark.parametrize("name", ["kivi", "gear-3bit"])
 def test_opcheck(name):
     f = FORMATS[name]
     k, v = keys_values()

@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyspec import DraftTree, load
+from pyspec import DraftTree, from_transformers, load
+from pyspec.checkpoints.tokenizer import Tokenizer
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.foreign_support import cache_argument
 
@@ -134,19 +135,20 @@ def test_a_live_model_brings_its_tokenizer_and_end_tokens():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     model = tiny_model("GPT2", SUPPORTED["GPT2"] | {"eos_token_id": 4})
-    runner = TransformersRunner(model, fast, eos_tokens=[9])
+    assert from_transformers(model, fast).eos_tokens == {2, 4}
+    runner = TransformersRunner(model, Tokenizer.from_transformers(fast), eos_tokens=[9])
     assert runner.eos_tokens == {2, 4, 9}
     assert runner.tokenizer.encode("abba") == [0, 1, 1, 0]
     assert runner.vocab_size == VOCABULARY and runner.context_length == 96
     assert runner.fingerprint.startswith("gpt2-")
     with pytest.raises(ValueError, match="fast tokenizer"):
-        TransformersRunner(model, object())
+        from_transformers(model, object())
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_models_without_a_croppable_cache_are_refused_by_name(family):
     options, reason = REFUSED[family]
-    with pytest.raises(ValueError, match=rf"{family}\w+ is not supported: .*{reason}.*; supported are Llama"):
+    with pytest.raises(ValueError, match=rf"{family}\w+ is not supported: .*{reason}.*; supported are Bamba"):
         TransformersRunner(tiny_model(family, options))
 
 
@@ -198,7 +200,7 @@ def test_a_model_whose_rows_hang_on_their_call_is_refused(fault, reason, monkeyp
     seen.__signature__ = inspect.signature(whole)
     monkeypatch.setattr(block, "forward", changed)
     monkeypatch.setattr(model, "forward", seen)
-    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}; supported are Llama"):
+    with pytest.raises(ValueError, match=f"GPT2LMHeadModel is not supported: .*{reason}; supported are Bamba"):
         TransformersRunner(model)
 
 

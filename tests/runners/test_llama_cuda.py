@@ -11,7 +11,7 @@ import pyspec.runners.attention
 import pyspec.runners.static_steps as static_steps
 from pyspec import DraftTree, generate
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.drafters.merged import MergedDrafter
+from pyspec.drafters import new_drafter
 from pyspec.readback import read_statistics
 from pyspec.sampling.sampler import Sampler
 from tests.helpers.on_gpu import assert_close
@@ -124,7 +124,7 @@ def test_logits_are_those_of_the_cpu(options):
 def test_nothing_in_a_round_waits_but_for_what_is_read_back():
     runner = random_llama("cuda", torch.bfloat16)
     trees = [random_tree(20), random_tree(40, 1)]
-    drafters = [MergedDrafter(runner.vocab_size, runner.fingerprint).start([1]) for _ in trees]
+    drafters = [new_drafter("merged", runner).start([1]) for _ in trees]
     rule, sampler = ExactAcceptance(), Sampler()
     for round in range(3):
         if round == 0:
@@ -195,7 +195,7 @@ def test_speculation_does_not_change_the_text(options, sampling):
     prompts = [random_tokens(length, length) for length in (3, 70, 20)]
     settings = {"max_new_tokens": 100, "seed": 1, **sampling}
     plain = [generate(runner, prompt, drafter=None, **settings).tokens for prompt in prompts]
-    drafter = MergedDrafter(runner.vocab_size, runner.fingerprint)
+    drafter = new_drafter("merged", runner)
     for _ in range(2):  # the second time it has seen these texts, so that whole paths are accepted
         drafted = generate(runner, prompts, drafter=drafter, budget=24, **settings)
         assert drafted.tokens == plain

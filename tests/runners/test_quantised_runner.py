@@ -23,7 +23,7 @@ def random_codes(pre_rope: bool) -> ResidualVqSettings:
 
 PACKED = {
     **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
-    "rotated": GearSettings(4, 64, rank=1, outliers=2, rotate=True, window=30),
+    "window of 30": GearSettings(4, 64, rank=1, outliers=2, window=30),
     "rvq": random_codes(pre_rope=False),
     "rvq pre-rope": random_codes(pre_rope=True),
 }
@@ -76,7 +76,7 @@ def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
     assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
 
 
-@pytest.mark.parametrize("name", ["gear-2bit", "rotated"])
+@pytest.mark.parametrize("name", ["gear-2bit", "window of 30"])
 def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name, monkeypatch):
     cache, prompt, found = PACKED[name], random_tokens(330), []
 

@@ -24,7 +24,6 @@ FORMATS = {
     "kivi": (GearFormat(2, 64), 128),
     "gear": (GearFormat(2, 64, rank=4, outliers=2), 64),
     "channels": (GearFormat(4, 64, rank=1, outliers=2, key_channels=48), 64),
-    "rotated": (GearFormat(4, 64, rank=2, outliers=2, rotate=True), 64),
 }
 
 
