@@ -133,7 +133,7 @@ def _seconds(model: Runner, nodes: int) -> float:
     tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
     clock = clock_of(model)
     start = clock()
-    model.verify([tree])
+    model.verify({0: tree})
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return clock() - start
