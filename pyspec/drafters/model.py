@@ -153,7 +153,7 @@ class _Batch:
         return len(self._texts) - 1
 
     def logits(self, sequence: int, context: Sequence[int], tokens: list[int], parents: list[int]) -> torch.Tensor:
-        """Logits [T, V] of a tree below context, whose last token is the root; reads what is new in the context first."""
+        """Logits [T, V] of a tree below context, whose last token is the root. Reads what is new of the context."""
         text, slots = list(context[:-1]), len(context) + len(tokens)
         self._texts[sequence] = text
         owner = _owners.get(self.runner)
