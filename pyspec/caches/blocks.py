@@ -4,8 +4,8 @@ The commit rule: nothing is quantised before it is committed, and a block is qua
 its end, whatever was committed with it. So a cache built from one prompt is the one built token by token, bit for bit,
 and a rejected draft never touches a quantised block.
 
-A row sees a block quantised from `window` positions behind the block's end on (pyspec.ops.gear.blocks_seen). The block's
-keys stay in full precision until no nearer row can come any more.
+A row sees a block quantised from `window` positions behind the block's end on (pyspec.ops.gear.blocks_seen). Its keys
+stay in full precision until no nearer row can come any more.
 """
 
 from __future__ import annotations
