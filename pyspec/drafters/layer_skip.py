@@ -100,7 +100,7 @@ class _OwnBatch:
                 f"context must be a text of the model's batch and one token, got {len(context)} tokens where the model "
                 f"has {lengths}: layers are skipped within a call of generate only"
             )
-        if self.runner.free_slots(sequence) < len(tokens):
+        if self.runner.room(sequence) < len(tokens):
             raise _NoRoom
         return self.runner.draft(sequence, DraftTree(tokens, parents), self._layers)
 

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from pyspec.drafters import DRAFTERS, NamedDrafter, saving
-from pyspec.drafters.table_drafter import TableDrafter, best_tokens
+from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.bigrams import Bigrams, check_bigrams
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.machine import measured
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 __all__ = ["NgrammysRows", "model_bigrams"]
@@ -42,7 +43,7 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     with exclusive_use(model):
         for first in range(0, model.vocab_size, BATCH):
             prompts = [[token] for token in range(first, min(first + BATCH, model.vocab_size))]
-            rows.append(best_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
+            rows.append(Verified(torch.stack(model.prefill(prompts, capacity=1))).top_tokens()[0])
             if progress is not None:
                 progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
@@ -89,7 +90,7 @@ class NgrammysRows:
                 at = places[at, token]
         return DraftTree(tokens, parents)
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Nothing is learned."""
 
     def _continuations(self, context: Sequence[int]) -> list[tuple[int, ...]]:

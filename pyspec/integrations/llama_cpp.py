@@ -26,6 +26,7 @@ from pyspec.controllers.pays import CuttingController
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.integrations import require
 from pyspec.machine.costs import Costs
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 require("llama-cpp-python", "0.3", "0.4")
@@ -111,7 +112,7 @@ class DraftModel(LlamaDraftModel):
             end = min(start + OBSERVED_AT_ONCE, len(context) - 1)
             chain = DraftTree.chain(context[start:end])
             logits = torch.from_numpy(self._llama.scores[start:end])
-            self._drafter.observe(chain, logits, range(end - start))
+            self._drafter.observe(chain, Verified(logits), range(end - start))
 
 
 class _Described(SimpleNamespace):

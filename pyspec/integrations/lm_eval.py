@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import pyspec
 from pyspec.integrations import require
 from pyspec.ops import row_statistics
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 require("lm-eval", "0.4.9", "0.5")
@@ -179,13 +179,13 @@ class PyspecLM(TemplateLM):
             raise ValueError(f"continuations must fit the context of {self.runner.context_length} tokens")
         read, sums, greedy = [0] * len(texts), [0.0] * len(texts), [True] * len(texts)
 
-        def observe(index: int, chain: DraftTree, logits: Tensor) -> None:
+        def observe(index: int, chain: DraftTree, verified: Verified) -> None:
             start = read[index]
             read[index] += len(chain)
             rows = range(max(first[index] - 1, start), read[index])  # row j predicts token j + 1
             if not rows:
                 return
-            logits = logits[rows.start - start :]
+            logits = verified.logits[rows.start - start :]
             targets = torch.tensor([texts[index][row + 1] for row in rows], device=logits.device)
             statistics = row_statistics(logits)
             likelihoods = logits.gather(1, targets[:, None])[:, 0] - statistics.log_sum_exp

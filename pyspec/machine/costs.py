@@ -132,7 +132,7 @@ def _seconds(model: Runner, nodes: int) -> float:
     # two children a node: neither a chain nor a star
     tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
     start = time.perf_counter()
-    model.verify([tree])
+    model.verify({0: tree})
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter() - start
