@@ -44,7 +44,7 @@ class Runner(Protocol):
         ...
 
     def verify(self, trees: Sequence[DraftTree | None]) -> list[torch.Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+        """Logits [T, V] fp32 of every node of each sequence's tree; None marks a sequence that sits out.
 
         The committed state is read, not changed: calling it twice gives the same logits.
         """
