@@ -68,9 +68,7 @@ class Call:
 
     run: Callable[[], object]
     tiles: dict[str, float] = field(default_factory=dict)
-    source: str = (
-        ""  # of CUDA C++: run takes the op, run on the CPU by tests/helpers/cuda_on_host.py without its launches
-    )
+    source: str = ""  # of CUDA C++: run takes the op, which tests.helpers.cuda_on_host runs without its launches
 
 
 # ==== calls ====

@@ -42,7 +42,7 @@ class TransformersRunner:
 
     Args:
         model: a transformers model with a language modelling head; it is put in eval mode.
-        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text, beside those that the model and the tokenizer name.
 
     Raises:
@@ -50,11 +50,7 @@ class TransformersRunner:
     """
 
     def __init__(self, model, tokenizer=None, eos_tokens: Sequence[int] = ()):
-        from pyspec.checkpoints.tokenizer import Tokenizer
-
         check_supported(type(model), model.config)
-        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_transformers(tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
