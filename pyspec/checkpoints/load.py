@@ -151,7 +151,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_
 
 
 def _options(family: Family, config, prompt_attention: str) -> dict[str, str]:
-    """What a runner of the family takes beside the model; raises ValueError where it does not take what is asked."""
+    """The options that a family's runner takes beside the model; raises ValueError where it does not take one."""
     if prompt_attention == "pyspec":
         return {}
     if not getattr(family.runner, "takes_flash_attn", False):

@@ -17,7 +17,7 @@ PHASES = ("draft", "verify", "accept", "commit")
 
 
 class BadInput(Exception):
-    """What the user gave does not fit; its text is for the terminal."""
+    """An error in what the user gave; its text is for the terminal."""
 
 
 def print_json(report: dict) -> None:
@@ -48,7 +48,7 @@ def version_of(distribution: str) -> str:
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
-    """What --threads says, if it is given."""
+    """Sets torch's threads to --threads, if it is given."""
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise BadInput(f"--threads must be at least 1, got {arguments.threads}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-import torch
-
 from pyspec.registry import Registry
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
     from pyspec.runners import Runner
+    from pyspec.runners.verified import Verified
 
 __all__ = ["DRAFTERS", "Drafter", "NamedDrafter", "drafter_from_name", "new_drafter"]
 
@@ -40,8 +39,8 @@ class Drafter(Protocol):
         """A tree of at most budget nodes, root included, below context[-1]; context only ever grows."""
         ...
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
-        """What the target said: [T, V] fp32 logits of every node, and the accepted path (root included)."""
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
+        """What the target said after every node of a tree, and the accepted path (root included)."""
         ...
 
 

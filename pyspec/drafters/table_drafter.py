@@ -15,14 +15,14 @@ import torch
 from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafters import NamedDrafter, saving
 from pyspec.host import engine
-from pyspec.readback import read_top_tokens
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["ColumnTable", "Table", "TableDrafter", "best_tokens", "of_tables"]
+__all__ = ["ColumnTable", "Table", "TableDrafter", "of_tables"]
 
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
@@ -43,7 +43,7 @@ def _holding_tables(call: Callable) -> Callable:
 
 
 class Table:
-    """Base of what trees grow from: sources of guesses, and how they learn. This one has nothing to learn.
+    """The base of what trees grow from: sources of guesses, and how they learn. This one has nothing to learn.
 
     Attributes:
         name: what the names of its columns in a saved file begin with.
@@ -64,14 +64,14 @@ class Table:
         self.vocab_size = vocab_size
 
     def start(self) -> Table:
-        """The table of one new sequence: what sequences share stays shared."""
+        """The table for one new sequence; what sequences share stays shared."""
         return self
 
     def read(self, context: Sequence[int], first: int) -> None:
-        """The sequence has new tokens, from `first` on."""
+        """Reads the sequence's new tokens, from `first` on."""
 
     def prepare(self, context: Sequence[int]) -> None:
-        """A tree is about to grow below the last token."""
+        """Gets ready for a tree that is about to grow below the last token."""
 
     def observe(
         self,
@@ -81,20 +81,20 @@ class Table:
         top_tokens: np.ndarray,
         top_logits: np.ndarray,
     ) -> None:
-        """What the target said: its 8 best tokens [T, 8] after every node of a tree, which stands behind `before`."""
+        """Learns the target's 8 best tokens [T, 8] after every node of a tree, which lies behind `before`."""
 
     def read_text(self, tokens: Sequence[int]) -> None:
-        """A text of no sequence, to draft from."""
+        """Reads a text of no sequence, to draft from."""
 
     def saved(self) -> saving.Arrays:
-        """What is saved, by name; nothing where nothing was learned."""
+        """The arrays to save, by name; none where nothing was learned."""
         return {}
 
     def load(self, saved: saving.Arrays) -> None:
         """Takes over what was saved, checked against `layout`."""
 
     def layout(self) -> dict[str, saving.Column]:
-        """What the saved columns must be like."""
+        """The form that the saved columns must have."""
         return {}
 
 
@@ -193,19 +193,20 @@ class TableDrafter:
         self._proposed = (tree, cells, recent[:-1])
         return tree
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Learns from what the target said after every node of a tree, accepted or not.
 
         Args:
             tree: the last proposed tree, its first nodes, or a chain of prompt tokens.
-            logits: [T, vocab_size] floating point.
+            verified: what the target said, with logits [T, vocab_size].
             path: not needed: a rejected node teaches as much as an accepted one.
 
         Raises:
             ValueError: if the shape of logits or a token does not fit; nothing is learned then.
         """
-        if logits.shape != (len(tree), self.vocab_size):
-            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
+        shape = verified.logits.shape
+        if shape != (len(tree), self.vocab_size):
+            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(shape)}")
         proposed, cells, before = self._proposed
         is_proposed = proposed is not None and _begins_with(proposed, tree)
         readers = [table for table in self.tables if table.needs_logits]
@@ -216,7 +217,7 @@ class TableDrafter:
         if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
-        top_tokens, top_logits = best_tokens(logits)
+        top_tokens, top_logits = verified.top_tokens()
         with _tables:
             for table in readers:
                 table.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
@@ -295,12 +296,6 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
         return True
     nodes = len(other)
     return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
-
-
-def best_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
-    logits = logits.float() if logits.dtype == torch.float64 else logits
-    return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())
 
 
 def of_tables(*kinds: type[Table]) -> NamedDrafter:

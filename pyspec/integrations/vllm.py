@@ -29,7 +29,7 @@ LEAST_CHANCE = 0.2  # of a draft that is worth verifying
 
 
 def register() -> None:
-    """What vLLM's plugin loader calls in each of its processes: makes torch.ops.pyspec known there. Changes nothing."""
+    """Makes torch.ops.pyspec known; vLLM's plugin loader calls it in each of its processes. It changes nothing else."""
     import pyspec.ops  # noqa: F401
 
 
@@ -60,7 +60,7 @@ class Proposer:
         token_ids_cpu: np.ndarray,
         slot_mappings=None,
     ) -> list[list[int]]:
-        """At most num_speculative_tokens drafts for each row; none for one that has nothing new or no room.
+        """Drafts at most num_speculative_tokens for each row; none for a row that has nothing new or no room.
 
         Args:
             sampled_token_ids: the new tokens of each row.

@@ -14,7 +14,7 @@ __all__ = ["cache_argument", "check_supported", "context_of", "fall_back", "refu
 
 
 def supported() -> str:
-    """What pyspec takes, for the end of an error."""
+    """The models that pyspec takes, for the end of an error."""
     return (
         f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
         "transformers the causal models with explicit positions that keep the keys and values of all tokens, such as "
@@ -59,7 +59,7 @@ def context_of(config) -> int:
 
 
 def cache_argument(model_class: type) -> str | None:
-    """What a model's forward calls its cache, which depends on the version of transformers; None if it takes none."""
+    """The name of a model's cache argument, which depends on the version of transformers; None if it takes none."""
     parameters = inspect.signature(model_class.forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 

@@ -1,5 +1,6 @@
 import torch
 
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 from tests.helpers.table_drafters import drafter_of
 
@@ -11,7 +12,7 @@ def taught(rows):
     for token, following in rows.items():
         logits = torch.full((1, VOCAB), -torch.inf)
         logits[0, following] = 1.0
-        drafter.observe(DraftTree.chain([token]), logits, [0])
+        drafter.observe(DraftTree.chain([token]), Verified(logits), [0])
     return drafter
 
 

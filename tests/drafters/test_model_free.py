@@ -1,5 +1,7 @@
 """STAND, ADED, N-Grammys, and any of the model-free drafters merged into one tree and kept in a file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,8 @@ from pyspec.drafters.tables.recycling import Recycling
 from pyspec.drafters.tables.stand import Stand
 from pyspec.drafters.tables.suffix import Suffix
 from pyspec.generate import generate
-from pyspec.machine import measured
+from pyspec.machine import store
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import EOS, FakeRunner
 
@@ -51,7 +54,7 @@ def test_stand_backs_off_from_the_longest_ngram():
     made = drafting_from("stand")
     texts = {(1, 2, 3, 4): {10: 1.0}, (9, 2, 3, 4): {11: 1.0}, (8, 8, 3, 4): {12: 1.0}}
     for text, law in texts.items():
-        made.observe(DraftTree.chain(text), logits_of([{0: 1.0}] * (len(text) - 1) + [law]), [0])
+        made.observe(DraftTree.chain(text), Verified(logits_of([{0: 1.0}] * (len(text) - 1) + [law])), [0])
     assert children(made.start([1, 2, 3, 4]).propose([1, 2, 3, 4], 4))[0] == 10
     assert set(children(made.start([7, 2, 3, 4]).propose([7, 2, 3, 4], 4))[:2]) == {10, 11}
     assert set(children(made.start([7, 7, 7, 4]).propose([7, 7, 7, 4], 4))) == {10, 11, 12}
@@ -60,7 +63,7 @@ def test_stand_backs_off_from_the_longest_ngram():
 def test_stand_remembers_what_stands_before_a_tree():
     made = drafting_from("stand").start([1, 2])
     tree = made.propose([1, 2], 1)
-    made.observe(tree, logits_of([{5: 1.0}]), [0])
+    made.observe(tree, Verified(logits_of([{5: 1.0}])), [0])
     keys = made.tables[0].sources[0].saved()[0]
     assert len(keys) == 2  # after 2, and after 1 2
 
@@ -119,9 +122,12 @@ def test_bigrams_are_computed_once(tmp_path, monkeypatch):
         assert logits[bigrams[token].tolist()].tolist() == logits.topk(8).values.tolist()
     runs = Counting.runs
     assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs == runs
-    (file,) = measured.folder().glob("bigrams-*.npz")
-    file.write_bytes(b"damaged")
-    assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
+    (file,) = store.folder().glob("bigrams-*")
+    table, key = bigrams.tolist(), json.loads(file.read_text())["key"]
+    for damaged in (None, table[1:], [[], *table[1:]], [[EOS + 1] * 8, *table[1:]], [["a"] * 8, *table[1:]]):
+        store.keep("bigrams", key, damaged)
+        runs = Counting.runs
+        assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
     other = Counting()
     other.fingerprint = "another model"
     before = Counting.runs
@@ -224,7 +230,7 @@ def taught(name):
     for _ in range(5):
         text = random.integers(0, VOCAB, 40).tolist()
         started = made.start(text)
-        started.observe(DraftTree.chain(text), torch.randn(40, VOCAB), range(40))
+        started.observe(DraftTree.chain(text), Verified(torch.randn(40, VOCAB)), range(40))
         started.propose(text, 8)
     return made, text
 
@@ -272,7 +278,7 @@ def test_tables_are_bounded(name):
     random = np.random.default_rng(0)
     for _ in range(30):
         text = random.integers(0, VOCAB, 50).tolist()
-        made.start(text).observe(DraftTree.chain(text), torch.randn(50, VOCAB), range(50))
+        made.start(text).observe(DraftTree.chain(text), Verified(torch.randn(50, VOCAB)), range(50))
     assert 50 <= len(made.tables[0].sources[0]) <= 100
     with pytest.raises(ValueError, match="capacity must be at least 2"):
         drafting_from(name, capacity=1)
@@ -281,7 +287,7 @@ def test_tables_are_bounded(name):
 def test_a_merge_is_saved_as_a_whole(tmp_path):
     merged = TableDrafter([kind(VOCAB) for kind in LEARNING.values()], "tiny")
     text = list(range(20))
-    merged.start(text).observe(DraftTree.chain(text), torch.randn(20, VOCAB), range(20))
+    merged.start(text).observe(DraftTree.chain(text), Verified(torch.randn(20, VOCAB)), range(20))
     merged.save(tmp_path / "tables")
     alone = drafting_from("stand")
     alone.load(tmp_path / "tables")  # its own part of it

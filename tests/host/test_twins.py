@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.drafters.table_drafter import best_tokens
 from pyspec.host import twins as reference
+from pyspec.runners.verified import Verified
 
 host = pytest.importorskip("pyspec._host")
 
@@ -43,7 +43,7 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
                 if isinstance(source, module.NgramIndex):
                     source.extend(fresh)
             tokens, parents, cells, chances = module.grow(sources, estimates, walk[-6:], budget)
-            top_tokens, top_logits = best_tokens(logits[: len(tokens)])
+            top_tokens, top_logits = Verified(logits[: len(tokens)]).top_tokens()
             for source in sources:
                 if isinstance(source, module.Adjacency):
                     source.update(tokens, parents, ([-1] + walk)[-2], top_tokens, top_logits)

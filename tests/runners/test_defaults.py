@@ -48,7 +48,7 @@ def texts(name: str):
     found = [generate(runner, PROMPTS, drafter=None, max_new_tokens=12).tokens]
     found += [generate(runner, PROMPTS, drafter="merged", budget=7, max_new_tokens=12, **SAMPLED).tokens]
     logits = runner.prefill(PROMPTS, capacity=128)
-    return found, [row.clone() for row in logits + runner.verify([random_tree(9), None])[:1]]
+    return found, [row.clone() for row in [*logits, runner.verify({0: random_tree(9)})[0].logits]]
 
 
 def llama_texts():

@@ -122,8 +122,8 @@ def test_a_batch_that_is_replaced_is_an_error_and_not_another_text(runner, calls
         def propose(self, context, budget):
             runner.prefill([[1]], capacity=20)
             if "verify" in calls:
-                runner.verify([DraftTree.chain([1, 2])])
-                runner.commit([[0, 1]])
+                runner.verify({0: DraftTree.chain([1, 2])})
+                runner.commit({0: [0, 1]})
             return super().propose(context, budget)
 
     with pytest.raises(RuntimeError, match="model must keep its batch while it generates.*fork"):
