@@ -15,7 +15,7 @@ from pyspec.loop import speculate
 from pyspec.runners import Runner
 from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence, TextStream
-from pyspec.stats import Stats
+from pyspec.stats import Stats, clock_of
 
 __all__ = ["Generation", "check_limits", "generate"]
 
@@ -108,6 +108,7 @@ def generate(
         shared_drafter = shared_drafter.coupled_to(sampler)
     controller = controller_for(budget, model, shared_drafter, packed)
     stats = Stats(seed=sampler.seed)
+    stats.clock = clock_of(model)
     sequences = [
         Sequence(
             model=model,

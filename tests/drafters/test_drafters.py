@@ -20,7 +20,7 @@ PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]
 
 class Runner:
     vocab_size = VOCAB
-    fingerprint = "tiny"
+    fingerprint, dtype = "tiny", torch.float32
 
     def prefill(self, prompts, *, capacity):
         return [torch.arange(VOCAB).eq(prompt[0] + 1).float() for prompt in prompts]
