@@ -1,4 +1,4 @@
-"""The rules that trust q, and the lossy ones: their laws by exact enumeration, and their noise."""
+"""The rules that trust q, and the lossy ones: their laws by exact enumeration, and their seeds."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The uniform numbers of a round: their laws, and that no two rounds share them."""
+"""The noise of rules and drafts: uniform, independent, and the same between versions."""
 
 import numpy as np
 from scipy import stats
