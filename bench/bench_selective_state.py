@@ -121,7 +121,8 @@ class Rounds:
         return self._rounds(self._joint, nodes)
 
     def _rounds(self, model: StateSpaceRunner | JointRounds, nodes: int) -> Callable[[], None]:
-        trees, paths = [DraftTree.chain([0] * nodes)] * self.batch, [range(nodes)] * self.batch
+        tree = DraftTree.chain([0] * nodes)
+        trees, paths = (dict.fromkeys(range(self.batch), value) for value in (tree, range(nodes)))
 
         def call() -> None:
             model.verify(trees)
@@ -130,11 +131,11 @@ class Rounds:
         return call
 
     def snapshots(self, nodes: int) -> Callable[[], None]:
-        trees = [DraftTree.chain([0] * nodes)] * self.batch
+        trees = dict.fromkeys(range(self.batch), DraftTree.chain([0] * nodes))
 
         def call() -> None:
             self.model.verify(trees)
-            self.model.commit([None] * self.batch)
+            self.model.commit({})
             for _ in range(nodes):
                 self.spare[0].zero_()
 

@@ -37,6 +37,8 @@ from pyspec import DraftTree
 from pyspec.caches import CACHES, cache_from_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+#: Builds before Verified have lists with None where now there are dicts by slot.
+TAKES_LISTS = not (Path(pyspec.__file__).parent / "runners" / "verified.py").exists()
 VOCABULARY = 260
 SHORT, LONG = 5, 380  # tokens: LONG is three chunks of attention's, and 384 is the end of a block
 CAPACITY = LONG + 160
@@ -153,7 +155,7 @@ def scenes(runner, settings) -> Iterator[tuple[str, str]]:
         read = [[] for _ in batch]
 
         def observe(sequence, chain, logits, read=read):
-            read[sequence].append(logits.clone())
+            read[sequence].append(getattr(logits, "logits", logits).clone())  # older builds show tensors
 
         options = {} if settings is None else {"cache": settings}
         ends = runner.prefill(batch, capacity=CAPACITY, observe=observe, **options)
@@ -161,7 +163,8 @@ def scenes(runner, settings) -> Iterator[tuple[str, str]]:
         for number, sizes in enumerate([(size,) for size in TREES] if len(batch) == 1 else ROUNDS_OF_BATCH):
             trees = [None if size is None else random_tree(size, draw) for size in sizes]
             yield f"{name}, round {number}, nodes {sizes}", hash_of(verify(runner, trees))
-            runner.commit([None if tree is None else random_path(tree, draw) for tree in trees])
+            paths = [None if tree is None else random_path(tree, draw) for tree in trees]
+            runner.commit(paths if TAKES_LISTS else by_slot(paths))
         tree = random_tree(9, draw)
         yield f"{name}, at the end", hash_of(verify(runner, [tree, *[None] * (len(batch) - 1)]))
         if settings is None and hasattr(runner, "draft"):
@@ -170,7 +173,13 @@ def scenes(runner, settings) -> Iterator[tuple[str, str]]:
 
 def verify(runner, trees: list[DraftTree | None]) -> list[torch.Tensor]:
     """[T, V] logits of each sequence's tree, without those that sit out."""
-    return [logits for logits in runner.verify(trees) if logits is not None]
+    if TAKES_LISTS:
+        return [logits for logits in runner.verify(trees) if logits is not None]
+    return [verified.logits for verified in runner.verify(by_slot(trees)).values()]
+
+
+def by_slot(values: list) -> dict:
+    return {slot: value for slot, value in enumerate(values) if value is not None}
 
 
 def random_tree(nodes: int, draw: random.Random) -> DraftTree:

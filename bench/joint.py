@@ -6,13 +6,13 @@ and beside it, to move the state itself. pyspec replays recorded inputs instead;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from pyspec.measure.inside import read
 from pyspec.runners.recurrent import StateSpaceRunner
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 
@@ -29,23 +29,23 @@ class JointRounds:
         self._behind: list[list[int]] = [[] for _ in prompts]  # tokens that are accepted and not yet in the state
 
     @torch.inference_mode()
-    def verify(self, trees: Sequence[DraftTree]) -> list[Tensor]:
-        """[T, V] fp32 logits of each sequence's tree."""
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says of the trees of all B sequences, by slot."""
         cache, batch = self._runner.cache, len(trees)
         for values in (cache.states, cache.windows):
             values[:, batch:].copy_(values[:, :batch])
         moving = [sequence for sequence in range(batch) if self._behind[sequence]]
         chains = [DraftTree.chain(self._behind[sequence]) for sequence in moving]
-        below = [_below(tokens, tree) for tokens, tree in zip(self._behind, trees, strict=True)]
+        below = [_below(tokens, tree) for tokens, tree in zip(self._behind, trees.values(), strict=True)]
         advances = [True] * len(chains) + [False] * batch
         logits = read(self._runner, [*chains, *below], [*moving, *range(batch, 2 * batch)], advances)
         self._verified, self._behind = trees, [[] for _ in trees]
         parts = logits.split([len(tree) for tree in (*chains, *below)])[len(chains) :]
-        return [part[len(part) - len(tree) :] for part, tree in zip(parts, trees, strict=True)]
+        return {slot: Verified(part[len(part) - len(trees[slot]) :]) for slot, part in zip(trees, parts, strict=True)}
 
-    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
         """Accepts a path, perhaps empty, of each sequence's last tree."""
-        self._behind = [tree.tokens[list(path)].tolist() for tree, path in zip(self._verified, paths, strict=True)]
+        self._behind = [tree.tokens[list(paths[slot])].tolist() for slot, tree in self._verified.items()]
 
 
 def _below(tokens: list[int], tree: DraftTree) -> DraftTree:

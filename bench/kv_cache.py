@@ -92,7 +92,7 @@ def is_found(model, text: list[int], key: str, cache: str | GearSettings) -> boo
 def laws(model, text: list[int], cache: QuantisedSettings | None) -> torch.Tensor:
     """[n, V] log-probabilities of the next token at every position but the last."""
     rows = []
-    model.prefill([text], cache=cache, observe=lambda _, chain, logits: rows.append(logits.log_softmax(-1)))
+    model.prefill([text], cache=cache, observe=lambda _, chain, verified: rows.append(verified.logits.log_softmax(-1)))
     return torch.cat(rows)[:-1]
 
 

@@ -19,7 +19,7 @@ __all__ = ["Code", "blocks_at_a_time", "functions"]
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSOR_CORES = r"\b(HMMA|IMMA|HGMMA|IGMMA|UTCHMMA|UTCIMMA|UTCQMMA)\b"
-INTEGERS = "IADD3|IMAD|LOP3|SHF|LEA|ISETP|SEL|PRMT|IABS|IMNMX|VIMNMX|VIADD|I2FP|PLOP3|BMSK"
+INTEGERS = r"(IADD3|IMAD|LOP3|SHF|LEA|ISETP|SEL|PRMT|IABS|IMNMX|VIMNMX|VIADD|I2FP|PLOP3|BMSK|LOP)\b"
 SPINNING = r"\bATOMS?\.\S*(CAS|SPIN)"  # one lane after the other, each until nobody comes between
 SHORTEST_LOOP = 16  # instructions: what only waits is shorter
 SHARED_OF = {80: 164, 90: 228, 100: 228}  # KB of a multiprocessor
@@ -85,9 +85,7 @@ class Code:
             name = re.sub(r"^@!?U?P\w+ ", "", line)
             if re.match(r"(MUFU|F2I|I2F|F2F|FRND|POPC|FLO)\b", name):
                 busy["special"] += 2  # 16 lanes a clock
-            elif re.match(
-                r"(IADD3|IMAD|LOP3|SHF|LEA|ISETP|SEL|PRMT|IABS|IMNMX|VIMNMX|VIADD|I2FP|PLOP3|BMSK|LOP)\b", name
-            ):
+            elif re.match(INTEGERS, name):
                 busy["integers"] += 1 / 2
             elif product := re.match(r"(HMMA|IMMA)\.(\d+)", name):
                 size = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "16832": 16 * 8 * 32, "16864": 16 * 8 * 64}[

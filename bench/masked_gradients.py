@@ -13,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from bench_block_masked_attention import ALL, HEAD_DIM, PATTERNS, PLANS, Problem, both, show_targets, timed
+from bench_block_masked_attention import (
+    ALL,
+    HEAD_DIM,
+    PATTERNS,
+    PLANS,
+    Problem,
+    both,
+    reached,
+    show,
+    show_targets,
+    timed,
+)
 from torch.nn.functional import scaled_dot_product_attention
 
 from pyspec import measure
@@ -90,31 +101,8 @@ def run(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> d
                 row["ms"] = timed(calls, seconds)
                 result["rows"].append(row)
                 show(row)
-    result["targets"] = targets_of(result, TARGETS[device], PLANS[device].size)
+    result["targets"] = reached(result, TARGETS[device], plan.size, {"ms": "its backward runs"})
     return result
-
-
-def targets_of(result: dict, wanted: dict, size: int) -> list[dict]:
-    found = []
-    for (pattern, dtype, kind, peer), least in wanted.items():
-        rows = [row for row in result["rows"] if row["dtype"] == dtype and row["size"] == size]
-        rows = [row for row in rows if pattern in (ALL, row["pattern"]) and peer in row[kind]]
-        for ratio, name in (
-            [min((row[kind][peer] / row[kind]["pyspec"], row["pattern"]) for row in rows)] if rows else []
-        ):
-            what = f"{dtype}, {name}: backward x times as fast as {peer}'s"
-            found.append({"what": what, "reached": ratio, "wanted": least, "met": ratio >= least})
-    return found
-
-
-def show(row: dict) -> None:
-    ours = row["ms"]["pyspec"]
-    others = (f"{name} {ms:.2f} ({ms / ours:.2f}x)" for name, ms in row["ms"].items() if name != "pyspec")
-    print(
-        f"{row['dtype']:>8} N={row['size']:<5} {row['pattern']:<9} {row['density']:6.1%} of tiles: {ours:.2f} ms, "
-        f"{row['floor_ms'] / ours:.0%} of the floor; " + ", ".join(others),
-        flush=True,
-    )
 
 
 def main(device: str, sizes: Sequence[int], with_flex: bool, seconds: float) -> None:

@@ -57,16 +57,20 @@ class _Recorder:
 
     def prefill(self, tokens, **options):
         self.drawn_from = [[] for _ in tokens]
-        return self._remember(self._model.prefill(tokens, **options))
-
-    def verify(self, trees):
-        return self._remember(self._model.verify(trees))
-
-    def _remember(self, logits):
-        self._sequences = {rows.data_ptr(): sequence for sequence, rows in enumerate(logits) if rows is not None}
+        logits = self._model.prefill(tokens, **options)
+        self._remember(enumerate(logits))
         return logits
 
-    def accept(self, tree, logits, sampler, position):
-        accepted = self._exact.accept(tree, logits, sampler, position)
-        self.drawn_from[self._sequences[logits.data_ptr()]] += logits[accepted.path].cpu().unbind()
+    def verify(self, trees):
+        verified = self._model.verify(trees)
+        self._remember((slot, rows.logits) for slot, rows in verified.items())
+        return verified
+
+    def _remember(self, logits):
+        self._slots = {rows.data_ptr(): slot for slot, rows in logits}
+
+    def accept(self, tree, verified, sampler, position):
+        accepted = self._exact.accept(tree, verified, sampler, position)
+        logits = verified.logits
+        self.drawn_from[self._slots[logits.data_ptr()]] += logits[accepted.path].cpu().unbind()
         return accepted

@@ -26,7 +26,7 @@ def steps(model: LlamaRunner, repeats: int = 21) -> dict:
 
     def step(nodes: int):
         tree = tree_of(nodes)
-        return lambda: model.verify([tree])
+        return lambda: model.verify({0: tree})
 
     bandwidth = measure.read_bandwidth(device)
     seconds = measure.in_turn({nodes: step(nodes) for nodes in SIZES}, repeats=repeats)

@@ -15,7 +15,7 @@ from pyspec.loop import speculate
 from pyspec.runners import Runner
 from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence, TextStream
-from pyspec.stats import Stats
+from pyspec.stats import Stats, clock_of
 
 __all__ = ["Generation", "check_limits", "generate"]
 
@@ -71,8 +71,7 @@ def generate(
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ. Arrays, tensors and
             iterators of integers are as good, and so is what a tokenizer returns: its attention_mask says what is
             padding, on the left or on the right, which is left out.
-        drafter: "merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip"
-            (docs/drafting.md), a drafter, or None for plain decoding.
+        drafter: a name of pyspec.drafters.DRAFTERS (docs/drafting.md), a drafter, or None for plain decoding.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or a name of
             pyspec.controllers.CONTROLLERS: "auto" is the number that gives most tokens a second by the measured costs
             of this model on this machine.
@@ -103,12 +102,13 @@ def generate(
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule)
-    if packed is not None and getattr(shared_drafter, "wants_dense_cache", False):
+    if packed is not None and getattr(shared_drafter, "needs_dense_cache", False):
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
     controller = controller_for(budget, model, shared_drafter, packed)
     stats = Stats(seed=sampler.seed)
+    stats.clock = clock_of(model)
     sequences = [
         Sequence(
             model=model,

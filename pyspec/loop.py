@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from pyspec.acceptance import AcceptanceRule
 from pyspec.controllers import Controller
-from pyspec.readback import wait_for
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.runners.verified import Verified
 from pyspec.sequence import Sequence
 from pyspec.stats import Stats
 from pyspec.tree import DraftTree
@@ -37,15 +35,15 @@ def speculate(
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
         _prefill(model, sequences, rule, controller.largest, packed, stats)
-        while any(sequence.going for sequence in sequences):
-            _round(model, sequences, rule, controller, stats)
+        while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
+            _round(model, going, rule, controller, stats)
 
 
-def _prefill(model, sequences, rule, largest, packed, stats) -> None:
-    """Reads the prompts and draws the first token of each."""
+def _prefill(model, sequences: list[Sequence], rule, largest, packed, stats) -> None:
+    """Reads the prompts, the first into slot 0, and draws the first token of each."""
 
-    def observe(index: int, chain: DraftTree, logits: torch.Tensor) -> None:
-        sequences[index].drafter.observe(chain, logits, range(len(chain)))
+    def observe(slot: int, chain: DraftTree, verified: Verified) -> None:
+        sequences[slot].drafter.observe(chain, verified, range(len(chain)))
 
     with stats.timed("prefill"):
         for sequence in sequences:
@@ -59,50 +57,49 @@ def _prefill(model, sequences, rule, largest, packed, stats) -> None:
     for sequence, logits in zip(sequences, after_prompts, strict=True):
         last = DraftTree.chain(sequence.context[-1:])
         with stats.timed("accept"):
-            accepted = sequence.accept(last, logits[None], rule)
+            accepted = sequence.accept(last, Verified(logits[None]), rule)
         sequence.extend(last, accepted)
 
 
-def _round(model, sequences, rule, controller, stats) -> None:
-    """One round of every sequence that is still going."""
-    active = [index for index, sequence in enumerate(sequences) if sequence.going]
-    trees: list = [None] * len(sequences)
-    paths: list = [None] * len(sequences)
+def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
+    """One round of the sequences that are still going, by slot."""
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with stats.timed("draft"):
-        proposed = controller.cut([sequences[index].propose(controller.nodes) for index in active])
-        for index, tree in zip(active, proposed, strict=True):
-            trees[index] = tree
+        proposed = [sequence.propose(controller.nodes) for sequence in going.values()]
+        trees = dict(zip(going, controller.cut(proposed), strict=True))
+
     with stats.timed("verify"):
-        _check_batch(model, sequences)
-        logits = model.verify(trees)
-        wait_for(logits)  # or the kernels' time would show as acceptance
+        _check_batch(model, going)
+        verified = model.verify(trees)
+        next(iter(verified.values())).wait()  # or the kernels' time would show as acceptance
+
     draft_seconds, verify_seconds = stats.draft_seconds - draft_seconds, stats.verify_seconds - verify_seconds
     stats.rounds += 1
-    for index in active:
-        sequence = sequences[index]
+    paths = {}
+    for slot, sequence in going.items():
         with stats.timed("accept"):
-            accepted = sequence.accept(trees[index], logits[index], rule)
-        paths[index] = accepted.path
-        stats.count(len(trees[index]), sequence.extend(trees[index], accepted))
-    controller.learn(proposed, [paths[index] for index in active], draft_seconds, verify_seconds)
+            accepted = sequence.accept(trees[slot], verified[slot], rule)
+        paths[slot] = accepted.path
+        stats.count(len(trees[slot]), sequence.extend(trees[slot], accepted))
+    controller.learn(list(trees.values()), list(paths.values()), draft_seconds, verify_seconds)
+
     with stats.timed("commit"):
-        model.commit([path if sequence.going else None for sequence, path in zip(sequences, paths, strict=True)])
+        model.commit({slot: paths[slot] for slot, sequence in going.items() if sequence.going})
+
     with stats.timed("draft"):
-        for index in active:
-            sequence = sequences[index]
+        for slot, sequence in going.items():
             if sequence.drafter is not None and sequence.error is None:
-                sequence.drafter.observe(trees[index], logits[index], paths[index])
+                sequence.drafter.observe(trees[slot], verified[slot], paths[slot])
 
 
-def _check_batch(model, sequences) -> None:
+def _check_batch(model, going: dict[int, Sequence]) -> None:
     """Raises RuntimeError if the model has another batch than these sequences."""
     lengths = model.lengths()
-    for index, sequence in enumerate(sequences):
-        if sequence.going and lengths[index : index + 1] != [len(sequence.context) - 1]:
+    for slot, sequence in going.items():
+        if lengths[slot : slot + 1] != [len(sequence.context) - 1]:
             raise RuntimeError(
-                f"model must keep its batch while it generates: sequence {index} has {len(sequence.context) - 1} "
+                f"model must keep its batch while it generates: sequence {slot} has {len(sequence.context) - 1} "
                 f"committed tokens, the model's lengths are {lengths}. A callback that needs the model can use "
                 "model.fork(), a runner on the same weights"
             )

@@ -6,11 +6,10 @@ import codecs
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-
 from pyspec.acceptance import AcceptanceRule
 from pyspec.drafters import Drafter
 from pyspec.runners import Runner
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
@@ -80,10 +79,10 @@ class Sequence:
             raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tokens}")
         return tree
 
-    def accept(self, tree: DraftTree, logits: torch.Tensor, rule: AcceptanceRule) -> Accepted:
+    def accept(self, tree: DraftTree, verified: Verified, rule: AcceptanceRule) -> Accepted:
         """What a rule accepts of a verified tree. Where it comes to logits that are no law, there is no next token."""
         try:
-            return rule.accept(tree, logits, self.sampler, len(self.context))
+            return rule.accept(tree, verified, self.sampler, len(self.context))
         except InvalidLogits as invalid:
             self._invalid = self._describe(invalid, tree)
             # the drafts up to that node were accepted, as plain decoding would have emitted them before it failed

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-__all__ = ["Stats"]
+if TYPE_CHECKING:
+    from pyspec.runners import Runner
+
+__all__ = ["Stats", "clock_of"]
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Stats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """By depth d, at d - 1, the share of rounds that accepted a draft there. They add up to the mean length - 1."""
+        """The acceptance rate at each depth d, at d - 1: shares of all rounds, whose sum is the mean length - 1."""
         rounds = max(1, sum(self.accepted_lengths))
         return [sum(self.accepted_lengths[length:]) / rounds for length in range(2, len(self.accepted_lengths))]
 
@@ -95,3 +98,8 @@ class _Timed:
     def __exit__(self, *error) -> None:
         seconds = self._stats.clock() - self._start
         setattr(self._stats, self._name, getattr(self._stats, self._name) + seconds)
+
+
+def clock_of(model: Runner) -> Callable[[], float]:
+    """What tells the seconds that calls of a model take: this process's clock, unless the model has one of its own."""
+    return getattr(model, "clock", time.perf_counter)

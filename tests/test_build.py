@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,17 @@ def test_oldest_torch_is_one_everywhere():
     assert re.findall(r'^c\w+ = "([\d.]+)"$', (ROOT / "build.toml").read_text(), re.MULTILINE) == [oldest, oldest]
     for name in ("README.md", "docs/getting_started.md"):
         assert f"torch {oldest}" in (ROOT / name).read_text(), name
+
+
+def test_a_wheel_holds_the_package_and_nothing_else(monkeypatch):
+    pytest.importorskip("pybind11", reason="setup.py compiles with it")
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: given.update(settings))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    folders = {path.parent for path in (ROOT / "pyspec").rglob("*.py")}
+    wanted = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"pyspec.kernels"}
+    assert set(given["packages"]) == wanted
 
 
 def configure(build: Path, **options: str) -> tuple[int, str]:

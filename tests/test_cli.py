@@ -141,7 +141,7 @@ def test_generate_reports_where_plain_decoding_differs(model, capsys, monkeypatc
     def lying(trees):  # what a runner does whose rows depend on the number of rows
         logits = FakeRunner.verify(model, trees)
         if len(trees[0]) == 1 and model.verified > 20:
-            logits[0][0] = torch.eye(model.vocab_size)[110] * 90
+            logits[0].logits[0] = torch.eye(model.vocab_size)[110] * 90
         return logits
 
     monkeypatch.setattr(model, "verify", lying)

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from pyspec.drafters import NAMES
+from pyspec.drafters import DRAFTERS
 from pyspec.generate import generate
 from pyspec.tree import DraftTree
 from tests.helpers.fake_drafters import AlwaysWrong, Drafts, Oracle, OracleTrees, RandomTrees
@@ -52,13 +52,13 @@ def test_finished_sequences_of_a_batch_sit_out():
     model = EndsByPrompt()
     sat_out = []
     verify = model.verify
-    model.verify = lambda trees: sat_out.append([tree is None for tree in trees]) or verify(trees)
+    model.verify = lambda trees: sat_out.append([slot not in trees for slot in range(3)]) or verify(trees)
     commits, commit = [], model.commit
     model.commit = lambda paths: commits.append(paths) or commit(paths)
     result = generate(model, [[1, 97], [2, 97], [3, 97]], drafter=Oracle(model), budget=4, max_new_tokens=100)
     assert [len(tokens) for tokens in result.tokens] == [9, 19, 29]
     assert result.finish_reason == ["eos"] * 3
-    assert commits[-1] == [None] * 3 and [path is None for path in commits[-2]] == [True, True, False]
+    assert commits[-1] == {} and list(commits[-2]) == [2]
     assert sat_out[0] == [False] * 3 and sat_out[-1] == [True, True, False]
 
 
@@ -153,8 +153,8 @@ def test_stats_add_up():
     assert stats.mean_accepted_length == pytest.approx(1 + sum(stats.acceptance_by_depth))
     assert 1 < stats.mean_accepted_length < 5
     assert stats.acceptance_by_depth == sorted(stats.acceptance_by_depth, reverse=True)
-    parts = [stats.prefill_seconds, stats.draft_seconds, stats.verify_seconds, stats.accept_seconds]
-    assert min(parts) > 0 and sum(parts) + stats.commit_seconds <= stats.total_seconds
+    assert stats.prefill_seconds == 1 and stats.verify_seconds == pytest.approx(model.now - 1)  # by the model's clock
+    assert stats.total_seconds == model.now and stats.draft_seconds == stats.commit_seconds == 0
     assert stats.tokens_per_second == pytest.approx(510 / (stats.total_seconds - stats.prefill_seconds))
     assert stats.tokens_per_second_with_prefill == pytest.approx(512 / stats.total_seconds)
     assert json.loads(json.dumps(stats.to_dict()))["mean_accepted_length"] == stats.mean_accepted_length
@@ -242,7 +242,7 @@ def test_an_unknown_drafter_is_named():
         generate(FakeRunner(), PROMPT, drafter="medium")
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"layer_skip"}))
+@pytest.mark.parametrize("name", sorted(set(DRAFTERS) - {"layer_skip"}))
 @pytest.mark.parametrize("settings", [{}, SAMPLED, dict(temperature=1e30, seed=3), dict(temperature=1e-30, seed=3)])
 def test_named_drafters_give_the_plain_text(name, settings):
     plain = generate(FakeRunner(), PROMPT * 3, drafter=None, max_new_tokens=80, **settings)

@@ -187,6 +187,29 @@ class Run:
             yield loss.detach()
 
 
+def learn(run: Run, tokens: torch.Tensor, others: torch.Tensor, every: int) -> None:
+    """All steps that are left, with a progress bar; every so many, and when interrupted, the run is kept."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=run.recipe.steps, completed=run.step)
+        losses = []
+        try:
+            for loss in run.steps(tokens):
+                losses.append(loss)
+                if run.step % SHOWN == 0 or run.step == run.recipe.steps:
+                    progress.update(task, completed=run.step, description=f"loss {float(loss):.3f}")
+                if run.step % every == 0 or run.step == run.recipe.steps:
+                    mean = float(torch.stack(losses).mean())
+                    run.curve.append((run.step, mean, validate(run.model, others, run.recipe)))
+                    losses = []
+                    run.keep()
+        except KeyboardInterrupt:
+            run.keep()
+            raise
+
+
 def train(
     out: Path,
     recipe: Recipe,
@@ -209,7 +232,6 @@ def train(
         ValueError: the folder holds a checkpoint of another recipe, the vocabulary is too large, or there is too
             little text.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from tokenizers import Tokenizer
 
     if recipe.vocabulary > 2**16:
@@ -230,23 +252,7 @@ def train(
     torch.manual_seed(recipe.seed)
     run = Run(out, recipe, new_model(recipe, tokenizer.token_to_id(END), tokenizer.get_vocab_size()), device)
     use_ssd(run.model, compiled)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("training", total=recipe.steps, completed=run.step)
-        losses = []
-        try:
-            for loss in run.steps(tokens):
-                losses.append(loss)
-                if run.step % SHOWN == 0 or run.step == recipe.steps:
-                    progress.update(task, completed=run.step, description=f"loss {float(loss):.3f}")
-                if run.step % every == 0 or run.step == recipe.steps:
-                    mean = float(torch.stack(losses).mean())
-                    run.curve.append((run.step, mean, validate(run.model, others, recipe)))
-                    losses = []
-                    run.keep()
-        except KeyboardInterrupt:
-            run.keep()
-            raise
+    learn(run, tokens, others, every)
     draw(run.curve, out / "loss.png")
     run.model.to(torch.bfloat16).save_pretrained(out)
     settings = {"eos_token": END, "bos_token": END}

@@ -50,13 +50,13 @@ def check_bits(model) -> dict:
     prompt, found = [place * 31 % model.vocab_size for place in range(PROMPT)], {}
     trees = {nodes: tree_of(nodes) for nodes in TREES}
     model.prefill([prompt], capacity=CAPACITY)
-    together = {nodes: model.verify([tree])[0].clone() for nodes, tree in trees.items()}
+    together = {nodes: model.verify({0: tree})[0].logits.clone() for nodes, tree in trees.items()}
     largest, alone = trees[max(TREES)], {}  # the trees are the beginnings of one
     for leaf in leaves(largest):
         model.prefill([prompt], capacity=CAPACITY)
         for node in path_to(largest, leaf):
-            (logits,) = model.verify([DraftTree.chain([int(largest.tokens[node])])])
-            model.commit([[0]])
+            logits = model.verify({0: DraftTree.chain([int(largest.tokens[node])])})[0].logits
+            model.commit({0: [0]})
             alone.setdefault(node, logits[0].clone())
     for nodes, logits in together.items():
         different = [node for node in range(nodes) if not torch.equal(logits[node], alone[node])]
@@ -70,10 +70,10 @@ def kernel_times(model, nodes: int, rounds: int = 3) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
     tree = steps.tree_of(nodes)
-    model.verify([tree])
+    model.verify({0: tree})
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(rounds):
-            model.verify([tree])
+            model.verify({0: tree})
         torch.cuda.synchronize()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
     return {row.key: {"us": row.self_device_time_total / rounds, "launches": row.count / rounds} for row in rows[:25]}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
-
 from pyspec.registry import Registry
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import Accepted, DraftTree, Siblings
 
@@ -32,8 +31,8 @@ class AcceptanceRule(Protocol):
     law: Literal["exact", "mixture", "heuristic"]
     siblings: frozenset[Siblings] | None
 
-    def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
-        """Judges a tree by logits [T, V] fp32; position is that of the token which the root's logits predict."""
+    def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
+        """Judges a verified tree; position is that of the token which the root's logits predict."""
         ...
 
 

@@ -58,4 +58,4 @@ class BlockVerification(LawRule):
         return block_verification(tree, p, q, noise)
 
 
-RULES.register("block", BlockVerification, "a drawn chain; exact law (block verification)")
+RULES.register("block", BlockVerification, "E: a drawn chain; exact law (arXiv 2403.10444)")

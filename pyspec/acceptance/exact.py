@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from pyspec.acceptance import RULES
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
@@ -24,12 +23,12 @@ class ExactAcceptance:
     law: Literal["exact"] = "exact"
     siblings = None
 
-    def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
+    def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
         """The longest path that the target's own draws follow, and the draw after it.
 
         Args:
             tree: T nodes.
-            logits: [T, V] float32.
+            verified: what the target says after each of them; logits [T, V] float32.
             sampler: gives the target's draw at a node.
             position: that of the token which the root's logits predict.
 
@@ -39,7 +38,7 @@ class ExactAcceptance:
         child_of: dict[tuple[int, int], int] = {}
         for node, edge in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
             child_of.setdefault(edge, node)
-        draw = sampler.draws(logits)
+        draw = sampler.draws(verified)
         path, node = [], 0
         while True:
             path.append(node)
@@ -53,4 +52,4 @@ class ExactAcceptance:
             node = child
 
 
-RULES.register("exact", ExactAcceptance, "every tree; the text of plain decoding, token for token")
+RULES.register("exact", ExactAcceptance, "A: every tree; the text of plain decoding (SpecInfer's naive sampling)")

@@ -72,4 +72,4 @@ class KSeq(LawRule):
         return k_seq(tree, p, q, noise)
 
 
-RULES.register("k_seq", KSeq, "independent draws; exact law (SpecTr)")
+RULES.register("k_seq", KSeq, "D: independent draws; exact law (SpecTr, arXiv 2310.15141)")

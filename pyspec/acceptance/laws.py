@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree, Siblings
@@ -29,15 +30,15 @@ class LawRule:
         """The accepted path and the token after it."""
         raise NotImplementedError
 
-    def accept(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler, position: int) -> Accepted:
-        """Applies judge to the laws of logits [T, V] float32.
+    def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
+        """Applies judge to the laws of the logits.
 
         Raises:
             InvalidLogits: with the path to the node whose logits are no law, if it is the last that was accepted.
             ValueError: if the tree has no q or one that is no law.
         """
         noise = Noise(sampler.seed, position, Noise.ACCEPTANCE)
-        return self.judge(tree, TargetLaws(tree, logits, sampler), DraftLaws(tree), noise)
+        return self.judge(tree, TargetLaws(tree, verified.logits, sampler), DraftLaws(tree), noise)
 
 
 class TargetLaws:

@@ -53,4 +53,4 @@ class RecursiveRejection(LawRule):
         return recursive_rejection(tree, p, q, noise)
 
 
-RULES.register("recursive", RecursiveRejection, "every drawn tree; exact law (RSD)")
+RULES.register("recursive", RecursiveRejection, "C: every drawn tree; exact law (RSD, arXiv 2402.14160)")

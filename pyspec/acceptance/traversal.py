@@ -76,4 +76,4 @@ class TraversalVerification(LawRule):
         return traversal_verification(tree, p, q, noise)
 
 
-RULES.register("traversal", TraversalVerification, "every drawn tree; exact law (traversal verification)")
+RULES.register("traversal", TraversalVerification, "F: every drawn tree; exact law (arXiv 2505.12398)")

@@ -57,4 +57,4 @@ class TypicalAcceptance(LawRule):
         return typical(tree, p, noise, self.threshold, self.alpha)
 
 
-RULES.register("typical", TypicalAcceptance, "every tree; not the target's text (Medusa)")
+RULES.register("typical", TypicalAcceptance, "every tree; not the target's text (Medusa, arXiv 2401.10774)")

@@ -46,4 +46,4 @@ class WithReplacement(LawRule):
         return with_replacement(tree, p, q, noise)
 
 
-RULES.register("with_replacement", WithReplacement, "independent draws; exact law (SpecInfer)")
+RULES.register("with_replacement", WithReplacement, "B: independent draws; exact law (SpecInfer, arXiv 2305.09781)")

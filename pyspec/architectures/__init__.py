@@ -24,7 +24,7 @@ class Unsupported(ValueError):
 
 @dataclass(frozen=True)
 class GGUF:
-    """What the GGUF files of a family look like.
+    """The form of a family's GGUF files.
 
     Attributes:
         architectures: names that general.architecture has.

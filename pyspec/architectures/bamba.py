@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
-from pyspec.architectures.llama import LayerWeights, LlamaConfig, read_heads
+from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures.llama import SHARED_DEFAULTS, LayerWeights, LlamaConfig, read_heads
 from pyspec.architectures.mamba import check_silu
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
 from pyspec.architectures.rotary import rope_entries, rope_table
@@ -58,7 +58,7 @@ class BambaConfig:
                 f"got {found[0]} and {found[1]}"
             )
         if self.rotary_dim % 4 or not 0 < self.rotary_dim <= self.attention.head_dim:
-            raise ValueError(
+            raise Unsupported(
                 f"rotary_dim must be a multiple of 4 up to head_dim {self.attention.head_dim}, got {self.rotary_dim}"
             )
 
@@ -83,7 +83,7 @@ class BambaConfig:
         return [kinds[is_attention].empty(self, blank) for is_attention in self.is_attention]
 
     def rope_frequencies(self) -> Tensor:
-        """[head_dim / 2] fp32: radians per position, 0 for the dimensions that are not turned."""
+        """Radians per position, [head_dim / 2] fp32; 0 for the dimensions that are not turned."""
         exponents = torch.arange(0, self.rotary_dim, 2, device="cpu").float() / self.rotary_dim
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
@@ -239,39 +239,20 @@ class BambaRunner(RecurrentRunner):
 
 # ==== config.json ====
 
-_DEFAULTS = {
-    "BambaForCausalLM": {
-        "vocab_size": 128000,
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "mamba_n_heads": 128,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 256,
-        "mamba_d_conv": 4,
-        "mamba_expand": 2,
-        "mamba_conv_bias": True,
-        "mamba_proj_bias": False,
-    }
-}
+_DEFAULTS = SHARED_DEFAULTS | {"vocab_size": 128000, "intermediate_size": 14336, "max_position_embeddings": 262144}
+_DEFAULTS |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_n_heads": 128, "mamba_n_groups": 1}
+_DEFAULTS |= {"mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2}
+_DEFAULTS |= {"mamba_conv_bias": True, "mamba_proj_bias": False}
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> BambaConfig:
     check_silu(source, entries, "BambaRunner")
     check_no_limit(source, entries, "BambaRunner")
     if entries.flag("mlp_bias"):
-        raise ValueError(f"{source} has mlp_bias True, BambaRunner has none")
+        raise Unsupported(f"{source} has mlp_bias True, BambaRunner has none")
     rope = rope_entries(entries)
     if (kind := rope.text("rope_type", rope.text("type", "default"))) != "default":
-        raise ValueError(f"{source} has rope scaling {kind!r}, BambaRunner has none")
+        raise Unsupported(f"{source} has rope scaling {kind!r}, BambaRunner has none")
     hidden, layers = entries.whole("hidden_size"), entries.whole("num_hidden_layers")
     heads, kv_heads, head_dim = read_heads(entries)
     places = set(entries.array("attn_layer_indices", int, []))
@@ -317,6 +298,5 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> BambaConfi
     return BambaConfig(attention, recurrence, is_attention, int(head_dim * rope.number("partial_rotary_factor", 0.5)))
 
 
-FAMILIES.register(
-    "bamba", Family(_DEFAULTS, _read, BambaWeights, BambaRunner), "Bamba, hybrids of attention and Mamba-2"
-)
+_FAMILY = Family({"BambaForCausalLM": _DEFAULTS}, _read, BambaWeights, BambaRunner)
+FAMILIES.register("bamba", _FAMILY, "Bamba, hybrids of attention and Mamba-2")

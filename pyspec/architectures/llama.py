@@ -19,7 +19,7 @@ from pyspec.runners.attention import LlamaRunner
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "read_heads"]
+__all__ = ["SHARED_DEFAULTS", "LayerWeights", "LlamaConfig", "LlamaWeights", "read_heads"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class LlamaConfig:
         return [LayerWeights.empty(self, blank) for _ in range(self.layers)]
 
     def rope_frequencies(self) -> Tensor:
-        """[head_dim / 2] fp32: radians per position."""
+        """Radians per position, [head_dim / 2] fp32."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.int64, device="cpu").float() / self.head_dim
         frequencies = 1.0 / self.rope_base**exponents
         return frequencies if self.rope_scaling is None else self.rope_scaling.scaled(frequencies)
@@ -120,17 +120,14 @@ class LlamaWeights(NativeWeights):
 
 # ==== config.json ====
 
-_SHARED = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu"}
-_SHARED |= {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6}
-_DEFAULTS = {
-    "LlamaForCausalLM": _SHARED | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
-    "MistralForCausalLM": _SHARED
-    | {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072}
-    | {"num_key_value_heads": 8, "sliding_window": 4096},
-    "Qwen2ForCausalLM": _SHARED
-    | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
-    | {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
-}
+SHARED_DEFAULTS = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "hidden_act": "silu"}
+SHARED_DEFAULTS |= {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+_SHARED = SHARED_DEFAULTS | {"rms_norm_eps": 1e-6}
+_LLAMA = _SHARED | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
+_MISTRAL = _SHARED | {"vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072}
+_MISTRAL |= {"num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN2 = _SHARED | {"vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768}
+_QWEN2 |= {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> LlamaConfig:
@@ -260,14 +257,7 @@ def _gguf_row_order(config: LlamaConfig, name: str, rows: int) -> Tensor | None:
     return order.view(-1, 2, config.head_dim // 2).transpose(1, 2).flatten()
 
 
-FAMILIES.register(
-    "llama",
-    Family(
-        _DEFAULTS,
-        _read,
-        LlamaWeights,
-        LlamaRunner,
-        GGUF(("llama", "mistral", "qwen2"), _read_gguf, _GGUF_TENSORS, _gguf_row_order),
-    ),
-    "Llama 2 and 3, SmolLM2, Mistral, Qwen2",
-)
+_ARCHITECTURES = {"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _MISTRAL, "Qwen2ForCausalLM": _QWEN2}
+_GGUF = GGUF(("llama", "mistral", "qwen2"), _read_gguf, _GGUF_TENSORS, _gguf_row_order)
+_FAMILY = Family(_ARCHITECTURES, _read, LlamaWeights, LlamaRunner, _GGUF)
+FAMILIES.register("llama", _FAMILY, "Llama 2 and 3, SmolLM2, Mistral, Qwen2")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
 from pyspec.runners.recurrent import StateSpaceConfig, StateSpaceLayer, StateSpaceRunner, StateSpaceWeights
 
-__all__ = ["MambaConfig", "MambaLayer", "MambaRunner", "check_silu", "mamba_ssm_shape"]
+__all__ = ["MambaConfig", "MambaLayer", "MambaRunner", "SHARED_DEFAULTS", "check_silu", "mamba_ssm_shape"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MambaConfig(StateSpaceConfig):
     def __post_init__(self):
         self.check_positive("vocab_size", "hidden_size", "layers", "channels", "state_size", "dt_rank", "conv_taps")
         if self.channels % LANES or self.state_size % MULTIPLE:
-            raise ValueError(
+            raise Unsupported(
                 f"MambaRunner has channels in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.channels} and {self.state_size}"
             )
@@ -108,31 +108,17 @@ class MambaRunner(StateSpaceRunner):
 
 # ==== config.json ====
 
-_DEFAULTS = {
-    "MambaForCausalLM": {
-        "vocab_size": 50280,
-        "hidden_size": 768,
-        "num_hidden_layers": 32,
-        "state_size": 16,
-        "hidden_act": "silu",
-        "layer_norm_epsilon": 1e-5,
-        "conv_kernel": 4,
-        "expand": 2,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "tie_word_embeddings": True,
-    },
-    "mamba_ssm Mamba1": {},
-}
+SHARED_DEFAULTS = {"hidden_act": "silu", "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "expand": 2}
+SHARED_DEFAULTS |= {"use_bias": False, "use_conv_bias": True}
+_DEFAULTS = SHARED_DEFAULTS | {"vocab_size": 50280, "hidden_size": 768, "num_hidden_layers": 32, "state_size": 16}
+_DEFAULTS |= {"tie_word_embeddings": True}
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfig:
     if architecture == "mamba_ssm Mamba1":
         shape, layer = mamba_ssm_shape(source, entries, "Mamba1")
-        channels, rank = (
-            layer.whole("expand", 2) * shape["hidden_size"],
-            _dt_rank(layer, "dt_rank", shape["hidden_size"]),
-        )
+        hidden = shape["hidden_size"]
+        channels, rank = layer.whole("expand", 2) * hidden, _dt_rank(layer, "dt_rank", hidden)
         return MambaConfig(channels=channels, state_size=layer.whole("d_state", 16), dt_rank=rank, **shape)
     check_silu(source, entries, "MambaRunner")
     hidden = entries.whole("hidden_size")
@@ -153,7 +139,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfi
 
 def check_silu(source: Path | str, entries: Entries, runner: str) -> None:
     if entries.text("hidden_act") not in ("silu", "swish"):
-        raise ValueError(f"{source} has hidden_act {entries.get('hidden_act')!r}, {runner} has silu")
+        raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, {runner} has silu")
 
 
 def _dt_rank(entries: Entries, key: str, hidden: int) -> int:
@@ -161,19 +147,15 @@ def _dt_rank(entries: Entries, key: str, hidden: int) -> int:
 
 
 def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[dict, Entries]:
-    """What both kinds of layers share in files of the package mamba_ssm, and of Codestral-Mamba with its other names.
+    """The shape that both kinds of layers share in files of mamba_ssm, and of Codestral-Mamba with its other names.
 
     Returns:
         Fields of MambaConfig or Mamba2Config, and the entries about layers.
     """
     is_codestral = "dim" in entries
     layer = entries.part("ssm_cfg")
-    for name, wanted in (
-        ("rms_norm", True),
-        ("attn_layer_idx", []),
-        ("d_intermediate", 0),
-        ("norm_before_gate", False),
-    ):
+    fixed = {"rms_norm": True, "attn_layer_idx": [], "d_intermediate": 0, "norm_before_gate": False}
+    for name, wanted in fixed.items():
         if (found := layer.get(name, entries.get(name, wanted))) != wanted:
             raise ValueError(f"{source} has {name} {found}, models of {kind} have {wanted}")
     multiple = entries.whole("pad_vocab_size_multiple", 1 if is_codestral else 8)
@@ -190,4 +172,5 @@ def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[di
     return shape, layer
 
 
-FAMILIES.register("mamba", Family(_DEFAULTS, _read, StateSpaceWeights, MambaRunner), "Mamba")
+_ARCHITECTURES = {"MambaForCausalLM": _DEFAULTS, "mamba_ssm Mamba1": {}}
+FAMILIES.register("mamba", Family(_ARCHITECTURES, _read, StateSpaceWeights, MambaRunner), "Mamba")

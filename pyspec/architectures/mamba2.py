@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
-from pyspec.architectures.mamba import check_silu, mamba_ssm_shape
+from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures.mamba import SHARED_DEFAULTS, check_silu, mamba_ssm_shape
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE
@@ -41,7 +41,7 @@ class Mamba2Config(StateSpaceConfig):
         self.check_positive("vocab_size", "hidden_size", "layers", "heads", "head_dim")
         self.check_positive("groups", "state_size", "conv_taps")
         if self.head_dim % LANES or self.state_size % MULTIPLE:
-            raise ValueError(
+            raise Unsupported(
                 f"Mamba2Runner has head_dim in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.head_dim} and {self.state_size}"
             )
@@ -120,25 +120,8 @@ class Mamba2Runner(StateSpaceRunner):
 
 # ==== config.json ====
 
-_DEFAULTS = {
-    "Mamba2ForCausalLM": {
-        "vocab_size": 32768,
-        "hidden_size": 4096,
-        "num_hidden_layers": 64,
-        "num_heads": 128,
-        "head_dim": 64,
-        "state_size": 128,
-        "n_groups": 8,
-        "hidden_act": "silu",
-        "layer_norm_epsilon": 1e-5,
-        "conv_kernel": 4,
-        "expand": 2,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "tie_word_embeddings": False,
-    },
-    "mamba_ssm Mamba2": {},
-}
+_DEFAULTS = SHARED_DEFAULTS | {"vocab_size": 32768, "hidden_size": 4096, "num_hidden_layers": 64, "num_heads": 128}
+_DEFAULTS |= {"head_dim": 64, "state_size": 128, "n_groups": 8, "tie_word_embeddings": False}
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> Mamba2Config:
@@ -172,7 +155,7 @@ def check_no_limit(source: Path | str, entries: Entries, runner: str) -> None:
     lowest, highest = limit
     highest = highest.get("__float__") if isinstance(highest, dict) else highest  # how transformers writes infinity
     if type(lowest) not in (int, float) or lowest > 0 or highest not in (math.inf, "Infinity"):
-        raise ValueError(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
+        raise Unsupported(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
 
 
 def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
@@ -187,4 +170,5 @@ def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
     )
 
 
-FAMILIES.register("mamba2", Family(_DEFAULTS, _read, StateSpaceWeights, Mamba2Runner), "Mamba-2, Codestral Mamba")
+_ARCHITECTURES = {"Mamba2ForCausalLM": _DEFAULTS, "mamba_ssm Mamba2": {}}
+FAMILIES.register("mamba2", Family(_ARCHITECTURES, _read, StateSpaceWeights, Mamba2Runner), "Mamba-2, Codestral Mamba")

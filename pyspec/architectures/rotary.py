@@ -47,7 +47,7 @@ class RopeScaling:
 
 
 def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:
-    """[positions, 2, head_dim / 2] fp32: cosines and sines, as rotary_write takes them."""
+    """Cosines and sines [positions, 2, head_dim / 2] fp32, as rotary_write takes them."""
     angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), 1).to(device)
 
@@ -95,7 +95,7 @@ def rope_entries(entries: Entries) -> Entries:
 
 
 def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeScaling | None:
-    """As llama.cpp has it: a factor without a type is linear, an old key may state it, 0 is none, the type none wins.
+    """Reads scaling as llama.cpp does: a factor without a type is linear, an old key may state it; the type none wins.
 
     The factor of each frequency that rope_freqs.weight holds comes on top.
     """

@@ -1,4 +1,4 @@
-"""The weights of all native runners: matrices that are packed in their place, and one buffer for them."""
+"""The weights of all native runners: matrices that are laid out in their place, and one buffer for them."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class NativeLayer:
     MATRICES: tuple[str, ...]  # in the order of their use
 
     def named(self, config, prefix: str) -> dict[str, Tensor]:
-        """Views by their Hugging Face name, or copies of what is packed; names begin with prefix."""
+        """Views by their Hugging Face name, or copies of what is laid out; names begin with prefix."""
         raise NotImplementedError
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Packs the matrices that are not packed yet; each takes the place of its dense form."""
+        """Lays out the matrices that are not laid out yet; each takes the place of its dense form."""
         for name in self.MATRICES:
             setattr(self, name, packed(getattr(self, name), dtype))
 
@@ -80,7 +80,7 @@ class NativeWeights:
         return cls(embedding, config.empty_layers(blank), blank.vector(config.hidden_size), head)
 
     def named(self, config) -> dict[str, Tensor]:
-        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is packed."""
+        """Where each tensor of a checkpoint goes, by its Hugging Face name: views, or copies of what is laid out."""
         tensors = self.named_outside(config)
         for index, layer in enumerate(self.layers):
             tensors |= layer.named(config, f"{self.LAYERS}{index}.")
@@ -103,20 +103,20 @@ class NativeWeights:
         return sample.hexdigest()
 
     def pack_outside(self, dtype: torch.dtype) -> None:
-        """Packs the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
+        """Lays out the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
         tied = self.embedding is self.head
         self.head = packed(self.head, dtype)
         if tied:
             self.embedding = self.head
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Packs every matrix that `linear` reads, to float32, float16, bfloat16 or int8."""
+        """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""
         self.pack_outside(dtype)
         for layer in self.layers:
             layer.pack(dtype)
 
     def move_together(self) -> None:
-        """Moves the packed matrices into one buffer, in the order in which a step reads them."""
+        """Moves the laid out matrices into one buffer, in the order in which a step reads them."""
         tied = self.embedding is self.head
         places = [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
         buffer = HugePages([getattr(owner, name).data for owner, name in places])

@@ -93,7 +93,7 @@ def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def _environment():
-    """What transformers gives templates, for when it is not there."""
+    """An environment like that of transformers, for when transformers is not there."""
     try:
         import jinja2
         from jinja2.ext import Extension

@@ -40,7 +40,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_description(folder: Path) -> dict:
-    """What a folder says of its model: config.json, or the params.json of Codestral-Mamba."""
+    """Reads a folder's description of its model: config.json, or the params.json of Codestral-Mamba."""
     for name in ("config.json", "params.json"):
         if (folder / name).is_file():
             return read_json(folder / name)
@@ -68,8 +68,7 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
     architecture = _architecture(source, stated)
     family = family_of(architecture)
     if family is None:
-        supported = ", ".join(supported_architectures())
-        raise Unsupported(f"{source} has architecture {architecture}, our kernels have {supported}")
+        raise Unsupported(f"{source} has architecture {architecture}, which our kernels do not run")
     defaults = family.architectures[architecture]
     sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
     # a file that says nothing is no model of 7 billion parameters
@@ -193,7 +192,7 @@ def read_checkpoint(folder: Path) -> SafetensorsCheckpoint | TensorCheckpoint:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """By tensor, the name of the file beside the index that it is in."""
+    """Reads an index: the name of the file beside it that each tensor is in, by tensor."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} is corrupt: its weight_map must name the file of each tensor, got {places!r:.60}")

@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint: checked before anything is made, then read and packed part by part."""
+"""Weights out of a checkpoint: checked before anything is made, then read and laid out part by part."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def read_weights(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, NativeWeights]:
-    """A model's configuration, and its weights, packed part by part so that little is ever there twice.
+    """A model's configuration, and its weights, laid out part by part so that little is ever there twice.
 
     Args:
         family: the model's.
         checkpoint: has the `shapes` of all tensors by name, and `blocks(name)` of one: rows and their values.
         config: the model's shape, as its description has it.
         path: what errors name.
-        dtype: that matrices are packed to: float32, float16, bfloat16 or int8.
+        dtype: that matrices are laid out in: float32, float16, bfloat16 or int8.
         device: where the weights will be.
         progress: called with (tensors read, all tensors).
 

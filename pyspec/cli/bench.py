@@ -8,7 +8,6 @@ from pathlib import Path
 
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
-    DRAFTERS,
     BadInput,
     load_model,
     make_console,
@@ -62,11 +61,13 @@ def _add_drafters_arguments(
     parser: argparse.ArgumentParser, drafters: Sequence[str], temperatures: Sequence[float], answers: int
 ) -> None:
     """The arguments of measuring drafters, with the defaults given; no drafters are all that the model can have."""
+    from pyspec.drafters import DRAFTERS
+
     add_model_arguments(parser)
     parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt" or "turns"')
     parser.add_argument("--limit", type=int, help="at most this many prompts of each category")
     shown = " ".join(drafters) or "all"
-    parser.add_argument("--drafters", nargs="+", action="extend", choices=DRAFTERS[:-1], help=f"default: {shown}")
+    parser.add_argument("--drafters", nargs="+", action="extend", choices=list(DRAFTERS), help=f"default: {shown}")
     add_generation_arguments(parser, max_new_tokens=128)
     shown = " ".join(f"{temperature:g}" for temperature in temperatures)
     parser.add_argument(

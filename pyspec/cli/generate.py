@@ -9,7 +9,6 @@ from pathlib import Path
 from pyspec.arguments import check_unicode, decode_text
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
-    DRAFTERS,
     PHASES,
     BadInput,
     fail,
@@ -33,13 +32,15 @@ ENDINGS = {
 
 
 def add_parser(commands) -> None:
+    from pyspec.drafters import DRAFTERS
+
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
     prompt.add_argument("--file", type=Path, help="read the prompt from a file")
     add_model_arguments(generate)
     drafter = generate.add_mutually_exclusive_group()
-    drafter.add_argument("--drafter", choices=DRAFTERS, default="merged", help="default: merged")
+    drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
@@ -198,7 +199,9 @@ def _drafter_name(arguments: argparse.Namespace) -> str:
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
-    if arguments.draft_model is not None or arguments.drafter in ("lookup", "ngrammys", "layer_skip", "none"):
+    from pyspec.drafters import DRAFTERS
+
+    if arguments.draft_model is not None or arguments.drafter == "none" or not DRAFTERS[arguments.drafter].learns:
         raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")

@@ -170,7 +170,7 @@ def _demo_model() -> str:
 
 
 def _instruction_sets() -> list[str]:
-    """Those that a kernel variant may want, of the ones that the processor has."""
+    """The processor's instruction sets, of those that a kernel variant may want."""
     from pyspec.machine import cpu_fields
 
     fields = cpu_fields()

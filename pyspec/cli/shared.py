@@ -13,12 +13,11 @@ from pathlib import Path
 from pyspec.arguments import decode_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-DRAFTERS = ("merged", "lookup", "recycling", "suffix", "stand", "aded", "ngrammys", "layer_skip", "none")
 PHASES = ("draft", "verify", "accept", "commit")
 
 
 class BadInput(Exception):
-    """What the user gave does not fit; its text is for the terminal."""
+    """An error in what the user gave; its text is for the terminal."""
 
 
 def print_json(report: dict) -> None:
@@ -49,7 +48,7 @@ def version_of(distribution: str) -> str:
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
-    """What --threads says, if it is given."""
+    """Sets torch's threads to --threads, if it is given."""
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise BadInput(f"--threads must be at least 1, got {arguments.threads}")
@@ -77,11 +76,10 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
 
 def prepare(names: Sequence[str], model, console) -> None:
     """Computes what some drafters need of a model, once for each model, with a progress bar."""
-    from pyspec.drafters.layer_skip import find_skipped_layers
-    from pyspec.drafters.ngrammys import model_bigrams
+    from pyspec.drafters import DRAFTERS
 
-    for name, compute in (("ngrammys", model_bigrams), ("layer_skip", find_skipped_layers)):
-        if name in names:
+    for name in names:
+        if (compute := DRAFTERS[name].prepare) is not None:
             with progress_of(console, f"what {name} needs of the model, once") as progress:
                 compute(model, progress=progress)
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-import torch
-
-from pyspec.arguments import described
+from pyspec.registry import Registry
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
     from pyspec.runners import Runner
+    from pyspec.runners.verified import Verified
 
-__all__ = ["NAMES", "Drafter", "drafter_from_name", "new_drafter"]
-
-#: Module and class, by name, of the drafters that a runner alone is enough for.
-NAMES = {
-    "merged": ("merged", "MergedDrafter"),
-    "lookup": ("lookup", "LookupDrafter"),
-    "recycling": ("recycling", "RecyclingDrafter"),
-    "suffix": ("suffix", "SuffixDrafter"),
-    "stand": ("stand", "StandDrafter"),
-    "aded": ("aded", "AdedDrafter"),
-    "ngrammys": ("ngrammys", "NgrammysDrafter"),
-    "layer_skip": ("layer_skip", "LayerSkipDrafter"),
-}
+__all__ = ["DRAFTERS", "Drafter", "NamedDrafter", "drafter_from_name", "new_drafter"]
 
 
 class Drafter(Protocol):
@@ -53,16 +39,37 @@ class Drafter(Protocol):
         """A tree of at most budget nodes, root included, below context[-1]; context only ever grows."""
         ...
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
-        """What the target said: [T, V] fp32 logits of every node, and the accepted path (root included)."""
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
+        """Learns from a round: the target's rows after every node of a tree, and the accepted path, root included."""
         ...
 
 
+class NamedDrafter(NamedTuple):
+    """A drafter that has a name, for a runner alone is enough to make it.
+
+    Attributes:
+        make: the drafter of a runner, which knows nothing yet but what is computed from the model itself.
+        learns: whether it has learned something that can be saved and loaded.
+        fits: whether a runner can have it.
+        prepare: computes what the drafter needs of a model, once for each, where it needs anything; called with a
+            runner and `progress`, which is called with (done, total).
+    """
+
+    make: Callable[[Runner], Drafter]
+    learns: bool = False
+    fits: Callable[[Runner], bool] = lambda runner: True
+    prepare: Callable | None = None
+
+
+#: Drafters by name.
+DRAFTERS: Registry[NamedDrafter] = Registry("pyspec.drafters")
+
+
 def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
-    """The drafter that a name of NAMES stands for. A drafter or None is returned as it is.
+    """The drafter that a name of DRAFTERS stands for. A drafter or None is returned as it is.
 
     A runner's drafter of a name is made once and lives as long as the runner, so that each request starts from what
-    the earlier ones taught. Make one yourself (say, MergedDrafter) to start from nothing.
+    the earlier ones taught. Make one yourself (new_drafter) to start from nothing.
 
     Raises:
         ValueError: for an unknown name.
@@ -71,26 +78,14 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
     is_drafter = hasattr(drafter, "propose") and not isinstance(drafter, type)
     if drafter is None or is_drafter:
         return drafter
-    if not isinstance(drafter, str) or drafter not in NAMES:
-        error = ValueError if isinstance(drafter, str) else TypeError
-        raise error(f"drafter must be one of {', '.join(NAMES)}, a Drafter or None, got {described(drafter)}")
+    made = DRAFTERS.named("drafter", drafter, "a Drafter or None").make
     kept = vars(runner).setdefault("_drafters", {})  # kept by the runner itself, which some of them hold
     if drafter not in kept:
         # two threads may make one each; both go on with the first
-        kept.setdefault(drafter, new_drafter(drafter, runner))
+        kept.setdefault(drafter, made(runner))
     return kept[drafter]
 
 
 def new_drafter(name: str, runner: Runner) -> Drafter:
     """A drafter of a name that knows nothing yet, but what is computed from the model itself."""
-    module, kind = NAMES[name]
-    made = getattr(import_module(f"pyspec.drafters.{module}"), kind)
-    if name == "lookup":
-        return made(runner.vocab_size)
-    if name == "layer_skip":
-        return made(runner)
-    if name == "ngrammys":
-        from pyspec.drafters.ngrammys import model_bigrams
-
-        return made(runner.vocab_size, runner.fingerprint, model_bigrams(runner))
-    return made(runner.vocab_size, runner.fingerprint)
+    return DRAFTERS[name].make(runner)

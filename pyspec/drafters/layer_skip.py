@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pyspec.drafters import DRAFTERS, NamedDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.tree import DraftTree
@@ -42,7 +43,7 @@ class LayerSkipDrafter(ModelDrafter):
         ValueError: if the model cannot run some of its layers, or would have none left.
     """
 
-    wants_dense_cache = True
+    needs_dense_cache = True
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class _OwnBatch:
                 f"context must be a text of the model's batch and one token, got {len(context)} tokens where the model "
                 f"has {lengths}: layers are skipped within a call of generate only"
             )
-        if self.runner.free_slots(sequence) < len(tokens):
+        if self.runner.room(sequence) < len(tokens):
             raise _NoRoom
         return self.runner.draft(sequence, DraftTree(tokens, parents), self._layers)
 
@@ -126,11 +127,11 @@ def find_skipped_layers(
     from pyspec.generate import generate
 
     _check_model(model)
-    key = f"{model.fingerprint} {model.dtype} {model.weight_dtype}"
+    key = store.key(model)
     if prompts is None:
-        kept = measured.read("layers").get(key)
-        if isinstance(kept, dict) and _is_set(kept.get("skipped"), model.config.layers):
-            return kept["skipped"]
+        kept = store.read("skipped_layers", key)
+        if _is_set(kept, model.config.layers):
+            return kept
         if model.tokenizer is None:
             raise ValueError("prompts must be given for a model without a tokenizer")
         chat = model.tokenizer.chat if model.tokenizer.chat_template is not None else None
@@ -142,7 +143,7 @@ def find_skipped_layers(
     with exclusive_use(model):
         agreement = _Agreement(model, prompts, texts)
         found = _search(agreement, model.config.layers, _head_in_layers(model.config), progress)
-    measured.keep("layers", key, {"skipped": found})
+    store.keep("skipped_layers", key, found)
     return found
 
 
@@ -220,3 +221,10 @@ def _others(model: Runner, skipped: Sequence[int]) -> list[int]:
     if not _is_set(list(skipped), layers):
         raise ValueError(f"skipped must be some of the model's {layers} layers, but not all, got {list(skipped)}")
     return [layer for layer in range(layers) if layer not in skipped]
+
+
+DRAFTERS.register(
+    "layer_skip",
+    NamedDrafter(LayerSkipDrafter, fits=lambda runner: hasattr(runner, "draft"), prepare=find_skipped_layers),
+    "the target itself, without some of its layers",
+)

@@ -13,6 +13,7 @@ from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
+from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import DraftTree
@@ -89,7 +90,7 @@ class ModelDrafter:
             # a tree of as many nodes as the context has room for is never too deep for it
             return self.growth.grow(source, int(context[-1]), min(budget, room), noise)
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Nothing is learned: the next round reads the context."""
 
     def _new_batch(self) -> _Batch:
@@ -97,7 +98,7 @@ class ModelDrafter:
 
 
 class _Laws:
-    """What the draft model says below a context: a LawSource."""
+    """The laws of the draft model below a context: a LawSource."""
 
     def __init__(self, batch: _Batch, sequence: int, context: Sequence[int], sampler: Sampler):
         self.vocab_size = batch.runner.vocab_size
@@ -152,7 +153,7 @@ class _Batch:
         return len(self._texts) - 1
 
     def logits(self, sequence: int, context: Sequence[int], tokens: list[int], parents: list[int]) -> torch.Tensor:
-        """[T, V] of a tree below context, whose last token is the root; what of the context was not read yet, is."""
+        """Logits [T, V] of a tree below context, whose last token is the root. Reads what is new of the context."""
         text, slots = list(context[:-1]), len(context) + len(tokens)
         self._texts[sequence] = text
         owner = _owners.get(self.runner)
@@ -165,18 +166,15 @@ class _Batch:
         tree = DraftTree(
             [*unread, *tokens], [*chain, *(first + parent if parent >= 0 else first - 1 for parent in parents)]
         )
-        logits = self._alone(self.runner.verify, sequence, tree)[sequence]
+        logits = self.runner.verify({sequence: tree})[sequence].logits
         if first:
-            self._alone(self.runner.commit, sequence, range(first))
+            self.runner.commit({sequence: range(first)})
         return logits[first:]
 
     def _begin(self, slots: int) -> None:
         self.capacity = max(LEAST_SLOTS, 2 * max(slots, *map(len, self._texts)))
         self.runner.prefill(self._texts, capacity=self.capacity)
         _owners[self.runner] = ref(self)
-
-    def _alone(self, call, sequence: int, what):
-        return call([what if index == sequence else None for index in range(len(self._texts))])
 
 
 def _check_vocabularies(draft: Runner, target: Runner) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from pyspec.drafters import saving
-from pyspec.drafters.growing import GrowingDrafter, Part, best_tokens
-from pyspec.drafters.lookup import Lookup
-from pyspec.host import engine
-from pyspec.machine import measured
+from pyspec.drafters import DRAFTERS, NamedDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.bigrams import Bigrams, check_bigrams
+from pyspec.drafters.tables.lookup import Lookup
+from pyspec.machine import store
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["NgrammysDrafter", "NgrammysRows", "model_bigrams"]
+__all__ = ["NgrammysRows", "model_bigrams"]
 
 BATCH = 256  # tokens that are run side by side
 
@@ -30,65 +30,23 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     Every token is run once, as a prompt of its own, and the result is kept in the user's cache folder. The model's
     batch is lost then. progress is called with (tokens done, tokens).
     """
-    identity = {"vocab_size": model.vocab_size, "fingerprint": model.fingerprint}
-    column = saving.Column((model.vocab_size, TOP), np.int32, -1, model.vocab_size)
-    name = hashlib.sha256(model.fingerprint.encode()).hexdigest()[:16]
-    path = measured.folder() / f"bigrams-{name}.npz"
+    key = store.key(model, vocab_size=model.vocab_size, top=TOP)
     try:
-        return saving.load(path, identity, {"successors": column})["successors"]
-    except (OSError, ValueError):
+        kept = np.array(store.read("bigrams", key), np.int32)
+        check_bigrams(kept, model.vocab_size)
+        return kept
+    except (OverflowError, TypeError, ValueError):  # there is none, or it is damaged
         pass
     rows = []
     with exclusive_use(model):
         for first in range(0, model.vocab_size, BATCH):
             prompts = [[token] for token in range(first, min(first + BATCH, model.vocab_size))]
-            rows.append(best_tokens(torch.stack(model.prefill(prompts, capacity=1)))[0])
+            rows.append(Verified(torch.stack(model.prefill(prompts, capacity=1))).top_tokens()[0])
             if progress is not None:
                 progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        saving.save(path, identity, {"successors": successors})
-    except OSError:  # a folder that cannot be written to only means computing again
-        pass
+    store.keep("bigrams", key, successors.tolist())
     return successors
-
-
-class Bigrams(Part):
-    """The model's bigrams, and the tokens that follow most tokens."""
-
-    name = "bigrams_"
-
-    def __init__(self, successors: np.ndarray):
-        self.sources = [engine().Bigrams(successors, common_tokens(successors))]
-
-
-def common_tokens(successors: np.ndarray) -> list[int]:
-    """The unigram: tokens by how many others they are among the best after, a better rank counting more."""
-    counts = np.zeros(len(successors))
-    for rank, column in enumerate(successors.T):
-        np.add.at(counts, column[column >= 0], 1 / (1 + rank))
-    return [token for token in np.argsort(-counts, kind="stable")[:TOP].tolist() if counts[token] > 0]
-
-
-class NgrammysDrafter(GrowingDrafter):
-    """Model bigrams, chained as far as the tree goes, the model's unigram, and the n-grams of the text, as one tree.
-
-    After Stewart et al., "The N-Grammys: Accelerating Autoregressive Inference with Learning-Free Batched Speculation",
-    arXiv 2411.03786. Their unigram ranks by embeddings; this one by the bigrams.
-
-    Args:
-        vocab_size: tokens of the target.
-        fingerprint: names the target; a file saved with another one is refused.
-        bigrams: from model_bigrams.
-
-    Raises:
-        ValueError: if bigrams are of another vocabulary.
-    """
-
-    def __init__(self, vocab_size: int, fingerprint: str, bigrams: np.ndarray):
-        _check(bigrams, vocab_size)
-        super().__init__(vocab_size, [Lookup(), Bigrams(bigrams)], fingerprint)
 
 
 class NgrammysRows:
@@ -101,7 +59,7 @@ class NgrammysRows:
     proposal = "deterministic"
 
     def __init__(self, vocab_size: int, bigrams: np.ndarray, *, rows: int = 10, width: int = 10):
-        _check(bigrams, vocab_size)
+        check_bigrams(bigrams, vocab_size)
         for name, value in (("rows", rows), ("width", width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -126,7 +84,7 @@ class NgrammysRows:
                 at = places[at, token]
         return DraftTree(tokens, parents)
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Nothing is learned."""
 
     def _continuations(self, context: Sequence[int]) -> list[tuple[int, ...]]:
@@ -144,9 +102,13 @@ class NgrammysRows:
         return found
 
 
-def _check(bigrams: np.ndarray, vocab_size: int) -> None:
-    if bigrams.shape != (vocab_size, TOP) or bigrams.min() < -1 or bigrams.max() >= vocab_size:
-        raise ValueError(
-            f"bigrams must be [{vocab_size}, {TOP}] tokens of this vocabulary, got {list(bigrams.shape)} "
-            f"from {bigrams.min()} to {bigrams.max()}"
-        )
+def _make(runner: Runner) -> TableDrafter:
+    tables = [Lookup(runner.vocab_size), Bigrams(runner.vocab_size, model_bigrams(runner))]
+    return TableDrafter(tables, runner.fingerprint)
+
+
+DRAFTERS.register(
+    "ngrammys",
+    NamedDrafter(_make, prepare=model_bigrams),
+    "the model's own bigrams and unigram, and the n-grams of this text (N-Grammys)",
+)

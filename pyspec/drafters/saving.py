@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Column", "Tables", "load", "save"]
+__all__ = ["Column", "Arrays", "load", "save"]
 
 FORMAT_VERSION = 1
 
-Tables = Mapping[str, np.ndarray]
+Arrays = Mapping[str, np.ndarray]
 
 
 class Column(NamedTuple):
-    """What a saved table must be like: -1 in shape stands for any length, and values are in [least, bound)."""
+    """The form that a saved table must have: -1 in shape stands for any length, and values are in [least, bound)."""
 
     shape: tuple[int, ...]
     dtype: type
@@ -27,7 +27,7 @@ class Column(NamedTuple):
     bound: float = np.inf
 
 
-def save(path: str | os.PathLike, identity: Mapping[str, int | str], tables: Tables) -> None:
+def save(path: str | os.PathLike, identity: Mapping[str, int | str], tables: Arrays) -> None:
     """Writes tables; an existing file is replaced whole."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.unfinished")
@@ -39,7 +39,7 @@ def save(path: str | os.PathLike, identity: Mapping[str, int | str], tables: Tab
         unfinished.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike, identity: Mapping[str, int | str], columns: Mapping[str, Column]) -> Tables:
+def load(path: str | os.PathLike, identity: Mapping[str, int | str], columns: Mapping[str, Column]) -> Arrays:
     """The tables of a file.
 
     Raises:

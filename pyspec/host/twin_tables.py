@@ -1,4 +1,4 @@
-"""The tables of STAND, ADED, N-Grammys and suffix lookup in plain Python, and what they share; see reference.py."""
+"""The tables of STAND, ADED, N-Grammys and suffix lookup in plain Python, and what they share; see twins.py."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from pyspec.controllers.pays import CuttingController
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.integrations import require
 from pyspec.machine.costs import Costs
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 require("llama-cpp-python", "0.3", "0.4")
@@ -111,11 +112,11 @@ class DraftModel(LlamaDraftModel):
             end = min(start + OBSERVED_AT_ONCE, len(context) - 1)
             chain = DraftTree.chain(context[start:end])
             logits = torch.from_numpy(self._llama.scores[start:end])
-            self._drafter.observe(chain, logits, range(end - start))
+            self._drafter.observe(chain, Verified(logits), range(end - start))
 
 
 class _Described(SimpleNamespace):
-    """What drafters want to know of a model: how many tokens it has, and a name for it with its vocabulary."""
+    """A model as drafters see it: how many tokens it has, and a name for it with its vocabulary."""
 
     def __init__(self, llama):
         names = b"".join(llama._model.token_get_text(token).encode() for token in range(llama.n_vocab()))

@@ -3,7 +3,7 @@
     python -m pyspec.integrations.lm_eval run --model pyspec --model_args model=demo,dtype=bf16 --tasks gsm8k
 
 or, in Python, lm_eval.simple_evaluate(model=PyspecLM(model="demo"), tasks=[...]). Texts are generated with speculation.
-Requests for log likelihoods are read packed, a batch in one go, and what they begin with alike only once: the answers
+Requests for log likelihoods are read ragged, a batch in one go, and what they begin with alike only once: the answers
 to choose from behind one question cost little more than the question.
 """
 
@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 import pyspec
 from pyspec.integrations import require
 from pyspec.ops import row_statistics
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 require("lm-eval", "0.4.9", "0.5")
@@ -172,20 +172,20 @@ class PyspecLM(TemplateLM):
         return results
 
     def _read(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """One packed reading of context and continuation pairs; contexts that are too long lose their beginnings."""
+        """One ragged reading of context and continuation pairs; contexts that are too long lose their beginnings."""
         texts = [(context + continuation)[-self.runner.context_length - 1 :] for context, continuation in pairs]
         first = [len(text) - len(continuation) for text, (_, continuation) in zip(texts, pairs, strict=True)]
         if min(first) < 1:
             raise ValueError(f"continuations must fit the context of {self.runner.context_length} tokens")
         read, sums, greedy = [0] * len(texts), [0.0] * len(texts), [True] * len(texts)
 
-        def observe(index: int, chain: DraftTree, logits: Tensor) -> None:
+        def observe(index: int, chain: DraftTree, verified: Verified) -> None:
             start = read[index]
             read[index] += len(chain)
             rows = range(max(first[index] - 1, start), read[index])  # row j predicts token j + 1
             if not rows:
                 return
-            logits = logits[rows.start - start :]
+            logits = verified.logits[rows.start - start :]
             targets = torch.tensor([texts[index][row + 1] for row in rows], device=logits.device)
             statistics = row_statistics(logits)
             likelihoods = logits.gather(1, targets[:, None])[:, 0] - statistics.log_sum_exp

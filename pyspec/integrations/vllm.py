@@ -18,8 +18,9 @@ from functools import partial
 import numpy as np
 
 from pyspec.drafters import Drafter
-from pyspec.drafters.lookup import LookupDrafter
-from pyspec.drafters.suffix import SuffixDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.lookup import Lookup
+from pyspec.drafters.tables.suffix import Suffix
 from pyspec.integrations import require
 
 __all__ = ["LookupProposer", "SuffixProposer", "register"]
@@ -28,7 +29,7 @@ LEAST_CHANCE = 0.2  # of a draft that is worth verifying
 
 
 def register() -> None:
-    """What vLLM's plugin loader calls in each of its processes: makes torch.ops.pyspec known there. Changes nothing."""
+    """Makes torch.ops.pyspec known; vLLM's plugin loader calls it in each of its processes. It changes nothing else."""
     import pyspec.ops  # noqa: F401
 
 
@@ -59,7 +60,7 @@ class Proposer:
         token_ids_cpu: np.ndarray,
         slot_mappings=None,
     ) -> list[list[int]]:
-        """At most num_speculative_tokens drafts for each row; none for one that has nothing new or no room.
+        """Drafts at most num_speculative_tokens for each row; none for a row that has nothing new or no room.
 
         Args:
             sampled_token_ids: the new tokens of each row.
@@ -88,14 +89,14 @@ class LookupProposer(Proposer):
     """Prompt lookup: what followed earlier occurrences of the newest tokens in the request."""
 
     def make(self, vocab_size: int) -> Drafter:
-        return LookupDrafter(vocab_size)
+        return TableDrafter([Lookup(vocab_size)])
 
 
 class SuffixProposer(Proposer):
     """Suffix lookup: what followed their longest earlier occurrence, in the request or in earlier ones."""
 
     def make(self, vocab_size: int) -> Drafter:
-        return SuffixDrafter(vocab_size, "")  # its tables are never saved
+        return TableDrafter([Suffix(vocab_size)])  # its tables are never saved
 
 
 def _continued(known: dict[int, tuple[np.ndarray, Drafter]], row: int, context: np.ndarray) -> Drafter | None:

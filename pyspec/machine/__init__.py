@@ -14,7 +14,7 @@ def cpu_name() -> str:
 
 
 def cpu_fields() -> dict[str, str]:
-    """What Linux tells about the first processor, by name; empty elsewhere."""
+    """Linux's description of the first processor, by name; empty elsewhere."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

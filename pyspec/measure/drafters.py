@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pyspec.drafters import NAMES, new_drafter
+from pyspec.drafters import DRAFTERS, new_drafter
 from pyspec.generate import Generation, check_limits, generate
 from pyspec.measure import first_difference, new_table, pyplot, ratio, save_figure
 from pyspec.runners import Runner
@@ -23,7 +23,7 @@ PROBLEMS = 4  # prompts that several answers are drawn to, of different categori
 
 def drafters_of(model: Runner) -> list[str]:
     """The names of the drafters that this model can have."""
-    return [name for name in NAMES if name != "layer_skip" or hasattr(model, "draft")]
+    return [name for name, drafter in DRAFTERS.items() if drafter.fits(model)]
 
 
 def runs_of(prompts: Sequence, names: Sequence[str], temperatures: Sequence[float], answers: int) -> int:
@@ -49,7 +49,7 @@ def measure(
 
     Args:
         prompts: (category, token ids) of each.
-        names: of drafters, of NAMES.
+        names: of drafters, of DRAFTERS.
         answers: to each of at most 4 problems, prompts of different categories; 0 leaves that question out.
         seed: of the drawn texts; the answers to a problem have seeds from this one on.
         advance: called with the name of the drafter before each text; `runs_of` tells how many there are.
@@ -66,9 +66,9 @@ def measure(
         RuntimeError: if a text ended by an error.
     """
     check_limits(budget, max_new_tokens)
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if name not in DRAFTERS]
     if unknown or not names:
-        raise ValueError(f"names must be some of {', '.join(NAMES)}, got {unknown or 'none'}")
+        raise ValueError(f"names must be some of {', '.join(DRAFTERS)}, got {unknown or 'none'}")
     if not prompts:
         raise ValueError("prompts must not be empty")
     settings |= dict(budget=budget, max_new_tokens=max_new_tokens)

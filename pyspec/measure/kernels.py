@@ -167,7 +167,7 @@ def time_text(us: float) -> str:
 
 
 def compare(before: dict, after: dict) -> list[dict]:
-    """For each case of both runs: time before and after, and whether it is a regression.
+    """The cases of both runs, each with its time before and after, and whether it is a regression.
 
     Times are taken over the floor of their own run, so that a machine that was slower as a whole is no regression.
 

@@ -22,7 +22,7 @@ class Prompt:
     text: str
 
     def tokens(self, model) -> list[int]:
-        """Its token ids, in the chat template of a runner's tokenizer."""
+        """The prompt's token ids, in the chat template of a runner's tokenizer."""
         return model.tokenizer.chat([{"role": "user", "content": self.text}])
 
 

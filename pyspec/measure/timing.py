@@ -33,7 +33,7 @@ def in_turn(calls: dict[str, Callable], repeats: int = 40, warmup: int = 3) -> d
 
 
 def in_turn_for(calls: dict[str, Callable], seconds: float) -> dict[str, float]:
-    """As in_turn, with as many repeats as take about so many seconds in all."""
+    """Times calls as in_turn does, with as many repeats as take about so many seconds in all."""
     first = in_turn(calls, repeats=1, warmup=1)
     repeats = min(max(round(seconds / sum(first.values())), LEAST_REPEATS), MOST_REPEATS)
     return in_turn(calls, repeats, warmup=0)

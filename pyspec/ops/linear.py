@@ -72,11 +72,11 @@ class PackedWeight:
 
 
 def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
-    """Packs a weight for `linear`, once, at load.
+    """Lays out a weight for `linear`, once, at load.
 
     Args:
         weight: [outputs, inputs] fp32, fp16 or bf16.
-        dtype: of the packed values: float32, float16, bfloat16, int8, or None for the weight's own.
+        dtype: of the laid out values: float32, float16, bfloat16, int8, or None for the weight's own.
 
     Raises:
         TypeError: a dtype is not supported.
@@ -167,7 +167,7 @@ def _round_groups(x: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, out_dtype: torch.dtype) -> Tensor:
-    """Plain PyTorch, in fp32: x [R, K], a packed weight's data, bias [N] fp32. The specification of the kernels."""
+    """Plain PyTorch, in fp32: x [R, K], a laid out weight's data, bias [N] fp32. The specification of the kernels."""
     values = x.float()
     if weight.dtype == torch.uint8:
         values = _round_groups(values)

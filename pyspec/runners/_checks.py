@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.tree import DraftTree
@@ -35,42 +35,39 @@ def check_prompts(tokens, vocab_size: int, context_length: int, capacity: int | 
     return prompts
 
 
-def check_trees(trees: Sequence[DraftTree | None], sequences: int | None, vocab_size: int) -> None:
-    """Raises unless a batch was started and there is one tree, or None, for each of its sequences."""
-    if sequences is None:
+def check_trees(trees: Mapping[int, DraftTree], slots: int | None, vocab_size: int) -> None:
+    """Raises unless a batch was started and trees are by its slots. slots: of the batch, None without one."""
+    if slots is None:
         raise RuntimeError("verify needs a batch: call prefill first")
-    if not isinstance(trees, (list, tuple)) or not all(tree is None or isinstance(tree, DraftTree) for tree in trees):
-        raise TypeError(f"trees must be a list with a DraftTree or None for each sequence, got {described(trees)}")
-    if len(trees) != sequences:
-        raise ValueError(f"trees must have one entry for each of the {sequences} sequences, got {len(trees)}")
-    for index, tree in enumerate(trees):
-        if tree is not None:
-            _check_tokens(f"trees[{index}].tokens", tree.tokens.tolist(), vocab_size)
+    if not isinstance(trees, Mapping) or not all(isinstance(tree, DraftTree) for tree in trees.values()):
+        raise TypeError(f"trees must be a dict with a DraftTree for each slot that takes part, got {described(trees)}")
+    for slot, tree in trees.items():
+        if slot not in range(slots):
+            raise ValueError(f"trees must be for slots of the batch, in [0, {slots}), got slot {slot!r}")
+        _check_tokens(f"trees[{slot}].tokens", tree.tokens.tolist(), vocab_size)
 
 
-def check_paths(paths: Sequence[Sequence[int] | None], trees: Sequence[DraftTree | None] | None) -> None:
-    """Raises unless each path goes from the root of its verified tree to one of its nodes."""
+def check_paths(paths: Mapping[int, Sequence[int]], trees: Mapping[int, DraftTree] | None) -> None:
+    """Raises unless each path goes from the root of its slot's verified tree to one of its nodes."""
     if trees is None:
         raise RuntimeError("commit needs trees: call verify first, once for each commit")
-    if len(paths) != len(trees):
-        raise ValueError(f"paths must have one entry for each of the {len(trees)} sequences, got {len(paths)}")
-    for index, (path, tree) in enumerate(zip(paths, trees, strict=True)):
-        if path is None:
-            continue
+    if not isinstance(paths, Mapping):
+        raise TypeError(f"paths must be a dict with a list of nodes for each slot that moves, got {described(paths)}")
+    for slot, path in paths.items():
         if not isinstance(path, Sequence) or isinstance(path, str):
-            raise TypeError(f"paths[{index}] must be a list of nodes or None, got {described(path)}")
-        if tree is None:
-            raise ValueError(f"paths[{index}] must be None, its sequence sat out the last verify, got {list(path)}")
-        parents = tree.parents.tolist()
+            raise TypeError(f"paths[{slot!r}] must be a list of nodes, got {described(path)}")
+        if slot not in trees:
+            raise ValueError(f"paths must be for slots of the last verify, {list(trees)}, got slot {slot!r}")
+        parents = trees[slot].parents.tolist()
         before = -1
         for node in path:
             if not 0 <= node < len(parents) or parents[node] != before:
                 raise ValueError(
-                    f"paths[{index}] must go from the root to its children, got {list(path)} for parents {parents}"
+                    f"paths[{slot}] must go from the root to its children, got {list(path)} for parents {parents}"
                 )
             before = node
         if not len(path):
-            raise ValueError(f"paths[{index}] must hold at least the root, got an empty path")
+            raise ValueError(f"paths[{slot}] must hold at least the root, got an empty path")
 
 
 def _check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:

@@ -35,6 +35,7 @@ from pyspec.runners.static_steps import (
     StepInputs,
     slots_for,
 )
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class LlamaRunner(NativeRunner):
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
         cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
@@ -124,7 +125,7 @@ class LlamaRunner(NativeRunner):
         Args:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
             cache: how keys and values are packed; None keeps them as they are. Packed, the layers run op by op.
 
         Raises:
@@ -152,7 +153,7 @@ class LlamaRunner(NativeRunner):
                 if observe is not None:
                     logits = self._logits(hidden)
                     for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
-                        observe(reader, chain.first(count), logits[:count])
+                        observe(reader, chain.first(count), Verified(logits[:count]))
                 cache.commit(sequence, range(len(chain)))
                 if cache.lengths[sequence] == len(tokens[sequence]):
                     last_logits[sequence] = self._logits(hidden[-1:])[0]
@@ -167,17 +168,17 @@ class LlamaRunner(NativeRunner):
         if self._steps is not None:
             self._steps.warm(self._step, capacity)
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         if self._steps is not None:
-            return self._steps.together(self._step, trees)
-        return Rows(self._forward([trees[sequence] for sequence in active], active, self._cache))
+            return self._steps.together(self._step, [trees.get(slot) for slot in range(self._steps.sequences)])
+        return Rows(self._forward(list(trees.values()), list(trees), self._cache))
 
-    def free_slots(self, sequence: int) -> int:
-        """Nodes of the largest tree that fits behind a sequence."""
-        return self._cache.capacity - self._cache.lengths[sequence]
+    def room(self, slot: int) -> int:
+        """Nodes of the largest tree that fits behind a slot's sequence."""
+        return self._cache.capacity - self._cache.lengths[slot]
 
     @inference
-    def draft(self, sequence: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
+    def draft(self, slot: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.
 
         A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
@@ -190,15 +191,14 @@ class LlamaRunner(NativeRunner):
             ValueError: the tree does not fit, as in verify, the layers are none of the model, or the cache is packed.
         """
         cache = self._cache
-        trees = [None] * sequence + [tree]
-        check_trees(trees, None if cache is None else len(trees), self.vocab_size)
+        check_trees({slot: tree}, None if cache is None else len(cache.lengths), self.vocab_size)
         if not isinstance(cache, DenseCache):
             raise ValueError("some layers alone can read a dense cache only, got a packed one")
         ascending = all(left < right for left, right in zip(layers, layers[1:], strict=False))
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
-        cache.check_room(sequence, len(tree))
-        return self._logits(self._forward([tree], [sequence], cache, layers))
+        cache.check_room(slot, len(tree))
+        return self._logits(self._forward([tree], [slot], cache, layers))
 
     @inference
     def save_cache(self, path: str | Path) -> None:

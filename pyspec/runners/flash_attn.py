@@ -42,7 +42,7 @@ def check_prompt_attention(prompt_attention: str, dtype: torch.dtype, device: to
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
-    """[B, Hq, T, D] of queries at the last T positions of the keys and values [B, Hkv, S, D], which may lie anyhow.
+    """Attention [B, Hq, T, D] of queries at the last T positions of keys and values [B, Hkv, S, D] of any strides.
 
     Args:
         causal: whether a row sees only what is not behind it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign_arithmetic import arithmetic_of
 from pyspec.runners.foreign_slots import Slots
 from pyspec.runners.foreign_support import cache_argument, check_supported, context_of
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 __all__ = ["TransformersRunner", "eos_tokens_of"]
@@ -42,7 +43,7 @@ class TransformersRunner:
 
     Args:
         model: a transformers model with a language modelling head; it is put in eval mode.
-        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, a fast tokenizer of transformers, or None.
+        tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text, beside those that the model and the tokenizer name.
 
     Raises:
@@ -50,11 +51,7 @@ class TransformersRunner:
     """
 
     def __init__(self, model, tokenizer=None, eos_tokens: Sequence[int] = ()):
-        from pyspec.checkpoints.tokenizer import Tokenizer
-
         check_supported(type(model), model.config)
-        if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-            tokenizer = Tokenizer.from_transformers(tokenizer)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
@@ -92,14 +89,14 @@ class TransformersRunner:
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
         Args:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
 
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
@@ -114,54 +111,52 @@ class TransformersRunner:
         return [self._read(sequence, observe) for sequence in range(len(tokens))]
 
     @inference
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot.
 
         Raises:
             RuntimeError: before any prefill.
             ValueError: a tree has tokens outside of the vocabulary, or does not fit the capacity or the context.
         """
         check_trees(trees, None if self._slots is None else len(self._lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        results: list[Tensor | None] = [None] * len(trees)
-        for sequence in active:
-            deepest = self._lengths[sequence] + int(trees[sequence].depths.max())
+        trees = dict(sorted(trees.items()))
+        for slot, tree in trees.items():
+            deepest = self._lengths[slot] + int(tree.depths.max())
             if deepest >= self.context_length:
                 raise ValueError(
-                    f"trees[{sequence}] reaches position {deepest}, the model's context is {self.context_length}"
+                    f"trees[{slot}] reaches position {deepest}, the model's context is {self.context_length}"
                 )
-        if active:
-            rows = range(active[0], active[-1] + 1)
-            self._check_room(rows, trees)
-            self._verified = None
-            sides = {sequence: self._behind_switch(sequence, trees[sequence]) for sequence in active}
-            joined = torch.cat(list(sides.values()))
-            if joined.all() or not joined.any():
-                for sequence in active:
-                    self._read_as(sequence, long=bool(joined[0]))
-                for sequence, logits in zip(rows, self._forward(rows, [trees[row] for row in rows]), strict=True):
-                    results[sequence] = logits
-            else:
-                for sequence in active:
-                    results[sequence] = self._verify_across(sequence, trees[sequence], sides[sequence])
-        self._verified = list(trees)
-        return results
+        logits = self._verify(trees) if trees else {}
+        self._verified = trees
+        return {slot: Verified(logits[slot]) for slot in trees}
+
+    def _verify(self, trees: dict[int, DraftTree]) -> dict[int, Tensor]:
+        """[T, V] logits of trees by slot, at least one."""
+        rows = range(min(trees), max(trees) + 1)
+        self._check_room(rows, trees)
+        self._verified = None
+        sides = {slot: self._behind_switch(slot, tree) for slot, tree in trees.items()}
+        joined = torch.cat(list(sides.values()))
+        if joined.any() and not joined.all():
+            return {slot: self._verify_across(slot, tree, sides[slot]) for slot, tree in trees.items()}
+        for slot in trees:
+            self._read_as(slot, long=bool(joined[0]))
+        return dict(zip(rows, self._forward(rows, [trees.get(row) for row in rows]), strict=True))
 
     @inference
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Makes paths of the last verified trees state, by slot: node indices from the root, root included.
 
         Raises:
-            RuntimeError: there is no verified tree.
+            RuntimeError: there are no verified trees.
             ValueError: a path does not follow its tree; nothing is committed then.
         """
         check_paths(paths, self._verified)
         trees, self._verified = self._verified, None
-        for sequence, path in enumerate(paths):
-            if path is not None:
-                self._slots.move(sequence, path, self._starts[sequence], self._lengths[sequence])
-                self._lengths[sequence] += len(path)
-                self._texts[sequence] += trees[sequence].tokens[list(path)].tolist()
+        for slot, path in paths.items():
+            self._slots.move(slot, path, self._starts[slot], self._lengths[slot])
+            self._lengths[slot] += len(path)
+            self._texts[slot] += trees[slot].tokens[list(path)].tolist()
 
     def _clear(self) -> None:
         self._slots: Slots | None = None
@@ -169,7 +164,7 @@ class TransformersRunner:
         self._starts: list[int] = []  # where the last tree of each sequence was written
         self._texts: list[list[int]] = []  # what is committed
         self._are_long: list[bool | None] = []  # whether keys were rotated as those behind the switch; None for neither
-        self._verified: list[DraftTree | None] | None = None
+        self._verified: dict[int, DraftTree] | None = None
 
     # ==== the switch ====
 
@@ -179,7 +174,7 @@ class TransformersRunner:
             return torch.zeros(len(tree), dtype=torch.bool, device="cpu")
         return tree.depths + self._lengths[sequence] >= self._switch
 
-    def _read(self, sequence: int, observe: Callable[[int, DraftTree, Tensor], None] | None = None) -> Tensor:
+    def _read(self, sequence: int, observe: Callable[[int, DraftTree, Verified], None] | None = None) -> Tensor:
         """Reads a sequence's text from its beginning, in chunks; returns the [V] logits after it."""
         self._lengths[sequence], text = 0, self._texts[sequence]
         for start in range(0, len(text), PREFILL_CHUNK):
@@ -187,7 +182,7 @@ class TransformersRunner:
             logits = self._forward([sequence], [chunk], 0 if observe else 1, is_long=self._are_long[sequence])[0]
             self._lengths[sequence] += len(chunk)
             if observe is not None:
-                observe(sequence, chunk, logits)
+                observe(sequence, chunk, Verified(logits))
         return logits[-1]
 
     def _read_as(self, sequence: int, long: bool) -> None:
@@ -220,9 +215,9 @@ class TransformersRunner:
 
     # ==== one call ====
 
-    def _check_room(self, rows: Sequence[int], trees: Sequence[DraftTree | None]) -> None:
+    def _check_room(self, rows: Sequence[int], trees: Mapping[int, DraftTree]) -> None:
         start = max(self._lengths[row] for row in rows)
-        nodes = max(len(trees[row]) for row in rows if trees[row] is not None)
+        nodes = max(map(len, trees.values()))
         if start + nodes > self._slots.capacity:
             raise ValueError(
                 f"trees of {nodes} nodes need slots up to {start + nodes}, capacity is {self._slots.capacity}: "

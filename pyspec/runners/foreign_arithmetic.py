@@ -63,16 +63,17 @@ def _find(runner) -> Arithmetic | str:
     hangs = "its logits depend on what else is in a call"
     before = runner.prefill([[first], [other, first, other]], capacity=19)[:1]
     # the path root - 2 - 3 is the same text; node 1 is beside it, and a crowd in the other sequence
-    trees = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
-    path = runner.verify(trees)[0][[0, 2, 3]]
+    tree, crowd = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
+    trees = {0: tree, 1: crowd}
+    path = runner.verify(trees)[0].logits[[0, 2, 3]]
     if not (torch.cat([torch.stack(before), path]) - plain[0]).abs().mean(-1).max() <= allowed:
         return f"it does not attend as its attention mask and position_ids tell, or {hangs}"
     if not switches:
-        beside_far = runner._forward(range(2), trees, beyond=max(0, runner.context_length - 8))[0][[0, 2, 3]]
+        beside_far = runner._forward(range(2), [tree, crowd], beyond=max(0, runner.context_length - 8))[0][[0, 2, 3]]
         if not (beside_far - path).abs().mean(-1).max() <= allowed:
             return f"{hangs}, or how far it goes"
     runner._slots.ahead = runner.context_length // 2
-    again, runner._slots.ahead = runner.verify(trees)[0][[0, 2, 3]], 0
+    again, runner._slots.ahead = runner.verify(trees)[0].logits[[0, 2, 3]], 0
     if not (again - path).abs().max() <= 0.01 * path.abs().max():
         return "its positions cannot be given, they follow from the length of its cache"
     switch = next(iter(switches), None)

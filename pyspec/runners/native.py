@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import accumulate, repeat
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,10 @@ from torch import Tensor
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops.linear import PackedWeight, linear
-from pyspec.readback import pack_statistics, send_statistics
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.static_steps import BUCKETS, Rows
+from pyspec.runners.verified import SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
 __all__ = ["NativeRunner"]
@@ -67,7 +68,7 @@ class NativeRunner:
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._cache = None
-        self._verified: list[DraftTree | None] | None = None
+        self._verified: dict[int, DraftTree] | None = None
         self._is_static = False  # whether rounds have fixed shapes and are recorded
 
     def lengths(self) -> list[int]:
@@ -110,59 +111,59 @@ class NativeRunner:
             if length <= min(capacity, self.context_length):
                 self.prefill([[0] * length] * sequences, capacity=capacity)
         for nodes in (nodes for nodes in BUCKETS if nodes < capacity):
-            self.verify([DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))] * sequences)
+            self.verify(dict.fromkeys(range(sequences), DraftTree([0] * nodes, [-1] + [0] * (nodes - 1))))
             path = sorted({0, nodes - 1})  # behind a gap, which takes other kernels to close
         if self._verified is not None:
-            self.commit([path] * sequences)
+            self.commit(dict.fromkeys(range(sequences), path))
         self._cache = self._verified = None
 
     @inference
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot.
 
         Raises:
             RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
             ValueError: a tree has tokens outside of the vocabulary or does not fit the cache's capacity.
         """
         check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
-        active = [sequence for sequence, tree in enumerate(trees) if tree is not None]
-        for sequence in active:
-            self._cache.check_room(sequence, len(trees[sequence]))
+        trees = dict(sorted(trees.items()))
+        for slot, tree in trees.items():
+            self._cache.check_room(slot, len(tree))
         self._verified = None
-        if not active:
-            self._verified = list(trees)
-            return [None] * len(trees)
-        rows = self._run_layers(trees, active)
-        if rows.logits is None:
-            logits = self._logits(rows.of_trees(rows.hidden))
-            rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
-        logits = rows.of_trees(rows.logits)
-        self._verified = list(trees)
-        parts = logits.split([len(trees[sequence]) for sequence in active])
-        if rows.statistics is not None:
-            send_statistics(rows.statistics, parts, rows.places)
-        parts = iter(parts)
-        return [None if tree is None else next(parts) for tree in trees]
+        verified: dict[int, Verified] = {}
+        if trees:
+            rows = self._run_layers(trees)
+            if rows.logits is None:
+                logits = self._logits(rows.of_trees(rows.hidden))
+                rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+            parts = rows.of_trees(rows.logits).split([len(tree) for tree in trees.values()])
+            if rows.statistics is None:
+                verified = dict(zip(trees, map(Verified, parts), strict=True))
+            else:
+                sent, ends = SentStatistics(rows.statistics), accumulate(map(len, parts))
+                places = rows.places or [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+                verified = dict(zip(trees, map(Verified, parts, repeat(sent), places), strict=True))
+        self._verified = trees
+        return verified
 
     @inference
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state.
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Makes paths of the last verified trees state, by slot: node indices from the root, root included.
 
         Raises:
-            RuntimeError: there is no verified tree.
+            RuntimeError: there are no verified trees.
             ValueError: a path does not follow its tree; nothing is committed then.
         """
         check_paths(paths, self._verified)
         trees, self._verified = self._verified, None
-        for sequence, path in enumerate(paths):
-            if path is not None:
-                self._extend(sequence, path, trees[sequence])
+        for slot, path in paths.items():
+            self._extend(slot, path, trees[slot])
 
     def _record(self, sequences: int, capacity: int) -> None:
         """Captures all graphs that batches of this size and capacity need."""
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
-        """What the layers give for all nodes of the active sequences."""
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
+        """What the layers give for all nodes of the trees by slot, in ascending order of the slots."""
         raise NotImplementedError
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:

@@ -24,6 +24,7 @@ from pyspec.runners.native import NativeRunner
 from pyspec.runners.prompts import PromptPlan
 from pyspec.runners.static_rounds import StaticRounds
 from pyspec.runners.static_steps import BUCKETS, STATIC_CHUNK, GraphedHead, GraphRecorder, Rows
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 __all__ = ["RecurrentRunner", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceRunner", "StateSpaceWeights"]
@@ -105,7 +106,7 @@ class RecurrentRunner(NativeRunner):
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -115,7 +116,7 @@ class RecurrentRunner(NativeRunner):
             tokens: B prompts, none empty.
             capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
                 tree, the context length by default. States need none.
-            observe: called with (sequence, chain, [n, V] logits) for each chunk of a prompt.
+            observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
 
         Raises:
             ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
@@ -132,15 +133,15 @@ class RecurrentRunner(NativeRunner):
             for (sequence, chain), part in zip(pieces.items(), parts, strict=True):
                 cache.advance(sequence, len(chain))
                 if observe is not None:
-                    observe(sequence, chain, self._logits(part))
+                    observe(sequence, chain, Verified(self._logits(part)))
                 if cache.lengths[sequence] == len(tokens[sequence]):
                     last_logits[sequence] = self._logits(part[-1:])[0]
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(tokens))]
 
-    def _run_layers(self, trees: Sequence[DraftTree | None], active: list[int]) -> Rows:
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         cache, self._cache = self._cache, None  # an interrupt between two layers would leave some a path ahead
-        rows = self._forward([trees[sequence] for sequence in active], active, [False] * len(active), cache)
+        rows = self._forward(list(trees.values()), list(trees), [False] * len(trees), cache)
         self._cache = cache
         return rows
 

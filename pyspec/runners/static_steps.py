@@ -20,8 +20,8 @@ from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
 from pyspec.ops.linear import PackedWeight, linear
-from pyspec.readback import pack_statistics
 from pyspec.runners.static_inputs import StaticInputs
+from pyspec.runners.verified import pack_statistics
 from pyspec.tree import DraftTree
 
 __all__ = [
@@ -99,7 +99,7 @@ class Rows(NamedTuple):
 
     hidden: Tensor  # [rows, hidden], after the last norm
     logits: Tensor | None = None  # [rows, V] fp32, where the head is in the graph
-    statistics: Tensor | None = None  # of logits, see pyspec.readback.pack_statistics
+    statistics: Tensor | None = None  # of logits, see pyspec.runners.verified.pack_statistics
     places: Sequence[slice] | None = None  # of the trees' rows, ascending; None if there are no others
 
     def of_trees(self, values: Tensor) -> Tensor:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pyspec.arguments import read_integer, read_number
-from pyspec.readback import HostStatistics, read_statistics
+
+if TYPE_CHECKING:
+    from pyspec.runners.verified import HostStatistics, Verified
 
 __all__ = ["InvalidLogits", "Sampler", "largest"]
 
@@ -80,15 +83,15 @@ class Sampler:
         scores += self._gumbel(tokens, position)
         return int(tokens[np.argmax(scores)])
 
-    def draws(self, logits: torch.Tensor) -> Callable[[int, int], int]:
-        """`draw` for the rows of logits [T, V] float32, as a function of (row, position).
+    def draws(self, verified: Verified) -> Callable[[int, int], int]:
+        """`draw` for the nodes of a verified tree, as a function of (node, position).
 
         Greedily on a GPU, the host reads a few numbers of all rows at once; otherwise each drawn row.
         """
+        logits = verified.logits
         if self.temperature == 0 and logits.is_cuda:
-            statistics = read_statistics(logits)
-            return lambda row, position: _best(statistics, row)
-        return lambda row, position: self.draw(logits[row], position)
+            return lambda node, position: _best(verified.statistics, node)
+        return lambda node, position: self.draw(logits[node], position)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The law [V] float64 that draw follows, from logits [V] float32."""

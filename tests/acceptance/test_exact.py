@@ -10,6 +10,7 @@ import torch
 
 from pyspec.acceptance import acceptance_from_name
 from pyspec.acceptance.exact import ExactAcceptance
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import DraftTree
 
@@ -87,7 +88,7 @@ def text_of_rounds(sampler, shape, kind, length):
         for token, parent in zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True):
             prefixes.append((*prefixes[parent], token) if prefixes else context)
         logits = torch.stack([target_logits(prefix, kind) for prefix in prefixes])
-        path, next_token = ExactAcceptance().accept(tree, logits, sampler, len(context))
+        path, next_token = ExactAcceptance().accept(tree, Verified(logits), sampler, len(context))
         assert path[0] == 0 and all(parent == tree.parents[child] for parent, child in itertools.pairwise(path))
         context += (*(int(tree.tokens[node]) for node in path[1:]), next_token)
     return context[1 : 1 + length]
@@ -122,9 +123,9 @@ def test_walk():
     logits = torch.zeros(5, 10)
     for node, token in ((0, 5), (1, 7), (2, 1), (3, 2), (4, 3)):
         logits[node, token] = 1.0
-    assert ExactAcceptance().accept(tree, logits, Sampler(), 0) == ([0, 1, 3], 2)
+    assert ExactAcceptance().accept(tree, Verified(logits), Sampler(), 0) == ([0, 1, 3], 2)
     logits[0, 6] = 2.0
-    assert ExactAcceptance().accept(tree, logits, Sampler(), 0) == ([0, 2], 1)
+    assert ExactAcceptance().accept(tree, Verified(logits), Sampler(), 0) == ([0, 2], 1)
 
 
 def test_noise_is_that_of_the_tokens_position():
@@ -136,7 +137,7 @@ def test_noise_is_that_of_the_tokens_position():
             return int(logits.argmax())
 
     logits = torch.eye(10)[[1, 2, 3]]
-    ExactAcceptance().accept(DraftTree.chain([0, 1, 2]), logits, Recorder(), 40)
+    ExactAcceptance().accept(DraftTree.chain([0, 1, 2]), Verified(logits), Recorder(), 40)
     assert Recorder.positions == [40, 41, 42]
 
 
@@ -144,10 +145,10 @@ def test_invalid_logits_name_the_node_and_only_where_the_walk_comes():
     tree = DraftTree([0, 1, 2], [-1, 0, 0])
     logits = torch.eye(4)[[2, 0, 3]]
     logits[1] = torch.nan
-    assert ExactAcceptance().accept(tree, logits, Sampler(), 0) == ([0, 2], 3)
+    assert ExactAcceptance().accept(tree, Verified(logits), Sampler(), 0) == ([0, 2], 3)
     logits[2, 1] = torch.nan
     with pytest.raises(InvalidLogits, match="NaN") as error:
-        ExactAcceptance().accept(tree, logits, Sampler(), 0)
+        ExactAcceptance().accept(tree, Verified(logits), Sampler(), 0)
     assert error.value.path == [0, 2]
 
 

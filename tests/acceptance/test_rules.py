@@ -1,4 +1,4 @@
-"""The rules that trust q, and the lossy ones: their laws by exact enumeration, and their noise."""
+"""The rules that trust q, and the lossy ones: their laws by exact enumeration, and their seeds."""
 
 import random
 
@@ -17,6 +17,7 @@ from pyspec.acceptance.target_roots import TargetRoots, target_roots
 from pyspec.acceptance.traversal import traversal_verification
 from pyspec.acceptance.typical import TypicalAcceptance, typical
 from pyspec.acceptance.with_replacement import with_replacement
+from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
@@ -251,7 +252,8 @@ def test_greedily_every_rule_follows_the_target(rule):
         while expected[-1] < 3 and tree.tokens[expected[-1] + 1] == said[expected[-1]]:
             expected.append(expected[-1] + 1)
         for temperature in (0.0, 1e-30):
-            assert rule.accept(tree, logits, Sampler(temperature, seed=3), 7) == (expected, said[expected[-1]])
+            accepted = rule.accept(tree, Verified(logits), Sampler(temperature, seed=3), 7)
+            assert accepted == (expected, said[expected[-1]])
 
 
 @pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: type(rule).__name__)
@@ -259,7 +261,7 @@ def test_a_root_alone_needs_no_q(rule):
     tree = DraftTree([3], [-1])
     logits = torch.full((1, 5), -torch.inf)
     logits[0, 2] = 0
-    assert rule.accept(tree, logits, Sampler(1.0, top_k=100, seed=0), 7) == ([0], 2)
+    assert rule.accept(tree, Verified(logits), Sampler(1.0, top_k=100, seed=0), 7) == ([0], 2)
 
 
 @pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: type(rule).__name__)
@@ -267,17 +269,17 @@ def test_logits_that_are_no_law_matter_only_where_they_are_needed(rule):
     tree, logits = chain_of(4, 5)
     logits[0] = torch.nan
     with pytest.raises(InvalidLogits, match="NaN") as error:
-        rule.accept(tree, logits, Sampler(1.0, seed=0), 7)
+        rule.accept(tree, Verified(logits), Sampler(1.0, seed=0), 7)
     assert error.value.path == [0]
     # the draft is what the target says, so that node 1 is reached
     logits[0] = torch.eye(5)[tree.tokens[1]].log()
     logits[1] = torch.inf
     with pytest.raises(InvalidLogits, match="inf") as error:
-        rule.accept(tree, logits, Sampler(1.0, seed=0), 7)
+        rule.accept(tree, Verified(logits), Sampler(1.0, seed=0), 7)
     assert error.value.path == [0, 1]
     # and now it is not
     logits[0] = torch.eye(5)[(tree.tokens[1] + 1) % 5].log()
-    assert rule.accept(tree, logits, Sampler(1.0, seed=0), 7) == ([0], (tree.tokens[1] + 1) % 5)
+    assert rule.accept(tree, Verified(logits), Sampler(1.0, seed=0), 7) == ([0], (tree.tokens[1] + 1) % 5)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in all_rules() if rule.siblings], ids=lambda rule: type(rule).__name__)
@@ -285,7 +287,7 @@ def test_a_q_that_is_no_law_is_named(rule):
     tree, logits = chain_of(3, 5)
 
     def accept():
-        rule.accept(tree, logits, Sampler(1.0, seed=0), 7)
+        rule.accept(tree, Verified(logits), Sampler(1.0, seed=0), 7)
 
     good = tree.q.clone()
     for value in (torch.nan, torch.inf, -0.1):
@@ -308,7 +310,7 @@ def test_a_q_that_is_no_law_is_named(rule):
 def test_block_takes_chains_only():
     tree = DraftTree([0, 1, 2], [-1, 0, 0], q=torch.full((3, 4), 0.25))
     with pytest.raises(ValueError, match="must be a chain"):
-        acceptance_from_name("block").accept(tree, torch.zeros(3, 4), Sampler(1.0, seed=0), 0)
+        acceptance_from_name("block").accept(tree, Verified(torch.zeros(3, 4)), Sampler(1.0, seed=0), 0)
 
 
 def test_rows_that_are_not_needed_are_not_read():
@@ -324,32 +326,7 @@ def test_rows_that_are_not_needed_are_not_read():
         assert read == [0, 1, 3]
 
 
-# ---- the noise
-
-
-def test_noise_follows_the_law():
-    law = np.array([0.0, 0.5, 1.0, 0.0, 0.02, 0.3, 0.0])
-    noise, draws = Noise(5, 17, Noise.ACCEPTANCE), 200_000
-    counts = np.bincount([noise.draw(law) for _ in range(draws)], minlength=7)
-    assert not counts[law == 0].any()
-    assert stats.chisquare(counts[law > 0], draws * law[law > 0] / law.sum()).pvalue > 1e-4
-
-
-def test_neighbouring_rounds_seeds_and_purposes_are_independent():
-    grid = [
-        [[Noise(seed, position, purpose).uniform() for purpose in (1, 2)] for position in range(60)]
-        for seed in range(60)
-    ]
-    values = np.array(grid)
-    assert stats.kstest(values.ravel(), "uniform").pvalue > 1e-4
-    for other in (np.roll(values, 1, 0), np.roll(values, 1, 1), np.roll(values, 1, 2)):
-        assert abs(np.corrcoef(values.ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(values.size)
-
-
-def test_noise_stays_the_same_between_versions():
-    noise = Noise(2**40 + 1, 12, Noise.ACCEPTANCE)
-    assert [noise.draw(np.arange(32.0)) for _ in range(8)] == [19, 31, 20, 12, 25, 9, 28, 14]
-    assert 0 < noise.exponential() < 60
+# ---- seeds and positions
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -357,7 +334,8 @@ def test_every_position_has_coins_of_its_own(name):
     tree, logits = chain_of(3, 6)
     rule = acceptance_from_name(name)
     here, again, next_round = (
-        [rule.accept(tree, logits, Sampler(1.0, seed=seed), position) for seed in range(40)] for position in (5, 5, 6)
+        [rule.accept(tree, Verified(logits), Sampler(1.0, seed=seed), position) for seed in range(40)]
+        for position in (5, 5, 6)
     )
     assert here == again and sum(a != b for a, b in zip(here, next_round, strict=True)) > 10
 
@@ -377,7 +355,7 @@ def test_rounds_of_a_seed_follow_the_law(name):
             nodes = texts_of(tree.tokens.tolist(), tree.parents.tolist())
             tree.q = torch.from_numpy(np.stack([laws.q(text + node) for node in nodes]))
             logits = torch.stack([laws.logits(text + node) for node in nodes])
-            path, token = rule.accept(tree, logits, Sampler(1.0, seed=seed), len(text))
+            path, token = rule.accept(tree, Verified(logits), Sampler(1.0, seed=seed), len(text))
             text += (*nodes[path[-1]], token)
         counts[text[:length]] += 1
     assert stats.chisquare(counts.ravel(), texts * target_law(laws, length).ravel()).pvalue > 1e-4

@@ -10,6 +10,7 @@ from rich.console import Console
 from pyspec import DraftTree
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
+from tests.helpers.random_llama import verify_all
 
 SHARED = {"vocab_size": 64, "hidden_size": 32, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
 SHAPES = {
@@ -35,7 +36,7 @@ def test_recompute_ends_where_replay_ends():
         torch.manual_seed(0)
         rounds = bench.Rounds(bench.random_model(SHAPES["Mamba-2 130M"], torch.float32, "cpu"), 2)
         getattr(rounds, way)(13)()
-        rounds.model.verify([DraftTree.chain([0])] * 2)  # which replays the round before
+        verify_all(rounds.model, [DraftTree.chain([0])] * 2)  # which replays the round before
         states.append(rounds.model.cache.states)
     assert torch.equal(*states)
 

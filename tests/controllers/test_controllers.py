@@ -10,7 +10,8 @@ from pyspec.cli import main
 from pyspec.controllers import CONTROLLERS, LARGEST, controller_for, pays
 from pyspec.controllers.fixed import FixedController
 from pyspec.controllers.pays import CuttingController, SizingController
-from pyspec.drafters.lookup import LookupDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.lookup import Lookup
 from pyspec.machine.costs import Costs
 from pyspec.tree import DraftTree
 from tests.helpers.fake_drafters import Oracle
@@ -20,20 +21,20 @@ from tests.helpers.newcomers import registered_by
 PROMPT = list(b"the tree")
 
 
-class Draws(LookupDrafter):
+class Draws(TableDrafter):
     proposal = "sampled"
 
 
-@pytest.mark.parametrize("drafter, kind", [(LookupDrafter, CuttingController), (Draws, SizingController)])
+@pytest.mark.parametrize("drafter, kind", [(TableDrafter, CuttingController), (Draws, SizingController)])
 def test_auto_weighs_what_pays_by_how_drafts_are_made(drafter, kind):
     model = FakeRunner()
-    controller = controller_for("auto", model, drafter(model.vocab_size))
+    controller = controller_for("auto", model, drafter([Lookup(model.vocab_size)]))
     assert type(controller) is kind and 1 < controller.nodes <= controller.largest == LARGEST
 
 
 @pytest.mark.parametrize("budget, drafts, nodes", [(5, True, 5), (5, False, 5), ("auto", False, LARGEST)])
 def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, drafts, nodes):
-    drafter = LookupDrafter(10) if drafts else None
+    drafter = TableDrafter([Lookup(10)]) if drafts else None
     controller = controller_for(budget, None, drafter)
     trees = [DraftTree.chain([1, 2, 3]), DraftTree.chain([1])]
     assert isinstance(controller, FixedController) and controller.cut(trees) == trees
@@ -41,7 +42,7 @@ def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, dra
     assert controller.nodes == controller.largest == nodes
 
 
-@pytest.mark.parametrize("drafter", [None, LookupDrafter(10)])
+@pytest.mark.parametrize("drafter", [None, TableDrafter([Lookup(10)])])
 def test_no_tree_is_larger_than_a_cache_takes(drafter, monkeypatch):
     monkeypatch.setattr(pays, "costs_of", lambda *model: Costs((1, 64), (1.0, 1.001)))
     cache = cache_from_name("int4")
@@ -69,7 +70,7 @@ def test_a_controller_is_one_file(halving, capsys):
 
 
 def test_halving(halving):
-    controller = controller_for("halving", None, LookupDrafter(10))
+    controller = controller_for("halving", None, TableDrafter([Lookup(10)]))
     found = []
     for path in ([0], [0], [0, 1], [0]):
         found.append(controller.nodes)

@@ -6,21 +6,21 @@ import warnings
 import pytest
 import torch
 
-import pyspec.host as engine_module
-from pyspec import drafters
-from pyspec.drafters import drafter_from_name
-from pyspec.drafters.merged import MergedDrafter
-from pyspec.host import twins as reference
+import pyspec.host
+from pyspec.drafters import DRAFTERS, drafter_from_name
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.host import twins
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 VOCAB = 40
-NAMES = [name for name in drafters.NAMES if name != "layer_skip"]  # which is tests/drafters/test_layer_skip.py
+NAMES = [name for name in DRAFTERS if name != "layer_skip"]  # which is tests/drafters/test_layer_skip.py
 PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]
 
 
 class Runner:
     vocab_size = VOCAB
-    fingerprint = "tiny"
+    fingerprint, dtype = "tiny", torch.float32
 
     def prefill(self, prompts, *, capacity):
         return [torch.arange(VOCAB).eq(prompt[0] + 1).float() for prompt in prompts]
@@ -34,7 +34,7 @@ def started(name):
     """A drafter that has read the prompt and one chain of logits."""
     drafter = drafter_from_name(name, Runner()).start(PROMPT)
     chain = DraftTree.chain(PROMPT)
-    drafter.observe(chain, logits_for(chain), range(len(chain)))
+    drafter.observe(chain, Verified(logits_for(chain)), range(len(chain)))
     return drafter
 
 
@@ -80,7 +80,7 @@ def test_what_never_comes_true_is_offered_later():
             break
         logits = torch.zeros(2, VOCAB)
         logits[0, 30] = 1
-        drafter.observe(tree, logits, [0])
+        drafter.observe(tree, Verified(logits), [0])
     assert tree.tokens.tolist() == [7, 2]
     assert drafter.start(context).propose(context, 2).tokens.tolist() == [7, 2]  # other sequences know it too
 
@@ -95,7 +95,7 @@ def test_what_comes_true_makes_trees_deeper():
         for token, parent in zip(tree.tokens[1:], tree.parents[1:], strict=True):
             if (logits[parent] == 0).all():
                 logits[parent, token] = 1
-        drafter.observe(tree, logits, [0])
+        drafter.observe(tree, Verified(logits), [0])
     assert drafter.propose(context, 4).depths.max() > deepest
 
 
@@ -104,9 +104,9 @@ def test_only_the_last_proposed_tree_counts_as_a_trial():
     assert drafter._greedy.trials.sum() == 0
     stale = drafter.propose(PROMPT, 4)
     tree = drafter.propose([*PROMPT, 3], 4)
-    drafter.observe(stale, logits_for(stale), [0])
+    drafter.observe(stale, Verified(logits_for(stale)), [0])
     assert drafter._greedy.trials.sum() == 0
-    drafter.observe(tree, logits_for(tree), [0])
+    drafter.observe(tree, Verified(logits_for(tree)), [0])
     assert drafter._greedy.trials.sum() > 0
 
 
@@ -147,7 +147,7 @@ def test_logits_that_do_not_fit(name):
     tree = drafter.propose(PROMPT, 4)
     for shape in [(len(tree) + 1, VOCAB), (len(tree), VOCAB + 1), (VOCAB,)]:
         with pytest.raises(ValueError, match="logits must be"):
-            drafter.observe(tree, torch.zeros(shape), [0])
+            drafter.observe(tree, Verified(torch.zeros(shape)), [0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,17 +155,17 @@ def test_logits_of_any_type_and_layout(dtype):
     tree = DraftTree.chain(PROMPT)
     logits = logits_for(tree).to(dtype)
     drafters = [drafter_from_name("merged", Runner()) for _ in range(2)]
-    drafters[0].observe(tree, logits, [0])
-    drafters[1].observe(tree, logits.T.contiguous().T.requires_grad_(), [0])
-    first, second = (drafter.parts[-1].sources[0].successors for drafter in drafters)
+    drafters[0].observe(tree, Verified(logits), [0])
+    drafters[1].observe(tree, Verified(logits.T.contiguous().T.requires_grad_()), [0])
+    first, second = (drafter.tables[-1].sources[0].successors for drafter in drafters)
     assert (first == second).all() and (first[PROMPT[-1]] == logits[-1].float().topk(8).indices.numpy()).all()
 
 
 def test_names():
     assert drafter_from_name(None, Runner()) is None
     drafter = drafter_from_name("merged", Runner())
-    assert isinstance(drafter, MergedDrafter) and drafter_from_name(drafter, Runner()) is drafter
-    with pytest.raises(ValueError, match="merged, lookup, recycling, suffix, .* a Drafter or None, got .magic."):
+    assert isinstance(drafter, TableDrafter) and drafter_from_name(drafter, Runner()) is drafter
+    with pytest.raises(ValueError, match="aded, layer_skip, lookup, merged, .* a Drafter or None, got .magic."):
         drafter_from_name("magic", Runner())
 
 
@@ -179,16 +179,18 @@ def test_requests_to_one_runner_share_a_drafter():
 def test_without_the_compiled_module_drafting_says_so_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspec._host", None)
     monkeypatch.delattr("pyspec._host", raising=False)
-    engine_module.engine.cache_clear()
+    for found in (pyspec.host.compiled, pyspec.host.host):
+        found.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="plain Python"):
             drafter = drafter_from_name("merged", Runner())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert engine_module.engine() is reference
+            assert pyspec.host.host() is twins
             assert len(drafter.start(PROMPT).propose(PROMPT, 4)) == 4
     finally:
-        engine_module.engine.cache_clear()
+        for found in (pyspec.host.compiled, pyspec.host.host):
+            found.cache_clear()
 
 
 def test_a_node_that_was_cut_off_counts_where_its_parent_was_verified():
@@ -196,13 +198,13 @@ def test_a_node_that_was_cut_off_counts_where_its_parent_was_verified():
     tree = drafter.propose(PROMPT, 40)
     children = int((tree.parents == 0).sum())
     assert 1 < children < len(tree) - 1
-    drafter.observe(tree.first(1), logits_for(tree)[:1], [0])
+    drafter.observe(tree.first(1), Verified(logits_for(tree)[:1]), [0])
     assert drafter._greedy.trials.sum() == children
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_chances_never_rise_along_a_tree(name):
     drafter = started(name)
-    drafter.observe(DraftTree.chain(PROMPT), logits_for(DraftTree.chain(PROMPT)), range(len(PROMPT)))
+    drafter.observe(DraftTree.chain(PROMPT), Verified(logits_for(DraftTree.chain(PROMPT))), range(len(PROMPT)))
     chances = drafter.propose(PROMPT, 20).chances
     assert chances[0] == 1 and (chances.diff() <= 0).all() and (chances > 0).all()

@@ -11,10 +11,10 @@ from pyspec.drafters.layer_skip import LayerSkipDrafter, find_skipped_layers
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.generate import generate
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.runners.attention import LlamaRunner
 from tests.helpers.fake_runner import FakeRunner
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, verify_all
 
 PROMPTS = [random_tokens(140), random_tokens(7, 1), random_tokens(30, 2)]
 
@@ -35,12 +35,12 @@ def test_all_layers_say_what_verify_says_and_useless_ones_are_not_missed():
     model = deep_llama()
     model.prefill(PROMPTS, capacity=300)
     trees = [random_tree(20, seed) for seed in range(3)]
-    expected = model.verify(trees)
+    expected = verify_all(model, trees)
     for sequence, tree in enumerate(trees):
         assert torch.equal(model.draft(sequence, tree, range(6)), expected[sequence])
         assert torch.equal(model.draft(sequence, tree, [0, 2, 5]), expected[sequence])
         assert not torch.equal(model.draft(sequence, tree, [0, 5]), expected[sequence])
-    again = model.verify(trees)  # drafts left nothing behind
+    again = verify_all(model, trees)  # drafts left nothing behind
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(again, expected, strict=True))
 
 
@@ -85,7 +85,7 @@ def test_the_search_finds_the_useless_layers_once(tmp_path, monkeypatch):
     assert find_skipped_layers(model) == found  # kept
     assert LayerSkipDrafter(model).layers == [layer for layer in range(6) if layer not in found]
     for damaged in ("no", [9], None):
-        measured.keep("layers", f"{model.fingerprint} {model.dtype} {model.weight_dtype}", {"skipped": damaged})
+        store.keep("skipped_layers", store.key(model), damaged)
         with pytest.raises(ValueError, match="without a tokenizer"):  # so it would search
             find_skipped_layers(model)
 

@@ -1,8 +1,8 @@
-from pyspec.drafters.lookup import LookupDrafter
+from tests.helpers.table_drafters import drafter_of
 
 
 def propose(context, budget):
-    return LookupDrafter(100).start(context).propose(context, budget)
+    return drafter_of("lookup", 100).start(context).propose(context, budget)
 
 
 def paths(tree):
@@ -46,6 +46,6 @@ def test_new_words_are_followed_by_frequent_ones():
 
 
 def test_sequences_do_not_see_each_other():
-    drafter = LookupDrafter(100)
+    drafter = drafter_of("lookup", 100)
     drafter.start([1, 2, 3, 1])
     assert drafter.start([1]).propose([1], 16).tokens.unique().tolist() == [1]

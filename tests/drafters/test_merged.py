@@ -1,17 +1,18 @@
 import torch
 
-from pyspec.drafters.merged import MergedDrafter
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
+from tests.helpers.table_drafters import drafter_of
 
 VOCAB = 30
 
 
 def taught(rows):
-    drafter = MergedDrafter(VOCAB, "tiny")
+    drafter = drafter_of("merged", VOCAB)
     for token, following in rows.items():
         logits = torch.full((1, VOCAB), -torch.inf)
         logits[0, following] = 1.0
-        drafter.observe(DraftTree.chain([token]), logits, [0])
+        drafter.observe(DraftTree.chain([token]), Verified(logits), [0])
     return drafter
 
 

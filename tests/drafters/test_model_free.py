@@ -1,5 +1,7 @@
 """STAND, ADED, N-Grammys, and any of the model-free drafters merged into one tree and kept in a file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,23 +9,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyspec.drafters import new_drafter
-from pyspec.drafters.aded import AdedDrafter
-from pyspec.drafters.lookup import LookupDrafter
-from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.model import ModelDrafter
-from pyspec.drafters.ngrammys import NgrammysDrafter, NgrammysRows, common_tokens, model_bigrams
-from pyspec.drafters.recycling import RecyclingDrafter
-from pyspec.drafters.stand import StandDrafter
-from pyspec.drafters.suffix import SuffixDrafter
+from pyspec.drafters.ngrammys import NgrammysRows, model_bigrams
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.aded import Aded
+from pyspec.drafters.tables.bigrams import Bigrams, common_tokens
+from pyspec.drafters.tables.lookup import Lookup
+from pyspec.drafters.tables.recycling import Recycling
+from pyspec.drafters.tables.stand import Stand
+from pyspec.drafters.tables.suffix import Suffix
 from pyspec.generate import generate
-from pyspec.machine import measured
+from pyspec.machine import store
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import EOS, FakeRunner
 
 VOCAB = 30
 PROMPT = list(b"once upon a time")
-LEARNING = {"recycling": RecyclingDrafter, "suffix": SuffixDrafter, "stand": StandDrafter, "aded": AdedDrafter}
+LEARNING = {"recycling": Recycling, "suffix": Suffix, "stand": Stand, "aded": Aded}
 SUCCESSORS = np.array([[(token + step) % VOCAB for step in range(1, 9)] for token in range(VOCAB)], np.int32)
+
+
+def drafting_from(name, vocab_size=VOCAB, fingerprint="tiny", **settings):
+    return TableDrafter([LEARNING[name](vocab_size, **settings)], fingerprint)
 
 
 def logits_of(laws):
@@ -43,20 +51,20 @@ def children(tree, node=0):
 
 
 def test_stand_backs_off_from_the_longest_ngram():
-    made = StandDrafter(VOCAB, "tiny")
+    made = drafting_from("stand")
     texts = {(1, 2, 3, 4): {10: 1.0}, (9, 2, 3, 4): {11: 1.0}, (8, 8, 3, 4): {12: 1.0}}
     for text, law in texts.items():
-        made.observe(DraftTree.chain(text), logits_of([{0: 1.0}] * (len(text) - 1) + [law]), [0])
+        made.observe(DraftTree.chain(text), Verified(logits_of([{0: 1.0}] * (len(text) - 1) + [law])), [0])
     assert children(made.start([1, 2, 3, 4]).propose([1, 2, 3, 4], 4))[0] == 10
     assert set(children(made.start([7, 2, 3, 4]).propose([7, 2, 3, 4], 4))[:2]) == {10, 11}
     assert set(children(made.start([7, 7, 7, 4]).propose([7, 7, 7, 4], 4))) == {10, 11, 12}
 
 
 def test_stand_remembers_what_stands_before_a_tree():
-    made = StandDrafter(VOCAB, "tiny").start([1, 2])
+    made = drafting_from("stand").start([1, 2])
     tree = made.propose([1, 2], 1)
-    made.observe(tree, logits_of([{5: 1.0}]), [0])
-    keys = made.parts[0].sources[0].saved()[0]
+    made.observe(tree, Verified(logits_of([{5: 1.0}])), [0])
+    keys = made.tables[0].sources[0].saved()[0]
     assert len(keys) == 2  # after 2, and after 1 2
 
 
@@ -77,7 +85,7 @@ def test_stand_drafts_what_the_noise_will_choose():
 
 
 def test_aded_prefers_what_the_newest_tokens_said():
-    made = AdedDrafter(VOCAB, "tiny")
+    made = drafting_from("aded")
     for _ in range(3):
         made.read_text([1, 2, 10])
         made.read_text([1, 2, 11])
@@ -114,9 +122,12 @@ def test_bigrams_are_computed_once(tmp_path, monkeypatch):
         assert logits[bigrams[token].tolist()].tolist() == logits.topk(8).values.tolist()
     runs = Counting.runs
     assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs == runs
-    (file,) = measured.folder().glob("bigrams-*.npz")
-    file.write_bytes(b"damaged")
-    assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
+    (file,) = store.folder().glob("bigrams-*")
+    table, key = bigrams.tolist(), json.loads(file.read_text())["key"]
+    for damaged in (None, table[1:], [[], *table[1:]], [[EOS + 1] * 8, *table[1:]], [["a"] * 8, *table[1:]]):
+        store.keep("bigrams", key, damaged)
+        runs = Counting.runs
+        assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
     other = Counting()
     other.fingerprint = "another model"
     before = Counting.runs
@@ -131,15 +142,15 @@ def test_bigrams_where_nothing_can_be_written(tmp_path, monkeypatch):
 
 
 def test_bigrams_are_chained_and_the_common_tokens_come_last():
-    tree = NgrammysDrafter(VOCAB, "tiny", SUCCESSORS).start([3]).propose([3], 40)
+    tree = TableDrafter([Lookup(VOCAB), Bigrams(VOCAB, SUCCESSORS)]).start([3]).propose([3], 40)
     assert children(tree)[0] == 4 and children(tree, tree.children(0)[0])[0] == 5
     successors = np.full((VOCAB, 8), -1, np.int32)
     successors[:20, 0], successors[20:, 0], successors[:10, 1] = 7, 8, 9
     assert common_tokens(successors) == [7, 8, 9]
-    tree = NgrammysDrafter(VOCAB, "tiny", successors).start([25]).propose([25], 4)
+    tree = TableDrafter([Lookup(VOCAB), Bigrams(VOCAB, successors)]).start([25]).propose([25], 4)
     assert set(children(tree)[:2]) == {25, 8}  # the text's own token, and the bigram
     with pytest.raises(ValueError, match=r"bigrams must be \[31, 8\]"):
-        NgrammysDrafter(31, "tiny", SUCCESSORS)
+        Bigrams(31, SUCCESSORS)
     with pytest.raises(ValueError, match="from 0 to 30"):
         NgrammysRows(VOCAB, np.where(SUCCESSORS == 29, 30, SUCCESSORS))
 
@@ -178,7 +189,7 @@ def test_rows_give_the_plain_text(sampled):
 @settings(max_examples=12, deadline=None)
 def test_any_merge_gives_the_plain_text_from_valid_trees(names, budget, temperature, seed):
     model, call = FakeRunner(), dict(max_new_tokens=20, temperature=temperature, seed=seed)
-    drafter = MergedDrafter(model.vocab_size, model.fingerprint, [new_drafter(name, model) for name in names])
+    drafter = TableDrafter([table for name in names for table in new_drafter(name, model).tables], model.fingerprint)
     for _ in range(2):  # with empty tables, and with full ones
         plain = generate(model, PROMPT, drafter=None, **call)
         assert generate(model, PROMPT, drafter=drafter, budget=budget, **call).tokens == plain.tokens
@@ -190,59 +201,59 @@ def test_any_merge_gives_the_plain_text_from_valid_trees(names, budget, temperat
 
 
 def test_what_cannot_be_merged():
-    lookup, model = LookupDrafter(VOCAB), FakeRunner()
+    lookup, model = Lookup(VOCAB), FakeRunner()
     with pytest.raises(ValueError, match="vocabulary of 31 tokens, got 30"):
-        MergedDrafter(31, "tiny", [lookup])
+        TableDrafter([Recycling(31), lookup])
     with pytest.raises(ValueError, match="different kinds"):
-        MergedDrafter(VOCAB, "tiny", [lookup, NgrammysDrafter(VOCAB, "tiny", SUCCESSORS)])
+        TableDrafter([lookup, Bigrams(VOCAB, SUCCESSORS), Lookup(VOCAB)])
     with pytest.raises(ValueError, match="at least one"):
-        MergedDrafter(VOCAB, "tiny", [])
+        TableDrafter([])
     with pytest.raises(TypeError, match="got ModelDrafter"):
-        MergedDrafter(model.vocab_size, "tiny", [ModelDrafter(FakeRunner(), model)])
-    with pytest.raises(ValueError, match="LookupDrafter keeps no texts"):
-        lookup.read_text([1, 2])
+        TableDrafter([ModelDrafter(FakeRunner(), model)])
+    with pytest.raises(ValueError, match="Lookup keeps no texts"):
+        TableDrafter([lookup]).read_text([1, 2])
 
 
 def test_merged_drafters_share_their_tables():
-    suffix = SuffixDrafter(VOCAB, "tiny")
-    merged = MergedDrafter(VOCAB, "tiny", [LookupDrafter(VOCAB), suffix])
-    suffix.read_text([1, 2, 3])
+    suffix = Suffix(VOCAB)
+    merged = TableDrafter([Lookup(VOCAB), suffix])
+    TableDrafter([suffix]).read_text([1, 2, 3])
     assert merged.start([1]).propose([1], 3).tokens.tolist() == [1, 2, 3]
 
 
 # ---- saved tables
 
 
-def taught(make, fingerprint="tiny"):
+def taught(name):
     random = np.random.default_rng(0)
-    made = make(VOCAB, fingerprint)
+    made = drafting_from(name)
     for _ in range(5):
         text = random.integers(0, VOCAB, 40).tolist()
         started = made.start(text)
-        started.observe(DraftTree.chain(text), torch.randn(40, VOCAB), range(40))
+        started.observe(DraftTree.chain(text), Verified(torch.randn(40, VOCAB)), range(40))
         started.propose(text, 8)
     return made, text
 
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_saved_and_loaded(name, tmp_path):
-    saved, text = taught(LEARNING[name])
+    saved, text = taught(name)
     saved.save(tmp_path / "tables")
-    loaded = LEARNING[name](VOCAB, "tiny")
+    loaded = drafting_from(name)
     loaded.load(tmp_path / "tables")
     saved.save(tmp_path / "again")
     assert (tmp_path / "tables").read_bytes() == (tmp_path / "again").read_bytes()
-    fresh = MergedDrafter(VOCAB, "tiny", [saved])  # its rates are not saved
+    fresh = TableDrafter(saved.tables)  # its rates are not saved
     trees = [made.start(text[:20]).propose(text[:20], 30) for made in (fresh, loaded)]
     assert len(trees[0]) > 2 and trees[0].tokens.tolist() == trees[1].tokens.tolist()
-    for other in (LEARNING[name](VOCAB + 1, "tiny"), LEARNING[name](VOCAB, "other tokenizer")):
+    for other in (drafting_from(name, VOCAB + 1), drafting_from(name, fingerprint="other tokenizer")):
         with pytest.raises(ValueError, match="vocab_size 30.*needs 31|fingerprint tiny.*needs 'other tokenizer'"):
             other.load(tmp_path / "tables")
 
 
 @pytest.mark.parametrize("name", LEARNING)
 def test_damaged_tables_change_nothing(name, tmp_path):
-    made, _ = taught(LEARNING[name])
+    made, _ = taught(name)
     made.save(tmp_path / "tables")
     with np.load(tmp_path / "tables") as archive:
         whole = dict(archive)
@@ -255,7 +266,7 @@ def test_damaged_tables_change_nothing(name, tmp_path):
             fields |= {} if damaged is None else {table: damaged}
             with open(tmp_path / "damaged", "wb") as file:
                 np.savez(file, **fields)
-            fresh = LEARNING[name](VOCAB, "tiny")
+            fresh = drafting_from(name)
             with pytest.raises(ValueError, match=f"{table}|rows"):
                 fresh.load(tmp_path / "damaged")
             assert len(fresh.start([1]).propose([1], 4)) == 1
@@ -263,24 +274,24 @@ def test_damaged_tables_change_nothing(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["stand", "aded"])
 def test_tables_are_bounded(name):
-    made = LEARNING[name](VOCAB, "tiny", capacity=100)
+    made = drafting_from(name, capacity=100)
     random = np.random.default_rng(0)
     for _ in range(30):
         text = random.integers(0, VOCAB, 50).tolist()
-        made.start(text).observe(DraftTree.chain(text), torch.randn(50, VOCAB), range(50))
-    assert 50 <= len(made.parts[0].sources[0]) <= 100
+        made.start(text).observe(DraftTree.chain(text), Verified(torch.randn(50, VOCAB)), range(50))
+    assert 50 <= len(made.tables[0].sources[0]) <= 100
     with pytest.raises(ValueError, match="capacity must be at least 2"):
-        LEARNING[name](VOCAB, "tiny", capacity=1)
+        drafting_from(name, capacity=1)
 
 
 def test_a_merge_is_saved_as_a_whole(tmp_path):
-    merged = MergedDrafter(VOCAB, "tiny", [make(VOCAB, "tiny") for make in LEARNING.values()])
+    merged = TableDrafter([kind(VOCAB) for kind in LEARNING.values()], "tiny")
     text = list(range(20))
-    merged.start(text).observe(DraftTree.chain(text), torch.randn(20, VOCAB), range(20))
+    merged.start(text).observe(DraftTree.chain(text), Verified(torch.randn(20, VOCAB)), range(20))
     merged.save(tmp_path / "tables")
-    alone = StandDrafter(VOCAB, "tiny")
+    alone = drafting_from("stand")
     alone.load(tmp_path / "tables")  # its own part of it
-    assert len(alone.parts[0].sources[0]) > 20
+    assert len(alone.tables[0].sources[0]) > 20
     with pytest.raises(ValueError, match="no bigrams|no lookup|no stand_keys"):
-        taught(RecyclingDrafter)[0].save(tmp_path / "tables")
+        taught("recycling")[0].save(tmp_path / "tables")
         alone.load(tmp_path / "tables")

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from pyspec.drafters import NAMES, new_drafter
+from pyspec.drafters import DRAFTERS, new_drafter
 from pyspec.generate import generate
 from tests.helpers.random_llama import random_llama, random_tokens
 
 PROMPTS = [random_tokens(12) * 3, random_tokens(40, 1), random_tokens(5, 2)]
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"layer_skip"}))  # which is test_layer_skip.py
+@pytest.mark.parametrize("name", sorted(set(DRAFTERS) - {"layer_skip"}))  # which is test_layer_skip.py
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
 def test_the_plain_text_bit_for_bit(name, dtype):
     model = random_llama(dtype=dtype)

@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 import torch
 
-from pyspec.drafters.recycling import RecyclingDrafter
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
+from tests.helpers.table_drafters import drafter_of
 
 VOCAB = 30
 
 
 def drafter(vocab_size=VOCAB, fingerprint="tiny"):
-    return RecyclingDrafter(vocab_size, fingerprint)
+    return drafter_of("recycling", vocab_size, fingerprint)
 
 
 def logits_for(order, vocab_size=VOCAB):
@@ -24,7 +25,7 @@ def taught(rows, **settings):
     """A drafter that knows successors of tokens."""
     made = drafter(**settings)
     for token, order in rows.items():
-        made.observe(DraftTree.chain([token]), logits_for(order, made.vocab_size), [0])
+        made.observe(DraftTree.chain([token]), Verified(logits_for(order, made.vocab_size)), [0])
     return made
 
 
@@ -47,14 +48,16 @@ def test_unknown_tokens_propose_nothing():
 
 def test_the_last_word_on_a_token_wins_also_inside_one_tree():
     made = drafter()
-    made.observe(DraftTree([1, 1], [-1, 0]), torch.cat([logits_for([2]), logits_for([3])]), [0])
+    made.observe(DraftTree([1, 1], [-1, 0]), Verified(torch.cat([logits_for([2]), logits_for([3])])), [0])
     assert made.propose([1], 2).tokens.tolist() == [1, 3]
 
 
 def test_two_tokens_know_better_than_one():
     made = drafter()
     chain = DraftTree.chain([1, 2, 3, 2])
-    made.observe(chain, torch.cat([logits_for([29]), logits_for([10]), logits_for([29]), logits_for([20])]), [0])
+    made.observe(
+        chain, Verified(torch.cat([logits_for([29]), logits_for([10]), logits_for([29]), logits_for([20])])), [0]
+    )
     for context, token in [([1, 2], 10), ([3, 2], 20)]:
         tree = made.start(context).propose(context, 3)
         assert token in tree.tokens[1:].tolist()
@@ -62,13 +65,15 @@ def test_two_tokens_know_better_than_one():
 
 def test_rejected_nodes_teach_too():
     made = drafter()
-    made.observe(DraftTree([1, 2, 3], [-1, 0, 0]), torch.cat([logits_for([4]), logits_for([5]), logits_for([6])]), [0])
+    made.observe(
+        DraftTree([1, 2, 3], [-1, 0, 0]), Verified(torch.cat([logits_for([4]), logits_for([5]), logits_for([6])])), [0]
+    )
     assert made.propose([3], 2).tokens.tolist() == [3, 6]
 
 
 def test_what_one_request_taught_the_next_one_knows():
     made = drafter()
-    made.start([1]).observe(DraftTree.chain([1]), logits_for([2]), [0])
+    made.start([1]).observe(DraftTree.chain([1]), Verified(logits_for([2])), [0])
     assert made.start([1]).propose([1], 2).tokens.tolist() == [1, 2]
 
 
@@ -81,14 +86,14 @@ def test_tokens_that_cannot_come_are_not_proposed():
     made = drafter()
     logits = torch.full((1, VOCAB), -torch.inf)
     logits[0, 4] = 1.0
-    made.observe(DraftTree.chain([1]), logits, [0])
+    made.observe(DraftTree.chain([1]), Verified(logits), [0])
     assert made.propose([1], 16).tokens.tolist() == [1, 4]
 
 
 def test_a_bad_token_teaches_nothing():
     made = drafter()
     with pytest.raises(ValueError, match="outside the vocabulary"):
-        made.observe(DraftTree.chain([1, VOCAB]), torch.cat([logits_for([2])] * 2), [0])
+        made.observe(DraftTree.chain([1, VOCAB]), Verified(torch.cat([logits_for([2])] * 2)), [0])
     assert len(made.propose([1], 4)) == 1
 
 

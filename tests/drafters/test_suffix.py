@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 
-from pyspec.drafters.suffix import SuffixDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.suffix import Suffix
 
 VOCAB = 100
 
 
 def drafter(**settings):
-    return SuffixDrafter(VOCAB, "tiny", **settings)
+    return TableDrafter([Suffix(VOCAB, **settings)], "tiny")
 
 
 def chain(tree):
@@ -68,7 +69,7 @@ def test_bounded(tmp_path):
         made.save(tmp_path / "texts")
         with np.load(tmp_path / "texts") as saved:
             assert len(saved["suffix_texts"]) <= 50
-    assert len(made.parts[0].sources[0]) <= 50
+    assert len(made.tables[0].sources[0]) <= 50
     assert len(made.start([0]).propose([0], 4)) == 1  # forgotten
     with pytest.raises(ValueError, match="capacity must be at least 2"):
         drafter(capacity=1)
@@ -80,5 +81,5 @@ def test_texts_that_do_not_fit():
         made.read_text([1, 100])
     for _ in range(3):
         made.read_text([])
-    assert not made.parts[0]._texts
+    assert not made.tables[0]._texts
     assert len(made.start([1]).propose([1], 4)) == 1

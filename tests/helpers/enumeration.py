@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pyspec.acceptance.exact import ExactAcceptance
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
 
@@ -176,6 +177,6 @@ def exact_acceptance(laws):
 
         texts = texts_of(tree.tokens.tolist(), tree.parents.tolist())
         logits = torch.stack([laws.logits(text) for text in texts])
-        return ExactAcceptance().accept(tree, logits, Enumerating(1.0, seed=0), 0)
+        return ExactAcceptance().accept(tree, Verified(logits), Enumerating(1.0, seed=0), 0)
 
     return judge

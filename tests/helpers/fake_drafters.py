@@ -18,8 +18,8 @@ class Drafts:
         self.started.append(list(prompt))
         return self
 
-    def observe(self, tree, logits, path):
-        assert logits.shape == (len(tree), FakeRunner.vocab_size)
+    def observe(self, tree, verified, path):
+        assert verified.logits.shape == (len(tree), FakeRunner.vocab_size)
         self.observed.append((tree, list(path)))
 
 

@@ -4,6 +4,7 @@ import hashlib
 
 import torch
 
+from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 WORDS = [b" the", b" tree", b"ing", b"\n\n", b"user: ", b"\xf0\x9f", b"\x8c\xb3", b"st", b"op!"]
@@ -27,7 +28,10 @@ class FakeTokenizer:
 
 
 class FakeRunner:
-    """Checks that it is called as the protocol says; subclasses say what the model says."""
+    """Checks that it is called as the protocol says; subclasses say what the model says.
+
+    By its own clock a prefill takes a second, and so does a verify, two for 64 nodes; everything else takes no time.
+    """
 
     vocab_size = EOS + 1
     context_length = 4096
@@ -35,6 +39,7 @@ class FakeRunner:
     dtype = torch.float32
     fingerprint = "fake"
     eos_tokens = frozenset({EOS})
+    now = 0.0
 
     def __init__(self, tokenizer=True):
         self.tokenizer = FakeTokenizer() if tokenizer else None
@@ -51,6 +56,7 @@ class FakeRunner:
 
     def prefill(self, tokens, *, capacity=None, observe=None):
         assert all(tokens) and capacity >= max(map(len, tokens))
+        self.now += 1.0
         self.capacity = capacity
         self.committed = [list(prompt) for prompt in tokens]
         self.prompts = [len(prompt) for prompt in tokens]
@@ -59,14 +65,21 @@ class FakeRunner:
                 for start in range(0, len(prompt), 4):
                     ends = range(start + 1, min(start + 4, len(prompt)) + 1)
                     rows = torch.stack([self.logits(prompt[:end]) for end in ends])
-                    observe(sequence, DraftTree.chain(prompt[start : ends[-1]]), rows)
+                    observe(sequence, DraftTree.chain(prompt[start : ends[-1]]), Verified(rows))
         return [self.logits(list(prompt)) for prompt in tokens]
 
+    def clock(self):
+        return self.now
+
+    def seconds(self, nodes):
+        return 1.0 + (nodes - 1) / 63
+
     def verify(self, trees):
-        assert len(trees) == len(self.committed) and any(tree is not None for tree in trees)
+        self.now += self.seconds(sum(map(len, trees.values())))
+        assert trees and set(trees) <= set(range(len(self.committed)))
         self.trees = trees
         self.verified += 1
-        return [tree and self._tree_logits(self.committed[i], tree) for i, tree in enumerate(trees)]
+        return {slot: Verified(self._tree_logits(self.committed[slot], tree)) for slot, tree in trees.items()}
 
     def _tree_logits(self, committed, tree):
         assert len(committed) + len(tree) <= self.capacity
@@ -77,11 +90,11 @@ class FakeRunner:
         return torch.stack([self.logits(context) for context in contexts])
 
     def commit(self, paths):
-        assert self.trees is not None and len(paths) == len(self.trees)
-        for committed, tree, path in zip(self.committed, self.trees, paths, strict=True):
-            if path is not None:
-                assert path[0] == 0 and [int(tree.parents[node]) for node in path[1:]] == list(path[:-1])
-                committed += [int(tree.tokens[node]) for node in path]
+        assert set(paths) <= set(self.trees)
+        for slot, path in paths.items():
+            tree = self.trees[slot]
+            assert path[0] == 0 and [int(tree.parents[node]) for node in path[1:]] == list(path[:-1])
+            self.committed[slot] += [int(tree.tokens[node]) for node in path]
         self.trees = None
 
     def lengths(self):

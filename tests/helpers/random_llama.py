@@ -60,3 +60,14 @@ def root_path(tree: DraftTree, node: int) -> list[int]:
         path.append(node)
         node = parents[node]
     return path[::-1]
+
+
+def by_slot(values):
+    """A dict of the values that are not None, by their places in a list."""
+    return {slot: value for slot, value in enumerate(values) if value is not None}
+
+
+def verify_all(runner, trees):
+    """[T, V] logits of each tree of a list; None for None."""
+    verified = runner.verify(by_slot(trees))
+    return [None if tree is None else verified[slot].logits for slot, tree in enumerate(trees)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyspec import DraftTree, generate
-from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import VOCABULARY, by_slot, random_tokens, random_tree, root_path, verify_all
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -17,8 +17,8 @@ def plain_steps(runner, tokens):
     """The logits of a text that is committed token by token; the state is left behind all of it."""
     rows = []
     for token in tokens:
-        rows.append(runner.verify([DraftTree.chain([token])])[0][0])
-        runner.commit([[0]])
+        rows.append(runner.verify({0: DraftTree.chain([token])})[0].logits[0])
+        runner.commit({0: [0]})
     return rows
 
 
@@ -41,7 +41,7 @@ def check_last(runner, model, tolerance=1e-4):
 def check_prompt(runner, model):
     """The logits of every token of a prompt, as they are observed and behind it."""
     prompt, pieces = random_tokens(30), []
-    (last,) = runner.prefill([prompt], observe=lambda b, chain, logits: pieces.append((chain, logits)))
+    (last,) = runner.prefill([prompt], observe=lambda b, chain, verified: pieces.append((chain, verified.logits)))
     assert [token for chain, _ in pieces for token in chain.tokens.tolist()] == prompt
     logits = torch.cat([logits for _, logits in pieces])
     assert logits.dtype == last.dtype == torch.float32
@@ -53,7 +53,7 @@ def check_prompt(runner, model):
 
 def check_nodes(runner, model, context, tree, every=3):
     """Every node has the logits of its path behind the context, which is committed."""
-    (logits,) = runner.verify([tree])
+    logits = runner.verify({0: tree})[0].logits
     for node in range(0, len(tree), every):
         expected = expected_logits(model, context + path_tokens(tree, node))[-1]
         torch.testing.assert_close(logits[node], expected, **CLOSE)
@@ -64,15 +64,15 @@ def check_commits(runner, model):
     runner.prefill([context])
     for seed in range(6):
         tree = random_tree(1 + 3 * seed, seed)
-        runner.verify([tree])
+        runner.verify({0: tree})
         node = len(tree) - 1 - seed
-        runner.commit([root_path(tree, node)])
+        runner.commit({0: root_path(tree, node)})
         context += path_tokens(tree, node)
         assert runner.lengths() == [len(context)]
         probe = random_tokens(2, seed)
-        (logits,) = runner.verify([DraftTree.chain(probe)])
+        logits = runner.verify({0: DraftTree.chain(probe)})[0].logits
         torch.testing.assert_close(logits, expected_logits(model, context + probe)[-2:], **CLOSE)
-        runner.commit([None])
+        runner.commit({})
         assert runner.lengths() == [len(context)]
 
 
@@ -95,7 +95,7 @@ def check_row_rule(runner):
     """Through the whole model: the tree, the batch and the number of threads."""
     prompt, tree = random_tokens(20), random_tree(24)
     runner.prefill([prompt])
-    (logits,) = runner.verify([tree])
+    logits = runner.verify({0: tree})[0].logits
     threads = torch.get_num_threads()
     for node in (3, 11, 23):
         torch.set_num_threads(1)
@@ -104,7 +104,7 @@ def check_row_rule(runner):
         torch.set_num_threads(threads)
         assert torch.equal(rows[-1], logits[node])
     runner.prefill([random_tokens(7, 1), prompt], capacity=64)
-    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+    assert torch.equal(runner.verify({0: random_tree(9), 1: tree})[1].logits, logits)
 
 
 def alone_and_together(runner):
@@ -118,17 +118,17 @@ def alone_and_together(runner):
         results = [runner.prefill([prompt])[0]]
         for trees in rounds:
             if trees[b] is not None:
-                results.append(runner.verify([trees[b]])[0])
-                runner.commit([root_path(trees[b], len(trees[b]) - 1)])
+                results.append(runner.verify({0: trees[b]})[0].logits)
+                runner.commit({0: root_path(trees[b], len(trees[b]) - 1)})
         alone.append(results)
 
     together = [[logits] for logits in runner.prefill(prompts, capacity=80)]
     for trees in rounds:
-        for b, logits in enumerate(runner.verify(trees)):
+        for b, logits in enumerate(verify_all(runner, trees)):
             assert (logits is None) == (trees[b] is None)
             if logits is not None:
                 together[b].append(logits)
-        runner.commit([tree and root_path(tree, len(tree) - 1) for tree in trees])
+        runner.commit(by_slot([tree and root_path(tree, len(tree) - 1) for tree in trees]))
     return zip(alone, together, strict=True)
 
 
@@ -160,11 +160,11 @@ def check_prompts_refused(runner, *others):
     for prompts in ([1, 2], None, ["text"], [[1.5]]):
         with pytest.raises(TypeError, match="^tokens.* must be"):
             runner.prefill(prompts)
-    for trees in (None, DraftTree.chain([5]), [[5]]):
-        with pytest.raises(TypeError, match="trees must be a list with a DraftTree or None for each sequence, got"):
+    for trees in (None, DraftTree.chain([5]), [DraftTree.chain([5])], {0: [5]}, {0: None}):
+        with pytest.raises(TypeError, match="trees must be a dict with a DraftTree for each slot that takes part, got"):
             runner.verify(trees)
     assert runner.lengths() == [4]
-    assert runner.verify([DraftTree.chain([5])])[0].shape == (1, VOCABULARY)
+    assert runner.verify({0: DraftTree.chain([5])})[0].logits.shape == (1, VOCABULARY)
     expected = runner.prefill([[1, 2], [3]])
     for prompts in (
         [torch.tensor([1, 2]), torch.tensor([3])],
@@ -175,22 +175,28 @@ def check_prompts_refused(runner, *others):
 
 def check_trees_and_paths_refused(runner):
     runner.prefill([[1, 2, 3]], capacity=8)
-    with pytest.raises(ValueError, match="one entry for each of the 1 sequences, got 2"):
-        runner.verify([DraftTree.chain([1]), None])
+    for slot in (1, -1, "0", None):
+        with pytest.raises(ValueError, match=rf"trees must be for slots of the batch, in \[0, 1\), got slot {slot!r}"):
+            runner.verify({slot: DraftTree.chain([1])})
     with pytest.raises(ValueError, match=rf"trees\[0\].tokens must hold .* got {VOCABULARY}"):
-        runner.verify([DraftTree.chain([1, VOCABULARY])])
+        runner.verify({0: DraftTree.chain([1, VOCABULARY])})
     with pytest.raises(RuntimeError, match="call verify first"):
-        runner.commit([[0]])
+        runner.commit({0: [0]})
     tree = DraftTree([1, 2, 3, 4], [-1, 0, 0, 2])
-    (before,) = runner.verify([tree])
+    before = runner.verify({0: tree})[0].logits
     for path in ([1], [0, 3], [0, 1, 3], [0, 4], []):
         with pytest.raises(ValueError, match=r"paths\[0\] must"):
-            runner.commit([path])
+            runner.commit({0: path})
+    with pytest.raises(ValueError, match=r"paths must be for slots of the last verify, \[0\], got slot 1"):
+        runner.commit({0: [0], 1: [0]})
+    for paths in ([[0]], {0: None}, {0: "0"}):
+        with pytest.raises(TypeError, match=r"^paths.* must be"):
+            runner.commit(paths)
     assert runner.lengths() == [3]
-    assert torch.equal(runner.verify([tree])[0], before)
-    runner.commit([[0, 2, 3]])
+    assert torch.equal(runner.verify({0: tree})[0].logits, before)
+    runner.commit({0: [0, 2, 3]})
     assert runner.lengths() == [6]
     with pytest.raises(RuntimeError, match="call verify first"):
-        runner.commit([[0]])
+        runner.commit({0: [0]})
     with pytest.raises(RuntimeError, match="call prefill first"):
-        type(runner)(runner.config, runner.weights).verify([DraftTree.chain([1])])
+        type(runner)(runner.config, runner.weights).verify({0: DraftTree.chain([1])})

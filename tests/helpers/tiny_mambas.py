@@ -64,7 +64,7 @@ class Knows:
     def start(self, prompt):
         return self
 
-    def observe(self, tree, logits, path):
+    def observe(self, tree, verified, path):
         pass
 
     def propose(self, context, budget):

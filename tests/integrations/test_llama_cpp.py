@@ -4,9 +4,9 @@ import pytest
 llama_cpp = pytest.importorskip("llama_cpp")
 
 from pyspec.checkpoints.sources import demo_file  # noqa: E402
-from pyspec.drafters.lookup import LookupDrafter  # noqa: E402
 from pyspec.integrations.llama_cpp import speculate  # noqa: E402
 from pyspec.machine.costs import Costs  # noqa: E402
+from tests.helpers.table_drafters import drafter_of  # noqa: E402
 
 TEXT = b"one, two, three, four, five, six, seven, eight; one, two, three, four, five,"
 
@@ -62,7 +62,7 @@ def test_bad_input(llama):
         speculate(llama, "nobody")
     with pytest.raises(ValueError, match="must not need a model"):
         speculate(llama, "layer_skip")
-    drawn = LookupDrafter(llama.n_vocab())
+    drawn = drafter_of("lookup", llama.n_vocab())
     drawn.proposal = "sampled"
     with pytest.raises(ValueError, match="drafter must be one that chooses"):
         speculate(llama, drawn)

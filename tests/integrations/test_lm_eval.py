@@ -28,8 +28,8 @@ def likelihood(runner, tokens, first):
     for token in tokens[first:]:
         law = logits.double().log_softmax(-1)
         total, greedy = total + float(law[token]), greedy and int(law.argmax()) == token
-        logits = runner.verify([pyspec.DraftTree.chain([token])])[0][0]
-        runner.commit([[0]])
+        logits = runner.verify({0: pyspec.DraftTree.chain([token])})[0].logits[0]
+        runner.commit({0: [0]})
     return total, greedy
 
 

@@ -50,9 +50,10 @@ def in_company(runner, prompt, said):
         wrong = [(token + 1) % VOCABULARY for token in right[1:]]
         parents = [-1, *range(len(wrong)), *range(len(wrong))]
         tree = DraftTree([*right, *wrong], parents)
-        logits = runner.verify([DraftTree.chain([5, 6]), tree, DraftTree([9, 9, 8, 9, 7], [-1, 0, 0, 2, 2])])[1]
+        other = DraftTree([9, 9, 8, 9, 7], [-1, 0, 0, 2, 2])
+        logits = runner.verify({0: DraftTree.chain([5, 6]), 1: tree, 2: other})[1].logits
         rows += logits[: len(right)]
-        runner.commit([[0], list(range(len(right))), [0, 2, 3]])
+        runner.commit({0: [0], 1: list(range(len(right))), 2: [0, 2, 3]})
     return torch.stack(rows[:NEW_TOKENS])
 
 

@@ -10,7 +10,7 @@ import pyspec.runners.recurrent
 from pyspec import DraftTree, from_transformers, generate, load
 from pyspec.architectures.bamba import BambaRunner
 from pyspec.runners.foreign_support import cache_argument
-from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import VOCABULARY, by_slot, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import (
     check_batches,
     check_greedy_text,
@@ -105,7 +105,7 @@ def test_trees_and_paths_are_those_of_transformers(models, kind):
         tree = random_tree(3 + 5 * seed, seed)
         check_nodes(runner, model, context, tree, every=4)
         node = len(tree) - 1 - seed
-        runner.commit([root_path(tree, node)])
+        runner.commit({0: root_path(tree, node)})
         context += path_tokens(tree, node)
         assert runner.lengths() == [len(context)]
 
@@ -138,9 +138,9 @@ def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models):
         cache = runner._cache
         for sequence, length in enumerate(cache.lengths):
             cache.dense.keys_values[:, :, sequence, :, length:] = torch.nan
-        found = runner.verify(trees)
+        found = verify_all(runner, trees)
         paths = [tree and (root_path(tree, generator.randrange(-1, len(tree))) or None) for tree in trees]
-        runner.commit(paths)
+        runner.commit(by_slot(paths))
         for text, tree, path, logits in zip(texts, trees, paths, found, strict=True):
             if path and turn % 6 == 0:
                 plain.prefill([text], capacity=600)
@@ -207,9 +207,9 @@ def test_what_does_not_fit_is_refused_and_the_batch_kept(models):
     with pytest.raises(ValueError, match="tokens, the model's context is 700"):
         runner.prefill([[1] * 701])
     with pytest.raises(ValueError, match="3 of 5 slots committed"):
-        runner.verify([DraftTree.chain([1, 2, 3])])
-    runner.verify([DraftTree.chain([1, 2])])
+        runner.verify({0: DraftTree.chain([1, 2, 3])})
+    runner.verify({0: DraftTree.chain([1, 2])})
     with pytest.raises(ValueError, match="must go from the root"):
-        runner.commit([[1]])
-    runner.commit([[0, 1]])
+        runner.commit({0: [1]})
+    runner.commit({0: [0, 1]})
     assert runner.lengths() == [5]

@@ -7,7 +7,7 @@ import torch
 
 from pyspec import from_transformers, generate, load
 from pyspec.caches import CACHES, GearSettings, cache_from_name
-from pyspec.drafters import NAMES, new_drafter
+from pyspec.drafters import DRAFTERS, new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
@@ -48,14 +48,14 @@ def texts(name: str):
     found = [generate(runner, PROMPTS, drafter=None, max_new_tokens=12).tokens]
     found += [generate(runner, PROMPTS, drafter="merged", budget=7, max_new_tokens=12, **SAMPLED).tokens]
     logits = runner.prefill(PROMPTS, capacity=128)
-    return found, [row.clone() for row in logits + runner.verify([random_tree(9), None])[:1]]
+    return found, [row.clone() for row in [*logits, runner.verify({0: random_tree(9)})[0].logits]]
 
 
 def llama_texts():
     with torch.device("cpu"), default_dtype(torch.float32):  # the test's own weights
         source = random_llama(dtype=torch.bfloat16)
     runner, draft = (LlamaRunner(source.config, source.weights) for _ in range(2))
-    drafters = [new_drafter(name, runner) for name in NAMES if name != "layer_skip"]
+    drafters = [new_drafter(name, runner) for name in DRAFTERS if name != "layer_skip"]
     drafters += [None, LayerSkipDrafter(runner, skipped=[0]), ModelDrafter(draft, runner)]
     calls = [{"drafter": drafter} for drafter in drafters]
     drawn = {"drafter": ModelDrafter(draft, runner, DySpecThreshold(0.05))} | SAMPLED

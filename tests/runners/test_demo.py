@@ -39,8 +39,8 @@ def test_greedy_tokens_are_those_of_transformers(runner, reference, prompt):
 
     context = tokens + [int(runner.prefill([tokens], capacity=256)[0].argmax())]
     while len(context) < len(tokens) + len(expected):
-        (logits,) = runner.verify([DraftTree.chain(context[-1:])])
-        runner.commit([[0]])
+        logits = runner.verify({0: DraftTree.chain(context[-1:])})[0].logits
+        runner.commit({0: [0]})
         context.append(int(logits[0].argmax()))
     assert context[len(tokens) :] == expected
 
@@ -48,7 +48,7 @@ def test_greedy_tokens_are_those_of_transformers(runner, reference, prompt):
     right, wrong = expected[:-1], [(token + 1) % runner.vocab_size for token in expected[1:]]
     tree = DraftTree(right + wrong, [*range(-1, len(right) - 1), *range(len(wrong))])
     runner.prefill([tokens], capacity=256)
-    (logits,) = runner.verify([tree])
+    logits = runner.verify({0: tree})[0].logits
     assert logits[: len(right)].argmax(-1).tolist() == expected[1:]
 
 

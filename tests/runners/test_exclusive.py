@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from pyspec import DraftTree, from_transformers, generate
+from pyspec.drafters import new_drafter
 from pyspec.drafters.layer_skip import LayerSkipDrafter
-from pyspec.drafters.merged import MergedDrafter
 from pyspec.drafters.model import ModelDrafter
+from pyspec.drafters.table_drafter import TableDrafter
+from pyspec.drafters.tables.lookup import Lookup
 from pyspec.runners.exclusive import exclusive_use, lock_of
 from pyspec.runners.foreign import TransformersRunner
 from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens
@@ -79,7 +81,7 @@ def test_a_thread_that_calls_the_runner_itself_waits_too(runner):
     alone = text_of(runner, 3)
     generating, done = threading.Event(), []
 
-    class Drafter(MergedDrafter):
+    class Drafter(TableDrafter):
         def propose(self, context, budget):
             generating.set()
             return super().propose(context, budget)
@@ -89,7 +91,7 @@ def test_a_thread_that_calls_the_runner_itself_waits_too(runner):
         runner.prefill([[1, 2, 3]], capacity=20)
         done.append(True)
 
-    drafter = Drafter(runner.vocab_size, runner.fingerprint)
+    drafter = Drafter([Lookup(runner.vocab_size)])
     texts = in_threads([lambda: text_of(runner, 3, drafter=drafter), intrude])
     assert texts[0] == alone and done and runner.lengths() == [3]
 
@@ -97,14 +99,14 @@ def test_a_thread_that_calls_the_runner_itself_waits_too(runner):
 def test_nested_use_is_refused_by_name_and_a_fork_is_not(runner):
     alone, inside = text_of(runner, 1), text_of(runner, 2)
 
-    class Nesting(MergedDrafter):
+    class Nesting(TableDrafter):
         def propose(self, context, budget):
             texts.append(text_of(other, 2))
             return super().propose(context, budget)
 
     for other in (runner, runner.fork()):
         texts = []
-        drafter = Nesting(runner.vocab_size, runner.fingerprint)
+        drafter = Nesting([Lookup(runner.vocab_size)])
         if other is runner:
             with pytest.raises(RuntimeError, match=f"model is in use.*{type(runner).__name__}.*fork"):
                 text_of(runner, 1, drafter=drafter)
@@ -116,16 +118,16 @@ def test_nested_use_is_refused_by_name_and_a_fork_is_not(runner):
 
 @pytest.mark.parametrize("calls", ["prefill", "prefill, verify and commit"])
 def test_a_batch_that_is_replaced_is_an_error_and_not_another_text(runner, calls):
-    class Replacing(MergedDrafter):
+    class Replacing(TableDrafter):
         def propose(self, context, budget):
             runner.prefill([[1]], capacity=20)
             if "verify" in calls:
-                runner.verify([DraftTree.chain([1, 2])])
-                runner.commit([[0, 1]])
+                runner.verify({0: DraftTree.chain([1, 2])})
+                runner.commit({0: [0, 1]})
             return super().propose(context, budget)
 
     with pytest.raises(RuntimeError, match="model must keep its batch while it generates.*fork"):
-        text_of(runner, 1, drafter=Replacing(runner.vocab_size, runner.fingerprint))
+        text_of(runner, 1, drafter=Replacing([Lookup(runner.vocab_size)]))
 
 
 def test_a_fork_shares_weights_and_nothing_that_changes(runner):
@@ -150,7 +152,7 @@ def test_a_drafter_may_be_shared_by_threads(kind):
     model = random_llama()
     forks = [model.fork() for _ in range(4)]
     if kind == "merged":
-        drafter = MergedDrafter(model.vocab_size, model.fingerprint)
+        drafter = new_drafter("merged", model)
     else:
         drafter = ModelDrafter(model.fork(), model)
     alone = [text_of(model, seed, drafter=None) for seed in range(4)]

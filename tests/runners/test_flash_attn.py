@@ -49,7 +49,7 @@ def flash_llama(device, dtype=torch.bfloat16, **options):
 def read(runner, prompts):
     """For each prompt: logits after it, its keys and values, and what an observer saw."""
     seen = [[] for _ in prompts]
-    last = runner.prefill(prompts, capacity=200, observe=lambda b, chain, rows: seen[b].append(rows))
+    last = runner.prefill(prompts, capacity=200, observe=lambda b, chain, rows: seen[b].append(rows.logits))
     caches = [runner._cache.keys_values[:, :, b, :, : len(prompt)].clone() for b, prompt in enumerate(prompts)]
     return list(zip(last, caches, map(torch.cat, seen), strict=True))
 
@@ -107,7 +107,7 @@ def test_prompts_are_read_in_large_chunks(fake, small_chunks, monkeypatch):
     monkeypatch.setattr(flash_attn, "attention", counted)
     runner.prefill([LONG[:120], LONG[:1]], capacity=200)
     assert calls == [size for size in ((50, 50), (50, 100), (20, 120), (1, 1)) for _ in runner.weights.layers]
-    runner.verify([random_tree(5), random_tree(3)])
+    runner.verify({0: random_tree(5), 1: random_tree(3)})
     assert len(calls) == 8
 
 

@@ -5,9 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyspec import DraftTree, load
+from pyspec import DraftTree, from_transformers, load
+from pyspec.checkpoints.tokenizer import Tokenizer
 from pyspec.runners.foreign import TransformersRunner
-from pyspec.runners.foreign_support import cache_argument
+from pyspec.runners.foreign_support import _say_foreign, cache_argument
+from tests.helpers.random_llama import by_slot, verify_all
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
@@ -76,7 +78,7 @@ def speculate(runner, prompts, expected):
             wrong = (b + 1) % VOCABULARY
             tree = DraftTree([tokens[-1], (a + 1) % VOCABULARY, a, b, wrong, b], [-1, 0, 0, 1, 2, 2])
             trees.append(tree if len(tokens) < NEW_TOKENS else None)
-        logits, paths = runner.verify(trees), []
+        logits, paths = verify_all(runner, trees), []
         for tokens, tree, rows in zip(said, trees, logits, strict=True):
             if tree is None:
                 paths.append(None)
@@ -89,7 +91,7 @@ def speculate(runner, prompts, expected):
                     break
                 path.append(following[-1])
             paths.append(path)
-        runner.commit(paths)
+        runner.commit(by_slot(paths))
     return [tokens[:NEW_TOKENS] for tokens in said]
 
 
@@ -108,7 +110,7 @@ def test_prompts_are_read_in_chunks_and_observed(monkeypatch):
     monkeypatch.setattr("pyspec.runners.foreign.PREFILL_CHUNK", 4)
     prompts = [list(range(1, 11)), [7]]
     pieces = [[], []]
-    last = runner.prefill(prompts, observe=lambda b, chain, logits: pieces[b].append(logits))
+    last = runner.prefill(prompts, observe=lambda b, chain, verified: pieces[b].append(verified.logits))
     assert [len(chunks) for chunks in pieces] == [3, 1]
     for prompt, chunks, logits in zip(prompts, pieces, last, strict=True):
         with torch.inference_mode():
@@ -121,10 +123,10 @@ def test_verify_reads_only():
     runner = TransformersRunner(tiny_model("GPTNeoX", SUPPORTED["GPTNeoX"]))
     runner.prefill([[1, 2, 3], [4]], capacity=32)
     tree = DraftTree([5, 6, 7], [-1, 0, 0])
-    first = runner.verify([None, tree])
-    runner.verify([DraftTree.chain([9] * 8), DraftTree.chain([8] * 5)])
-    again = runner.verify([None, tree])
-    assert first[0] is None and torch.equal(first[1], again[1])
+    first = runner.verify({1: tree})
+    runner.verify({0: DraftTree.chain([9] * 8), 1: DraftTree.chain([8] * 5)})
+    again = runner.verify({1: tree})
+    assert list(first) == [1] and torch.equal(first[1].logits, again[1].logits)
     assert runner.lengths() == [3, 1]
 
 
@@ -134,13 +136,14 @@ def test_a_live_model_brings_its_tokenizer_and_end_tokens():
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "</s>": 2}, []))
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     model = tiny_model("GPT2", SUPPORTED["GPT2"] | {"eos_token_id": 4})
-    runner = TransformersRunner(model, fast, eos_tokens=[9])
+    assert from_transformers(model, fast).eos_tokens == {2, 4}
+    runner = TransformersRunner(model, Tokenizer.from_transformers(fast), eos_tokens=[9])
     assert runner.eos_tokens == {2, 4, 9}
     assert runner.tokenizer.encode("abba") == [0, 1, 1, 0]
     assert runner.vocab_size == VOCABULARY and runner.context_length == 96
     assert runner.fingerprint.startswith("gpt2-")
     with pytest.raises(ValueError, match="fast tokenizer"):
-        TransformersRunner(model, object())
+        from_transformers(model, object())
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -237,11 +240,11 @@ def test_a_rejected_branch_behind_the_switch_leaves_no_trace(family):
 
     def committed(tree, path):
         runner.prefill([text[: SWITCH - 2]], capacity=64)
-        first, again = (runner.verify([tree])[0] for _ in range(2))
+        first, again = (runner.verify({0: tree})[0].logits for _ in range(2))
         torch.testing.assert_close(first, again, atol=1e-4, rtol=1e-4)
-        runner.commit([path])
+        runner.commit({0: path})
         assert runner.lengths() == [SWITCH - 2 + len(path)]
-        return first, runner.verify([DraftTree.chain(text[SWITCH - 2 + len(path) :][:1])])[0][0]
+        return first, runner.verify({0: DraftTree.chain(text[SWITCH - 2 + len(path) :][:1])})[0].logits[0]
 
     for kept in (1, 2, 3, 5):  # 20 tokens are on the near side, so the third of the tree is the first on the other
         logits, found = committed(across, list(range(kept)))
@@ -257,10 +260,10 @@ def test_a_text_is_whole_after_an_interruption_at_the_switch(length, broken_call
     text = [5, 9, 17, 3, 44, 8, 90, 21, 60, 2] * 3
     tree = DraftTree.chain(text[length : length + 3])
     runner.prefill([text[:length]], capacity=64)
-    expected = runner.verify([tree])[0]
+    expected = runner.verify({0: tree})[0].logits
     runner.prefill([text[:length]], capacity=64)
     if length < SWITCH:
-        runner.verify([tree.first(1)])
+        runner.verify({0: tree.first(1)})
     forward, calls = runner.model.forward, []
 
     def interrupted(*args, **inputs):
@@ -272,11 +275,11 @@ def test_a_text_is_whole_after_an_interruption_at_the_switch(length, broken_call
     with monkeypatch.context() as patch:
         patch.setattr(runner.model, "forward", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            runner.verify([tree])
+            runner.verify({0: tree})
     assert runner.lengths() == [length]
     with pytest.raises(RuntimeError, match="call verify first"):
-        runner.commit([[0]])
-    torch.testing.assert_close(runner.verify([tree])[0], expected, atol=1e-4, rtol=1e-4)
+        runner.commit({0: [0]})
+    torch.testing.assert_close(runner.verify({0: tree})[0].logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_dynamic_frequencies_are_read_to_where_they_begin_or_refused():
@@ -301,7 +304,7 @@ def test_dynamic_frequencies_are_read_to_where_they_begin_or_refused():
 def test_what_does_not_fit_is_refused_and_changes_nothing():
     runner = TransformersRunner(tiny_model("GPT2", SUPPORTED["GPT2"]))
     with pytest.raises(RuntimeError, match="call prefill first"):
-        runner.verify([DraftTree.chain([1])])
+        runner.verify({0: DraftTree.chain([1])})
     runner.prefill([[1, 2, 3]], capacity=8)
     for prompts, options, message in (
         ([[]], {}, "is empty"),
@@ -312,15 +315,15 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         with pytest.raises(ValueError, match=message):
             runner.prefill(prompts, **options)
     with pytest.raises(ValueError, match="capacity is 8"):
-        runner.verify([DraftTree.chain([1] * 6)])
-    runner.verify([DraftTree.chain([1, 2])])
+        runner.verify({0: DraftTree.chain([1] * 6)})
+    runner.verify({0: DraftTree.chain([1, 2])})
     with pytest.raises(ValueError, match=r"paths\[0\] must"):
-        runner.commit([[1]])
+        runner.commit({0: [1]})
     assert runner.lengths() == [3]
     runner.prefill([[1] * 95])
     with pytest.raises(ValueError, match="reaches position 96, the model's context is 96"):
-        runner.verify([DraftTree.chain([1, 2])])
-    assert runner.verify([DraftTree.chain([1])])[0].shape == (1, VOCABULARY)
+        runner.verify({0: DraftTree.chain([1, 2])})
+    assert runner.verify({0: DraftTree.chain([1])})[0].logits.shape == (1, VOCABULARY)
 
 
 def test_folders_of_other_architectures_run_through_transformers(tmp_path):
@@ -339,6 +342,55 @@ def test_folders_of_other_architectures_run_through_transformers(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated or corrupt"):
         load(str(tmp_path), device="cpu")
+
+
+_SMALL = _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 96, "num_key_value_heads": 2}
+_RECURRENT = _SHAPE | {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1}
+_HYBRID = _SMALL | {"mamba_n_heads": 4, "mamba_d_state": 16, "attn_layer_indices": [1], "attention_dropout": 0.0}
+
+
+@pytest.mark.parametrize("from_folder", [False, True], ids=["live", "folder"])
+@pytest.mark.parametrize(
+    "family, options, feature",
+    [
+        ("Qwen3", SUPPORTED["Qwen3"], "has architecture Qwen3ForCausalLM, which our kernels do not run"),
+        ("Llama", _SMALL | {"mlp_bias": True, "head_dim": 64}, "has mlp_bias, which LlamaRunner does not have"),
+        ("Mistral", _SMALL | {"head_dim": 16, "sliding_window": None}, "head_dim 16 of mistral: supported are"),
+        ("Qwen2", _SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', LlamaRunner has silu"),
+    ],
+)
+def test_a_model_without_kernels_runs_through_transformers_and_says_so_once(
+    family, options, feature, from_folder, tmp_path
+):
+    model = tiny_model(family, options)
+    model.save_pretrained(tmp_path)
+    _say_foreign.cache_clear()
+    with pytest.warns(RuntimeWarning) as told:
+        for _ in range(2):
+            runner = load(tmp_path, dtype=torch.float32, device="cpu") if from_folder else from_transformers(model)
+    assert isinstance(runner, TransformersRunner)
+    (said,) = [warning for warning in told if "through transformers" in str(warning.message)]
+    assert feature in str(said.message) and "On a CPU that takes several times as long" in str(said.message)
+    assert said.filename == __file__
+
+
+@pytest.mark.parametrize("from_folder", [False, True], ids=["live", "folder"])
+@pytest.mark.parametrize(
+    "family, options, feature, reason",
+    [
+        ("Mamba", _SHAPE | {"hidden_act": "gelu"}, "has hidden_act 'gelu', MambaRunner has silu", "recurrent state"),
+        ("Mamba2", _RECURRENT | {"time_step_limit": [0.0, 1.0]}, "Mamba2Runner has no limit", "recurrent state"),
+        ("Bamba", _HYBRID | {"mlp_bias": True}, "has mlp_bias True, BambaRunner has none", "recurrent state"),
+        ("Mistral", _SMALL | {"head_dim": 16, "sliding_window": 9}, "head_dim 16 of mistral", "a window of 9"),
+    ],
+)
+def test_a_model_that_transformers_cannot_run_either_is_refused_with_both_reasons(
+    family, options, feature, reason, from_folder, tmp_path
+):
+    model = tiny_model(family, options)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{feature}.*; {family}ForCausalLM is not supported: .*{reason}"):
+        load(tmp_path, dtype=torch.float32, device="cpu") if from_folder else from_transformers(model)
 
 
 def test_llamas_that_the_native_runner_lacks_run_through_transformers(tmp_path):

@@ -63,9 +63,9 @@ def test_verify_reads_only(models):
     _, runner = models("llama")
     runner.prefill([random_tokens(9)])
     tree = random_tree(12)
-    first = runner.verify([tree])[0]
-    runner.verify([random_tree(20, seed=5)])
-    assert torch.equal(runner.verify([tree])[0], first)
+    first = runner.verify({0: tree})[0].logits
+    runner.verify({0: random_tree(20, seed=5)})
+    assert torch.equal(runner.verify({0: tree})[0].logits, first)
     assert runner.lengths() == [9]
 
 
@@ -79,8 +79,8 @@ def test_a_sequence_that_sits_out_keeps_its_keys(models):
     _, runner = models("llama")
     runner.prefill([random_tokens(4), random_tokens(6, 1), random_tokens(5, 2)], capacity=32)
     before = runner._cache.keys_values[:, :, 1, :, :6].clone()
-    runner.verify([random_tree(9), None, random_tree(3)])
-    runner.commit([[0], None, None])
+    runner.verify({0: random_tree(9), 2: random_tree(3)})
+    runner.commit({0: [0]})
     assert runner.lengths() == [5, 6, 5]
     assert torch.equal(runner._cache.keys_values[:, :, 1, :, :6], before)
 
@@ -121,7 +121,7 @@ def test_verify_and_commit_refuse_what_does_not_fit(models):
     check_trees_and_paths_refused(runner)
     runner.prefill([[1, 2, 3]], capacity=8)
     with pytest.raises(ValueError, match="sequence 0 has 3 of 8 slots committed and needs 6 more"):
-        runner.verify([DraftTree.chain([1] * 6)])
+        runner.verify({0: DraftTree.chain([1] * 6)})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.int8], ids=str)
@@ -133,7 +133,7 @@ def test_rows_do_not_depend_on_what_is_beside_them(models, tmp_path, dtype):
     prompt, tree = random_tokens(20), random_tree(24)
     runner.prefill([prompt])
     expected = expected_logits(model, prompt + path_tokens(tree, 0))[-1]
-    assert (runner.verify([tree])[0][0] - expected).abs().mean() < 0.1 * expected.std()
+    assert (runner.verify({0: tree})[0].logits[0] - expected).abs().mean() < 0.1 * expected.std()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=str)
@@ -157,7 +157,7 @@ def test_the_row_rule_tests_have_teeth(models):
 
     def verify(tree):
         runner.prefill([prompt])
-        return runner.verify([tree])[0]
+        return runner.verify({0: tree})[0].logits
 
     first = DraftTree.chain([int(tree.tokens[0])])
     expected = verify(first)

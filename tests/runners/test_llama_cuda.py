@@ -11,11 +11,11 @@ import pyspec.runners.attention
 import pyspec.runners.static_steps as static_steps
 from pyspec import DraftTree, generate
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.drafters.merged import MergedDrafter
-from pyspec.readback import read_statistics
+from pyspec.drafters import new_drafter
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from tests.helpers.on_gpu import assert_close
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 OPTIONS = {
@@ -51,16 +51,14 @@ def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
         trees = [random_tree(generator.randint(1, most), 10 * seed + index) for index in range(sequences)]
         if sequences > 1 and seed % 3:
             trees[generator.randrange(sequences)] = None
-        paths = []
+        trees = by_slot(trees)
         found = runner.verify(trees)
         with torch.inference_mode():
-            for sequence, tree in enumerate(trees):
-                if tree is not None:
-                    expected = runner._logits(runner._steps.alone(runner._step, tree, sequence))
-                    assert torch.equal(found[sequence], expected), (seed, sequence, len(tree))
-                    assert all(map(np.array_equal, read_statistics(found[sequence]), read_statistics(expected)))
-                paths.append(tree and root_path(tree, generator.randrange(len(tree))))
-        runner.commit(paths)
+            for slot, tree in trees.items():
+                expected = Verified(runner._logits(runner._steps.alone(runner._step, tree, slot)))
+                assert torch.equal(found[slot].logits, expected.logits), (seed, slot, len(tree))
+                assert all(map(np.array_equal, found[slot].statistics, expected.statistics))
+        runner.commit({slot: root_path(tree, generator.randrange(len(tree))) for slot, tree in trees.items()})
     assert len(runner._steps._replays) > 5
 
 
@@ -71,15 +69,15 @@ def test_a_node_has_the_bits_of_plain_decoding(options):
     for length, size in ((1, 5), (62, 13), (127, 40), (700, 64)):
         prompt, tree = random_tokens(length, length), random_tree(size, length)
         runner.prefill([prompt], capacity=800)
-        (logits,) = runner.verify([tree])
+        logits = runner.verify({0: tree})[0].logits
         for node in range(size - 1, 0, -7):
             runner.prefill([prompt], capacity=800)
             for step in root_path(tree, node):
-                (alone,) = runner.verify([DraftTree.chain([int(tree.tokens[step])])])
-                runner.commit([[0]])
+                alone = runner.verify({0: DraftTree.chain([int(tree.tokens[step])])})[0].logits
+                runner.commit({0: [0]})
                 assert torch.equal(alone[0], logits[step]), (length, size, node, step)
         runner.prefill([random_tokens(9), prompt], capacity=800)
-        assert torch.equal(runner.verify([random_tree(30), tree])[1], logits)
+        assert torch.equal(runner.verify({0: random_tree(30), 1: tree})[1].logits, logits)
 
 
 @each_model
@@ -89,9 +87,9 @@ def test_commit_gives_the_cache_of_plain_decoding(options):
     for seed in range(5):
         runner.prefill([text], capacity=400)
         tree = random_tree(50, seed)
-        runner.verify([tree])
+        runner.verify({0: tree})
         path = root_path(tree, 49 - seed)
-        runner.commit([path])
+        runner.commit({0: path})
         text += [int(tree.tokens[node]) for node in path]
         committed = runner._cache.keys_values[..., : len(text), :].clone()
         runner.prefill([text], capacity=400)
@@ -117,26 +115,26 @@ def test_logits_are_those_of_the_cpu(options):
     for device in ("cpu", "cuda"):
         runner = random_llama(device, **options)
         last = runner.prefill([prompt])
-        found.append(torch.cat([*last, *runner.verify([tree])[0]]).cpu())
+        found.append(torch.cat([*last, *runner.verify({0: tree})[0].logits]).cpu())
     assert_close(*found, atol=2e-3, rtol=1e-3)
 
 
 def test_nothing_in_a_round_waits_but_for_what_is_read_back():
     runner = random_llama("cuda", torch.bfloat16)
-    trees = [random_tree(20), random_tree(40, 1)]
-    drafters = [MergedDrafter(runner.vocab_size, runner.fingerprint).start([1]) for _ in trees]
+    trees = {0: random_tree(20), 1: random_tree(40, 1)}
+    drafters = [new_drafter("merged", runner).start([1]) for _ in trees]
     rule, sampler = ExactAcceptance(), Sampler()
     for round in range(3):
         if round == 0:
             runner.prefill([random_tokens(100), random_tokens(50, 1)], capacity=400)
             runner.verify(trees)  # compiles and captures, which does wait
         with no_waiting():  # an event that is waited for is not an error: that is the one readback
-            logits = runner.verify(trees)
-            for tree, rows in zip(trees, logits, strict=True):
-                rule.accept(tree, rows, sampler, 5)
-            runner.commit([root_path(tree, len(tree) - 1) for tree in trees])
-            for drafter, tree, rows in zip(drafters, trees, logits, strict=True):
-                drafter.observe(tree, rows, [0])
+            verified = runner.verify(trees)
+            for slot, tree in trees.items():
+                rule.accept(tree, verified[slot], sampler, 5)
+            runner.commit({slot: root_path(tree, len(tree) - 1) for slot, tree in trees.items()})
+            for slot, tree in trees.items():
+                drafters[slot].observe(tree, verified[slot], [0])
 
 
 def test_rounds_may_be_launched_before_others_are_read():
@@ -144,20 +142,20 @@ def test_rounds_may_be_launched_before_others_are_read():
     runner = random_llama("cuda")
     runner.prefill([random_tokens(30)], capacity=200)
     trees = [random_tree(size, size) for size in (5, 1, 8, 7, 1, 6, 5)]
-    alone = [runner.verify([tree])[0] for tree in trees]
-    statistics = [read_statistics(logits) for logits in alone]
+    alone = [runner.verify({0: tree})[0] for tree in trees]
+    statistics = [verified.statistics for verified in alone]
     torch.cuda._sleep(10**8)
-    found = [runner.verify([tree])[0] for tree in trees]
-    for logits, numbers, expected in zip(found, statistics, alone, strict=True):
-        assert all(map(np.array_equal, read_statistics(logits), numbers))
-        assert torch.equal(logits, expected)
+    found = [runner.verify({0: tree})[0] for tree in trees]
+    for verified, numbers, expected in zip(found, statistics, alone, strict=True):
+        assert all(map(np.array_equal, verified.statistics, numbers))
+        assert torch.equal(verified.logits, expected.logits)
 
 
 def test_a_new_batch_of_the_same_size_keeps_its_graphs():
     runner = random_llama("cuda")
     for length in (30, 200, 5):
         runner.prefill([random_tokens(length)], capacity=700)
-        runner.verify([random_tree(7)])
+        runner.verify({0: random_tree(7)})
         steps = runner._steps
         assert len(steps._replays) == 1
     runner.prefill([[1], [2]], capacity=700)
@@ -174,8 +172,8 @@ def test_nothing_is_captured_nor_compiled_after_warm(sequences, monkeypatch):
     for length in (1, 33, 70, 300, 1036):
         runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=1100)
         for size in (1, 2, 3, 20, 33, 64):
-            runner.verify([random_tree(size)] * sequences)
-        runner.commit([root_path(random_tree(64), 63)] * sequences)
+            verify_all(runner, [random_tree(size)] * sequences)
+        runner.commit(by_slot([root_path(random_tree(64), 63)] * sequences))
     assert list(runner._steps._replays) == graphs and not compiled
 
 
@@ -183,8 +181,8 @@ def test_greedy_acceptance_is_that_of_the_cpu():
     logits = torch.randn(40, 5000, generator=torch.Generator().manual_seed(0))
     best = logits.argmax(1)
     tree = DraftTree([0, *best[:39].tolist()], torch.arange(-1, 39, dtype=torch.int32))
-    expected = ExactAcceptance().accept(tree, logits, Sampler(), 3)
-    assert ExactAcceptance().accept(tree, logits.cuda(), Sampler(), 3) == expected
+    expected = ExactAcceptance().accept(tree, Verified(logits), Sampler(), 3)
+    assert ExactAcceptance().accept(tree, Verified(logits.cuda()), Sampler(), 3) == expected
     assert expected.path == list(range(40))
 
 
@@ -195,7 +193,7 @@ def test_speculation_does_not_change_the_text(options, sampling):
     prompts = [random_tokens(length, length) for length in (3, 70, 20)]
     settings = {"max_new_tokens": 100, "seed": 1, **sampling}
     plain = [generate(runner, prompt, drafter=None, **settings).tokens for prompt in prompts]
-    drafter = MergedDrafter(runner.vocab_size, runner.fingerprint)
+    drafter = new_drafter("merged", runner)
     for _ in range(2):  # the second time it has seen these texts, so that whole paths are accepted
         drafted = generate(runner, prompts, drafter=drafter, budget=24, **settings)
         assert drafted.tokens == plain

@@ -9,7 +9,7 @@ import torch
 import pyspec.runners.recurrent
 from pyspec import DraftTree, from_transformers, generate
 from pyspec.ops.mamba_layers import mamba_layers_reference
-from tests.helpers.random_llama import random_tokens, random_tree, root_path
+from tests.helpers.random_llama import random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import (
     alone_and_together,
     check_batches,
@@ -93,7 +93,7 @@ def test_a_prompt_may_be_read_in_any_chunks(models, kind, dtype, monkeypatch):
         found.append((logits, runner._cache.states.clone(), runner._cache.windows.clone()))
     runner.prefill([prompt[:1]])
     logits = plain_steps(runner, prompt[1:])[-1]
-    runner.verify([DraftTree.chain([0])])  # which replays the last token
+    runner.verify({0: DraftTree.chain([0])})  # which replays the last token
     found.append((logits, runner._cache.states, runner._cache.windows))
     for others in found[1:]:
         assert all(torch.equal(*pair) for pair in zip(others, found[0], strict=True))
@@ -102,12 +102,12 @@ def test_a_prompt_may_be_read_in_any_chunks(models, kind, dtype, monkeypatch):
 def test_verify_reads_only(models):
     _, runner = models("mamba2")
     runner.prefill([random_tokens(9)])
-    runner.verify([random_tree(5)])
-    runner.commit([[0]])
+    runner.verify({0: random_tree(5)})
+    runner.commit({0: [0]})
     tree = random_tree(12)
-    first = runner.verify([tree])[0]
-    runner.verify([random_tree(20, seed=5)])
-    assert torch.equal(runner.verify([tree])[0], first)
+    first = runner.verify({0: tree})[0].logits
+    runner.verify({0: random_tree(20, seed=5)})
+    assert torch.equal(runner.verify({0: tree})[0].logits, first)
     assert runner.lengths() == [10]
 
 
@@ -127,14 +127,14 @@ def test_a_thousand_rounds_do_not_drift(models, kind):
     plain.prefill([random_tokens(3)])
     for turn in range(1000):
         tree = random_tree(generator.choice((1, 1, 2, 5, 9)), turn)
-        (logits,) = runner.verify([tree])
+        logits = runner.verify({0: tree})[0].logits
         node = generator.randrange(-1, len(tree))
         if node < 0:
             continue
         path = root_path(tree, node)
         rows = plain_steps(plain, path_tokens(tree, node))
         assert torch.equal(torch.stack(rows), logits[path]), turn
-        runner.commit([path])
+        runner.commit({0: path})
     assert runner.lengths() == plain.lengths()
     assert runner._cache.states.isfinite().all()
 
@@ -148,9 +148,9 @@ def test_sequences_that_sit_out_are_left_alone(models, kind):
     before = cache.states[:, 1].clone(), cache.windows[:, 1].clone()
     cache.states[:, 2] = cache.windows[:, 2] = torch.nan
     for _ in range(3):
-        logits = runner.verify([random_tree(9), None, None])[0]
+        logits = runner.verify({0: random_tree(9)})[0].logits
         assert logits.isfinite().all()
-        runner.commit([[0], None, None])
+        runner.commit({0: [0]})
         for record in (cache.records, cache.conv_records):
             record[:, :, 1:], record[:, :, 0, 1:] = torch.nan, torch.nan
     assert runner.lengths() == [7, 6, 5]
@@ -160,8 +160,8 @@ def test_sequences_that_sit_out_are_left_alone(models, kind):
 def test_a_new_prompt_starts_from_nothing(models):
     _, runner = models("mamba")
     (first,) = runner.prefill([random_tokens(9)])
-    runner.verify([random_tree(30)])
-    runner.commit([[0]])
+    runner.verify({0: random_tree(30)})
+    runner.commit({0: [0]})
     assert torch.equal(runner.prefill([random_tokens(9)])[0], first)
 
 
@@ -199,10 +199,10 @@ def test_the_program_gives_the_bits_of_its_ops(models, kind, dtype, monkeypatch)
 
     def run():
         first = runner.prefill([random_tokens(70), random_tokens(5)])
-        second = runner.verify(trees)
-        runner.commit([root_path(trees[0], 23), [0]])
+        second = verify_all(runner, trees)
+        runner.commit({0: root_path(trees[0], 23), 1: [0]})
         cache = runner._cache
-        return [*first, *second, *runner.verify(trees[::-1]), cache.states, cache.windows]
+        return [*first, *second, *verify_all(runner, trees[::-1]), cache.states, cache.windows]
 
     expected = run()
     monkeypatch.setattr(pyspec.runners.recurrent, "mamba_layers", by_ops)
@@ -232,6 +232,6 @@ def test_an_interrupted_verify_ends_the_batch(models, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(pyspec.runners.recurrent, "mamba_layers", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            runner.verify([DraftTree.chain([1])])
+            runner.verify({0: DraftTree.chain([1])})
     with pytest.raises(RuntimeError, match="call prefill first"):
-        runner.verify([DraftTree.chain([1])])
+        runner.verify({0: DraftTree.chain([1])})

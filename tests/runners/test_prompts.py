@@ -5,7 +5,7 @@ import torch
 
 import pyspec.runners.attention
 from pyspec.runners.prompts import FEWEST_SHARED, PromptPlan
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, verify_all
 
 LONG = random_tokens(150, 50)
 BATCHES = {
@@ -25,9 +25,9 @@ def read(runner, prompts):
     """Logits after each prompt, keys and values of each, and what observers saw of each: tokens and logits."""
     seen = [([], []) for _ in prompts]
 
-    def observe(sequence, chain, logits):
+    def observe(sequence, chain, verified):
         seen[sequence][0].extend(chain.tokens.tolist())
-        seen[sequence][1].append(logits.clone())
+        seen[sequence][1].append(verified.logits.clone())
 
     last = runner.prefill(prompts, observe=observe, capacity=200)
     caches = [runner._cache.keys_values[:, :, i, :, : len(prompt)].clone() for i, prompt in enumerate(prompts)]
@@ -57,14 +57,14 @@ def test_a_shared_prefix_is_read_once_and_verify_goes_on_from_it(monkeypatch):
     alone = []
     for prompt, tree in zip(prompts, trees, strict=True):
         runner.prefill([prompt], capacity=200)
-        alone.append(runner.verify([tree])[0])
+        alone.append(runner.verify({0: tree})[0].logits)
     rows, forward = [], runner._forward
     monkeypatch.setattr(
         runner, "_forward", lambda trees, *rest: rows.append(sum(map(len, trees))) or forward(trees, *rest)
     )
     runner.prefill(prompts, capacity=200)
     assert rows == [128, 17, 15]
-    for found, expected in zip(runner.verify(trees), alone, strict=True):
+    for found, expected in zip(verify_all(runner, trees), alone, strict=True):
         assert torch.equal(found, expected)
 
 

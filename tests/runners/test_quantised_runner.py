@@ -45,9 +45,9 @@ def error(packed):
 def test_logits_are_near_those_of_the_dense_cache(runner, name):
     prompt, tree = random_tokens(400), random_tree(20)
     runner.prefill([prompt])
-    (expected,) = runner.verify([tree])
+    expected = runner.verify({0: tree})[0].logits
     runner.prefill([prompt], cache=PACKED[name])
-    (found,) = runner.verify([tree])
+    found = runner.verify({0: tree})[0].logits
     assert not torch.equal(found, expected)
     assert (found - expected).abs().mean() < error(PACKED[name]) * expected.std()
 
@@ -55,9 +55,9 @@ def test_logits_are_near_those_of_the_dense_cache(runner, name):
 def test_before_the_first_block_it_is_the_dense_cache(runner):
     prompt, tree = random_tokens(150), random_tree(20)
     runner.prefill([prompt])
-    (expected,) = runner.verify([tree])
+    expected = runner.verify({0: tree})[0].logits
     runner.prefill([prompt], cache=cache_from_name("gear-2bit"))
-    assert torch.equal(runner.verify([tree])[0], expected)
+    assert torch.equal(runner.verify({0: tree})[0].logits, expected)
 
 
 @pytest.mark.parametrize("name", (*PACKED, *SPARSE))
@@ -65,15 +65,15 @@ def test_before_the_first_block_it_is_the_dense_cache(runner):
 def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
     cache, prompt, tree = (PACKED | SPARSE)[name], random_tokens(length), random_tree(24)
     runner.prefill([prompt], cache=cache)
-    (logits,) = runner.verify([tree])
+    logits = runner.verify({0: tree})[0].logits
     for node in (3, 14, 23):
         runner.prefill([prompt], cache=cache)
         for step in root_path(tree, node):
-            (alone,) = runner.verify([DraftTree.chain([int(tree.tokens[step])])])
-            runner.commit([[0]])
+            alone = runner.verify({0: DraftTree.chain([int(tree.tokens[step])])})[0].logits
+            runner.commit({0: [0]})
         assert torch.equal(alone[0], logits[node])
     runner.prefill([random_tokens(7, 1), prompt], cache=cache)
-    assert torch.equal(runner.verify([random_tree(9), tree])[1], logits)
+    assert torch.equal(runner.verify({0: random_tree(9), 1: tree})[1].logits, logits)
 
 
 @pytest.mark.parametrize("name", ["gear-2bit", "window of 30"])
@@ -93,8 +93,8 @@ def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name
         # the right tokens as every second node, the wrong ones beside them
         tokens = [token for right in prompt[first : first + 10] for token in (right, 5)]
         parents = [-1, 0, *(node - 2 if node % 2 == 0 else node - 1 for node in range(2, 20))]
-        (logits,) = runner.verify([DraftTree(tokens, parents)])
-        runner.commit([list(range(0, 20, 2))])
+        logits = runner.verify({0: DraftTree(tokens, parents)})[0].logits
+        runner.commit({0: list(range(0, 20, 2))})
     state(logits[18])
     for other in found[1:]:
         for part, expected in zip(other, found[0], strict=True):
@@ -126,7 +126,7 @@ def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
 
     def verify(tree):
         runner.prefill([prompt], cache=cache_from_name("gear-2bit"))
-        return runner.verify([tree])[0]
+        return runner.verify({0: tree})[0].logits
 
     expected = verify(tree)
     rows = QuantisedCache.rows
@@ -148,7 +148,7 @@ def test_bad_input(runner):
         windowed.prefill([prompt], cache=cache_from_name("int4"))
     runner.prefill([prompt], cache=GearSettings(window=10))
     with pytest.raises(ValueError, match="at most 11 nodes with GearSettings"):
-        runner.verify([random_tree(12)])
+        runner.verify({0: random_tree(12)})
     assert runner.lengths() == [9]
     for settings, error, message in (
         ({"cache": "gear"}, ValueError, "cache must be one of dense"),
@@ -197,11 +197,11 @@ def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
         runner.save_cache(tmp_path / "cache")
     runner.prefill([prompt, prompt[:50]], cache=cache_from_name("gear-2bit"))
     runner.save_cache(tmp_path / "cache")
-    expected = runner.verify([tree, tree])
+    expected = runner.verify({0: tree, 1: tree})
     other = random_llama(dtype=torch.bfloat16)
     other.load_cache(tmp_path / "cache")
     assert other.lengths() == [330, 50]
-    for found, right in zip(other.verify([tree, tree]), expected, strict=True):
-        assert torch.equal(found, right)
+    for found, right in zip(other.verify({0: tree, 1: tree}).values(), expected.values(), strict=True):
+        assert torch.equal(found.logits, right.logits)
     with pytest.raises(ValueError, match="is a cache in torch.bfloat16, the model runs in torch.float32"):
         random_llama(dtype=torch.float32).load_cache(tmp_path / "cache")

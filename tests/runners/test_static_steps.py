@@ -14,10 +14,9 @@ import pyspec.runners.attention
 import pyspec.runners.static_steps as static_steps
 from pyspec import DraftTree, generate
 from pyspec.machine import costs
-from pyspec.readback import read_statistics
 from pyspec.runners.static_inputs import StaticInputs
 from pyspec.runners.static_steps import StaticSteps, StepInputs, slots_for
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
 
 
 class FakeRecorder:
@@ -84,13 +83,13 @@ def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, 
         trees = [random_tree(size, 10 * seed + index) for index, size in enumerate(sizes)]
         if sequences > 1 and seed % 3:
             trees[generator.randrange(sequences)] = None
+        trees = by_slot(trees)
         found, expected = static.verify(trees), dynamic.verify(trees)
-        paths = []
-        for tree, ours, theirs in zip(trees, found, expected, strict=True):
-            assert tree is None and ours is None or torch.equal(ours, theirs)
-            if tree is not None:  # what the graph found beside them, too
-                assert all(map(np.array_equal, read_statistics(ours), read_statistics(theirs)))
-            paths.append(tree and root_path(tree, generator.randrange(len(tree))))
+        assert list(found) == list(expected) == list(trees)
+        for slot in trees:  # and what the graph found beside them, too
+            assert torch.equal(found[slot].logits, expected[slot].logits)
+            assert all(map(np.array_equal, found[slot].statistics, expected[slot].statistics))
+        paths = {slot: root_path(tree, generator.randrange(len(tree))) for slot, tree in trees.items()}
         static.commit(paths)
         dynamic.commit(paths)
         assert static.lengths() == dynamic.lengths()
@@ -105,14 +104,14 @@ def test_one_recording_for_each_shape(static_llama, monkeypatch):
 
     def recordings(size):
         before = FakeRecorder.recorded
-        runner.verify([random_tree(size)])
+        runner.verify({0: random_tree(size)})
         return FakeRecorder.recorded - before
 
     runner.prefill([random_tokens(60)], capacity=300)
     assert FakeRecorder.recorded == 0  # a prompt is read once
     assert [recordings(size) for size in (3, 4, 2, 3, 64, 40, 33, 65, 200)] == [1, 0, 1, 0, 1, 0, 0, 0, 0]
-    runner.verify([DraftTree.chain(random_tokens(65))])
-    runner.commit([range(65)])
+    runner.verify({0: DraftTree.chain(random_tokens(65))})
+    runner.commit({0: range(65)})
     assert [recordings(size) for size in (3, 4)] == [1, 0]  # 125 and 4 do not fit 128
     assert [recordings(size) for size in (2, 1)] == [0, 1]
 
@@ -121,7 +120,7 @@ def test_one_recording_for_each_shape(static_llama, monkeypatch):
     runner.prefill([random_tokens(20, 1)], capacity=384)
     assert [recordings(size) for size in (3, 60)] == [1, 1]
     runner.prefill([[1], [2]], capacity=10)
-    runner.verify([random_tree(3), random_tree(2)])
+    runner.verify({0: random_tree(3), 1: random_tree(2)})
     assert FakeRecorder.recorded == 8
 
 
@@ -134,7 +133,7 @@ def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch,
     runner.warm(capacity, sequences)
     assert runner.lengths() == []
     with pytest.raises(RuntimeError, match="prefill"):
-        runner.verify([random_tree(1)] * sequences)
+        verify_all(runner, [random_tree(1)] * sequences)
     recorded, launched, alone = list(runner._steps._replays), [], StaticSteps.alone
     assert len(recorded) == FakeRecorder.recorded
     monkeypatch.setattr(FakeRecorder, "replayed", set())
@@ -143,7 +142,7 @@ def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch,
     for length in (length for length in lengths if 0 < length <= capacity):
         runner.prefill([random_tokens(length, seed) for seed in range(sequences)], capacity=capacity)
         for size in range(1, min(64, capacity - length) + 1):
-            runner.verify([random_tree(size), None][:sequences])
+            verify_all(runner, [random_tree(size), None][:sequences])
     assert list(runner._steps._replays) == recorded
     if capacity > 64:  # no more than can be replayed, neither
         replayed = {recorded[number] for number in FakeRecorder.replayed}
@@ -158,10 +157,10 @@ def test_warm_after_a_long_text_writes_only_to_slots_that_there_are(static_llama
     monkeypatch.setattr(static_steps, "FEWEST_SLOTS", 128)
     runner = static_llama()
     runner.prefill([random_tokens(200)], capacity=300)
-    (before,) = runner.verify([random_tree(8)])
+    before = runner.verify({0: random_tree(8)})[0].logits
     runner.warm(300)
     runner.prefill([random_tokens(200)], capacity=300)
-    assert torch.equal(runner.verify([random_tree(8)])[0], before)
+    assert torch.equal(runner.verify({0: random_tree(8)})[0].logits, before)
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
@@ -174,11 +173,13 @@ def test_a_warm_runner_has_the_bits_of_a_cold_one(static_llama, sequences):
         seen = {}
         for runner in (warm, cold):
             pieces = seen[runner] = [[] for _ in prompts]
-            last = runner.prefill(prompts, capacity=1500, observe=lambda b, chain, rows, p=pieces: p[b].append(rows))
+            last = runner.prefill(
+                prompts, capacity=1500, observe=lambda b, chain, rows, p=pieces: p[b].append(rows.logits)
+            )
             assert all(torch.equal(rows[-1][-1], logits) for rows, logits in zip(pieces, last, strict=True))
         assert all(torch.equal(torch.cat(ours), torch.cat(theirs)) for ours, theirs in zip(*seen.values(), strict=True))
         trees = [random_tree(20, seed) for seed in range(sequences)]
-        for ours, theirs in zip(warm.verify(trees), cold.verify(trees), strict=True):
+        for ours, theirs in zip(verify_all(warm, trees), verify_all(cold, trees), strict=True):
             assert torch.equal(ours, theirs)
         for index, length in enumerate(warm.lengths()):
             keys_values = (runner._cache.keys_values[:, :, index, :, :length] for runner in (warm, cold))
@@ -197,7 +198,6 @@ def test_generation_records_nothing_after_warm(static_llama):
 def test_costs_are_measured_without_recording(static_llama, monkeypatch):
     recorded, seconds = [], costs._seconds
     monkeypatch.setattr(costs, "SECONDS", 0.01)
-    monkeypatch.setattr(costs.measured, "keep", lambda *entry: None)
     monkeypatch.setattr(costs, "_seconds", lambda *args: recorded.append(FakeRecorder.recorded) or seconds(*args))
     costs.measure_costs(static_llama())
     assert set(recorded) == {FakeRecorder.recorded} != {0}
@@ -223,8 +223,8 @@ def test_capacity_is_what_was_asked_for(static_llama):
     for capacity in (20, 15):  # the second in the first one's cache
         runner.prefill([[1] * 10], capacity=capacity)
         with pytest.raises(ValueError, match=f"has 10 of {capacity} slots committed and needs {capacity - 9} more"):
-            runner.verify([DraftTree.chain([1] * (capacity - 9))])
-        runner.verify([DraftTree.chain([1] * (capacity - 10))])
+            runner.verify({0: DraftTree.chain([1] * (capacity - 9))})
+        runner.verify({0: DraftTree.chain([1] * (capacity - 10))})
 
 
 @pytest.mark.parametrize("sequences", [1, 2])
@@ -232,12 +232,12 @@ def test_logits_outlive_the_next_verify(static_llama, sequences):
     runner = static_llama()
     runner.prefill([random_tokens(9), random_tokens(5, 1)][:sequences], capacity=40)
     trees = [random_tree(5), random_tree(7, 1)][:sequences]
-    first = runner.verify(trees)
+    first = verify_all(runner, trees)
     before = [logits.clone() for logits in first]
-    runner.verify([random_tree(8, 2), random_tree(6, 3)][:sequences])
+    verify_all(runner, [random_tree(8, 2), random_tree(6, 3)][:sequences])
     assert all(map(torch.equal, first, before))
-    assert all(map(torch.equal, runner.verify(trees), before))
-    assert runner.verify([None] * sequences) == [None] * sequences
+    assert all(map(torch.equal, verify_all(runner, trees), before))
+    assert runner.verify({}) == {}
 
 
 def test_inputs_are_aligned_and_padded():
@@ -284,7 +284,7 @@ def test_graphs_of_more_rows_have_no_head(static_llama):
     for sequences, nodes in ((1, 64), (2, 32), (3, 32)):
         runner.prefill([[1]] * sequences, capacity=100)
         with torch.inference_mode():
-            rows = runner._run_layers([random_tree(nodes)] * sequences, range(sequences))
+            rows = runner._run_layers(dict.fromkeys(range(sequences), random_tree(nodes)))
         has_head = sequences * nodes <= 64
         assert (rows.logits is not None) == (rows.statistics is not None) == has_head
 

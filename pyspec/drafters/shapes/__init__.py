@@ -26,12 +26,12 @@ LARGEST_BUDGET = 4096
 
 
 class LawSource(Protocol):
-    """What a drafter thinks comes next, below the text so far."""
+    """The laws of a drafter below the text so far."""
 
     vocab_size: int
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
-        """[len(nodes), V] floating point: the law after each of these nodes of a tree, in their order.
+        """The laws after these nodes of a tree, [len(nodes), V] floating point, in their order.
 
         The tree is the one that grows: from call to call it only gets more nodes, at the end.
         """

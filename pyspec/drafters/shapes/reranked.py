@@ -45,7 +45,7 @@ class TopPaths:
 
 
 class Reranked:
-    """Of everything that another policy grows, the nodes with the likeliest paths. EAGLE-2, arXiv 2406.16858.
+    """Keeps the nodes with the likeliest paths of what another policy grows. EAGLE-2, arXiv 2406.16858.
 
     Only for deterministic policies: a draft that was drawn and then left out for its value makes the others' law
     another one than q.

@@ -1,7 +1,7 @@
 """pyspec inside transformers, on stock models.
 
     model.generate(**inputs, custom_generate=pyspec.integrations.transformers.generate)  # speculated
-    model.generate(**inputs, cache=GearCache("gear-4bit"))  # packed keys and values; past_key_values before 5.24
+    model.generate(**inputs, cache=GearCache("gear-4bit"))  # quantised keys and values; past_key_values before 5.24
     register_attention(); model.set_attn_implementation("pyspec")  # block masks, tree attention
     fix_mamba_steps(model)  # Mamba-1 that reads several tokens after a cache rightly
 

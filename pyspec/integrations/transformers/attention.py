@@ -82,7 +82,7 @@ def _attention(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """[B, T, H, D] for query [B, H, T, D], key and value [B, Hkv, S, D].
+    """Attention [B, T, H, D] of query [B, H, T, D] to key and value [B, Hkv, S, D].
 
     A model in eval mode may be called outside of torch.no_grad(): the backward pass then raises.
 
@@ -123,7 +123,7 @@ def _attention(
 
 
 class _Inference(torch.autograd.Function):
-    """What was computed of some tensors without a gradient: asking for one is an error, not a silent zero."""
+    """Marks what was computed without a gradient: asking for one is an error, not a silent zero."""
 
     @staticmethod
     def forward(ctx, out: Tensor, *sources: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""GearCache for transformers: packed keys and values behind any model that takes a cache.
+"""GearCache for transformers: quantised keys and values behind any model that takes a cache.
 
     from pyspec.integrations.transformers import GearCache
 
@@ -6,7 +6,7 @@
 
 Attention "pyspec" (register_attention) reads the records of a step as they lie. Stock attention reads tensors: for it
 each layer unpacks its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
-pass see a block in one form, packed if it is so for the first of them. Drafts across the place where a block turns
+pass see a block in one form, quantised if it is so for the first of them. Drafts across the place where a block turns
 (once in 128 tokens), or in the pass that reads the prompt, see it as it was, in full precision; there, and only there,
 a text with drafts may differ from one without. Nothing of transformers is changed.
 """
@@ -55,7 +55,7 @@ class GearCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Of all that is kept."""
+        """Bytes of all that is kept."""
         return sum(layer.nbytes for layer in self.layers)
 
     def update(
@@ -173,7 +173,7 @@ class GearLayer(DynamicLayer):
 
 @dataclass(frozen=True)
 class _Held:
-    """What a layer holds during a pass: records, then keys and values as they came."""
+    """The content of a layer during a pass: records, then keys and values as they came."""
 
     settings: caches.GearSettings
     packed: Tensor  # [B, Hkv, blocks, record] uint8

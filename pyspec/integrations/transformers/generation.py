@@ -24,6 +24,7 @@ from pyspec.loop import speculate
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign import TransformersRunner
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence
 from pyspec.stats import Stats
@@ -290,9 +291,9 @@ class _RowSampler:
         self.ids = input_ids[row]  # with the padding: processors see it in transformers too
         self.kept = kept
 
-    def draws(self, logits: Tensor) -> Callable[[int, int], int]:
+    def draws(self, verified: Verified) -> Callable[[int, int], int]:
         """A function of (node, position); nodes are asked for along a path, root first."""
-        path: list[int] = []
+        logits, path = verified.logits, []
 
         def draw(node: int, position: int) -> int:
             ids = torch.cat([self.ids, self.ids.new_tensor(path)]).to(logits.device)

@@ -14,11 +14,11 @@ from pyspec import DraftTree, generate
 from pyspec.architectures.mamba import MambaConfig, MambaRunner
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Runner
 from pyspec.ops.mamba_layers import mamba_layers_reference
-from pyspec.readback import read_statistics
 from pyspec.runners.recurrent import StateSpaceWeights
+from pyspec.runners.verified import Verified
 from tests.helpers.cuda_on_host import op_on_host
 from tests.helpers.on_gpu import assert_close
-from tests.helpers.random_llama import VOCABULARY, random_tokens, random_tree, root_path
+from tests.helpers.random_llama import VOCABULARY, by_slot, random_tokens, random_tree, root_path, verify_all
 
 HAS_GPU = torch.cuda.is_available()
 SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "layers": 2, "conv_taps": 4, "norm_epsilon": 1e-5}
@@ -59,14 +59,14 @@ def device(monkeypatch):
 def test_logits_are_those_of_the_cpu(kind, device, monkeypatch):
     runner = random_runner(kind, device, torch.float32)
     prompt, tree = random_tokens(30), random_tree(17)
-    found = [runner.prefill([prompt])[0], runner.verify([tree])[0]]
-    runner.commit([root_path(tree, 16)])
-    found.append(runner.verify([random_tree(3)])[0])
+    found = [runner.prefill([prompt])[0], runner.verify({0: tree})[0].logits]
+    runner.commit({0: root_path(tree, 16)})
+    found.append(runner.verify({0: random_tree(3)})[0].logits)
     monkeypatch.undo()
     runner = random_runner(kind, "cpu", torch.float32)
-    expected = [runner.prefill([prompt])[0], runner.verify([tree])[0]]
-    runner.commit([root_path(tree, 16)])
-    expected.append(runner.verify([random_tree(3)])[0])
+    expected = [runner.prefill([prompt])[0], runner.verify({0: tree})[0].logits]
+    runner.commit({0: root_path(tree, 16)})
+    expected.append(runner.verify({0: random_tree(3)})[0].logits)
     for ours, other in zip(found, expected, strict=True):
         assert_close(ours.cpu(), other, atol=2e-3 if HAS_GPU else 1e-4, rtol=1e-3)
 
@@ -79,16 +79,17 @@ def test_rounds_of_a_ragged_batch_have_the_bits_of_plain_decoding(kind, device):
     runner.prefill(texts)
     for turn in range(12):
         trees = [random_tree(size, turn) if size else None for size in generator.choices((0, 1, 2, 7), k=2)]
-        found = runner.verify(trees)
+        found = verify_all(runner, trees)
         paths = [tree and root_path(tree, generator.randrange(len(tree))) for tree in trees]
-        runner.commit(paths)
+        runner.commit(by_slot(paths))
         for text, tree, path, logits in zip(texts, trees, paths, found, strict=True):
             if tree is None:
                 continue
             plain.prefill([text])
             for node in path:
-                assert torch.equal(plain.verify([DraftTree.chain([int(tree.tokens[node])])])[0][0], logits[node]), turn
-                plain.commit([[0]])
+                alone = plain.verify({0: DraftTree.chain([int(tree.tokens[node])])})[0].logits
+                assert torch.equal(alone[0], logits[node]), turn
+                plain.commit({0: [0]})
                 text.append(int(tree.tokens[node]))
     assert runner.lengths() == list(map(len, texts))
 
@@ -131,14 +132,14 @@ def test_rounds_of_fixed_shape_have_the_bits_of_launches(kind, device, monkeypat
         for turn in range(14):
             sizes = generator.choices((0, 1, 2, 7 if turn < 5 else 17), k=2)
             trees = [*(random_tree(size, turn) if size else None for size in sizes), None]
-            found, expected = static.verify(trees), dynamic.verify(trees)
+            found, expected = verify_all(static, trees), verify_all(dynamic, trees)
             for ours, other in zip(found, expected, strict=True):
                 assert ours is other is None or torch.equal(ours, other)
             paths = [tree and root_path(tree, generator.randrange(len(tree))) for tree in trees]
             if turn % 5 == 4:
                 paths = [None] * 3
-            static.commit(paths)
-            dynamic.commit(paths)
+            static.commit(by_slot(paths))
+            dynamic.commit(by_slot(paths))
         assert static._rounds._replays and dynamic._rounds is None
         assert static._cache is static._rounds.cache and static.lengths() == dynamic.lengths()
         assert torch.equal(cache.states[:, :2], dynamic._cache.states[:, :2])
@@ -152,11 +153,12 @@ def test_what_a_round_gives_outlives_the_next(device, monkeypatch):
     runner = random_runner("mamba2", device, torch.bfloat16)
     runner._is_static = True
     runner.prefill([[1, 2]])
-    (first,) = runner.verify([random_tree(3)])
-    before, statistics = first.clone(), read_statistics(first.clone())
-    (second,) = runner.verify([random_tree(3, 1)])
+    verified = runner.verify({0: random_tree(3)})[0]
+    first = verified.logits
+    before, statistics = first.clone(), Verified(first.clone()).statistics
+    second = runner.verify({0: random_tree(3, 1)})[0].logits
     assert not torch.equal(second, before) and torch.equal(first, before)
-    assert all(map(np.array_equal, read_statistics(first), statistics))
+    assert all(map(np.array_equal, verified.statistics, statistics))
 
 
 @torch.inference_mode()
@@ -179,10 +181,10 @@ def test_nothing_is_recorded_nor_launched_after_warm(kind, sequences, device, mo
             assert torch.equal(ours, other)
         for size in (64, 1, 33, 5):
             trees = [DraftTree.chain(random_tokens(size)), random_tree(size)][:sequences]
-            for ours, other in zip(static.verify(trees), dynamic.verify(trees), strict=True):
+            for ours, other in zip(verify_all(static, trees), verify_all(dynamic, trees), strict=True):
                 assert torch.equal(ours, other)
             for runner in (static, dynamic):
-                runner.commit([range(size), [0]][:sequences])
+                runner.commit(by_slot([range(size), [0]][:sequences]))
     assert static._rounds._replays == recorded
     static.warm(sequences=sequences)
     assert static._rounds._replays == recorded

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.random_llama import random_llama, random_tokens, random_tree
+from tests.helpers.random_llama import random_llama, random_tokens, random_tree, verify_all
 from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
@@ -58,7 +58,7 @@ def test_logits_are_those_of_the_cpu(gpu_llama, dtype):
     for make in (random_llama, gpu_llama):
         runner = make(dtype=dtype, windows=(9, None), biases=True)
         start(runner, lengths)
-        found.append(runner.verify(trees))
+        found.append(verify_all(runner, trees))
     assert found[0][1] is None and found[1][1] is None
     for theirs, ours in zip(found[0][::2], found[1][::2], strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 0.1
@@ -70,13 +70,13 @@ def test_a_node_has_the_bits_of_plain_decoding(gpu_llama, dtype):
     runner = gpu_llama(dtype=dtype, windows=(9, None))
     tree = DraftTree(random_tokens(3), [-1, 0, 0])
     start(runner, [63])
-    (logits,) = runner.verify([tree])
+    logits = runner.verify({0: tree})[0].logits
     for node in (0, 2):
-        (alone,) = runner.verify([DraftTree.chain([int(tree.tokens[node])])])
-        runner.commit([[0]])
+        alone = runner.verify({0: DraftTree.chain([int(tree.tokens[node])])})[0].logits
+        runner.commit({0: [0]})
         assert torch.equal(alone[0], logits[node])
     start(runner, [1, 63])
-    assert torch.equal(runner.verify([random_tree(2), tree])[1], logits)
+    assert torch.equal(runner.verify({0: random_tree(2), 1: tree})[1].logits, logits)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the tree drafters share: growth from sources, and learning from what the target said."""
+"""TableDrafter: a tree grown from tables, and what verified nodes teach."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pyspec.arguments import read_integer, read_tokens
-from pyspec.drafters import saving
-from pyspec.host import engine
-from pyspec.readback import read_top_tokens
+from pyspec.drafters import NamedDrafter, saving
+from pyspec.host import host
+from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
 
-__all__ = ["GrowingDrafter", "Part", "TablePart", "best_tokens"]
+if TYPE_CHECKING:
+    from pyspec.runners import Runner
+
+__all__ = ["ColumnTable", "Table", "TableDrafter", "of_tables"]
 
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth
 
-# Tables are shared by the sequences of several threads, and parts by several drafters. One lock for all is no loss: the
-# work under it is short, and Python would let one thread at a time do it anyway.
+# Tables are shared by the sequences of several threads, and by several drafters. One lock for all is no loss: the work
+# under it is short, and Python would let one thread at a time do it anyway.
 _tables = threading.RLock()
 
 
@@ -38,29 +42,36 @@ def _holding_tables(call: Callable) -> Callable:
     return holding
 
 
-class Part:
-    """What one drafter knows: sources that a tree grows from, and how they learn. This one has nothing to learn.
+class Table:
+    """The base of what trees grow from: sources of guesses, and how they learn. This one has nothing to learn.
 
-    name: of its tables in a saved file.
-    sources: of the host module, asked in this order at every node.
-    wants_logits: whether observe is of any use.
-    wants_texts: whether read_text is.
+    Attributes:
+        name: what the names of its columns in a saved file begin with.
+        sources: structures of pyspec.host, asked in this order at every node.
+        needs_logits: whether `observe` is of any use.
+        keeps_texts: whether `read_text` is.
+
+    Args:
+        vocab_size: tokens of the target.
     """
 
     name: str
     sources: list
-    wants_logits = False
-    wants_texts = False
+    needs_logits = False
+    keeps_texts = False
 
-    def start(self) -> Part:
-        """The part of a drafter for one new sequence: what sequences share stays shared."""
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def start(self) -> Table:
+        """The table for one new sequence; what sequences share stays shared."""
         return self
 
     def read(self, context: Sequence[int], first: int) -> None:
-        """The sequence has new tokens, from `first` on."""
+        """Reads the sequence's new tokens, from `first` on."""
 
-    def look(self, context: Sequence[int]) -> None:
-        """A tree is about to grow below the last token."""
+    def prepare(self, context: Sequence[int]) -> None:
+        """Gets ready for a tree that is about to grow below the last token."""
 
     def observe(
         self,
@@ -70,62 +81,67 @@ class Part:
         top_tokens: np.ndarray,
         top_logits: np.ndarray,
     ) -> None:
-        """What the target said: its 8 best tokens [T, 8] after every node of a tree, which stands behind `before`."""
+        """Learns the target's 8 best tokens [T, 8] after every node of a tree, which lies behind `before`."""
 
     def read_text(self, tokens: Sequence[int]) -> None:
-        """A text of no sequence, to draft from."""
+        """Reads a text of no sequence, to draft from."""
 
-    def tables(self) -> saving.Tables:
-        """What is saved, by name; none where nothing is."""
+    def saved(self) -> saving.Arrays:
+        """The arrays to save, by name; none where nothing was learned."""
         return {}
 
-    def load(self, tables: saving.Tables) -> None:
-        """Takes over saved tables, checked against `layout`."""
+    def load(self, saved: saving.Arrays) -> None:
+        """Takes over what was saved, checked against `layout`."""
 
     def layout(self) -> dict[str, saving.Column]:
-        """What the saved tables must be like."""
+        """The form that the saved columns must have."""
         return {}
 
 
-class TablePart(Part):
-    """A part whose one source keeps a table, of the columns of `layout`."""
+class ColumnTable(Table):
+    """A table whose one source keeps the columns of `layout`."""
 
-    def tables(self) -> saving.Tables:
+    def saved(self) -> saving.Arrays:
         return dict(zip(self.layout(), self.sources[0].saved(), strict=True))
 
-    def load(self, tables: saving.Tables) -> None:
-        self.sources[0].load(**tables)
+    def load(self, saved: saving.Arrays) -> None:
+        self.sources[0].load(**saved)
 
 
-class GrowingDrafter:
-    """Base of the drafters whose trees grow best-first from sources.
+class TableDrafter:
+    """A drafter whose trees grow best-first from tables.
 
-    A source says what may follow a path; the chance that the target agrees is learned from every verified edge, for
-    each kind of offer, and shared by all sequences. The tree takes the node most likely to be accepted next, until the
-    budget is used, so a sure guess makes it deep and an open question makes it wide.
+    A table's sources say what may follow a path; the chance that the target agrees is learned from every verified edge,
+    for each kind of offer, and shared by all sequences. The tree takes the node most likely to be accepted next, until
+    the budget is used, so a sure guess makes it deep and an open question makes it wide. Every node asks every table:
+    one goes on below what another found, and a token of several is one node, likelier than of either alone.
 
     Args:
-        vocab_size: tokens of the target.
-        parts: what is drafted from.
+        tables: what is drafted from, of different kinds and one vocabulary; several drafters may share them.
         fingerprint: names the target; a file saved with another one is refused.
+
+    Raises:
+        ValueError: for tables of several vocabularies, two of one kind, or none.
+        TypeError: for what is no table.
     """
 
     proposal = "deterministic"
 
-    def __init__(self, vocab_size: int, parts: Sequence[Part], fingerprint: str = ""):
-        self.vocab_size = vocab_size
+    def __init__(self, tables: Sequence[Table], fingerprint: str = ""):
+        _check_tables(tables)
+        self.vocab_size = tables[0].vocab_size
         self.fingerprint = fingerprint
-        self.parts = list(parts)
+        self.tables = list(tables)
         priors = [source.priors() for source in self._sources()]
         # greedy texts and drawn ones say different things about the same kind of offer
-        self._greedy, self._drawn = (engine().Estimates(priors, SMOOTHING) for _ in range(2))
+        self._greedy, self._drawn = (host().Estimates(priors, SMOOTHING) for _ in range(2))
         self._noise = None
         self._read = 0  # tokens of the context seen so far
         # the last tree, the cell of each of its edges, and the tokens before its root
         self._proposed: tuple[DraftTree | None, np.ndarray | None, list[int]] = (None, None, [])
 
     @_holding_tables
-    def start(self, prompt: Sequence[int]) -> GrowingDrafter:
+    def start(self, prompt: Sequence[int]) -> TableDrafter:
         """A drafter for one new sequence; what was learned from others is shared with it.
 
         Raises:
@@ -134,18 +150,18 @@ class GrowingDrafter:
         """
         prompt = read_tokens("prompt", prompt)
         drafter = copy.copy(self)
-        drafter.parts = [part.start() for part in self.parts]
+        drafter.tables = [table.start() for table in self.tables]
         drafter._read, drafter._proposed = 0, (None, None, [])
         drafter._read_context(prompt)
         return drafter
 
-    def coupled_to(self, sampler: Sampler) -> GrowingDrafter:
+    def coupled_to(self, sampler: Sampler) -> TableDrafter:
         """This drafter for texts that a sampler draws: where a source knows shares, the sampler's own noise tells which
         of its tokens the draw is likely to take. The draw depends on no draft, so the text is the same.
         """
         drafter = copy.copy(self)
         greedy = sampler.temperature == 0
-        drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
+        drafter._noise = None if greedy else host().SamplerNoise(sampler.seed, sampler.temperature)
         return drafter
 
     @_holding_tables
@@ -167,32 +183,33 @@ class GrowingDrafter:
             raise ValueError("context must have at least one token, got none")
         self._read_context(context)
         recent = list(context[-LONGEST_MATCH:])
-        for part in self.parts:
-            part.look(context)
+        for table in self.tables:
+            table.prepare(context)
         estimates = self._greedy if self._noise is None else self._drawn
-        tokens, parents, cells, chances = engine().grow(
+        tokens, parents, cells, chances = host().grow(
             self._sources(), estimates, recent, budget, self._noise, len(context)
         )
         tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))
         self._proposed = (tree, cells, recent[:-1])
         return tree
 
-    def observe(self, tree: DraftTree, logits: torch.Tensor, path: Sequence[int]) -> None:
+    def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Learns from what the target said after every node of a tree, accepted or not.
 
         Args:
             tree: the last proposed tree, its first nodes, or a chain of prompt tokens.
-            logits: [T, vocab_size] floating point.
+            verified: what the target said, with logits [T, vocab_size].
             path: not needed: a rejected node teaches as much as an accepted one.
 
         Raises:
             ValueError: if the shape of logits or a token does not fit; nothing is learned then.
         """
-        if logits.shape != (len(tree), self.vocab_size):
-            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(logits.shape)}")
+        shape = verified.logits.shape
+        if shape != (len(tree), self.vocab_size):
+            raise ValueError(f"logits must be [{len(tree)}, {self.vocab_size}], got {list(shape)}")
         proposed, cells, before = self._proposed
         is_proposed = proposed is not None and _begins_with(proposed, tree)
-        readers = [part for part in self.parts if part.wants_logits]
+        readers = [table for table in self.tables if table.needs_logits]
         learns_rates = is_proposed and self._noise is None
         if not learns_rates and not readers:
             return
@@ -200,10 +217,10 @@ class GrowingDrafter:
         if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
-        top_tokens, top_logits = best_tokens(logits)
+        top_tokens, top_logits = verified.top_tokens()
         with _tables:
-            for part in readers:
-                part.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
+            for table in readers:
+                table.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
             if learns_rates:
                 # all of the tree: a node that was left out is still right or wrong where its parent was verified
                 self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
@@ -217,17 +234,22 @@ class GrowingDrafter:
             ValueError: if a token is outside the vocabulary, or nothing here keeps texts.
             TypeError: if tokens is no list of token ids.
         """
-        readers = [part for part in self.parts if part.wants_texts]
+        readers = [table for table in self.tables if table.keeps_texts]
         if not readers:
-            raise ValueError(f'{type(self).__name__} keeps no texts: use "suffix" or "aded", or merge one of them')
+            names = " and ".join(type(table).__name__ for table in self.tables)
+            raise ValueError(f"{names} keeps no texts: draft from a table that does, say Suffix or Aded")
         tokens = self._checked(tokens, "text")
-        for part in readers:
-            part.read_text(tokens)
+        for table in readers:
+            table.read_text(tokens)
 
     @_holding_tables
     def save(self, path: str | os.PathLike) -> None:
         """Writes the tables as a NumPy archive; an existing file is replaced whole."""
-        saving.save(path, self._identity(), {name: table for part in self.parts for name, table in _named(part)})
+        saving.save(
+            path,
+            self._identity(),
+            {table.name + name: array for table in self.tables for name, array in table.saved().items()},
+        )
 
     @_holding_tables
     def load(self, path: str | os.PathLike) -> None:
@@ -237,16 +259,16 @@ class GrowingDrafter:
             OSError: if the file cannot be opened.
             ValueError: if it is damaged, or of another model or vocabulary; nothing changes then.
         """
-        layouts = {part.name + name: column for part in self.parts for name, column in part.layout().items()}
-        tables = saving.load(path, self._identity(), layouts)
-        for part in self.parts:
-            part.load({name: tables[part.name + name] for name in part.layout()})
+        layouts = {table.name + name: column for table in self.tables for name, column in table.layout().items()}
+        saved = saving.load(path, self._identity(), layouts)
+        for table in self.tables:
+            table.load({name: saved[table.name + name] for name in table.layout()})
 
     def _identity(self) -> dict[str, int | str]:
         return {"vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
 
     def _sources(self) -> list:
-        return [source for part in self.parts for source in part.sources]
+        return [source for table in self.tables for source in table.sources]
 
     def _read_context(self, context: Sequence[int]) -> None:
         if len(context) < self._read:
@@ -258,8 +280,8 @@ class GrowingDrafter:
         if self._noise is not None and proposed is not None:
             self._drawn.learn_said(proposed.tokens.numpy(), proposed.parents.numpy(), cells, new)
             self._proposed = (None, None, [])
-        for part in self.parts:
-            part.read(context, self._read)
+        for table in self.tables:
+            table.read(context, self._read)
         self._read = len(context)
 
     def _checked(self, tokens: Sequence[int], name: str) -> list[int]:
@@ -269,10 +291,6 @@ class GrowingDrafter:
         return tokens
 
 
-def _named(part: Part) -> list[tuple[str, np.ndarray]]:
-    return [(part.name + name, table) for name, table in part.tables().items()]
-
-
 def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
     if other is tree:
         return True
@@ -280,7 +298,25 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
     return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
 
 
-def best_tokens(logits: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """The 8 best tokens of each row and their logits; a GPU sends only these to the host."""
-    logits = logits.float() if logits.dtype == torch.float64 else logits
-    return read_top_tokens(logits if logits.stride(1) == 1 else logits.contiguous())
+def of_tables(*kinds: type[Table]) -> NamedDrafter:
+    """The drafter whose trees grow from new tables of these kinds."""
+
+    def make(runner: Runner) -> TableDrafter:
+        return TableDrafter([kind(runner.vocab_size) for kind in kinds], runner.fingerprint)
+
+    return NamedDrafter(make, learns=any(kind.saved is not Table.saved for kind in kinds))
+
+
+def _check_tables(tables: Sequence[Table]) -> None:
+    if not tables:
+        raise ValueError("tables must have at least one to draft from, got none")
+    for table in tables:
+        if not isinstance(table, Table):
+            raise TypeError(f"tables must be those of pyspec.drafters.tables or like them, got {type(table).__name__}")
+        if table.vocab_size != tables[0].vocab_size:
+            raise ValueError(
+                f"tables must have the vocabulary of {tables[0].vocab_size} tokens, got {table.vocab_size}"
+            )
+    kinds = [type(table).__name__ for table in tables]
+    if len({table.name for table in tables}) < len(tables):
+        raise ValueError(f"tables must be of different kinds, got {kinds}")

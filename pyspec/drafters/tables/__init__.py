@@ -1,0 +1,1 @@
+"""Tables: what trees of a TableDrafter grow from, one file each."""
