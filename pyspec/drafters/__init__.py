@@ -40,7 +40,7 @@ class Drafter(Protocol):
         ...
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
-        """What the target said after every node of a tree, and the accepted path (root included)."""
+        """Learns from a round: the target's rows after every node of a tree, and the accepted path, root included."""
         ...
 
 

@@ -177,7 +177,7 @@ def mamba_layers(
         round: the trees.
         dt_rank: inputs of dt_proj; 0 in Mamba-2.
         epsilon: of the norms.
-        dtype: of activations, what the matrices were packed for.
+        dtype: of activations, what the matrices were laid out for.
 
     Returns:
         [R, H] of dtype, after the last norm.
