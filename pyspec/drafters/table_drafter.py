@@ -14,7 +14,7 @@ import torch
 
 from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafters import NamedDrafter, saving
-from pyspec.host import engine
+from pyspec.host import host
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
@@ -134,7 +134,7 @@ class TableDrafter:
         self.tables = list(tables)
         priors = [source.priors() for source in self._sources()]
         # greedy texts and drawn ones say different things about the same kind of offer
-        self._greedy, self._drawn = (engine().Estimates(priors, SMOOTHING) for _ in range(2))
+        self._greedy, self._drawn = (host().Estimates(priors, SMOOTHING) for _ in range(2))
         self._noise = None
         self._read = 0  # tokens of the context seen so far
         # the last tree, the cell of each of its edges, and the tokens before its root
@@ -161,7 +161,7 @@ class TableDrafter:
         """
         drafter = copy.copy(self)
         greedy = sampler.temperature == 0
-        drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
+        drafter._noise = None if greedy else host().SamplerNoise(sampler.seed, sampler.temperature)
         return drafter
 
     @_holding_tables
@@ -186,7 +186,7 @@ class TableDrafter:
         for table in self.tables:
             table.prepare(context)
         estimates = self._greedy if self._noise is None else self._drawn
-        tokens, parents, cells, chances = engine().grow(
+        tokens, parents, cells, chances = host().grow(
             self._sources(), estimates, recent, budget, self._noise, len(context)
         )
         tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))

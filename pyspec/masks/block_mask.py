@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from pyspec.arguments import described, is_scalar, read_integer
+from pyspec.host import compiled
 from pyspec.masks import orders, picture, tiles
-from pyspec.masks.spans import Span, dense_of_spans, span_tiles
+from pyspec.masks.spans import Span, dense_of_spans
 from pyspec.masks.tiles import EMPTY, FULL, WORD
-from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of, tree_tiles
+from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of
 
 __all__ = ["BlockMask"]
 
@@ -181,10 +182,10 @@ class BlockMask:
     @classmethod
     def _from_spans(cls, spans: list[Span], rows: int, keys: int, device) -> BlockMask:
         words = tiles.words_per_block(rows, device)
-        if span_tiles is None:
+        if (module := compiled()) is None:
             visible = dense_of_spans(spans, keys)[None, None].to(device)
             return cls._from_map(*tiles.of_dense(visible, words), rows, keys)
-        mask = cls(rows, keys, *(torch.from_numpy(array) for array in span_tiles(spans, rows, keys, words)))
+        mask = cls(rows, keys, *(torch.from_numpy(array) for array in module.span_tiles(spans, rows, keys, words)))
         return mask if torch.device(device).type == "cpu" else mask.to(device)
 
     @classmethod
@@ -213,11 +214,11 @@ class BlockMask:
         rows = max(len(parents) for parents, _ in described)
         keys = max(len(parents) + n for parents, n in described)
         words = tiles.words_per_block(rows, device)
-        if tree_tiles is None:
+        if (module := compiled()) is None:
             visible = dense_of_trees(described, rows, keys).to(device)
             mask = cls._from_map(*tiles.of_dense(visible, words), rows, keys)
         else:
-            lists = tree_tiles(described, rows, keys, words)
+            lists = module.tree_tiles(described, rows, keys, words)
             mask = cls(rows, keys, *(torch.from_numpy(array) for array in lists))
             if device != "cpu":
                 mask = mask.to(device)

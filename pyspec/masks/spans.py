@@ -6,19 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    from pyspec._host import span_tiles
-except ImportError:  # a package without its compiled parts
-    span_tiles = None
-
-__all__ = ["Span", "dense_of_spans", "span_tiles"]
+__all__ = ["Span", "dense_of_spans"]
 
 # low [N], high [N] and step: row i sees keys low[i], low[i] + step, ... below high[i], as far as there are such keys
 Span = tuple[np.ndarray, np.ndarray, int]
 
 
 def dense_of_spans(spans: list[Span], keys: int) -> Tensor:
-    """The mask [N, M] bool that span_tiles makes tiles of."""
+    """The mask [N, M] bool that pyspec._host.span_tiles makes tiles of."""
     key = np.arange(keys)
     seen = [
         (key >= low[:, None]) & (key < high[:, None]) & ((key - low[:, None]) % step == 0) for low, high, step in spans

@@ -14,10 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-try:
-    from pyspec._host import dense_tiles
-except ImportError:  # a package without its compiled parts
-    dense_tiles = None
+from pyspec.host import compiled
 
 __all__ = [
     "EMPTY",
@@ -79,8 +76,8 @@ def classify(words: Tensor) -> tuple[Tensor, Tensor]:
 
 def of_dense(visible: Tensor, words: int) -> tuple[Tensor, Tensor]:
     """The tile map and bits of visible [B, H, N, M] bool."""
-    if dense_tiles is not None and visible.device.type == "cpu":
-        tile_map, bits = dense_tiles(visible.contiguous().numpy(), words)
+    if visible.device.type == "cpu" and (module := compiled()) is not None:
+        tile_map, bits = module.dense_tiles(visible.contiguous().numpy(), words)
         # torch gives an empty array strides that a view as int32 refuses.
         return torch.from_numpy(tile_map), torch.from_numpy(bits) if bits.size else no_bits(words, visible.device)
     by_tile = _words_of_dense(visible, words)
