@@ -32,7 +32,6 @@ KNOWN = {
     "kernels/triton/tree_attention.py: fold_kernel": 142,
     "kernels/triton/tree_attention.py: merge_kernel": 71,
     "pyspec/masks/block_mask.py": 480,
-    "pyspec/ops/selective_state.py: selective_state": 61,
     "tests/cuda_on_host/cuda_on_host.h": 530,
     "tests/integrations/test_transformers_integration.py": 475,
     "tests/masks/test_block_mask.py": 421,
