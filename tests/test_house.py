@@ -22,7 +22,6 @@ KNOWN = {
     "tests/cuda_on_host/cuda_on_host.h": 530,
     "tests/integrations/test_transformers_integration.py": 475,
     "tests/masks/test_block_mask.py": 421,
-    "tests/test_cli.py": 544,
 }
 #: Circles that are still there, by their modules.
 KNOWN_CIRCLES: set[frozenset[str]] = set()
