@@ -41,8 +41,8 @@ test-transformers: $(VENV)/ready-test
 
 # The Triton kernels on the oldest version that pyproject.toml takes; its interpreter needs an older NumPy too.
 test-triton: $(VENV)/ready-test build/triton-3.6
-	PYTHONPATH=build/triton-3.6:. $(PYTEST) tests/kernels/triton/test_compile.py tests/kernels/test_compiled_kernels.py
-	PYTHONPATH=build/triton-3.6:. $(PYTEST) -m 'not slow' tests/kernels/triton --ignore tests/kernels/triton/test_compile.py
+	PYTHONPATH=build/triton-3.6:. $(PYTEST) tests/kernels/triton/test_compile*.py tests/kernels/test_compiled_kernels.py
+	PYTHONPATH=build/triton-3.6:. $(PYTEST) -m 'not slow' tests/kernels/triton --ignore-glob '*/test_compile*.py'
 
 build/triton-3.6: | $(VENV)/ready
 	$(UNPINNED) --no-deps --target $@ triton==3.6.0 'numpy<2.4'

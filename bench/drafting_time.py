@@ -17,7 +17,7 @@ import numpy as np
 from command_line import parse, parser_of, positive
 
 from pyspec import measure
-from pyspec.host import engine
+from pyspec.host import host
 
 VOCAB = 49152
 NODES = 32
@@ -48,27 +48,27 @@ def fill_memory(memory, text: list[int], entries: int, random: np.random.Generat
 
 def filled(name: str, text: list[int], entries: int, random: np.random.Generator) -> list:
     """The sources of a drafter, full."""
-    host = engine()
+    module = host()
     if name == "suffix":
-        source = host.SuffixLookup(2 * entries)
-        source.extend(host.Cursor(), text[:entries])
+        source = module.SuffixLookup(2 * entries)
+        source.extend(module.Cursor(), text[:entries])
         return [source]
     if name == "aded":
-        source = host.Trigrams(2 * entries)
+        source = module.Trigrams(2 * entries)
         source.extend(text, 0)
         return [source]
     if name == "stand":
-        source = host.NgramMemory(2 * entries)
+        source = module.NgramMemory(2 * entries)
         fill_memory(source, text, entries, random)
         return [source]
     if name == "lookup":
-        source = host.NgramIndex()
+        source = module.NgramIndex()
         source.extend(text[: entries // 10])  # one request's text; six n-grams a token
         return [source]
     if name == "ngrammys":
         rows = random.integers(0, VOCAB, (VOCAB, TOP)).astype(np.int32)
-        return [*filled("lookup", text, entries, random), host.Bigrams(rows, range(TOP))]
-    sources = [host.Adjacency(VOCAB, context) for context in (1, 2)]
+        return [*filled("lookup", text, entries, random), module.Bigrams(rows, range(TOP))]
+    sources = [module.Adjacency(VOCAB, context) for context in (1, 2)]
     tokens = np.array(text[:200_000])
     top_tokens = random.integers(0, VOCAB, (len(tokens), TOP)).astype(np.int32)
     top_logits = -np.cumsum(random.exponential(1.5, (len(tokens), TOP)), 1).astype(np.float32)
@@ -90,18 +90,18 @@ def main() -> int:
     parser = parser_of(__doc__, repeats=500)
     parser.add_argument("--entries", type=positive, default=1_000_000, help="of a table; default: a million")
     options = parse(parser)
-    host, random = engine(), np.random.default_rng(0)
+    module, random = host(), np.random.default_rng(0)
     text = made_up_text(2 * options.entries, random)
-    noise = host.SamplerNoise(0, 0.8)
+    noise = module.SamplerNoise(0, 0.8)
     rows = {}
     for name in ("lookup", "recycling", "merged", "suffix", "stand", "aded", "ngrammys"):
         sources = filled(name, text, options.entries, random)
         entries = len(sources[0]) if hasattr(sources[0], "__len__") else VOCAB
-        estimates = host.Estimates([source.priors() for source in sources], 16.0)
+        estimates = module.Estimates([source.priors() for source in sources], 16.0)
         places = random.integers(100, options.entries // 10, options.repeats)
 
         def grow(place: int, noise=None, sources=sources, estimates=estimates):
-            return host.grow(sources, estimates, text[place - 32 : place], NODES, noise, place)
+            return module.grow(sources, estimates, text[place - 32 : place], NODES, noise, place)
 
         greedy, drawn = seconds_of(grow, places), seconds_of(lambda place, grow=grow: grow(place, noise), places)
         row = {"entries": entries, "drawn": statistics.median(drawn)}

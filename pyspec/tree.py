@@ -5,38 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 
 from pyspec.arguments import described
+from pyspec.host import host
 
 __all__ = ["Accepted", "DraftTree", "Siblings"]
 
 #: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
 #: other, how many being decided before any was drawn; or each unlike those before it.
 Siblings = Literal["none", "with replacement", "without replacement"]
-
-
-def reference_tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """depths [T] and ancestor_bits [T, ceil(T / 32)], both int32, of parents [T] int32; see DraftTree."""
-    if parents[0] != -1:
-        raise ValueError(f"parents[0] must be -1 (the root), got {parents[0]}")
-    depths, rows = [0], [1]
-    for node, parent in enumerate(parents[1:].tolist(), start=1):
-        if not 0 <= parent < node:
-            raise ValueError(f"parents[{node}] must be in [0, {node}), parents before children, got {parent}")
-        depths.append(depths[parent] + 1)
-        rows.append(rows[parent] | 1 << node)
-    words = (len(rows) + 31) // 32
-    packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
-    bits = np.frombuffer(bytearray(packed), dtype="<i4").reshape(len(rows), words)
-    return np.array(depths, np.int32), bits
-
-
-try:
-    from pyspec._host import tree_layout
-except ImportError:  # a package without its compiled parts; pyspec.drafters warns about it
-    tree_layout = reference_tree_layout
 
 
 class DraftTree:
@@ -79,7 +57,7 @@ class DraftTree:
         for name, values, dims in (("q", q, 2), ("chances", chances, 1)):
             if values is not None:
                 _check_floats(name, values, dims, len(self.tokens))
-        depths, bits = tree_layout(self.parents.contiguous().numpy())
+        depths, bits = host().tree_layout(self.parents.contiguous().numpy())
         self.depths, self.ancestor_bits = torch.from_numpy(depths), torch.from_numpy(bits)
 
     @classmethod

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyspec import tree as trees
-from pyspec.tree import DraftTree, reference_tree_layout
+from pyspec.host import host, twins
+from pyspec.tree import DraftTree
 
-LAYOUTS = list(dict.fromkeys((trees.tree_layout, reference_tree_layout)))  # one without the compiled module
+LAYOUTS = list(dict.fromkeys((host().tree_layout, twins.tree_layout)))  # one without the compiled module
 
 
 @st.composite

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import attention as attention_block
 from pyspec.architectures.blocks import feed_forward
 from pyspec.architectures.llama import SHARED_DEFAULTS, LayerWeights, LlamaConfig, read_heads
@@ -52,7 +52,7 @@ class BambaConfig:
                 f"got {found[0]} and {found[1]}"
             )
         if self.rotary_dim % 4 or not 0 < self.rotary_dim <= self.attention.head_dim:
-            raise ValueError(
+            raise Unsupported(
                 f"rotary_dim must be a multiple of 4 up to head_dim {self.attention.head_dim}, got {self.rotary_dim}"
             )
 
@@ -205,10 +205,10 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> BambaConfi
     check_silu(source, entries, "HybridRunner")
     check_no_limit(source, entries, "HybridRunner")
     if entries.flag("mlp_bias"):
-        raise ValueError(f"{source} has mlp_bias True, HybridRunner has none")
+        raise Unsupported(f"{source} has mlp_bias True, HybridRunner has none")
     rope = rope_entries(entries)
     if (kind := rope.text("rope_type", rope.text("type", "default"))) != "default":
-        raise ValueError(f"{source} has rope scaling {kind!r}, HybridRunner has none")
+        raise Unsupported(f"{source} has rope scaling {kind!r}, HybridRunner has none")
     hidden, layers = entries.whole("hidden_size"), entries.whole("num_hidden_layers")
     heads, kv_heads, head_dim = read_heads(entries)
     places = set(entries.array("attn_layer_indices", int, []))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import mamba
 from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceWeights
 from pyspec.architectures.weights import Blank, Matrix
@@ -38,7 +38,7 @@ class MambaConfig(StateSpaceConfig):
     def __post_init__(self):
         self.check_positive("vocab_size", "hidden_size", "layers", "channels", "state_size", "dt_rank", "conv_taps")
         if self.channels % LANES or self.state_size % MULTIPLE:
-            raise ValueError(
+            raise Unsupported(
                 f"RecurrentRunner has channels in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.channels} and {self.state_size}"
             )
@@ -138,7 +138,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfi
 
 def check_silu(source: Path | str, entries: Entries, runner: str) -> None:
     if entries.text("hidden_act") not in ("silu", "swish"):
-        raise ValueError(f"{source} has hidden_act {entries.get('hidden_act')!r}, {runner} has silu")
+        raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, {runner} has silu")
 
 
 def _dt_rank(entries: Entries, key: str, hidden: int) -> int:

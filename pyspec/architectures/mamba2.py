@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import mamba2
 from pyspec.architectures.mamba import SHARED_DEFAULTS, check_silu, mamba_ssm_shape
 from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceWeights
@@ -43,7 +43,7 @@ class Mamba2Config(StateSpaceConfig):
         self.check_positive("vocab_size", "hidden_size", "layers", "heads", "head_dim")
         self.check_positive("groups", "state_size", "conv_taps")
         if self.head_dim % LANES or self.state_size % MULTIPLE:
-            raise ValueError(
+            raise Unsupported(
                 f"RecurrentRunner has head_dim in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
                 f"got {self.head_dim} and {self.state_size}"
             )
@@ -154,7 +154,7 @@ def check_no_limit(source: Path | str, entries: Entries, runner: str) -> None:
     lowest, highest = limit
     highest = highest.get("__float__") if isinstance(highest, dict) else highest  # how transformers writes infinity
     if type(lowest) not in (int, float) or lowest > 0 or highest not in (math.inf, "Infinity"):
-        raise ValueError(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
+        raise Unsupported(f"{source} has time_step_limit {lowest, highest}, {runner} has no limit")
 
 
 def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:

@@ -131,7 +131,13 @@ class NativeWeights:
             layer.pack(dtype)
 
     def move_together(self) -> None:
-        """Moves the laid out matrices into one buffer, in the order in which a step reads them."""
+        """Moves the laid out matrices into one buffer, in the order in which a step reads them; once.
+
+        Runners may share weights, and what they recorded knows where these lie.
+        """
+        if self.is_together:
+            return
+        self.is_together = True
         tied = self.embedding is self.head
         places = [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
         buffer = HugePages([getattr(owner, name).data for owner, name in places])

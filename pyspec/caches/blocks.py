@@ -1,11 +1,11 @@
 """QuantisedCache: keys and values in quantised blocks, read as they are; the last tokens stay in full precision.
 
-The commit rule: nothing is packed before it is committed, and a block is packed when the committed length passes its
-end, whatever was committed with it. So a cache built from one prompt is the one built token by token, bit for bit, and
-a rejected draft never touches a packed block.
+The commit rule: nothing is quantised before it is committed, and a block is quantised when the committed length passes
+its end, whatever was committed with it. So a cache built from one prompt is the one built token by token, bit for bit,
+and a rejected draft never touches a quantised block.
 
-A row sees a block packed when it is at least `window` positions behind the block's end (pyspec.ops.gear.blocks_seen).
-The block's keys stay in full precision until no row can come any more that is nearer.
+A row sees a block quantised from `window` positions behind the block's end on (pyspec.ops.gear.blocks_seen). Its keys
+stay in full precision until no nearer row can come any more.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class QuantisedSettings:
             raise ValueError(f"window must be at least 1, got {self.window}")
 
     def check_model(self, layers: int, kv_heads: int, head_dim: int, fingerprint: str, frequencies: Tensor) -> None:
-        """Raises ValueError unless the keys of a model, whose rotary frequencies these are, can be packed so."""
+        """Raises ValueError unless the keys of a model, whose rotary frequencies these are, can be quantised so."""
         self.check_head_dim(head_dim)
 
     def effective_bits(self, head_dim: int, length: int) -> float:
         """Bits for each number of a text of so many tokens: its records, and what is kept in 16 bits beside them.
 
-        In both forms are kept the tokens of a block that a row may see packed or not. Scratch slots for a tree's keys
+        Tokens of a block that a row may see quantised or not are kept in both forms. Scratch slots for a tree's keys
         are not counted; a cache in full precision has them too. The layers that keep all tokens while others do not
         have the bits of keep = 1.
         """
@@ -109,7 +109,7 @@ class QuantisedCache:
     tokens' queries and then of a tree's; else it has no layers.
 
     Args:
-        settings: how blocks are packed.
+        settings: how blocks are quantised.
         layers, sequences, kv_heads, capacity, head_dim: sizes, all at least 1; capacity in tokens of a sequence.
         dtype, device: of keys and values in full precision.
 

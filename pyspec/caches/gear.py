@@ -21,7 +21,7 @@ class GearSettings(GearFormat, QuantisedSettings):
     """How a runner keeps keys and values; see GearFormat for the fields before window.
 
     Args:
-        window: how many positions behind a block's end a row must be to see it packed. A tree has at most window + 1
+        window: how many positions behind a block's end a row must be to see it quantised. A tree has at most window + 1
             nodes, for a deeper node would need a block that is not committed yet.
         keep: share of the tokens that each head keeps, 1, 1/2, 1/4 or 1/8: a block is then 128 / keep tokens, and the
             128 with the shortest keys go into its record (L2-norm eviction).

@@ -23,7 +23,7 @@ class ResidualVqSettings(QuantisedSettings):
 
     Args:
         codebooks: of the runner's model; those of the demo model, which come with the package, by default.
-        window: how many positions behind a block's end a row must be to see it packed, as for GearSettings.
+        window: how many positions behind a block's end a row must be to see it quantised, as for GearSettings.
     """
 
     codebooks: Codebooks = field(default_factory=demo_codebooks)

@@ -68,8 +68,7 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
     architecture = _architecture(source, stated)
     family = family_of(architecture)
     if family is None:
-        supported = ", ".join(supported_architectures())
-        raise Unsupported(f"{source} has architecture {architecture}, our kernels have {supported}")
+        raise Unsupported(f"{source} has architecture {architecture}, which our kernels do not run")
     defaults = family.architectures[architecture]
     sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
     # a file that says nothing is no model of 7 billion parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def load(
     """
     from pyspec.checkpoints.sources import find_source
     from pyspec.runners.flash_attn import check_prompt_attention
+    from pyspec.runners.foreign_support import fall_back
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or _default_dtype(device)
@@ -57,8 +59,16 @@ def load(
         raise ValueError(f"dtype must be float32, float16, bfloat16 or int8, got {dtype}")
     check_prompt_attention(prompt_attention, torch.bfloat16 if dtype == torch.int8 else dtype, device)
     path = find_source(source)
-    load_source = _load_folder if path.is_dir() else _load_gguf
-    return load_source(path, dtype, device, prompt_attention, progress)
+    if not path.is_dir():
+        return _load_gguf(path, dtype, device, prompt_attention, progress)
+    try:
+        return _load_folder(path, dtype, device, prompt_attention, progress)
+    except Unsupported as reason:
+        if dtype == torch.int8:
+            raise ValueError(f"dtype int8 needs a model of {_families(FAMILIES)}: {reason}") from None
+        if prompt_attention != "pyspec":
+            raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
+        return fall_back(partial(_load_foreign, path, dtype, device, reason), reason)
 
 
 @as_stored()
@@ -80,6 +90,7 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
     from pyspec.runners.foreign import TransformersRunner, eos_tokens_of
+    from pyspec.runners.foreign_support import fall_back
 
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_transformers(tokenizer)
@@ -88,7 +99,7 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None
     except Unsupported as reason:
         if dtype not in (None, model.dtype):
             raise ValueError(f"dtype must be the model's own, {model.dtype}, got {dtype}: {reason}") from None
-        return TransformersRunner(model, tokenizer)
+        return fall_back(partial(TransformersRunner, model, tokenizer), reason)
     checkpoint, name = TensorCheckpoint(model.state_dict()), type(model).__name__
     config, weights = read_weights(family, checkpoint, config, name, dtype or model.dtype, model.device)
     return family.runner(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
@@ -131,15 +142,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
 
-    description = read_description(folder)
-    try:
-        family, config = read_config(folder, description)
-    except Unsupported as reason:
-        if dtype == torch.int8:
-            raise ValueError(f"dtype int8 needs a model of {_families(FAMILIES)}: {reason}") from None
-        if prompt_attention != "pyspec":
-            raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
-        return _load_foreign(folder, description, dtype, device, str(reason))
+    family, config = read_config(folder, read_description(folder))
     options = _options(family, config, prompt_attention)
     tokenizer = Tokenizer.from_folder(folder)
     ends = eos_tokens(folder, tokenizer)
@@ -166,7 +169,7 @@ def _families(names: Iterable[str]) -> str:
     return f"the {' or '.join(name.capitalize() for name in names)} family"
 
 
-def _load_foreign(folder: Path, description: dict, dtype: torch.dtype, device: torch.device, reason: str) -> Runner:
+def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported) -> Runner:
     """A runner for a Hugging Face folder that our kernels do not support, for the reason given.
 
     Raises:
@@ -176,16 +179,17 @@ def _load_foreign(folder: Path, description: dict, dtype: torch.dtype, device: t
         import transformers
     except ImportError:
         raise ImportError(f"{reason}; other models need transformers: pip install pyspec-kernels[hf]") from None
-    from pyspec.checkpoints.huggingface import eos_tokens
+    from pyspec.checkpoints.huggingface import eos_tokens, read_description
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.runners.foreign import TransformersRunner
     from pyspec.runners.foreign_support import check_supported, supported
 
+    description = read_description(folder)
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
     model_class = getattr(transformers, str(architecture), None)
     if model_class is None or architecture not in causal.values():
-        raise ValueError(f"{folder} has architecture {architecture}, which is not supported; {supported()}")
+        raise ValueError(f"{architecture} is not supported: transformers has no such causal model; {supported()}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         check_supported(model_class, config)

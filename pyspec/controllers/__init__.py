@@ -36,7 +36,7 @@ class Controller(Protocol):
     def nodes(self) -> int: ...
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """What is verified of the trees proposed for a round, one for each sequence that takes part."""
+        """Cuts the trees proposed for a round, one for each sequence that takes part, to what is verified."""
         ...
 
     def learn(
@@ -46,7 +46,7 @@ class Controller(Protocol):
         draft_seconds: float,
         verify_seconds: float,
     ) -> None:
-        """How much was accepted of the trees that a round verified, and what proposing and verifying them took."""
+        """Learns how much of a round's trees was accepted, and what proposing and verifying them took."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""As many nodes as were asked for."""
+"""The controller of a fixed number of nodes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class FixedController:
         self.nodes = self.largest = nodes
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """The trees, whole."""
+        """Keeps the trees whole."""
         return list(trees)
 
     def learn(
@@ -26,4 +26,4 @@ class FixedController:
         draft_seconds: float,
         verify_seconds: float,
     ) -> None:
-        """Nothing changes."""
+        """Learns nothing."""

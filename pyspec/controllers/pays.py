@@ -1,4 +1,4 @@
-"""As many nodes as pay.
+"""The controller that drafts as many nodes as pay.
 
 A round gives one token and its accepted drafts, and takes as long as verifying its nodes. The best number of nodes m
 maximises
@@ -64,7 +64,7 @@ class PayingController(ABC):
         draft_seconds: float,
         verify_seconds: float,
     ) -> None:
-        """How much of a round's trees was accepted, and what proposing and verifying them took."""
+        """Learns how much of a round's trees was accepted, and what proposing and verifying them took."""
         for tree, path in zip(trees, paths, strict=True):
             self._learn(tree, path)
         if self._resting:
@@ -85,7 +85,7 @@ class PayingController(ABC):
 
     @abstractmethod
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """What is verified of the trees of a round."""
+        """Cuts the trees of a round to what is verified."""
 
     @abstractmethod
     def _wanted(self) -> int: ...
@@ -111,7 +111,7 @@ class CuttingController(PayingController):
         return max(2 * self._largest_kept, FEWEST)
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """The first nodes of each tree; all of a tree that has no chances."""
+        """Keeps the first nodes of each tree, and all of a tree that has no chances."""
         scale = (self._accepted + TRUST) / (self._promised + TRUST)
         drafts = []  # (chance, tree) of all that may be left out
         for index, tree in enumerate(trees):
@@ -162,7 +162,7 @@ class SizingController(PayingController):
         return 1 + int(np.argmax(tokens / self._costs(self._trees * np.arange(1, LARGEST + 1))))
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """The trees, whole."""
+        """Keeps the trees whole."""
         self._trees = len(trees)
         return list(trees)
 

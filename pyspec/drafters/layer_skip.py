@@ -10,7 +10,7 @@ from pyspec.drafters import DRAFTERS, NamedDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.tree import DraftTree
@@ -127,11 +127,11 @@ def find_skipped_layers(
     from pyspec.generate import generate
 
     _check_model(model)
-    key = f"{model.fingerprint} {model.dtype} {model.weight_dtype}"
+    key = store.key(model)
     if prompts is None:
-        kept = measured.read("layers").get(key)
-        if isinstance(kept, dict) and _is_set(kept.get("skipped"), model.config.layers):
-            return kept["skipped"]
+        kept = store.read("skipped_layers", key)
+        if _is_set(kept, model.config.layers):
+            return kept
         if model.tokenizer is None:
             raise ValueError("prompts must be given for a model without a tokenizer")
         chat = model.tokenizer.chat if model.tokenizer.chat_template is not None else None
@@ -143,7 +143,7 @@ def find_skipped_layers(
     with exclusive_use(model):
         agreement = _Agreement(model, prompts, texts)
         found = _search(agreement, model.config.layers, _head_in_layers(model.config), progress)
-    measured.keep("layers", key, {"skipped": found})
+    store.keep("skipped_layers", key, found)
     return found
 
 

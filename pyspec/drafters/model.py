@@ -98,7 +98,7 @@ class ModelDrafter:
 
 
 class _Laws:
-    """What the draft model says below a context: a LawSource."""
+    """The laws of the draft model below a context: a LawSource."""
 
     def __init__(self, batch: _Batch, sequence: int, context: Sequence[int], sampler: Sampler):
         self.vocab_size = batch.runner.vocab_size
@@ -153,7 +153,7 @@ class _Batch:
         return len(self._texts) - 1
 
     def logits(self, sequence: int, context: Sequence[int], tokens: list[int], parents: list[int]) -> torch.Tensor:
-        """[T, V] of a tree below context, whose last token is the root; what of the context was not read yet, is."""
+        """Logits [T, V] of a tree below context, whose last token is the root. Reads what is new of the context."""
         text, slots = list(context[:-1]), len(context) + len(tokens)
         self._texts[sequence] = text
         owner = _owners.get(self.runner)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from pyspec.drafters import DRAFTERS, NamedDrafter, saving
+from pyspec.drafters import DRAFTERS, NamedDrafter
 from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.bigrams import Bigrams, check_bigrams
 from pyspec.drafters.tables.lookup import Lookup
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -31,13 +30,12 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     Every token is run once, as a prompt of its own, and the result is kept in the user's cache folder. The model's
     batch is lost then. progress is called with (tokens done, tokens).
     """
-    identity = {"vocab_size": model.vocab_size, "fingerprint": model.fingerprint}
-    column = saving.Column((model.vocab_size, TOP), np.int32, -1, model.vocab_size)
-    name = hashlib.sha256(model.fingerprint.encode()).hexdigest()[:16]
-    path = measured.folder() / f"bigrams-{name}.npz"
+    key = store.key(model, vocab_size=model.vocab_size, top=TOP)
     try:
-        return saving.load(path, identity, {"successors": column})["successors"]
-    except (OSError, ValueError):
+        kept = np.array(store.read("bigrams", key), np.int32)
+        check_bigrams(kept, model.vocab_size)
+        return kept
+    except (OverflowError, TypeError, ValueError):  # there is none, or it is damaged
         pass
     rows = []
     with exclusive_use(model):
@@ -47,11 +45,7 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
             if progress is not None:
                 progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        saving.save(path, identity, {"successors": successors})
-    except OSError:  # a folder that cannot be written to only means computing again
-        pass
+    store.keep("bigrams", key, successors.tolist())
     return successors
 
 
@@ -115,6 +109,6 @@ def _make(runner: Runner) -> TableDrafter:
 
 DRAFTERS.register(
     "ngrammys",
-    NamedDrafter(_make, prepare=model_bigrams),
+    NamedDrafter(_make, fits=lambda runner: hasattr(runner, "prefill"), prepare=model_bigrams),
     "the model's own bigrams and unigram, and the n-grams of this text (N-Grammys)",
 )

@@ -19,7 +19,7 @@ Arrays = Mapping[str, np.ndarray]
 
 
 class Column(NamedTuple):
-    """What a saved table must be like: -1 in shape stands for any length, and values are in [least, bound)."""
+    """The form that a saved table must have: -1 in shape stands for any length, and values are in [least, bound)."""
 
     shape: tuple[int, ...]
     dtype: type

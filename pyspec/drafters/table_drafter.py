@@ -14,7 +14,7 @@ import torch
 
 from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafters import NamedDrafter, saving
-from pyspec.host import engine
+from pyspec.host import host
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
@@ -43,7 +43,7 @@ def _holding_tables(call: Callable) -> Callable:
 
 
 class Table:
-    """Base of what trees grow from: sources of guesses, and how they learn. This one has nothing to learn.
+    """The base of what trees grow from: sources of guesses, and how they learn. This one has nothing to learn.
 
     Attributes:
         name: what the names of its columns in a saved file begin with.
@@ -64,14 +64,14 @@ class Table:
         self.vocab_size = vocab_size
 
     def start(self) -> Table:
-        """The table of one new sequence: what sequences share stays shared."""
+        """The table for one new sequence; what sequences share stays shared."""
         return self
 
     def read(self, context: Sequence[int], first: int) -> None:
-        """The sequence has new tokens, from `first` on."""
+        """Reads the sequence's new tokens, from `first` on."""
 
     def prepare(self, context: Sequence[int]) -> None:
-        """A tree is about to grow below the last token."""
+        """Gets ready for a tree that is about to grow below the last token."""
 
     def observe(
         self,
@@ -81,20 +81,20 @@ class Table:
         top_tokens: np.ndarray,
         top_logits: np.ndarray,
     ) -> None:
-        """What the target said: its 8 best tokens [T, 8] after every node of a tree, which stands behind `before`."""
+        """Learns the target's 8 best tokens [T, 8] after every node of a tree, which lies behind `before`."""
 
     def read_text(self, tokens: Sequence[int]) -> None:
-        """A text of no sequence, to draft from."""
+        """Reads a text of no sequence, to draft from."""
 
     def saved(self) -> saving.Arrays:
-        """What is saved, by name; nothing where nothing was learned."""
+        """The arrays to save, by name; none where nothing was learned."""
         return {}
 
     def load(self, saved: saving.Arrays) -> None:
         """Takes over what was saved, checked against `layout`."""
 
     def layout(self) -> dict[str, saving.Column]:
-        """What the saved columns must be like."""
+        """The form that the saved columns must have."""
         return {}
 
 
@@ -134,7 +134,7 @@ class TableDrafter:
         self.tables = list(tables)
         priors = [source.priors() for source in self._sources()]
         # greedy texts and drawn ones say different things about the same kind of offer
-        self._greedy, self._drawn = (engine().Estimates(priors, SMOOTHING) for _ in range(2))
+        self._greedy, self._drawn = (host().Estimates(priors, SMOOTHING) for _ in range(2))
         self._noise = None
         self._read = 0  # tokens of the context seen so far
         # the last tree, the cell of each of its edges, and the tokens before its root
@@ -161,7 +161,7 @@ class TableDrafter:
         """
         drafter = copy.copy(self)
         greedy = sampler.temperature == 0
-        drafter._noise = None if greedy else engine().SamplerNoise(sampler.seed, sampler.temperature)
+        drafter._noise = None if greedy else host().SamplerNoise(sampler.seed, sampler.temperature)
         return drafter
 
     @_holding_tables
@@ -186,7 +186,7 @@ class TableDrafter:
         for table in self.tables:
             table.prepare(context)
         estimates = self._greedy if self._noise is None else self._drawn
-        tokens, parents, cells, chances = engine().grow(
+        tokens, parents, cells, chances = host().grow(
             self._sources(), estimates, recent, budget, self._noise, len(context)
         )
         tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))

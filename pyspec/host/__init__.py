@@ -1,4 +1,4 @@
-"""Where the drafters' structures come from: the compiled host module, or plain Python without it."""
+"""The one door to the structures that run on the host: the compiled module pyspec._host, or their twins in Python."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-__all__ = ["engine"]
+__all__ = ["compiled", "host"]
 
 
 @cache
-def engine() -> ModuleType:
-    """pyspec._host, or pyspec.host.twins, which does the same slowly and says so once."""
+def compiled() -> ModuleType | None:
+    """pyspec._host, or None where it cannot be imported, which a warning says once."""
     try:
         from pyspec import _host
     except ImportError as error:
-        from pyspec.host import twins
-
         warnings.warn(
             f"pyspec._host cannot be imported ({error}): drafting runs in plain Python, some 50 times slower. "
             "Install pyspec with a C++ compiler to get it.",
             RuntimeWarning,
             stacklevel=2,
         )
-        return twins
+        return None
     return _host
+
+
+@cache
+def host() -> ModuleType:
+    """pyspec._host, or pyspec.host.twins, which does the same slowly."""
+    if (module := compiled()) is not None:
+        return module
+    from pyspec.host import twins
+
+    return twins

@@ -1,4 +1,4 @@
-"""The host module's drafting structures in plain Python: what it falls back to, and is tested against."""
+"""Host twins: the structures of pyspec._host in plain Python, which run without it and which it is tested against."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ __all__ = [
     "SuffixLookup",
     "Trigrams",
     "grow",
+    "tree_layout",
 ]
 
 
@@ -256,3 +257,19 @@ def grow(
         np.array(cells, np.int64),
         np.array(chances, np.float32),
     )
+
+
+def tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """depths [T] and ancestor_bits [T, ceil(T / 32)], both int32, of parents [T] int32; see pyspec.tree.DraftTree."""
+    if parents[0] != -1:
+        raise ValueError(f"parents[0] must be -1 (the root), got {parents[0]}")
+    depths, rows = [0], [1]
+    for node, parent in enumerate(parents[1:].tolist(), start=1):
+        if not 0 <= parent < node:
+            raise ValueError(f"parents[{node}] must be in [0, {node}), parents before children, got {parent}")
+        depths.append(depths[parent] + 1)
+        rows.append(rows[parent] | 1 << node)
+    words = (len(rows) + 31) // 32
+    packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
+    bits = np.frombuffer(bytearray(packed), dtype="<i4").reshape(len(rows), words)
+    return np.array(depths, np.int32), bits

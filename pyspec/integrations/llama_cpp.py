@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.controllers.pays import CuttingController
-from pyspec.drafters import Drafter, drafter_from_name
+from pyspec.drafters import DRAFTERS, Drafter, drafter_from_name
 from pyspec.integrations import require
 from pyspec.machine.costs import Costs
 from pyspec.runners.verified import Verified
@@ -39,7 +40,6 @@ TREE_NODES = 32  # among which the likeliest path is looked for
 SIZES = (1, 2, 4, 8, 16)  # tokens of a call that are timed
 TEXT = 32  # tokens before them
 REPEATS = 3
-NEED_A_RUNNER = ("ngrammys", "layer_skip")
 OBSERVED_AT_ONCE = 256  # rows of a prompt's logits
 SAMPLES, SAMPLED = 64, 4096  # of a model file, and bytes of each
 
@@ -70,16 +70,18 @@ class DraftModel(LlamaDraftModel):
         costs: seconds of a call of the model, by its tokens.
     """
 
+    clock: ClassVar[Callable[[], float]] = staticmethod(time.perf_counter)  # tests put in their own
+
     def __init__(self, llama, drafter: str | Drafter):
         self._llama = llama
-        if drafter in NEED_A_RUNNER:
-            raise ValueError(f"drafter must not need a model of pyspec's own, as {drafter!r} does")
         runner = _Described(llama)
+        if isinstance(drafter, str) and drafter in DRAFTERS and not DRAFTERS[drafter].fits(runner):
+            raise ValueError(f"drafter must not need a model of pyspec's own, as {drafter!r} does")
         self._shared = drafter_from_name(drafter, runner)
         if self._shared is None or self._shared.proposal != "deterministic":
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")
         check_laws(self._shared, ExactAcceptance())
-        self.costs = _measure_costs(llama)
+        self.costs = _measure_costs(llama, self.clock)
         self._controller = CuttingController(self.costs)
         self._drafter: Drafter | None = None
         self._context: list[int] = []
@@ -88,7 +90,7 @@ class DraftModel(LlamaDraftModel):
 
     def __call__(self, input_ids: np.ndarray, /, **kwargs) -> np.ndarray:
         """The drafts after input_ids [n]: [m] tokens, m of at least 0 and at most what pays."""
-        start = time.perf_counter()
+        start = self.clock()
         context = input_ids.tolist()
         known = len(self._context)
         if self._drafter is None or known > len(context) or context[:known] != self._context:
@@ -99,7 +101,7 @@ class DraftModel(LlamaDraftModel):
         if self._controller.nodes > 1:
             tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
         (self._proposed,) = self._controller.cut([tree])
-        self._ended = time.perf_counter()
+        self._ended = self.clock()
         self._draft_seconds = self._ended - start
         return self._proposed.tokens[1:].numpy().astype(np.intc)
 
@@ -134,7 +136,7 @@ def _sample(file: Path) -> bytes:
     return b"".join(data[start : start + SAMPLED].tobytes() for start in range(0, len(data), step))
 
 
-def _measure_costs(llama) -> Costs:
+def _measure_costs(llama, clock: Callable[[], float]) -> Costs:
     """Times calls of a few tokens behind some others; the model's cache is lost."""
     text = min(TEXT, llama.n_ctx() // 2)
     sizes = [size for size in SIZES if text + size <= llama.n_ctx()]
@@ -144,9 +146,9 @@ def _measure_costs(llama) -> Costs:
     for _ in range(REPEATS + 1):
         for size in sizes:
             llama.n_tokens = text  # eval forgets what is behind
-            start = time.perf_counter()
+            start = clock()
             llama.eval([1] * size)
-            found[size].append(time.perf_counter() - start)
+            found[size].append(clock() - start)
     llama.reset()
     # the first of each warms up
     return Costs.of_medians({size: statistics.median(times[1:]) for size, times in found.items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +12,11 @@ import numpy as np
 import torch
 
 from pyspec.caches import QuantisedSettings
-from pyspec.machine import cpu_name, measured
+from pyspec.machine import store
 from pyspec.ops import backends
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
+from pyspec.stats import clock_of
 from pyspec.tree import DraftTree
 
 __all__ = ["Costs", "costs_of", "measure_costs"]
@@ -74,9 +74,9 @@ def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
     The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
     """
     try:
-        kept = measured.read("costs")[_key(model, cache)]
-        return Costs(tuple(kept["nodes"]), tuple(kept["seconds"]))
-    except (KeyError, TypeError, ValueError):
+        nodes, seconds = store.read("costs", _key(model, cache))
+        return Costs(tuple(nodes), tuple(seconds))
+    except (TypeError, ValueError):
         return measure_costs(model, cache)
 
 
@@ -105,7 +105,7 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
                 break
     costs = Costs.of_medians(medians)
     if not has_hiccup:
-        measured.keep("costs", _key(model, cache), {"nodes": costs.nodes, "seconds": costs.seconds})
+        store.keep("costs", _key(model, cache), [costs.nodes, costs.seconds])
     return costs
 
 
@@ -131,17 +131,14 @@ def _medians(model: Runner, sizes: Sequence[int]) -> dict[int, float]:
 def _seconds(model: Runner, nodes: int) -> float:
     # two children a node: neither a chain nor a star
     tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
-    start = time.perf_counter()
+    clock = clock_of(model)
+    start = clock()
     model.verify({0: tree})
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def _key(model: Runner, cache: QuantisedSettings | None = None) -> str:
-    on_cuda = model.device.type == "cuda"
-    device = torch.cuda.get_device_name(model.device) if on_cuda else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    kernels = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
-    weights = getattr(model, "weight_dtype", model.dtype)
-    packed = "" if cache is None else f" {cache}"
-    return f"{device}; {kernels['backend']} {kernels['reason']}; {model.fingerprint} {model.dtype} {weights}{packed}"
+def _key(model: Runner, cache: QuantisedSettings | None) -> str:
+    kernel = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
+    return store.key(model, kernel, cache=cache)

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from pyspec.arguments import described
-from pyspec.tree import DraftTree, tree_layout
+from pyspec.host import host
+from pyspec.tree import DraftTree
 
-try:
-    from pyspec._host import tree_tiles
-except ImportError:  # a package without its compiled parts
-    tree_tiles = None
-
-__all__ = ["TreeAndPrefix", "dense_of_trees", "parents_of", "tree_tiles"]
+__all__ = ["TreeAndPrefix", "dense_of_trees", "parents_of"]
 
 TreeAndPrefix = tuple[np.ndarray, int]  # parents [T] int32, and how many keys are committed before the tree's
 
@@ -34,11 +30,11 @@ def parents_of(tree) -> np.ndarray:
 
 
 def dense_of_trees(described: list[TreeAndPrefix], rows: int, keys: int) -> Tensor:
-    """The mask [B, 1, N, M] bool that the lists of tree_tiles stand for."""
+    """The mask [B, 1, N, M] bool that the lists of pyspec._host.tree_tiles stand for."""
     visible = torch.zeros((len(described), 1, rows, keys), dtype=torch.bool, device="cpu")
     for b, (parents, n) in enumerate(described):
         nodes = len(parents)
-        bits = np.unpackbits(tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")
+        bits = np.unpackbits(host().tree_layout(parents)[1].view(np.uint8), axis=1, bitorder="little")
         visible[b, 0, :nodes, :n] = True
         visible[b, 0, :nodes, n : n + nodes] = torch.from_numpy(bits[:, :nodes].astype(bool))
     return visible

@@ -1,9 +1,9 @@
-"""gear: attention that reads keys and values packed to 2, 3, 4 or 8 bits (GEAR, KIVI, plain) as they lie.
+"""gear: attention that reads keys and values quantised to 2, 3, 4 or 8 bits (GEAR, KIVI, plain) as they lie.
 
 What a record of 128 tokens holds is in pyspec.ops.gear_format, how it is made in pyspec.ops.gear_encode.
 
-`gear_attention` is the attention of a draft tree to packed blocks, then to the keys and values behind them in full
-precision. The rule of what a row sees packed hangs on its position alone (`blocks_seen`), never on the tree or on what
+`gear_attention` is the attention of a draft tree to quantised blocks, then to the keys and values behind them in full
+precision. What a row sees quantised depends on its position alone (`blocks_seen`), never on the tree or on what
 was committed, so the row rule of tree_attention holds here too: a row has the bits of plain decoding.
 """
 
@@ -43,16 +43,16 @@ __all__ = [
 
 
 def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tensor | int:
-    """How many packed blocks a row at each position sees; the keys behind them it sees in full precision.
+    """How many quantised blocks a row at each position sees; it sees the keys behind them in full precision.
 
-    A block, of span tokens, is seen packed by the rows that are at least `window` positions behind its end. So the
+    A block, of span tokens, is seen quantised by the rows that are at least `window` positions behind its end. So the
     nodes of a tree of at most window + 1 nodes need only blocks that are committed whole.
     """
     blocks = (positions - window) // span
     return max(blocks, 0) if isinstance(blocks, int) else blocks.clamp_min(0)
 
 
-# ==== attention to packed blocks ====
+# ==== attention to quantised blocks ====
 
 
 def used_blocks(packed: Tensor, seen: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def attend_packed(q: Tensor, packed: Tensor, seen: Tensor, format: GearFormat, s
     return _OP(q, packed, seen, *format.layout, scale)
 
 
-# ==== attention of a tree to packed blocks and to the keys behind them ====
+# ==== attention of a tree to quantised blocks and to the keys behind them ====
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class TreeRows:
     """What the nodes of a batch of trees see, the same in all layers."""
 
     ancestor_bits: Tensor  # [B, T, ceil(T / 32)] int32
-    seen: Tensor  # [B, T] int32, packed blocks; 0 for padding
+    seen: Tensor  # [B, T] int32, quantised blocks; 0 for padding
     first: Tensor  # [B, 1] int32, those of the root
     dense_lens: Tensor  # [B] int32, committed keys behind the root's blocks
-    most: int  # blocks that a node sees packed and its root does not
+    most: int  # blocks that a node sees quantised and its root does not
     span: int = BLOCK  # tokens of a block
 
     @classmethod
@@ -155,9 +155,9 @@ def attend_tree(
 def join_exact(
     packed_part: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention to packed blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
+    """Attention to quantised blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
     dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, scale=scale, return_lse=True)
-    for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it packed, unlike the root
+    for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it quantised, unlike the root
         past = more * rows.span
         lens = (rows.dense_lens - past).clamp_min(0)
         there = tree_attention(
@@ -182,18 +182,18 @@ def gear_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a draft tree's nodes to packed blocks, the keys behind them, and their own ancestors.
+    """Attention of a draft tree's nodes to quantised blocks, the keys behind them, and their own ancestors.
 
-    A row at position p sees the first blocks_seen(p, window) blocks packed and what follows in full precision.
+    A row at position p sees the first blocks_seen(p, window) blocks quantised and what follows in full precision.
 
     Args:
         q: [B, Hq, T, D] fp32, fp16 or bf16, T at most window + 1.
         packed: [B, Hkv, blocks, record] uint8 of gear_encode, at least the blocks that are seen.
-        k, v: [B, Hkv, S, D] like q. Slot 0 is the first position that the root does not see packed,
+        k, v: [B, Hkv, S, D] like q. Slot 0 is the first position that the root does not see quantised,
             blocks_seen(n, window) * 128 for n committed keys; the tree's keys follow the committed ones.
-        ancestor_bits, prefix_lens: as for tree_attention; n counts packed tokens too.
+        ancestor_bits, prefix_lens: as for tree_attention; n counts quantised tokens too.
         format: of packed.
-        window: how far behind a block's end a row must be to see it packed.
+        window: how far behind a block's end a row must be to see it quantised.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: also return the natural log-sum-exp of the scores.
 
@@ -225,7 +225,7 @@ def check_tree(
     window: int,
     scale: float | None,
 ) -> None:
-    """Raises ValueError unless a tree's queries, its shape and its packed blocks fit together."""
+    """Raises ValueError unless a tree's queries, its shape and its quantised blocks fit together."""
     batch, heads, nodes, _ = q.shape
     if packed.shape[0] != batch or not packed.shape[1] or heads % packed.shape[1]:
         raise ValueError(

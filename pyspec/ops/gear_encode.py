@@ -229,7 +229,7 @@ def check_floats(name: str, tensor: Tensor) -> None:
 
 
 def find_unpackable(k: Tensor, v: Tensor) -> tuple[str, list[int], float] | None:
-    """The first value that cannot be packed, NaN or above LARGEST: "k" or "v", where, and what it is."""
+    """The first value that cannot be quantised, NaN or above LARGEST: "k" or "v", where, and what it is."""
     for name, tensor in (("k", k), ("v", v)):
         good = tensor.abs() <= LARGEST  # not for NaN
         if not good.all():
@@ -239,7 +239,7 @@ def find_unpackable(k: Tensor, v: Tensor) -> tuple[str, list[int], float] | None
 
 
 def check_keys_values(k: Tensor, v: Tensor, format: GearFormat) -> None:
-    """Raises TypeError or ValueError unless keys and values are whole blocks that can be packed."""
+    """Raises TypeError or ValueError unless keys and values are whole blocks that can be quantised."""
     check_floats("k", k)
     check_floats("v", v)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
@@ -258,7 +258,7 @@ def check_keys_values(k: Tensor, v: Tensor, format: GearFormat) -> None:
 
 
 def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
-    """Packs keys and values, block by block: a block's record does not depend on what is packed beside it.
+    """Quantises keys and values, block by block: a block's record does not depend on what is quantised beside it.
 
     Args:
         k, v: [B, Hkv, S, D] fp32, fp16 or bf16 and alike, S a multiple of 128, D in HEAD_DIMS.

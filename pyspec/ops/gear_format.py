@@ -1,6 +1,6 @@
-"""What a record of packed keys and values holds: its settings, its parts, the order of its codes, and reading it back.
+"""A record of quantised keys and values: its settings, its parts, the order of its codes, and reading it back.
 
-BLOCK = 128 tokens of one KV head are packed together, into one record. Of a matrix X [128, D] of keys or values
+BLOCK = 128 tokens of one KV head are quantised together, into one record. Of a matrix X [128, D] of keys or values
 
     X ~ D + L + S
 
@@ -47,7 +47,7 @@ MOST_RANK = MOST_OUTLIERS = 16
 
 @dataclass(frozen=True)
 class GearFormat:
-    """How a block of keys and values is packed.
+    """How a block of keys and values is quantised.
 
     Args:
         bits: of a code: 2, 3, 4 or 8.
@@ -56,7 +56,7 @@ class GearFormat:
         rank: of the low-rank part of each block, 0 (none) to 16.
         outliers: of each vector, an even number from 0 (none) to 16.
         fitted: choose ranges, and low rank with them, for the least squared error; else ranges are min-max. That is
-            a matter of packing alone: records are read alike.
+            a matter of encoding alone: records are read alike.
         key_channels: how many channels of its keys a record keeps, a multiple of 16, 0 for all. The others count as 0.
 
     Raises:
@@ -92,7 +92,7 @@ class GearFormat:
         return self.bits, self.group, self.rank, self.outliers, self.key_channels
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Raises ValueError unless heads of this size can be packed so."""
+        """Raises ValueError unless heads of this size can be quantised so."""
         if head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got {head_dim}")
         if head_dim % self.width(head_dim):

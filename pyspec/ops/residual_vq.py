@@ -18,7 +18,7 @@ Keys are coded as they are cached, turned to their positions by rotary embedding
 table would have to be made for every position: keys are rebuilt, a block at a time, and turned. What turns them is
 `rotary` (`rotary_of_blocks`): a key at place t of block b is turned by t and by 128 b.
 
-`residual_vq_attention` is the attention of a draft tree to packed blocks, then to the exact keys behind them, with
+`residual_vq_attention` is the attention of a draft tree to quantised blocks, then to the exact keys behind them, with
 the row rule, as gear_attention is.
 """
 
@@ -81,7 +81,7 @@ class ResidualVqFormat:
             raise ValueError(f"codes must be one of {CODES}, got {self.codes}")
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Raises ValueError unless heads of this size can be packed so."""
+        """Raises ValueError unless heads of this size can be quantised so."""
         if head_dim not in HEAD_DIMS or head_dim % WIDTH:
             fitting = tuple(d for d in HEAD_DIMS if d % WIDTH == 0)
             raise ValueError(f"head_dim must be one of {fitting}, got {head_dim}")
@@ -152,7 +152,7 @@ def check_rotary(rotary: Tensor, blocks: int, head_dim: int, device: torch.devic
         raise ValueError(f"rotary must be on {device} like q, got {rotary.device}")
 
 
-# ==== packing ====
+# ==== encoding ====
 
 
 def scales_of(x: Tensor) -> Tensor:
@@ -236,7 +236,7 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
     return sides[0], sides[1]
 
 
-# ==== attention to packed blocks ====
+# ==== attention to quantised blocks ====
 
 
 def residual_vq_reference(
@@ -292,7 +292,7 @@ def _batched(codebooks: Tensor, batch: int) -> Tensor:
 
 
 def residual_vq_encode(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
-    """Packs keys and values, block by block: a token's codes do not depend on what is packed beside it.
+    """Encodes keys and values, block by block: a token's codes do not depend on what is encoded beside it.
 
     Args:
         k, v: [B, Hkv, S, D] fp32, fp16 or bf16 and alike, S a multiple of 128, D in 64, 96, 128, 256.
@@ -342,7 +342,7 @@ def residual_vq_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a draft tree's nodes to packed blocks, the keys behind them, and their own ancestors.
+    """Attention of a draft tree's nodes to quantised blocks, the keys behind them, and their own ancestors.
 
     Args:
         q: [B, Hq, T, D] fp32, fp16 or bf16, T at most window + 1.

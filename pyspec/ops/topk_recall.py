@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pyspec.machine import cpu_name, measured
+from pyspec.machine import store
 from pyspec.ops._library import backends
 
 __all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recall"]
@@ -111,8 +111,7 @@ def _choose(n: int, k: int, recall: float, device: str) -> Buckets:
     kernel = next((row for row in backends() if row["op"] == "topk" and row["device"] == device), None)
     if kernel is None or kernel["backend"] == "reference":
         return EXACT  # which the reference's buckets begin with
-    where = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    costs = _costs(device, f"{where}; {kernel['backend']} {kernel['reason']}; {ROWS[device]} {SIZES[device]} {KEPT}")
+    costs = _costs(device, store.key(kernel=kernel, rows=ROWS[device], sizes=SIZES[device], kept=KEPT))
     best, least = EXACT, WORTH_IT * costs.exact(n, k)
     for per_bucket in range(1, MOST_PER_BUCKET + 1):
         buckets = fewest_buckets(n, k, recall, per_bucket)
@@ -171,10 +170,10 @@ def _line(sizes: tuple[int, ...], values: list[float], size: int) -> float:
 @functools.lru_cache
 def _costs(device: str, key: str) -> _Costs:
     try:
-        return _Costs(SIZES[device], measured.read("topk")[key]["seconds"])
-    except (KeyError, TypeError, ValueError):
+        return _Costs(SIZES[device], store.read("topk", key))
+    except (TypeError, ValueError):
         seconds = _measure(device)
-        measured.keep("topk", key, {"seconds": seconds})
+        store.keep("topk", key, seconds)
         return _Costs(SIZES[device], seconds)
 
 

@@ -17,7 +17,8 @@ class Runner(Protocol):
 
     The three calls are all that the generation loop needs, and mean the same for a KV cache and for a
     recurrent state: `prefill` starts a batch, `verify` reads the committed state, `commit` extends it.
-    Runners on our own kernels also have `warm(capacity, sequences)`, which compiles and captures what a GPU needs.
+    Runners on our own kernels also have `warm(capacity, sequences)`, which compiles and captures what a GPU needs. A
+    simulated runner may have a `clock` of its own, seconds like those of time.perf_counter, by which calls are timed.
     """
 
     vocab_size: int
@@ -44,7 +45,7 @@ class Runner(Protocol):
         ...
 
     def verify(self, trees: Sequence[DraftTree | None]) -> list[torch.Tensor | None]:
-        """[T, V] fp32 logits of every node of each sequence's tree; None marks a sequence that sits out.
+        """Logits [T, V] fp32 of every node of each sequence's tree; None marks a sequence that sits out.
 
         The committed state is read, not changed: calling it twice gives the same logits.
         """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import warnings
+from collections.abc import Callable
 
-from pyspec.architectures import supported_architectures
+from pyspec.architectures import Unsupported, supported_architectures
 from pyspec.integrations import require
 
-__all__ = ["cache_argument", "check_supported", "context_of", "refuse", "supported"]
+__all__ = ["cache_argument", "check_supported", "context_of", "fall_back", "refuse", "supported"]
 
 
 def supported() -> str:
@@ -22,6 +25,32 @@ def supported() -> str:
 def refuse(model_class: type, reason: str):
     """Raises the ValueError that names a model, the reason, and what is supported."""
     raise ValueError(f"{model_class.__name__} is not supported: {reason}; {supported()}")
+
+
+def fall_back(make: Callable, reason: Unsupported):
+    """What make gives, the TransformersRunner of a model that our kernels do not run for this reason.
+
+    Warns once for each reason, and says what it costs.
+
+    Raises:
+        ValueError: it does not run through transformers either; the message has both reasons.
+    """
+    try:
+        runner = make()
+    except ValueError as error:
+        raise ValueError(f"{reason}; {error}") from error
+    _say_foreign(str(reason))
+    return runner
+
+
+@functools.cache
+def _say_foreign(reason: str) -> None:
+    warnings.warn(
+        f"{reason}: it runs through transformers instead. On a CPU that takes several times as long, and texts follow "
+        "the same law, but at near ties may differ from those of plain decoding.",
+        RuntimeWarning,
+        stacklevel=5,  # who called load or from_transformers, both of which as_stored wraps
+    )
 
 
 def context_of(config) -> int:

@@ -99,13 +99,8 @@ def test_drawn_trees_get_the_size_that_paid_before():
     assert SizingController(Costs((1, 64), (1.0, 1.001))).nodes > 1
 
 
-@pytest.fixture
-def may_rest(monkeypatch):
-    monkeypatch.setattr(pays, "MOST_LOST", 2.0)
-
-
 @pytest.mark.parametrize("kind", [CuttingController, SizingController])
-def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(may_rest, kind):
+def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(kind):
     controller, tree = kind(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
     tried = rounds = 0
     while rounds < 3000:  # a round with drafts takes as long as two and a half plain ones and gives two tokens
@@ -119,7 +114,7 @@ def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(may_rest
     assert controller.nodes > 1
 
 
-def test_drafting_that_pays_never_rests_and_a_hanging_machine_is_soon_forgotten(may_rest):
+def test_drafting_that_pays_never_rests_and_a_hanging_machine_is_soon_forgotten():
     controller, tree = CuttingController(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
     for _ in range(100):
         learn(controller, tree, [0, 1], drafting=0.5)
@@ -131,7 +126,7 @@ def test_drafting_that_pays_never_rests_and_a_hanging_machine_is_soon_forgotten(
     assert 0 < rest(fresh) <= 10
 
 
-def test_a_batch_is_weighed_as_one(may_rest):
+def test_a_batch_is_weighed_as_one():
     controller, tree = CuttingController(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
     for _ in range(100):  # one sequence pays for both
         controller.learn([tree, tree], [[0, 1, 2], [0]], 0.8, 1.0)

@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 
-import pyspec.host as engine_module
+import pyspec.host
 from pyspec.drafters import DRAFTERS, drafter_from_name
 from pyspec.drafters.table_drafter import TableDrafter
-from pyspec.host import twins as reference
+from pyspec.host import twins
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -20,7 +20,7 @@ PROMPT = [1, 2, 3, 4, 1, 2, 3, 5, 1, 2]
 
 class Runner:
     vocab_size = VOCAB
-    fingerprint = "tiny"
+    fingerprint, dtype = "tiny", torch.float32
 
     def prefill(self, prompts, *, capacity):
         return [torch.arange(VOCAB).eq(prompt[0] + 1).float() for prompt in prompts]
@@ -179,16 +179,18 @@ def test_requests_to_one_runner_share_a_drafter():
 def test_without_the_compiled_module_drafting_says_so_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspec._host", None)
     monkeypatch.delattr("pyspec._host", raising=False)
-    engine_module.engine.cache_clear()
+    for found in (pyspec.host.compiled, pyspec.host.host):
+        found.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="plain Python"):
             drafter = drafter_from_name("merged", Runner())
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert engine_module.engine() is reference
+            assert pyspec.host.host() is twins
             assert len(drafter.start(PROMPT).propose(PROMPT, 4)) == 4
     finally:
-        engine_module.engine.cache_clear()
+        for found in (pyspec.host.compiled, pyspec.host.host):
+            found.cache_clear()
 
 
 def test_a_node_that_was_cut_off_counts_where_its_parent_was_verified():

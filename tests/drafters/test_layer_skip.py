@@ -11,7 +11,7 @@ from pyspec.drafters.layer_skip import LayerSkipDrafter, find_skipped_layers
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.generate import generate
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.runners.attention import AttentionRunner
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, verify_all
@@ -85,7 +85,7 @@ def test_the_search_finds_the_useless_layers_once(tmp_path, monkeypatch):
     assert find_skipped_layers(model) == found  # kept
     assert LayerSkipDrafter(model).layers == [layer for layer in range(6) if layer not in found]
     for damaged in ("no", [9], None):
-        measured.keep("layers", f"{model.fingerprint} {model.dtype} {model.weight_dtype}", {"skipped": damaged})
+        store.keep("skipped_layers", store.key(model), damaged)
         with pytest.raises(ValueError, match="without a tokenizer"):  # so it would search
             find_skipped_layers(model)
 

@@ -1,5 +1,7 @@
 """STAND, ADED, N-Grammys, and any of the model-free drafters merged into one tree and kept in a file."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ from pyspec.drafters.tables.recycling import Recycling
 from pyspec.drafters.tables.stand import Stand
 from pyspec.drafters.tables.suffix import Suffix
 from pyspec.generate import generate
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import EOS, FakeRunner
@@ -120,9 +122,12 @@ def test_bigrams_are_computed_once(tmp_path, monkeypatch):
         assert logits[bigrams[token].tolist()].tolist() == logits.topk(8).values.tolist()
     runs = Counting.runs
     assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs == runs
-    (file,) = measured.folder().glob("bigrams-*.npz")
-    file.write_bytes(b"damaged")
-    assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
+    (file,) = store.folder().glob("bigrams-*")
+    table, key = bigrams.tolist(), json.loads(file.read_text())["key"]
+    for damaged in (None, table[1:], [[], *table[1:]], [[EOS + 1] * 8, *table[1:]], [["a"] * 8, *table[1:]]):
+        store.keep("bigrams", key, damaged)
+        runs = Counting.runs
+        assert (model_bigrams(Counting()) == bigrams).all() and Counting.runs > runs
     other = Counting()
     other.fingerprint = "another model"
     before = Counting.runs

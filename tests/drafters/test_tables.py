@@ -5,14 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.host import twins as reference
+from pyspec.host import twins
 from pyspec.ops.row_statistics import TOP
 from pyspec.sampling.sampler import Sampler
 
 host = pytest.importorskip("pyspec._host")
 
 VOCAB = 11  # few tokens, so that n-grams come back
-MODULES = (host, reference)
+MODULES = (host, twins)
 
 
 def top_of(random, nodes):

@@ -15,8 +15,8 @@ from pyspec.ops import (
     rotary_of_blocks,
 )
 from pyspec.ops.gear import BLOCK, blocks_seen
-from tests.ops.test_gear_encode import FORMATS, PRUNED, channels_of
-from tests.ops.test_tree_attention import make_case, path_to
+from tests.helpers.gear_formats import FORMATS, PRUNED, channels_of
+from tests.helpers.tree_cases import make_case, path_to
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

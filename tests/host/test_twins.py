@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.host import twins as reference
+from pyspec.host import twins
 from pyspec.runners.verified import Verified
 
 host = pytest.importorskip("pyspec._host")
@@ -15,7 +15,7 @@ VOCAB = 7  # few tokens, so that n-grams come back
 
 
 def both(name, *arguments):
-    return [getattr(module, name)(*arguments) for module in (host, reference)]
+    return [getattr(module, name)(*arguments) for module in (host, twins)]
 
 
 @pytest.mark.parametrize("kinds", [("lookup",), ("token",), ("pair",), ("lookup", "token", "pair")])
@@ -28,7 +28,7 @@ def both(name, *arguments):
 def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
     random = np.random.default_rng(seed)
     sides = []
-    for module in (host, reference):
+    for module in (host, twins):
         made = {"lookup": module.NgramIndex(), "token": module.Adjacency(VOCAB, 1), "pair": module.Adjacency(VOCAB, 2)}
         sources = [made[kind] for kind in kinds]
         sides.append((module, sources, module.Estimates([source.priors() for source in sources], 4.0)))
@@ -62,7 +62,7 @@ def test_the_same_trees_from_the_same_history(kinds, walk, rounds, seed):
 
 
 def test_an_update_outside_the_vocabulary_changes_nothing():
-    for module in (host, reference):
+    for module in (host, twins):
         adjacency = module.Adjacency(VOCAB, 1)
         tokens, parents = np.array([0, VOCAB]), np.array([-1, 0], np.int32)
         with pytest.raises(ValueError, match=r"tokens\[1\] is outside the vocabulary"):
@@ -89,10 +89,10 @@ def test_a_token_with_many_followers_keeps_the_frequent_and_the_recent():
         context += [0, int(random.integers(1, 150) if random.random() < 0.7 else random.integers(150, 170))]
     context.append(0)
     trees = []
-    for module in (host, reference):
+    for module in (host, twins):
         index = module.NgramIndex()
         index.extend(context)
         estimates = module.Estimates([index.priors()], 16.0)
         trees.append([values.tolist() for values in module.grow([index], estimates, context[-6:], 100)])
     assert trees[0] == trees[1]
-    assert reference.NgramIndex.MAX_FOLLOWERS < 150
+    assert twins.NgramIndex.MAX_FOLLOWERS < 150

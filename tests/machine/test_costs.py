@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pyspec import generate
-from pyspec.machine import costs
-from pyspec.machine.costs import Costs
+from pyspec.machine import costs, store
+from pyspec.machine.costs import Costs, costs_of, measure_costs
 from tests.helpers.fake_runner import FakeRunner
 
 
@@ -18,85 +18,71 @@ def test_costs_lie_on_lines_between_and_beyond_what_was_measured():
 
 
 class TimedRunner(FakeRunner):
-    """Calls of verify take what `seconds` says of (nodes, earlier calls of that size), by a clock of its own."""
+    """Calls of verify take what `law` says of (nodes, earlier calls of that size)."""
 
     fingerprint = "timed"
 
-    def __init__(self, seconds=lambda nodes, calls: 0.01 + 0.001 * nodes):
+    def __init__(self, law=lambda nodes, calls: 0.01 + 0.001 * nodes):
         super().__init__()
-        self.seconds, self.calls, self.now = seconds, Counter(), 0.0
+        self.law, self.calls = law, Counter()
 
-    def verify(self, trees):
-        nodes = sum(map(len, trees.values()))
-        self.now += self.seconds(nodes, self.calls[nodes])
+    def seconds(self, nodes):
         self.calls[nodes] += 1
-        return super().verify(trees)
+        return self.law(nodes, self.calls[nodes] - 1)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "pyspec"
 
 
-@pytest.fixture
-def measure(monkeypatch, folder):
-    """costs_of, by the runner's clock."""
-
-    def measure(model):
-        monkeypatch.setattr(costs.time, "perf_counter", lambda: model.now)
-        return costs.costs_of(model)
-
-    return measure
-
-
-def test_costs_are_measured_once_for_a_machine_and_a_model(folder, measure):
+def test_costs_are_measured_once_for_a_machine_and_a_model(folder):
     model = TimedRunner()
-    found = measure(model)
+    found = costs_of(model)
     assert found.nodes == tuple(sorted(costs.SIZES))
     assert found.seconds == pytest.approx([0.01 + 0.001 * nodes for nodes in found.nodes])
-    assert len(json.loads((folder / "costs.json").read_text())) == 1
+    assert len(list(folder.glob("costs-*"))) == 1
     model.calls.clear()
-    assert measure(model) == found and not model.calls
-    costs.measure_costs(model)
+    assert costs_of(model) == found and not model.calls
+    measure_costs(model)
     assert model.calls
 
 
 @pytest.mark.parametrize("first", [2.0, 100.0, 1e5])
-def test_a_first_call_of_any_size_that_is_slow_does_not_count(measure, first):
+def test_a_first_call_of_any_size_that_is_slow_does_not_count(first):
     model = TimedRunner(lambda nodes, calls: first if calls == 0 else 0.01 + 0.001 * nodes)
-    found = measure(model)
+    found = costs_of(model)
     assert found.seconds == pytest.approx([0.01 + 0.001 * nodes for nodes in found.nodes])
     assert found.nodes == tuple(sorted(costs.SIZES)) and min(model.calls.values()) >= 3
 
 
-def test_generation_with_a_model_whose_first_calls_are_slow(measure, monkeypatch):
+def test_generation_with_a_model_whose_first_calls_are_slow():
     model = TimedRunner(lambda nodes, calls: 30.0 if calls == 0 else 0.01 + 0.001 * nodes)
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: model.now)
     for _ in range(2):  # the second time from the file
         text = generate(model, list(b"the tree"), budget="auto", max_new_tokens=30).tokens
         assert text == generate(FakeRunner(), list(b"the tree"), drafter=None, max_new_tokens=30).tokens
 
 
-def test_of_a_slow_model_fewer_sizes_are_timed_but_each_twice(measure):
+def test_of_a_slow_model_fewer_sizes_are_timed_but_each_twice():
     model = TimedRunner(lambda nodes, calls: 20.0 + nodes)
-    found = measure(model)
+    found = costs_of(model)
     assert found.nodes == (1, 16) and found.seconds == (21.0, 36.0)
     assert model.calls == {1: 3, 16: 3}
 
 
-def test_a_hiccup_of_the_machine_is_measured_away(measure):
+def test_a_hiccup_of_the_machine_is_measured_away():
     """Of the plain step, which would make every tree look free."""
     model = TimedRunner(lambda nodes, calls: 9.0 if nodes == 1 and calls in (1, 2) else 0.5 + 0.01 * nodes)
-    found = measure(model)
+    found = costs_of(model)
     assert found.seconds == pytest.approx([0.5 + 0.01 * nodes for nodes in found.nodes])
 
 
-def test_costs_that_make_no_sense_are_used_once_and_not_kept(folder, measure):
-    found = measure(TimedRunner(lambda nodes, calls: 1.0 / nodes))
+def test_costs_that_make_no_sense_are_used_once_and_not_kept(folder):
+    found = costs_of(TimedRunner(lambda nodes, calls: 1.0 / nodes))
     assert found.seconds == (1.0,) * len(found.nodes)
-    assert not (folder / "costs.json").exists()
-    dear = measure(TimedRunner(lambda nodes, calls: 0.001 * nodes**2))
+    assert not list(folder.glob("costs-*"))
+    dear = costs_of(TimedRunner(lambda nodes, calls: 0.001 * nodes**2))
     assert dear.seconds == pytest.approx([0.001 * nodes for nodes in dear.nodes])
 
 
@@ -122,32 +108,34 @@ def test_costs_that_make_no_sense_are_used_once_and_not_kept(folder, measure):
         (None, None),
     ],
 )
-def test_a_bad_table_is_refused_and_a_kept_one_measured_anew(folder, measure, nodes, seconds):
+def test_a_bad_table_is_refused_and_a_kept_one_measured_anew(folder, nodes, seconds):
     model = TimedRunner()
-    folder.mkdir()
-    (folder / "costs.json").write_text(json.dumps({costs._key(model): {"nodes": nodes, "seconds": seconds}}))
-    assert measure(model).nodes == tuple(sorted(costs.SIZES))
-    assert json.loads((folder / "costs.json").read_text())[costs._key(model)]["nodes"] == sorted(costs.SIZES)
+    found = costs_of(model)
+    (file,) = folder.glob("costs-*")
+    key = json.loads(file.read_text())["key"]
+    store.keep("costs", key, [nodes, seconds])
+    assert costs_of(model).nodes == found.nodes and store.read("costs", key)[0] == list(found.nodes)
     with pytest.raises((ValueError, TypeError)):
         Costs(tuple(nodes), tuple(seconds))
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"KEY": 3}', '{"KEY": {"nodes": [1]}}'])
-def test_a_broken_file_only_means_measuring_again(folder, measure, text):
+@pytest.mark.parametrize("entry", [None, 3, [], [1], {"nodes": [1]}])
+def test_a_damaged_entry_only_means_measuring_again(folder, entry):
     model = TimedRunner()
-    folder.mkdir()
-    (folder / "costs.json").write_text(text.replace("KEY", costs._key(model)))
-    assert measure(model).nodes[0] == 1
-    assert costs._key(model) in json.loads((folder / "costs.json").read_text())
+    found = costs_of(model)
+    (file,) = folder.glob("costs-*")
+    store.keep("costs", json.loads(file.read_text())["key"], entry)
+    model.calls.clear()
+    assert costs_of(model).nodes == found.nodes and model.calls
 
 
-def test_a_folder_that_cannot_be_written_to_only_means_measuring_again(folder, measure):
+def test_a_folder_that_cannot_be_written_to_only_means_measuring_again(folder):
     folder.write_text("a file in its place")
-    assert measure(TimedRunner()).nodes[0] == 1
+    assert costs_of(TimedRunner()).nodes[0] == 1
 
 
 @pytest.mark.parametrize("context_length", [*range(1, 9), 140])
-def test_a_context_shorter_than_the_largest_tree_is_enough(measure, context_length):
+def test_a_context_shorter_than_the_largest_tree_is_enough(context_length):
     model = TimedRunner()
     model.context_length = context_length
-    assert max(measure(model).nodes) <= max(2, context_length - 128)
+    assert max(costs_of(model).nodes) <= max(2, context_length - 128)

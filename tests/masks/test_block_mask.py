@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyspec import BlockMask, DraftTree
+from pyspec.host import compiled
 from pyspec.masks import block_mask, tiles
 
 SIZES = st.sampled_from([1, 2, 63, 64, 65, 127, 128, 129, 200])
@@ -28,10 +29,9 @@ def words_per_block(request, monkeypatch):
 @pytest.fixture(params=["compiled", "python"])
 def builder(request, monkeypatch):
     if request.param == "python":
-        monkeypatch.setattr(block_mask, "tree_tiles", None)
-        monkeypatch.setattr(block_mask, "span_tiles", None)
-        monkeypatch.setattr(tiles, "dense_tiles", None)
-    elif block_mask.tree_tiles is None:
+        for module in (block_mask, tiles):
+            monkeypatch.setattr(module, "compiled", lambda: None)
+    elif compiled() is None:
         pytest.skip("no compiled module")
 
 
@@ -135,7 +135,7 @@ def test_predicate_of_fewer_dimensions():
 
 
 def test_predicate_a_few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(block_mask, "_PREDICATE_PAIRS", 1)
+    monkeypatch.setattr(tiles, "PREDICATE_PAIRS", 1)
     dense = random_dense(300, 130, 1)
     check(BlockMask.from_predicate(lambda b, h, i, j: dense[i, j], 300, 130), dense)
 

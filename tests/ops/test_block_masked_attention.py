@@ -11,24 +11,10 @@ from pyspec.masks import tiles
 from pyspec.ops import block_masked_attention, tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS
 from tests.helpers.every_backend import BACKENDS, KERNELS, assert_same, each_backend, each_kernel, on_backend
+from tests.helpers.mask_cases import arguments, random_dense, tensors
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(block_masked_attention), each_kernel(block_masked_attention)
-
-
-def tensors(rows, keys, batch=1, heads=2, kv_heads=1, head_dim=64, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, heads, rows, head_dim), *[(batch, kv_heads, keys, head_dim)] * 2)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def random_dense(rows, keys, seed=0):
-    """Empty, full and partial tiles at random, aligned with nothing or with tiles."""
-    random = np.random.default_rng(seed)
-    coarse = random.choice([0.0, 0.0, 1.0, 1.0, 0.1, 0.6], size=(-(-rows // 64) + 2, -(-keys // 64) + 2))
-    row, key = random.integers(0, 64, 2) * random.integers(0, 2)
-    fine = np.kron(coarse, np.ones((64, 64)))[row : row + rows, key : key + keys]
-    return torch.from_numpy(random.random((rows, keys)) < fine)
 
 
 def expected_of(q, k, v, visible, scale=None, softcap=None):
@@ -278,11 +264,6 @@ def test_thread_count_changes_no_bit(kernel, heads):
 
 
 # ==== the op as torch sees it ====
-
-
-def arguments(qkv, mask, softcap=None):
-    lists = (mask.full_ranges, mask.full_tiles, mask.partial_ranges, mask.partial_tiles, mask.bits)
-    return (*qkv, *lists, mask.row_order, mask.key_order, 0.125, softcap)
 
 
 def test_opcheck():

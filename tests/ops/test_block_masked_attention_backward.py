@@ -11,7 +11,7 @@ from pyspec.ops import block_masked_attention
 from pyspec.ops.block_masked_attention import block_masked_attention_backward_reference
 from pyspec.ops.tree_attention import HEAD_DIMS
 from tests.helpers.every_backend import BACKENDS, KERNELS, each_backend, each_kernel, on_backend
-from tests.ops.test_block_masked_attention import arguments, random_dense, tensors
+from tests.helpers.mask_cases import arguments, random_dense, tensors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 NAMES = ("dq", "dk", "dv")

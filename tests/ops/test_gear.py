@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pyspec.ops import GearFormat, gear_attention, gear_encode
+from tests.helpers.gear_formats import FORMATS, keys_values
 from tests.helpers.packings import PACKINGS
-from tests.ops.test_gear_encode import FORMATS, keys_values
 
 
 @pytest.mark.parametrize("name", ["kivi", "gear-3bit"])

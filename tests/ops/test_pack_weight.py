@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, linear_rows_reference, pack_weight
 from tests.helpers.every_backend import each_kernel
-from tests.ops.test_linear import FLOATS, PACKED, SIZES, random, rounded_weight
+from tests.helpers.linear_cases import FLOATS, PACKED, SIZES, random, rounded_weight
 
 kernel = each_kernel(linear)
 

@@ -13,8 +13,8 @@ from pyspec.ops.gear import blocks_seen
 from pyspec.ops.tree_attention import HEAD_DIMS
 from tests.helpers import every_backend
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, assert_same, backend_runner
+from tests.helpers.gear_formats import formats_for
 from tests.helpers.packings import BOOKS, PACKINGS, TOLERANCE, codes, gear
-from tests.ops.test_gear_encode import formats_for
 
 on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
 EACH = ["gear", "codes 256", "pre-rope codes 256"]  # one of each kind

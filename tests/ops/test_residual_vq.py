@@ -11,8 +11,8 @@ from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_en
 from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, backend_runner
+from tests.helpers.gear_formats import relative_error
 from tests.helpers.packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
-from tests.ops.test_gear_encode import relative_error
 
 HEAD_DIMS = (64, 96, 128, 256)
 on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)

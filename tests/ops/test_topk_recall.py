@@ -1,12 +1,13 @@
 """What topk promises about recall: the formula against enumeration and the op, and the choice that relies on it."""
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
-from pyspec.machine import measured
+from pyspec.machine import store
 from pyspec.ops import choose_buckets, expected_recall, topk, topk_recall
 from pyspec.ops.topk_recall import EXACT, KEPT, SIZES, Buckets, fewest_buckets
 
@@ -170,8 +171,8 @@ def test_costs_are_measured_once_and_kept(monkeypatch):
     first = choose_buckets(5000, 16, 0.9)
     topk_recall._choose.cache_clear(), topk_recall._costs.cache_clear()
     assert choose_buckets(5000, 16, 0.9) == first and calls == ["cpu"]
-    (key,) = measured.read("topk")
-    measured.keep("topk", key, {"seconds": "damaged"})
+    (file,) = store.folder().glob("topk-*")
+    store.keep("topk", json.loads(file.read_text())["key"], "damaged")
     topk_recall._choose.cache_clear(), topk_recall._costs.cache_clear()
     assert choose_buckets(5000, 16, 0.9) == first and calls == ["cpu", "cpu"]
 

@@ -1,7 +1,5 @@
 """tree_attention: every backend and instruction set against a float64 oracle, and the row rule bit for bit."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,47 +9,10 @@ import pyspec
 from pyspec.ops import tree_attention
 from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention_reference
 from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend
+from tests.helpers.tree_cases import Case, make_case, path_to
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(tree_attention), each_kernel(tree_attention)
-
-
-@dataclass
-class Case:
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    bits: torch.Tensor
-    lens: torch.Tensor
-    parents: list[list[int]]
-
-
-def random_parents(nodes: int, generator: torch.Generator) -> list[int]:
-    return [-1, *(int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, nodes))]
-
-
-def make_case(lens, nodes, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, seed=0) -> Case:
-    """Random trees of the given sizes (padded to the largest) over prefixes of the given lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, widest = len(lens), max(nodes)
-    slots = max(n + t for n, t in zip(lens, nodes, strict=True))
-    parents = [random_parents(t, generator) for t in nodes]
-    bits = torch.zeros(batch, widest, (widest + 31) // 32, dtype=torch.int32)
-    for b in range(batch):
-        tree = pyspec.DraftTree([0] * nodes[b], parents[b])
-        own = tree.ancestor_bits
-        bits[b, : nodes[b], : own.shape[1]] = own
-    q = torch.randn(batch, heads, widest, head_dim, generator=generator).to(dtype)
-    k = torch.randn(batch, kv_heads, slots, head_dim, generator=generator).to(dtype)
-    v = torch.randn(batch, kv_heads, slots, head_dim, generator=generator).to(dtype)
-    return Case(q, k, v, bits, torch.tensor(lens, dtype=torch.int32), parents)
-
-
-def path_to(parents: list[int], node: int) -> list[int]:
-    path = [node]
-    while parents[path[-1]] >= 0:
-        path.append(parents[path[-1]])
-    return path[::-1]
 
 
 def oracle(case: Case, scale=None, softcap=None, window=None):

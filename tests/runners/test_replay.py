@@ -176,7 +176,6 @@ def test_generation_records_nothing_after_warm(static_llama):
 def test_costs_are_measured_without_recording(static_llama, monkeypatch):
     recorded, seconds = [], costs._seconds
     monkeypatch.setattr(costs, "SECONDS", 0.01)
-    monkeypatch.setattr(costs.measured, "keep", lambda *entry: None)
     monkeypatch.setattr(costs, "_seconds", lambda *args: recorded.append(FakeRecorder.recorded) or seconds(*args))
     costs.measure_costs(static_llama())
     assert set(recorded) == {FakeRecorder.recorded} != {0}

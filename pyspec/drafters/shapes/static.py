@@ -52,7 +52,7 @@ class StaticTree:
         return sapling.chosen() if self.children == "top" else sapling.drawn()
 
     def _children(self, law: np.ndarray, count: int, noise: Noise) -> list[int]:
-        """At most count tokens; fewer where the law has fewer."""
+        """Chooses at most count tokens; fewer where the law has fewer."""
         if self.children == "top":
             return top_tokens(law, count)
         if self.children == "with replacement":
@@ -124,8 +124,8 @@ class Sequoia(StaticTree):
         return parents
 
     def _sizes(self, budget: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """By depth: the best number of children of a root that has m nodes, [budget + 1], and the nodes that the last
-        of b children then gets, [ranks + 1, budget + 1]."""
+        """For each depth, the best number of children of a root that has m nodes, [budget + 1], and the nodes that the
+        last of b children then gets, [ranks + 1, budget + 1]."""
         best = np.ones(budget + 1)  # expected tokens of the best tree of at most m nodes
         plans = [(np.zeros(budget + 1, int), np.zeros((1, budget + 1), int))]
         for _ in range(self.depth):

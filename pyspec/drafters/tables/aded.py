@@ -9,7 +9,7 @@ import numpy as np
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.saving import Column
 from pyspec.drafters.table_drafter import ColumnTable, of_tables
-from pyspec.host import engine
+from pyspec.host import host
 
 __all__ = ["Aded"]
 
@@ -37,7 +37,7 @@ class Aded(ColumnTable):
         super().__init__(vocab_size)
         if capacity < 2:
             raise ValueError(f"capacity must be at least 2 pairs, got {capacity}")
-        self.sources = [engine().Trigrams(capacity)]
+        self.sources = [host().Trigrams(capacity)]
 
     def read(self, context: Sequence[int], first: int) -> None:
         start = max(0, first - 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pyspec.drafters.table_drafter import Table
-from pyspec.host import engine
+from pyspec.host import host
 from pyspec.ops.row_statistics import TOP
 
 __all__ = ["Bigrams", "check_bigrams", "common_tokens"]
@@ -30,7 +30,7 @@ class Bigrams(Table):
     def __init__(self, vocab_size: int, successors: np.ndarray):
         super().__init__(vocab_size)
         check_bigrams(successors, vocab_size)
-        self.sources = [engine().Bigrams(successors, common_tokens(successors))]
+        self.sources = [host().Bigrams(successors, common_tokens(successors))]
 
 
 def common_tokens(successors: np.ndarray) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.table_drafter import Table, of_tables
-from pyspec.host import engine
+from pyspec.host import host
 
 __all__ = ["Lookup"]
 
@@ -25,7 +25,7 @@ class Lookup(Table):
 
     def __init__(self, vocab_size: int):
         super().__init__(vocab_size)
-        self.sources = [engine().NgramIndex()]
+        self.sources = [host().NgramIndex()]
 
     def start(self) -> Lookup:
         return Lookup(self.vocab_size)

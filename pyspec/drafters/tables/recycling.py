@@ -7,7 +7,7 @@ import numpy as np
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.saving import Arrays, Column
 from pyspec.drafters.table_drafter import Table, of_tables
-from pyspec.host import engine
+from pyspec.host import host
 
 __all__ = ["Recycling"]
 
@@ -28,7 +28,7 @@ class Recycling(Table):
 
     def __init__(self, vocab_size: int):
         super().__init__(vocab_size)
-        self.sources = [engine().Adjacency(vocab_size, context) for context in (1, 2)]
+        self.sources = [host().Adjacency(vocab_size, context) for context in (1, 2)]
 
     def observe(self, tokens, parents, before: list[int], top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
         for adjacency in self.sources:

@@ -7,7 +7,7 @@ import numpy as np
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.saving import Column
 from pyspec.drafters.table_drafter import ColumnTable, of_tables
-from pyspec.host import engine
+from pyspec.host import host
 from pyspec.ops.row_statistics import TOP
 
 __all__ = ["Stand"]
@@ -36,7 +36,7 @@ class Stand(ColumnTable):
         super().__init__(vocab_size)
         if capacity < 2:
             raise ValueError(f"capacity must be at least 2 n-grams, got {capacity}")
-        self.sources = [engine().NgramMemory(capacity)]
+        self.sources = [host().NgramMemory(capacity)]
 
     def observe(self, tokens, parents, before: list[int], top_tokens: np.ndarray, top_logits: np.ndarray) -> None:
         self.sources[0].update(tokens, parents, before, top_tokens, top_logits)

@@ -12,7 +12,7 @@ import numpy as np
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.saving import Arrays, Column
 from pyspec.drafters.table_drafter import Table, of_tables
-from pyspec.host import engine
+from pyspec.host import host
 
 __all__ = ["Suffix"]
 
@@ -38,7 +38,7 @@ class Suffix(Table):
         super().__init__(vocab_size)
         if capacity < 2:
             raise ValueError(f"capacity must be at least 2 tokens, got {capacity}")
-        self.sources = [engine().SuffixLookup(capacity)]
+        self.sources = [host().SuffixLookup(capacity)]
         self._capacity = capacity
         self._texts: deque[array] = deque()  # for saving; shared by all sequences
         self._begin()
@@ -72,7 +72,7 @@ class Suffix(Table):
         return {"texts": Column((-1,), np.int32, -1, self.vocab_size)}
 
     def _begin(self) -> None:
-        self._cursor, self._text = engine().Cursor(), array("i")
+        self._cursor, self._text = host().Cursor(), array("i")
         while sum(map(len, self._texts)) > self._capacity:
             self._texts.popleft()
 

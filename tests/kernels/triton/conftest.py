@@ -62,3 +62,11 @@ def pytest_collection_modifyitems(items):
 def kernel_device() -> str:
     """Where tensors for a Triton kernel live."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=[1, 2], ids=["blocks of 64", "blocks of 128"])
+def words_per_block(request, monkeypatch):
+    """A mask's blocks have this many words of 64 rows."""
+    from pyspec.masks import tiles
+
+    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: request.param)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from tests.helpers.mask_cases import some_mask, tensors
 from tests.helpers.slow import slow
-from tests.kernels.triton.test_block_masked_attention_triton import some_mask, tensors, words_per_block  # noqa: F401
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec import BlockMask  # noqa: E402

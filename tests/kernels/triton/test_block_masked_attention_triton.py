@@ -3,38 +3,17 @@
 import pytest
 import torch
 
+from tests.helpers.mask_cases import some_mask, tensors
 from tests.helpers.on_gpu import assert_close, to_device
 from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec import BlockMask  # noqa: E402
 from pyspec.kernels.block_masked_attention import block_masked_attention  # noqa: E402
-from pyspec.masks import tiles  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-@pytest.fixture(params=[1, 2], ids=["blocks of 64", "blocks of 128"])
-def words_per_block(request, monkeypatch):
-    monkeypatch.setattr(tiles, "words_per_block", lambda rows, device: request.param)
-
-
-def tensors(rows, keys, batch=1, heads=2, kv_heads=1, head_dim=64, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((batch, heads, rows, head_dim), *[(batch, kv_heads, keys, head_dim)] * 2)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
-def some_mask(rows, keys, seed=0):
-    """Empty, full and partial tiles, aligned with nothing, and rows that see nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.tensor([0.0, 1.0, 0.3])[torch.randint(0, 3, (rows // 64 + 2, keys // 64 + 2), generator=generator)]
-    chance = coarse.repeat_interleave(64, 0).repeat_interleave(64, 1)[9 : 9 + rows, 5 : 5 + keys]
-    visible = torch.rand(rows, keys, generator=generator) < chance
-    visible[rows // 2] = False
-    return visible
 
 
 def run(qkv, mask, scale=None, softcap=None):

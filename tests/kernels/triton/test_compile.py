@@ -6,7 +6,6 @@ Triton 3.9 and, where other code came of it, with 3.6.
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,8 +19,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pyspec.kernels import (  # noqa: E402
-    block_masked_attention,
-    gear,
     linear,
     merge_attention,
     rms_norm,
@@ -30,60 +27,20 @@ from pyspec.kernels import (  # noqa: E402
     swiglu,
     tree_attention,
 )
+from tests.helpers.triton_code import (  # noqa: E402
+    ARCHITECTURES,
+    EACH_ARCHITECTURE,
+    ELEMENT,
+    SHARED,
+    SHARED_LIMIT,
+    TENSOR_CORES,
+    arithmetic,
+    hot_loops,
+    programs_at_a_time,
+    resources,
+)
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-
-ARCHITECTURES = [80, 90, 100]
-EACH_ARCHITECTURE = [slow(80), 90, slow(100)]
-IS_OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-SHARED_LIMIT = 99 * 1024  # bytes a block may have on every GPU since Ampere
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # on those that are compiled for
-REGISTERS = 65536  # of a multiprocessor
-TENSOR_CORES = {80: r"mma\.sync\S*\.f32\.bf16\.bf16\.f32", 90: r"wgmma\.mma_async\S*\.bf16", 100: r"tcgen05\.mma\S*f16"}
-ELEMENT = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-
-
-def resources(compiled, folder: Path) -> dict[str, int]:
-    """What cuobjdump says: REG, STACK, SHARED, LOCAL."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-
-
-def programs_at_a_time(compiled, used: dict[str, int]) -> int:
-    """How many of a kernel's programs the registers of a multiprocessor are enough for."""
-    return REGISTERS // (used["REG"] * 32 * compiled.metadata.num_warps)
-
-
-def hot_loops(compiled, folder: Path) -> list[str]:
-    """The machine code of each innermost loop, in order: of those of over 100 instructions, which do not only wait."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    text = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
-    code = [(int(place, 16), line) for place, line in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?);", text)]
-    jumps = [(place, re.search(r"\bBRA\b.* (0x[0-9a-f]+) *$", line)) for place, line in code]
-    loops = [(int(jump[1], 16), place) for place, jump in jumps if jump and place - int(jump[1], 16) > 100 * 16]
-    inner = [loop for loop in loops if not any(loop != (a, b) and loop[0] <= a and b <= loop[1] for a, b in loops)]
-    return ["\n".join(line for place, line in code if first <= place <= last) for first, last in sorted(inner)]
-
-
-def arithmetic(compiled) -> list[str]:
-    """The floating-point dots and reductions with the layouts that fix their order of summation."""
-    text = compiled.asm["ttgir"]
-    layouts = dict(
-        re.findall(r"^(#\w+) = (#(?:ttg|ttng)\.(?:blocked|nvidia_mma|linear|tensor_memory)\w*<.*>)$", text, re.M)
-    )
-    found = []
-    dots = r"^.*(?:tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma) .*$"
-    for line in re.findall(dots + r"|^ *}\) : \(tensor<.*xf32.*$", text, re.M):
-        operation = re.sub(r" loc\(.*|, mutable|(?<=#shared)\d+", "", line).split(" : ")[
-            -1
-        ]  # where an operand lies: any
-        found.append(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), operation))
-    return found
 
 
 # ==== tree_attention ====
@@ -378,168 +335,3 @@ def test_the_small_ops_compile(kernel, tmp_path):
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 104 and used["STACK"] <= 8 and used["LOCAL"] == 0  # rows of 8192
         check_waits_first(compiled, architecture)
-
-
-# ==== block_masked_attention ====
-
-
-def compile_block_masked(architecture, dtype, head_dim, words=2, group=1, permuted=False, shared=None):
-    """As the launcher compiles it for a mask of all batch entries and heads."""
-    kernel = block_masked_attention.block_masked_attention_kernel
-    shared = shared or SHARED[architecture]
-    rows = block_masked_attention.program_rows(words, group, 1, head_dim, dtype, shared)
-    constants = {"HEADS": 32, "GROUP": group, "ROWS": rows, "MASK_BATCH": 1, "MASK_HEADS": 1, "WORDS": words}
-    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "UPCAST": False}
-    constants |= {} if permuted else {"row_order": None, "key_order": None}
-    constants |= {} if permuted else {"softcap": None}
-    types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")} | {"lse": "*fp32"}
-    lists = ("full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "row_order", "key_order")
-    types |= {name: "*i32" for name in lists} | {"bits": "*i32", "scale": "fp32", "softcap": "fp32"}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.startswith("stride")
-    }
-    options = block_masked_attention.compile_options(rows, head_dim, dtype, shared)
-    source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-def check_block_masked(compiled, architecture, folder: Path, is_wide_mma: bool):
-    used = resources(compiled, folder)
-    assert used["STACK"] <= 96 and used["LOCAL"] == 0
-    # Over full tiles, then over partial ones; the last loop is for values that are not finite.
-    loops = hot_loops(compiled, folder)
-    for loop in loops[:-1]:
-        assert len(re.findall(r"\b(?:STL|LDL)\b", loop)) <= loop.count("\n") // 50
-    assert compiled.metadata.shared <= SHARED[architecture]
-    ptx = compiled.asm["ptx"]
-    assert "tf32" not in ptx and "cp.async" in ptx  # the next tiles are on their way while one is folded
-    assert bool(re.search(TENSOR_CORES[architecture if is_wide_mma else 80], ptx)) == ("bf16" in ptx)
-    return used
-
-
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize(
-    "dtype, head_dim", [(torch.bfloat16, 64), slow(torch.bfloat16, 128), (torch.float32, 64)], ids=str
-)
-def test_block_masked_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path):
-    compiled = compile_block_masked(architecture, dtype, head_dim)
-    used = check_block_masked(compiled, architecture, tmp_path, is_wide_mma=True)
-    if dtype == torch.bfloat16 and architecture >= 90:
-        assert programs_at_a_time(compiled, used) == (2 if head_dim == 64 else 1)
-        assert compiled.metadata.shared > (3 * 2 * 64 + 128) * head_dim * 2  # queries, a tile and two on their way
-
-
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 256), slow(torch.float32, 128)], ids=str)
-def test_block_masked_attention_of_wide_heads_fits(dtype, head_dim, architecture, tmp_path):
-    compiled = compile_block_masked(architecture, dtype, head_dim)
-    check_block_masked(compiled, architecture, tmp_path, is_wide_mma=False)  # 32 rows are too few for the later ones
-
-
-@pytest.mark.parametrize(
-    "head_dim, variant",
-    [
-        slow(80, {}),
-        slow(64, {"words": 1}),
-        (64, {"words": 1, "group": 4}),
-        slow(128, {"permuted": True}),
-    ],
-    ids=str,
-)
-def test_every_variant_of_block_masked_attention_fits(head_dim, variant, tmp_path):
-    compiled = compile_block_masked(90, torch.bfloat16, head_dim, **variant)
-    check_block_masked(compiled, 90, tmp_path, is_wide_mma=True)
-
-
-@pytest.mark.parametrize("head_dim", [64, slow(128)])
-def test_block_masked_attention_fits_small_gpus(head_dim, tmp_path):
-    compiled = compile_block_masked(80, torch.bfloat16, head_dim, shared=SHARED_LIMIT)
-    check_block_masked(compiled, 80, tmp_path, is_wide_mma=True)
-    assert compiled.metadata.shared <= SHARED_LIMIT
-
-
-# ==== gear ====
-
-GEAR = {  # bits, group, rank, outliers, channels of keys
-    "gear": (2, 64, 4, 2, 0),
-    "gear-l": (2, 64, 4, 0, 0),
-    "3 bits": (3, 32, 4, 2, 0),
-    "int4": (4, 128, 0, 0, 0),
-    "int8": (8, 128, 0, 0, 0),
-    "channels": (2, 64, 4, 2, 64),
-}
-# Of a record of 128 tokens, for each of 128 threads: all instructions, those of outliers and of low rank too.
-GEAR_INSTRUCTIONS = {"gear": 2750, "gear-l": 1450, "int4": 1120, "int8": 1350}
-GEAR_STACK_LIMIT = 40  # bytes of registers that are parked so that three programs fit, or four
-
-
-def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True):
-    """As the launcher compiles it. aligned: strides of 16s."""
-    rank, outliers = GEAR[name][2:4]
-    constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
-    constants |= gear.fold_constants(head_dim, dtype, *GEAR[name])
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "packed": "*u8", "seen": "*i32", "scale": "fp32"}
-    types |= dict.fromkeys(("chunk_largest", "chunk_total", "chunk_weighted", "lse"), "*fp32")
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name.startswith("stride") and aligned)
-    }
-    source = ASTSource(kernel, signature, constants, divisible)
-    options = gear.compile_options(head_dim, dtype, is_plain=not rank and not outliers)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize("head_dim", [slow(64), 128])
-@pytest.mark.parametrize("name", ["gear", slow("gear-l"), "int4", slow("int8")])
-def test_gear_fits_the_machine(name, head_dim, architecture, tmp_path):
-    compiled = compile_gear(gear.fold_kernel, architecture, torch.bfloat16, head_dim, name)
-    used = resources(compiled, tmp_path)
-    assert programs_at_a_time(compiled, used) >= (3 if "gear" in name else 4)
-    assert used["STACK"] <= GEAR_STACK_LIMIT and used["LOCAL"] == 0
-    assert compiled.metadata.shared <= SHARED_LIMIT / 2
-    assert re.search(r"mma\.sync\S*\.f32\.f16\.f16\.f32", compiled.asm["ptx"]) and "tf32" not in compiled.asm["ptx"]
-    record = max(hot_loops(compiled, tmp_path), key=len)
-    assert not re.search(r"\bLDG\S*\.[US]8\b", record)  # numbers come in pairs at least
-    assert len(re.findall(r"\bSTS\.U16\b", record)) <= 16  # low rank's, not a tile's
-    if architecture == 90:
-        assert len(record.splitlines()) <= GEAR_INSTRUCTIONS[name]
-
-
-@pytest.mark.parametrize(
-    "name, dtype, head_dim",
-    [
-        ("int4", torch.bfloat16, 80),
-        slow("3 bits", torch.bfloat16, 96),
-        slow("int8", torch.bfloat16, 256),
-        slow("int8", torch.float32, 64),
-        slow("channels", torch.bfloat16, 128),
-    ],
-    ids=str,
-)
-def test_other_formats_of_gear_fit(name, dtype, head_dim, tmp_path):
-    compiled = compile_gear(gear.fold_kernel, 90, dtype, head_dim, name)
-    used = resources(compiled, tmp_path)
-    assert used["STACK"] <= (3 if name == "channels" else 1) * GEAR_STACK_LIMIT and used["LOCAL"] == 0
-    assert compiled.metadata.shared <= SHARED_LIMIT
-
-
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), slow(torch.float32, 256)], ids=str)
-def test_merging_gear_spills_nothing(dtype, head_dim, architecture, tmp_path):
-    used = resources(compile_gear(gear.merge_kernel, architecture, dtype, head_dim), tmp_path)
-    assert used["REG"] <= 80 and used["STACK"] == used["LOCAL"] == 0
-
-
-def test_every_variant_of_gear_sums_in_one_order():
-    """Whatever is aligned; multiply-adds are never contracted."""
-    compiled = [compile_gear(gear.fold_kernel, 90, torch.bfloat16, 64, aligned=aligned) for aligned in (True, False)]
-    orders = [arithmetic(each) for each in compiled]
-    assert len(orders[0]) >= 8 and orders[0] == orders[1]
-    assert not any(re.search(r"\b(mul|add|sub)\.f(16x2|16|32)", each.asm["ptx"]) for each in compiled)

@@ -1,5 +1,6 @@
 """The backward kernels compiled ahead of time, as test_compile.py does it for the forward ones."""
 
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from pyspec.kernels import block_masked_attention_backward as backward  # noqa: E402
 from pyspec.kernels import lists_by_key  # noqa: E402
-from tests.kernels.triton.test_compile import (  # noqa: E402
+from tests.helpers.triton_code import (  # noqa: E402
     ARCHITECTURES,
     EACH_ARCHITECTURE,
     ELEMENT,
@@ -23,9 +24,10 @@ from tests.kernels.triton.test_compile import (  # noqa: E402
     TENSOR_CORES,
     hot_loops,
     programs_at_a_time,
-    pytestmark,  # noqa: F401
     resources,
 )
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 KERNELS = [backward.query_kernel, backward.key_kernel]
 LISTS = ["full_ranges", "full_tiles", "partial_ranges", "partial_tiles", "counts", "full_blocks", "partial_blocks"]
