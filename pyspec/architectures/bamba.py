@@ -156,6 +156,9 @@ class RecurrentLayer(Mamba2Layer):
             down=blank.matrix(hidden, intermediate),
         )
 
+    def prepare(self, config: BambaConfig) -> None:
+        super().prepare(config.recurrence)
+
     def named(self, config: BambaConfig, prefix: str) -> dict[str, Tensor]:
         tensors = super().named(config.recurrence, prefix)
         gate, up = dense(self.gate_up).chunk(2)

@@ -102,7 +102,7 @@ class MambaLayer(StateSpaceLayer):
         return {"A": to_panels(-self.A_log.exp())}
 
     def mix(self, config: MambaConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
-        return mamba(x, self.mixer(config), state, round)
+        return mamba(x, self.mixer, state, round)
 
 
 # ==== config.json ====

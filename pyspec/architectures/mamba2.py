@@ -114,7 +114,7 @@ class Mamba2Layer(StateSpaceLayer):
         }
 
     def mix(self, config: Mamba2Config, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
-        return mamba2(x, self.mixer(config), state, round, config.norm_epsilon)
+        return mamba2(x, self.mixer, state, round, config.norm_epsilon)
 
 
 # ==== config.json ====

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from pyspec.architectures.weights import Blank, NativeLayer, NativeWeights, dense
-from pyspec.ops.linear import PackedWeight
 from pyspec.ops.rms_norm import rms_norm
 
 __all__ = ["MIXER", "StateSpaceConfig", "StateSpaceLayer", "StateSpaceWeights"]
@@ -72,19 +71,19 @@ class StateSpaceLayer(NativeLayer):
             tensors[prefix + self.PREFIX + self.NAMES.get(name, name)] = tensor
         return tensors
 
-    def mixer(self, config: StateSpaceConfig) -> dict[str, Tensor | PackedWeight | None]:
-        """MIXER of this packed layer, worked out once: recorded kernels know where they lie."""
-        if not hasattr(self, "_mixer"):
-            own = self.computed(config)
-            self._mixer = {name: own[name] if name in own else getattr(self, name, None) for name in MIXER}
-        return self._mixer
+    def prepare(self, config: StateSpaceConfig) -> None:
+        if hasattr(self, "mixer"):
+            return  # runners may share weights, and what they recorded knows where these lie
+        own = self.computed(config)
+        #: MIXER of this layer; what it lacks is None.
+        self.mixer = {name: own[name] if name in own else getattr(self, name, None) for name in MIXER}
 
     def mix(self, config: StateSpaceConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
         """[R, H] fp32: what the layer adds to normed rows x [R, H]; see architectures.blocks."""
         raise NotImplementedError
 
     def computed(self, config: StateSpaceConfig) -> dict[str, Tensor]:
-        """Those of them that are not as in a checkpoint."""
+        """Those of MIXER that are not as in a checkpoint."""
         raise NotImplementedError
 
 

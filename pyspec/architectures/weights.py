@@ -48,6 +48,9 @@ class NativeLayer:
         """Views by their Hugging Face name, or copies of what is laid out; names begin with prefix."""
         raise NotImplementedError
 
+    def prepare(self, config) -> None:
+        """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
+
     def pack(self, dtype: torch.dtype) -> None:
         """Lays out the matrices that are not laid out yet; each takes the place of its dense form."""
         for name in self.MATRICES:
@@ -123,6 +126,9 @@ class NativeWeights:
         self.head = packed(self.head, dtype)
         if tied:
             self.embedding = self.head
+
+    def prepare(self, config) -> None:
+        """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
 
     def pack(self, dtype: torch.dtype) -> None:
         """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""

@@ -76,7 +76,7 @@ class StateCache:
 
     @classmethod
     def of(cls, config, sequences: int, device: torch.device) -> StateCache:
-        """For a model of the shape of a pyspec.runners.recurrent.StateSpaceConfig."""
+        """For a model of the shape of a pyspec.architectures.state_space.StateSpaceConfig."""
         return cls(
             config.layers,
             sequences,

@@ -1,8 +1,7 @@
-"""AttentionRunner: Llama-shaped models (Llama, SmolLM2, Mistral, Qwen2) over a dense or a packed KV cache.
+"""AttentionRunner: models whose layers are all attention (Llama, SmolLM2, Mistral, Qwen2), over a KV cache.
 
-The nodes of all trees of a batch run packed through the layers, [sum of T_b, hidden]; on a GPU they are padded to
-fixed shapes and replayed as a graph (static_steps.py). A prompt is read as a chain of draft tokens that are all
-accepted, so prefill is verify and commit, and gives the same bits in any chunks.
+The nodes of all trees of a batch run ragged through the layers, [sum of T_b, hidden]. A prompt is read as a chain of
+draft tokens that are all accepted, so prefill is verify and commit, and gives the same bits in any chunks.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class AttentionRunner(NativeRunner):
 
     Args:
         config: the model's shape.
-        weights: filled weights; what is not packed yet is packed here, in its place.
+        weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
         dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
@@ -81,7 +80,7 @@ class AttentionRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
-        Prompts are read packed, some hundred tokens a call, and what two of them begin with is read once: every
+        Prompts are read ragged, some hundred tokens a call, and what two of them begin with is read once: every
         prompt has the bits that it has alone. flash-attn reads each by itself and whole, to the same end.
 
         Args:

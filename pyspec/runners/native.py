@@ -59,6 +59,8 @@ class NativeRunner:
         weights.pack(weights.head.dtype)
         if weights.norm.device.type == "cpu":
             weights.move_together()
+        for layer in weights.layers:
+            layer.prepare(config)
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer

@@ -13,9 +13,8 @@ gear_encode = ops.gear_encode
 gear_packed_attention = ops.gear_packed_attention
 linear = ops.linear
 linear_rows = ops.linear_rows
-llama_layers = ops.llama_layers
-mamba_layers = ops.mamba_layers
 merge_attention = ops.merge_attention
+ragged_attention = ops.ragged_attention
 residual_vq = ops.residual_vq
 residual_vq_encode = ops.residual_vq_encode
 rms_norm = ops.rms_norm
@@ -34,9 +33,8 @@ __all__ = [
     "gear_packed_attention",
     "linear",
     "linear_rows",
-    "llama_layers",
-    "mamba_layers",
     "merge_attention",
+    "ragged_attention",
     "residual_vq",
     "residual_vq_encode",
     "rms_norm",

@@ -28,7 +28,7 @@ def register_attention() -> None:
 
     Causal attention after a cache of few new tokens is tree_attention, or gear_attention after a GearCache, whose
     records it reads as they lie; everything else is block_masked_attention:
-    packed sequences, sliding windows, padding, and 4D masks of the caller's.
+    documents one after another, sliding windows, padding, and 4D masks of the caller's.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
