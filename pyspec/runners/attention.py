@@ -16,10 +16,10 @@ from torch import Tensor
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.saved import load_quantised, save_quantised
-from pyspec.runners import flash_attn
+from pyspec.runners import flash_attn, native
 from pyspec.runners._checks import check_prompts, check_trees
 from pyspec.runners._inference import inference
-from pyspec.runners.native import CHUNK, NativeRunner
+from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import BUCKETS, Rows, slots_for
 from pyspec.runners.verified import Verified
@@ -101,7 +101,7 @@ class AttentionRunner(NativeRunner):
         if cache is not None:
             self._replays = None
             empty = self._packed_cache(len(tokens), capacity, cache)
-            return self._prefill(tokens, empty, observe, chunk=min(CHUNK, cache.largest_tree))
+            return self._prefill(tokens, empty, observe, chunk=min(native.CHUNK, cache.largest_tree))
         empty = self._new_cache(len(tokens), capacity)
         if self.prompt_attention == "flash-attn":  # which has other bits in other chunks
             return self._prefill(tokens, empty, observe, chunk=FLASH_CHUNK, at_once=1)

@@ -6,7 +6,7 @@ import torch
 
 from pyspec import DraftTree
 from pyspec.caches import StateCache
-from pyspec.ops import causal_conv, selective_state
+from pyspec.ops import Round, causal_conv, selective_state
 
 SEQUENCES, CHANNELS, STATES, TAPS = 3, 32, 16, 4
 
@@ -25,7 +25,11 @@ class Layer:
         """The two outputs of the round; what is not recorded is NaN before it."""
         x, dt, B, C = inputs
         cache = self.cache
-        round = cache.round(trees, sequences, advances)
+        by_slot = dict(zip(sequences, trees, strict=True))
+        moving = [sequence for sequence, moves in zip(sequences, advances, strict=True) if moves]
+        paths, halves = cache.plan(by_slot, moving)
+        paths, halves = ([values[sequence] for sequence in sequences] for values in (paths, halves))
+        round = Round.of(trees, sequences, paths, halves, advances=advances)
         for record in (cache.records, cache.conv_records):
             seen = torch.zeros(record.shape[1:4], dtype=torch.bool)
             for sequence in range(SEQUENCES):
@@ -33,7 +37,7 @@ class Layer:
             record[0][~seen] = torch.nan
         y = selective_state(cache.states[0], cache.records[0], x, dt, self.A, B, C, round)
         out = causal_conv(cache.windows[0], cache.conv_records[0], x, self.taps, None, round)
-        cache.done(sequences, advances)
+        cache.done(by_slot, moving)
         return y, out
 
 

@@ -1,15 +1,14 @@
 """A family of models as a contributor would add one: Llama's layers, with entries and tensors of other names."""
 
 from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
-from pyspec.architectures.llama import LlamaConfig
-from pyspec.architectures.weights import NativeWeights
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 from pyspec.runners.attention import AttentionRunner
 
 SHAPE = {"intermediate_size": 160, "heads": 4, "kv_heads": 2, "head_dim": 64, "context_length": 3000}
 
 
-class ToyWeights(NativeWeights):
-    """All weights, by the names of toys."""
+class ToyWeights(LlamaWeights):
+    """All weights, by the names of toys; the forward is Llama's."""
 
     LAYERS = "toy.blocks."
     EMBEDDING = "toy.tokens.weight"

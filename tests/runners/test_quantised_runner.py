@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-import pyspec.runners.attention
+import pyspec.runners.native
 from pyspec import DraftTree, ResidualVqSettings, generate, load
 from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE
@@ -86,7 +86,7 @@ def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name
         found.append((logits, kept.packed[..., : len(prompt) // BLOCK, :].clone(), exact))
 
     for chunk in (128, 20, 7):
-        monkeypatch.setattr(pyspec.runners.attention, "PREFILL_CHUNK", chunk)
+        monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
         state(runner.prefill([prompt], cache=cache)[0])
     runner.prefill([prompt[:100]], cache=cache)
     for first in range(100, 330, 10):
