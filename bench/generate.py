@@ -25,6 +25,7 @@ from peers import Engine, Run
 
 import pyspec
 from pyspec import measure
+from pyspec.cli.arguments import add_budget_argument
 from pyspec.cli.shared import PHASES
 from pyspec.controllers import LARGEST
 from pyspec.measure import first_difference, prompts, ratio
@@ -269,17 +270,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--drafters", nargs="+", choices=peers.DRAFTERS, default=["merged"], help="of pyspec; default: merged"
     )
-    parser.add_argument(
-        "--budget", type=_budget, default="auto", help="tree nodes a round; default: auto, as many as pay"
-    )
+    add_budget_argument(parser)
     parser.add_argument("--repeats", type=positive, default=1, help="passes over the prompts; medians are taken")
     parser.add_argument("--model", default="demo", help="as for pyspec.load, of the Llama family; default: demo")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the tables")
     return parse(parser)
-
-
-def _budget(text: str) -> int | str:
-    return text if text == "auto" else positive(text)
 
 
 def main() -> int:
@@ -291,7 +286,7 @@ def main() -> int:
         model = pyspec.load(options.model, dtype=DTYPES[options.dtype], device=options.device)
         questions = prompts.first_of_each_category(prompts.spec_bench(), options.limit)
         tokens = [question.tokens(model) for question in questions]
-        nodes = LARGEST if options.budget == "auto" else options.budget
+        nodes = LARGEST if isinstance(options.budget, str) else options.budget
         context = max(map(len, tokens)) + options.new_tokens + max(nodes, peers.LOOKUP_TOKENS + 1)
         is_demo = options.model == "demo" and options.device == "cpu"
         engines, missing = peers.engines(model, options.drafters, options.budget, context, options.threads, is_demo)

@@ -203,7 +203,7 @@ def engines(
     Args:
         model: its weights, dtype and device are what the peers get.
         drafters: pyspec's, each beside plain decoding.
-        budget: tree nodes a round, or "auto".
+        budget: tree nodes a round, or a controller's name.
         context: tokens that the longest prompt and its continuation need, drafts included. Kernels are compiled and
             graphs captured for them here.
         threads: of llama.cpp; torch's are a setting of the process.

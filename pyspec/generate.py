@@ -97,16 +97,16 @@ def generate(
     if stream is not None and model.tokenizer is None:
         raise ValueError("stream needs text, and this model has no tokenizer")
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
-    packed = _packed_cache(cache, model, budget)
+    settings = _cache_settings(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule)
-    if packed is not None and getattr(shared_drafter, "needs_dense_cache", False):
+    if settings is not None and getattr(shared_drafter, "needs_dense_cache", False):
         raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
     if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
         shared_drafter = shared_drafter.coupled_to(sampler)
-    controller = controller_for(budget, model, shared_drafter, packed)
+    controller = controller_for(budget, model, shared_drafter, settings)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
     sequences = [
@@ -123,7 +123,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        speculate(model, sequences, rule, controller=controller, packed=packed, stats=stats)
+        speculate(model, sequences, rule, controller=controller, cache=settings, stats=stats)
     except KeyboardInterrupt:
         for sequence in sequences:
             if sequence.going:
@@ -188,16 +188,16 @@ def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     return strings
 
 
-def _packed_cache(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
-    """How keys and values are packed, None for a dense cache; raises ValueError where model or budget do not fit."""
-    packed = cache_from_name(cache)
-    if packed is None:
+def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
+    """The settings of a cache, None for a dense one; raises ValueError where model or budget do not fit."""
+    settings = cache_from_name(cache)
+    if settings is None:
         return None
     if not getattr(model, "takes_quantised_cache", False):
         raise ValueError(f"cache must be dense for a {type(model).__name__}, got {cache!r}")
-    if not isinstance(budget, str) and budget > packed.largest_tree:
-        raise ValueError(f"budget must be at most {packed.largest_tree} nodes with cache {cache!r}, got {budget}")
-    return packed
+    if not isinstance(budget, str) and budget > settings.largest_tree:
+        raise ValueError(f"budget must be at most {settings.largest_tree} nodes with cache {cache!r}, got {budget}")
+    return settings
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:

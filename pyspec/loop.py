@@ -20,26 +20,26 @@ def speculate(
     rule: AcceptanceRule,
     *,
     controller: Controller,
-    packed,
+    cache,
     stats: Stats,
 ) -> None:
     """Continues all sequences to their ends; the model is theirs alone until then.
 
     Args:
         controller: says how much is drafted and verified.
-        packed: how keys and values are kept, None for a dense cache.
+        cache: how keys and values are kept, None for a dense cache.
         stats: is filled in.
 
     Raises:
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
-        _prefill(model, sequences, rule, controller.largest, packed, stats)
+        _prefill(model, sequences, rule, controller.largest, cache, stats)
         while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
             _round(model, going, rule, controller, stats)
 
 
-def _prefill(model, sequences: list[Sequence], rule, largest, packed, stats) -> None:
+def _prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> None:
     """Reads the prompts, the first into slot 0, and draws the first token of each."""
 
     def observe(slot: int, chain: DraftTree, verified: Verified) -> None:
@@ -52,7 +52,7 @@ def _prefill(model, sequences: list[Sequence], rule, largest, packed, stats) -> 
             [sequence.context for sequence in sequences],
             capacity=max(sequence.limit for sequence in sequences) + largest,
             observe=None if sequences[0].drafter is None else observe,
-            **({} if packed is None else {"cache": packed}),  # an argument that only some runners have
+            **({} if cache is None else {"cache": cache}),  # an argument that only some runners have
         )
     for sequence, logits in zip(sequences, after_prompts, strict=True):
         last = DraftTree.chain(sequence.context[-1:])

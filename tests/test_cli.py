@@ -1,4 +1,3 @@
-import codecs
 import io
 import json
 import os
@@ -13,42 +12,17 @@ import torch
 
 import pyspec
 from pyspec.caches import cache_from_name
-from pyspec.cli import main
 from pyspec.machine import costs
+from tests.helpers.command_line import fake_model, pyspec_text, run
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
 ROOT = Path(__file__).parents[1]
+model = pytest.fixture(fake_model)
 
 
 def _heed_interrupts() -> None:
     """A shell's background job ignores Ctrl-C and its children inherit that: CI may be one."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture
-def model(monkeypatch):
-    """Makes every command load a fake model; the fixture's `loads` are what was asked for."""
-    runner = FakeRunner()
-    runner.loads = []
-
-    def load(source, *, dtype=None, prompt_attention="pyspec", progress=None):
-        runner.loads.append((source, dtype))
-        progress(1, 2)
-        progress(2, 2)
-        return runner
-
-    monkeypatch.setattr(pyspec, "load", load)
-    return runner
-
-
-def run(capsys, *arguments):
-    """Exit code, stdout, stderr of a command."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as exit:  # argparse
-        code = exit.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 # ---- generate
@@ -62,12 +36,6 @@ def test_generate_streams_the_text_and_ends_with_figures(model, capsys):
         assert word in err
     assert "plain decoding says the same 40 tokens" in err and "40 new tokens" in err and "at the limit" in err
     assert "seed" not in err  # greedy
-
-
-def pyspec_text(model, prompt, max_new_tokens):
-    from pyspec.generate import generate
-
-    return generate(model, list(prompt.encode()), drafter=None, max_new_tokens=max_new_tokens).text
 
 
 def test_generate_json_is_all_there_is_on_stdout(model, capsys):
@@ -320,61 +288,6 @@ def test_a_model_without_a_tokenizer_is_bad_input(model, capsys):
     assert code == 2 and "tokenizer" in err
 
 
-# ---- bench
-
-
-def write_prompts(path):
-    lines = [{"category": category, "turns": [f"{category} {index}"]} for category in "ab" for index in range(3)]
-    path.write_text("\n".join(map(json.dumps, [*lines, {"prompt": "alone"}])))
-    return path
-
-
-def test_bench_json(model, capsys, tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
-    code, out, _ = run(capsys, "bench", "--prompts", prompts, "--limit", 2, "--max-new-tokens", 24, "--json")
-    report = json.loads(out)
-    assert code == 0
-    assert [text["prompt"] for text in report["texts"]] == ["a 0", "a 1", "b 0", "b 1", "alone"]
-    assert report["answers"] == {} and list(report["temperatures"]) == ["0.0"]
-    rows = report["temperatures"]["0.0"]["all"]
-    assert list(rows) == ["plain", "lookup", "recycling", "merged"]
-    for name, row in rows.items():
-        assert row["equal"] == 5
-        runs = [text["temperatures"]["0.0"][name] for text in report["texts"]]
-        assert all(one["first_difference"] is None and one["stats"]["new_tokens"] == 24 for one in runs)
-        rounds = sum(sum(one["stats"]["accepted_lengths"]) for one in runs)
-        assert row["tokens_per_round"] == pytest.approx(5 * 23 / rounds)
-        decode = sum(one["stats"]["decode_seconds"] for one in runs)
-        assert row["tokens_per_second"] == pytest.approx(5 * 23 / decode)
-    assert rows["plain"]["speed_up"] == 1.0 and rows["plain"]["tokens_per_round"] == 1.0
-    assert rows["lookup"]["speed_up"] == pytest.approx(
-        rows["lookup"]["tokens_per_second"] / rows["plain"]["tokens_per_second"]
-    )
-
-
-def test_bench_table(model, capsys):
-    code, out, err = run(capsys, "bench", "--drafter", "lookup", "--max-new-tokens", 8, "--temperature", 0.8)
-    assert code == 0 and "4/4" in out and "lookup" in out and "recycling" not in out and "1.00x" in out
-    assert "temperature 0.8" in out and "several drawn answers" not in out
-
-
-@pytest.mark.parametrize(
-    "line", ["not json", '{"text": "x"}', '{"turns": []}', '{"prompt": ""}', "[1]", '{"prompt": 3}']
-)
-def test_bench_names_the_bad_line(model, capsys, tmp_path, line):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "fine"}\n' + line)
-    code, _, err = run(capsys, "bench", "--prompts", path)
-    assert code == 2 and "line 2" in err and str(path) in err
-
-
-def test_bench_of_an_empty_file(model, capsys, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n\n")
-    code, _, err = run(capsys, "bench", "--prompts", path)
-    assert code == 2 and "no prompts" in err
-
-
 # ---- info, help
 
 
@@ -433,112 +346,3 @@ def test_scripted_text_with_an_emoji(monkeypatch, capsys):
     monkeypatch.setattr(pyspec, "load", lambda *args, **kwargs: runner)
     code, out, _ = run(capsys, "generate", "x")
     assert (code, out) == (0, "grüße 🌳\n")
-
-
-# ---- bytes in and out
-
-
-def says(text, monkeypatch, prompt="x"):
-    runner = ScriptedRunner(text.encode())
-    runner.prompt_length = len(f"user: {prompt}\n".encode())
-    monkeypatch.setattr(pyspec, "load", lambda *args, **kwargs: runner)
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-16"])
-def test_json_is_utf8_whatever_the_locale(encoding, monkeypatch):
-    says("grüße 🌳", monkeypatch)
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-    assert main(["generate", "x", "--json", "--no-compare", "--model", "f\udce9"]) == 0
-    report = json.loads(written.getvalue().decode("utf-8"))
-    assert report["text"] == "grüße 🌳" and report["model"] == "f\udce9"
-
-
-@pytest.mark.parametrize(
-    "data",
-    [b"gr\xc3\xbc\xc3\x9f\n", codecs.BOM_UTF8 + b"gr\xc3\xbc\xc3\x9f\r\n", "grüß\n".encode("utf-16")],
-)
-def test_prompts_of_files_and_streams(model, capsys, monkeypatch, tmp_path, data):
-    path = tmp_path / "prompt.txt"
-    path.write_bytes(data)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
-    expected = pyspec_text(model, "user: grüß\n\n", 5)
-    for arguments in (["--file", path], ["-"]):
-        code, out, _ = run(capsys, "generate", *arguments, "--json", "--max-new-tokens", 5, "--drafter", "none")
-        assert code == 0 and json.loads(out)["text"] == expected
-
-
-@pytest.mark.parametrize(
-    "arguments, data, words",
-    [
-        (["-"], b"caf\xe9", "standard input must be UTF-8 text, got byte 0xe9 at 3"),
-        (["-"], b"", "the prompt is empty"),
-        (["-"], codecs.BOM_UTF8, "the prompt is empty"),
-        (["-"], None, "standard input is closed"),
-        (["caf\udce9"], None, r"the prompt must be text that UTF-8 can hold, got 'caf\udce9'"),
-        (["x", "--stop", "\udce9"], None, "--stop must be text that UTF-8 can hold"),
-        (["--file", "."], None, ". cannot be read: Is a directory"),
-        (["--file", "x" * 999], None, "cannot be read: File name too long"),
-        (["--file", "FILE"], b"\xff\xfe\x00", "must be UTF-8 text, got byte 0x00 at 2"),
-        (["--file", "FILE"], b"caf\xe9", "prompt.txt must be UTF-8 text, got byte 0xe9 at 3"),
-    ],
-)
-def test_prompts_that_are_no_text_are_bad_input(model, capsys, monkeypatch, tmp_path, arguments, data, words):
-    monkeypatch.setattr(sys, "stdin", data if data is None else io.TextIOWrapper(io.BytesIO(data)))
-    if data is not None:
-        (tmp_path / "prompt.txt").write_bytes(data)
-    code, out, err = run(capsys, "generate", *(tmp_path / "prompt.txt" if a == "FILE" else a for a in arguments))
-    assert code == 2 and out == "" and words in err and len(err.splitlines()) == 1
-
-
-def test_bench_reads_lines_of_json_as_they_are_written_anywhere(model, capsys, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    lines = ['{"prompt": "one\u2028line"}', "", '{"turns": ["two"]}']
-    path.write_bytes(codecs.BOM_UTF8 + "\r\n".join(lines).encode())
-    arguments = ("bench", "--prompts", path, "--drafter", "lookup", "--max-new-tokens", 2, "--json")
-    code, out, _ = run(capsys, *arguments)
-    assert code == 0 and [text["prompt"] for text in json.loads(out)["texts"]] == ["one\u2028line", "two"]
-    path.write_text('\n\n{"prompt": "fine"}\n\n{"turns": "no list"}\n')
-    code, _, err = run(capsys, *arguments)
-    assert code == 2 and "line 5" in err
-    path.write_text('{"prompt": "\\udce9"}')
-    code, _, err = run(capsys, *arguments)
-    assert code == 2 and "line 1" in err
-
-
-def test_a_closed_stdout_is_a_failure_with_a_sentence(model, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", None)
-        assert main(["generate", "x"]) == 1
-    assert capsys.readouterr().err == "pyspec: there is nowhere to write to: standard output is closed\n"
-
-
-def test_a_closed_stderr_keeps_the_text(model, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", None)
-        assert main(["generate", "x", "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().out == pyspec_text(model, "user: x\n", 5) + "\n"
-
-
-def test_real_streams_that_are_closed_or_full():
-    script = """
-import sys, pyspec
-sys.path.insert(0, sys.argv.pop(1))
-from tests.helpers.fake_runner import FakeRunner
-pyspec.load = lambda *args, **kwargs: FakeRunner()
-from pyspec.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-    calls = ["x --no-compare --drafter none --json >&-"]
-    if Path("/dev/full").exists():
-        calls.append("x --no-compare --drafter none --json >/dev/full")
-    command = "; ".join(f'"$0" -c "$1" "$2" generate {call}; echo "code $?" >&2' for call in calls)
-    result = subprocess.run(
-        ["sh", "-c", command, sys.executable, script, str(ROOT)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
-    )
-    expected = ["standard output is closed", "code 1", "No space left", "code 1"]
-    lines = result.stderr.splitlines()
-    assert len(lines) == 2 * len(calls) and all(words in line for words, line in zip(expected, lines, strict=False))

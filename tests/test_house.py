@@ -16,9 +16,6 @@ KNOWN = {
     "csrc/cpu/llama_layers.cpp: llama_layers": 173,
     "csrc/cpu/mamba_layers.cpp: mamba_layers": 139,
     "docs/results.py": 415,
-    "kernels/cpu/block_masked_attention_backward.cpp": 438,
-    "kernels/cpu/gear.cpp": 511,
-    "kernels/cpu/topk.cpp": 531,
     "kernels/cuda/topk.cu": 404,
     "kernels/triton/block_masked_attention.py: block_masked_attention_kernel": 116,
     "kernels/triton/block_masked_attention_backward.py": 526,
@@ -31,12 +28,9 @@ KNOWN = {
     "kernels/triton/row_statistics.py: row_kernel": 61,
     "kernels/triton/tree_attention.py: fold_kernel": 142,
     "kernels/triton/tree_attention.py: merge_kernel": 71,
-    "pyspec/masks/block_mask.py": 480,
-    "pyspec/ops/selective_state.py: selective_state": 61,
     "tests/cuda_on_host/cuda_on_host.h": 530,
     "tests/integrations/test_transformers_integration.py": 475,
     "tests/masks/test_block_mask.py": 421,
-    "tests/test_cli.py": 544,
 }
 #: Circles that are still there, by their modules.
 KNOWN_CIRCLES: set[frozenset[str]] = set()

@@ -1,4 +1,4 @@
-"""A drafter, a rule and a cache are each one file: generate takes them, and they are listed, without another edit."""
+"""A drafter, a rule, a controller and a cache, each one file: generate takes them, and they are listed as they are."""
 
 import contextlib
 import re
@@ -11,10 +11,12 @@ from pyspec import generate
 from pyspec.acceptance import RULES
 from pyspec.caches import CACHES, cache_from_name
 from pyspec.cli import main
+from pyspec.controllers import CONTROLLERS
 from pyspec.drafters import DRAFTERS
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.measure.drafters import drafters_of
+from tests.helpers.fake_drafters import Oracle
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 from tests.helpers.newcomers import registered_by
 from tests.helpers.random_llama import random_llama, random_tokens
@@ -24,6 +26,7 @@ TESTS = Path(__file__).parent
 NEWCOMERS = {
     "echo": (DRAFTERS, TESTS / "drafters" / "echo.py"),
     "one_draft": (RULES, TESTS / "acceptance" / "one_draft.py"),
+    "halving": (CONTROLLERS, TESTS / "controllers" / "halving.py"),
     "halves": (CACHES, TESTS / "caches" / "halves.py"),
 }
 
@@ -61,6 +64,15 @@ def test_the_rule_judges(newcomers):
     text = generate(model, prompt, drafter=drafter, acceptance="one_draft", budget=9, max_new_tokens=20)
     assert text.tokens == generate(model, prompt, drafter=None, max_new_tokens=20).tokens
     assert len(text.stats.accepted_lengths) <= 3 and text.stats.mean_accepted_length > 1.5
+
+
+def test_the_controller_decides(newcomers):
+    model, prompt = FakeRunner(), list(b"the tree")
+    text = generate(model, prompt, drafter=Oracle(model), budget="halving", max_new_tokens=60)
+    assert text.tokens == generate(model, prompt, drafter=None, max_new_tokens=60).tokens
+    assert text.stats.rounds == 1  # as many nodes as a name may ask for
+    with pytest.raises(TypeError, match='budget must be an integer or "auto" or "halving", got \'all\''):
+        generate(model, prompt, budget="all")
 
 
 def test_the_cache_keeps(newcomers):

@@ -50,7 +50,7 @@ class NamedDrafter(NamedTuple):
     Attributes:
         make: the drafter of a runner, which knows nothing yet but what is computed from the model itself.
         learns: whether it has learned something that can be saved and loaded.
-        fits: whether a runner can have it.
+        fits: whether a runner can have it. An engine of others is described by a vocabulary and a fingerprint alone.
         prepare: computes what the drafter needs of a model, once for each, where it needs anything; called with a
             runner and `progress`, which is called with (done, total).
     """

@@ -109,6 +109,6 @@ def _make(runner: Runner) -> TableDrafter:
 
 DRAFTERS.register(
     "ngrammys",
-    NamedDrafter(_make, prepare=model_bigrams),
+    NamedDrafter(_make, fits=lambda runner: hasattr(runner, "prefill"), prepare=model_bigrams),
     "the model's own bigrams and unigram, and the n-grams of this text (N-Grammys)",
 )

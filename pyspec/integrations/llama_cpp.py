@@ -23,7 +23,7 @@ import torch
 from pyspec.acceptance import check_laws
 from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.controllers.pays import CuttingController
-from pyspec.drafters import Drafter, drafter_from_name
+from pyspec.drafters import DRAFTERS, Drafter, drafter_from_name
 from pyspec.integrations import require
 from pyspec.machine.costs import Costs
 from pyspec.runners.verified import Verified
@@ -39,7 +39,6 @@ TREE_NODES = 32  # among which the likeliest path is looked for
 SIZES = (1, 2, 4, 8, 16)  # tokens of a call that are timed
 TEXT = 32  # tokens before them
 REPEATS = 3
-NEED_A_RUNNER = ("ngrammys", "layer_skip")
 OBSERVED_AT_ONCE = 256  # rows of a prompt's logits
 SAMPLES, SAMPLED = 64, 4096  # of a model file, and bytes of each
 
@@ -72,9 +71,9 @@ class DraftModel(LlamaDraftModel):
 
     def __init__(self, llama, drafter: str | Drafter):
         self._llama = llama
-        if drafter in NEED_A_RUNNER:
-            raise ValueError(f"drafter must not need a model of pyspec's own, as {drafter!r} does")
         runner = _Described(llama)
+        if isinstance(drafter, str) and drafter in DRAFTERS and not DRAFTERS[drafter].fits(runner):
+            raise ValueError(f"drafter must not need a model of pyspec's own, as {drafter!r} does")
         self._shared = drafter_from_name(drafter, runner)
         if self._shared is None or self._shared.proposal != "deterministic":
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")

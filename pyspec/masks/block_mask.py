@@ -13,13 +13,11 @@ from torch import Tensor
 from pyspec.arguments import described, is_scalar, read_integer
 from pyspec.host import compiled
 from pyspec.masks import orders, picture, tiles
-from pyspec.masks.spans import Span, dense_of_spans
+from pyspec.masks.spans import Span, dense_of_spans, document_spans, read_sizes, window_spans
 from pyspec.masks.tiles import EMPTY, FULL, WORD
 from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of
 
 __all__ = ["BlockMask"]
-
-_PREDICATE_PAIRS = 2**19  # of a row and a key, that a predicate is asked about at a time
 
 
 class BlockMask:
@@ -89,19 +87,8 @@ class BlockMask:
         predicate is given int32 tensors that broadcast against one another and returns a bool tensor, like a mask_mod
         of FlexAttention. It is asked about every pair: the other constructors are faster.
         """
-        rows, keys, batch, heads = _sizes(rows=rows, keys=keys, batch=batch, heads=heads)
-        words = tiles.words_per_block(rows, device)
-        b, h, row, key = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, heads, rows, keys))
-        b, h, row = b[:, None, None, None], h[:, None, None], row[:, None]
-        blocks = max(_PREDICATE_PAIRS // max(batch * heads * keys * WORD * words, 1), 1)  # at a time
-        maps, all_bits = [], [tiles.no_bits(words, device)]
-        for some_rows in row.split(blocks * WORD * words):
-            visible = predicate(b, h, some_rows, key)
-            _check_answer(visible)
-            tile_map, bits = tiles.of_dense(visible.expand(batch, heads, len(some_rows), keys), words)
-            maps.append(torch.where(tile_map >= 0, tile_map + sum(map(len, all_bits)), tile_map))
-            all_bits.append(bits)
-        return cls._from_map(torch.cat(maps, 2), torch.cat(all_bits), rows, keys)
+        rows, keys, batch, heads = read_sizes(rows=rows, keys=keys, batch=batch, heads=heads)
+        return cls._from_map(*tiles.of_predicate(predicate, rows, keys, batch, heads, device), rows, keys)
 
     @classmethod
     def from_documents(
@@ -123,20 +110,9 @@ class BlockMask:
         Raises:
             ValueError: a length is negative or does not fit.
         """
-        (prefix,) = _sizes(prefix=prefix)
-        lengths = _lengths("lengths", lengths)
-        inputs = np.zeros_like(lengths) if inputs is None else _lengths("inputs", inputs)
-        if inputs.shape != lengths.shape or (inputs > lengths).any():
-            raise ValueError(f"inputs must be one for each document and at most its length, got {inputs.tolist()}")
-        ends = lengths.cumsum()
-        rows = int(lengths.sum())
-        starts, ends, input_ends = (
-            np.repeat(places, lengths) for places in (ends - lengths, ends, ends - lengths + inputs)
-        )
-        high = np.maximum(np.arange(1, rows + 1), input_ends) if causal else ends
-        spans = [(starts + prefix, high + prefix, 1)]
-        if prefix:
-            spans.append((np.zeros(rows, np.int64), np.full(rows, prefix), 1))
+        (prefix,) = read_sizes(prefix=prefix)
+        spans = document_spans(lengths, causal, inputs, prefix)
+        rows = len(spans[0][0])
         return cls._from_spans(spans, rows, rows + prefix, device)
 
     @classmethod
@@ -161,7 +137,7 @@ class BlockMask:
             ValueError: a size is negative, window or dilation is below 1, or M is below N.
         """
         keys = rows if keys is None else keys
-        rows, keys, global_tokens = _sizes(rows=rows, keys=keys, global_tokens=global_tokens)
+        rows, keys, global_tokens = read_sizes(rows=rows, keys=keys, global_tokens=global_tokens)
         if keys < rows:
             raise ValueError(f"keys must be at least rows ({rows}), got {keys}")
         window = None if window is None else read_integer("window", window)
@@ -169,15 +145,7 @@ class BlockMask:
         for name, value in (("window", 1 if window is None else window), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        most = -(-keys // dilation)
-        reach = (most if window is None else min(window - 1, most)) * dilation
-        position = np.arange(keys - rows, keys)
-        spans = [(position - reach, position + (1 if causal else reach + 1), dilation)]
-        if global_tokens:
-            high = np.full(rows, global_tokens)
-            high = np.minimum(high, position + 1) if causal else np.where(position < global_tokens, keys, high)
-            spans.append((np.zeros(rows, np.int64), high, 1))
-        return cls._from_spans(spans, rows, keys, device)
+        return cls._from_spans(window_spans(rows, keys, window, dilation, global_tokens, causal), rows, keys, device)
 
     @classmethod
     def _from_spans(cls, spans: list[Span], rows: int, keys: int, device) -> BlockMask:
@@ -206,7 +174,7 @@ class BlockMask:
             trees, prefixes = [trees], [prefix]
         if len(prefixes) != len(trees):
             raise ValueError(f"prefix must be one for each of {len(trees)} trees, got {len(prefixes)}")
-        sizes = [_sizes(prefix=n)[0] for n in prefixes]
+        sizes = [read_sizes(prefix=n)[0] for n in prefixes]
         return cls._from_parents([(parents_of(tree), n) for tree, n in zip(trees, sizes, strict=True)], device)
 
     @classmethod
@@ -328,16 +296,8 @@ class BlockMask:
         if not isinstance(other, BlockMask):
             return NotImplemented
         self._check_like(other, "other")
-        mine, theirs = torch.broadcast_tensors(self._tile_map(), other._tile_map())
-        theirs = torch.where(theirs >= 0, theirs + len(self.bits), theirs)
-        joined = torch.where(mine == neutral, theirs, torch.where(theirs == neutral, mine, absorbing)).to(torch.int32)
-        both = (mine >= 0) & (theirs >= 0)
-        bits = torch.cat([self.bits, other.bits])
-        # Equal pairs of tiles, of which patterns are full, are joined once.
-        pairs, which = torch.unique(mine[both].long() * len(bits) + theirs[both], return_inverse=True)
-        states, new_bits = tiles.classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
-        joined[both] = torch.where(states >= 0, states + len(bits), states)[which]
-        mask = BlockMask._from_map(joined, torch.cat([bits, new_bits]), self.rows, self.keys)
+        joined = tiles.join(self._tile_map(), self.bits, other._tile_map(), other.bits, operation, neutral, absorbing)
+        mask = BlockMask._from_map(*joined, self.rows, self.keys)
         mask._dense = self._dense + other._dense
         return mask
 
@@ -378,7 +338,9 @@ class BlockMask:
         elif order == "rcm":
             if self.rows != self.keys or self.full_ranges.shape[1] != 1:
                 raise ValueError(f'order "rcm" must be for as many rows as keys and all heads, got {self!r}')
-            mask, row_order = self._cuthill_mckee()
+            tile_map = self._tile_map()[:, 0]
+            moved, row_order = orders.cuthill_mckee_tiles(tile_map, self._table(), self.rows, self.bits.shape[1])
+            mask = BlockMask._from_map(*moved, self.rows, self.keys).to(self.device)
             key_order = row_order
         else:
             raise ValueError(f'order must be "dfs" or "rcm", got {order!r}')
@@ -386,19 +348,6 @@ class BlockMask:
         mask.key_order = torch.from_numpy(np.stack(key_order).astype(np.int32)).to(self.device)
         mask._dense = self._dense
         return mask
-
-    def _cuthill_mckee(self) -> tuple[BlockMask, list[np.ndarray]]:
-        seen = tiles.entries(self._tile_map()[:, 0], self._table(), self.rows)
-        batch, row, key = (index.cpu() for index in seen)
-        found, places = [], []
-        for b in range(self.full_ranges.shape[0]):
-            mine = batch == b
-            found.append(orders.reverse_cuthill_mckee(row[mine].numpy(), key[mine].numpy(), self.rows))
-            places.append(np.argsort(found[-1]))
-        place = torch.from_numpy(np.stack(places).astype(np.int64))
-        moved = (batch, place[batch, row], place[batch, key])
-        found_tiles = tiles.of_entries(*moved, len(found), self.rows, self.keys, self.bits.shape[1])
-        return BlockMask._from_map(*found_tiles, self.rows, self.keys).to(self.device), found
 
     # ==== tile maps [B, H, R, C], words [B, H, R, C, W, 64], and lists ====
 
@@ -415,17 +364,7 @@ class BlockMask:
         return cls._from_map(states.view(words.shape[:4]), bits, rows, keys)
 
     def _tile_map(self) -> Tensor:
-        batch, heads, blocks = self.full_ranges.shape[:3]
-        shape = (batch, heads, blocks, -(-self.keys // WORD))
-        tile_map = torch.full(shape, EMPTY, dtype=torch.int32, device=self.device)
-        starts = torch.arange(batch * heads * blocks, device=self.device) * shape[3]
-        for ranges, listed, states in (
-            (self.full_ranges, self.full_tiles, torch.full_like(self.full_tiles, FULL)),
-            (self.partial_ranges, *self.partial_tiles.unbind(-1)),
-        ):
-            counts = (ranges[..., 1] - ranges[..., 0]).flatten()
-            tile_map.view(-1)[torch.repeat_interleave(starts, counts) + listed] = states
-        return tile_map
+        return tiles.of_lists(self.full_ranges, self.full_tiles, self.partial_ranges, self.partial_tiles, self.keys)
 
     def _table(self) -> Tensor:
         """[U + 2, W, 64]: what a tile map's entry means; the last two are empty and full."""
@@ -454,27 +393,3 @@ class BlockMask:
     def _check_unordered(self, use: str) -> None:
         if self.row_order is not None:
             raise ValueError(f"mask must be permuted last: {use} needs one that is not")
-
-
-# ==== checks ====
-
-
-def _check_answer(visible: Tensor) -> None:
-    if visible.dtype != torch.bool:
-        raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
-
-
-def _sizes(**sizes: int) -> list[int]:
-    """The sizes; raises TypeError or ValueError unless they are integers that are not negative."""
-    found = [read_integer(name, size) for name, size in sizes.items()]
-    for name, size in zip(sizes, found, strict=True):
-        if size < 0:
-            raise ValueError(f"{name} must not be negative, got {size}")
-    return found
-
-
-def _lengths(name: str, values: Sequence[int]) -> np.ndarray:
-    lengths = np.asarray(values)
-    if lengths.ndim != 1 or (lengths.size and lengths.dtype.kind not in "iu") or (lengths < 0).any():
-        raise ValueError(f"{name} must be a list of integers that are not negative, got {described(values)}")
-    return lengths.astype(np.int64)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from pyspec.masks import tiles
 from pyspec.masks.trees import TreeAndPrefix
 
-__all__ = ["depth_first", "depth_first_trees", "reverse_cuthill_mckee"]
+__all__ = ["cuthill_mckee_tiles", "depth_first", "depth_first_trees", "reverse_cuthill_mckee"]
 
 
 def depth_first(parents: np.ndarray) -> np.ndarray:
@@ -45,3 +48,22 @@ def reverse_cuthill_mckee(rows: np.ndarray, keys: np.ndarray, size: int) -> np.n
         raise ImportError('permuted("rcm") needs scipy: pip install scipy') from error
     graph = csr_array((np.ones(len(rows), np.int8), (rows, keys)), shape=(size, size))
     return csgraph.reverse_cuthill_mckee(graph, symmetric_mode=True)
+
+
+def cuthill_mckee_tiles(
+    tile_map: Tensor, table: Tensor, size: int, words: int
+) -> tuple[tuple[Tensor, Tensor], list[np.ndarray]]:
+    """The tile map and the bits, on the CPU, of a mask's entries in reverse_cuthill_mckee's order, and the order.
+
+    Args:
+        tile_map, table: as tiles.entries takes them, of size rows and as many keys, in blocks of words.
+    """
+    batch, row, key = (index.cpu() for index in tiles.entries(tile_map, table, size))
+    found, places = [], []
+    for b in range(len(tile_map)):
+        mine = batch == b
+        found.append(reverse_cuthill_mckee(row[mine].numpy(), key[mine].numpy(), size))
+        places.append(np.argsort(found[-1]))
+    place = torch.from_numpy(np.stack(places).astype(np.int64))
+    moved = (batch, place[batch, row], place[batch, key])
+    return tiles.of_entries(*moved, len(found), size, size, words), found

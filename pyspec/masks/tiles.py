@@ -10,6 +10,7 @@ Rows past a mask's last one are like the last: so they make no full tile partial
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,10 +25,13 @@ __all__ = [
     "classify",
     "cut",
     "entries",
+    "join",
     "lists",
     "no_bits",
     "of_dense",
     "of_entries",
+    "of_lists",
+    "of_predicate",
     "pack",
     "unpack",
     "words_per_block",
@@ -35,6 +39,7 @@ __all__ = [
 
 WORD = 64  # keys of a tile, and rows that one word of bits holds
 FULL, EMPTY = -1, -2
+PREDICATE_PAIRS = 2**19  # of a row and a key, that a predicate is asked about at a time
 
 
 def words_per_block(rows: int, device) -> int:
@@ -158,3 +163,60 @@ def cut(strips: Tensor, first: int, rows: int, keys: int, words: int) -> Tensor:
     if keys % WORD:
         strips[..., -1, keys % WORD :] = 0
     return strips.unflatten(2, (count // words, words)).transpose(3, 4)
+
+
+def of_predicate(predicate: Callable, rows: int, keys: int, batch: int, heads: int, device) -> tuple[Tensor, Tensor]:
+    """The tile map and the bits of BlockMask.from_predicate, asked some row blocks at a time.
+
+    Raises:
+        TypeError: the predicate's answer is not bool.
+    """
+    words = words_per_block(rows, device)
+    b, h, row, key = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, heads, rows, keys))
+    b, h, row = b[:, None, None, None], h[:, None, None], row[:, None]
+    blocks = max(PREDICATE_PAIRS // max(batch * heads * keys * WORD * words, 1), 1)
+    maps, all_bits = [], [no_bits(words, device)]
+    for some_rows in row.split(blocks * WORD * words):
+        visible = predicate(b, h, some_rows, key)
+        if visible.dtype != torch.bool:
+            raise TypeError(f"predicate must return a bool tensor, got {visible.dtype}")
+        tile_map, bits = of_dense(visible.expand(batch, heads, len(some_rows), keys), words)
+        maps.append(torch.where(tile_map >= 0, tile_map + sum(map(len, all_bits)), tile_map))
+        all_bits.append(bits)
+    return torch.cat(maps, 2), torch.cat(all_bits)
+
+
+def of_lists(
+    full_ranges: Tensor, full_tiles: Tensor, partial_ranges: Tensor, partial_tiles: Tensor, keys: int
+) -> Tensor:
+    """The tile map of a BlockMask's lists."""
+    batch, heads, blocks = full_ranges.shape[:3]
+    shape = (batch, heads, blocks, -(-keys // WORD))
+    tile_map = torch.full(shape, EMPTY, dtype=torch.int32, device=full_ranges.device)
+    starts = torch.arange(batch * heads * blocks, device=full_ranges.device) * shape[3]
+    for ranges, listed, states in (
+        (full_ranges, full_tiles, torch.full_like(full_tiles, FULL)),
+        (partial_ranges, *partial_tiles.unbind(-1)),
+    ):
+        counts = (ranges[..., 1] - ranges[..., 0]).flatten()
+        tile_map.view(-1)[torch.repeat_interleave(starts, counts) + listed] = states
+    return tile_map
+
+
+def join(
+    mine: Tensor, my_bits: Tensor, theirs: Tensor, their_bits: Tensor, operation: Callable, neutral: int, absorbing: int
+) -> tuple[Tensor, Tensor]:
+    """The tile map and the bits of two masks joined by a bitwise operation.
+
+    A tile that is neutral leaves the other one as it is; one that is absorbing makes the tile absorbing.
+    """
+    mine, theirs = torch.broadcast_tensors(mine, theirs)
+    theirs = torch.where(theirs >= 0, theirs + len(my_bits), theirs)
+    joined = torch.where(mine == neutral, theirs, torch.where(theirs == neutral, mine, absorbing)).to(torch.int32)
+    both = (mine >= 0) & (theirs >= 0)
+    bits = torch.cat([my_bits, their_bits])
+    # Equal pairs of tiles, of which patterns are full, are joined once.
+    pairs, which = torch.unique(mine[both].long() * len(bits) + theirs[both], return_inverse=True)
+    states, new_bits = classify(operation(bits[pairs // max(len(bits), 1)], bits[pairs % max(len(bits), 1)]))
+    joined[both] = torch.where(states >= 0, states + len(bits), states)[which]
+    return joined, torch.cat([bits, new_bits])

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from pyspec.arguments import described
 
-__all__ = ["FLOATS", "BadData", "check_are_tensors", "check_floating", "check_places", "check_tensors"]
+__all__ = [
+    "FLOATS",
+    "BadData",
+    "check_are_tensors",
+    "check_contiguous",
+    "check_floating",
+    "check_places",
+    "check_tensors",
+]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,6 +32,13 @@ def check_are_tensors(*, optional: tuple[str, ...] = (), **values) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor) and not (value is None and name in optional):
             raise TypeError(f"{name} must be a tensor{' or None' * (name in optional)}, got {described(value)}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless every tensor, where there is one, is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def check_places(name: str, places: Tensor, end: int, where: str) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
+from pyspec.ops._checks import check_are_tensors, check_contiguous, check_floating, check_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.selective_state import Round, check_is_round
 
@@ -125,9 +125,7 @@ def causal_conv(
         ("weight", weight, torch.float32, (taps, channels)),
         ("bias", bias, torch.float32, (channels,)),
     )
-    for name, tensor in (("window", window), ("record", record), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_contiguous(window=window, record=record, weight=weight, bias=bias)
     if x.stride(1) != 1:
         raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
     check_floating("out_dtype", out_dtype)

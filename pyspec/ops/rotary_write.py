@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, check_are_tensors, check_places, check_tensors
+from pyspec.ops._checks import FLOATS, check_are_tensors, check_contiguous, check_places, check_tensors
 from pyspec.ops._library import Op
 
 __all__ = ["rotary_write", "rotary_write_reference"]
@@ -116,6 +116,5 @@ def rotary_write(
         ("sequences", sequences, torch.int32, (rows,)),
         ("slots", slots, torch.int32, (rows,)),
     )
-    if not cos_sin.is_contiguous():
-        raise ValueError(f"cos_sin must be contiguous, got strides {cos_sin.stride()}")
+    check_contiguous(cos_sin=cos_sin)
     return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.arguments import described
-from pyspec.ops._checks import BadData, check_are_tensors, check_floating, check_tensors
+from pyspec.ops._checks import BadData, check_are_tensors, check_contiguous, check_floating, check_tensors
 from pyspec.ops._library import Op
 from pyspec.tree import DraftTree
 
@@ -299,9 +299,7 @@ def selective_state(
         ("dt_bias", dt_bias, torch.float32, (heads,)),
         ("z", z, torch.float32, (rows, channels)),
     )
-    for name, tensor in (("state", state), ("record", record), ("A", A)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_contiguous(state=state, record=record, A=A)
     for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z)):
         if tensor is not None and tensor.stride(1) != 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pyspec import generate
 from pyspec.caches import cache_from_name
-from pyspec.cli import main
 from pyspec.controllers import CONTROLLERS, LARGEST, controller_for, pays
 from pyspec.controllers.fixed import FixedController
 from pyspec.controllers.pays import CuttingController, SizingController
@@ -14,11 +12,8 @@ from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.machine.costs import Costs
 from pyspec.tree import DraftTree
-from tests.helpers.fake_drafters import Oracle
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.newcomers import registered_by
-
-PROMPT = list(b"the tree")
 
 
 class Draws(TableDrafter):
@@ -51,26 +46,9 @@ def test_no_tree_is_larger_than_a_cache_takes(drafter, monkeypatch):
     assert controller.nodes == controller.largest == 3
 
 
-@pytest.fixture
-def halving():
+def test_halving():
     with registered_by(CONTROLLERS, Path(__file__).with_name("halving.py")):
-        yield
-
-
-def test_a_controller_is_one_file(halving, capsys):
-    plain = generate(FakeRunner(), PROMPT, drafter=None, max_new_tokens=40).tokens
-    model = FakeRunner()
-    assert generate(model, PROMPT, drafter=Oracle(model), budget="halving", max_new_tokens=40).tokens == plain
-    with pytest.raises(TypeError, match='budget must be an integer or "auto" or "halving", got \'all\''):
-        generate(model, PROMPT, budget="all")
-    for command in (["generate"], ["bench", "drafters"]):
-        with pytest.raises(SystemExit):
-            main([*command, "--help"])
-        assert "halving, half as many while nothing is accepted" in " ".join(capsys.readouterr().out.split())
-
-
-def test_halving(halving):
-    controller = controller_for("halving", None, TableDrafter([Lookup(10)]))
+        controller = controller_for("halving", None, TableDrafter([Lookup(10)]))
     found = []
     for path in ([0], [0], [0, 1], [0]):
         found.append(controller.nodes)

@@ -1,5 +1,7 @@
 """Every named drafter over a real runner gives the bits of plain decoding."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,3 +23,14 @@ def test_the_plain_text_bit_for_bit(name, dtype):
             said = generate(model, PROMPTS, drafter=drafter, budget=budget, max_new_tokens=40, **settings)
             assert said.tokens == plain.tokens
     assert said.stats.mean_accepted_length > 1
+
+
+def test_what_is_known_of_a_name_before_there_is_a_drafter():
+    """An engine of others has a vocabulary and a fingerprint alone; what learns can be saved, others have nothing."""
+    engine = SimpleNamespace(vocab_size=9, fingerprint="another engine's")
+    needs_model = {name for name, drafter in DRAFTERS.items() if not drafter.fits(engine)}
+    assert needs_model == {name for name, drafter in DRAFTERS.items() if drafter.prepare is not None}
+    assert needs_model == {"layer_skip", "ngrammys"}
+    for name in set(DRAFTERS) - needs_model:
+        has_learned = any(table.layout() for table in new_drafter(name, engine).tables)
+        assert has_learned == DRAFTERS[name].learns == (name != "lookup")

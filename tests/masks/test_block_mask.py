@@ -135,7 +135,7 @@ def test_predicate_of_fewer_dimensions():
 
 
 def test_predicate_a_few_rows_at_a_time(monkeypatch):
-    monkeypatch.setattr(block_mask, "_PREDICATE_PAIRS", 1)
+    monkeypatch.setattr(tiles, "PREDICATE_PAIRS", 1)
     dense = random_dense(300, 130, 1)
     check(BlockMask.from_predicate(lambda b, h, i, j: dense[i, j], 300, 130), dense)
 

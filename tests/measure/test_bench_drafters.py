@@ -7,7 +7,6 @@ import pytest
 from pyspec.measure import drafters as drafter_bench
 from pyspec.measure import machine
 from tests.helpers.fake_runner import FakeRunner
-from tests.test_cli import model, run, write_prompts  # noqa: F401
 
 PROMPTS = [("a", list(b"once upon a time")), ("b", list(b"in a hole")), ("a", list(b"it was"))]
 NAMES = ["merged", "stand"]
@@ -74,34 +73,3 @@ def test_an_error_in_a_text_is_raised():
 
     with pytest.raises(RuntimeError, match="NaN"):
         drafter_bench.measure(Broken(), PROMPTS, ["merged"], max_new_tokens=4)
-
-
-def test_command(model, capsys, tmp_path):  # noqa: F811
-    prompts, output = write_prompts(tmp_path / "prompts.jsonl"), tmp_path / "report.json"
-    arguments = ("bench", "drafters", "--prompts", prompts, "--limit", 1, "--max-new-tokens", 12, "--budget", 6)
-    code, out, err = run(capsys, *arguments, "--drafters", "lookup", "suffix", "--output", output)
-    assert code == 0 and "temperature 0.8" in out and "suffix" in out and "over recycling" in out
-    report = json.loads(output.read_text())
-    assert list(report["temperatures"]["0.8"]) == ["all", "a", "b"]
-    assert output.with_suffix(".png").exists()
-    code, out, _ = run(capsys, *arguments, "--temperatures", 0, "--answers", 0, "--json")
-    found = json.loads(out)
-    assert code == 0 and found["answers"] == {} and list(found["temperatures"]) == ["0.0"]
-    assert "layer_skip" not in found["temperatures"]["0.0"]["all"]  # the fake model has no layers
-    assert {"plain", "merged", "ngrammys"} <= set(found["temperatures"]["0.0"]["all"])
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--drafters", "medium"], "--drafters"),
-        (["--temperatures", "-1"], "temperature"),
-        (["--answers", "-1"], "--answers"),
-        (["--output", "/nowhere/file.json"], "/nowhere"),
-        (["--limit", "0"], "--limit"),
-        (["--budget", "0"], "budget"),
-    ],
-)
-def test_bad_input(model, capsys, arguments, words):  # noqa: F811
-    code, out, err = run(capsys, "bench", "drafters", *arguments)
-    assert code == 2 and out == "" and words in err.splitlines()[-1]

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from pyspec import DraftTree, from_transformers, load
 from pyspec.checkpoints.tokenizer import Tokenizer
 from pyspec.runners.foreign import TransformersRunner
-from pyspec.runners.foreign_support import _say_foreign, cache_argument
+from pyspec.runners.foreign_support import cache_argument
 from tests.helpers.random_llama import by_slot, verify_all
 
 transformers = pytest.importorskip("transformers")
@@ -342,55 +342,6 @@ def test_folders_of_other_architectures_run_through_transformers(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="truncated or corrupt"):
         load(str(tmp_path), device="cpu")
-
-
-_SMALL = _SHAPE | {"intermediate_size": 64, "max_position_embeddings": 96, "num_key_value_heads": 2}
-_RECURRENT = _SHAPE | {"num_heads": 4, "head_dim": 16, "state_size": 16, "n_groups": 1}
-_HYBRID = _SMALL | {"mamba_n_heads": 4, "mamba_d_state": 16, "attn_layer_indices": [1], "attention_dropout": 0.0}
-
-
-@pytest.mark.parametrize("from_folder", [False, True], ids=["live", "folder"])
-@pytest.mark.parametrize(
-    "family, options, feature",
-    [
-        ("Qwen3", SUPPORTED["Qwen3"], "has architecture Qwen3ForCausalLM, which our kernels do not run"),
-        ("Llama", _SMALL | {"mlp_bias": True, "head_dim": 64}, "has mlp_bias, which LlamaRunner does not have"),
-        ("Mistral", _SMALL | {"head_dim": 16, "sliding_window": None}, "head_dim 16 of mistral: supported are"),
-        ("Qwen2", _SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', LlamaRunner has silu"),
-    ],
-)
-def test_a_model_without_kernels_runs_through_transformers_and_says_so_once(
-    family, options, feature, from_folder, tmp_path
-):
-    model = tiny_model(family, options)
-    model.save_pretrained(tmp_path)
-    _say_foreign.cache_clear()
-    with pytest.warns(RuntimeWarning) as told:
-        for _ in range(2):
-            runner = load(tmp_path, dtype=torch.float32, device="cpu") if from_folder else from_transformers(model)
-    assert isinstance(runner, TransformersRunner)
-    (said,) = [warning for warning in told if "through transformers" in str(warning.message)]
-    assert feature in str(said.message) and "On a CPU that takes several times as long" in str(said.message)
-    assert said.filename == __file__
-
-
-@pytest.mark.parametrize("from_folder", [False, True], ids=["live", "folder"])
-@pytest.mark.parametrize(
-    "family, options, feature, reason",
-    [
-        ("Mamba", _SHAPE | {"hidden_act": "gelu"}, "has hidden_act 'gelu', MambaRunner has silu", "recurrent state"),
-        ("Mamba2", _RECURRENT | {"time_step_limit": [0.0, 1.0]}, "Mamba2Runner has no limit", "recurrent state"),
-        ("Bamba", _HYBRID | {"mlp_bias": True}, "has mlp_bias True, BambaRunner has none", "recurrent state"),
-        ("Mistral", _SMALL | {"head_dim": 16, "sliding_window": 9}, "head_dim 16 of mistral", "a window of 9"),
-    ],
-)
-def test_a_model_that_transformers_cannot_run_either_is_refused_with_both_reasons(
-    family, options, feature, reason, from_folder, tmp_path
-):
-    model = tiny_model(family, options)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{feature}.*; {family}ForCausalLM is not supported: .*{reason}"):
-        load(tmp_path, dtype=torch.float32, device="cpu") if from_folder else from_transformers(model)
 
 
 def test_llamas_that_the_native_runner_lacks_run_through_transformers(tmp_path):

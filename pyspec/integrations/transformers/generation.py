@@ -154,7 +154,7 @@ def generate(
     ]
     if stream is not None and hasattr(stream, "put"):
         stream.put(input_ids.cpu())  # streamers take the prompt first, and skip it if told so
-    speculate(runner, rows, ExactAcceptance(), controller=controller, packed=None, stats=Stats(seed=0))
+    speculate(runner, rows, ExactAcceptance(), controller=controller, cache=None, stats=Stats(seed=0))
     if stream is not None and hasattr(stream, "end"):
         stream.end()
     for number, row in enumerate(rows):
