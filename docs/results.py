@@ -9,6 +9,9 @@ import json
 import re
 from pathlib import Path
 
+from pyspec.caches import CACHES
+from pyspec.drafters import DRAFTERS
+
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 MARK = re.compile(r"^<!-- results: (\w+) -->$", re.MULTILINE)
 NAME = "name"  # what rows are called that come with a name each
@@ -30,7 +33,7 @@ ENGINES = [
 ]
 STEPS = [("nodes", NAME), ("seconds", "value")]
 QUANTISED = [("nodes", "nodes"), ("tokens", "length"), ("dense ms", "ms/dense"), ("SDPA ms", "ms/sdpa")]
-DRAFTERS = [
+DRAFTING = [
     ("drafter", NAME),
     ("tokens/s", "tokens_per_second"),
     ("over plain", "speed_up"),
@@ -69,9 +72,9 @@ TABLES = {
     "generate_bf16": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
     "generate_int8": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
     "drafters_bf16": [
-        ("Greedy, all categories", "temperatures/0.0/all", DRAFTERS),
-        ("Temperature 0.8", "temperatures/0.8/all", DRAFTERS),
-        ("Several drawn answers to one problem", "answers", DRAFTERS),
+        ("Greedy, all categories", "temperatures/0.0/all", DRAFTING),
+        ("Temperature 0.8", "temperatures/0.8/all", DRAFTING),
+        ("Several drawn answers to one problem", "answers", DRAFTING),
     ],
     "equality": [
         (
@@ -81,7 +84,7 @@ TABLES = {
                 ("check", NAME),
                 ("texts", "prompts"),
                 ("tokens", "tokens"),
-                *((drafter, f"drafters/{drafter}/equal") for drafter in ("merged", "lookup", "recycling")),
+                *((drafter, f"drafters/{drafter}/equal") for drafter in DRAFTERS),
             ],
         )
     ],
@@ -221,11 +224,7 @@ TABLES = {
         (
             FASTER,
             "rows",
-            QUANTISED
-            + [
-                (cache, "ms/dense", f"ms/{cache}")
-                for cache in ("int8", "int4", "kivi-2bit", "gear-l-2bit", "gear-2bit", "gear-4bit")
-            ],
+            QUANTISED + [(cache, "ms/dense", f"ms/{cache}") for cache in CACHES if cache != "dense"],
         ),
         (
             "Encoding",

@@ -25,19 +25,15 @@ namespace {
 
 using pyspec::BFloat16;
 using pyspec::column_size;
-using pyspec::Digits;
 using pyspec::Element;
 using pyspec::fill_from_row;
 using pyspec::fill_list;
 using pyspec::Float16;
 using pyspec::Float32;
-using pyspec::Queue;
 using pyspec::Row;
 using pyspec::select_best;
 using pyspec::SelectScratch;
-using pyspec::sort_best_first;
 using pyspec::TopkParams;
-using pyspec::Words;
 
 constexpr int kMostThreads = 512;                // of which a multiprocessor has two blocks
 constexpr int64_t kBlocksPerMultiprocessor = 2;  // which takes 64 registers a thread
@@ -50,7 +46,7 @@ constexpr int64_t kLeastCut = 16;  // values for each that a slice keeps, else i
 
 // What both launches do, decided on the host.
 struct Plan {
-  Digits digits;
+  pyspec::Digits digits;
   uint32_t flip;         // all bits for the smallest values, else none
   uint32_t kept;         // numbers that a slice leaves: of its buckets, or k and some room
   uint32_t ranks;        // places for sorting, or 0 where nothing is sorted
@@ -74,7 +70,7 @@ struct Part {
   uint32_t first;   // value of the first vector
   int vectors;      // one from each stretch of the block
   uint32_t single;  // value, or behind the row
-  Words<16> held[kHeld];
+  pyspec::Words<16> held[kHeld];
   uint32_t held_single;
 
   __device__ uint32_t place(int i) const { return first + i * blockDim.x * kSize; }
@@ -144,7 +140,7 @@ __device__ void sort(uint64_t* ranks, uint32_t found) {
   uint32_t size = 1;
   while (size < found) size *= 2;
   for (uint32_t i = found + threadIdx.x; i < size; i += blockDim.x) ranks[i] = 0;
-  sort_best_first(ranks, size);
+  pyspec::sort_best_first(ranks, size);
 }
 
 // ==== the result ====
@@ -290,7 +286,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocksPerMultiprocessor)
   } else {
     // In the workspace over the first slice's, bucket by bucket.
     uint64_t* list = plan.kept_in_shared ? at.shared : at.lists;
-    auto fill = [&](uint32_t bucket, uint32_t share, uint32_t shares, Queue<kPerBucket>(&queues)[1]) {
+    auto fill = [&](uint32_t bucket, uint32_t share, uint32_t shares, pyspec::Queue<kPerBucket>(&queues)[1]) {
       uint32_t each = (plan.slices + shares - 1) / shares;
       uint32_t end = min((share + 1) * each, plan.slices);
 #pragma unroll 4

@@ -384,12 +384,9 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, key_chan
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     seen = seen.contiguous()
-    constants = {
-        "KV_HEADS": kv_heads,
-        "GROUP_HEADS": group_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-    } | compile_options(head_dim, q.dtype, is_plain=not rank and not outliers)
+    constants = compile_options(head_dim, q.dtype, is_plain=not rank and not outliers)
+    constants |= {"KV_HEADS": kv_heads, "GROUP_HEADS": group_heads}
+    constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     with torch.cuda.device_of(q):
         if chunks:
             strides = (*q.stride()[:3], *packed.stride()[:3])

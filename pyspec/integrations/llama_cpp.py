@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +70,8 @@ class DraftModel(LlamaDraftModel):
         costs: seconds of a call of the model, by its tokens.
     """
 
+    clock: ClassVar[Callable[[], float]] = staticmethod(time.perf_counter)  # tests put in their own
+
     def __init__(self, llama, drafter: str | Drafter):
         self._llama = llama
         runner = _Described(llama)
@@ -78,7 +81,7 @@ class DraftModel(LlamaDraftModel):
         if self._shared is None or self._shared.proposal != "deterministic":
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")
         check_laws(self._shared, ExactAcceptance())
-        self.costs = _measure_costs(llama)
+        self.costs = _measure_costs(llama, self.clock)
         self._controller = CuttingController(self.costs)
         self._drafter: Drafter | None = None
         self._context: list[int] = []
@@ -86,8 +89,8 @@ class DraftModel(LlamaDraftModel):
         self._draft_seconds = self._ended = 0.0  # what the last call took, and when it ended
 
     def __call__(self, input_ids: np.ndarray, /, **kwargs) -> np.ndarray:
-        """The drafts after input_ids [n]: [m] tokens, m of at least 0 and at most what pays."""
-        start = time.perf_counter()
+        """Drafts after input_ids [n]: tokens [m], as many as pay, perhaps none."""
+        start = self.clock()
         context = input_ids.tolist()
         known = len(self._context)
         if self._drafter is None or known > len(context) or context[:known] != self._context:
@@ -98,7 +101,7 @@ class DraftModel(LlamaDraftModel):
         if self._controller.nodes > 1:
             tree = self._drafter.propose(context, TREE_NODES).likeliest_path()
         (self._proposed,) = self._controller.cut([tree])
-        self._ended = time.perf_counter()
+        self._ended = self.clock()
         self._draft_seconds = self._ended - start
         return self._proposed.tokens[1:].astype(np.intc)
 
@@ -133,7 +136,7 @@ def _sample(file: Path) -> bytes:
     return b"".join(data[start : start + SAMPLED].tobytes() for start in range(0, len(data), step))
 
 
-def _measure_costs(llama) -> Costs:
+def _measure_costs(llama, clock: Callable[[], float]) -> Costs:
     """Times calls of a few tokens behind some others; the model's cache is lost."""
     text = min(TEXT, llama.n_ctx() // 2)
     sizes = [size for size in SIZES if text + size <= llama.n_ctx()]
@@ -143,9 +146,9 @@ def _measure_costs(llama) -> Costs:
     for _ in range(REPEATS + 1):
         for size in sizes:
             llama.n_tokens = text  # eval forgets what is behind
-            start = time.perf_counter()
+            start = clock()
             llama.eval([1] * size)
-            found[size].append(time.perf_counter() - start)
+            found[size].append(clock() - start)
     llama.reset()
     # the first of each warms up
     return Costs.of_medians({size: statistics.median(times[1:]) for size, times in found.items()})

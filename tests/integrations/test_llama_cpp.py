@@ -4,8 +4,7 @@ import pytest
 llama_cpp = pytest.importorskip("llama_cpp")
 
 from pyspec.checkpoints.sources import demo_file  # noqa: E402
-from pyspec.integrations.llama_cpp import speculate  # noqa: E402
-from pyspec.machine.costs import Costs  # noqa: E402
+from pyspec.integrations.llama_cpp import DraftModel, speculate  # noqa: E402
 from tests.helpers.table_drafters import drafter_of  # noqa: E402
 
 TEXT = b"one, two, three, four, five, six, seven, eight; one, two, three, four, five,"
@@ -34,8 +33,10 @@ def check_same(llama, prompt, found, expected):
 
 @pytest.mark.parametrize("drafter", ["merged", "lookup", "recycling"])
 def test_the_text_is_the_same_in_fewer_calls(llama, drafter, monkeypatch):
-    # on a busy machine nothing might pay
-    monkeypatch.setattr("pyspec.integrations.llama_cpp._measure_costs", lambda llama: Costs((1, 64), (1.0, 1.1)))
+    # a call takes a second, and a little more for more tokens; drafting takes no time
+    now, eval_tokens = [0.0], llama.eval
+    monkeypatch.setattr(llama, "eval", lambda ids: now.append(now[-1] + 1 + 0.1 * len(ids) / 64) or eval_tokens(ids))
+    monkeypatch.setattr(DraftModel, "clock", staticmethod(lambda: now[-1]))
     prompt, other = llama.tokenize(TEXT), llama.tokenize(b"def add(a, b):")
     llama.draft_model = None
     expected = say(llama, prompt)
