@@ -26,9 +26,9 @@ from peers import Engine, Run
 import pyspec
 from pyspec import measure
 from pyspec.cli.arguments import add_budget_argument
-from pyspec.cli.shared import PHASES
 from pyspec.controllers import LARGEST
 from pyspec.measure import first_difference, prompts, ratio
+from pyspec.stats import PHASES
 
 # in bf16, from the project's plan: how many times as fast in decoding
 GOALS = {

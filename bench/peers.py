@@ -15,10 +15,10 @@ import torch
 
 from pyspec import measure
 from pyspec.checkpoints.sources import demo_file
-from pyspec.cli.shared import PHASES
 from pyspec.drafters import new_drafter
 from pyspec.generate import generate
 from pyspec.runners.attention import LlamaRunner
+from pyspec.stats import PHASES
 
 LOOKUP_TOKENS = 10  # drafts of the peers' prompt lookup
 DRAFTERS = ("merged", "lookup", "recycling")

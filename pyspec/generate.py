@@ -201,7 +201,7 @@ def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int |
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:
-    """Budget and number of new tokens as generate takes them; raises TypeError or ValueError for any others."""
+    """Checks budget and number of new tokens, as generate takes them; raises TypeError or ValueError for any others."""
     choices = " or ".join(["an integer", *(f'"{name}"' for name in CONTROLLERS)])
     if not isinstance(budget, str):
         budget = read_integer("budget", budget, choices)

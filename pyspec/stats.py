@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["Stats", "clock_of"]
+__all__ = ["PHASES", "Stats", "clock_of"]
+
+PHASES = ("draft", "verify", "accept", "commit")  # of a round
 
 
 @dataclass

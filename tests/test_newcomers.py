@@ -20,7 +20,7 @@ from tests.helpers.fake_drafters import Oracle
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 from tests.helpers.newcomers import registered_by
 from tests.helpers.random_llama import random_llama, random_tokens
-from tests.test_site import DOCS, PAGES, load_extension
+from tests.helpers.site import DOCS, PAGES, load_extension
 
 TESTS = Path(__file__).parent
 NEWCOMERS = {

@@ -4,26 +4,16 @@ import importlib
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = {str(path.relative_to(DOCS).with_suffix("")): path.read_text() for path in DOCS.rglob("*.md")}
+from tests.helpers.site import PAGES, ROOT, load_extension
+
 API = {
     name: page for page, text in PAGES.items() for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)", text, re.MULTILINE)
 }
 PUBLIC = ("pyspec", "pyspec.ops", "pyspec.caches", "pyspec.drafters", "pyspec.drafters.shapes", "pyspec.acceptance")
 OPS = sorted(path.stem for path in (ROOT / "pyspec/ops").glob("[!_]*.py"))
-
-
-def load_extension(name: str):
-    """A module of docs/, as Sphinx loads it."""
-    spec = importlib.util.spec_from_file_location(f"site_{name}", DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Acceptance rules: which drafts are kept, and what is said instead of the first that is not."""
+"""Acceptance rules: which drafts are kept, and what is emitted in place of the first that is not."""
 
 from __future__ import annotations
 

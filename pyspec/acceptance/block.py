@@ -14,12 +14,12 @@ __all__ = ["BlockVerification", "block_verification"]
 
 
 def block_verification(tree: DraftTree, p, q, noise: Noise) -> Accepted:
-    """On a chain of drafts x_1 .. x_L, with p_i and q_i the laws after x_1 .. x_i::
+    """Judges a chain of drafts x_1 .. x_L, with p_i and q_i the laws after x_1 .. x_i::
 
         r_0 = 1, r_i = min(1, r_{i-1} p_{i-1}(x_i) / q_{i-1}(x_i))
         s_i = sum of [r_i p_i - q_i]+,  h_i = s_i / (s_i + 1 - r_i) for i < L,  h_L = r_L
 
-    keep the largest i whose own coin of probability h_i says so (h_0 = 1), and say a token of [r_i p_i - q_i]+,
+    keep the largest i whose own coin of probability h_i says so (h_0 = 1), and emit a token of [r_i p_i - q_i]+,
     normalised, or of p_L. Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv 2403.10444.
 
     Args:

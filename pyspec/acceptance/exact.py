@@ -28,7 +28,7 @@ class ExactAcceptance:
 
         Args:
             tree: T nodes.
-            verified: what the target says after each of them; logits [T, V] float32.
+            verified: the rows of the target after each of them; logits [T, V] float32.
             sampler: gives the target's draw at a node.
             position: that of the token which the root's logits predict.
 

@@ -15,7 +15,7 @@ BISECTIONS = 20
 
 
 def k_seq(tree: DraftTree, p, q, noise: Noise) -> Accepted:
-    """At a node with law p and k children, in the order of the draws::
+    """Judges the k children of a node with law p, in the order of the draws::
 
         accept child x with probability min(1, p(x) / (rho q(x)))
 

@@ -11,11 +11,11 @@ __all__ = ["RecursiveRejection", "recursive_rejection"]
 
 
 def recursive_rejection(tree: DraftTree, p, q, noise: Noise, lenience: float = 1.0) -> Accepted:
-    """At a node with law p, in the order of the draws::
+    """Judges the children of a node with law p, in the order of the draws::
 
         accept child x with probability min(1, p(x) / q(x)); else p <- [p - q]+ and q(x) <- 0, both normalised
 
-    and when no child is left, say a token of p. A token that was tried before is passed over, which makes independent
+    and when no child is left, emit a token of p. A token that was tried before is passed over, which makes independent
     draws ones without replacement. Jeon et al., "Recursive Speculative Decoding", arXiv 2402.14160.
 
     Args:

@@ -12,7 +12,7 @@ __all__ = ["TargetRoots", "target_roots"]
 def target_roots(tree: DraftTree, p, noise: Noise, width: int) -> Accepted:
     """Draws `width` tokens of p at the root; from each the target's draws are followed while the tree holds them.
 
-    The longest path is kept, of equally long ones the first: a token whose continuation is easy to guess is said too
+    The longest path is kept, of equally long ones the first: a token whose continuation is easy to guess is emitted too
     often. The multi-candidate speculation of Lu et al., arXiv 2409.10644, in a loop that drafts before it draws.
     """
     edges = zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)

@@ -16,7 +16,7 @@ __all__ = ["TraversalVerification", "traversal_verification"]
 def traversal_verification(tree: DraftTree, p, q, noise: Noise) -> Accepted:
     """Each node u has a rate r(u): r(root) = 1, and for its child x, r = min(1, r(u) p_u(x) / q_u(x)).
 
-    Depth first, the first leaf is accepted, with all nodes above it, with probability r, and a token of its p is said.
+    The first leaf depth first is accepted with all nodes above it with probability r, and a token of its p is emitted.
     Otherwise the leaf x is deleted, and at its parent u, with s = sum of [r p - q]+::
 
         p <- [r p - q]+ / s,  r <- s / (s + 1 - r) (at the root it stays 1),  q(x) <- 0, normalised

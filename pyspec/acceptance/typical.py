@@ -17,7 +17,7 @@ __all__ = ["TypicalAcceptance", "typical"]
 def typical(tree: DraftTree, p, noise: Noise, threshold: float, alpha: float) -> Accepted:
     """Accepts child x of an accepted node with law p iff p(x) > min(threshold, alpha exp(-entropy of p)).
 
-    The longest accepted path is kept, of equally long ones the likeliest, and a token of the last p is said. Cai et
+    The longest accepted path is kept, of equally long ones the likeliest, and a token of the last p is emitted. Cai et
     al., "Medusa", arXiv 2401.10774.
     """
     children, tokens = children_of(tree), tree.tokens.tolist()

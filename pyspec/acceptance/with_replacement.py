@@ -11,11 +11,11 @@ __all__ = ["WithReplacement", "with_replacement"]
 
 
 def with_replacement(tree: DraftTree, p, q, noise: Noise) -> Accepted:
-    """At a node with law p, in the order of the draws::
+    """Judges the children of a node with law p, in the order of the draws::
 
         accept child x with probability min(1, p(x) / q(x)); else p <- [p - q]+, normalised
 
-    and when no child is left, say a token of p. SpecInfer, arXiv 2305.09781; on a chain it is the rule of Leviathan
+    and when no child is left, emit a token of p. SpecInfer, arXiv 2305.09781; on a chain it is the rule of Leviathan
     et al., arXiv 2211.17192, and of Chen et al., arXiv 2302.01318.
 
     Args:

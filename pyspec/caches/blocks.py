@@ -248,7 +248,7 @@ class QuantisedCache:
 
 
 def _shortest_keys(part: Tensor) -> Tensor:
-    """Of keys and values [layers, 2, Hkv, span, D] those of each head's BLOCK tokens with the shortest keys, in order.
+    """Picks from keys and values [layers, 2, Hkv, span, D] each head's BLOCK tokens with the shortest keys, in order.
 
     Keys are turned to their positions already, so nothing else knows where they were (Devoto et al., arXiv:2406.11430).
     """

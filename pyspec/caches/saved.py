@@ -1,4 +1,4 @@
-"""Packed caches in files: what is committed, with the version of the format and the model that it belongs to."""
+"""Quantised caches in files: what is committed, with the version of the format and the model that it belongs to."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from pyspec.arguments import check_unicode, decode_text
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
 from pyspec.cli.shared import (
-    PHASES,
     BadInput,
     fail,
     load_model,
@@ -21,6 +20,7 @@ from pyspec.cli.shared import (
     write,
 )
 from pyspec.measure import first_difference, new_table, ratio
+from pyspec.stats import PHASES
 
 ENDINGS = {
     "eos": "ended by the model",

@@ -13,7 +13,6 @@ from pathlib import Path
 from pyspec.arguments import decode_text
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
-PHASES = ("draft", "verify", "accept", "commit")
 
 
 class BadInput(Exception):

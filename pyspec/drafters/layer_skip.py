@@ -91,7 +91,7 @@ class _OwnBatch:
         return self._sequences - 1
 
     def logits(self, sequence: int, context: Sequence[int], tokens: list[int], parents: list[int]) -> torch.Tensor:
-        """[T, V] of a tree below context, whose last token is the root."""
+        """Logits [T, V] of a tree below context, whose last token is the root."""
         self.capacity = 1
         lengths = self.runner.lengths()
         sequence -= self._sequences - len(lengths)  # those of a batch that never drafted came before

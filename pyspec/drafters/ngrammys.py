@@ -25,7 +25,7 @@ BATCH = 256  # tokens that are run side by side
 
 
 def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """[V, 8] int32: the model's best tokens after each token alone, best first, -1 behind the last.
+    """The model's best tokens [V, 8] int32 after each token alone, best first, -1 behind the last.
 
     Every token is run once, as a prompt of its own, and the result is kept in the user's cache folder. The model's
     batch is lost then. progress is called with (tokens done, tokens).
@@ -66,7 +66,7 @@ class NgrammysRows:
         self.vocab_size, self._bigrams, self._rows, self._width = vocab_size, bigrams, rows, width
 
     def start(self, prompt: Sequence[int]) -> NgrammysRows:
-        """The same: nothing is kept."""
+        """The drafter itself: nothing is kept."""
         return self
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:

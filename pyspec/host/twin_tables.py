@@ -183,7 +183,7 @@ class NgramMemory:
 
 
 class Trigrams:
-    """ADED's table; see csrc/host/trigrams.h. A row is [total, {token: [count, bonus]}]."""
+    """The table of ADED; see csrc/host/trigrams.h. A row is [total, {token: [count, bonus]}]."""
 
     FOLLOWERS = 12
     WINDOW = 16

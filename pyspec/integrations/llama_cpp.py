@@ -89,7 +89,7 @@ class DraftModel(LlamaDraftModel):
         self._draft_seconds = self._ended = 0.0  # what the last call took, and when it ended
 
     def __call__(self, input_ids: np.ndarray, /, **kwargs) -> np.ndarray:
-        """The drafts after input_ids [n]: [m] tokens, m of at least 0 and at most what pays."""
+        """Drafts after input_ids [n]: tokens [m], as many as pay, perhaps none."""
         start = self.clock()
         context = input_ids.tolist()
         known = len(self._context)

@@ -319,7 +319,7 @@ class BlockMask:
         return mask
 
     def permuted(self, order: str | None = None) -> BlockMask:
-        """The same attention with rows and keys worked on in another order, so that fewer tiles have something.
+        """The mask with rows and keys worked on in another order, so that fewer tiles have something.
 
         Args:
             order: "dfs", depth first, for a mask of from_tree, and the default there; or "rcm", reverse Cuthill-McKee
@@ -367,12 +367,12 @@ class BlockMask:
         return tiles.of_lists(self.full_ranges, self.full_tiles, self.partial_ranges, self.partial_tiles, self.keys)
 
     def _table(self) -> Tensor:
-        """[U + 2, W, 64]: what a tile map's entry means; the last two are empty and full."""
+        """The meaning [U + 2, W, 64] of a tile map's entries; the last two are empty and full."""
         ends = torch.stack([torch.zeros_like(self.bits[:1].sum(0)), torch.full_like(self.bits[:1].sum(0), -1)])
         return torch.cat([self.bits, ends])
 
     def _words(self, first: int = 0, last: int | None = None) -> Tensor:
-        """[B, H, R, C, W, 64] of row blocks first to last - 1."""
+        """The words [B, H, R, C, W, 64] of row blocks first to last - 1."""
         return self._table()[self._tile_map()[:, :, first:last].long()]
 
     # ==== checks ====

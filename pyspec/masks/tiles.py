@@ -91,7 +91,7 @@ def of_dense(visible: Tensor, words: int) -> tuple[Tensor, Tensor]:
 
 
 def _words_of_dense(visible: Tensor, words: int) -> Tensor:
-    """[B, H, R, C, W, 64] of [B, H, N, M]."""
+    """The words [B, H, R, C, W, 64] of a mask [B, H, N, M]."""
     batch, heads, rows, keys = visible.shape
     blocks, columns = block_count(rows, words), -(-keys // WORD)
     missing_rows, missing_keys = blocks * words * WORD - rows, columns * WORD - keys
@@ -122,7 +122,7 @@ def entries(tile_map: Tensor, table: Tensor, rows: int) -> tuple[Tensor, Tensor,
 def of_entries(
     batch: Tensor, row: Tensor, key: Tensor, batches: int, rows: int, keys: int, words: int
 ) -> tuple[Tensor, Tensor]:
-    """The reverse of entries, for all heads: a tile map and bits, in no more memory than the tiles with something."""
+    """The tile map and bits of what `entries` gives, for all heads, in no more memory than those tiles need."""
     height = WORD * words
     shape = (batches, 1, block_count(rows, words), -(-keys // WORD))
     tile_map = torch.full(shape, EMPTY, dtype=torch.int32, device=row.device)

@@ -24,7 +24,7 @@ from pyspec.tree import DraftTree
 
 __all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
 
-TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a packed prompt
+TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a prompt
 DOCUMENTS = 8  # in the prompt
 DEPTH, CODES = 8, 256  # of residual VQ
 
@@ -152,7 +152,7 @@ def _block_masked_attention(a: Attention, device: str) -> Problem:
 
 
 def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callable, operations: int) -> Problem:
-    """One row over packed blocks and the exact keys behind them; a window of half a block stays exact."""
+    """One row over quantised blocks and the exact keys behind them; a window of half a block stays exact."""
     random = _Random(device)
     q = random(1, a.heads, 1, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, CONTEXT + BLOCK, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
@@ -318,7 +318,7 @@ _Builder = tuple[str, Callable[[Attention | StateSpace, str], Problem]]  # what 
 
 
 def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
-    """For each op that a part of a model runs, its calls."""
+    """Describes the calls of each op that a part of a model runs."""
     product = f"{part.intermediate} to {part.hidden}" if isinstance(part, Attention) else f"{part.hidden} to in and z"
     wide = [
         (

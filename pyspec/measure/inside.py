@@ -31,7 +31,7 @@ def weight_bytes(runner) -> int:
 def read(
     runner, trees: Sequence[DraftTree], sequences: Sequence[int], advances: Sequence[bool], logits: bool = True
 ) -> Tensor:
-    """[R, V] fp32 logits, or [R, hidden], of the nodes of all trees by a runner with a recurrent state.
+    """Logits [R, V] fp32, or hidden rows [R, hidden], of the nodes of all trees by a runner with a recurrent state.
 
     Args:
         sequences: the one that each tree stands behind.
@@ -56,7 +56,7 @@ def launched(runner, tree: DraftTree) -> Callable[[], None]:
 
 @torch.inference_mode()
 def attend_step(runner, token: int, place: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """[V] fp32 logits after a token at a place of the first sequence, with an attention of the caller's.
+    """Logits [V] fp32 after a token at a place of the first sequence, with an attention of the caller's.
 
     Its keys and values go into the dense cache, at its place.
 

@@ -69,7 +69,7 @@ def of_lines(text: str, name: str) -> Iterator[Prompt]:
 
 
 def first_of_each_category(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """At most `limit` prompts of each category, category by category; all of them for None."""
+    """Picks at most `limit` prompts of each category, category by category; all of them for None."""
     return [prompt for category in _by_category(prompts) for prompt in category[:limit]]
 
 

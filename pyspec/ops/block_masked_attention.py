@@ -36,7 +36,7 @@ _MASK = (
 
 
 def _visible(q, k, full_ranges, full_tiles, partial_ranges, partial_tiles, bits, row_order, key_order) -> Tensor:
-    """[B, Hkv, group, N, M] bool."""
+    """What rows see, [B, Hkv, group, N, M] bool."""
     heads, rows, kv_heads, keys = q.shape[1], q.shape[2], k.shape[1], k.shape[2]
     mask = BlockMask(rows, keys, full_ranges, full_tiles, partial_ranges, partial_tiles, bits)
     mask.row_order, mask.key_order = row_order, key_order

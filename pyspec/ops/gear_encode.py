@@ -64,7 +64,7 @@ def _orthonormal(x: Tensor) -> Tensor:
 
 
 def _start(head_dim: int, rank: int, device: torch.device) -> Tensor:
-    """[D, rank] in [-0.5, 0.5): any fixed numbers without a pattern do."""
+    """A start [D, rank] in [-0.5, 0.5) of the power iteration: any fixed numbers without a pattern do."""
     numbers = torch.arange(1, head_dim * rank + 1, device=device).view(head_dim, rank) * 2654435761
     return (numbers >> 16 & 0xFFFF).float() / 65536 - 0.5
 
@@ -88,7 +88,7 @@ def _low_rank(residual: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _codes(groups: Tensor, zero: Tensor, scale: Tensor, levels: int) -> Tensor:
-    """Of groups [..., group] with a zero and scale [...] in fp16: 0 .. levels, in fp32."""
+    """Codes 0 .. levels, in fp32, of groups [..., group] with a zero and scale [...] in fp16."""
     return ((groups - zero.float()[..., None]) / scale.float()[..., None]).round().clamp(0, levels)
 
 

@@ -108,7 +108,7 @@ def group_channels(x: Tensor, values: bool) -> Tensor:
 
 
 def _channels(groups: Tensor, values: bool) -> Tensor:
-    """The reverse."""
+    """Rows [..., D] of groups [..., D / 32, 32]."""
     return (groups if values else groups.transpose(-1, -2)).flatten(-2)
 
 
@@ -177,7 +177,7 @@ def _pack_codes(codes: Tensor, count: int) -> Tensor:
 
 
 def _unpack_codes(packed: Tensor, count: int) -> Tensor:
-    """The reverse."""
+    """Codes [..., 128] int64 out of what _pack_codes made."""
     codes = packed[..., :BLOCK].long()
     shifts = torch.arange(8, device=packed.device)
     for plane, bit in enumerate(range(8, count.bit_length() - 1)):
@@ -283,7 +283,7 @@ def check_codebooks(codebooks: Tensor, name: str = "codebooks", dims: int = 4) -
 
 
 def _batched(codebooks: Tensor, batch: int) -> Tensor:
-    """[B, 2, depth, codes, 32], each item contiguous."""
+    """Codebooks [B, 2, depth, codes, 32], each item contiguous."""
     check_codebooks(codebooks, dims=min(max(codebooks.dim(), 4), 5))
     if codebooks.dim() == 5 and codebooks.shape[0] != batch:
         raise ValueError(f"codebooks must be one for all, or one for each of {batch}, got {codebooks.shape[0]}")

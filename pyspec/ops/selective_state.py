@@ -160,7 +160,7 @@ def selective_state_reference(
     y = torch.empty_like(x)
 
     def of_channels(values: Tensor) -> Tensor:
-        """[heads or groups, ...] for each channel, in panels."""
+        """Repeats values [heads or groups, ...] for each channel, in panels."""
         return values.repeat_interleave(channels // len(values), 0).unflatten(0, (-1, LANES)).transpose(1, -1)
 
     rates = A if A.dim() == 3 else of_channels(A[:, None])  # [channels / 16, N or 1, 16]

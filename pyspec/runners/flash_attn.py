@@ -1,7 +1,7 @@
 """flash-attn: it reads prompts for the Llama runner by request, and is a peer in benchmarks of attention.
 
 A row of it has other bits in another call, because the tiles it is summed in hang on how many rows and keys there are.
-It takes no mask but causal, a window and packed documents: no tree.
+It takes no mask but causal, a window and documents one after another: no tree.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
 
 
 def documents(q: Tensor, k: Tensor, v: Tensor, length: int) -> Callable[[], Tensor]:
-    """A call that gives [B * N, Hq, D]: the rows of q, k and v [B, H, N, D] are documents of one length, packed."""
+    """A call that gives [B * N, Hq, D]: the rows of q, k and v [B, H, N, D] are documents of one length, ragged."""
     from flash_attn import flash_attn_varlen_func
 
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (q, k, v))

@@ -131,7 +131,7 @@ class TransformersRunner:
         return {slot: Verified(logits[slot]) for slot in trees}
 
     def _verify(self, trees: dict[int, DraftTree]) -> dict[int, Tensor]:
-        """[T, V] logits of trees by slot, at least one."""
+        """Logits [T, V] of trees by slot, at least one."""
         rows = range(min(trees), max(trees) + 1)
         self._check_room(rows, trees)
         self._verified = None
@@ -169,7 +169,7 @@ class TransformersRunner:
     # ==== the switch ====
 
     def _behind_switch(self, sequence: int, tree: DraftTree) -> Tensor:
-        """[T] bool for the nodes of a tree."""
+        """Whether each node of a tree lies behind the switch, [T] bool."""
         if self._switch is None:
             return torch.zeros(len(tree), dtype=torch.bool, device="cpu")
         return tree.depths + self._lengths[sequence] >= self._switch
@@ -199,7 +199,7 @@ class TransformersRunner:
             self._lengths[sequence] = len(self._texts[sequence])
 
     def _verify_across(self, sequence: int, tree: DraftTree, behind: Tensor) -> Tensor:
-        """[T, V] logits of a tree, each node in a call with nodes of its side of the switch only."""
+        """Logits [T, V] of a tree, each node in a call with nodes of its side of the switch only."""
         parts, order = [], []
         for long in (False, True):
             nodes = (behind == long).nonzero()[:, 0]
@@ -233,7 +233,7 @@ class TransformersRunner:
         is_long: bool = False,
         beyond: int = 0,
     ) -> list[Tensor | None]:
-        """[T, V] fp32 logits for the trees of neighbouring rows.
+        """Logits [T, V] fp32 for the trees of neighbouring rows.
 
         Args:
             keep: the last nodes whose logits are needed; 0 for all.

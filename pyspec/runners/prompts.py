@@ -45,7 +45,7 @@ class PromptPlan:
         return [(taker, count) for taker, (other, count) in enumerate(self.origins) if count and other == origin]
 
     def readers(self, sequence: int, start: int, count: int) -> Iterator[tuple[int, int]]:
-        """Of a piece that a sequence reads from start on: itself and those that take it over, and how much of it."""
+        """The readers of a piece that a sequence reads from start: itself, those that take it over, and how much."""
         yield sequence, count
         for taker, taken in self.takers(sequence):
             if start < taken:

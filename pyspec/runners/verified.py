@@ -1,4 +1,4 @@
-"""Verified: what a model says after every node of a tree, and what the host reads of it.
+"""Verified: what a model gives after every node of a tree, and what the host reads of it.
 
 The host needs a few numbers of every row of logits. On a GPU they arrive in one copy for a whole round, which a runner
 starts as soon as it has launched the verify, so that they are there when the logits are.
@@ -29,7 +29,7 @@ class HostStatistics(NamedTuple):
 
 
 class Verified:
-    """What a model says after every node of a tree.
+    """The rows of a verified tree: logits after every node, and their statistics.
 
     Args:
         logits: [T, V] floating point, on the model's device; not to be written to.
@@ -103,14 +103,14 @@ class SentStatistics:
 
 
 def pack_statistics(logits: Tensor) -> Tensor:
-    """[17 R] int32: the bits of all that HostStatistics has of logits [R, V], in its order."""
+    """The bits [17 R] int32 of all that HostStatistics has of logits [R, V], in its order."""
     statistics = row_statistics(_readable(logits))
     numbers = (statistics.top_tokens.int(), statistics.top_logits, statistics.log_sum_exp)
     return torch.cat([values.view(torch.int32).flatten() for values in numbers])
 
 
 def _readable(logits: Tensor) -> Tensor:
-    """The same numbers as our kernels read them: no float64, contiguous in a row."""
+    """Logits as our kernels read them: no float64, contiguous in a row."""
     logits = logits.detach()
     logits = logits.float() if logits.dtype == torch.float64 else logits
     return logits if logits.stride(1) == 1 else logits.contiguous()

@@ -15,9 +15,9 @@ from pyspec.architectures import FAMILIES, family_of
 from pyspec.cli import main
 from pyspec.runners.foreign_support import refuse
 from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens
+from tests.helpers.site import DOCS, load_extension
 from tests.helpers.tiny_mambas import tiny_mamba
 from tests.helpers.tiny_models import tiny_model
-from tests.test_site import DOCS, load_extension
 
 PROMPT = random_tokens(20)
 TOY = {"architectures": ["ToyForCausalLM"], "tokens": VOCABULARY, "width": 96}

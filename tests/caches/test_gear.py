@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pyspec.caches import DenseCache, GearSettings, cache_from_name
-from tests.caches.test_blocks import HEAD_DIM, feed, start, text_of
+from tests.helpers.quantised_caches import HEAD_DIM, feed, start, text_of
 
 
 def test_room_and_tree_size_are_checked():

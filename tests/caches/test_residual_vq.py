@@ -11,7 +11,7 @@ import torch
 from pyspec.caches import Codebooks, ResidualVqSettings, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE, demo_codebooks
 from pyspec.ops.gear import BLOCK
-from tests.caches.test_blocks import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
+from tests.helpers.quantised_caches import FREQUENCIES, HEAD_DIM, HEADS, LAYERS, SETTINGS, codebooks
 
 
 def test_effective_bits():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyspec.integrations.transformers.cache import PackedStates
+from pyspec.integrations.transformers.cache import QuantisedStates
 from pyspec.masks import BlockMask
 from pyspec.ops import block_masked_attention, tree_attention
 
@@ -28,7 +28,7 @@ def register_attention() -> None:
 
     Causal attention after a cache of few new tokens is tree_attention, or gear_attention after a GearCache, whose
     records it reads as they lie; everything else is block_masked_attention:
-    packed sequences, sliding windows, padding, and 4D masks of the caller's.
+    documents one after another, sliding windows, padding, and 4D masks of the caller's.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -108,7 +108,7 @@ def _attention(
     if attention_mask is None and (is_causal or rows == 1) and rows <= _MOST_TREE_ROWS:
         bits = torch.tensor([(2 << row) - 1 for row in range(rows)], dtype=torch.int32, device=query.device)
         bits = bits[None, :, None].expand(len(query), rows, 1)
-        if isinstance(key, PackedStates) and softcap is None:
+        if isinstance(key, QuantisedStates) and softcap is None:
             out = key.attend(query, bits, query.shape[3] ** -0.5 if scaling is None else scaling)
             return out.transpose(1, 2).contiguous(), None
         before = torch.full((len(query),), keys - rows, dtype=torch.int32, device=query.device)

@@ -25,14 +25,14 @@ from pyspec import caches
 from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable, gear_decode
 from pyspec.ops.gear_encode import LARGEST
 
-__all__ = ["GearCache", "GearLayer", "PackedStates"]
+__all__ = ["GearCache", "GearLayer", "QuantisedStates"]
 
 
 class GearCache(Cache):
-    """Packed keys and values of all layers, for `cache`, or `past_key_values` before transformers 5.24.
+    """Quantised keys and values of all layers, for `cache`, or `past_key_values` before transformers 5.24.
 
     What is in the cache when a forward pass begins counts as accepted: drafts that were rejected must have been
-    cropped by then, as assisted generation does. A block of 128 tokens is packed when a pass begins at least `window`
+    cropped by then, as assisted generation does. A block of 128 tokens is quantised when a pass begins `window` or more
     positions behind its end; its record depends on its own keys and values alone.
 
     Args:
@@ -104,10 +104,10 @@ class GearLayer(DynamicLayer):
         if not self.packed.shape[2]:
             return self.keys, self.values
         held = _Held(self.settings, self.packed, self.keys, self.values)
-        return PackedStates(held, 0), PackedStates(held, 1)
+        return QuantisedStates(held, 0), QuantisedStates(held, 1)
 
     def _pack(self) -> None:
-        """Packs the blocks that are far enough behind the tokens to come."""
+        """Quantises the blocks that are far enough behind the tokens to come."""
         blocks = blocks_seen(self.get_seq_length(), self.settings.window) - self.packed.shape[2]
         if blocks <= 0:
             return
@@ -133,7 +133,7 @@ class GearLayer(DynamicLayer):
         """Removes the last -length tokens, or, with a positive length, all but the first `length`.
 
         Raises:
-            ValueError: tokens that were packed would be removed.
+            ValueError: quantised tokens would be removed.
         """
         held = self.get_seq_length()
         kept = length if length > 0 else held + length
@@ -190,8 +190,8 @@ class _Held:
         )
 
 
-class PackedStates(Tensor):
-    """Keys or values of a layer, [B, Hkv, S, D], of which the first are packed: any op on them unpacks them first."""
+class QuantisedStates(Tensor):
+    """Keys or values of a layer, [B, Hkv, S, D], of which the first are quantised: any op decodes them first."""
 
     @staticmethod
     def __new__(cls, held: _Held, side: int):
