@@ -215,13 +215,13 @@ class BambaRunner(RecurrentRunner):
         config, epsilon, state = self.config, self.config.attention.norm_epsilon, cache.state
         lengths = [cache.lengths[sequence] for sequence in sequences]
         round = state.round(trees, sequences, advances)  # may replace the records
-        rows = TreeRows([tree.ancestor_bits for tree in trees], sequences, lengths, self.device)
-        depths = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
+        rows = TreeRows([torch.from_numpy(tree.ancestor_bits) for tree in trees], sequences, lengths, self.device)
+        depths = [torch.from_numpy(tree.depths) + length for tree, length in zip(trees, lengths, strict=True)]
         place = (self._cos_sin, torch.cat(depths).to(self.device), rows.sequences, rows.slots)
         states = zip(state.states, state.windows, state.records, state.conv_records, strict=True)
         keys_values = iter(cache.dense.keys_values)
 
-        hidden, delta = self._embed(torch.cat([tree.tokens for tree in trees])), None
+        hidden, delta = self._embed(torch.cat([torch.from_numpy(tree.tokens) for tree in trees])), None
         for layer, recurrent in zip(self.weights.layers, self._recurrent, strict=True):
             if recurrent is None:
                 x = rms_norm(hidden, layer.attention_norm, epsilon, delta=delta, out_dtype=self.dtype)

@@ -289,7 +289,9 @@ class LlamaRunner(NativeRunner):
             window = self._windows[layer] or None
             return flash_attn.attention(q.transpose(0, 1)[None], k, v, window=window)[0].transpose(0, 1)
 
-        return self._by_ops(chain.tokens, places, torch.zeros_like(places), places, of_sequence, attend)
+        return self._by_ops(
+            torch.from_numpy(chain.tokens), places, torch.zeros_like(places), places, of_sequence, attend
+        )
 
     def _forward(
         self,
@@ -305,8 +307,8 @@ class LlamaRunner(NativeRunner):
         if isinstance(cache, QuantisedCache):
             return self._forward_packed(trees, sequences, cache)
         lengths = [cache.lengths[sequence] for sequence in sequences]
-        positions = [tree.depths + length for tree, length in zip(trees, lengths, strict=True)]
-        tokens = [tree.tokens for tree in trees]
+        positions = [torch.from_numpy(tree.depths) + length for tree, length in zip(trees, lengths, strict=True)]
+        tokens = [torch.from_numpy(tree.tokens) for tree in trees]
         positions, tokens = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (positions, tokens))
         hidden = self._embed(tokens)
         for first, end in [(0, self.config.layers)] if layers is None else _runs(layers):
@@ -319,7 +321,7 @@ class LlamaRunner(NativeRunner):
                 cache.keys_values[first:end],
                 self._cos_sin,
                 positions,
-                [tree.ancestor_bits for tree in trees],
+                [torch.from_numpy(tree.ancestor_bits) for tree in trees],
                 sequences,
                 lengths,
                 windows=self._windows[first:end],
@@ -336,7 +338,9 @@ class LlamaRunner(NativeRunner):
         for tree, sequence in zip(trees, sequences, strict=True):
             length = cache.lengths[sequence]
             slots = torch.arange(len(tree), dtype=torch.int32, device="cpu") + length - cache.starts[sequence]
-            places.append(torch.stack((tree.depths + length, torch.full_like(slots, sequence), slots)))
+            places.append(
+                torch.stack((torch.from_numpy(tree.depths) + length, torch.full_like(slots, sequence), slots))
+            )
         positions, row_sequences, slots = torch.cat(places, 1).to(self.device)
         seen = [cache.rows(sequence, tree) for tree, sequence in zip(trees, sequences, strict=True)]
 
@@ -344,7 +348,7 @@ class LlamaRunner(NativeRunner):
             parts = zip(sequences, q.split(sizes), seen, strict=True)
             return torch.cat([cache.attend(layer, sequence, part, rows) for sequence, part, rows in parts])
 
-        tokens = torch.cat([tree.tokens for tree in trees])
+        tokens = torch.cat([torch.from_numpy(tree.tokens) for tree in trees])
         return self._by_ops(tokens, positions, row_sequences, slots, cache.keys_values, attend)
 
     def _step(self, inputs: StepInputs, keys_values: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ class StateSpaceRunner(RecurrentRunner):
             rows = self._rounds.run(partial(self._run_round, cache), trees, sequences, advances)
             if rows is not None:
                 return rows
-        tokens = [tree.tokens for tree in trees]
+        tokens = [torch.from_numpy(tree.tokens) for tree in trees]
         round = cache.round(trees, sequences, advances)
         hidden = self._run_round(cache, tokens[0] if len(tokens) == 1 else torch.cat(tokens), round)
         cache.done(sequences, advances)

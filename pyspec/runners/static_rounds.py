@@ -59,7 +59,7 @@ class RoundInputs(StaticInputs):
         host["paths"].fill(-1)
         for tree, place, moves, path, half in zip(trees, places, advances, *plan, strict=True):
             rows = slice(end, end + len(tree))
-            host["tokens"][rows], host["parents"][rows] = tree.tokens.numpy(), tree.parents.numpy()
+            host["tokens"][rows], host["parents"][rows] = tree.tokens, tree.parents
             end = rows.stop
             host["starts"][place + 1 :] = end
             host["paths"][place, : len(path)] = path

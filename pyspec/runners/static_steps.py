@@ -87,10 +87,10 @@ class StepInputs(StaticInputs):
                 continue
             nodes, words = tree.ancestor_bits.shape
             np.add(np.minimum(self._each_node, nodes), length, out=slots[index])
-            tokens[index, :nodes] = tree.tokens.numpy()
-            np.add(tree.depths.numpy(), length, out=positions[index, :nodes])
+            tokens[index, :nodes] = tree.tokens
+            np.add(tree.depths, length, out=positions[index, :nodes])
             prefix_lens[index] = length
-            ancestor_bits[index, :nodes, :words] = tree.ancestor_bits.numpy()
+            ancestor_bits[index, :nodes, :words] = tree.ancestor_bits
         self.send()
 
 

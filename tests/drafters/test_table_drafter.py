@@ -197,7 +197,7 @@ def test_any_merge_gives_the_plain_text_from_valid_trees(names, budget, temperat
     tree = drafter.start(context).propose(context, budget)
     edges = list(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True))
     assert len(tree) <= budget and len(set(edges)) == len(edges) and edges[0] == (-1, context[-1])
-    assert (tree.chances.diff() <= 0).all()
+    assert (np.diff(tree.chances) <= 0).all()
 
 
 def test_what_cannot_be_merged():

@@ -18,7 +18,7 @@ FUZZ = settings(
     max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TREE = random_tree(5, 1)
-BITS = TREE.ancestor_bits[None]
+BITS = torch.from_numpy(TREE.ancestor_bits)[None]
 FORMAT = GearFormat(4, 64, rank=1, outliers=2)
 
 

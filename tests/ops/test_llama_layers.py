@@ -42,8 +42,10 @@ def arguments(weight_dtype=torch.float32, dtype=torch.float32, *, biases=True, w
         "last_norm": 1 + 0.1 * torch.randn(HIDDEN, generator=generator),
         "keys_values": torch.randn(LAYERS, 2, 2, KV_HEADS, SLOTS, HEAD_DIM, generator=generator).to(dtype),
         "cos_sin": torch.stack((angles.cos(), angles.sin()), 1).float(),
-        "positions": torch.cat([tree.depths + length for tree, length in zip(TREES, LENGTHS, strict=True)]).int(),
-        "ancestor_bits": [tree.ancestor_bits for tree in TREES],
+        "positions": torch.cat(
+            [torch.from_numpy(tree.depths) + length for tree, length in zip(TREES, LENGTHS, strict=True)]
+        ).int(),
+        "ancestor_bits": [torch.from_numpy(tree.ancestor_bits) for tree in TREES],
         "sequences": [1, 0],
         "lengths": LENGTHS,
         "windows": list(windows),
