@@ -69,6 +69,8 @@ class Runner(Protocol):
 class ExtendedRunner(Runner, Protocol):
     """What a runner may do beside; whoever needs one of these asks whether the runner has it.
 
+    Runners on our own kernels have verify(trees, hidden=True), which also gives the rows before the head.
+
     Attributes:
         takes_quantised_cache: whether prefill also takes cache, settings of a quantised one or None for a dense one;
             save_cache and load_cache come with it.

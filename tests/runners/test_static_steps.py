@@ -17,6 +17,7 @@ from pyspec.machine.costs import measure_costs
 from pyspec.runners.static_inputs import StaticInputs
 from pyspec.runners.static_steps import StaticSteps, StepInputs, slots_for
 from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
+from tests.helpers.runner_checks import check_hidden
 
 
 class FakeRecorder:
@@ -286,6 +287,10 @@ def test_graphs_of_more_rows_have_no_head(static_llama):
             rows = runner._run_layers(dict.fromkeys(range(sequences), random_tree(nodes)))
         has_head = sequences * nodes <= 64
         assert (rows.logits is not None) == (rows.statistics is not None) == has_head
+
+
+def test_hidden_rows_are_given_to_who_asks(static_llama):
+    check_hidden(static_llama())
 
 
 def test_padding_has_slots():
