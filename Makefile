@@ -108,15 +108,9 @@ test-wheel: wheel
 	cd build/wheel-test && env/bin/python -m pytest -p no:cacheprovider -m 'not slow' tests/ops
 	cd build/wheel-test && env/bin/pyspec --help > /dev/null
 
+# Every op, then whole texts.
 bench: $(VENV)/ready-bench
-	$(BIN)/python bench/bench_tree_attention.py
-	$(BIN)/python bench/bench_block_masked_attention.py
-	$(BIN)/python bench/bench_linear.py
-	$(BIN)/python bench/bench_topk.py
-	$(BIN)/python bench/bench_sparse_attention.py
-	$(BIN)/python bench/bench_verify.py
-	$(BIN)/python bench/bench_selective_state.py
-	$(BIN)/python bench/generate.py
+	for script in bench/bench_*.py bench/generate.py; do $(BIN)/python $$script || exit 1; done
 
 # The libraries that bench/gpu.sh puts in place on a machine with a Hopper GPU and the same C library, in build/gpu-kit.
 gpu-kit: $(VENV)/ready

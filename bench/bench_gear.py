@@ -45,7 +45,7 @@ class Problem:
         self.piece = piece.unbind(0)
         self.k, self.v = (x.repeat(1, 1, repeats, 1)[:, :, : length + nodes] for x in self.piece)
         parents = [-1] + [int(torch.randint(0, node, (1,), generator=generator)) for node in range(1, nodes)]
-        self.bits = DraftTree([0] * nodes, parents).ancestor_bits[None]
+        self.bits = torch.from_numpy(DraftTree([0] * nodes, parents).ancestor_bits)[None]
         self.lens = torch.tensor([length], dtype=torch.int32)
         index = torch.arange(nodes)
         ancestors = (self.bits[0][:, index // 32] >> (index % 32)) & 1 == 1

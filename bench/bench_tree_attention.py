@@ -45,7 +45,7 @@ class Problem:
         generator = torch.Generator(device).manual_seed(nodes + prefix)
         shapes = [(1, heads, rows, HEAD_DIM) for heads, rows in ((HEADS, nodes), *[(KV_HEADS, prefix + nodes)] * 2)]
         self.q, self.k, self.v = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
-        self.bits = DraftTree([0] * nodes, parents).ancestor_bits[None].to(device)
+        self.bits = torch.from_numpy(DraftTree([0] * nodes, parents).ancestor_bits)[None].to(device)
         self.prefix_lens = torch.tensor([prefix], dtype=torch.int32, device=device)
         index = torch.arange(nodes, device=device)
         self.ancestors = (self.bits[0][:, index // 32] >> (index % 32)) & 1 == 1

@@ -17,7 +17,7 @@ slots = PREFIX + len(tree)
 
 q = torch.randn(1, HEADS, len(tree), HEAD_DIM)
 k, v = torch.randn(2, 1, KV_HEADS, slots, HEAD_DIM).unbind()
-bits, lens = tree.ancestor_bits[None], torch.tensor([PREFIX], dtype=torch.int32)
+bits, lens = torch.from_numpy(tree.ancestor_bits)[None], torch.tensor([PREFIX], dtype=torch.int32)
 
 out, lse = torch.ops.pyspec.tree_attention(q, k, v, bits, lens, HEAD_DIM**-0.5, None, None, None)
 print("tree_attention:", tuple(out.shape), "log-sum-exp", tuple(lse.shape))

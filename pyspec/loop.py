@@ -66,7 +66,8 @@ def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with stats.timed("draft"):
-        proposed = [sequence.propose(controller.nodes) for sequence in going.values()]
+        nodes = controller.nodes  # decided once for all
+        proposed = [sequence.propose(nodes) for sequence in going.values()]
         trees = dict(zip(going, controller.cut(proposed), strict=True))
 
     with stats.timed("verify"):

@@ -69,14 +69,14 @@ class Sequence:
         if self.drafter is None or budget == 1:
             return DraftTree.chain(self.context[-1:])
         tree = self.drafter.propose(self.context, budget)
-        tokens = tree.tokens.tolist()
-        if len(tokens) > budget or tokens[0] != self.context[-1]:
+        if len(tree) > budget or tree.tokens[0] != self.context[-1]:
             raise ValueError(
                 f"drafter must propose at most {budget} nodes below token {self.context[-1]}, "
-                f"got {len(tokens)} below token {tokens[0]}"
+                f"got {len(tree)} below token {tree.tokens[0]}"
             )
-        if min(tokens) < 0 or max(tokens) >= self.model.vocab_size:
-            raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tokens}")
+        lowest, highest = tree.token_range
+        if lowest < 0 or highest >= self.model.vocab_size:
+            raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tree.tokens.tolist()}")
         return tree
 
     def accept(self, tree: DraftTree, verified: Verified, rule: AcceptanceRule) -> Accepted:

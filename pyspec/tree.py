@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from pyspec.arguments import described
@@ -23,51 +24,51 @@ class DraftTree:
     Node 0 is the root: the last committed token, whose key is not cached yet. Parents come before their
     children, so ancestors in index order are ancestors in depth order. A chain is a tree.
 
+    Everything in it is a NumPy array; whoever computes with it makes tensors of them. A tree is not changed once made.
+
     Args:
         tokens: [T] int64, the token of each node.
         parents: [T] int32, the index of each node's parent; -1 for the root, and only there.
         q: [T, V] floating point, row i the law that the children of node i were drawn from (those of leaves are not
             read), or None for deterministic drafts.
-        chances: [T] float32, how likely each node is on the accepted path as far as the drafter knows, or None.
+        chances: [T] floating point, how likely each node is on the accepted path as far as the drafter knows, or None.
 
     Raises:
         ValueError: if the tree is empty, sizes differ, or a parent does not come before its child.
-        TypeError: if tokens or parents are no integers, or q or chances no floating point tensors.
+        TypeError: if tokens or parents are no integers, or q or chances no floating point tensors or arrays.
     """
 
-    __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits")
+    __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits", "_token_range")
 
-    tokens: torch.Tensor
-    parents: torch.Tensor
-    q: torch.Tensor | None
-    chances: torch.Tensor | None
-    depths: torch.Tensor  # [T] int32: 0 for the root, one more than the parent's elsewhere
-    ancestor_bits: torch.Tensor  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
+    tokens: np.ndarray
+    parents: np.ndarray
+    q: np.ndarray | None
+    chances: np.ndarray | None
+    depths: np.ndarray  # [T] int32: 0 for the root, one more than the parent's elsewhere
+    ancestor_bits: np.ndarray  # [T, ceil(T / 32)] int32: bit j of row i is set iff j is i or an ancestor of i
 
-    def __init__(self, tokens, parents, q: torch.Tensor | None = None, chances: torch.Tensor | None = None):
-        self.tokens = _integers("tokens", tokens, torch.int64)
-        self.parents = _integers("parents", parents, torch.int32)
-        self.q = q
-        self.chances = chances
-        if self.tokens.dim() != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
+    def __init__(self, tokens, parents, q=None, chances=None):
+        self.tokens = _integers("tokens", tokens, np.int64)
+        self.parents = _integers("parents", parents, np.int32)
+        if self.tokens.ndim != 1 or self.tokens.shape != self.parents.shape or not len(self.tokens):
             raise ValueError(
                 f"tokens and parents must be 1-D, of one length and not empty, got shapes "
-                f"{tuple(self.tokens.shape)} and {tuple(self.parents.shape)}"
+                f"{self.tokens.shape} and {self.parents.shape}"
             )
-        for name, values, dims in (("q", q, 2), ("chances", chances, 1)):
-            if values is not None:
-                _check_floats(name, values, dims, len(self.tokens))
-        depths, bits = host().tree_layout(self.parents.contiguous().numpy())
-        self.depths, self.ancestor_bits = torch.from_numpy(depths), torch.from_numpy(bits)
+        self.q = _floats("q", q, 2, len(self.tokens))
+        self.chances = _floats("chances", chances, 1, len(self.tokens))
+        self.depths, self.ancestor_bits = host().tree_layout(self.parents)
+        self._token_range = None
 
     @classmethod
     def chain(cls, tokens: Sequence[int]) -> DraftTree:
         """A tree without branches: each token is the child of the one before it."""
-        tokens = _integers("tokens", tokens, torch.int64)
+        tokens = _integers("tokens", tokens, np.int64)
         if tokens.shape != (1,):
-            return cls(tokens, torch.arange(-1, len(tokens) - 1, dtype=torch.int32, device="cpu"))
+            return cls(tokens, np.arange(-1, tokens.size - 1, dtype=np.int32))
         tree = DraftTree.__new__(DraftTree)  # plain decoding makes one in every round
-        tree.tokens, tree.q, tree.chances = tokens, None, None
+        tree.tokens = tokens
+        tree.q = tree.chances = tree._token_range = None
         tree.parents, tree.depths, tree.ancestor_bits = _ROOT
         return tree
 
@@ -78,8 +79,17 @@ class DraftTree:
         tree = DraftTree.__new__(DraftTree)  # what was checked before need not be checked again
         tree.tokens, tree.parents, tree.depths = self.tokens[:nodes], self.parents[:nodes], self.depths[:nodes]
         tree.q, tree.chances = (None if values is None else values[:nodes] for values in (self.q, self.chances))
-        tree.ancestor_bits = self.ancestor_bits[:nodes, : (nodes + 31) // 32].contiguous()
+        tree.ancestor_bits = np.ascontiguousarray(self.ancestor_bits[:nodes, : (nodes + 31) // 32])
+        tree._token_range = None
         return tree
+
+    @property
+    def token_range(self) -> tuple[int, int]:
+        """The lowest and the highest token. They are looked for once, however many check the tree."""
+        if self._token_range is None:
+            tokens = self.tokens.tolist()
+            self._token_range = min(tokens), max(tokens)
+        return self._token_range
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -97,7 +107,7 @@ class DraftTree:
         path = [0]
         while children := self.children(path[-1]):
             path.append(max(children, key=lambda child: chances[child]))
-        parents = torch.arange(-1, len(path) - 1, dtype=torch.int32, device="cpu")
+        parents = np.arange(-1, len(path) - 1, dtype=np.int32)
         return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
 
 
@@ -120,28 +130,32 @@ class Accepted(NamedTuple):
 
 
 #: parents, depths and ancestor_bits of a root alone
-_ROOT = tuple(torch.tensor(values, dtype=torch.int32, device="cpu") for values in ([-1], [0], [[1]]))
+_ROOT = tuple(np.array(values, np.int32) for values in ([-1], [0], [[1]]))
 
 
-def _integers(name: str, values, dtype: torch.dtype) -> torch.Tensor:
-    """Integers of any kind as a tensor of dtype on the CPU."""
-    if isinstance(values, torch.Tensor) and values.dtype == dtype and values.device.type == "cpu":
-        return values
+def _integers(name: str, values, dtype: type) -> np.ndarray:
+    """Integers of any kind as an array of dtype."""
     try:
-        found = torch.as_tensor(values, device="cpu")
+        found = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     except (TypeError, ValueError, RuntimeError):  # NotImplementedError too: a tensor on "meta" has no data
         raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}") from None
-    if found.dtype.is_floating_point and not found.numel():  # what torch makes of an empty list
-        return found.to(dtype)
-    if found.dtype == torch.bool or found.dtype.is_floating_point or found.dtype.is_complex:
+    if found.dtype.kind not in "iu" and (found.size or found.dtype.kind != "f"):  # NumPy makes floats of an empty list
         raise TypeError(f"{name} must be a list, an array or a tensor of integers, got {described(values)}")
-    if dtype != torch.int64 and found.numel() and not -1 <= int(found.min()) <= int(found.max()) < 2**31:
-        raise ValueError(f"{name} must be nodes or -1, got {described(values)}")
-    return found.to(dtype)
+    if dtype != np.int64 and found.dtype != dtype and found.size:
+        if not -1 <= int(found.min()) <= int(found.max()) < 2**31:
+            raise ValueError(f"{name} must be nodes or -1, got {described(values)}")
+    return found.astype(dtype, order="C", copy=False)
 
 
-def _check_floats(name: str, values, dims: int, nodes: int) -> None:
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor or None, got {described(values)}")
-    if values.dim() != dims or len(values) != nodes:
+def _floats(name: str, values, dims: int, nodes: int) -> np.ndarray | None:
+    """Floating point numbers of a row for each node; fp16 and bf16 tensors become fp32."""
+    if values is None:
+        return None
+    if isinstance(values, torch.Tensor) and values.is_floating_point():
+        values = values.detach().cpu()
+        values = (values if values.dtype in (torch.float32, torch.float64) else values.float()).numpy()
+    if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
+        raise TypeError(f"{name} must be a floating point tensor, an array or None, got {described(values)}")
+    if values.ndim != dims or len(values) != nodes:
         raise ValueError(f"{name} must be of {dims} dimensions and have {nodes} rows, got {described(values)}")
+    return values

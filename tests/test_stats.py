@@ -27,9 +27,9 @@ def test_a_phase_that_fails_counts():
     assert stats.commit_seconds == 2
 
 
-def test_all_phases_of_generate_are_on_the_clock(monkeypatch):
-    monkeypatch.setattr(Stats, "clock", staticmethod(itertools.count().__next__))
+def test_all_phases_of_generate_are_on_the_models_clock():
     model = FakeRunner()
+    model.clock = itertools.count().__next__
     stats = generate(model, [97], drafter=Oracle(model), budget=5, max_new_tokens=21).stats
     # 4 rounds; every phase is one tick long, and so is every gap between two
     assert stats.rounds == 4

@@ -66,7 +66,7 @@ class DraftLaws:
     def __getitem__(self, node: int) -> np.ndarray:
         if self._tree.q is None:
             raise ValueError("tree.q must hold the laws that the drafts were drawn from, got None")
-        row = self._tree.q[node].detach().cpu().double().numpy()
+        row = self._tree.q[node].astype(np.float64)
         total = row.sum()
         if not (np.isfinite(total) and total > 0 and row.min() >= 0):
             raise ValueError(f"tree.q[{node}] must be a law, got values from {row.min()} to {row.max()}, sum {total}")

@@ -180,7 +180,9 @@ class QuantisedCache:
         """The rows of a tree behind a sequence, with what each of its nodes sees."""
         device = self.keys_values.device
         length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
-        return TreeRows.of(tree.ancestor_bits[None].to(device), length, self.settings.window, self.span)
+        return TreeRows.of(
+            torch.from_numpy(tree.ancestor_bits)[None].to(device), length, self.settings.window, self.span
+        )
 
     def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from pyspec.arguments import read_integer, read_tokens
 from pyspec.drafters import NamedDrafter, saving
@@ -189,7 +188,7 @@ class TableDrafter:
         tokens, parents, cells, chances = host().grow(
             self._sources(), estimates, recent, budget, self._noise, len(context)
         )
-        tree = DraftTree(torch.from_numpy(tokens), torch.from_numpy(parents), chances=torch.from_numpy(chances))
+        tree = DraftTree(tokens, parents, chances=chances)
         self._proposed = (tree, cells, recent[:-1])
         return tree
 
@@ -213,17 +212,17 @@ class TableDrafter:
         learns_rates = is_proposed and self._noise is None
         if not learns_rates and not readers:
             return
-        tokens, parents = tree.tokens.numpy(), tree.parents.numpy()
-        if not (tokens.min() >= 0 and tokens.max() < self.vocab_size):
+        tokens, (lowest, highest) = tree.tokens, tree.token_range
+        if lowest < 0 or highest >= self.vocab_size:
             place = int(np.flatnonzero((tokens < 0) | (tokens >= self.vocab_size))[0])
             raise ValueError(f"tree.tokens[{place}] is outside the vocabulary")
         top_tokens, top_logits = verified.top_tokens()
         with _tables:
             for table in readers:
-                table.observe(tokens, parents, before if is_proposed else [], top_tokens, top_logits)
+                table.observe(tokens, tree.parents, before if is_proposed else [], top_tokens, top_logits)
             if learns_rates:
                 # all of the tree: a node that was left out is still right or wrong where its parent was verified
-                self._greedy.learn(proposed.tokens.numpy(), proposed.parents.numpy(), cells, top_tokens)
+                self._greedy.learn(proposed.tokens, proposed.parents, cells, top_tokens)
 
     @_holding_tables
     def read_text(self, tokens: Sequence[int]) -> None:
@@ -278,7 +277,7 @@ class TableDrafter:
             return
         proposed, cells, _ = self._proposed
         if self._noise is not None and proposed is not None:
-            self._drawn.learn_said(proposed.tokens.numpy(), proposed.parents.numpy(), cells, new)
+            self._drawn.learn_said(proposed.tokens, proposed.parents, cells, new)
             self._proposed = (None, None, [])
         for table in self.tables:
             table.read(context, self._read)
@@ -295,7 +294,7 @@ def _begins_with(tree: DraftTree, other: DraftTree) -> bool:
     if other is tree:
         return True
     nodes = len(other)
-    return torch.equal(tree.tokens[:nodes], other.tokens) and torch.equal(tree.parents[:nodes], other.parents)
+    return np.array_equal(tree.tokens[:nodes], other.tokens) and np.array_equal(tree.parents[:nodes], other.parents)
 
 
 def of_tables(*kinds: type[Table]) -> NamedDrafter:

@@ -103,7 +103,7 @@ class DraftModel(LlamaDraftModel):
         (self._proposed,) = self._controller.cut([tree])
         self._ended = self.clock()
         self._draft_seconds = self._ended - start
-        return self._proposed.tokens[1:].numpy().astype(np.intc)
+        return self._proposed.tokens[1:].astype(np.intc)
 
     def _learn(self, context: Sequence[int], known: int, verify_seconds: float) -> None:
         """Shows the drafter what the model said since the last call: its logits after context[known - 1 : -1]."""

@@ -1,4 +1,4 @@
-"""What this machine is called."""
+"""What this machine is; costs are measured on it, and the store keeps what was found out."""
 
 from __future__ import annotations
 

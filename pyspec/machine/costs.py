@@ -141,4 +141,4 @@ def _seconds(model: Runner, nodes: int) -> float:
 
 def _key(model: Runner, cache: QuantisedSettings | None) -> str:
     kernel = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
-    return store.key(model, kernel, cache=cache)
+    return store.key(model, kernel, cache="dense" if cache is None else cache)

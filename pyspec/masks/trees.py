@@ -18,7 +18,7 @@ TreeAndPrefix = tuple[np.ndarray, int]  # parents [T] int32, and how many keys a
 def parents_of(tree) -> np.ndarray:
     """Parents [T] int32 of a DraftTree or of integers that numpy makes an array of."""
     if isinstance(tree, DraftTree):
-        return tree.parents.numpy()
+        return tree.parents
     parents = np.asarray(tree)
     if parents.ndim != 1 or not len(parents):
         raise ValueError(f"parents must be 1-D and not empty, got shape {parents.shape}")

@@ -98,7 +98,8 @@ class _Random:
 
 def _tree(device: str) -> tuple[Tensor, Tensor]:
     """Ancestor bits [1, T, 1] and what each node sees of the tree [T, T] bool: two children a node."""
-    bits = DraftTree([0] * TREE, [(node - 1) // 2 if node else -1 for node in range(TREE)]).ancestor_bits
+    tree = DraftTree([0] * TREE, [(node - 1) // 2 if node else -1 for node in range(TREE)])
+    bits = torch.from_numpy(tree.ancestor_bits)
     sees = (bits >> torch.arange(TREE, device="cpu")) & 1 == 1
     return bits[None].to(device), sees.to(device)
 

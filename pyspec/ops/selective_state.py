@@ -67,7 +67,7 @@ class Round:
         def places(values, *shape: int) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device="cpu").reshape(shape)
 
-        parents = [tree.parents for tree in trees]
+        parents = [torch.from_numpy(tree.parents) for tree in trees]
         round = cls(
             places(list(sequences), len(trees)),
             places(starts, len(starts)),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from pyspec.tree import DraftTree
 
-__all__ = ["Runner"]
+if TYPE_CHECKING:
+    from pyspec.runners.verified import Verified
+
+__all__ = ["ExtendedRunner", "Runner"]
 
 
 class Runner(Protocol):
     """A target model with its committed state, for a batch of sequences that each have their own length.
 
-    The three calls are all that the generation loop needs, and mean the same for a KV cache and for a
-    recurrent state: `prefill` starts a batch, `verify` reads the committed state, `commit` extends it.
-    Runners on our own kernels also have `warm(capacity, sequences)`, which compiles and captures what a GPU needs. A
-    simulated runner may have a `clock` of its own, seconds like those of time.perf_counter, by which calls are timed.
+    The three calls mean the same for a KV cache and for a recurrent state: `prefill` starts a batch, `verify` reads the
+    committed state, `commit` extends it. A prompt's place in the batch is its slot; verify and commit take and give
+    dicts by slot, and whoever is in none of them sits out. What only some runners do is in ExtendedRunner.
     """
 
     vocab_size: int
@@ -34,31 +37,67 @@ class Runner(Protocol):
         tokens: Sequence[Sequence[int]],
         *,
         capacity: int | None = None,
-        observe: Callable[[int, DraftTree, torch.Tensor], None] | None = None,
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
     ) -> list[torch.Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
         capacity is the number of cache slots a sequence will need (prompt, new tokens and one tree).
-        observe is called with (sequence, chain of prompt tokens, their [n, V] logits) as chunks are read.
-        A runner with takes_quantised_cache = True also takes cache, a GearSettings or None for a dense one.
+        observe is called with (slot, chain of prompt tokens, what is verified of it) as chunks are read.
         """
         ...
 
-    def verify(self, trees: Sequence[DraftTree | None]) -> list[torch.Tensor | None]:
-        """Logits [T, V] fp32 of every node of each sequence's tree; None marks a sequence that sits out.
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot.
 
         The committed state is read, not changed: calling it twice gives the same logits.
         """
         ...
 
-    def commit(self, paths: Sequence[Sequence[int] | None]) -> None:
-        """Makes a path of the last verified tree (node indices from the root, root included) state."""
+    def commit(self, paths: Mapping[int, Sequence[int]]) -> None:
+        """Makes paths of the last verified trees (node indices from the root, root included) state, by slot."""
         ...
 
     def lengths(self) -> list[int]:
-        """Committed tokens of each sequence."""
+        """Committed tokens of each slot."""
         ...
 
     def fork(self) -> Runner:
         """A runner on the same weights with a batch of its own, for another thread or for a callback."""
+        ...
+
+
+class ExtendedRunner(Runner, Protocol):
+    """What a runner may do beside; whoever needs one of these asks whether the runner has it.
+
+    Runners on our own kernels have verify(trees, hidden=True), which also gives the rows before the head.
+
+    Attributes:
+        takes_quantised_cache: whether prefill also takes cache, settings of a quantised one or None for a dense one;
+            save_cache and load_cache come with it.
+        weight_dtype: of the weights, where it is not that of the activations.
+        clock: seconds like those of time.perf_counter, by which calls are timed; a simulated runner's own.
+    """
+
+    takes_quantised_cache: bool
+    weight_dtype: torch.dtype
+    clock: Callable[[], float]
+
+    def warm(self, capacity: int | None = None, sequences: int = 1) -> None:
+        """Compiles and captures what batches of this size need on a GPU; the batch is lost."""
+        ...
+
+    def draft(self, slot: int, tree: DraftTree, layers: Sequence[int]) -> torch.Tensor:
+        """Logits [T, V] fp32 of a tree's nodes by some of the layers, over the keys that all layers committed."""
+        ...
+
+    def room(self, slot: int) -> int:
+        """Nodes of the largest tree that fits behind a slot's sequence."""
+        ...
+
+    def save_cache(self, path: str | Path) -> None:
+        """Writes what is committed over a quantised cache to a file."""
+        ...
+
+    def load_cache(self, path: str | Path, *, capacity: int | None = None) -> None:
+        """Starts a new batch from what `save_cache` wrote."""
         ...

@@ -44,7 +44,9 @@ def check_trees(trees: Mapping[int, DraftTree], slots: int | None, vocab_size: i
     for slot, tree in trees.items():
         if slot not in range(slots):
             raise ValueError(f"trees must be for slots of the batch, in [0, {slots}), got slot {slot!r}")
-        _check_tokens(f"trees[{slot}].tokens", tree.tokens.tolist(), vocab_size)
+        lowest, highest = tree.token_range
+        if lowest < 0 or highest >= vocab_size:
+            _check_tokens(f"trees[{slot}].tokens", tree.tokens.tolist(), vocab_size)
 
 
 def check_paths(paths: Mapping[int, Sequence[int]], trees: Mapping[int, DraftTree] | None) -> None:

@@ -172,7 +172,7 @@ class TransformersRunner:
         """Whether each node of a tree lies behind the switch, [T] bool."""
         if self._switch is None:
             return torch.zeros(len(tree), dtype=torch.bool, device="cpu")
-        return tree.depths + self._lengths[sequence] >= self._switch
+        return torch.from_numpy(tree.depths + self._lengths[sequence] >= self._switch)
 
     def _read(self, sequence: int, observe: Callable[[int, DraftTree, Verified], None] | None = None) -> Tensor:
         """Reads a sequence's text from its beginning, in chunks; returns the [V] logits after it."""
@@ -251,10 +251,10 @@ class TransformersRunner:
             if tree is None:
                 continue
             own = len(tree)
-            tokens[row, :own] = tree.tokens
-            positions[row, :own] = tree.depths + length
+            tokens[row, :own] = torch.from_numpy(tree.tokens)
+            positions[row, :own] = torch.from_numpy(tree.depths) + length
             visible[row, 0, :own, :length] = True
-            bits = tree.ancestor_bits[:, index[:own] // 32] >> (index[:own] % 32)
+            bits = torch.from_numpy(tree.ancestor_bits)[:, index[:own] // 32] >> (index[:own] % 32)
             visible[row, 0, :own, start : start + own] = (bits & 1).bool()
         positions[-1] += beyond
         if nodes is not None:

@@ -127,8 +127,8 @@ class NativeRunner:
         self._cache = self._verified = None
 
     @inference
-    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
-        """What the model says after every node of the trees, by slot.
+    def verify(self, trees: Mapping[int, DraftTree], *, hidden: bool = False) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot; with hidden, also the rows before its head.
 
         Raises:
             RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
@@ -152,6 +152,10 @@ class NativeRunner:
                 sent, ends = SentStatistics(rows.statistics), accumulate(map(len, parts))
                 places = rows.places or [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
                 verified = dict(zip(trees, map(Verified, parts, repeat(sent), places), strict=True))
+            if hidden:
+                of_nodes = rows.of_trees(rows.hidden).clone()  # the next round's may come to lie there
+                for slot, part in zip(trees, of_nodes.split([len(tree) for tree in trees.values()]), strict=True):
+                    verified[slot].hidden = part
         self._verified = trees
         return verified
 

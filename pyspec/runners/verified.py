@@ -31,6 +31,9 @@ class HostStatistics(NamedTuple):
 class Verified:
     """The rows of a verified tree: logits after every node, and their statistics.
 
+    Attributes:
+        hidden: [T, hidden] after the last norm, what the head makes logits of; None unless verify was asked for it.
+
     Args:
         logits: [T, V] floating point, on the model's device; not to be written to.
         sent: statistics of these rows and perhaps of others, on their way to the host; None to compute them when they
@@ -38,10 +41,11 @@ class Verified:
         rows: those of the T nodes among the rows that were sent.
     """
 
-    __slots__ = ("logits", "_sent", "_rows", "_statistics")
+    __slots__ = ("logits", "hidden", "_sent", "_rows", "_statistics")
 
     def __init__(self, logits: Tensor, sent: SentStatistics | None = None, rows: slice = ALL):
         self.logits = logits
+        self.hidden: Tensor | None = None
         self._sent, self._rows = sent, rows
         self._statistics: HostStatistics | None = None
 

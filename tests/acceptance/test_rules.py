@@ -289,16 +289,16 @@ def test_a_q_that_is_no_law_is_named(rule):
     def accept():
         rule.accept(tree, Verified(logits), Sampler(1.0, seed=0), 7)
 
-    good = tree.q.clone()
+    good = tree.q.copy()
     for value in (torch.nan, torch.inf, -0.1):
-        tree.q = good.clone()
+        tree.q = good.copy()
         tree.q[0, 2] = value
         with pytest.raises(ValueError, match=r"tree.q\[0\] must be a law"):
             accept()
     tree.q = good * 0
     with pytest.raises(ValueError, match=r"tree.q\[0\] must be a law"):
         accept()
-    tree.q = good.clone()
+    tree.q = good.copy()
     tree.q[0, tree.tokens[1]] = 0
     with pytest.raises(ValueError, match=rf"above 0 at the tokens drawn from it, got 0 at token {tree.tokens[1]}"):
         accept()
@@ -353,7 +353,7 @@ def test_rounds_of_a_seed_follow_the_law(name):
             below = Below(laws, text)
             tree = shape.grow(below, 0, 9, Noise(seed, len(text), Noise.DRAFTS))
             nodes = texts_of(tree.tokens.tolist(), tree.parents.tolist())
-            tree.q = torch.from_numpy(np.stack([laws.q(text + node) for node in nodes]))
+            tree.q = np.stack([laws.q(text + node) for node in nodes])
             logits = torch.stack([laws.logits(text + node) for node in nodes])
             path, token = rule.accept(tree, Verified(logits), Sampler(1.0, seed=seed), len(text))
             text += (*nodes[path[-1]], token)

@@ -56,7 +56,7 @@ def test_the_benchmark_of_trees_gives_it_a_chain(fake, monkeypatch):
     for problem, calls in results:
         assert ("flash-attn, a chain" in calls) == (problem.dtype == torch.bfloat16)
         if problem.dtype == torch.bfloat16:
-            bits = DraftTree.chain([0] * problem.nodes).ancestor_bits[None]
+            bits = torch.from_numpy(DraftTree.chain([0] * problem.nodes).ancestor_bits)[None]
             chain = tree_attention(problem.q, problem.k, problem.v, bits, problem.prefix_lens)
             assert_close(calls["flash-attn, a chain"](problem), chain)
 

@@ -92,7 +92,7 @@ def test_what_may_be_combined(name, growth):
 
 @pytest.mark.parametrize("growth", [DySpecGreedy(), StochasticBeam(3, 4), FixedBranching((2, 2, 1))], ids=ids)
 def test_no_drawn_node_is_left_out_for_what_it_is(growth, monkeypatch):
-    """The automatic budget is set before the draw, by earlier rounds, and the tree is verified as it was drawn."""
+    """What budget="auto" takes is set before the draw, by earlier rounds, and the tree is verified as it was drawn."""
     drawn, budgets = [], []
 
     class Watched(ModelDrafter):

@@ -144,7 +144,7 @@ def text_law(trees, judge, laws, length, say_laws=True):
 
     for tree, tree_probability in trees:
         texts = texts_of(tree.tokens.tolist(), tree.parents.tolist())
-        p, q = np.stack([laws.p(text) for text in texts]), None if tree.q is None else tree.q.numpy()
+        p, q = np.stack([laws.p(text) for text in texts]), tree.q
         for (path, said), probability in outcomes(lambda noise, t=tree, p=p, q=q: judge(t, p, q, noise), say_laws):
             probability *= tree_probability
             accepted += probability * (len(path) - 1)

@@ -141,6 +141,18 @@ def check_batches(runner, new_tokens):
         assert generate(runner, prompts, drafter="merged", budget=6, **settings).tokens == alone
 
 
+def check_hidden(runner):
+    """The head makes the logits of the hidden rows, which outlive the next round; unasked there are none."""
+    runner.prefill([random_tokens(5), random_tokens(9, 1)], capacity=80)
+    trees = {0: random_tree(7), 1: random_tree(12, 1)}
+    verified = runner.verify(trees, hidden=True)
+    assert all(rows.hidden is None for rows in runner.verify({0: random_tree(9, 2)}).values())
+    for slot, tree in trees.items():
+        assert len(verified[slot].hidden) == len(tree)
+        with torch.inference_mode():
+            assert torch.equal(runner._logits(verified[slot].hidden), verified[slot].logits)
+
+
 # ==== what does not fit ====
 
 

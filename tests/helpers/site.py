@@ -2,7 +2,9 @@
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -13,5 +15,6 @@ def load_extension(name: str):
     """A module of docs/, as Sphinx loads it."""
     spec = importlib.util.spec_from_file_location(f"site_{name}", DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(DOCS), *sys.path]):  # conf.py does the same
+        spec.loader.exec_module(module)
     return module

@@ -30,7 +30,7 @@ def make_case(lens, nodes, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32
     bits = torch.zeros(batch, widest, (widest + 31) // 32, dtype=torch.int32)
     for b in range(batch):
         tree = pyspec.DraftTree([0] * nodes[b], parents[b])
-        own = tree.ancestor_bits
+        own = torch.from_numpy(tree.ancestor_bits)
         bits[b, : nodes[b], : own.shape[1]] = own
     q = torch.randn(batch, heads, widest, head_dim, generator=generator).to(dtype)
     k = torch.randn(batch, kv_heads, slots, head_dim, generator=generator).to(dtype)

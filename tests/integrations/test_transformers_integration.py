@@ -6,37 +6,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from pyspec import BlockMask  # noqa: E402
 from pyspec.integrations import require  # noqa: E402
-from pyspec.integrations.transformers import attention, fix_mamba_steps, generate, register_attention  # noqa: E402
+from pyspec.integrations.transformers import fix_mamba_steps, generate  # noqa: E402
 from pyspec.runners.foreign_support import cache_argument  # noqa: E402
+from tests.helpers.small_transformers import CACHE, OPTIONS, PROMPT, VOCABULARY, tiny  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
-CACHE = cache_argument(transformers.LlamaForCausalLM)  # its name depends on the version
-
-VOCABULARY = 101
-OPTIONS = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-PROMPT = [[5, 6, 7, 5, 6, 7, 5, 6]]
 PADDED = torch.tensor([[0, 0, 0, 5, 6, 7], [1, 2, 3, 4, 5, 6]])
 PADDING = (torch.arange(6) >= torch.tensor([[3], [0]])).long()
-
-
-def tiny(family="Llama", **options):
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
-    if family == "Mamba":
-        shape |= {"state_size": 16}
-    elif family == "Mamba2":
-        shape |= {"state_size": 16, "num_heads": 8, "head_dim": 16, "n_groups": 1}
-    else:
-        shape |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-        shape |= {"max_position_embeddings": 256}
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**shape | options)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "A_log" not in name:
-            torch.nn.init.normal_(parameter, std=0.12)  # so that texts repeat themselves, and drafts are accepted
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -350,85 +327,6 @@ def test_processors_know_their_row_of_a_batch(llama):
     expected, found = both(llama, PADDED, **options)
     assert torch.equal(found, expected)
     assert all(set(found[row, 6:].tolist()) <= set(allowed[row]) for row in allowed)
-
-
-# ==== attention ====
-
-
-@pytest.fixture(scope="module")
-def with_ours():
-    register_attention()
-    ours = tiny()
-    ours.set_attn_implementation("pyspec")
-    return ours
-
-
-def close(found, expected):
-    torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=2e-4)
-
-
-def test_attention_of_plain_padded_and_packed_texts(llama, with_ours):
-    ids = torch.randint(1, VOCABULARY, (2, 150))
-    close(with_ours(ids), llama(ids))
-    padding = (torch.arange(150) >= torch.tensor([[70], [0]])).long()
-    ours, theirs = with_ours(ids, attention_mask=padding), llama(ids, attention_mask=padding)
-    seen = padding.bool()
-    torch.testing.assert_close(ours.logits[seen], theirs.logits[seen], atol=2e-4, rtol=2e-4)
-    packed = torch.cat([torch.arange(60), torch.arange(90)])[None]
-    close(
-        with_ours(ids[:1], position_ids=packed, use_cache=False), llama(ids[:1], position_ids=packed, use_cache=False)
-    )
-
-
-def test_attention_after_a_cache(llama, with_ours):
-    ids = torch.randint(1, VOCABULARY, (1, 150))
-    for cuts in ([100, 101, 104, 150], [3, 90, 150]):
-        caches, start = [None, None], 0
-        for end in cuts:
-            outs = []
-            for which, model in enumerate((with_ours, llama)):
-                outs.append(model(ids[:, start:end], use_cache=True, **{CACHE: caches[which]}))
-                caches[which] = outs[-1][CACHE]
-            close(*outs)
-            start = end
-
-
-def test_attention_of_a_4d_mask_is_built_once_and_never_stale(llama, with_ours, monkeypatch):
-    ids = torch.randint(1, VOCABULARY, (1, 90))
-    built = []
-    from_dense = BlockMask.from_dense
-    monkeypatch.setattr(BlockMask, "from_dense", lambda dense: built.append(1) or from_dense(dense))
-    visible = torch.ones(90, 90, dtype=torch.bool).tril() & (torch.rand(90, 90) < 0.7)
-    visible |= torch.eye(90, dtype=torch.bool)
-    mask = torch.zeros(1, 1, 90, 90).masked_fill(~visible, torch.finfo(torch.float32).min)
-    close(with_ours(ids, attention_mask=mask), llama(ids, attention_mask=mask))
-    assert len(built) == 1, "two layers, one mask"
-    mask[..., 50:, 10] = torch.finfo(torch.float32).min
-    close(with_ours(ids, attention_mask=mask), llama(ids, attention_mask=mask))
-    with pytest.raises(ValueError, match="adds no bias"):
-        with_ours(ids, attention_mask=mask * 0 - 1.0)
-
-
-def test_attention_with_sliding_windows():
-    register_attention()
-    model = tiny("Mistral", sliding_window=16)
-    ids = torch.randint(1, VOCABULARY, (1, 100))
-    expected = model(ids)
-    model.set_attn_implementation("pyspec")
-    close(model(ids), expected)
-
-
-def test_generate_with_attention_ours(llama, with_ours):
-    expected = llama.generate(torch.tensor(PROMPT), **OPTIONS)
-    assert torch.equal(with_ours.generate(torch.tensor(PROMPT), **OPTIONS), expected)
-    assert torch.equal(with_ours.generate(torch.tensor(PROMPT), custom_generate=generate, **OPTIONS), expected)
-
-
-def test_attention_refuses_dropout():
-    module = torch.nn.Module()
-    q = torch.zeros(1, 4, 3, 64)
-    with pytest.raises(ValueError, match="dropout must be 0"):
-        attention._attention(module, q, q, q, None, dropout=0.1)
 
 
 # ==== Mamba-1 ====

@@ -122,7 +122,9 @@ def test_agrees_with_tree_attention(run, dtype):
     parents = [-1] + [(node - 1) // 3 for node in range(1, 100)]
     tree, prefix = DraftTree([0] * 100, parents), 150
     q, k, v = tensors(100, 250, heads=4, kv_heads=2, dtype=dtype)
-    expected = tree_attention(q, k, v, tree.ancestor_bits[None], torch.tensor([prefix], dtype=torch.int32))
+    expected = tree_attention(
+        q, k, v, torch.from_numpy(tree.ancestor_bits)[None], torch.tensor([prefix], dtype=torch.int32)
+    )
     for mask in (BlockMask.from_tree(tree, prefix), BlockMask.from_tree(tree, prefix).permuted()):
         torch.testing.assert_close(run(q, k, v, mask), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -171,7 +173,7 @@ def test_a_prompt_has_the_bits_of_tree_attention(kernel, dtype, window):
     """Across several chunks of tiles, and with the last tile of the prefix open."""
     rows, prefix = 150, 1100
     q, k, v = tensors(rows, prefix + rows, heads=4, kv_heads=2, dtype=dtype)
-    bits = DraftTree.chain([0] * rows).ancestor_bits[None]
+    bits = torch.from_numpy(DraftTree.chain([0] * rows).ancestor_bits)[None]
     lengths = torch.tensor([prefix], dtype=torch.int32)
     expected = tree_attention(q, k, v, bits, lengths, window=window, return_lse=True)
     found = kernel(q, k, v, BlockMask.from_window(rows, prefix + rows, window=window), return_lse=True)

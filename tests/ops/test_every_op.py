@@ -18,7 +18,7 @@ FUZZ = settings(
     max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TREE = random_tree(5, 1)
-BITS = TREE.ancestor_bits[None]
+BITS = torch.from_numpy(TREE.ancestor_bits)[None]
 FORMAT = GearFormat(4, 64, rank=1, outliers=2)
 
 
@@ -322,7 +322,7 @@ def test_rotary_write(places):
     advance=st.sampled_from([0, 0, 1, 2]),
 )
 def test_rounds(sequence, start, parent, path, half, advance):
-    parents = TREE.parents.clone()
+    parents = torch.from_numpy(TREE.parents.copy())
     parents[2] = parent
     round = Round(ints([sequence]), ints([start, 5]), parents, ints(path).view(1, -1), ints([half]), ints([advance]))
     agree(ops.selective_state, selective_case() | {"round": round}, changed=("state", "record"))

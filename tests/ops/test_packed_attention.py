@@ -71,7 +71,7 @@ def test_a_window_of_several_blocks(on_backend, name):
     packing = PACKINGS[name]
     case, packed, k, v = packing.case([700], [300], window=300, heads=2, kv_heads=1)
     case.parents = [list(range(-1, 299))]
-    case.bits = pyspec.DraftTree([0] * 300, case.parents[0]).ancestor_bits[None]
+    case.bits = torch.from_numpy(pyspec.DraftTree([0] * 300, case.parents[0]).ancestor_bits)[None]
     out = on_backend(packing.attend, case.q, packed, k, v, case.bits, case.lens, window=300)
     torch.testing.assert_close(out.double(), packing.oracle(case, packed, 300)[0], atol=5e-6, rtol=5e-6)
 

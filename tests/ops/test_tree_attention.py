@@ -80,7 +80,7 @@ def test_softcap(run, softcap):
 def test_deep_chain_crosses_tiles_and_chunks(run):
     case = make_case([1000], [150], heads=2, kv_heads=1)
     case.parents = [list(range(-1, 149))]
-    case.bits = pyspec.DraftTree([0] * 150, case.parents[0]).ancestor_bits[None]
+    case.bits = torch.from_numpy(pyspec.DraftTree([0] * 150, case.parents[0]).ancestor_bits)[None]
     check(run, case)
 
 
@@ -180,7 +180,7 @@ def test_row_rule(data):
 def test_row_rule_on_a_deep_chain(kernel, dtype):
     case = make_case([1015], [90], heads=2, kv_heads=1, dtype=dtype)
     case.parents = [list(range(-1, 89))]
-    case.bits = pyspec.DraftTree([0] * 90, case.parents[0]).ancestor_bits[None]
+    case.bits = torch.from_numpy(pyspec.DraftTree([0] * 90, case.parents[0]).ancestor_bits)[None]
     assert_row_rule(kernel, case)
 
 
@@ -224,7 +224,7 @@ def test_other_branches_may_be_nan(run):
     """A NaN in one branch must not reach its siblings, in whatever block of rows they are worked on."""
     case = make_case([70], [4], heads=2, kv_heads=1)
     case.parents = [[-1, 0, 0, 2]]
-    case.bits = pyspec.DraftTree([0] * 4, case.parents[0]).ancestor_bits[None]
+    case.bits = torch.from_numpy(pyspec.DraftTree([0] * 4, case.parents[0]).ancestor_bits)[None]
     case.k[:, :, 71], case.v[:, :, 71] = torch.nan, torch.nan
     out = run(case.q, case.k, case.v, case.bits, case.lens)
     assert out[:, :, 1].isnan().all()

@@ -12,6 +12,7 @@ from tests.helpers.random_llama import random_tokens, random_tree
 from tests.helpers.runner_checks import (
     alone_and_together,
     check_commits,
+    check_hidden,
     check_nodes,
     check_prompt,
     check_prompts_refused,
@@ -90,6 +91,10 @@ def test_observing_the_prompt_does_not_change_its_last_logits(models):
     prompt = random_tokens(21)
     (observed,) = runner.prefill([prompt], observe=lambda *piece: None)
     assert torch.equal(runner.prefill([prompt])[0], observed)
+
+
+def test_hidden_rows_are_given_to_who_asks(models):
+    check_hidden(models("llama")[1])
 
 
 def test_weights_exist_once(models):

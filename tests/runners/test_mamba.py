@@ -16,6 +16,7 @@ from tests.helpers.runner_checks import (
     check_batches,
     check_commits,
     check_greedy_text,
+    check_hidden,
     check_nodes,
     check_prompt,
     check_prompts_refused,
@@ -156,6 +157,10 @@ def test_sequences_that_sit_out_are_left_alone(models, kind):
             record[:, :, 1:], record[:, :, 0, 1:] = torch.nan, torch.nan
     assert runner.lengths() == [7, 6, 5]
     assert torch.equal(cache.states[:, 1], before[0]) and torch.equal(cache.windows[:, 1], before[1])
+
+
+def test_hidden_rows_are_given_to_who_asks(models):
+    check_hidden(models("mamba2")[1])
 
 
 def test_a_new_prompt_starts_from_nothing(models):

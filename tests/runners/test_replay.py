@@ -14,11 +14,12 @@ import pyspec.runners.native
 import pyspec.runners.replay as replay
 from pyspec import DraftTree, generate
 from pyspec.caches.state import Plan
-from pyspec.machine import costs
+from pyspec.machine.costs import measure_costs
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import Replays, slots_for
 from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
+from tests.helpers.runner_checks import check_hidden
 
 
 @pytest.fixture
@@ -173,11 +174,10 @@ def test_generation_records_nothing_after_warm(static_llama):
     assert FakeRecorder.recorded == recorded
 
 
-def test_costs_are_measured_without_recording(static_llama, monkeypatch):
-    recorded, seconds = [], costs._seconds
-    monkeypatch.setattr(costs, "SECONDS", 0.01)
-    monkeypatch.setattr(costs, "_seconds", lambda *args: recorded.append(FakeRecorder.recorded) or seconds(*args))
-    costs.measure_costs(static_llama())
+def test_costs_are_measured_without_recording(static_llama):
+    runner, recorded = static_llama(), []
+    runner.clock = lambda: recorded.append(FakeRecorder.recorded) or len(recorded)
+    measure_costs(runner)
     assert set(recorded) == {FakeRecorder.recorded} != {0}
 
 
@@ -262,6 +262,10 @@ def test_graphs_of_more_rows_have_no_head(static_llama):
             rows = runner._run_layers(dict.fromkeys(range(sequences), random_tree(nodes)))
         has_head = sequences * nodes <= 64
         assert (rows.logits is not None) == (rows.statistics is not None) == has_head
+
+
+def test_hidden_rows_are_given_to_who_asks(static_llama):
+    check_hidden(static_llama())
 
 
 def test_padding_has_slots():

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import largest
@@ -109,7 +108,7 @@ class Sapling:
     def chosen(self, kept: Sequence[int] | None = None) -> DraftTree:
         """The tree of some nodes, or all, as a deterministic proposal; parents come before children in kept."""
         tokens, parents, kept = self._kept(kept)
-        chances = torch.tensor([self.chances[node] for node in kept], dtype=torch.float32, device="cpu")
+        chances = np.array([self.chances[node] for node in kept], np.float32)
         return DraftTree(tokens, parents, chances=chances)
 
     def drawn(self, kept: Sequence[int] | None = None) -> DraftTree:
@@ -121,7 +120,7 @@ class Sapling:
         q = np.zeros((len(tokens), self._source.vocab_size))
         for node in set(parents[1:]):
             q[node] = self._laws[kept[node]]
-        return DraftTree(tokens, parents, q=torch.from_numpy(q))
+        return DraftTree(tokens, parents, q=q)
 
     def _kept(self, kept: Sequence[int] | None) -> tuple[list[int], list[int], Sequence[int]]:
         kept = range(len(self)) if kept is None else kept

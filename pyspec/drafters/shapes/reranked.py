@@ -72,7 +72,7 @@ class Reranked:
             return DraftTree.chain([token])
         candidates = self.policy.grow(source, token, LARGEST_BUDGET, noise)
         # stable: of a parent and a child that is sure, the parent stays before
-        kept = np.argsort(-candidates.chances.numpy(), kind="stable")[:budget].tolist()
+        kept = np.argsort(-candidates.chances, kind="stable")[:budget].tolist()
         places = {node: place for place, node in enumerate(kept)}
         parents = candidates.parents.tolist()
         return DraftTree(

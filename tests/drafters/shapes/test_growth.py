@@ -232,7 +232,7 @@ def test_trees_keep_to_the_budget_and_hold_their_q(name):
         for node, text in enumerate(texts):
             children = tree.children(node)
             if children:
-                np.testing.assert_allclose(tree.q[node].numpy(), laws.q(text), rtol=1e-12)
+                np.testing.assert_allclose(tree.q[node], laws.q(text), rtol=1e-12)
             tokens = [int(tree.tokens[child]) for child in children]
             assert policy.siblings != WITHOUT or len(set(tokens)) == len(tokens)
             assert policy.siblings != "none" or len(tokens) <= 1

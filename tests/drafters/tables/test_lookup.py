@@ -48,4 +48,4 @@ def test_new_words_are_followed_by_frequent_ones():
 def test_sequences_do_not_see_each_other():
     drafter = drafter_of("lookup", 100)
     drafter.start([1, 2, 3, 1])
-    assert drafter.start([1]).propose([1], 16).tokens.unique().tolist() == [1]
+    assert set(drafter.start([1]).propose([1], 16).tokens.tolist()) == {1}
