@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -32,10 +33,10 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
     """
     key = store.key(model, vocab_size=model.vocab_size, top=TOP)
     try:
-        kept = np.array(store.read("bigrams", key), np.int32)
+        kept = np.frombuffer(base64.b64decode(store.read("bigrams", key)), np.int32).reshape(-1, TOP).copy()
         check_bigrams(kept, model.vocab_size)
         return kept
-    except (OverflowError, TypeError, ValueError):  # there is none, or it is damaged
+    except (TypeError, ValueError):  # there is none, or it is damaged
         pass
     rows = []
     with exclusive_use(model):
@@ -45,7 +46,7 @@ def model_bigrams(model: Runner, progress: Callable[[int, int], None] | None = N
             if progress is not None:
                 progress(first + len(prompts), model.vocab_size)
     successors = np.concatenate(rows).astype(np.int32)
-    store.keep("bigrams", key, successors.tolist())
+    store.keep("bigrams", key, base64.b64encode(successors.tobytes()).decode())  # of millions, too slow as numbers
     return successors
 
 
