@@ -130,6 +130,8 @@ class Op:
         if torch.compiler.is_compiling():
             return self.overload(*args) if _forced is None else self._forced_call(*args)
         try:
+            if _forced is None and torch.is_inference_mode_enabled():  # where autograd is not, and recordings are made
+                return self.overload(*args)
             if self._differentiable is not None and wants_gradient(args):
                 return self._differentiable.apply(*args)
             self._refuse_gradients(args)
