@@ -3,8 +3,8 @@
     python bench/two_builds.py OTHER          a table; OTHER is the folder of another built checkout
 
 Each build has a process of its own, because one process can register an op only once; they are asked in turn, so that
-both see the same machine. Shapes: the demo model in bf16 and int8, and the shapes of Mamba-2 130M and a small Bamba with
-random weights. Columns: medians in ms of this build and of the other, and the median of the ratios of neighbours.
+both see the same machine. Shapes: the demo model in bf16 and int8, and the shapes of Mamba-2 130M and a small Bamba
+with random weights. Columns: medians in ms of this build and of the other, and the median of the ratios of neighbours.
 """
 
 from __future__ import annotations
