@@ -15,8 +15,8 @@ constexpr int64_t kAddresses = int64_t{1} << 38;
 
 thread_local Tape* recorded = nullptr;
 
-// Where tensors of a recording lie until it ends: addresses that cost no memory. Who looks there, as a debugger may,
-// finds zeros.
+// Where tensors of a recording lie until it ends: addresses that cost no memory. Who looks there, as a
+// debugger may, finds zeros.
 char* addresses() {
   static char* const base = [] {
     void* found = mmap(nullptr, kAddresses, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
