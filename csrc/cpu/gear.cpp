@@ -1,7 +1,7 @@
 #include "params/gear.h"
 
 #include "../packed.h"
-#include "boundary.h"
+#include "quantised_attention.h"
 
 namespace {
 
@@ -62,9 +62,22 @@ std::tuple<Tensor, Tensor> gear_packed_attention(const Tensor& q, const Tensor& 
   return results;
 }
 
+Tensor gear_ragged(const Tensor& q, const Tensor& packed, const Tensor& k, const Tensor& v,
+                   const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
+                   const Tensor& prefix_lens, int64_t span, int64_t records, int64_t bits, int64_t group,
+                   int64_t rank, int64_t outliers, int64_t key_channels, double scale) {
+  pyspec::QuantisedRows rows{q, packed, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+  auto p = pyspec::quantised_params<pyspec::GearAttentionParams>(rows, scale);
+  p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
+  pyspec::check_records(packed, pyspec::gear_record_bytes(p.format, p.head_dim));
+  return pyspec::quantised_attention(p, rows, scale, pyspec_gear_packed_attention_table,
+                                     pyspec::gear_workspace_floats);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) {
   m.impl("gear_encode", TORCH_BOX(&gear_encode));
+  m.impl("gear_ragged", TORCH_BOX(&gear_ragged));
   m.impl("gear_packed_attention", TORCH_BOX(&gear_packed_attention));
 }

@@ -1,6 +1,6 @@
 #include "params/merge_attention.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor> merge_attention(const Tensor& out_a, const Tensor& ls
   p.lse_a = static_cast<const float*>(a_lse.data_ptr()),
   p.lse_b = static_cast<const float*>(b_lse.data_ptr());
   p.lse = static_cast<float*>(lse.data_ptr());
-  pyspec_merge_attention_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_merge_attention_table, p);
   return {out, lse};
 }
 

@@ -1,6 +1,6 @@
 #include "../residual_vq.h"
 
-#include "boundary.h"
+#include "quantised_attention.h"
 
 namespace {
 
@@ -35,9 +35,21 @@ std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& packed, co
   return results;
 }
 
+Tensor residual_vq_ragged(const Tensor& q, const Tensor& packed, const Tensor& k, const Tensor& v,
+                          const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
+                          const Tensor& prefix_lens, int64_t span, int64_t records, const Tensor& codebooks,
+                          double scale, const std::optional<Tensor>& rotary) {
+  pyspec::QuantisedRows rows{q, packed, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+  auto p = pyspec::quantised_params<pyspec::VqAttentionParams>(rows, scale);
+  pyspec::set_codebooks(p, packed, codebooks, rotary);
+  pyspec::check_records(packed, pyspec::vq_record_bytes(p.format, p.head_dim));
+  return pyspec::quantised_attention(p, rows, scale, pyspec_residual_vq_table, pyspec::vq_workspace_floats);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) {
   m.impl("residual_vq_encode", TORCH_BOX(&residual_vq_encode));
+  m.impl("residual_vq_ragged", TORCH_BOX(&residual_vq_ragged));
   m.impl("residual_vq", TORCH_BOX(&residual_vq));
 }

@@ -10,7 +10,7 @@ stay in full precision until no nearer row can come any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class QuantisedSettings:
         encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
             channels [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
         attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
+        attend_ragged: attention of ragged rows in one layer, out like q; arguments as for gear_ragged.
     """
 
     keep = 1.0
@@ -117,6 +118,11 @@ class QuantisedCache:
         ValueError: settings do not fit the head_dim.
     """
 
+    has_keys = True
+    has_states = False
+    longest_path = 0  # nodes to be replayed: a path is moved together at once
+    rope: Tensor  # [capacity at least, 2, D / 2] fp32, cosines and sines of every position
+
     def __init__(
         self,
         settings: QuantisedSettings,
@@ -168,9 +174,57 @@ class QuantisedCache:
                 f"and needs {count} more: prefill with a larger capacity"
             )
 
-    def over(self, trees: Mapping[int, DraftTree]) -> _Round:
-        """What a forward over trees by sequence, in ascending order, reads of this cache."""
-        return _Round(self, trees)
+    @property
+    def device(self) -> torch.device:
+        return self.keys_values.device
+
+    @property
+    def memory(self) -> int:
+        """The address that tells apart where the cache lies."""
+        return self.keys_values.data_ptr()
+
+    @property
+    def slots(self) -> int:
+        """Slots in full precision that are allocated for a sequence."""
+        return self.keys_values.shape[4]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """The window and the span of blocks, which say how many a row sees quantised."""
+        return self.settings.window, self.span
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether attention is launches alone: where keys keep some channels, queries are summed up beside it."""
+        return self.device.type == "cpu" and not len(self.queries)
+
+    def view(self, sequences: Sequence[int], slots: int) -> QuantisedCache:
+        """The cache itself: its slots do not grow with the text."""
+        return self
+
+    def plan(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
+        """Works out what the nodes of a round's trees see, where attention goes tree by tree."""
+        if not self.is_recordable:
+            self._rows = {sequence: self.rows(sequence, tree) for sequence, tree in trees.items()}
+
+    def done(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
+        """Nothing is to be done after a round: its keys are scratch until they are committed."""
+
+    def attend(self, layer: int, q: Tensor, numbers, window: None) -> Tensor:
+        """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
+        if layer < len(self.whole):
+            packed, records = self.whole[layer], self.settings.records
+        else:
+            packed, records = self.packed[layer - len(self.whole)], 1
+        k, v = self.keys_values[layer]
+        if self.is_recordable:
+            trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
+            return self.settings.attend_ragged(layer, q, packed, k, v, trees, self._scale, records)
+        parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
+        settings = (packed, records)
+        return torch.cat(
+            [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
+        )
 
     def advance(self, sequence: int, count: int) -> None:
         """Keeps the first written slots, of a chain that is accepted as a whole."""
@@ -184,18 +238,17 @@ class QuantisedCache:
             torch.from_numpy(tree.ancestor_bits)[None].to(device), length, self.settings.window, self.span
         )
 
-    def attend(self, layer: int, sequence: int, q: Tensor, rows: TreeRows) -> Tensor:
+    def _attend_tree(
+        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, packed: Tensor, records: int
+    ) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
         if len(self.queries):
             grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
             # sum() adds head by head: an order that the number of nodes cannot change
             self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
-        if layer < len(self.whole):
-            packed, records = self.whole[layer, sequence, None], self.settings.records
-        else:
-            packed, records = self.packed[layer - len(self.whole), sequence, None], 1
-        out, _ = self.settings.attend(layer, q.transpose(0, 1)[None], packed, k, v, rows, self._scale, records)
+        q, packed = q.transpose(0, 1)[None], packed[sequence, None]
+        out, _ = self.settings.attend(layer, q, packed, k, v, rows, self._scale, records)
         return out[0].transpose(0, 1)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
@@ -255,20 +308,6 @@ class QuantisedCache:
                 f"{what} must be at most {LARGEST:.0f} in magnitude to be packed, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
-
-
-class _Round:
-    """A quantised cache, as a forward reads it in one round."""
-
-    def __init__(self, cache: QuantisedCache, trees: Mapping[int, DraftTree]):
-        self.keys_values, self.rope = cache.keys_values, cache.rope
-        self._cache, self._sizes = cache, [len(tree) for tree in trees.values()]
-        self._seen = {sequence: cache.rows(sequence, tree) for sequence, tree in trees.items()}
-
-    def attend(self, layer: int, q: Tensor, numbers, window: int | None) -> Tensor:
-        parts = zip(self._seen.items(), q.split(self._sizes), strict=True)
-        mixed = [self._cache.attend(layer, sequence, part, rows) for (sequence, rows), part in parts]
-        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
 
 def _shortest_keys(part: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class DenseCache:
 
     has_keys = True
     has_states = False
+    blocks = None  # that rows see quantised
+    is_recordable = True  # attention is launches alone
     longest_path = 0  # nodes to be replayed: a path is compacted at once
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyspec.caches.blocks import QuantisedSettings
 from pyspec.caches.names import CACHES
 from pyspec.ops.gear import GearFormat, TreeRows, attend_tree, encode_packed
+from pyspec.ops.quantised_ragged import gear_ragged
 
 __all__ = ["GearSettings"]
 
@@ -45,6 +46,9 @@ class GearSettings(GearFormat, QuantisedSettings):
 
     def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
         return attend_tree(q, packed, k, v, rows, self, scale, records)
+
+    def attend_ragged(self, layer: int, q, packed, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
+        return gear_ragged(q, packed, k, v, *numbers, self, span=self.span, records=records, scale=scale)
 
 
 for _name, _fields, _summary in (

@@ -13,7 +13,8 @@ __all__ = ["HybridCache"]
 class HybridCache:
     """A KV cache, `dense`, which keeps a path's keys at once, and a `state` cache, which replays it next."""
 
-    has_keys = has_states = True
+    has_keys = has_states = is_recordable = True
+    blocks = None
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense

@@ -12,6 +12,7 @@ from pyspec.caches.blocks import QuantisedSettings
 from pyspec.caches.codebooks import Codebooks, demo_codebooks
 from pyspec.caches.names import CACHES
 from pyspec.ops.gear import BLOCK, TreeRows, join_exact
+from pyspec.ops.quantised_ragged import residual_vq_ragged
 from pyspec.ops.residual_vq import attend_codes, encode_codes, rotary_of_blocks, turn_keys
 
 __all__ = ["ResidualVqSettings"]
@@ -70,6 +71,10 @@ class ResidualVqSettings(QuantisedSettings):
     def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
         packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
         return join_exact(packed_part, q, k, v, rows, scale)
+
+    def attend_ragged(self, layer: int, q, packed, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
+        settings = {"span": self.span, "records": records, "scale": scale, "rotary": self._rotary}
+        return residual_vq_ragged(q, packed, k, v, *numbers, self.codebooks.tables[layer], **settings)
 
 
 CACHES.register("rvq", ResidualVqSettings, "codes of the model's codebooks; those of the demo model come with pyspec")

@@ -61,6 +61,8 @@ class StateCache:
 
     has_keys = False
     has_states = True
+    blocks = None
+    is_recordable = True
     slots = 0
 
     def _begin(self, sequences: int) -> None:

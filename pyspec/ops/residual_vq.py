@@ -32,7 +32,16 @@ from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.gear import BLOCK, HALF, TreeRows, attention_to_blocks, check_seen, check_tree, join_exact, used_blocks
+from pyspec.ops.gear import (
+    BLOCK,
+    HALF,
+    TreeRows,
+    attention_to_blocks,
+    check_seen,
+    check_tree,
+    join_exact,
+    used_blocks,
+)
 from pyspec.ops.gear_encode import check_floats, check_keys_values
 from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS

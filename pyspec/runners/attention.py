@@ -21,7 +21,7 @@ from pyspec.runners._checks import check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
-from pyspec.runners.replay import BUCKETS, Rows, slots_for
+from pyspec.runners.replay import BUCKETS, Replays, TapeRecorder, slots_for
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -100,7 +100,7 @@ class AttentionRunner(NativeRunner):
         self._cache = self._verified = None  # the old batch makes room for the new one
         if cache is not None:
             self._replays = None
-            empty = self._packed_cache(len(tokens), capacity, cache)
+            empty = self._quantised_cache(len(tokens), capacity, cache)
             return self._prefill(tokens, empty, observe, chunk=min(native.CHUNK, cache.largest_tree))
         empty = self._new_cache(len(tokens), capacity)
         if self.prompt_attention == "flash-attn":  # which has other bits in other chunks
@@ -157,8 +157,8 @@ class AttentionRunner(NativeRunner):
         cache = load_quantised(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
-        self._replays = self._verified = None
-        cache.rope = self._rope(capacity)
+        self._verified = None
+        self._use_quantised(cache)
         self._cache = cache
 
     def _check_packs(self, cache: QuantisedSettings) -> None:
@@ -173,15 +173,21 @@ class AttentionRunner(NativeRunner):
                     f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
                 )
 
-    def _packed_cache(self, sequences: int, capacity: int, packed: QuantisedSettings) -> QuantisedCache:
+    def _quantised_cache(self, sequences: int, capacity: int, settings: QuantisedSettings) -> QuantisedCache:
         config = self.config
         shape = (config.layers, sequences, config.kv_heads, capacity, config.head_dim)
-        cache = packed.start(*shape, self.dtype, self.device)
-        cache.rope = self._rope(capacity)
+        cache = settings.start(*shape, self.dtype, self.device)
+        self._use_quantised(cache)
         return cache
+
+    def _use_quantised(self, cache: QuantisedCache) -> None:
+        cache.rope = self._rope(cache.capacity)
+        self._replays = Replays(cache, TapeRecorder())  # on a GPU, where shapes grow with the text, launch by launch
 
     def _new_cache(self, sequences: int, capacity: int) -> DenseCache:
         replays = self._replays
+        if replays is not None and isinstance(replays.cache, QuantisedCache):
+            replays = None
         if replays is not None and len(replays.cache.lengths) == sequences and replays.cache.slots > capacity:
             replays.cache.restart(capacity)
             return replays.cache
@@ -202,14 +208,7 @@ class AttentionRunner(NativeRunner):
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
             return [self._read_by_flash(chain, sequence, cache)]
-        if isinstance(cache, QuantisedCache):
-            return self._run_packed(pieces, cache).split([len(chain) for chain in pieces.values()])
         return super()._read(pieces, cache)
-
-    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
-        if isinstance(self._cache, QuantisedCache):
-            return Rows(self._run_packed(trees, self._cache))
-        return super()._run_layers(trees)
 
     def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
         """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
@@ -223,10 +222,3 @@ class AttentionRunner(NativeRunner):
 
         view.attend = attend
         return self._step()(view, numbers)
-
-    def _run_packed(self, trees: dict[int, DraftTree], cache: QuantisedCache) -> Tensor:
-        """[R, hidden] of all nodes over a packed cache, op by op."""
-        rows = sum(map(len, trees.values()))
-        numbers = Numbers(range(len(cache.lengths)), rows, (rows + 31) // 32, 0, self.device)
-        numbers.fill(trees, cache.lengths, cache.starts)
-        return self._step()(cache.over(trees), numbers)

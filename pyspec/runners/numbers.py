@@ -26,6 +26,7 @@ class Numbers:
 
     Attributes:
         tokens, positions, slots, parents: [R], of each node; 0 in padding. slots are where the cache keeps its key.
+        seen: [R], blocks of a quantised cache that each node sees quantised.
         row_sequences: [R], each row's sequence of the batch.
         ancestor_bits: [R, words]; 0 in padding.
         starts: [B + 1], of each tree's rows, padding included.
@@ -44,6 +45,7 @@ class Numbers:
     positions: Tensor
     slots: Tensor
     parents: Tensor
+    seen: Tensor
     row_sequences: Tensor
     ancestor_bits: Tensor
     starts: Tensor
@@ -52,7 +54,7 @@ class Numbers:
     def __init__(self, sequences: Sequence[int], rows: int, words: int, longest: int, device: torch.device):
         count = len(sequences)
         self._sequences = sequences
-        self._shapes = dict.fromkeys(("tokens", "positions", "slots", "parents", "row_sequences"), (rows,))
+        self._shapes = dict.fromkeys(("tokens", "positions", "slots", "parents", "row_sequences", "seen"), (rows,))
         self._shapes |= {"ancestor_bits": (rows, words), "paths": (count, longest)}
         self._shapes |= dict.fromkeys(("starts", "round_starts"), (count + 1,))
         self._shapes |= dict.fromkeys(("prefix_lens", "places", "halves", "advances"), (count,))
@@ -73,6 +75,7 @@ class Numbers:
         *,
         padded: int = 0,
         plan: Plan | None = None,
+        blocks: tuple[int, int] | None = None,
         advances: Collection[int] = (),
     ) -> None:
         """Describes the trees of some sequences; the others sit out. Does not wait for the device.
@@ -83,6 +86,7 @@ class Numbers:
             starts: the position of each sequence's first slot.
             padded: rows of every sequence, padding included; 0 puts the trees' rows one after another.
             plan: what to replay before, where there are recurrent layers.
+            blocks: window and span of a quantised cache, see blocks_seen.
             advances: the sequences whose tree is a chain that is accepted as a whole.
         """
         host = self._host()
@@ -104,6 +108,9 @@ class Numbers:
                 np.add(tree.depths, length, out=host["positions"][rows])
                 host["ancestor_bits"][rows, :words] = tree.ancestor_bits
                 host["prefix_lens"][index] = length - starts[sequence]
+                if blocks is not None:
+                    window, span = blocks
+                    np.maximum((host["positions"][rows] - window) // span, 0, out=host["seen"][rows])
                 if not padded:
                     host["row_sequences"][rows] = index
                     np.add(self._each[:nodes], length - starts[sequence], out=host["slots"][rows])

@@ -141,7 +141,7 @@ class Replays:
         if cache.memory != self._memory:  # the plan has made room
             self._memory = cache.memory
             self._replays.clear()
-        shape, filled = self._shape(trees), {"plan": plan, "advances": advances}
+        shape, filled = self._shape(trees), {"plan": plan, "blocks": cache.blocks, "advances": advances}
         if self._is_launched(shape, key, advances):
             rows = self._by_launch(step, trees, filled)
         else:
@@ -154,7 +154,7 @@ class Replays:
     def _is_launched(self, shape: Shape, key, advances: Collection[int]) -> bool:
         """Whether a round runs launch by launch: a graph of it is not there and would serve no other."""
         if _launched or not self._record.is_graph:
-            return _launched or not can_record()
+            return _launched or not (self.cache.is_recordable and can_record())
         cache = self.cache
         if cache.has_keys and cache.has_states and self._sequences > 1:
             return True  # padding between trees is nothing that a recurrence can pass over

@@ -8,6 +8,7 @@ from pyspec.caches.blocks import RECENT
 from pyspec.ops import gear_decode
 from pyspec.ops.gear import BLOCK
 from pyspec.tree import DraftTree
+from tests.helpers.quantised_caches import numbers_of
 
 LAYERS, HEADS, GROUP, HEAD_DIM = 2, 2, 3, 64
 SETTINGS = {
@@ -40,9 +41,9 @@ def filled(settings, text, queries, chunks):
         slot = done - cache.starts[0]
         cache.keys_values[:, :, 0, :, slot : slot + 2 * count] = nodes
         tree = DraftTree.chain([0] * (2 * count))
-        rows = cache.rows(0, tree)
+        numbers = numbers_of(cache, 0, tree)
         for layer in range(LAYERS):
-            cache.attend(layer, 0, asked[layer], rows)
+            cache.attend(layer, asked[layer], numbers, None)
         cache.commit(0, range(0, 2 * count, 2))
         done += count
     return cache

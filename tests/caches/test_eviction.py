@@ -7,6 +7,7 @@ from pyspec.caches import GearSettings
 from pyspec.ops import gear_decode, tree_attention
 from pyspec.ops.gear import BLOCK
 from pyspec.tree import DraftTree
+from tests.helpers.quantised_caches import numbers_of
 
 LAYERS, HEADS, HEAD_DIM = 3, 2, 64
 HALF = GearSettings(8, 64, keep=0.5, whole_layers=1)
@@ -91,7 +92,7 @@ def test_rows_see_what_is_kept_and_then_everything():
     q = torch.randn(nodes, 4, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     span = text[..., :256, :]
     for layer in range(LAYERS):
-        found = cache.attend(layer, 0, q, cache.rows(0, tree))
+        found = cache.attend(layer, q, numbers_of(cache, 0, tree), None)
         for node in range(nodes):
             k, v = text[layer, :, :, : 311 + node]
             if 310 + node >= 256 + HALF.window and layer >= HALF.whole_layers:

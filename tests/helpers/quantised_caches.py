@@ -3,6 +3,7 @@
 import torch
 
 from pyspec.caches import Codebooks, GearSettings, ResidualVqSettings, cache_from_name
+from pyspec.runners.numbers import Numbers
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 64
 FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -39,6 +40,15 @@ def write(cache, sequence, parts):
     """Puts the keys and values of a tree's nodes behind the committed ones, as a runner does."""
     slot = cache.lengths[sequence] - cache.starts[sequence]
     cache.keys_values[:, :, sequence, :, slot : slot + parts.shape[3]] = parts
+
+
+def numbers_of(cache, sequence, tree):
+    """What a round of one tree behind a sequence tells `attend`."""
+    count = len(cache.lengths)
+    numbers = Numbers(range(count), len(tree), (len(tree) + 31) // 32, 0, cache.device)
+    numbers.fill({sequence: tree}, cache.lengths, cache.starts, blocks=cache.blocks)
+    cache.plan({sequence: tree}, ())
+    return numbers
 
 
 def feed(cache, sequence, text, chunks):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
+from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
@@ -65,6 +66,19 @@ def selective_case() -> dict:
 
 
 #: Every public op, with arguments that are made anew, because some are changed in place.
+def quantised_rows(format=None) -> dict:
+    """Two nodes of one tree behind a block."""
+    blocks = floats(1, 2, 128, 64), floats(1, 2, 128, 64, seed=1)
+    given = {"q": floats(2, 4, 64), "k": floats(1, 2, 9, 64), "v": floats(1, 2, 9, 64, seed=1)}
+    given["packed"] = (
+        ops.residual_vq_encode(*blocks, codebooks()) if format is None else ops.gear_encode(*blocks, format)
+    )
+    numbers = {"ancestor_bits": [[1], [3]], "seen": [1, 1], "starts": [0, 2], "prefix_lens": [5]}
+    given |= {name: torch.tensor(values, dtype=torch.int32) for name, values in numbers.items()}
+    given |= {"codebooks": codebooks()} if format is None else {"format": format}
+    return given | {"span": 128, "records": 1, "scale": 0.125}
+
+
 CALLS = {
     "tree_attention": lambda: (ops.tree_attention, tree_case() | {"ancestor_bits": BITS, "prefix_lens": ints([9])}),
     "block_masked_attention": lambda: (
@@ -120,6 +134,8 @@ CALLS = {
         | {"packed": ops.residual_vq_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), codebooks())}
         | {"codebooks": codebooks(), "rotary": ops.rotary_of_blocks(floats(32).abs(), 1)},
     ),
+    "gear_ragged": lambda: (gear_ragged, quantised_rows(FORMAT)),
+    "residual_vq_ragged": lambda: (residual_vq_ragged, quantised_rows()),
     "ragged_attention": lambda: (ops.ragged_attention, test_ragged_attention.case((3, 2))),
 }
 

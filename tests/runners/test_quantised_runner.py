@@ -1,6 +1,6 @@
 """The Llama runner over packed caches: plain decoding's bits, in any chunks, and generate's texts."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from pyspec import DraftTree, ResidualVqSettings, generate, load
 from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
+from pyspec.runners.replay import launch_by_launch
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
 
 
@@ -129,15 +130,32 @@ def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
         return runner.verify({0: tree})[0].logits
 
     expected = verify(tree)
-    rows = QuantisedCache.rows
+    attend = QuantisedCache.attend
 
-    def like_the_root(self, sequence, tree):
-        own = rows(self, sequence, tree)
-        return replace(own, seen=own.first.int().expand_as(own.seen).contiguous(), most=0)
+    def like_the_root(self, layer, q, numbers, window):
+        numbers.seen.fill_(numbers.seen[0])
+        return attend(self, layer, q, numbers, window)
 
-    monkeypatch.setattr(QuantisedCache, "rows", like_the_root)
-    found = verify(tree)
+    monkeypatch.setattr(QuantisedCache, "attend", like_the_root)
+    with launch_by_launch():
+        found = verify(tree)
     assert torch.equal(found[0], expected[0]) and not torch.equal(found[node], expected[node])
+
+
+@pytest.mark.parametrize("name", ["gear-2bit", "int8", "rvq"])
+def test_a_tape_has_the_bits_of_launches(name):
+    """Over ragged batches, across the ends of blocks, which some nodes see quantised and their root does not."""
+    runner, found = random_llama(dtype=torch.bfloat16), []
+    cache = random_codes(pre_rope=True) if name == "rvq" else cache_from_name(name)
+    for context in (launch_by_launch, nullcontext):
+        with context():
+            rows = runner.prefill([random_tokens(187), random_tokens(40, 1), random_tokens(310, 2)], cache=cache)
+            for seed in range(6):
+                trees = {slot: random_tree(9 + 7 * slot + seed, seed) for slot in range(3) if (slot + seed) % 3}
+                rows += [verified.logits for verified in runner.verify(trees).values()]
+                runner.commit({slot: root_path(tree, len(tree) - 1) for slot, tree in trees.items()})
+        found.append(torch.cat([row.flatten() for row in rows]))
+    assert runner._replays._replays and torch.equal(*found)
 
 
 def test_bad_input(runner):

@@ -11,12 +11,14 @@ block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
 gear_encode = ops.gear_encode
 gear_packed_attention = ops.gear_packed_attention
+gear_ragged = ops.gear_ragged
 linear = ops.linear
 linear_rows = ops.linear_rows
 merge_attention = ops.merge_attention
 ragged_attention = ops.ragged_attention
 residual_vq = ops.residual_vq
 residual_vq_encode = ops.residual_vq_encode
+residual_vq_ragged = ops.residual_vq_ragged
 rms_norm = ops.rms_norm
 rotary_write = ops.rotary_write
 row_statistics = ops.row_statistics
@@ -31,12 +33,14 @@ __all__ = [
     "causal_conv",
     "gear_encode",
     "gear_packed_attention",
+    "gear_ragged",
     "linear",
     "linear_rows",
     "merge_attention",
     "ragged_attention",
     "residual_vq",
     "residual_vq_encode",
+    "residual_vq_ragged",
     "rms_norm",
     "rotary_write",
     "row_statistics",

@@ -1,0 +1,178 @@
+"""gear_ragged, residual_vq_ragged: ragged rows attend to a quantised cache, its blocks and the keys behind them.
+
+What gear_attention and residual_vq_attention do for a batch of trees of one size, in one call for trees of any sizes,
+which are numbers and not shapes: a recorded call serves every round with so many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pyspec.ops._checks import check_are_tensors
+from pyspec.ops._library import Op
+from pyspec.ops.gear import TreeRows, attend_tree, join_exact
+from pyspec.ops.gear_format import GearFormat
+from pyspec.ops.residual_vq import attend_codes
+
+__all__ = ["gear_ragged", "gear_ragged_reference", "residual_vq_ragged", "residual_vq_ragged_reference"]
+
+
+def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: int, attend: Callable) -> Tensor:
+    """The references' attention of ragged rows, tree by tree, out like q [R, Hq, D].
+
+    Args:
+        k, v: [B, Hkv, S, D], the keys and values behind the quantised ones.
+        numbers: ancestor_bits, seen, starts and prefix_lens, as for gear_ragged.
+        span: tokens of a block.
+        attend: (sequence, q [1, Hq, T, D], k, v, rows) gives out like q and lse.
+    """
+    ancestor_bits, seen, starts, prefix_lens = numbers
+    out, bounds = torch.empty_like(q), starts.tolist()
+    for sequence, (first, end) in enumerate(pairwise(bounds)):
+        if first == end:
+            continue
+        bits = ancestor_bits[None, first:end, : (end - first + 31) // 32].contiguous()
+        of_tree = seen[None, first:end]
+        most = int((of_tree - of_tree[:, :1]).max())
+        rows = TreeRows(bits, of_tree.contiguous(), of_tree[:, :1], prefix_lens[sequence, None], most, span)
+        mixed, _ = attend(sequence, q[first:end].transpose(0, 1)[None], k[sequence, None], v[sequence, None], rows)
+        out[first:end] = mixed[0].transpose(0, 1)
+    return out
+
+
+def gear_ragged_reference(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    seen: Tensor,
+    starts: Tensor,
+    prefix_lens: Tensor,
+    span: int,
+    records: int,
+    bits: int,
+    group: int,
+    rank: int,
+    outliers: int,
+    key_channels: int,
+    scale: float,
+) -> Tensor:
+    """Each tree by attend_tree. The specification of the kernels that run together."""
+    format = GearFormat(bits, group, rank, outliers, False, key_channels)
+
+    def attend(sequence, q, k, v, rows):
+        return attend_tree(q, packed[sequence, None], k, v, rows, format, scale, records)
+
+    return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
+
+
+_GEAR = Op(
+    "gear_ragged",
+    "(Tensor q, Tensor packed, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
+    "Tensor prefix_lens, int span, int records, int bits, int group, int rank, int outliers, int key_channels, "
+    "float scale) -> Tensor",
+    gear_ragged_reference,
+    lambda q, *rest: torch.empty_like(q),
+    lambda: gear_ragged_reference,
+)
+
+
+def gear_ragged(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    seen: Tensor,
+    starts: Tensor,
+    prefix_lens: Tensor,
+    format: GearFormat,
+    *,
+    span: int,
+    records: int,
+    scale: float,
+) -> Tensor:
+    """Attention of ragged rows, out like q, to quantised blocks and to the keys behind them, in one call.
+
+    Args:
+        q: [R, Hq, D], contiguous: the rows of all trees, tree after tree.
+        packed: [B, Hkv, records of a sequence, record] uint8.
+        k, v: [B, Hkv, S, D] like q; slot 0 is the first position that the root of the sequence's tree does not see
+            quantised.
+        ancestor_bits, starts: as for ragged_attention.
+        seen: [R] int32, blocks that each row sees quantised.
+        prefix_lens: [B] int32, committed keys in k.
+        format: of packed.
+        span, records: tokens of a block, and its records.
+        scale: of the scores.
+    """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits)
+    check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens)
+    numbers = (ancestor_bits, seen, starts, prefix_lens)
+    return _GEAR(q, packed, k, v, *numbers, span, records, *format.layout, scale)
+
+
+def residual_vq_ragged_reference(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    seen: Tensor,
+    starts: Tensor,
+    prefix_lens: Tensor,
+    span: int,
+    records: int,
+    codebooks: Tensor,
+    scale: float,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Each tree by attend_codes. The specification of the kernels that run together."""
+
+    def attend(sequence, q, k, v, rows):
+        packed_part = attend_codes(q, packed[sequence, None], rows.seen * records, codebooks, scale, rotary)
+        return join_exact(packed_part, q, k, v, rows, scale)
+
+    return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
+
+
+_CODES = Op(
+    "residual_vq_ragged",
+    "(Tensor q, Tensor packed, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
+    "Tensor prefix_lens, int span, int records, Tensor codebooks, float scale, Tensor? rotary=None) -> Tensor",
+    residual_vq_ragged_reference,
+    lambda q, *rest: torch.empty_like(q),
+    lambda: residual_vq_ragged_reference,
+)
+
+
+def residual_vq_ragged(
+    q: Tensor,
+    packed: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ancestor_bits: Tensor,
+    seen: Tensor,
+    starts: Tensor,
+    prefix_lens: Tensor,
+    codebooks: Tensor,
+    *,
+    span: int,
+    records: int,
+    scale: float,
+    rotary: Tensor | None = None,
+) -> Tensor:
+    """Attention of ragged rows, out like q, to coded blocks and to the keys behind them; arguments as for gear_ragged.
+
+    Args:
+        codebooks, rotary: as for residual_vq_attention.
+    """
+    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, codebooks=codebooks)
+    check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens, rotary=rotary, optional=("rotary",))
+    numbers = (ancestor_bits, seen, starts, prefix_lens)
+    return _CODES(q, packed, k, v, *numbers, span, records, codebooks, scale, rotary)
