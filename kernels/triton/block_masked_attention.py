@@ -73,22 +73,6 @@ def add_not_finite(weighted, visible, values, is_high: tl.constexpr):
     return weighted + tl.where(count > 0.0, limit, 0.0)
 
 
-@triton.jit
-def partial_tile(entry, bits, keys, order, WORDS: tl.constexpr):
-    """Of a partial tile: its words of bits, which of its keys there are, and their slots."""
-    tile = tl.load(entry)
-    words = bits + tl.load(entry + 1).to(tl.int64) * (2 * WORDS * TILE)
-    wanted = tile * TILE + tl.arange(0, TILE) < keys
-    return words, wanted, slots_of(tile, wanted, order)
-
-
-@triton.jit
-def without_spoiled(values, spoiled):
-    """Values with 0 for what is not finite, which a weight of 0 does not hide; spoiled tells that there was some."""
-    zeros = values.to(tl.float32) * 0.0  # or NaN
-    return tl.where(zeros == 0.0, values, 0.0).to(values.dtype), spoiled + tl.sum(zeros, 1)
-
-
 # The numbers of a call that change from mask to mask must not compile the kernel anew.
 @triton.jit(do_not_specialize=["rows", "keys", "blocks"])
 def block_masked_attention_kernel(
@@ -144,7 +128,8 @@ def block_masked_attention_kernel(
     block, first_lane = part // PARTS, part % PARTS * ROWS
     head, batch = tl.program_id(1) * HEADS_FOLDED, tl.program_id(2).to(tl.int64)
     mask_batch = batch if MASK_BATCH > 1 else batch * 0
-    lists = ((mask_batch * MASK_HEADS + (head if MASK_HEADS > 1 else 0)) * blocks + block) * 2
+    mask_head = head if MASK_HEADS > 1 else 0
+    lists = ((mask_batch * MASK_HEADS + mask_head) * blocks + block) * 2
 
     heads = head + tl.arange(0, ROWS) // HEIGHT
     row = block * HEIGHT + first_lane + tl.arange(0, ROWS) % HEIGHT
@@ -154,8 +139,8 @@ def block_masked_attention_kernel(
     order = None
     if key_order is not None:
         order = key_order + mask_batch * keys
-    q += batch * stride_q_batch
-    query = load_rows(q, heads, row, used, stride_q_head, stride_q_row, HEAD_DIM, BLOCK_D, UPCAST)
+    base = q + batch * stride_q_batch
+    query = load_rows(base, heads, row, used, stride_q_head, stride_q_row, HEAD_DIM, BLOCK_D, UPCAST)
     k += batch * stride_k_batch + (head // GROUP).to(tl.int64) * stride_k_head
     v += batch * stride_v_batch + (head // GROUP).to(tl.int64) * stride_v_head
     factor = scale * LOG2_E if softcap is None else LOG2_E
@@ -173,29 +158,39 @@ def block_masked_attention_kernel(
 
     spoiled = tl.zeros([TILE], tl.float32)
     for i in range(tl.load(partial_ranges + lists), tl.load(partial_ranges + lists + 1)):
-        words, wanted, slots = partial_tile(partial_tiles + 2 * i, bits, keys, order, WORDS)
+        tile = tl.load(partial_tiles + 2 * i)
+        words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (2 * WORDS * TILE)
+        wanted = tile * TILE + tl.arange(0, TILE) < keys
+        slots = slots_of(tile, wanted, order)
         tile_keys = load_rows(k, slots, slots, wanted, stride_k_slot, 0, HEAD_DIM, BLOCK_D, UPCAST)
         scores = scores_of(query, tile_keys, scale, softcap)
         scores = tl.where(visible_of(words, first_lane, ROWS, HEIGHT), scores, float("-inf"))
         largest, total, weights, keep = fold_scores(scores, largest, total, factor)
         values = load_rows(v, slots, slots, wanted, stride_v_slot, 0, HEAD_DIM, BLOCK_D, UPCAST)
-        values, spoiled = without_spoiled(values, spoiled)  # which come after the loop
+        # A weight of 0 does not hide a value that is NaN or infinite: those come after the loop.
+        zeros = values.to(tl.float32) * 0.0  # or NaN
+        spoiled += tl.sum(zeros, 1)
+        values = tl.where(zeros == 0.0, values, 0.0).to(values.dtype)
         weighted = fold_values(weights, keep, values, weighted)
 
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
     weighted = weighted / total[:, None]
     if tl.sum(spoiled, 0) != 0.0:
         for i in range(tl.load(partial_ranges + lists), tl.load(partial_ranges + lists + 1)):
-            words, wanted, slots = partial_tile(partial_tiles + 2 * i, bits, keys, order, WORDS)
+            tile = tl.load(partial_tiles + 2 * i)
+            words = bits + tl.load(partial_tiles + 2 * i + 1).to(tl.int64) * (2 * WORDS * TILE)
+            wanted = tile * TILE + tl.arange(0, TILE) < keys
+            slots = slots_of(tile, wanted, order)
             values = load_rows(v, slots, slots, wanted, stride_v_slot, 0, HEAD_DIM, BLOCK_D, UPCAST)
             visible = visible_of(words, first_lane, ROWS, HEIGHT)
             weighted = add_not_finite(weighted, visible, values, True)
             weighted = add_not_finite(weighted, visible, values, False)
 
     dims = tl.arange(0, BLOCK_D)
-    places = (heads.to(tl.int64) * stride_out_head + row.to(tl.int64) * stride_out_row)[:, None] + dims[None, :]
+    result = weighted.to(out.dtype.element_ty)
+    places = heads.to(tl.int64) * stride_out_head + row.to(tl.int64) * stride_out_row
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(out + batch * stride_out_batch + places, weighted.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + batch * stride_out_batch + places[:, None] + dims[None, :], result, mask=mask)
     tl.store(lse + (batch * HEADS + heads) * rows + row, (largest * factor + tl.log2(total)) * LN_2, mask=used)
 
 
