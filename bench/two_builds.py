@@ -1,6 +1,7 @@
 """Is this build slower than another one? Plain steps and verifies of both, in turn.
 
     python bench/two_builds.py OTHER          a table; OTHER is the folder of another built checkout
+    python bench/two_builds.py                of this build alone: the share of a plain step outside of ops
 
 Each build has a process of its own, because one process can register an op only once; they are asked in turn, so that
 both see the same machine. Shapes: the demo model in bf16 and int8, and the shapes of Mamba-2 130M and a small Bamba
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +59,12 @@ def runner_of(case: str):
         return pyspec.load(folder, dtype=dtype, device="cpu")
 
 
+def start_behind(runner, case: str) -> None:
+    """Starts a batch of one prompt of 200 tokens, over the cache that the case names."""
+    cache = {"cache": cache_from_name(case.split()[2])} if len(case.split()) == 3 else {}
+    runner.prefill([list(range(1, 201))], capacity=400, **cache)
+
+
 def serve() -> None:
     """Answers lines "case nodes" with the seconds of a verify behind 200 tokens."""
     torch.set_num_threads(2)
@@ -67,10 +75,7 @@ def serve() -> None:
         asked, nodes = line.rstrip("\n").rsplit("|", 1)
         if asked != case:
             case, runner = asked, runner_of(asked)
-            quantised = {}
-            if len(case.split()) == 3:
-                quantised = {"cache": cache_from_name(case.split()[2])}
-            runner.prefill([list(range(1, 201))], capacity=400, **quantised)
+            start_behind(runner, case)
         tree = DraftTree([5] * int(nodes), [-1] + [0] * (int(nodes) - 1))
         times = []
         for _ in range(6):
@@ -84,6 +89,24 @@ def serve() -> None:
         print(min(times), file=answers, flush=True)
 
 
+def show_shares(cases: Sequence[str]) -> None:
+    """Prints how much of a plain step is Python, dispatch and bookkeeping."""
+    from pyspec.measure.inside import seconds_in_ops  # which another build may lack
+
+    torch.set_num_threads(2)
+    for case in cases:
+        runner, tree = runner_of(case), DraftTree.chain([5])
+        start_behind(runner, case)
+        for _ in range(5):
+            runner.verify({0: tree})
+        with seconds_in_ops() as inside:
+            start, before = time.perf_counter(), inside()
+            for _ in range(40):
+                runner.verify({0: tree})
+            total = time.perf_counter() - start
+        print(f"{case:24}{1 - (inside() - before) / total:7.1%} of {total / 40 * 1e3:.2f} ms outside of ops")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, nargs="?", help="the folder of another built checkout")
@@ -93,7 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve()
-    if options.other is None or not (options.other / "pyspec").is_dir():
+    if options.other is None:
+        return show_shares(options.cases)
+    if not (options.other / "pyspec").is_dir():
         parser.error(f"OTHER must be the folder of a built checkout, got {options.other}")
     workers = []
     for folder in (ROOT, options.other.resolve()):
