@@ -32,11 +32,13 @@ class QuantisedSettings:
         encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
             channels [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
         attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
-        attend_ragged: attention of ragged rows in one layer, out like q; arguments as for gear_ragged.
+        attend_ragged: attention of ragged rows in one layer by one op, out like q, arguments as for gear_ragged; None
+            where `attend` alone is there, and layers then run op by op.
     """
 
     keep = 1.0
     whole_layers = 0
+    attend_ragged = None
     key_channels = 0
 
     @property
@@ -196,7 +198,8 @@ class QuantisedCache:
     @property
     def is_recordable(self) -> bool:
         """Whether attention is launches alone: where keys keep some channels, queries are summed up beside it."""
-        return self.device.type == "cpu" and not len(self.queries)
+        is_one_op = self.settings.attend_ragged is not None
+        return self.device.type == "cpu" and is_one_op and not len(self.queries)
 
     def view(self, sequences: Sequence[int], slots: int) -> QuantisedCache:
         """The cache itself: its slots do not grow with the text."""
