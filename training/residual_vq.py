@@ -213,7 +213,7 @@ def train(runner, out: Path, recipe: Recipe, sources: list[list[str]]) -> Codebo
         while step < recipe.steps:
             runner.prefill(reader.rows(step), capacity=recipe.length)
             errors = []
-            for layer, keys_values in enumerate(runner.cache.keys_values):
+            for layer, keys_values in enumerate(runner.cache.keys_values[..., : runner.lengths()[0], :]):
                 for side, x in enumerate(vectors(_coded(keys_values, frequencies)[None])[0]):
                     generator = torch.Generator().manual_seed(recipe.seed + (step * config.layers + layer) * 2 + side)
                     if step == 0:

@@ -32,6 +32,8 @@ int64_t aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * 
 
 Tape* Tape::recording() { return recorded; }
 
+void Tape::stop() { recorded = nullptr; }
+
 void Tape::begin() {
   addresses();
   recorded = this;
@@ -188,6 +190,11 @@ PYSPEC_EXPORT pyspec::Tape* pyspec_tape_begin() {
   }
   return tape;
 }
+
+// Ends what this thread records, if it does, whatever becomes of the tape.
+PYSPEC_EXPORT void pyspec_tape_stop() { pyspec::Tape::stop(); }
+
+PYSPEC_EXPORT int32_t pyspec_tape_is_recording() { return pyspec::Tape::recording() != nullptr; }
 
 // The others return what went wrong, or null.
 PYSPEC_EXPORT const char* pyspec_tape_end(pyspec::Tape* tape, int64_t count, char* const* results,

@@ -35,6 +35,7 @@ class Tape {
  public:
   // The tape that this thread records to, or null.
   static Tape* recording();
+  static void stop();
 
   void begin();
   // The results are tensors of this recording; a replay writes them to `to` instead, which lies outside of

@@ -64,18 +64,19 @@ class Tape:
 
     def __init__(self, program: Callable[[], Tensor], arena: Arena):
         library = _library()
-        self._handle = library.pyspec_tape_begin()
-        if self._handle is None:
-            raise RuntimeError("a tape cannot be recorded here: this thread records one already, or memory is short")
-        self._free = weakref.finalize(self, library.pyspec_tape_free, self._handle)
-        found = None
-        try:
+        if library.pyspec_tape_is_recording():
+            raise RuntimeError("a tape cannot be recorded here: this thread records one already")
+        try:  # from before it begins: an interrupt may come at any time, and must not leave it open
+            self._handle = library.pyspec_tape_begin()
+            if self._handle is None:
+                raise RuntimeError("a tape cannot be recorded here: there are no addresses left")
+            self._free = weakref.finalize(self, library.pyspec_tape_free, self._handle)
             found = program()
             self.result = torch.empty(found.shape, dtype=found.dtype, device="cpu")
+            words = [(ctypes.c_void_p * 1)(address) for address in (found.data_ptr(), self.result.data_ptr())]
+            error = library.pyspec_tape_end(self._handle, 1, *words)
         finally:
-            addresses = [] if found is None else [found.data_ptr(), self.result.data_ptr()]
-            words = [(ctypes.c_void_p * 1)(address) for address in addresses] or [None, None]
-            error = library.pyspec_tape_end(self._handle, len(addresses) // 2, *words)
+            library.pyspec_tape_stop()
         if error:
             raise RuntimeError(error.decode())
         self.nbytes = library.pyspec_tape_bytes(self._handle)

@@ -155,3 +155,17 @@ def test_a_runner_that_shares_weights_leaves_tapes_alone():
     assert torch.equal(runner.verify({0: random_tree(5)})[0].logits, expected)
     other.prefill([random_tokens(9)], capacity=60)
     assert torch.equal(other.verify({0: random_tree(5)})[0].logits, expected)
+
+
+@torch.inference_mode()
+def test_an_interrupt_leaves_no_recording_open():
+    """Whenever it comes: what follows would else be appended to a tape that nobody runs."""
+
+    def interrupted():
+        forward(random(5, 48))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Tape(interrupted, Arena())
+    hidden = random(5, 48)
+    assert torch.equal(Tape(lambda: forward(hidden), Arena()).run(), forward(random(5, 48)))
