@@ -5,7 +5,7 @@
 
 One call is every linear of SmolLM2-135M once, each with its own weight, so that weights come from memory as they do
 in a real step. The peer is torch's linear in the same dtype; int8 weights (with fp32 rows) have none, so theirs are
-fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the packed bytes over the measured
+fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the laid out bytes over the measured
 read bandwidth and the operations over the measured rate of a large matrix product, in the dtype or in fp32, whichever
 is faster here.
 """
@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from command_line import parse, parser_of
 
 from pyspec import measure
-from pyspec.ops.linear import linear, pack_weight
+from pyspec.ops.linear import lay_out_weight, linear
 
 LAYERS = 30
 LAYER = {"qkv": (960, 576), "output": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}  # outputs, inputs
 HEAD = (49152, 576)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-FORMATS = {  # of the packed weight, and the dtypes of torch's linear beside it
+FORMATS = {  # of the laid out weight, and the dtypes of torch's linear beside it
     torch.bfloat16: (torch.bfloat16,),
     torch.float32: (torch.float32,),
     torch.int8: (torch.float32, torch.bfloat16),
@@ -35,32 +35,32 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.int8: 5e-2}  # int
 
 
 class Model:
-    """The weights of one model's linears in one packed format, and plainly for the peers."""
+    """The weights of one model's linears in one format, and plainly for the peers."""
 
     def __init__(self, dtype: torch.dtype, layers: int = LAYERS, head: tuple[int, int] = HEAD, device: str = "cpu"):
         generator = torch.Generator().manual_seed(0)
         self.device = device
         self.dtype, self.x_dtype = dtype, torch.float32 if dtype == torch.int8 else dtype
-        self.packed, self.plain = [], {peer: [] for peer in FORMATS[dtype]}
+        self.laid_out, self.plain = [], {peer: [] for peer in FORMATS[dtype]}
         for outputs, inputs in (*LAYER.values(),) * layers + (head,):
             weight = (torch.randn(outputs, inputs, generator=generator) * inputs**-0.5).to(device, self.x_dtype)
-            self.packed.append(pack_weight(weight, dtype))
+            self.laid_out.append(lay_out_weight(weight, dtype))
             for peer, weights in self.plain.items():
                 weights.append(weight.to(peer))
-        self.bytes = sum(weight.nbytes for weight in self.packed)
-        self.parameters = sum(weight.outputs * weight.inputs for weight in self.packed)
+        self.bytes = sum(weight.nbytes for weight in self.laid_out)
+        self.parameters = sum(weight.outputs * weight.inputs for weight in self.laid_out)
 
     def inputs(self, rows: int, dtype: torch.dtype) -> dict[int, torch.Tensor]:
         """Rows by their width."""
         generator = torch.Generator().manual_seed(rows)
-        sizes = sorted({weight.inputs for weight in self.packed})
+        sizes = sorted({weight.inputs for weight in self.laid_out})
         return {k: torch.randn(rows, k, generator=generator).to(self.device, dtype) for k in sizes}
 
     def pyspec(self, rows: int) -> Callable[[], None]:
         x = self.inputs(rows, self.x_dtype)
 
         def call() -> None:
-            for weight in self.packed:
+            for weight in self.laid_out:
                 linear(x[weight.inputs], weight)
 
         return call
@@ -77,7 +77,7 @@ class Model:
     def check(self, rows: int) -> None:
         """Refuses to time a wrong result, or one that breaks the row rule."""
         x = self.inputs(rows, self.x_dtype)
-        for weight in self.packed[-len(LAYER) - 1 :]:
+        for weight in self.laid_out[-len(LAYER) - 1 :]:
             found = linear(x[weight.inputs], weight)
             expected = x[weight.inputs].double() @ weight.unpack().double().T
             torch.testing.assert_close(found.double(), expected, atol=TOLERANCE[self.dtype], rtol=TOLERANCE[self.dtype])

@@ -97,7 +97,7 @@ def random_model(config: MambaConfig | Mamba2Config, dtype: torch.dtype, device:
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
         if name.endswith(("dt_bias", "dt_proj.bias")):
             tensor.fill_(-4.0)  # steps of some 0.02, as in trained models
-    weights.pack(dtype)
+    weights.lay_out(dtype)
     return (RecurrentRunner if isinstance(config, Mamba2Config) else RecurrentRunner)(config, weights)
 
 

@@ -46,7 +46,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner
     weights = LlamaWeights.empty(config, dense, torch.device(device))
     for tensor in weights.named(config).values():
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
-    weights.pack(dtype)
+    weights.lay_out(dtype)
     return AttentionRunner(config, weights)
 
 

@@ -38,9 +38,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 Tensor linear_rows(const Tensor& index, const Tensor& weight, int64_t outputs, int64_t inputs) {
   STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == torch::headeronly::ScalarType::Long,
                   "index must be int64 [rows]");
-  pyspec::LinearParams packed{};
-  packed.inputs = inputs, packed.outputs = outputs;
-  pyspec::set_weight(packed, weight);
+  pyspec::LinearParams p{};
+  p.inputs = inputs, p.outputs = outputs;
+  pyspec::set_weight(p, weight);
   Tensor rows = torch::stable::contiguous(index);
   auto places = static_cast<const int64_t*>(rows.data_ptr());
   for (int64_t i = 0; i < rows.size(0); ++i) {
@@ -49,7 +49,7 @@ Tensor linear_rows(const Tensor& index, const Tensor& weight, int64_t outputs, i
   }
   Tensor out = torch::stable::new_empty(rows, {rows.size(0), inputs}, torch::headeronly::ScalarType::Float);
   pyspec_linear_rows_table[pyspec::instruction_set()](
-      {packed.weight, places, static_cast<float*>(out.data_ptr()), rows.size(0), inputs, packed.format});
+      {p.weight, places, static_cast<float*>(out.data_ptr()), rows.size(0), inputs, p.format});
   return out;
 }
 
@@ -70,13 +70,13 @@ void pyspec::set_weight(LinearParams& p, const Tensor& weight) {
       p.format = WeightFormat::kInt8;
       break;
     default:
-      STD_TORCH_CHECK(false, "weight must be packed: float32, float16, bfloat16 or uint8 (of int8)");
+      STD_TORCH_CHECK(false, "weight must be laid out: float32, float16, bfloat16 or uint8 (of int8)");
   }
   STD_TORCH_CHECK(weight.is_contiguous() && p.outputs > 0 && p.inputs > 0,
                   "weight must be contiguous and not empty");
   int64_t bytes = weight.numel() * weight.element_size(),
           expected = panels(p.outputs) * panel_bytes(p.format, p.inputs);
-  STD_TORCH_CHECK(bytes == expected, "weight must be packed for ", p.outputs, " outputs and ", p.inputs,
+  STD_TORCH_CHECK(bytes == expected, "weight must be laid out for ", p.outputs, " outputs and ", p.inputs,
                   " inputs, which takes ", expected, " bytes, got ", bytes);
   p.weight = weight.data_ptr();
 }

@@ -1,4 +1,4 @@
-// linear: params and the packed weight format that every instruction set reads.
+// linear: params and the layout of a weight that every instruction set reads.
 //
 // Format version 1. Outputs come in panels of kPanel; the last panel is filled up with zeros. A panel holds,
 // one after another,
@@ -17,7 +17,7 @@ enum class WeightFormat : int32_t { kFloat32, kFloat16, kBFloat16, kInt8 };
 
 struct LinearParams {
   const void* x;       // [rows, inputs], the last dimension contiguous
-  const void* weight;  // packed
+  const void* weight;  // laid out
   const float* bias;   // [outputs] or null
   void* out;           // [rows, outputs], the last dimension contiguous
   void* workspace;     // workspace_bytes() of these params, 64-byte aligned
@@ -29,9 +29,9 @@ struct LinearParams {
   ParallelFor parallel_for;
 };
 
-// Some outputs' weights as they were before packing, as an embedding reads them.
+// Some outputs' weights as they were before they were laid out, as an embedding reads them.
 struct LinearRowsParams {
-  const void* weight;    // packed
+  const void* weight;    // laid out
   const int64_t* index;  // [rows], each in [0, outputs)
   float* out;            // [rows, inputs]
   int64_t rows, inputs;

@@ -1,4 +1,4 @@
-"""linear on the GPU: x times a packed weight transposed, in one order of summation for every number of rows.
+"""linear on the GPU: x times a laid out weight transposed, in one order of summation for every number of rows.
 
 One program per (block of rows of x, block of outputs, split of the inputs). Its sums stay in registers; tiles of the
 weight and of x are streamed past them through shared memory. A second kernel adds the splits in order, then the bias.
@@ -10,7 +10,7 @@ fp32: a value is a sum of two of 11 bits, and three of the four products of such
 fourth is below what fp32 rounds off. Tiles are added to each other outside of them, because they cut off, not round.
 int8: a group of 32 inputs is an exact integer product times both scales; groups are summed in order. As the product is
 exact, the tile may follow the rows. A small kernel in front rounds x, so that programs, which all read it, have only
-to multiply. The weight is packed in the order in which it is read: a program's share is one piece of memory.
+to multiply. The weight is laid out in the order in which it is read: a program's share is one piece of memory.
 """
 
 import torch

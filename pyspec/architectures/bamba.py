@@ -21,7 +21,7 @@ from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limi
 from pyspec.architectures.rotary import rope_entries
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.entries import Entries
-from pyspec.ops.linear import PackedWeight
+from pyspec.ops.linear import LinearWeight
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.runners.recurrent import HybridRunner
 
@@ -88,7 +88,7 @@ class AttentionLayer(LayerWeights):
     """An attention layer.
 
     rotary_write turns the halves of a head against each other, all of it. Where only the first rotary_dim dimensions
-    are turned, the rows of queries and keys are packed in another order: half of those that are turned, half of those
+    are turned, the rows of queries and keys are laid out in another order: half of those that are turned, half of those
     that are not, the other halves. Scores are sums over all dimensions, so they stay what they are.
     """
 
@@ -102,7 +102,7 @@ class AttentionLayer(LayerWeights):
 
     def named(self, config: BambaConfig, prefix: str) -> dict[str, Tensor]:
         tensors = super().named(config.attention, prefix)
-        if isinstance(self.qkv, PackedWeight):  # back to the checkpoint's order
+        if isinstance(self.qkv, LinearWeight):  # back to the checkpoint's order
             back = self._order().argsort()
             for name in ("q", "k"):
                 for kind in ("weight", "bias"):
@@ -111,8 +111,8 @@ class AttentionLayer(LayerWeights):
                         tensors[key] = self._reordered(tensors[key], back)
         return {_bamba_name(name): tensor for name, tensor in tensors.items()}
 
-    def pack(self, dtype: torch.dtype) -> None:
-        if not isinstance(self.qkv, PackedWeight):
+    def lay_out(self, dtype: torch.dtype) -> None:
+        if not isinstance(self.qkv, LinearWeight):
             rows = self.output.shape[1]  # of the queries; keys and values share the rest
             for name in ("qkv", "qkv_bias"):
                 if (values := getattr(self, name)) is None:
@@ -120,7 +120,7 @@ class AttentionLayer(LayerWeights):
                 kv_rows = (len(values) - rows) // 2
                 turned, straight = values.split([rows + kv_rows, kv_rows])
                 setattr(self, name, torch.cat((self._reordered(turned, self._order()), straight)))
-        super().pack(dtype)
+        super().lay_out(dtype)
 
     def _order(self) -> Tensor:
         """[head_dim]: which dimension of the checkpoint comes where."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyspec.ops.causal_conv import causal_conv
-from pyspec.ops.linear import PackedWeight, linear
+from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
 from pyspec.ops.selective_state import LANES, selective_state
@@ -84,5 +84,5 @@ def mamba(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round) -> Tensor:
     return _project(y, mixer["out_proj"], mixer["out_bias"])
 
 
-def _project(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+def _project(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias, out_dtype=torch.float32)

@@ -68,7 +68,7 @@ class LlamaConfig:
 
 @dataclass
 class LayerWeights(NativeLayer):
-    """One layer. Queries, keys and values are one matrix, and so are gate and up; `pack` packs the matrices."""
+    """One layer. Queries, keys and values are one matrix, and so are gate and up; `lay_out` lays out the matrices."""
 
     MATRICES = ("qkv", "output", "gate_up", "down")
 

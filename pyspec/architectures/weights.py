@@ -9,19 +9,19 @@ from torch import Tensor
 
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
-from pyspec.ops.linear import PackedWeight, pack_weight
+from pyspec.ops.linear import LinearWeight, lay_out_weight
 
-__all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "packed"]
+__all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
 
-Matrix = Tensor | PackedWeight
+Matrix = Tensor | LinearWeight
 
 
-def packed(matrix: Matrix, dtype: torch.dtype) -> PackedWeight:
-    return matrix if isinstance(matrix, PackedWeight) else pack_weight(matrix, dtype)
+def laid_out(matrix: Matrix, dtype: torch.dtype) -> LinearWeight:
+    return matrix if isinstance(matrix, LinearWeight) else lay_out_weight(matrix, dtype)
 
 
 def dense(matrix: Matrix) -> Tensor:
-    return matrix.unpack() if isinstance(matrix, PackedWeight) else matrix
+    return matrix.unpack() if isinstance(matrix, LinearWeight) else matrix
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class NativeLayer:
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
 
-    def pack(self, dtype: torch.dtype) -> None:
+    def lay_out(self, dtype: torch.dtype) -> None:
         """Lays out the matrices that are not laid out yet; each takes the place of its dense form."""
         for name in self.MATRICES:
-            setattr(self, name, packed(getattr(self, name), dtype))
+            setattr(self, name, laid_out(getattr(self, name), dtype))
 
 
 @dataclass
@@ -120,21 +120,21 @@ class NativeWeights:
             sample.add(layer.named(config, f"{self.LAYERS}{index}.").items())
         return sample.hexdigest()
 
-    def pack_outside(self, dtype: torch.dtype) -> None:
+    def lay_out_outside(self, dtype: torch.dtype) -> None:
         """Lays out the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
         tied = self.embedding is self.head
-        self.head = packed(self.head, dtype)
+        self.head = laid_out(self.head, dtype)
         if tied:
             self.embedding = self.head
 
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
 
-    def pack(self, dtype: torch.dtype) -> None:
+    def lay_out(self, dtype: torch.dtype) -> None:
         """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""
-        self.pack_outside(dtype)
+        self.lay_out_outside(dtype)
         for layer in self.layers:
-            layer.pack(dtype)
+            layer.lay_out(dtype)
 
     def move_together(self) -> None:
         """Moves the laid out matrices into one buffer, in the order in which a step reads them; once.

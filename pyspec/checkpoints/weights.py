@@ -64,10 +64,10 @@ def read_weights(
                 progress(done, expected)
 
     read(weights.named_outside(config))
-    weights.pack_outside(dtype)
+    weights.lay_out_outside(dtype)
     for index, layer in enumerate(weights.layers):
         read(layer.named(config, f"{weights.LAYERS}{index}."))
-        layer.pack(dtype)
+        layer.lay_out(dtype)
     weights.sample = sample.hexdigest()
     return config, weights
 

@@ -212,7 +212,7 @@ def _linear(a: Attention | StateSpace, rows: int, packed_dtype: torch.dtype, dev
     random = _Random(device)
     dtype = torch.float32 if packed_dtype == torch.int8 else packed_dtype
     weight, x = random(outputs, inputs, dtype=dtype, scale=inputs**-0.5), random(rows, inputs, dtype=dtype)
-    packed = ops.pack_weight(weight, packed_dtype)
+    packed = ops.lay_out_weight(weight, packed_dtype)
     peer = weight.to(torch.bfloat16)
     rows_of_peer = x.to(torch.bfloat16)
     return Problem(

@@ -4,7 +4,7 @@ from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
-from pyspec.ops.linear import PackedWeight, linear, pack_weight
+from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.ragged_attention import ragged_attention
 from pyspec.ops.residual_vq import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
@@ -20,7 +20,7 @@ from pyspec.ops.tree_attention import tree_attention
 
 __all__ = [
     "GearFormat",
-    "PackedWeight",
+    "LinearWeight",
     "Round",
     "RowStatistics",
     "TopK",
@@ -35,7 +35,7 @@ __all__ = [
     "gear_encode",
     "linear",
     "merge_attention",
-    "pack_weight",
+    "lay_out_weight",
     "ragged_attention",
     "residual_vq_attention",
     "ragged_attention",

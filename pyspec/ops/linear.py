@@ -5,7 +5,7 @@
 Every row has the same bits in every call, whatever rows are beside it: each output is summed over the inputs in
 one order, for one row or a thousand. There is no number of rows from which another product takes over.
 
-Weights are packed once (`pack_weight`), on the CPU into panels of 32 outputs, so that one row of outputs is one
+Weights are laid out once (`lay_out_weight`), on the CPU into panels of 32 outputs, so that one row of outputs is one
 stream of memory (kernels/params/linear.h). int8 weights have a scale for every 32 inputs; x is then rounded to
 8 bits in the same groups, so that products are exact integers:
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_floating
 from pyspec.ops._library import Op, refuse_gradients
 
-__all__ = ["FORMAT_VERSION", "PackedWeight", "linear", "linear_reference", "pack_weight"]
+__all__ = ["FORMAT_VERSION", "LinearWeight", "linear", "linear_reference", "lay_out_weight"]
 
 FORMAT_VERSION = 1  # of kernels/params/linear.h
 PANEL = 32  # outputs
@@ -36,7 +36,7 @@ TILE_BYTES = TILE_OUTPUTS * TILE_GROUPS * (2 + GROUP)
 
 
 @dataclass(frozen=True)
-class PackedWeight:
+class LinearWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
     Attributes:
@@ -71,7 +71,7 @@ class PackedWeight:
         return _unpack(self.data, self.outputs, self.inputs)
 
 
-def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeight:
+def lay_out_weight(weight: Tensor, dtype: torch.dtype | None = None) -> LinearWeight:
     """Lays out a weight for `linear`, once, at load.
 
     Args:
@@ -94,7 +94,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
     if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
-        refuse_gradients("pack_weight", weight=weight)
+        refuse_gradients("lay_out_weight", weight=weight)
         data = _pack_int8(weight, in_panels)
     elif not in_panels:
         data = weight.to(dtype).contiguous()
@@ -103,7 +103,7 @@ def pack_weight(weight: Tensor, dtype: torch.dtype | None = None) -> PackedWeigh
         data = even.unflatten(1, (-1, 2)).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
     else:
         data = weight.to(dtype).unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
-    return PackedWeight(data, outputs, inputs)
+    return LinearWeight(data, outputs, inputs)
 
 
 def _pack_int8(weight: Tensor, in_panels: bool) -> Tensor:
@@ -221,13 +221,13 @@ _ROWS = Op(
 
 
 def linear(
-    x: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    x: Tensor, weight: LinearWeight | Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
     """x times weight transposed plus bias; each row has the bits that it has alone.
 
     Args:
         x: [..., K] fp32, fp16 or bf16 with a contiguous last dimension.
-        weight: from `pack_weight`; or [N, K], which is packed in every call.
+        weight: from `lay_out_weight`; or [N, K], which is laid out in every call.
         bias: [N] floating point.
         out_dtype: of the result: fp32, fp16 or bf16; x's own by default.
 
@@ -239,8 +239,8 @@ def linear(
         ValueError: a shape, stride or device does not fit; the message names the argument.
     """
     check_are_tensors(x=x, bias=bias, optional=("bias",))
-    if not isinstance(weight, PackedWeight):
-        weight = pack_weight(weight)
+    if not isinstance(weight, LinearWeight):
+        weight = lay_out_weight(weight)
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, out_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -249,7 +249,7 @@ def linear(
     return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1]) if x.dim() > 1 else out[0]
 
 
-def _check(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+def _check(x: Tensor, weight: LinearWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     check_floating("x", x.dtype)
     check_floating("out_dtype", out_dtype)
     if weight.dtype not in (torch.int8, x.dtype):

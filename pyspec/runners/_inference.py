@@ -15,7 +15,7 @@ __all__ = ["as_stored", "inference"]
 
 @contextlib.contextmanager
 def as_stored() -> Iterator[None]:
-    """Weights are moved and packed in the dtypes that they have, whatever autocast the caller is in."""
+    """Weights are moved and laid out in the dtypes that they have, whatever autocast the caller is in."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyspec.architectures.rotary import rope_table
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
-from pyspec.ops.linear import PackedWeight, linear
+from pyspec.ops.linear import LinearWeight, linear
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
@@ -39,7 +39,7 @@ class NativeRunner:
 
     Args:
         config: the model's shape.
-        weights: filled weights; what is not packed yet is packed here, in its place.
+        weights: filled weights; what is not laid out yet is laid out here, in its place.
         context_length: positions the model was made for.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
@@ -56,7 +56,7 @@ class NativeRunner:
         dtype: torch.dtype | None = None,
     ):
         sample = weights.sampled(config)
-        weights.pack(weights.head.dtype)
+        weights.lay_out(weights.head.dtype)
         if weights.norm.device.type == "cpu":
             weights.move_together()
         for layer in weights.layers:
@@ -243,7 +243,7 @@ class NativeRunner:
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedding, tokens = self.weights.embedding, tokens.to(self.device)
-        if isinstance(embedding, PackedWeight):
+        if isinstance(embedding, LinearWeight):
             return embedding.rows(tokens)
         return F.embedding(tokens, embedding).float()
 

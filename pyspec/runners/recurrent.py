@@ -31,7 +31,7 @@ class RecurrentRunner(NativeRunner):
 
     Args:
         config: the model's shape.
-        weights: filled weights; what is not packed yet is packed here, in its place.
+        weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
         dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.

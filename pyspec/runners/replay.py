@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyspec.ops.linear import PackedWeight, linear
+from pyspec.ops.linear import LinearWeight, linear
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.tape import Arena, Tape, can_record
 from pyspec.runners.verified import pack_statistics
@@ -258,7 +258,7 @@ class GraphRecorder:
 
     is_graph = True
 
-    def __init__(self, head: PackedWeight):
+    def __init__(self, head: LinearWeight):
         self._head = _GraphedHead(head)
         device = head.data.device
         self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
@@ -292,7 +292,7 @@ class _GraphedHead:
     while it runs only. For more rows the head is launched, which takes less time than they do, and less memory.
     """
 
-    def __init__(self, weight: PackedWeight):
+    def __init__(self, weight: LinearWeight):
         self._weight = weight
         self._logits = torch.empty(BUCKETS[-1], weight.outputs, dtype=torch.float32, device=weight.data.device)
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyspec import from_transformers, load
-from pyspec.ops.linear import PackedWeight
+from pyspec.ops.linear import LinearWeight
 from pyspec.runners.attention import AttentionRunner
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.recurrent import RecurrentRunner
@@ -160,9 +160,9 @@ def test_weights_exist_once(kind):
     places = dense.named(config)  # views, no copies
     for name, values in runner.weights.named(config).items():
         places[name].copy_(values)
-    dense.pack(torch.float32)
+    dense.lay_out(torch.float32)
     assert (dense.head is dense.embedding) == config.tied_embedding
-    assert all(isinstance(getattr(layer, name), PackedWeight) for layer in dense.layers for name in layer.MATRICES)
+    assert all(isinstance(getattr(layer, name), LinearWeight) for layer in dense.layers for name in layer.MATRICES)
     other = type(runner)(config, dense)
     assert other.fingerprint == runner.fingerprint
     assert torch.equal(other.prefill([[1, 2, 3]])[0], runner.prefill([[1, 2, 3]])[0])

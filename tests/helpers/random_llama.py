@@ -38,7 +38,7 @@ def random_llama(
     for tensor in weights.named(config).values():
         mean = 1.0 if tensor.dim() == 1 else 0.0
         tensor.copy_(torch.normal(mean, 0.2, tensor.shape, generator=generator))
-    weights.pack(dtype)
+    weights.lay_out(dtype)
     return AttentionRunner(config, weights, **options)
 
 

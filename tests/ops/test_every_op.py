@@ -211,7 +211,7 @@ def test_every_overload_refuses_gradients(monkeypatch):
     for call in CALLS.values():
         function, given = call()
         function(**given)
-    ops.pack_weight(floats(7, 40)).rows(torch.tensor([3]))
+    ops.lay_out_weight(floats(7, 40)).rows(torch.tensor([3]))
     assert seen.keys() | DIFFERENTIABLE == _library._OPS.keys()
     for name, args in seen.items():
         if name in DIFFERENTIABLE:
@@ -237,7 +237,7 @@ def test_compiled_code_refuses_gradients():
 
 def test_int8_weights_are_no_function_of_a_parameter():
     with pytest.raises(RuntimeError, match="weight must not require a gradient"):
-        ops.pack_weight(floats(7, 40).requires_grad_(), torch.int8)
+        ops.lay_out_weight(floats(7, 40).requires_grad_(), torch.int8)
 
 
 # ---- what the caller has set
@@ -358,5 +358,5 @@ def test_attention_to_packed_blocks(name, length):
 @FUZZ
 @given(rows=st.lists(st.integers(-3, 9) | st.sampled_from([2**40, -(2**40)]), max_size=4))
 def test_rows_of_weights(rows):
-    packed = ops.pack_weight(floats(7, 40))
+    packed = ops.lay_out_weight(floats(7, 40))
     agree(packed.rows, {"index": torch.tensor(rows, dtype=torch.int64)})

@@ -119,7 +119,7 @@ def test_records_of_some_channels(on_backend, name):
 @pytest.mark.parametrize(
     "head_dim, dtype", [*((d, torch.float32) for d in HEAD_DIMS), (64, torch.float16), (64, torch.bfloat16)], ids=str
 )
-def test_backends_pack_the_same(on_backend, head_dim, dtype):
+def test_backends_lay_out_the_same(on_backend, head_dim, dtype):
     """Backbone and outliers to the byte; what is fitted, whose sums have an order of their own, in its error."""
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in keys_values(BLOCK, 2, 1, head_dim, dtype))
     for name, format in formats_for(head_dim):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.linear import linear, linear_reference, pack_weight
+from pyspec.ops.linear import lay_out_weight, linear, linear_reference
 from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
 from tests.helpers.linear_cases import FLOATS, PACKED, SIZES, padded_groups, random, rounded_weight
 
@@ -64,7 +64,7 @@ def test_matches_float64(run, x_dtype, packed):
         for rows in (1, 2, 7, 9):
             x, weight = random(rows, inputs, dtype=x_dtype), random(outputs, inputs, seed=1)
             weight = weight.to(x_dtype)
-            found = run(x, pack_weight(weight, packed), out_dtype=torch.float32)
+            found = run(x, lay_out_weight(weight, packed), out_dtype=torch.float32)
             assert found.shape == (rows, outputs)
             assert_close(found, *oracle(x, weight, packed), inputs)
 
@@ -78,7 +78,7 @@ def test_random_shapes(data):
     seed = data.draw(st.integers(0, 99))
     x = (random(rows, inputs, seed=seed) * x_size).to(x_dtype)
     weight = (random(outputs, inputs, seed=seed + 1) * weight_size).to(x_dtype)
-    data_packed = pack_weight(weight, packed)
+    data_packed = lay_out_weight(weight, packed)
     expected = oracle(x, weight, packed)
     for name in ["reference", *KERNELS]:
         if name == "reference":
@@ -96,7 +96,7 @@ def test_large_shapes(kernel, packed):
     """The shape of a layer, which crosses caches and threads, and a prompt's worth of rows."""
     dtype = torch.float32 if packed == torch.int8 else packed
     x, weight = random(300, 576, dtype=dtype), random(99, 576, dtype=dtype, seed=1)
-    data = pack_weight(weight, packed)
+    data = lay_out_weight(weight, packed)
     found = kernel(x, data, out_dtype=torch.float32)
     assert_close(found, *oracle(x, weight, packed), 576)
     for rows in ((0, 1), (297, 298), (299, 300), (13, 50)):
@@ -110,7 +110,7 @@ def test_large_shapes(kernel, packed):
 def test_row_rule(kernel, x_dtype, packed):
     """T rows have the bits of T calls, for every T, whatever the number of threads."""
     threads = torch.get_num_threads()
-    x, weight = random(64, 77, dtype=x_dtype), pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    x, weight = random(64, 77, dtype=x_dtype), lay_out_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     expected = alone(x, weight)
     try:
         for count in (1, 2):
@@ -125,7 +125,7 @@ def test_row_rule(kernel, x_dtype, packed):
 @pytest.mark.parametrize("packed", PACKED, ids=str)
 def test_row_rule_with_bias_in_a_real_layer(kernel, packed):
     dtype = torch.bfloat16 if packed == torch.int8 else packed
-    x, weight = random(11, 1537, dtype=dtype), pack_weight(random(163, 1537, dtype=dtype, seed=1), packed)
+    x, weight = random(11, 1537, dtype=dtype), lay_out_weight(random(163, 1537, dtype=dtype, seed=1), packed)
     bias = random(163)
     for out_dtype in FLOATS:
         expected = alone(x, weight, bias, out_dtype=out_dtype)
@@ -136,7 +136,7 @@ def test_row_rule_with_bias_in_a_real_layer(kernel, packed):
 
 def test_the_row_rule_is_not_a_matter_of_course():
     """A sum whose order depends on the number of rows breaks it, in last bits: the tests above would notice."""
-    x, weight = random(64, 577), pack_weight(random(163, 577, seed=1))
+    x, weight = random(64, 577), lay_out_weight(random(163, 577, seed=1))
 
     def order_dependent(x):  # of rows in company, the sums go by way of 1
         return linear(x, weight) if len(x) == 1 else linear(x, weight) + 1 - 1
@@ -152,7 +152,7 @@ def test_the_row_rule_is_not_a_matter_of_course():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
 def test_a_bad_row_stays_alone(run, x_dtype, packed, value):
-    x, weight = random(9, 77, dtype=x_dtype), pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    x, weight = random(9, 77, dtype=x_dtype), lay_out_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     clean = run(x, weight)
     for row in (0, 4, 8):
         bad = x.clone()
@@ -169,11 +169,11 @@ def test_a_bad_row_stays_alone(run, x_dtype, packed, value):
 def test_a_nan_weight_reaches_its_output_only(run, dtype):
     x, weight = random(9, 77, dtype=dtype), random(45, 77, dtype=dtype, seed=1)
     x[3] = 0
-    clean = run(x, pack_weight(weight))
+    clean = run(x, lay_out_weight(weight))
     for output, inputs in ((0, 0), (31, 76), (44, 76)):
         bad = weight.clone()
         bad[output, inputs] = torch.nan
-        found = run(x, pack_weight(bad))
+        found = run(x, lay_out_weight(bad))
         others = [i for i in range(45) if i != output]
         assert found[:, output].isnan().all()
         assert_same(found[:, others].contiguous(), clean[:, others].contiguous())
@@ -182,9 +182,9 @@ def test_a_nan_weight_reaches_its_output_only(run, dtype):
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
 def test_nothing_is_left_over_from_another_call(kernel, x_dtype, packed):
     """Kernels share a buffer: what a larger call wrote there must not be read as this one's padding."""
-    x, weight = random(5, 63, dtype=x_dtype), pack_weight(random(33, 63, dtype=x_dtype, seed=1), packed)
+    x, weight = random(5, 63, dtype=x_dtype), lay_out_weight(random(33, 63, dtype=x_dtype, seed=1), packed)
     expected = kernel(x, weight)
-    kernel(torch.full((40, 200), torch.nan, dtype=x_dtype), pack_weight(torch.ones(3, 200, dtype=x_dtype), packed))
+    kernel(torch.full((40, 200), torch.nan, dtype=x_dtype), lay_out_weight(torch.ones(3, 200, dtype=x_dtype), packed))
     assert same_bits(kernel(x, weight), expected)
 
 
@@ -194,7 +194,7 @@ def test_tiny_and_huge_rows(run, packed):
     x = torch.zeros(6, 40)
     x[1], x[2], x[3], x[4], x[5] = 1e-44, 1e-39, 1e-37, 1e-35, 1e38
     weight = torch.full((3, 40), 0.01)
-    found = run(x, pack_weight(weight, packed))
+    found = run(x, lay_out_weight(weight, packed))
     expected = x.double() @ weight.double().T
     assert found.isfinite().all()
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-37 if packed == torch.int8 else 1e-43)
@@ -205,7 +205,7 @@ def test_tiny_and_huge_rows(run, packed):
 
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
 def test_shapes_and_strides(run, x_dtype, packed):
-    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    weight = lay_out_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     x = random(2, 3, 77, dtype=x_dtype)
     expected = run(x, weight)
     assert expected.shape == (2, 3, 45) and expected.dtype == x_dtype and expected.is_contiguous()
@@ -224,7 +224,7 @@ def test_shapes_and_strides(run, x_dtype, packed):
 
 def test_one_input_may_have_any_stride(run):
     x = random(4, 6)
-    weight = pack_weight(random(5, 1, seed=1))
+    weight = lay_out_weight(random(5, 1, seed=1))
     assert_same(run(x[:, 2:3], weight), run(x[:, 2:3].contiguous(), weight))
     assert_same(run(x.T[:, 2:3], weight), run(x.T[:, 2:3].contiguous(), weight))
 
@@ -232,7 +232,7 @@ def test_one_input_may_have_any_stride(run):
 @pytest.mark.parametrize("x_dtype, packed", INPUTS, ids=str)
 def test_bias_and_out_dtype(run, x_dtype, packed):
     """The fp32 sum, plus the bias in fp32, rounded once."""
-    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    weight = lay_out_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     x = random(5, 77, dtype=x_dtype)
     total = run(x, weight, out_dtype=torch.float32)
     assert_same(run(x, weight), total.to(x_dtype))
@@ -245,13 +245,15 @@ def test_bias_and_out_dtype(run, x_dtype, packed):
 
 
 def test_results_beyond_fp16(run):
-    found = run(torch.full((1, 64), 1e4), pack_weight(torch.tensor([[1.0], [-1.0]]).expand(2, 64)), out_dtype=FLOATS[1])
+    found = run(
+        torch.full((1, 64), 1e4), lay_out_weight(torch.tensor([[1.0], [-1.0]]).expand(2, 64)), out_dtype=FLOATS[1]
+    )
     assert found.tolist() == [[torch.inf, -torch.inf]]
 
 
-def test_a_plain_weight_is_packed(run):
+def test_a_plain_weight_is_laid_out(run):
     x, weight = random(5, 77), random(45, 77, seed=1)
-    assert_same(run(x, weight), run(x, pack_weight(weight)))
+    assert_same(run(x, weight), run(x, lay_out_weight(weight)))
 
 
 # ==== the op as torch sees it ====
@@ -259,7 +261,7 @@ def test_a_plain_weight_is_packed(run):
 
 @pytest.mark.parametrize("x_dtype, packed", INPUTS[:4], ids=str)
 def test_opcheck(x_dtype, packed):
-    weight = pack_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
+    weight = lay_out_weight(random(45, 77, dtype=x_dtype, seed=1), packed)
     for bias in (None, random(45)):
         args = (random(5, 77, dtype=x_dtype), weight.data, bias, 45, torch.float32)
         torch.library.opcheck(torch.ops.pyspec.linear.default, args)
@@ -271,7 +273,7 @@ def test_compiles_as_one_graph():
 
     x, weight, bias = random(2, 3, 77), random(45, 77, seed=1), random(45)
     for packed, backend in ((torch.float32, "inductor"), (torch.int8, "aot_eager")):
-        args = (x, pack_weight(weight, packed), bias)
+        args = (x, lay_out_weight(weight, packed), bias)
         torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=backend)(*args), step(*args))
 
 
@@ -298,13 +300,13 @@ def test_compiles_as_one_graph():
 )
 def test_bad_input_names_the_argument(error, message, change):
     with pytest.raises(error, match=f"^{message}"):
-        linear(*change(random(5, 77), pack_weight(random(45, 77))))
+        linear(*change(random(5, 77), lay_out_weight(random(45, 77))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8], ids=str)
 def test_bad_out_dtype(dtype):
     with pytest.raises(TypeError, match=f"^out_dtype must be float32, float16 or bfloat16, got {dtype}"):
-        linear(random(5, 77), pack_weight(random(45, 77)), out_dtype=dtype)
+        linear(random(5, 77), lay_out_weight(random(45, 77)), out_dtype=dtype)
 
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
@@ -343,7 +345,7 @@ def test_direct_calls_cannot_read_outside(packed, change):
     dtype = torch.float32 if packed == torch.int8 else packed
     args = {
         "x": random(5, 64, dtype=dtype),
-        "weight": pack_weight(random(45, 64, dtype=dtype), packed).data,
+        "weight": lay_out_weight(random(45, 64, dtype=dtype), packed).data,
         "bias": torch.zeros(45),
         "outputs": 45,
         "out_dtype": torch.float32,
@@ -361,6 +363,6 @@ def test_direct_calls_cannot_read_outside(packed, change):
 def test_direct_calls_need_one_dtype():
     for x_dtype in FLOATS:
         for dtype in set(FLOATS) - {x_dtype}:
-            weight = pack_weight(random(45, 64), dtype).data
+            weight = lay_out_weight(random(45, 64), dtype).data
             with pytest.raises(RuntimeError, match="weight must be int8 or have the dtype of x"):
                 torch.ops.pyspec.linear(random(5, 64, dtype=x_dtype), weight, None, 45, torch.float32)

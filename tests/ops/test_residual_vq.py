@@ -86,7 +86,7 @@ def test_each_code_is_the_nearest(on_backend, name):
 
 
 @pytest.mark.parametrize("head_dim, dtype", [*((d, torch.float32) for d in HEAD_DIMS), (64, torch.bfloat16)], ids=str)
-def test_backends_pack_the_same(on_backend, head_dim, dtype):
+def test_backends_lay_out_the_same(on_backend, head_dim, dtype):
     """But for ties, which sums of another order decide otherwise."""
     k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in keys_values(BLOCK, 2, 1, head_dim, dtype))
     for books in (BOOKS["256"], codebooks_of(3, 2048, batch=2)):

@@ -6,7 +6,7 @@ import torch
 import pyspec.runners.native
 from pyspec import DraftTree, load
 from pyspec.architectures.llama import LlamaWeights
-from pyspec.ops.linear import PackedWeight
+from pyspec.ops.linear import LinearWeight
 from tests.helpers.order_dependent import order_dependent_llamas
 from tests.helpers.random_llama import random_tokens, random_tree
 from tests.helpers.runner_checks import (
@@ -107,9 +107,9 @@ def test_weights_exist_once(models):
     assert value.untyped_storage().data_ptr() == dense.layers[0].qkv.data_ptr()
     for name, values in runner.weights.named(runner.config).items():
         places[name].copy_(values)
-    dense.pack(torch.float32)
+    dense.lay_out(torch.float32)
     assert dense.head is dense.embedding and all(
-        isinstance(matrix, PackedWeight)
+        isinstance(matrix, LinearWeight)
         for layer in dense.layers
         for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)
     )

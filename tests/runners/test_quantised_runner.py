@@ -188,7 +188,7 @@ def test_nan_keys_are_refused(runner):
     layer = broken.weights.layers[1]
     dense = layer.qkv.unpack()
     dense[-1] = torch.nan
-    layer.qkv.data.copy_(pyspec.ops.pack_weight(dense, torch.float32).data)
+    layer.qkv.data.copy_(pyspec.ops.lay_out_weight(dense, torch.float32).data)
     with pytest.raises(ValueError, match="values must be .* got nan in layer 1, head 1, position 0, channel 63"):
         broken.prefill([random_tokens(200)], cache=cache_from_name("gear-2bit"))
 

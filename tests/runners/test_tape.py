@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyspec.ops import linear, pack_weight, rms_norm, swiglu
+from pyspec.ops import lay_out_weight, linear, rms_norm, swiglu
 from pyspec.runners import replay
 from pyspec.runners.tape import Arena, Tape, can_record
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path, verify_all
@@ -21,7 +21,9 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-LAYERS = [(random(48), pack_weight(random(128, 48, seed=i)), pack_weight(random(48, 64, seed=9 + i))) for i in range(4)]
+LAYERS = [
+    (random(48), lay_out_weight(random(128, 48, seed=i)), lay_out_weight(random(48, 64, seed=9 + i))) for i in range(4)
+]
 
 
 def forward(hidden, layers=LAYERS):

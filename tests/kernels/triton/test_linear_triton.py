@@ -20,7 +20,7 @@ FORMATS = [*EPSILON, torch.int8]
 
 
 def run(x, weight, bias=None, is_int8=False, out_dtype=None):
-    """The launcher on a weight [N, K], packed in rows as `pack_weight` does where there is a GPU."""
+    """The launcher on a weight [N, K], packed in rows as `lay_out_weight` does where there is a GPU."""
     data = _pack_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
     bias = None if bias is None else to_device(bias, DEVICE)
     return kernels.linear(to_device(x, DEVICE), data.to(DEVICE), bias, weight.shape[0], out_dtype or x.dtype).cpu()

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed for this platform"
 import pyspec.runners.native  # noqa: E402
 from pyspec import DraftTree  # noqa: E402
 from pyspec.ops import _library  # noqa: E402
-from pyspec.ops.linear import PackedWeight, _pack_int8  # noqa: E402
+from pyspec.ops.linear import LinearWeight, _pack_int8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DTYPES = [torch.float32, slow(torch.float16), slow(torch.int8)]  # the interpreter rounds bf16 otherwise
@@ -25,11 +25,11 @@ def gpu_llama(monkeypatch):
 
     def pack_rows(weight, dtype=None):
         data = _pack_int8(weight, in_panels=False) if dtype == torch.int8 else weight.to(dtype).contiguous()
-        return PackedWeight(data, *weight.shape)
+        return LinearWeight(data, *weight.shape)
 
     def make(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(pyspec.architectures.weights, "pack_weight", pack_rows)
+            patch.setattr(pyspec.architectures.weights, "lay_out_weight", pack_rows)
             runner = random_llama(**options)
         for op in _library._OPS.values():
             if op._triton is not None:

@@ -1,4 +1,4 @@
-"""pack_weight: every byte of a packed weight, and what it gives back."""
+"""lay_out_weight: every byte of a laid out weight, and what it gives back."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.linear import PackedWeight, _pack_int8, linear, linear_reference, linear_rows_reference, pack_weight
+from pyspec.ops.linear import LinearWeight, _pack_int8, lay_out_weight, linear, linear_reference, linear_rows_reference
 from tests.helpers.every_backend import each_kernel
 from tests.helpers.linear_cases import FLOATS, PACKED, SIZES, random, rounded_weight
 
@@ -19,11 +19,11 @@ kernel = each_kernel(linear)
 def test_float_format(outputs, inputs, dtype):
     """Place by place as kernels/params/linear.h says, and zeros between."""
     weight = random(outputs, inputs)
-    packed = pack_weight(weight, dtype)
-    assert (packed.outputs, packed.inputs, packed.dtype) == (outputs, inputs, dtype)
+    laid_out = lay_out_weight(weight, dtype)
+    assert (laid_out.outputs, laid_out.inputs, laid_out.dtype) == (outputs, inputs, dtype)
     steps = inputs + inputs % 2 if dtype == torch.bfloat16 else inputs
-    assert packed.nbytes == (outputs + 31) // 32 * 32 * steps * dtype.itemsize
-    found = packed.data.flatten().clone()
+    assert laid_out.nbytes == (outputs + 31) // 32 * 32 * steps * dtype.itemsize
+    found = laid_out.data.flatten().clone()
     rounded = weight.to(dtype)
     for n in range(outputs):
         panel, lane = n // 32 * 32 * steps, n % 32
@@ -32,18 +32,18 @@ def test_float_format(outputs, inputs, dtype):
             assert found[panel + step] == rounded[n, k]
             found[panel + step] = 0
     assert not found.any()
-    assert torch.equal(packed.unpack(), rounded.float())
+    assert torch.equal(laid_out.unpack(), rounded.float())
 
 
 @pytest.mark.parametrize("outputs, inputs", SIZES)
 def test_int8_format(outputs, inputs):
     weight = random(outputs, inputs)
-    packed = pack_weight(weight, torch.int8)
+    laid_out = lay_out_weight(weight, torch.int8)
     groups = (inputs + 31) // 32
-    assert (packed.outputs, packed.inputs, packed.dtype) == (outputs, inputs, torch.int8)
-    assert packed.nbytes == (outputs + 31) // 32 * groups * 32 * 34
+    assert (laid_out.outputs, laid_out.inputs, laid_out.dtype) == (outputs, inputs, torch.int8)
+    assert laid_out.nbytes == (outputs + 31) // 32 * groups * 32 * 34
     scales, integers = rounded_weight(weight.numpy())
-    data = packed.data.flatten().numpy()
+    data = laid_out.data.flatten().numpy()
     for panel in range((outputs + 31) // 32):
         for g in range(groups):
             start = (panel * groups + g) * 32 * 34
@@ -54,46 +54,46 @@ def test_int8_format(outputs, inputs):
                 assert scale == (scales[n, g] if n < outputs else 0)
                 assert (data[places] == (integers[n, g] + 128 if n < outputs else 128)).all()
     values = (scales[..., None].astype(np.float32) * integers).reshape(outputs, -1)[:, :inputs]
-    assert torch.equal(packed.unpack(), torch.from_numpy(values))
+    assert torch.equal(laid_out.unpack(), torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("outputs, inputs", SIZES)
 @pytest.mark.parametrize("dtype", PACKED, ids=str)
 def test_rows(kernel, outputs, inputs, dtype):
-    packed = pack_weight(random(outputs, inputs), dtype)
+    laid_out = lay_out_weight(random(outputs, inputs), dtype)
     index = torch.cat((torch.arange(outputs).flip(0), torch.randint(outputs, (40,)), torch.zeros(2, dtype=torch.int64)))
-    found = packed.rows(index)
-    assert found.dtype == torch.float32 and torch.equal(found, packed.unpack()[index])
-    assert torch.equal(found, linear_rows_reference(index, packed.data, outputs, inputs))
-    assert packed.rows(index[:0]).shape == (0, inputs)
-    torch.library.opcheck(torch.ops.pyspec.linear_rows.default, (index[::2], packed.data, outputs, inputs))
+    found = laid_out.rows(index)
+    assert found.dtype == torch.float32 and torch.equal(found, laid_out.unpack()[index])
+    assert torch.equal(found, linear_rows_reference(index, laid_out.data, outputs, inputs))
+    assert laid_out.rows(index[:0]).shape == (0, inputs)
+    torch.library.opcheck(torch.ops.pyspec.linear_rows.default, (index[::2], laid_out.data, outputs, inputs))
 
 
 @pytest.mark.parametrize("wrong", [-1, 45, 2**40])
 def test_rows_outside_of_the_weight(wrong):
-    packed = pack_weight(random(45, 77))
+    laid_out = lay_out_weight(random(45, 77))
     with pytest.raises(RuntimeError, match=rf"index must be in \[0, 45\), got {wrong} at 1"):
-        packed.rows(torch.tensor([0, wrong]))
+        laid_out.rows(torch.tensor([0, wrong]))
 
 
 @pytest.mark.parametrize("weight_dtype", FLOATS, ids=str)
 def test_packing_takes_any_float_and_any_strides(weight_dtype):
     weight = random(70, 90, dtype=weight_dtype)
-    assert pack_weight(weight).dtype == weight_dtype
+    assert lay_out_weight(weight).dtype == weight_dtype
     for dtype in PACKED:
-        expected = pack_weight(weight, dtype).data
+        expected = lay_out_weight(weight, dtype).data
         wide = random(90, 200, dtype=weight_dtype).T[10:150:2]
         wide.copy_(weight)
-        assert wide.stride() == (2, 200) and torch.equal(pack_weight(wide, dtype).data, expected)
-        assert torch.equal(pack_weight(weight.float(), dtype).data, expected)
+        assert wide.stride() == (2, 200) and torch.equal(lay_out_weight(wide, dtype).data, expected)
+        assert torch.equal(lay_out_weight(weight.float(), dtype).data, expected)
 
 
 @pytest.mark.parametrize("outputs, inputs", SIZES)
 def test_formats_of_other_devices(outputs, inputs):
     """Tiles of int8 hold the same values as panels; floats are left in rows."""
     weight = random(outputs, inputs)
-    in_panels = pack_weight(weight, torch.int8)
-    in_tiles = PackedWeight(_pack_int8(weight, False), outputs, inputs)
+    in_panels = lay_out_weight(weight, torch.int8)
+    in_tiles = LinearWeight(_pack_int8(weight, False), outputs, inputs)
     assert in_tiles.data.shape == ((outputs + 63) // 64, (inputs + 127) // 128, 64 * 4 * 34)
     assert torch.equal(in_tiles.unpack(), in_panels.unpack())
     index = torch.tensor([outputs - 1, 0])
@@ -103,7 +103,7 @@ def test_formats_of_other_devices(outputs, inputs):
     found = [linear_reference(x, w.data, None, outputs, torch.float32) for w in (in_tiles, in_panels)]
     assert torch.equal(*found)
     for dtype in FLOATS:
-        on_meta = pack_weight(weight.to("meta"), dtype)
+        on_meta = lay_out_weight(weight.to("meta"), dtype)
         assert on_meta.data.shape == (outputs, inputs) and on_meta.dtype == dtype
 
 
@@ -111,7 +111,7 @@ def test_formats_of_other_devices(outputs, inputs):
 @given(st.integers(0, 999), st.sampled_from([1e-2, 1.0, 300.0, 1e6]))
 def test_int8_error_is_half_a_step(seed, size):
     weight = random(33, 75, seed=seed) * size
-    error = F.pad((pack_weight(weight, torch.int8).unpack() - weight).abs(), (0, 21)).unflatten(1, (-1, 32))
+    error = F.pad((lay_out_weight(weight, torch.int8).unpack() - weight).abs(), (0, 21)).unflatten(1, (-1, 32))
     largest = F.pad(weight.abs(), (0, 21)).unflatten(1, (-1, 32)).amax(-1, keepdim=True)
     # the scale is rounded to fp16, which widens a step by up to 2^-11
     assert (error <= largest / 254 * (1 + 2**-10)).all()
@@ -129,9 +129,9 @@ def test_int8_keeps_what_was_int8(seed):
     bits = torch.randint(1, 0x7C00, (35, 3, 1), generator=generator, dtype=torch.int16)
     scales = bits.view(torch.float16).float()
     weight = (scales * integers).flatten(1)
-    packed = pack_weight(weight, torch.int8)
-    assert torch.equal(packed.unpack(), weight)
-    assert torch.equal(pack_weight(packed.unpack(), torch.int8).data, packed.data)
+    laid_out = lay_out_weight(weight, torch.int8)
+    assert torch.equal(laid_out.unpack(), weight)
+    assert torch.equal(lay_out_weight(laid_out.unpack(), torch.int8).data, laid_out.data)
 
 
 def test_int8_of_zeros_and_of_tiny_values():
@@ -139,7 +139,7 @@ def test_int8_of_zeros_and_of_tiny_values():
     weight[1, 40], weight[2] = 1.0, 1e-9  # a scale of 1e-9 / 127 is 0 in fp16
     expected = torch.zeros(3, 70)
     expected[1, 40] = torch.tensor(1 / 127).half().float() * 127
-    assert torch.equal(pack_weight(weight, torch.int8).unpack(), expected)
+    assert torch.equal(lay_out_weight(weight, torch.int8).unpack(), expected)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,6 @@ def test_int8_of_zeros_and_of_tiny_values():
         (ValueError, "weight must be at most .* got nan", torch.tensor([[1.0, torch.nan]]), torch.int8),
     ],
 )
-def test_bad_weights_are_not_packed(error, message, weight, dtype):
+def test_bad_weights_are_not_laid_out(error, message, weight, dtype):
     with pytest.raises(error, match=f"^{message}"):
-        pack_weight(weight, dtype)
+        lay_out_weight(weight, dtype)
