@@ -5,9 +5,9 @@
 
 One call is every linear of SmolLM2-135M once, each with its own weight, so that weights come from memory as they do
 in a real step. The peer is torch's linear in the same dtype; int8 weights (with fp32 rows) have none, so theirs are
-fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the laid out bytes over the measured
-read bandwidth and the operations over the measured rate of a large matrix product, in the dtype or in fp32, whichever
-is faster here.
+fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the bytes that are read over the
+measured read bandwidth and the operations over the measured rate of a large matrix product, in the dtype or in fp32,
+whichever is faster here.
 """
 
 from __future__ import annotations
