@@ -4,6 +4,7 @@ import torch
 
 from pyspec.caches import Codebooks, GearSettings, ResidualVqSettings, cache_from_name
 from pyspec.runners.numbers import Numbers
+from tests.helpers.random_llama import random_llama
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 64
 FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -22,6 +23,13 @@ SETTINGS = {
     "codes": ResidualVqSettings(codebooks()),
     "pre-rope codes": ResidualVqSettings(codebooks(frequencies=FREQUENCIES)),
 }
+
+
+def random_codes(pre_rope: bool) -> ResidualVqSettings:
+    """Of random_llama's keys, as they are cached or as they were before rotary embedding."""
+    runner = random_llama()
+    frequencies = runner.config.rope_frequencies() if pre_rope else None
+    return ResidualVqSettings(codebooks(8, heads=2, name=runner.fingerprint, frequencies=frequencies))
 
 
 def text_of(tokens, seed=0):

@@ -6,21 +6,13 @@ import pytest
 import torch
 
 import pyspec.runners.native
-from pyspec import DraftTree, ResidualVqSettings, generate, load
-from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedCache, cache_from_name
+from pyspec import DraftTree, generate, load
+from pyspec.caches import CACHES, GearSettings, QuantisedCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
 from pyspec.runners.replay import launch_by_launch
+from tests.helpers.quantised_caches import random_codes
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
-
-
-def random_codes(pre_rope: bool) -> ResidualVqSettings:
-    runner = random_llama()
-    words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
-    words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
-    frequencies = runner.config.rope_frequencies() if pre_rope else None
-    return ResidualVqSettings(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
-
 
 QUANTISED = {
     **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
