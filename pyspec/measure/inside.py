@@ -20,8 +20,6 @@ from pyspec.runners.replay import launch_by_launch
 from pyspec.runners.tape import Tape
 from pyspec.tree import DraftTree
 
-__all__ = ["attend_step", "launched", "read", "seconds_in_ops", "weight_bytes"]
-
 
 def weight_bytes(runner) -> int:
     """Bytes of weights that a step reads: the matrices of all layers, and the head."""
