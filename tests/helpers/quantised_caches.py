@@ -40,7 +40,7 @@ def text_of(tokens, seed=0):
 def start(settings, capacity=900, sequences=2):
     cache = settings.start(LAYERS, sequences, HEADS, capacity, HEAD_DIM, torch.float32, torch.device("cpu"))
     cache.keys_values.fill_(torch.nan)  # what is read must have been written
-    cache.packed.fill_(255)
+    cache.quantised.fill_(255)
     return cache
 
 
