@@ -3,7 +3,9 @@
 from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
-from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
+from pyspec.ops.gear import gear_attention
+from pyspec.ops.gear_encode import gear_encode
+from pyspec.ops.gear_format import GearFormat, gear_decode
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.ragged_attention import ragged_attention
@@ -38,9 +40,7 @@ __all__ = [
     "lay_out_weight",
     "ragged_attention",
     "residual_vq_attention",
-    "ragged_attention",
     "residual_vq_decode",
-    "ragged_attention",
     "residual_vq_encode",
     "rms_norm",
     "rotary_of_blocks",
