@@ -13,10 +13,10 @@ from itertools import product
 import steps
 import torch
 from command_line import DTYPES, parse, parser_of
+from inside import launched
 
 from pyspec import measure
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights
-from pyspec.measure.inside import launched
 from pyspec.runners.attention import AttentionRunner
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding

@@ -16,10 +16,10 @@ import bench_verify
 import steps
 import torch
 from command_line import DTYPES
+from inside import record_prompt
 from where import DEVICE, IS_DRY
 
 from pyspec import measure
-from pyspec.measure.inside import record_prompt
 from pyspec.measure.results import RESULTS
 from pyspec.ops import lay_out_weight
 from pyspec.runners import native

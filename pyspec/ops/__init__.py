@@ -19,36 +19,3 @@ from pyspec.ops.swiglu import swiglu
 from pyspec.ops.topk import TopK, topk
 from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
-
-__all__ = [
-    "GearFormat",
-    "LinearWeight",
-    "Round",
-    "RowStatistics",
-    "TopK",
-    "backend",
-    "backends",
-    "block_masked_attention",
-    "causal_conv",
-    "choose_buckets",
-    "expected_recall",
-    "gear_attention",
-    "gear_decode",
-    "gear_encode",
-    "linear",
-    "merge_attention",
-    "lay_out_weight",
-    "ragged_attention",
-    "residual_vq_attention",
-    "residual_vq_decode",
-    "residual_vq_encode",
-    "rms_norm",
-    "rotary_of_blocks",
-    "rotary_write",
-    "row_statistics",
-    "selective_state",
-    "sparse_attention",
-    "swiglu",
-    "topk",
-    "tree_attention",
-]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyspec.ops.weight_formats import Codes, WeightFormat
 
-__all__ = ["GROUP", "INPUTS", "OUTPUTS", "has_zero_points", "lay_out_codes", "read_codes", "tile_bytes"]
+__all__ = ["GROUP", "INPUTS", "OUTPUTS", "has_zero_points", "lay_out_tiles", "read_tiles", "tile_bytes"]
 
 OUTPUTS, INPUTS = 128, 128  # of a tile
 GROUP = 32  # inputs that the kernel multiplies a scale with
@@ -47,7 +47,7 @@ def tile_bytes(format: WeightFormat) -> int:
     return OUTPUTS * (factors + GROUPS * (format.has_scales + format.has_minimums) + INPUTS // 2)
 
 
-def lay_out_codes(codes: Codes) -> Tensor:
+def lay_out_tiles(codes: Codes) -> Tensor:
     """A weight in 4 bits as the GPU's kernel reads it: uint8 [panels of outputs, tiles of inputs, tile_bytes].
 
     Raises:
@@ -84,7 +84,7 @@ def _tiles(part: Tensor, wide: int) -> Tensor:
     return part.unflatten(1, (-1, wide)).unflatten(0, (-1, OUTPUTS)).transpose(1, 2).contiguous()
 
 
-def read_codes(data: Tensor, format: WeightFormat, inputs: int, index: Tensor) -> Codes:
+def read_tiles(data: Tensor, format: WeightFormat, inputs: int, index: Tensor) -> Codes:
     """The outputs of `index` [n] of a laid out weight, taken apart again."""
     panel, output = index // OUTPUTS, index % OUTPUTS
     at = 0
