@@ -102,16 +102,14 @@ def attend_to_blocks(batch, heads, rows, head_dim, dtype=BF16):
 
 def normalise(rows, size):
     hidden = (rows, size)
-    return Call(
-        lambda: rms_norm(*(new(*hidden, dtype=FP32) for _ in range(2)), None, new(size, dtype=FP32), 1e-5, BF16)
-    )
+    return Call(lambda: rms_norm(new(*hidden, dtype=FP32), new(*hidden, dtype=FP32), new(size, dtype=FP32), 1e-5, BF16))
 
 
 def write_keys(rows, heads=32, kv_heads=8, head_dim=128):
     def run():
         qkv, cos_sin = new(rows, (heads + 2 * kv_heads) * head_dim, dtype=FP32), new(rows, 2, head_dim // 2, dtype=FP32)
         cache = new(2, 1, kv_heads, rows, head_dim)  # no more than is written
-        return rotary_write(qkv, cos_sin, *(new(rows, dtype=INT32) for _ in range(3)), *cache, heads, None, 0.0)
+        return rotary_write(qkv, cos_sin, *(new(rows, dtype=INT32) for _ in range(3)), *cache, heads)
 
     return Call(run)
 
@@ -191,7 +189,7 @@ CALLS = {
     "merge_attention": merge(512, 128),
     "rms_norm": normalise(16, 4096),
     "rotary_write": write_keys(16),
-    "swiglu": Call(lambda: swiglu(new(16, 2 * 14336, dtype=FP32), 0, BF16)),
+    "swiglu": Call(lambda: swiglu(new(16, 2 * 14336, dtype=FP32), BF16)),
     "topk 16x128256 k=64": select(16, 128256, 64, FP32),
     "topk 256x65536 fp16 k=256": select(256, 65536, 256, FP16),
     "topk 256x65536 fp16 k=256 in 512 buckets": select(256, 65536, 256, FP16, 512),

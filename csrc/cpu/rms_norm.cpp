@@ -8,9 +8,9 @@ using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 
-Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::optional<Tensor>& delta_weight,
-                const std::optional<Tensor>& weight, double epsilon,
-                torch::headeronly::ScalarType out_dtype) {
+Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::optional<Tensor>& weight,
+                double epsilon, torch::headeronly::ScalarType out_dtype,
+                const std::optional<Tensor>& delta_weight) {
   auto float32 = torch::headeronly::ScalarType::Float;
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
                   "hidden must be float32 [rows, size] and contiguous");

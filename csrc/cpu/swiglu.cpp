@@ -8,7 +8,7 @@ using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_swiglu, pyspec::SwigluParams);
 
-Tensor swiglu(const Tensor& gate_up, int64_t activation, torch::headeronly::ScalarType out_dtype) {
+Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype, int64_t activation) {
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.scalar_type() == torch::headeronly::ScalarType::Float &&
                       gate_up.size(1) % 2 == 0,
                   "gate_up must be float32 [rows, 2 * size]");

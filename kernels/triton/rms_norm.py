@@ -58,7 +58,7 @@ def compile_options(block: int) -> dict:
     return {"num_warps": max(1, min(16, block // 256)), "enable_fp_fusion": False}
 
 
-def rms_norm(hidden, delta, delta_weight, weight, epsilon, out_dtype):
+def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
     groups = weight.shape[0] if weight is not None and weight.dim() == 2 else 1

@@ -105,7 +105,7 @@ def rotary_write_kernel(
         tl.store(target + WIDTH + behind, rest.to(q.dtype.element_ty), mask=is_behind)
 
 
-def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon):
+def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rotary_write.
 
     Nothing waits for the device and the grid comes from shapes alone, so a CUDA graph can capture the call.

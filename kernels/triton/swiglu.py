@@ -35,7 +35,7 @@ def swiglu_kernel(
     tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-turned)) * up).to(out.dtype.element_ty), mask=used)
 
 
-def swiglu(gate_up, activation, out_dtype):
+def swiglu(gate_up, out_dtype, activation=0):
     """Launches the kernel; arguments and result of torch.ops.pyspec.swiglu."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, size), dtype=out_dtype)

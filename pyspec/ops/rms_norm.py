@@ -19,10 +19,10 @@ __all__ = ["rms_norm", "rms_norm_reference"]
 def rms_norm_reference(
     hidden: Tensor,
     delta: Tensor | None,
-    delta_weight: Tensor | None,
     weight: Tensor | None,
     epsilon: float,
     out_dtype: torch.dtype,
+    delta_weight: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; hidden is changed in place. The specification of the kernels."""
     if delta is not None:
@@ -38,7 +38,7 @@ def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-def _fake(hidden, delta, delta_weight, weight, epsilon, out_dtype) -> Tensor:
+def _fake(hidden, delta, weight, epsilon, out_dtype, delta_weight=None) -> Tensor:
     return torch.empty_like(hidden, dtype=out_dtype)
 
 
@@ -50,8 +50,8 @@ def _triton():
 
 _OP = Op(
     "rms_norm",
-    "(Tensor(a!) hidden, Tensor? delta, Tensor? delta_weight, Tensor? weight, float epsilon, ScalarType out_dtype) "
-    "-> Tensor",
+    "(Tensor(a!) hidden, Tensor? delta, Tensor? weight, float epsilon, ScalarType out_dtype, "
+    "Tensor? delta_weight=None) -> Tensor",
     rms_norm_reference,
     _fake,
     _triton,
@@ -101,4 +101,4 @@ def rms_norm(
     if has_groups and (not len(weight) or len(hidden) % len(weight)):
         raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
     check_floating("out_dtype", out_dtype)
-    return _OP(hidden, delta, delta_weight, weight, epsilon, out_dtype)
+    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight)

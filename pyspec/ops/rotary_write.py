@@ -26,8 +26,8 @@ def rotary_write_reference(
     keys: Tensor,
     values: Tensor,
     heads: int,
-    norm: Tensor | None,
-    epsilon: float,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """Plain PyTorch; keys and values are changed in place. The specification of the kernels."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
@@ -47,13 +47,13 @@ def rotary_write_reference(
     return turned[:, :heads].contiguous()
 
 
-def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon) -> None:
+def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> None:
     check_places("positions", positions, len(cos_sin), "cos_sin has {} positions")
     check_places("sequences", sequences, len(keys), "keys has {} sequences")
     check_places("slots", slots, keys.shape[2], "keys has {} slots")
 
 
-def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon) -> Tensor:
+def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> Tensor:
     return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
 
 
@@ -66,7 +66,7 @@ def _triton():
 _OP = Op(
     "rotary_write",
     "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
-    "Tensor(b!) values, int heads, Tensor? norm, float epsilon) -> Tensor",
+    "Tensor(b!) values, int heads, Tensor? norm=None, float epsilon=0.0) -> Tensor",
     rotary_write_reference,
     _fake,
     _triton,

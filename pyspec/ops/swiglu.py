@@ -14,14 +14,14 @@ __all__ = ["ACTIVATIONS", "swiglu", "swiglu_reference"]
 ACTIVATIONS = ("silu", "gelu_tanh")  # numbered as in kernels/params/swiglu.h
 
 
-def swiglu_reference(gate_up: Tensor, activation: int, out_dtype: torch.dtype) -> Tensor:
+def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 0) -> Tensor:
     """Plain PyTorch. The specification of the kernels."""
     gate, up = gate_up.chunk(2, dim=-1)
     gate = F.silu(gate) if ACTIVATIONS[activation] == "silu" else F.gelu(gate, approximate="tanh")
     return (gate * up).to(out_dtype)
 
 
-def _fake(gate_up, activation, out_dtype) -> Tensor:
+def _fake(gate_up, out_dtype, activation=0) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=out_dtype)
 
 
@@ -31,7 +31,7 @@ def _triton():
     return launch
 
 
-_OP = Op("swiglu", "(Tensor gate_up, int activation, ScalarType out_dtype) -> Tensor", swiglu_reference, _fake, _triton)
+_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype, int activation=0) -> Tensor", swiglu_reference, _fake, _triton)
 
 
 def swiglu(gate_up: Tensor, *, activation: str = "silu", out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,4 +56,4 @@ def swiglu(gate_up: Tensor, *, activation: str = "silu", out_dtype: torch.dtype 
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be {' or '.join(ACTIVATIONS)}, got {activation!r}")
     check_floating("out_dtype", out_dtype)
-    return _OP(gate_up, ACTIVATIONS.index(activation), out_dtype)
+    return _OP(gate_up, out_dtype, ACTIVATIONS.index(activation))

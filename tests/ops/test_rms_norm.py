@@ -64,7 +64,7 @@ def test_a_row_has_the_bits_it_has_alone(kernel):
 
 
 def test_opcheck():
-    args = (torch.randn(3, 20), torch.randn(3, 20), None, torch.randn(20), 1e-5, torch.bfloat16)
+    args = (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-5, torch.bfloat16, torch.randn(20))
     torch.library.opcheck(torch.ops.pyspec.rms_norm.default, args)
 
 

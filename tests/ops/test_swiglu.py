@@ -39,7 +39,7 @@ def test_a_row_has_the_bits_it_has_alone(kernel, activation):
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.pyspec.swiglu.default, (torch.randn(3, 20), 1, torch.bfloat16))
+    torch.library.opcheck(torch.ops.pyspec.swiglu.default, (torch.randn(3, 20), torch.bfloat16, 1))
 
 
 def test_bad_input_is_named():

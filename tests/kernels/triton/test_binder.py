@@ -83,7 +83,7 @@ def project_in_int8(nodes, sequences):
 
 def normalise(nodes, sequences):
     hidden = new(sequences * nodes, HIDDEN, dtype=torch.float32)
-    rms_norm(hidden, hidden.clone(), None, new(HIDDEN, dtype=torch.float32), 1e-5, torch.bfloat16)
+    rms_norm(hidden, hidden.clone(), new(HIDDEN, dtype=torch.float32), 1e-5, torch.bfloat16)
 
 
 def write(nodes, sequences):
@@ -92,11 +92,11 @@ def write(nodes, sequences):
         cache = new(2, 2, sequences, KV_HEADS, slots, HEAD_DIM)[1]
         qkv = new(rows, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=torch.float32)
         cos_sin = new(3000, 2, HEAD_DIM // 2, dtype=torch.float32)
-        rotary_write(qkv, cos_sin, *ints(3, -(-rows // 4) * 4)[:, :rows], *cache, HEADS, None, 0.0)
+        rotary_write(qkv, cos_sin, *ints(3, -(-rows // 4) * 4)[:, :rows], *cache, HEADS)
 
 
 def gate(nodes, sequences):
-    swiglu(new(nodes * sequences, 2 * 688, dtype=torch.float32), 0, torch.bfloat16)
+    swiglu(new(nodes * sequences, 2 * 688, dtype=torch.float32), torch.bfloat16)
 
 
 def read_logits(nodes, sequences):

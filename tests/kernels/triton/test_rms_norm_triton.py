@@ -18,8 +18,10 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None):
     """The launcher's result and what became of hidden."""
     hidden = hidden.to(DEVICE, copy=True)
-    given = [None if tensor is None else tensor.to(DEVICE) for tensor in (delta, delta_weight, weight)]
-    out = rms_norm(hidden, *given, 1e-5, out_dtype)
+    delta, weight, delta_weight = (
+        None if tensor is None else tensor.to(DEVICE) for tensor in (delta, weight, delta_weight)
+    )
+    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight)
     return out.cpu(), hidden.cpu()
 
 
@@ -43,7 +45,7 @@ def test_a_delta_may_be_normed_before_it_is_added(has_weight):
     hidden, delta, weight, delta_weight = (torch.randn(*shape) for shape in ((3, 577), (3, 577), (577,), (577,)))
     expected = hidden.clone()
     settings = (weight if has_weight else None, 1e-5, torch.float32)
-    found = rms_norm_reference(expected, delta, delta_weight, *settings)
+    found = rms_norm_reference(expected, delta, *settings, delta_weight)
     out, changed = run(hidden, delta, settings[0], delta_weight=delta_weight)
     assert_close(changed, expected, atol=2e-6, rtol=2e-6)
     assert_close(out, found, atol=2e-6, rtol=2e-6)
