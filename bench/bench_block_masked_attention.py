@@ -7,7 +7,7 @@
 Prints tables and each target beside what was reached; writes bench/results/block_masked_attention_<device>.{json,png}.
 
 Masks: mask_patterns.py. Peers: torch's scaled_dot_product_attention with the dense mask and, unmasked, causal or full;
-FlexAttention compiled with its own block mask; a call for each document where documents are packed; on a GPU flash-attn
+FlexAttention compiled with its own block mask; a call for each document where documents are joined; on a GPU flash-attn
 where it is installed and has the mask (causal, all ones, window, documents). Kernel and mask building are timed apart.
 Variants: "base" reads the mask of every tile that has something, "dense run" not of the first run of full tiles in a
 row; those are the paper's. Ours lists all full tiles. The floor is the operations of visible pairs over the rate of a

@@ -51,7 +51,8 @@ step() { # NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its
 
 # ==== the steps, by worth ====
 
-GPU_TESTS="tests/kernels tests/runners/test_llama_cuda.py tests/runners/test_verified.py"
+GPU_TESTS="tests/kernels tests/runners/test_llama_cuda.py tests/runners/test_replayed_families.py"
+GPU_TESTS="$GPU_TESTS tests/runners/test_verified.py"
 GPU_TESTS="$GPU_TESTS --ignore-glob */test_compile*.py --ignore tests/kernels/triton/test_interpreter.py"
 GPU_TESTS="$GPU_TESTS --ignore tests/kernels/cuda/test_nvcc.py"
 GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"

@@ -1,4 +1,4 @@
-"""The N-Grammys: what the target says after one token alone, and what the text said before."""
+"""The N-Grammys: what the target emits after one token alone, and what the text has had before."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class DraftModel(LlamaDraftModel):
         return self._proposed.tokens[1:].astype(np.intc)
 
     def _learn(self, context: Sequence[int], known: int, verify_seconds: float) -> None:
-        """Shows the drafter what the model said since the last call: its logits after context[known - 1 : -1]."""
+        """Shows the drafter what the model emitted since the last call: its logits after context[known - 1 : -1]."""
         if self._proposed is not None:
             path = range(len(context) - known)
             self._controller.learn([self._proposed], [path], self._draft_seconds, verify_seconds)

@@ -100,7 +100,7 @@ class BlockMask:
         prefix: int = 0,
         device="cpu",
     ) -> BlockMask:
-        """Documents packed one after another: a row sees its own document, up to itself if causal.
+        """Documents one after another: a row sees its own document, up to itself if causal.
 
         Args:
             lengths: of the documents; N is their sum. [n] is plain causal attention.

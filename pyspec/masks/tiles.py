@@ -102,11 +102,11 @@ def _words_of_dense(visible: Tensor, words: int) -> Tensor:
     if not visible.numel():
         return torch.zeros((batch, heads, blocks, columns, words, WORD), dtype=torch.int64, device=visible.device)
     octets = visible.contiguous().view(torch.uint8).view(batch, heads, blocks * words, 8, 8, columns * WORD)
-    packed = octets[:, :, :, :, 0].clone()
+    joined = octets[:, :, :, :, 0].clone()
     for bit in range(1, 8):
-        packed |= octets[:, :, :, :, bit] << bit
-    packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
-    return packed.contiguous().view(torch.int64)[..., 0]
+        joined |= octets[:, :, :, :, bit] << bit
+    joined = joined.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
+    return joined.contiguous().view(torch.int64)[..., 0]
 
 
 def entries(tile_map: Tensor, table: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -116,8 +116,7 @@ def error_of(problem: Problem) -> float:
 
 
 def _backend_of(op: str, device: str) -> str:
-    name = {"gear": "gear_packed_attention"}.get(op, op)
-    return next((row["backend"] for row in backends() if row["op"] == name and row["device"] == device), "torch")
+    return next((row["backend"] for row in backends() if row["op"] == op and row["device"] == device), "torch")
 
 
 # ==== showing ====

@@ -143,8 +143,9 @@ class NativeRunner:
         if trees:
             rows = self._run_layers(trees)
             if rows.logits is None:
-                logits = self._logits(rows.of_trees(rows.hidden))
-                rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+                of_nodes = rows.of_trees(rows.hidden)
+                logits = self._logits(of_nodes)
+                rows = Rows(of_nodes, logits, pack_statistics(logits) if logits.is_cuda else None)
             parts = rows.of_trees(rows.logits).split([len(tree) for tree in trees.values()])
             if rows.statistics is None:
                 verified = dict(zip(trees, map(Verified, parts), strict=True))

@@ -53,7 +53,7 @@ class RecurrentRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
-        Prompts are read packed, some hundred tokens a call.
+        Prompts are read ragged, some hundred tokens a call.
 
         Args:
             tokens: B prompts, none empty.

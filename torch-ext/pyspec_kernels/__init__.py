@@ -9,8 +9,8 @@ from ._ops import ops
 block_masked_attention = ops.block_masked_attention
 block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
+gear = ops.gear
 gear_encode = ops.gear_encode
-gear_packed_attention = ops.gear_packed_attention
 gear_ragged = ops.gear_ragged
 linear = ops.linear
 linear_rows = ops.linear_rows
@@ -31,8 +31,8 @@ __all__ = [
     "block_masked_attention",
     "block_masked_attention_backward",
     "causal_conv",
+    "gear",
     "gear_encode",
-    "gear_packed_attention",
     "gear_ragged",
     "linear",
     "linear_rows",
