@@ -31,7 +31,9 @@ def _triton():
     return launch
 
 
-_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype, int activation=0) -> Tensor", swiglu_reference, _fake, _triton)
+_OP = Op(
+    "swiglu", "(Tensor gate_up, ScalarType out_dtype, int activation=0) -> Tensor", swiglu_reference, _fake, _triton
+)
 
 
 def swiglu(gate_up: Tensor, *, activation: str = "silu", out_dtype: torch.dtype = torch.float32) -> Tensor:
