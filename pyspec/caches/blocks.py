@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.dense import keep_path
-from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, find_unquantisable
-from pyspec.ops.gear_encode import LARGEST
+from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
+from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.tree import DraftTree
-
-__all__ = ["RECENT", "QuantisedCache", "QuantisedSettings"]
 
 RECENT = 32  # queries that channels of keys are chosen by
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedSettings
 from pyspec.caches.names import CACHES
-from pyspec.ops.gear import GearFormat, TreeRows, attend_tree, encode_records
+from pyspec.ops.gear import TreeRows, attend_tree
+from pyspec.ops.gear_encode import encode_records
+from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.quantised_ragged import gear_ragged
-
-__all__ = ["GearSettings"]
 
 KEEPS = (1.0, 0.5, 0.25, 0.125)
 

@@ -15,8 +15,6 @@ from pyspec.ops.gear import BLOCK, TreeRows, join_exact
 from pyspec.ops.quantised_ragged import residual_vq_ragged
 from pyspec.ops.residual_vq import attend_codes, encode_codes, rotary_of_blocks, turn_keys
 
-__all__ = ["ResidualVqSettings"]
-
 
 @dataclass(frozen=True)
 class ResidualVqSettings(QuantisedSettings):

@@ -12,8 +12,6 @@ from pyspec.caches.blocks import RECENT, QuantisedCache
 from pyspec.caches.gear import GearSettings
 from pyspec.ops.gear_format import FORMAT_VERSION
 
-__all__ = ["load_quantised", "save_quantised"]
-
 KIND = "pyspec quantised cache"
 
 

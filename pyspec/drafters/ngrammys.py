@@ -20,8 +20,6 @@ from pyspec.runners.exclusive import exclusive_use
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["NgrammysRows", "model_bigrams"]
-
 BATCH = 256  # tokens that are run side by side
 
 

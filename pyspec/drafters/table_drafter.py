@@ -21,8 +21,6 @@ from pyspec.tree import DraftTree
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["ColumnTable", "Table", "TableDrafter", "of_tables"]
-
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth

@@ -11,8 +11,6 @@ import numpy as np
 
 from pyspec.ops.row_statistics import TOP
 
-__all__ = ["Bigrams", "Cursor", "Draw", "NgramMemory", "SamplerNoise", "SuffixLookup", "Trigrams"]
-
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 # levels of shares: above which, how often such a guess is right, and about which share it stands for

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pyspec.host.twin_tables import (
+from pyspec.host.twin_tables import (  # noqa: F401  (host() takes all structures from here)
     PRIORS,
     SHARES,
     Bigrams,
@@ -24,20 +24,6 @@ from pyspec.host.twin_tables import (
     ranked,
 )
 from pyspec.ops.row_statistics import TOP
-
-__all__ = [
-    "Adjacency",
-    "Bigrams",
-    "Cursor",
-    "Estimates",
-    "NgramIndex",
-    "NgramMemory",
-    "SamplerNoise",
-    "SuffixLookup",
-    "Trigrams",
-    "grow",
-    "tree_layout",
-]
 
 
 class NgramIndex:

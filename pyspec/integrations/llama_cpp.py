@@ -34,8 +34,6 @@ require("llama-cpp-python", "0.3", "0.4")
 
 from llama_cpp.llama_speculative import LlamaDraftModel  # noqa: E402
 
-__all__ = ["DraftModel", "speculate"]
-
 TREE_NODES = 32  # among which the likeliest path is looked for
 SIZES = (1, 2, 4, 8, 16)  # tokens of a call that are timed
 TEXT = 32  # tokens before them

@@ -17,26 +17,6 @@ from torch import Tensor
 
 from pyspec.host import compiled
 
-__all__ = [
-    "EMPTY",
-    "FULL",
-    "WORD",
-    "block_count",
-    "classify",
-    "cut",
-    "entries",
-    "join",
-    "lists",
-    "no_bits",
-    "of_dense",
-    "of_entries",
-    "of_lists",
-    "of_predicate",
-    "pack",
-    "unpack",
-    "words_per_block",
-]
-
 WORD = 64  # keys of a tile, and rows that one word of bits holds
 FULL, EMPTY = -1, -2
 PREDICATE_PAIRS = 2**19  # of a row and a key, that a predicate is asked about at a time

@@ -22,8 +22,6 @@ from pyspec.ops.residual_vq import WIDTH, attend_codes
 from pyspec.runners import flash_attn
 from pyspec.tree import DraftTree
 
-__all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
-
 TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a prompt
 DOCUMENTS = 8  # in the prompt
 DEPTH, CODES = 8, 256  # of residual VQ

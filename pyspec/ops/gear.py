@@ -17,29 +17,10 @@ from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors, check_places
 from pyspec.ops._library import Op
-from pyspec.ops.gear_encode import check_floats, encode_records, find_unquantisable, gear_encode
+from pyspec.ops.gear_encode import check_floats
 from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_records, gear_decode
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.tree_attention import tree_attention
-
-__all__ = [
-    "BLOCK",
-    "GearFormat",
-    "TreeRows",
-    "attend_blocks",
-    "attention_to_blocks",
-    "attend_tree",
-    "blocks_seen",
-    "check_tree",
-    "encode_records",
-    "find_unquantisable",
-    "gear_attention",
-    "gear_decode",
-    "gear_encode",
-    "gear_reference",
-    "join_exact",
-    "used_blocks",
-]
 
 
 def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tensor | int:

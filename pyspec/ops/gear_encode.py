@@ -20,15 +20,6 @@ from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes
 
-__all__ = [
-    "check_floats",
-    "check_keys_values",
-    "encode_records",
-    "find_unquantisable",
-    "gear_encode",
-    "gear_encode_reference",
-]
-
 LARGEST = 65504.0  # fp16, which zeros are kept in
 SMALLEST_SCALE = 2.0**-14
 PASSES = 3  # of the power iteration

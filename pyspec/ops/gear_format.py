@@ -27,16 +27,6 @@ from torch import Tensor
 from pyspec.ops._library import outside_autocast
 from pyspec.ops.tree_attention import HEAD_DIMS
 
-__all__ = [
-    "BLOCK",
-    "FORMAT_VERSION",
-    "GearFormat",
-    "check_records",
-    "gear_decode",
-    "low_rank_values",
-    "pack_codes",
-]
-
 FORMAT_VERSION = 1
 BLOCK = 128  # tokens of a record
 HALF = 64  # tokens whose codes lie together

@@ -18,8 +18,6 @@ from pyspec.ops.gear import TreeRows, attend_tree, join_exact
 from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.residual_vq import attend_codes
 
-__all__ = ["gear_ragged", "gear_ragged_reference", "residual_vq_ragged", "residual_vq_ragged_reference"]
-
 
 def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: int, attend: Callable) -> Tensor:
     """The references' attention of ragged rows, tree by tree, out like q [R, Hq, D].

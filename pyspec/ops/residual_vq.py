@@ -46,22 +46,6 @@ from pyspec.ops.gear_encode import check_floats, check_keys_values
 from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS
 
-__all__ = [
-    "CODES",
-    "MOST_DEPTH",
-    "WIDTH",
-    "ResidualVqFormat",
-    "attend_codes",
-    "encode_codes",
-    "residual_vq_attention",
-    "residual_vq_decode",
-    "residual_vq_encode",
-    "residual_vq_encode_reference",
-    "residual_vq_reference",
-    "rotary_of_blocks",
-    "turn_keys",
-]
-
 WIDTH = 32  # channels of a group
 CODES = (256, 2048)  # of 8 and 11 bits
 MOST_DEPTH = 16

@@ -9,8 +9,6 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
-__all__ = ["ACTIVATIONS", "swiglu", "swiglu_reference"]
-
 ACTIVATIONS = ("silu", "gelu_tanh")  # numbered as in kernels/params/swiglu.h
 
 

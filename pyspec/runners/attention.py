@@ -28,8 +28,6 @@ from pyspec.tree import DraftTree
 if TYPE_CHECKING:
     from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 
-__all__ = ["AttentionRunner"]
-
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
 

@@ -20,8 +20,6 @@ from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, 
 from pyspec.runners.verified import SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
-__all__ = ["NativeRunner"]
-
 CHUNK = 128  # tokens of prompts in a call on a CPU
 WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
 

@@ -21,8 +21,6 @@ from pyspec.runners.replay import Rows, slots_for
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["HybridRunner", "RecurrentRunner"]
-
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 
 

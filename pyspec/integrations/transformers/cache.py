@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pyspec import caches
-from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen, encode_records, find_unquantisable, gear_decode
-from pyspec.ops.gear_encode import LARGEST
-
-__all__ = ["GearCache", "GearLayer", "QuantisedStates"]
+from pyspec.ops.gear import TreeRows, attend_tree, blocks_seen
+from pyspec.ops.gear_encode import LARGEST, encode_records, find_unquantisable
+from pyspec.ops.gear_format import BLOCK, gear_decode
 
 
 class GearCache(Cache):
