@@ -105,6 +105,10 @@ class Codes:
     floors: Tensor | None = None
     minimums: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
     def values(self) -> Tensor:
         """The weight as a matrix [outputs, inputs] fp32."""
         groups = self.format.block // self.format.group

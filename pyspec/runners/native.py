@@ -38,7 +38,7 @@ class NativeRunner:
         context_length: positions the model was made for.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with weights of fewer bits.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class NativeRunner:
         self.vocab_size = config.vocab_size
         self.context_length = context_length
         self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
+        has_floats = self.weight_dtype in (torch.float32, torch.float16, torch.bfloat16)
+        self.dtype = dtype or (self.weight_dtype if has_floats else torch.bfloat16)
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
