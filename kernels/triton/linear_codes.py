@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.linear import MOST_ROWS, OPTIONS, SUM_BLOCK, prefetch, store_sums, sum_kernel
-from pyspec.ops.linear_codes import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
+from pyspec.ops.linear_codes_tiles import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
 from pyspec.ops.weight_formats import WeightFormat
 
 __all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "split", "tile_rows"]
@@ -85,7 +85,7 @@ def dot(w, values, sums):
 @triton.jit(do_not_specialize=["rows", "split_tiles"])
 def codes_kernel(
     x,  # [rows, inputs]
-    weight,  # uint8 [panels, tiles, TILE_BYTES], see pyspec/ops/linear_codes.py
+    weight,  # uint8 [panels, tiles, TILE_BYTES], see pyspec/ops/linear_codes_tiles.py
     bias,  # [outputs] or None
     out,  # [rows, outputs], or sums of splits [splits, rows, outputs], written
     rows,
@@ -281,7 +281,7 @@ def split(outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def linear_codes(x, weight, bias, outputs, format, out_dtype):
-    """Launches the kernels for a weight that lay_out_codes laid out; the rest is as in linear."""
+    """Launches the kernels for a weight that lay_out_tiles laid out; the rest is as in linear."""
     rows, inputs = x.shape
     out = x.new_empty((rows, outputs), dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()

@@ -13,6 +13,8 @@ gear = ops.gear
 gear_encode = ops.gear_encode
 gear_ragged = ops.gear_ragged
 linear = ops.linear
+linear_codes = ops.linear_codes
+linear_codes_rows = ops.linear_codes_rows
 linear_rows = ops.linear_rows
 merge_attention = ops.merge_attention
 ragged_attention = ops.ragged_attention
@@ -35,6 +37,8 @@ __all__ = [
     "gear_encode",
     "gear_ragged",
     "linear",
+    "linear_codes",
+    "linear_codes_rows",
     "linear_rows",
     "merge_attention",
     "ragged_attention",

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from pyspec.ops import linear_codes as layout
+from pyspec.ops import linear_codes_tiles as layout
 from pyspec.ops.weight_formats import FORMATS, Codes
 from tests.helpers.on_gpu import assert_close, to_device
 
@@ -49,7 +49,7 @@ def draw(format, outputs, inputs, seed=0) -> Codes:
 
 
 def run(x, codes, bias=None, out_dtype=None):
-    data = layout.lay_out_codes(codes).to(DEVICE)
+    data = layout.lay_out_tiles(codes).to(DEVICE)
     bias = None if bias is None else to_device(bias, DEVICE)
     return kernels.linear_codes(
         to_device(x, DEVICE), data, bias, codes.outputs, codes.format, out_dtype or x.dtype
@@ -108,23 +108,23 @@ def test_integers_are_exact(format, splits, monkeypatch):
 @EACH_FORMAT
 def test_what_is_laid_out_is_read_back(format):
     codes = draw(format, 300, 517)
-    data = layout.lay_out_codes(codes)
+    data = layout.lay_out_tiles(codes)
     assert data.shape == (3, -(-codes.codes.shape[1] // 128), layout.tile_bytes(format))
     index = torch.tensor([0, 299, 128, 127, 0])
-    assert torch.equal(layout.read_codes(data, format, 517, index).values(), codes.values()[index])
+    assert torch.equal(layout.read_tiles(data, format, 517, index).values(), codes.values()[index])
 
 
 def test_what_cannot_be_laid_out():
     with pytest.raises(ValueError, match="4 bits for a GPU, got q6_k"):
-        layout.lay_out_codes(draw(FORMATS["q6_k"], 3, 40))
+        layout.lay_out_tiles(draw(FORMATS["q6_k"], 3, 40))
     codes = draw(FORMATS["q4_k"], 3, 40)
     codes.minimums[1, 2] = 128
     with pytest.raises(ValueError, match="minimums must be at most 127, got 128"):
-        layout.lay_out_codes(codes)
+        layout.lay_out_tiles(codes)
     codes = draw(FORMATS["int4_32"], 3, 40)
     codes = Codes(codes.format, 3, 40, codes.codes, codes.factors, None, codes.factors * 2, codes.minimums)
     with pytest.raises(ValueError, match="floors must be the factors for int4_32"):
-        layout.lay_out_codes(codes)
+        layout.lay_out_tiles(codes)
 
 
 def test_strided_rows_and_what_lies_beside_them():
