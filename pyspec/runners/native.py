@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
+from pyspec.ops._checks import FLOATS
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
@@ -39,7 +40,7 @@ class NativeRunner:
         context_length: positions the model was made for.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class NativeRunner:
         self.vocab_size = config.vocab_size
         self.context_length = context_length
         self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
+        self.dtype = dtype or (self.weight_dtype if self.weight_dtype in FLOATS else torch.bfloat16)
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
