@@ -28,7 +28,8 @@ TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 # Chunks are cut at positions: short ones first, to fill the machine; then long ones, whose states cost less memory.
 SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
 FEW = tl.constexpr(16)  # query rows of a program of finish_kernel
-AT_ONCE = tl.constexpr(8)  # chunks whose states are loaded at once
+SPAN = tl.constexpr(4)  # chunks that are merged among themselves first
+AT_ONCE = tl.constexpr(8)  # states that are loaded at once
 
 
 @triton.jit
@@ -100,6 +101,27 @@ def ancestor_at(depth, bits, WORDS: tl.constexpr):
     return node
 
 
+# ==== states ====
+
+
+@triton.jit
+def merge(largest, total, weighted, one_largest, one_total, one_weighted):
+    """One state of rows and another. An empty one, whose largest is -inf, changes no bit of the other."""
+    now = tl.maximum(largest, one_largest)
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    keep, take = tl.exp2(largest - shift), tl.exp2(one_largest - shift)
+    return now, total * keep + one_total * take, weighted * keep[:, None] + one_weighted * take[:, None]
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    return (
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, BLOCK_D], tl.float32),
+    )
+
+
 # ==== rows ====
 
 
@@ -134,9 +156,9 @@ def fold_kernel(
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks, T * group], written
-    chunk_total,  # [B, Hkv, chunks, T * group], written
-    chunk_weighted,  # [B, Hkv, chunks, T * group, D], written
+    chunk_largest,  # [B, Hkv, chunks / CHUNKS, T * group], written
+    chunk_total,  # [B, Hkv, chunks / CHUNKS, T * group], written
+    chunk_weighted,  # [B, Hkv, chunks / CHUNKS, T * group, D], written
     # Sizes
     nodes,
     chunks,
@@ -162,11 +184,12 @@ def fold_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    """Folds one chunk into the states of a block of rows."""
+    """Folds one chunk, or one after another those of a span, into the states of a block of rows."""
     HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS  # of a block
     NODES: tl.constexpr = ROWS // HEADS  # of a block
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -175,7 +198,7 @@ def fold_kernel(
     prefix = tl.load(prefix_lens + batch)
     blocks = (nodes + NODES - 1) // NODES
     root = tl.program_id(0) // HEAD_BLOCKS % blocks * NODES
-    chunk = tl.program_id(0) // HEAD_BLOCKS // blocks
+    index = tl.program_id(0) // HEAD_BLOCKS // blocks  # of the states
     node, head, there = block_rows(root, tl.program_id(0) % HEAD_BLOCKS, nodes, GROUP, ROWS)
     q += batch.to(tl.int64) * stride_q_batch
     query = load_rows(q, kv_head * GROUP + head, node, there, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
@@ -193,54 +216,59 @@ def fold_kernel(
     visible_from = 0
     if window is not None:
         visible_from = tl.maximum(nearest - window + 1, 0)
-    first = tl.maximum(first_tile_of(chunk), visible_from // TILE)
-    end = tl.minimum(first_tile_of(chunk + 1), (prefix + deepest) // TILE)
-    if first >= end:
+    first_of_all = tl.maximum(first_tile_of(index * CHUNKS), visible_from // TILE)
+    end_of_all = tl.minimum(first_tile_of((index + 1) * CHUNKS), (prefix + deepest) // TILE)
+    if first_of_all >= end_of_all:
         return  # no row has such a chunk
-    flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see the tiles before it where they lie
-
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for tile in range(first, flat_end):
-        positions = tile * TILE + tl.arange(0, TILE)
-        wanted, visible = None, None
-        if window is not None:
-            wanted = positions >= visible_from  # no row sees the others, so they may hold anything
-            visible = positions[None, :] > (position - window)[:, None]
-        page, slot = locate(positions, wanted, batch, block_table, table_width, PAGE)
-        keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
-        values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        weighted = fold_values(weights, keep, values, weighted)
-
-    # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
-    for member in range(root, tl.where(is_chain | (flat_end >= end), root + 1, tl.minimum(root + NODES, nodes))):
-        path = bits + tl.where(is_chain, deepest, member) * WORDS
-        path_depth = depth_of(path, WORDS)
-        for tile in range(flat_end, tl.minimum(end, (prefix + path_depth) // TILE)):
+    all_largest, all_total, all_weighted = empty_state(ROWS, BLOCK_D)
+    for chunk in range(index * CHUNKS, (index + 1) * CHUNKS):
+        first = tl.maximum(first_of_all, first_tile_of(chunk))
+        end = tl.minimum(end_of_all, first_tile_of(chunk + 1))
+        flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see those before it where they lie
+        largest, total, weighted = empty_state(ROWS, BLOCK_D)
+        for tile in range(first, flat_end):
             positions = tile * TILE + tl.arange(0, TILE)
-            ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
-            slots = tl.where(positions < prefix, positions, prefix + ancestors)
-            wanted = (positions >= visible_from) & (positions <= prefix + path_depth)
-            end_visible = tl.where(is_chain | (node == member), end_position, 0)
-            visible = positions[None, :] < end_visible[:, None]
+            wanted, visible = None, None
             if window is not None:
-                visible &= positions[None, :] > (position - window)[:, None]
-            page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
+                wanted = positions >= visible_from  # no row sees the others, so they may hold anything
+                visible = positions[None, :] > (position - window)[:, None]
+            page, slot = locate(positions, wanted, batch, block_table, table_width, PAGE)
             keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
             largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
             values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
             weighted = fold_values(weights, keep, values, weighted)
 
-    states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP + node * GROUP + head
+        # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
+        for member in range(root, tl.where(is_chain | (flat_end >= end), root + 1, tl.minimum(root + NODES, nodes))):
+            path = bits + tl.where(is_chain, deepest, member) * WORDS
+            path_depth = depth_of(path, WORDS)
+            for tile in range(flat_end, tl.minimum(end, (prefix + path_depth) // TILE)):
+                positions = tile * TILE + tl.arange(0, TILE)
+                ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
+                slots = tl.where(positions < prefix, positions, prefix + ancestors)
+                wanted = (positions >= visible_from) & (positions <= prefix + path_depth)
+                end_visible = tl.where(is_chain | (node == member), end_position, 0)
+                visible = positions[None, :] < end_visible[:, None]
+                if window is not None:
+                    visible &= positions[None, :] > (position - window)[:, None]
+                page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
+                keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
+                largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
+                values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
+                weighted = fold_values(weights, keep, values, weighted)
+        if CHUNKS == 1:
+            all_largest, all_total, all_weighted = largest, total, weighted
+        else:
+            all_largest, all_total, all_weighted = merge(all_largest, all_total, all_weighted, largest, total, weighted)
+
+    states = (tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) + index) * nodes * GROUP + node * GROUP + head
     dims = tl.arange(0, BLOCK_D)
-    tl.store(chunk_largest + states, largest, mask=used)
-    tl.store(chunk_total + states, total, mask=used)
+    tl.store(chunk_largest + states, all_largest, mask=used)
+    tl.store(chunk_total + states, all_total, mask=used)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], all_weighted, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -252,9 +280,9 @@ def finish_kernel(
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks, T * group]
-    chunk_total,  # [B, Hkv, chunks, T * group]
-    chunk_weighted,  # [B, Hkv, chunks, T * group, D]
+    chunk_largest,  # [B, Hkv, chunks / CHUNKS, T * group]
+    chunk_total,  # [B, Hkv, chunks / CHUNKS, T * group]
+    chunk_weighted,  # [B, Hkv, chunks / CHUNKS, T * group, D]
     out,  # [B, Hq, T, D], written
     lse,  # [B, Hq, T], written
     # Sizes
@@ -284,6 +312,7 @@ def finish_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -324,9 +353,7 @@ def finish_kernel(
     if window is not None:
         low = tl.maximum(low, position - window + 1)
         visible_from = tl.maximum(nearest - window + 1, 0)
-    largest = tl.full([FEW], float("-inf"), tl.float32)
-    total = tl.zeros([FEW], tl.float32)
-    weighted = tl.zeros([FEW, BLOCK_D], tl.float32)
+    largest, total, weighted = empty_state(FEW, BLOCK_D)
     for tile in range(nearest // TILE, tl.where(deepest < 0, 0, (prefix + deepest) // TILE + 1)):
         positions = tile * TILE + tl.arange(0, TILE)
         ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
@@ -345,29 +372,27 @@ def finish_kernel(
         first_tile = tl.maximum(position - window + 1, 0) // TILE
         first_chunk = chunk_of(first_tile)
         end_chunk = tl.where(first_tile < row_tile, end_chunk, 0)
-    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, chunks), 0) // AT_ONCE * AT_ONCE
+    states = tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) * nodes * GROUP + node * GROUP + head
     dims = tl.arange(0, BLOCK_D)
-    size = nodes.to(tl.int64) * GROUP  # of the states of a chunk
-    states = tl.program_id(1) * chunks * size + node * GROUP + head
-    for first in range(begin, tl.max(end_chunk, 0), AT_ONCE):
-        chunk = first + tl.arange(0, AT_ONCE)[None, :]
-        wanted = (chunk >= first_chunk[:, None]) & (chunk < end_chunk[:, None])
-        each = tl.load(chunk_largest + states[:, None] + chunk * size, mask=wanted, other=float("-inf"))
-        now = tl.maximum(largest, tl.max(each, 1))
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        keep = tl.exp2(largest - shift)
-        total = total * keep
-        weighted = weighted * keep[:, None]
-        for index in tl.static_range(AT_ONCE):
-            one = first + index
-            wanted = (one >= first_chunk) & (one < end_chunk)
-            places = states + one * size
-            weight = tl.exp2(tl.load(chunk_largest + places, mask=wanted, other=float("-inf")) - shift)
-            total += tl.load(chunk_total + places, mask=wanted, other=0.0) * weight
-            mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
-            values = tl.load(chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-            weighted += values * weight[:, None]
-        largest = now
+    SPANS: tl.constexpr = AT_ONCE * CHUNKS // SPAN  # at once
+    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, chunks), 0) // SPAN
+    for first in range(begin, tl.cdiv(tl.max(end_chunk, 0), SPAN), SPANS):
+        for span in tl.static_range(SPANS):
+            span_largest, span_total, span_weighted = empty_state(FEW, BLOCK_D)
+            for one in tl.static_range(SPAN // CHUNKS):
+                index = (first + span) * (SPAN // CHUNKS) + one
+                wanted = (index >= first_chunk // CHUNKS) & (index * CHUNKS < end_chunk)
+                places = states + index.to(tl.int64) * nodes * GROUP
+                mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+                one_largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
+                one_total = tl.load(chunk_total + places, mask=wanted, other=0.0)
+                one_weighted = tl.load(
+                    chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0
+                )
+                span_largest, span_total, span_weighted = merge(
+                    span_largest, span_total, span_weighted, one_largest, one_total, one_weighted
+                )
+            largest, total, weighted = merge(largest, total, weighted, span_largest, span_total, span_weighted)
 
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
     head += kv_head * GROUP
@@ -389,6 +414,11 @@ def program_rows(head_dim: int, dtype: torch.dtype) -> int:
     with wide heads too many registers.
     """
     return 64 if dtype.itemsize == 2 and head_dim <= 128 else 16
+
+
+def chunks_of_a_state(rows: int) -> int:
+    """1, or with many query rows all of a span: enough programs there are then, and states are what costs memory."""
+    return 1 if rows <= 64 else SPAN.value
 
 
 def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[dict, dict]:
@@ -416,7 +446,8 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    states = (batch, kv_heads, chunks, nodes * group)
+    group_chunks = chunks_of_a_state(nodes * min(group, program_rows(head_dim, q.dtype)))
+    states = (batch, kv_heads, triton.cdiv(chunks, group_chunks), nodes * group)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     ancestor_bits, prefix_lens = ancestor_bits.contiguous(), prefix_lens.contiguous()
     if block_table is not None:
@@ -428,6 +459,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
+        "CHUNKS": group_chunks,
         "PAGE": None if block_table is None else k.shape[2],
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
         **launch_options(q.device),
@@ -439,7 +471,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     numbers = (nodes, chunks, table_width, scale, softcap, window)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):
-        fold_kernel[max(chunks, 1) * blocks, batch * kv_heads](
+        fold_kernel[max(states[2], 1) * blocks, batch * kv_heads](
             *inputs, *numbers, *strides, ROWS=rows, **tree, **fold_options
         )
         finish_kernel[nodes * triton.cdiv(group, FEW.value), batch * kv_heads](
