@@ -21,124 +21,58 @@ import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
+from pyspec.kernels.tree_chunks import (
+    SPAN,
+    TILE,
+    chunk_of,
+    chunks_of,
+    empty_state,
+    first_tile_of,
+    merge,
+    merge_chunks,
+)
+from pyspec.kernels.tree_paths import depth_of, rows_of_block, slots_of
 
 __all__ = ["compile_options", "finish_kernel", "fold_kernel", "program_rows", "tree_attention"]
 
-TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
-# Chunks are cut at positions: short ones first, to fill the machine; then long ones, whose states cost less memory.
-SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
 FEW = tl.constexpr(16)  # query rows of a program of finish_kernel
-SPAN = tl.constexpr(4)  # chunks that are merged among themselves first
-AT_ONCE = tl.constexpr(8)  # states that are loaded at once
 
 
 @triton.jit
-def chunk_of(tile):
-    return tl.minimum(tile, SHORT * SHORT_CHUNKS) // SHORT + tl.maximum(tile - SHORT * SHORT_CHUNKS, 0) // LONG
-
-
-@triton.jit
-def first_tile_of(chunk):
-    return tl.minimum(chunk, SHORT_CHUNKS) * SHORT + tl.maximum(chunk - SHORT_CHUNKS, 0) * LONG
-
-
-# ==== loads ====
-
-
-@triton.jit
-def locate(slots, wanted, batch, block_table, table_width, PAGE):
-    """Page and slot within it of each wanted slot (None: all); without a block table a sequence is one page."""
-    if block_table is None:
-        pages, within = tl.zeros_like(slots) + batch, slots
-    else:
+def fold_tile(
+    largest,
+    total,
+    weighted,
+    query,
+    k,
+    v,
+    slots,
+    wanted,  # None: all slots are
+    visible,  # None: all rows see all slots
+    batch,
+    block_table,
+    table_width,
+    scale,
+    softcap,
+    stride_k_batch,
+    stride_k_slot,
+    stride_v_batch,
+    stride_v_slot,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAGE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Without a block table a sequence is one page."""
+    pages, within = tl.zeros_like(slots) + batch, slots
+    if block_table is not None:
         places = block_table + batch.to(tl.int64) * table_width + slots // PAGE
         pages = tl.load(places) if wanted is None else tl.load(places, mask=wanted, other=0)
         within = slots % PAGE
-    return pages, within
-
-
-# ==== the tree, from its ancestor bits: ancestors in index order are ancestors in depth order ====
-
-
-@triton.jit
-def count_bits(word):
-    word = word.to(tl.uint32, bitcast=True)
-    pairs = word - ((word >> 1) & 0x55555555)
-    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
-    return ((octets * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def depth_of(bits, WORDS: tl.constexpr):
-    """Depth of a node, -1 for padding; bits: pointer to its row, or a tensor of them."""
-    count = count_bits(tl.load(bits))
-    for index in tl.static_range(1, WORDS):
-        count += count_bits(tl.load(bits + index))
-    return count - 1
-
-
-@triton.jit
-def ancestor_at(depth, bits, WORDS: tl.constexpr):
-    """Node index [N] of the ancestor at each depth [N], any index where there is none; bits: pointer to a row."""
-    word = tl.zeros_like(depth)
-    rest, node = depth, word
-    before = 0
-    for index in tl.static_range(WORDS):
-        loaded = tl.load(bits + index)
-        is_reached = depth >= before
-        word = tl.where(is_reached, loaded, word)
-        rest = tl.where(is_reached, depth - before, rest)
-        node = tl.where(is_reached, index * 32, node)
-        before += count_bits(loaded)
-    for step in tl.static_range(5):  # the set bit number `rest` of word, by halves
-        width = 16 >> step
-        low = count_bits(word & ((1 << width) - 1))
-        is_high = rest >= low
-        rest = tl.where(is_high, rest - low, rest)
-        node = tl.where(is_high, node + width, node)
-        word = tl.where(is_high, word >> width, word)
-    return node
-
-
-# ==== states ====
-
-
-@triton.jit
-def merge(largest, total, weighted, one_largest, one_total, one_weighted):
-    """One state of rows and another. An empty one, whose largest is -inf, changes no bit of the other."""
-    now = tl.maximum(largest, one_largest)
-    shift = tl.where(now == float("-inf"), 0.0, now)
-    keep, take = tl.exp2(largest - shift), tl.exp2(one_largest - shift)
-    return now, total * keep + one_total * take, weighted * keep[:, None] + one_weighted * take[:, None]
-
-
-@triton.jit
-def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    return (
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        tl.zeros([ROWS, BLOCK_D], tl.float32),
-    )
-
-
-# ==== rows ====
-
-
-@triton.jit
-def block_rows(root, head_block, nodes, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Node, head within its group and whether there is such a row, [ROWS] each; of a block of nodes from `root` on."""
-    HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS
-    local = tl.arange(0, ROWS)
-    node, head = root + local // HEADS, head_block * HEADS + local % HEADS
-    there = (local < ROWS // HEADS * HEADS) & (node < nodes) & (head < GROUP)
-    return tl.minimum(node, nodes - 1), tl.minimum(head, GROUP - 1), there
-
-
-@triton.jit
-def is_a_chain(node, depth, used):
-    """Whether the block's nodes are the tree's first, each the child of the one before."""
-    return tl.max((used & (depth != node)).to(tl.int32), 0) == 0
+    keys = load_rows(k, pages, within, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
+    values = load_rows(v, pages, within, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
+    largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
+    return largest, total, fold_values(weights, keep, values, weighted)
 
 
 # ==== kernels ====
@@ -190,85 +124,89 @@ def fold_kernel(
     IS_EARLY: tl.constexpr,
 ):
     """Folds one chunk, or one after another those of a span, into the states of a block of rows."""
-    HEADS: tl.constexpr = GROUP if GROUP < ROWS else ROWS  # of a block
-    NODES: tl.constexpr = ROWS // HEADS  # of a block
-    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    NODES: tl.constexpr = ROWS // GROUP if GROUP < ROWS else 1  # of a block
+    HEAD_BLOCKS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     wait_for_earlier(IS_EARLY)
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(prefix_lens + batch)
-    blocks = (nodes + NODES - 1) // NODES
-    root = tl.program_id(0) // HEAD_BLOCKS % blocks * NODES
-    index = tl.program_id(0) // HEAD_BLOCKS // blocks  # of the states
-    node, head, there = block_rows(root, tl.program_id(0) % HEAD_BLOCKS, nodes, GROUP, ROWS)
-    q += batch.to(tl.int64) * stride_q_batch
-    query = load_rows(q, kv_head * GROUP + head, node, there, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
+    root = tl.program_id(0) // HEAD_BLOCKS % tl.cdiv(nodes, NODES) * NODES
+    index = tl.program_id(0) // HEAD_BLOCKS // tl.cdiv(nodes, NODES)  # of the states
     bits = ancestor_bits + batch.to(tl.int64) * nodes * WORDS
-    depth = tl.where(there, depth_of(bits + node * WORDS, WORDS), -1)
-    used = depth >= 0  # padding sees nothing
+    head_block = tl.program_id(0) % HEAD_BLOCKS
+    node, head, depth, there, is_chain = rows_of_block(root, head_block, bits, nodes, GROUP, ROWS, WORDS)
+    q += batch.to(tl.int64) * stride_q_batch + kv_head * GROUP * stride_q_head
+    query = load_rows(q, head, node, there, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     deepest = tl.max(depth, 0)
     if deepest < 0:
-        return
-    is_chain = is_a_chain(node, depth, used)
-    position = prefix + depth  # of the row itself
-    end_position = position // TILE * TILE  # of the row's whole tiles
+        return  # padding sees nothing
 
+    position = prefix + depth  # of the row itself
+    row_end = position // TILE * TILE  # of what lies in whole tiles for it
     nearest = prefix + tl.where(is_chain, root, 0)  # no row is before it
     visible_from = 0
     if window is not None:
         visible_from = tl.maximum(nearest - window + 1, 0)
-    first_of_all = tl.maximum(first_tile_of(index * CHUNKS), visible_from // TILE)
-    end_of_all = tl.minimum(first_tile_of((index + 1) * CHUNKS), (prefix + deepest) // TILE)
-    if first_of_all >= end_of_all:
+    first = tl.maximum(first_tile_of(index * CHUNKS), visible_from // TILE)
+    end = tl.minimum(first_tile_of((index + 1) * CHUNKS), (prefix + deepest) // TILE)
+    if first >= end:
         return  # no row has such a chunk
+    flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see the tiles before it where they lie
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
-    all_largest, all_total, all_weighted = empty_state(ROWS, BLOCK_D)
-    for chunk in range(index * CHUNKS, (index + 1) * CHUNKS):
-        first = tl.maximum(first_of_all, first_tile_of(chunk))
-        end = tl.minimum(end_of_all, first_tile_of(chunk + 1))
-        flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see those before it where they lie
-        largest, total, weighted = empty_state(ROWS, BLOCK_D)
-        for tile in range(first, flat_end):
-            positions = tile * TILE + tl.arange(0, TILE)
-            wanted, visible = None, None
-            if window is not None:
-                wanted = positions >= visible_from  # no row sees the others, so they may hold anything
-                visible = positions[None, :] > (position - window)[:, None]
-            page, slot = locate(positions, wanted, batch, block_table, table_width, PAGE)
-            keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-            largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
-            values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-            weighted = fold_values(weights, keep, values, weighted)
+    span_largest, span_total, span_weighted = empty_state(ROWS, BLOCK_D)
+    largest, total, weighted = empty_state(ROWS, BLOCK_D)
+    for tile in range(first, flat_end):
+        positions = tile * TILE + tl.arange(0, TILE)
+        wanted, visible = None, None
+        if window is not None:
+            wanted = positions >= visible_from  # no row sees the others, so they may hold anything
+            visible = positions[None, :] > (position - window)[:, None]
+        largest, total, weighted = fold_tile(
+            *(largest, total, weighted, query, k, v, positions, wanted, visible, batch, block_table, table_width),
+            *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
+            *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+        )
+        if CHUNKS > 1:
+            if chunk_of(tile + 1) > chunk_of(tile):
+                span_largest, span_total, span_weighted = merge(
+                    span_largest, span_total, span_weighted, largest, total, weighted
+                )
+                largest, total, weighted = empty_state(ROWS, BLOCK_D)
 
-        # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
-        for member in range(root, tl.where(is_chain | (flat_end >= end), root + 1, tl.minimum(root + NODES, nodes))):
+    # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
+    for chunk in range(chunk_of(flat_end), tl.where(flat_end < end, chunk_of(end - 1) + 1, 0)):
+        tree_first, tree_end = tl.maximum(flat_end, first_tile_of(chunk)), tl.minimum(end, first_tile_of(chunk + 1))
+        for member in range(root, tl.where(is_chain, root + 1, tl.minimum(root + NODES, nodes))):
             path = bits + tl.where(is_chain, deepest, member) * WORDS
-            path_depth = depth_of(path, WORDS)
-            for tile in range(flat_end, tl.minimum(end, (prefix + path_depth) // TILE)):
+            path_end = prefix + depth_of(path, WORDS)
+            seen_end = tl.where(is_chain | (node == member), row_end, 0)
+            for tile in range(tree_first, tl.minimum(tree_end, path_end // TILE)):
                 positions = tile * TILE + tl.arange(0, TILE)
-                ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
-                slots = tl.where(positions < prefix, positions, prefix + ancestors)
-                wanted = (positions >= visible_from) & (positions <= prefix + path_depth)
-                end_visible = tl.where(is_chain | (node == member), end_position, 0)
-                visible = positions[None, :] < end_visible[:, None]
+                slots = slots_of(positions, prefix, path, WORDS)
+                wanted = (positions >= visible_from) & (positions <= path_end)
+                visible = positions[None, :] < seen_end[:, None]
                 if window is not None:
                     visible &= positions[None, :] > (position - window)[:, None]
-                page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
-                keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-                largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
-                values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-                weighted = fold_values(weights, keep, values, weighted)
-        if CHUNKS == 1:
-            all_largest, all_total, all_weighted = largest, total, weighted
-        else:
-            all_largest, all_total, all_weighted = merge(all_largest, all_total, all_weighted, largest, total, weighted)
+                largest, total, weighted = fold_tile(
+                    *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
+                    *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
+                    *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+                )
+        if CHUNKS > 1:
+            span_largest, span_total, span_weighted = merge(
+                span_largest, span_total, span_weighted, largest, total, weighted
+            )
+            largest, total, weighted = empty_state(ROWS, BLOCK_D)
+    if CHUNKS > 1:
+        largest, total, weighted = merge(span_largest, span_total, span_weighted, largest, total, weighted)
 
     states = (tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) + index) * nodes * GROUP + node * GROUP + head
     dims = tl.arange(0, BLOCK_D)
-    tl.store(chunk_largest + states, all_largest, mask=used)
-    tl.store(chunk_total + states, all_total, mask=used)
+    used = depth >= 0
+    tl.store(chunk_largest + states, largest, mask=used)
+    tl.store(chunk_total + states, total, mask=used)
     mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], all_weighted, mask=mask)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -322,85 +260,64 @@ def finish_kernel(
     It waits for fold_kernel only before it merges. Until then it reads what was written before fold_kernel: programs
     of the two run beside each other only after all of fold_kernel's have waited for that.
     """
-    HEADS: tl.constexpr = GROUP if GROUP < FEW else FEW  # of a block
-    NODES: tl.constexpr = FEW // HEADS  # of a block
-    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    NODES: tl.constexpr = FEW // GROUP if GROUP < FEW else 1  # of a block
+    HEAD_BLOCKS: tl.constexpr = (GROUP + FEW - 1) // FEW
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(prefix_lens + batch)
-    program = tl.program_id(0) // HEAD_BLOCKS
+    program, head_block = tl.program_id(0) // HEAD_BLOCKS, tl.program_id(0) % HEAD_BLOCKS
     root = program // NODES * NODES
-    node, head, there = block_rows(root, tl.program_id(0) % HEAD_BLOCKS, nodes, GROUP, FEW)
     bits = ancestor_bits + batch.to(tl.int64) * nodes * WORDS
-    depth = tl.where(there, depth_of(bits + node * WORDS, WORDS), -1)
-    is_chain = is_a_chain(node, depth, depth >= 0)
+    node, head, depth, there, is_chain = rows_of_block(root, head_block, bits, nodes, GROUP, FEW, WORDS)
     if is_chain & (program != root):
         return
-    there = there & (node == tl.where(is_chain, node, program))
+    there &= node == tl.where(is_chain, node, program)
     depth = tl.where(there, depth, -1)
     used = depth >= 0  # padding sees nothing
-    q += batch.to(tl.int64) * stride_q_batch
-    query = load_rows(q, kv_head * GROUP + head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
+    q += batch.to(tl.int64) * stride_q_batch + kv_head * GROUP * stride_q_head
+    query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
 
     deepest = tl.max(depth, 0)
     path = bits + tl.where(is_chain, tl.maximum(deepest, 0), program) * WORDS  # of the deepest node
-    position = prefix + depth
+    position = prefix + depth  # of the row itself
     row_tile = position // TILE
-    low = row_tile * TILE  # the first position that a row sees here
-    nearest = prefix + tl.where(is_chain, root, deepest)
-    visible_from = 0
+    row_first, visible_from = row_tile * TILE, 0
+    nearest = prefix + tl.where(is_chain, root, deepest)  # no row is before it
     if window is not None:
-        low = tl.maximum(low, position - window + 1)
+        row_first = tl.maximum(row_first, position - window + 1)
         visible_from = tl.maximum(nearest - window + 1, 0)
     largest, total, weighted = empty_state(FEW, BLOCK_D)
     for tile in range(nearest // TILE, tl.where(deepest < 0, 0, (prefix + deepest) // TILE + 1)):
         positions = tile * TILE + tl.arange(0, TILE)
-        ancestors = ancestor_at(tl.maximum(positions - prefix, 0), path, WORDS)
-        slots = tl.where(positions < prefix, positions, prefix + ancestors)
+        slots = slots_of(positions, prefix, path, WORDS)
         wanted = (positions >= visible_from) & (positions <= prefix + deepest)
-        visible = (positions[None, :] >= low[:, None]) & (positions[None, :] <= position[:, None]) & used[:, None]
-        page, slot = locate(slots, wanted, batch, block_table, table_width, PAGE)
-        keys = load_rows(k, page, slot, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        values = load_rows(v, page, slot, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
-        largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
-        weighted = fold_values(weights, keep, values, weighted)
+        visible = (positions[None, :] >= row_first[:, None]) & (positions[None, :] <= position[:, None])
+        visible &= used[:, None]
+        largest, total, weighted = fold_tile(
+            *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
+            *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
+            *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+        )
 
     wait_for_earlier(IS_EARLY)
-    first_chunk, end_chunk = tl.zeros_like(row_tile), tl.where(used & (row_tile > 0), chunk_of(row_tile - 1) + 1, 0)
+    first_tile, end_chunk = tl.zeros_like(row_tile), tl.where(row_tile > 0, chunk_of(row_tile - 1) + 1, 0)
     if window is not None:
         first_tile = tl.maximum(position - window + 1, 0) // TILE
-        first_chunk = chunk_of(first_tile)
-        end_chunk = tl.where(first_tile < row_tile, end_chunk, 0)
+    end_chunk = tl.where(used & (first_tile < row_tile), end_chunk, 0)
     states = tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) * nodes * GROUP + node * GROUP + head
-    dims = tl.arange(0, BLOCK_D)
-    SPANS: tl.constexpr = AT_ONCE * CHUNKS // SPAN  # at once
-    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, chunks), 0) // SPAN
-    for first in range(begin, tl.cdiv(tl.max(end_chunk, 0), SPAN), SPANS):
-        for span in tl.static_range(SPANS):
-            span_largest, span_total, span_weighted = empty_state(FEW, BLOCK_D)
-            for one in tl.static_range(SPAN // CHUNKS):
-                index = (first + span) * (SPAN // CHUNKS) + one
-                wanted = (index >= first_chunk // CHUNKS) & (index * CHUNKS < end_chunk)
-                places = states + index.to(tl.int64) * nodes * GROUP
-                mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
-                one_largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
-                one_total = tl.load(chunk_total + places, mask=wanted, other=0.0)
-                one_weighted = tl.load(
-                    chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0
-                )
-                span_largest, span_total, span_weighted = merge(
-                    span_largest, span_total, span_weighted, one_largest, one_total, one_weighted
-                )
-            largest, total, weighted = merge(largest, total, weighted, span_largest, span_total, span_weighted)
-
+    largest, total, weighted = merge_chunks(
+        *(largest, total, weighted, chunk_largest, chunk_total, chunk_weighted),
+        *(states, nodes * GROUP, chunk_of(first_tile), end_chunk),
+        *(CHUNKS, FEW, HEAD_DIM, BLOCK_D),
+    )
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
-    head += kv_head * GROUP
+    dims = tl.arange(0, BLOCK_D)
     out += batch.to(tl.int64) * stride_out_batch
-    places = head.to(tl.int64) * stride_out_head + node.to(tl.int64) * stride_out_node
+    places = (kv_head * GROUP + head).to(tl.int64) * stride_out_head + node.to(tl.int64) * stride_out_node
     mask = there[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(out + places[:, None] + dims[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=mask)
-    rows = (batch.to(tl.int64) * KV_HEADS * GROUP + head) * nodes + node
+    rows = (tl.program_id(1).to(tl.int64) * GROUP + head) * nodes + node
     tl.store(lse + rows, (largest + tl.log2(total)) * LN_2, mask=there)
 
 
@@ -439,9 +356,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
     slots = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
-    tiles = slots // TILE.value
-    short = SHORT.value * SHORT_CHUNKS.value
-    chunks = triton.cdiv(min(tiles, short), SHORT.value) + triton.cdiv(max(tiles - short, 0), LONG.value)
+    chunks = chunks_of(slots // TILE.value)
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():

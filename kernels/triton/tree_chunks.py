@@ -1,0 +1,90 @@
+"""How tree_attention cuts a row's keys, at positions alone, and how what was found of each part becomes one.
+
+Whole tiles lie in chunks, each folded by itself from an empty state. The chunks of a span are merged in order, then the
+spans, so that a program which folds a whole span gets the bits of those that fold one chunk each. The state of a row is
+its largest score (in units of log2), the sum of its weights and its weighted values.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
+# Short chunks first, to fill the machine with few rows; then long ones, whose states cost less memory.
+SHORT, SHORT_CHUNKS, LONG = tl.constexpr(2), tl.constexpr(32), tl.constexpr(16)  # tiles, how many, tiles
+SPAN = tl.constexpr(4)  # chunks
+AT_ONCE = tl.constexpr(8)  # states that are loaded at once
+
+
+@triton.jit
+def chunk_of(tile):
+    return tl.minimum(tile, SHORT * SHORT_CHUNKS) // SHORT + tl.maximum(tile - SHORT * SHORT_CHUNKS, 0) // LONG
+
+
+@triton.jit
+def first_tile_of(chunk):
+    return tl.minimum(chunk, SHORT_CHUNKS) * SHORT + tl.maximum(chunk - SHORT_CHUNKS, 0) * LONG
+
+
+def chunks_of(tiles: int) -> int:
+    """How many chunks so many tiles are in."""
+    short = SHORT.value * SHORT_CHUNKS.value
+    return triton.cdiv(min(tiles, short), SHORT.value) + triton.cdiv(max(tiles - short, 0), LONG.value)
+
+
+@triton.jit
+def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    return largest, total, tl.zeros([ROWS, BLOCK_D], tl.float32)
+
+
+@triton.jit
+def merge(largest, total, weighted, other_largest, other_total, other_weighted):
+    """Of two states one. An empty one changes no bit of the other, whichever it is."""
+    now = tl.maximum(largest, other_largest)
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    keep, take = tl.exp2(largest - shift), tl.exp2(other_largest - shift)
+    return now, total * keep + other_total * take, weighted * keep[:, None] + other_weighted * take[:, None]
+
+
+@triton.jit
+def merge_chunks(
+    # A state of rows
+    largest,
+    total,
+    weighted,
+    # Pointers
+    chunk_largest,
+    chunk_total,
+    chunk_weighted,
+    # Where the first state of each row is, how far the next, and which chunks a row has
+    states,
+    stride,
+    first_chunk,
+    end_chunk,
+    # Constants
+    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The state merged with those of all chunks of the rows, in order."""
+    STATES: tl.constexpr = SPAN // CHUNKS  # of a span
+    dims = tl.arange(0, BLOCK_D)
+    first_span = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0) // SPAN
+    for first in range(first_span, tl.cdiv(tl.max(end_chunk, 0), SPAN), AT_ONCE // STATES):
+        for span in tl.static_range(AT_ONCE // STATES):
+            span_largest, span_total, span_weighted = empty_state(ROWS, BLOCK_D)
+            for one in tl.static_range(STATES):
+                index = (first + span) * STATES + one
+                wanted = (index >= first_chunk // CHUNKS) & (index * CHUNKS < end_chunk)
+                places = states + index * stride
+                mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+                one_largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
+                one_total = tl.load(chunk_total + places, mask=wanted, other=0.0)
+                values = chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :]
+                one_weighted = tl.load(values, mask=mask, other=0.0)
+                span_largest, span_total, span_weighted = merge(
+                    span_largest, span_total, span_weighted, one_largest, one_total, one_weighted
+                )
+            largest, total, weighted = merge(largest, total, weighted, span_largest, span_total, span_weighted)
+    return largest, total, weighted
