@@ -174,29 +174,28 @@ def fold_kernel(
                 largest, total, weighted = empty_state(ROWS, BLOCK_D)
 
     # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
-    for chunk in range(chunk_of(flat_end), tl.where(flat_end < end, chunk_of(end - 1) + 1, 0)):
-        tree_first, tree_end = tl.maximum(flat_end, first_tile_of(chunk)), tl.minimum(end, first_tile_of(chunk + 1))
-        for member in range(root, tl.where(is_chain, root + 1, tl.minimum(root + NODES, nodes))):
+    members_end = tl.where(is_chain, root + 1, tl.minimum(root + NODES, nodes))
+    for tile in range(flat_end, end):
+        for member in range(root, members_end):
             path = bits + tl.where(is_chain, deepest, member) * WORDS
-            path_end = prefix + depth_of(path, WORDS)
-            seen_end = tl.where(is_chain | (node == member), row_end, 0)
-            for tile in range(tree_first, tl.minimum(tree_end, path_end // TILE)):
-                positions = tile * TILE + tl.arange(0, TILE)
-                slots = slots_of(positions, prefix, path, WORDS)
-                wanted = (positions >= visible_from) & (positions <= path_end)
-                visible = positions[None, :] < seen_end[:, None]
-                if window is not None:
-                    visible &= positions[None, :] > (position - window)[:, None]
-                largest, total, weighted = fold_tile(
-                    *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
-                    *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
-                    *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
-                )
-        if CHUNKS > 1:
-            span_largest, span_total, span_weighted = merge(
-                span_largest, span_total, span_weighted, largest, total, weighted
+            last = prefix + depth_of(path, WORDS)
+            positions = tile * TILE + tl.arange(0, TILE)
+            slots = slots_of(positions, prefix, path, WORDS)
+            wanted = (positions >= visible_from) & (positions <= last)
+            visible = positions[None, :] < tl.where(is_chain | (node == member), row_end, 0)[:, None]
+            if window is not None:
+                visible &= positions[None, :] > (position - window)[:, None]
+            largest, total, weighted = fold_tile(
+                *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
+                *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
+                *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
             )
-            largest, total, weighted = empty_state(ROWS, BLOCK_D)
+        if CHUNKS > 1:
+            if chunk_of(tile + 1) > chunk_of(tile):
+                span_largest, span_total, span_weighted = merge(
+                    span_largest, span_total, span_weighted, largest, total, weighted
+                )
+                largest, total, weighted = empty_state(ROWS, BLOCK_D)
     if CHUNKS > 1:
         largest, total, weighted = merge(span_largest, span_total, span_weighted, largest, total, weighted)
 
