@@ -39,38 +39,16 @@ FEW = tl.constexpr(16)  # query rows of a program of finish_kernel
 
 
 @triton.jit
-def fold_tile(
-    largest,
-    total,
-    weighted,
-    query,
-    k,
-    v,
-    slots,
-    wanted,  # None: all slots are
-    visible,  # None: all rows see all slots
-    batch,
-    block_table,
-    table_width,
-    scale,
-    softcap,
-    stride_k_batch,
-    stride_k_slot,
-    stride_v_batch,
-    stride_v_slot,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAGE: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Without a block table a sequence is one page."""
-    pages, within = tl.zeros_like(slots) + batch, slots
+def fold_tile(largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D: tl.constexpr, UPCAST):
+    """Of a sequence's tokens, those at slots [TILE]; wanted and visible: None if all are to all rows."""
+    k, v, batch, block_table, table_width, page_size, scale, softcap, strides = tokens
+    pages, within = tl.zeros_like(slots) + batch, slots  # without a block table a sequence is one page
     if block_table is not None:
-        places = block_table + batch.to(tl.int64) * table_width + slots // PAGE
+        places = block_table + batch.to(tl.int64) * table_width + slots // page_size
         pages = tl.load(places) if wanted is None else tl.load(places, mask=wanted, other=0)
-        within = slots % PAGE
-    keys = load_rows(k, pages, within, wanted, stride_k_batch, stride_k_slot, HEAD_DIM, BLOCK_D, UPCAST)
-    values = load_rows(v, pages, within, wanted, stride_v_batch, stride_v_slot, HEAD_DIM, BLOCK_D, UPCAST)
+        within = slots % page_size
+    keys = load_rows(k, pages, within, wanted, strides[0], strides[1], HEAD_DIM, BLOCK_D, UPCAST)
+    values = load_rows(v, pages, within, wanted, strides[2], strides[3], HEAD_DIM, BLOCK_D, UPCAST)
     largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
     return largest, total, fold_values(weights, keep, values, weighted)
 
@@ -153,6 +131,8 @@ def fold_kernel(
     flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see the tiles before it where they lie
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
+    strides = (stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot)
+    tokens = (k, v, batch, block_table, table_width, PAGE, scale, softcap, strides)
     span_largest, span_total, span_weighted = empty_state(ROWS, BLOCK_D)
     largest, total, weighted = empty_state(ROWS, BLOCK_D)
     for tile in range(first, flat_end):
@@ -162,9 +142,7 @@ def fold_kernel(
             wanted = positions >= visible_from  # no row sees the others, so they may hold anything
             visible = positions[None, :] > (position - window)[:, None]
         largest, total, weighted = fold_tile(
-            *(largest, total, weighted, query, k, v, positions, wanted, visible, batch, block_table, table_width),
-            *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
-            *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+            largest, total, weighted, query, tokens, positions, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
         )
         if CHUNKS > 1:
             if chunk_of(tile + 1) > chunk_of(tile):
@@ -186,9 +164,7 @@ def fold_kernel(
             if window is not None:
                 visible &= positions[None, :] > (position - window)[:, None]
             largest, total, weighted = fold_tile(
-                *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
-                *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
-                *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+                largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
             )
         if CHUNKS > 1:
             if chunk_of(tile + 1) > chunk_of(tile):
@@ -276,6 +252,8 @@ def finish_kernel(
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, UPCAST)
     k += kv_head.to(tl.int64) * stride_k_head
     v += kv_head.to(tl.int64) * stride_v_head
+    strides = (stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot)
+    tokens = (k, v, batch, block_table, table_width, PAGE, scale, softcap, strides)
 
     deepest = tl.max(depth, 0)
     path = bits + tl.where(is_chain, tl.maximum(deepest, 0), program) * WORDS  # of the deepest node
@@ -294,9 +272,7 @@ def finish_kernel(
         visible = (positions[None, :] >= row_first[:, None]) & (positions[None, :] <= position[:, None])
         visible &= used[:, None]
         largest, total, weighted = fold_tile(
-            *(largest, total, weighted, query, k, v, slots, wanted, visible, batch, block_table, table_width),
-            *(scale, softcap, stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot),
-            *(HEAD_DIM, BLOCK_D, PAGE, UPCAST),
+            largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
         )
 
     wait_for_earlier(IS_EARLY)
