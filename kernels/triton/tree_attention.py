@@ -24,6 +24,7 @@ from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
 from pyspec.kernels.tree_chunks import (
     SPAN,
     TILE,
+    after_tile,
     chunk_of,
     chunks_of,
     empty_state,
@@ -39,8 +40,9 @@ FEW = tl.constexpr(16)  # query rows of a program of finish_kernel
 
 
 @triton.jit
-def fold_tile(largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D: tl.constexpr, UPCAST):
+def fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D: tl.constexpr, UPCAST):
     """Of a sequence's tokens, those at slots [TILE]; wanted and visible: None if all are to all rows."""
+    largest, total, weighted = state
     k, v, batch, block_table, table_width, page_size, scale, softcap, strides = tokens
     pages, within = tl.zeros_like(slots) + batch, slots  # without a block table a sequence is one page
     if block_table is not None:
@@ -117,7 +119,6 @@ def fold_kernel(
     deepest = tl.max(depth, 0)
     if deepest < 0:
         return  # padding sees nothing
-
     position = prefix + depth  # of the row itself
     row_end = position // TILE * TILE  # of what lies in whole tiles for it
     nearest = prefix + tl.where(is_chain, root, 0)  # no row is before it
@@ -133,28 +134,19 @@ def fold_kernel(
     v += kv_head.to(tl.int64) * stride_v_head
     strides = (stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot)
     tokens = (k, v, batch, block_table, table_width, PAGE, scale, softcap, strides)
-    span_largest, span_total, span_weighted = empty_state(ROWS, BLOCK_D)
-    largest, total, weighted = empty_state(ROWS, BLOCK_D)
+    span, state = empty_state(ROWS, BLOCK_D), empty_state(ROWS, BLOCK_D)
     for tile in range(first, flat_end):
         positions = tile * TILE + tl.arange(0, TILE)
         wanted, visible = None, None
         if window is not None:
             wanted = positions >= visible_from  # no row sees the others, so they may hold anything
             visible = positions[None, :] > (position - window)[:, None]
-        largest, total, weighted = fold_tile(
-            largest, total, weighted, query, tokens, positions, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
-        )
-        if CHUNKS > 1:
-            if chunk_of(tile + 1) > chunk_of(tile):
-                span_largest, span_total, span_weighted = merge(
-                    span_largest, span_total, span_weighted, largest, total, weighted
-                )
-                largest, total, weighted = empty_state(ROWS, BLOCK_D)
+        state = fold_tile(state, query, tokens, positions, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
+        span, state = after_tile(tile, span, state, CHUNKS, ROWS, BLOCK_D)
 
     # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
-    members_end = tl.where(is_chain, root + 1, tl.minimum(root + NODES, nodes))
     for tile in range(flat_end, end):
-        for member in range(root, members_end):
+        for member in range(root, tl.where(is_chain, root + 1, tl.minimum(root + NODES, nodes))):
             path = bits + tl.where(is_chain, deepest, member) * WORDS
             last = prefix + depth_of(path, WORDS)
             positions = tile * TILE + tl.arange(0, TILE)
@@ -163,24 +155,14 @@ def fold_kernel(
             visible = positions[None, :] < tl.where(is_chain | (node == member), row_end, 0)[:, None]
             if window is not None:
                 visible &= positions[None, :] > (position - window)[:, None]
-            largest, total, weighted = fold_tile(
-                largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
-            )
-        if CHUNKS > 1:
-            if chunk_of(tile + 1) > chunk_of(tile):
-                span_largest, span_total, span_weighted = merge(
-                    span_largest, span_total, span_weighted, largest, total, weighted
-                )
-                largest, total, weighted = empty_state(ROWS, BLOCK_D)
-    if CHUNKS > 1:
-        largest, total, weighted = merge(span_largest, span_total, span_weighted, largest, total, weighted)
-
+            state = fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
+        span, state = after_tile(tile, span, state, CHUNKS, ROWS, BLOCK_D)
+    largest, total, weighted = merge(span, state) if CHUNKS > 1 else state
     states = (tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) + index) * nodes * GROUP + node * GROUP + head
     dims = tl.arange(0, BLOCK_D)
-    used = depth >= 0
-    tl.store(chunk_largest + states, largest, mask=used)
-    tl.store(chunk_total + states, total, mask=used)
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(chunk_largest + states, largest, mask=depth >= 0)
+    tl.store(chunk_total + states, total, mask=depth >= 0)
+    mask = (depth >= 0)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted, mask=mask)
 
 
@@ -264,16 +246,14 @@ def finish_kernel(
     if window is not None:
         row_first = tl.maximum(row_first, position - window + 1)
         visible_from = tl.maximum(nearest - window + 1, 0)
-    largest, total, weighted = empty_state(FEW, BLOCK_D)
+    state = empty_state(FEW, BLOCK_D)
     for tile in range(nearest // TILE, tl.where(deepest < 0, 0, (prefix + deepest) // TILE + 1)):
         positions = tile * TILE + tl.arange(0, TILE)
         slots = slots_of(positions, prefix, path, WORDS)
         wanted = (positions >= visible_from) & (positions <= prefix + deepest)
         visible = (positions[None, :] >= row_first[:, None]) & (positions[None, :] <= position[:, None])
         visible &= used[:, None]
-        largest, total, weighted = fold_tile(
-            largest, total, weighted, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST
-        )
+        state = fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
 
     wait_for_earlier(IS_EARLY)
     first_tile, end_chunk = tl.zeros_like(row_tile), tl.where(row_tile > 0, chunk_of(row_tile - 1) + 1, 0)
@@ -282,7 +262,7 @@ def finish_kernel(
     end_chunk = tl.where(used & (first_tile < row_tile), end_chunk, 0)
     states = tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) * nodes * GROUP + node * GROUP + head
     largest, total, weighted = merge_chunks(
-        *(largest, total, weighted, chunk_largest, chunk_total, chunk_weighted),
+        *(state, chunk_largest, chunk_total, chunk_weighted),
         *(states, nodes * GROUP, chunk_of(first_tile), end_chunk),
         *(CHUNKS, FEW, HEAD_DIM, BLOCK_D),
     )

@@ -38,8 +38,10 @@ def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def merge(largest, total, weighted, other_largest, other_total, other_weighted):
+def merge(state, other):
     """Of two states one. An empty one changes no bit of the other, whichever it is."""
+    largest, total, weighted = state
+    other_largest, other_total, other_weighted = other
     now = tl.maximum(largest, other_largest)
     shift = tl.where(now == float("-inf"), 0.0, now)
     keep, take = tl.exp2(largest - shift), tl.exp2(other_largest - shift)
@@ -47,11 +49,18 @@ def merge(largest, total, weighted, other_largest, other_total, other_weighted):
 
 
 @triton.jit
+def after_tile(tile, span, state, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The states of a span and of a chunk in it, behind a tile: where it was the chunk's last, the span's has both."""
+    if CHUNKS > 1:
+        if chunk_of(tile + 1) > chunk_of(tile):
+            span = merge(span, state)
+            state = empty_state(ROWS, BLOCK_D)
+    return span, state
+
+
+@triton.jit
 def merge_chunks(
-    # A state of rows
-    largest,
-    total,
-    weighted,
+    state,
     # Pointers
     chunk_largest,
     chunk_total,
@@ -73,7 +82,7 @@ def merge_chunks(
     first_span = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0) // SPAN
     for first in range(first_span, tl.cdiv(tl.max(end_chunk, 0), SPAN), AT_ONCE // STATES):
         for span in tl.static_range(AT_ONCE // STATES):
-            span_largest, span_total, span_weighted = empty_state(ROWS, BLOCK_D)
+            merged = empty_state(ROWS, BLOCK_D)
             for one in tl.static_range(STATES):
                 index = (first + span) * STATES + one
                 wanted = (index >= first_chunk // CHUNKS) & (index * CHUNKS < end_chunk)
@@ -83,8 +92,6 @@ def merge_chunks(
                 one_total = tl.load(chunk_total + places, mask=wanted, other=0.0)
                 values = chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :]
                 one_weighted = tl.load(values, mask=mask, other=0.0)
-                span_largest, span_total, span_weighted = merge(
-                    span_largest, span_total, span_weighted, one_largest, one_total, one_weighted
-                )
-            largest, total, weighted = merge(largest, total, weighted, span_largest, span_total, span_weighted)
-    return largest, total, weighted
+                merged = merge(merged, (one_largest, one_total, one_weighted))
+            state = merge(state, merged)
+    return state
