@@ -21,17 +21,7 @@ import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
-from pyspec.kernels.tree_chunks import (
-    SPAN,
-    TILE,
-    after_tile,
-    chunk_of,
-    chunks_of,
-    empty_state,
-    first_tile_of,
-    merge,
-    merge_chunks,
-)
+from pyspec.kernels.tree_chunks import TILE, chunk_of, chunks_of, empty_state, first_tile_of, merge_chunks
 from pyspec.kernels.tree_paths import depth_of, rows_of_block, slots_of
 
 __all__ = ["compile_options", "finish_kernel", "fold_kernel", "program_rows", "tree_attention"]
@@ -70,9 +60,9 @@ def fold_kernel(
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks / CHUNKS, T * group], written
-    chunk_total,  # [B, Hkv, chunks / CHUNKS, T * group], written
-    chunk_weighted,  # [B, Hkv, chunks / CHUNKS, T * group, D], written
+    chunk_largest,  # [B, Hkv, chunks, T * group], written
+    chunk_total,  # [B, Hkv, chunks, T * group], written
+    chunk_weighted,  # [B, Hkv, chunks, T * group, D], written
     # Sizes
     nodes,
     chunks,
@@ -98,19 +88,18 @@ def fold_kernel(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
-    """Folds one chunk, or one after another those of a span, into the states of a block of rows."""
+    """Folds one chunk into the states of a block of rows."""
     NODES: tl.constexpr = ROWS // GROUP if GROUP < ROWS else 1  # of a block
     HEAD_BLOCKS: tl.constexpr = (GROUP + ROWS - 1) // ROWS
     wait_for_earlier(IS_EARLY)
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     prefix = tl.load(prefix_lens + batch)
     root = tl.program_id(0) // HEAD_BLOCKS % tl.cdiv(nodes, NODES) * NODES
-    index = tl.program_id(0) // HEAD_BLOCKS // tl.cdiv(nodes, NODES)  # of the states
+    chunk = tl.program_id(0) // HEAD_BLOCKS // tl.cdiv(nodes, NODES)
     bits = ancestor_bits + batch.to(tl.int64) * nodes * WORDS
     head_block = tl.program_id(0) % HEAD_BLOCKS
     node, head, depth, there, is_chain = rows_of_block(root, head_block, bits, nodes, GROUP, ROWS, WORDS)
@@ -125,8 +114,8 @@ def fold_kernel(
     visible_from = 0
     if window is not None:
         visible_from = tl.maximum(nearest - window + 1, 0)
-    first = tl.maximum(first_tile_of(index * CHUNKS), visible_from // TILE)
-    end = tl.minimum(first_tile_of((index + 1) * CHUNKS), (prefix + deepest) // TILE)
+    first = tl.maximum(first_tile_of(chunk), visible_from // TILE)
+    end = tl.minimum(first_tile_of(chunk + 1), (prefix + deepest) // TILE)
     if first >= end:
         return  # no row has such a chunk
     flat_end = tl.maximum(tl.minimum(end, nearest // TILE), first)  # all rows see the tiles before it where they lie
@@ -134,7 +123,7 @@ def fold_kernel(
     v += kv_head.to(tl.int64) * stride_v_head
     strides = (stride_k_batch, stride_k_slot, stride_v_batch, stride_v_slot)
     tokens = (k, v, batch, block_table, table_width, PAGE, scale, softcap, strides)
-    span, state = empty_state(ROWS, BLOCK_D), empty_state(ROWS, BLOCK_D)
+    state = empty_state(ROWS, BLOCK_D)
     for tile in range(first, flat_end):
         positions = tile * TILE + tl.arange(0, TILE)
         wanted, visible = None, None
@@ -142,7 +131,6 @@ def fold_kernel(
             wanted = positions >= visible_from  # no row sees the others, so they may hold anything
             visible = positions[None, :] > (position - window)[:, None]
         state = fold_tile(state, query, tokens, positions, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
-        span, state = after_tile(tile, span, state, CHUNKS, ROWS, BLOCK_D)
 
     # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
     for tile in range(flat_end, end):
@@ -156,9 +144,9 @@ def fold_kernel(
             if window is not None:
                 visible &= positions[None, :] > (position - window)[:, None]
             state = fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
-        span, state = after_tile(tile, span, state, CHUNKS, ROWS, BLOCK_D)
-    largest, total, weighted = merge(span, state) if CHUNKS > 1 else state
-    states = (tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) + index) * nodes * GROUP + node * GROUP + head
+
+    largest, total, weighted = state
+    states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP + node * GROUP + head
     dims = tl.arange(0, BLOCK_D)
     tl.store(chunk_largest + states, largest, mask=depth >= 0)
     tl.store(chunk_total + states, total, mask=depth >= 0)
@@ -175,9 +163,9 @@ def finish_kernel(
     ancestor_bits,  # [B, T, ceil(T / 32)]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
-    chunk_largest,  # [B, Hkv, chunks / CHUNKS, T * group]
-    chunk_total,  # [B, Hkv, chunks / CHUNKS, T * group]
-    chunk_weighted,  # [B, Hkv, chunks / CHUNKS, T * group, D]
+    chunk_largest,  # [B, Hkv, chunks, T * group]
+    chunk_total,  # [B, Hkv, chunks, T * group]
+    chunk_weighted,  # [B, Hkv, chunks, T * group, D]
     out,  # [B, Hq, T, D], written
     lse,  # [B, Hq, T], written
     # Sizes
@@ -207,7 +195,6 @@ def finish_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
     PAGE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -260,11 +247,11 @@ def finish_kernel(
     if window is not None:
         first_tile = tl.maximum(position - window + 1, 0) // TILE
     end_chunk = tl.where(used & (first_tile < row_tile), end_chunk, 0)
-    states = tl.program_id(1).to(tl.int64) * tl.cdiv(chunks, CHUNKS) * nodes * GROUP + node * GROUP + head
+    states = tl.program_id(1).to(tl.int64) * chunks * nodes * GROUP + node * GROUP + head
     largest, total, weighted = merge_chunks(
         *(state, chunk_largest, chunk_total, chunk_weighted),
         *(states, nodes * GROUP, chunk_of(first_tile), end_chunk),
-        *(CHUNKS, FEW, HEAD_DIM, BLOCK_D),
+        *(HEAD_DIM, BLOCK_D),
     )
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
     dims = tl.arange(0, BLOCK_D)
@@ -288,19 +275,14 @@ def program_rows(head_dim: int, dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize == 2 and head_dim <= 128 else 16
 
 
-def chunks_of_a_state(rows: int) -> int:
-    """1, or with many query rows all of a span: enough programs there are then, and states are what costs memory."""
-    return 1 if rows <= 64 else SPAN.value
-
-
 def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[dict, dict]:
     """Options of fold_kernel and of finish_kernel. The number of nodes must never change them: the row rule."""
     row_bytes = triton.next_power_of_2(head_dim) * dtype.itemsize
     rows = program_rows(head_dim, dtype)
     tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, on their way
     stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
-    few = {"num_warps": max(4, row_bytes // 64), "num_stages": 1, "enable_fp_fusion": False}
-    return {**few, "num_warps": 4, "num_stages": stages} if rows == 64 else {**few, "num_stages": stages}, few
+    fold = {"num_warps": 4 if rows == 64 else max(4, row_bytes // 64), "num_stages": stages}
+    return {**fold, "enable_fp_fusion": False}, {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):
@@ -316,8 +298,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    group_chunks = chunks_of_a_state(nodes * min(group, program_rows(head_dim, q.dtype)))
-    states = (batch, kv_heads, triton.cdiv(chunks, group_chunks), nodes * group)
+    states = (batch, kv_heads, chunks, nodes * group)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
     ancestor_bits, prefix_lens = ancestor_bits.contiguous(), prefix_lens.contiguous()
     if block_table is not None:
@@ -329,7 +310,6 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "HEAD_DIM": head_dim,
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
-        "CHUNKS": group_chunks,
         "PAGE": None if block_table is None else k.shape[2],
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
         **launch_options(q.device),
@@ -341,7 +321,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     numbers = (nodes, chunks, table_width, scale, softcap, window)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     with torch.cuda.device_of(q):
-        fold_kernel[max(states[2], 1) * blocks, batch * kv_heads](
+        fold_kernel[max(chunks, 1) * blocks, batch * kv_heads](
             *inputs, *numbers, *strides, ROWS=rows, **tree, **fold_options
         )
         finish_kernel[nodes * triton.cdiv(group, FEW.value), batch * kv_heads](

@@ -1,8 +1,7 @@
 """How tree_attention cuts a row's keys, at positions alone, and how what was found of each part becomes one.
 
-Whole tiles lie in chunks, each folded by itself from an empty state. The chunks of a span are merged in order, then the
-spans, so that a program which folds a whole span gets the bits of those that fold one chunk each. The state of a row is
-its largest score (in units of log2), the sum of its weights and its weighted values.
+Whole tiles lie in chunks, each folded by itself from an empty state; the states are then merged in order. The state of
+a row is its largest score (in units of log2), the sum of its weights and its weighted values.
 """
 
 import triton
@@ -10,8 +9,7 @@ import triton.language as tl
 
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 # Short chunks first, to fill the machine with few rows; then long ones, whose states cost less memory.
-SHORT, SHORT_CHUNKS, LONG = tl.constexpr(2), tl.constexpr(32), tl.constexpr(16)  # tiles, how many, tiles
-SPAN = tl.constexpr(4)  # chunks
+SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
 AT_ONCE = tl.constexpr(8)  # states that are loaded at once
 
 
@@ -49,16 +47,6 @@ def merge(state, other):
 
 
 @triton.jit
-def after_tile(tile, span, state, CHUNKS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The states of a span and of a chunk in it, behind a tile: where it was the chunk's last, the span's has both."""
-    if CHUNKS > 1:
-        if chunk_of(tile + 1) > chunk_of(tile):
-            span = merge(span, state)
-            state = empty_state(ROWS, BLOCK_D)
-    return span, state
-
-
-@triton.jit
 def merge_chunks(
     state,
     # Pointers
@@ -71,27 +59,20 @@ def merge_chunks(
     first_chunk,
     end_chunk,
     # Constants
-    CHUNKS: tl.constexpr,  # of a state: 1 or SPAN
-    ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The state merged with those of all chunks of the rows, in order."""
-    STATES: tl.constexpr = SPAN // CHUNKS  # of a span
     dims = tl.arange(0, BLOCK_D)
-    first_span = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0) // SPAN
-    for first in range(first_span, tl.cdiv(tl.max(end_chunk, 0), SPAN), AT_ONCE // STATES):
-        for span in tl.static_range(AT_ONCE // STATES):
-            merged = empty_state(ROWS, BLOCK_D)
-            for one in tl.static_range(STATES):
-                index = (first + span) * STATES + one
-                wanted = (index >= first_chunk // CHUNKS) & (index * CHUNKS < end_chunk)
-                places = states + index * stride
-                mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
-                one_largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
-                one_total = tl.load(chunk_total + places, mask=wanted, other=0.0)
-                values = chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :]
-                one_weighted = tl.load(values, mask=mask, other=0.0)
-                merged = merge(merged, (one_largest, one_total, one_weighted))
-            state = merge(state, merged)
+    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0)
+    for first in range(begin, tl.max(end_chunk, 0), AT_ONCE):
+        for step in tl.static_range(AT_ONCE):
+            chunk = first + step
+            wanted = (chunk >= first_chunk) & (chunk < end_chunk)
+            places = states + chunk * stride
+            largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
+            total = tl.load(chunk_total + places, mask=wanted, other=0.0)
+            mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+            weighted = tl.load(chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+            state = merge(state, (largest, total, weighted))
     return state

@@ -57,7 +57,6 @@ def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "ROWS": tree_attention.program_rows(head_dim, dtype),
         "WORDS": (nodes + 31) // 32,
-        "CHUNKS": tree_attention.chunks_of_a_state(4 * nodes),
         "PAGE": 16 if is_paged else None,
         "UPCAST": False,
         "IS_EARLY": architecture >= 90,
