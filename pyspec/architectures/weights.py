@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
-from pyspec.ops.linear import LinearWeight, lay_out_weight
+from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 
 __all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
 
@@ -129,6 +130,18 @@ class NativeWeights:
 
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
+        for layer in self.layers:
+            layer.prepare(config)
+
+    def embed(self, config, tokens: Tensor) -> Tensor:
+        """[R, H] fp32: what the layers take in for tokens [R]."""
+        if isinstance(self.embedding, LinearWeight):
+            return self.embedding.rows(tokens)
+        return F.embedding(tokens, self.embedding).float()
+
+    def logits(self, config, hidden: Tensor) -> Tensor:
+        """[R, V] fp32 of rows [R, H] that `forward` gave."""
+        return linear(hidden, self.head, out_dtype=torch.float32)
 
     def lay_out(self, dtype: torch.dtype) -> None:
         """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""

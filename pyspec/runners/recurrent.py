@@ -97,7 +97,7 @@ class HybridRunner(RecurrentRunner):
         self._replays = replays = None  # makes room
         attention, slots = self.config.attention, slots_for(capacity)
         shape = (attention.layers, sequences, attention.kv_heads, slots, attention.head_dim)
-        dense = DenseCache(*shape, self.dtype, self.device, self._rope(slots))
+        dense = DenseCache(*shape, self.dtype, self.device, self._ropes(slots))
         cache = HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
         cache.dense.restart(capacity)
         self._new_replays(cache)
