@@ -112,7 +112,10 @@ def test_tree_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path
     assert bool(re.search(TENSOR_CORES[newest], ptx)) == (dtype == torch.bfloat16)
     finish = compile_tree(tree_attention.finish_kernel, architecture, dtype, head_dim)
     used = resources(finish, tmp_path)
-    assert programs_at_a_time(finish, used) >= (3 if head_dim <= 128 else 2) and used["LOCAL"] == 0
+    assert (
+        programs_at_a_time(finish, used) >= (2 if dtype == torch.bfloat16 and head_dim <= 128 else 1)
+        and used["LOCAL"] == 0
+    )
 
 
 def test_tree_attention_with_pages_and_options_fits(tmp_path):
