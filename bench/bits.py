@@ -5,7 +5,7 @@
     python bench/bits.py demo mamba --check FILE    these models alone
 
 For a change that must not touch the arithmetic: write with the build before it, check with the build after it, on one
-machine, with one number of threads (torch's own sums, which Qwen3's are, hang on it; ours don't). Hashes of another
+machine, with one number of threads (torch's own sums, which Phi's are, hang on it; ours don't). Hashes of another
 machine say nothing, since the bits of a float kernel are those of its instruction set; none are committed.
 
 The models are the demo model and small random ones, which transformers makes from a fixed seed and saves to a
