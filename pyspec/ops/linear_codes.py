@@ -11,6 +11,9 @@ added in order in fp32. The layout, kernels/params/linear_codes.h, keeps every b
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +22,14 @@ from pyspec.ops._checks import BadData
 from pyspec.ops._library import Op
 from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat
 
-__all__ = ["FORMAT_VERSION", "lay_out_codes", "linear_codes", "linear_codes_reference", "linear_codes_rows"]
+__all__ = [
+    "FORMAT_VERSION",
+    "lay_out_codes",
+    "linear_codes",
+    "linear_codes_reference",
+    "linear_codes_rows",
+    "linear_joined",
+]
 
 FORMAT_VERSION = 1  # of kernels/params/linear_codes.h
 PANEL = 32  # outputs
@@ -27,7 +37,7 @@ _FORMATS = list(FORMATS.values())  # ops know formats by their place
 
 
 def lay_out_codes(codes: Codes) -> Tensor:
-    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight in any format but q8_0, on the CPU."""
+    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight on the CPU."""
     format = codes.format
 
     def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
@@ -55,6 +65,14 @@ def lay_out_codes(codes: Codes) -> Tensor:
     if format.bits > low:
         parts.append(plane(codes.codes >> low, format.bits - low))
     return torch.cat([part.contiguous().flatten(2).view(torch.uint8) for part in parts], 2)
+
+
+def block_bytes(format: WeightFormat) -> int:
+    """Bytes of a block of a panel."""
+    groups = format.block // format.group
+    bytes_of_group = 1 if format.bits == 2 else format.has_scales + format.has_minimums
+    floats = 2 * (1 + _stores_floors(format))
+    return PANEL * (floats + groups * bytes_of_group + format.block * format.bits // 8)
 
 
 def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) -> Codes:
@@ -96,7 +114,7 @@ def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) ->
 
 
 def _low_bits(format: WeightFormat) -> int:
-    return 2 if format.bits < 4 else 4
+    return 2 if format.bits < 4 else 4 if format.bits < 8 else 8
 
 
 def _stores_floors(format: WeightFormat) -> bool:
@@ -131,6 +149,31 @@ def linear_codes_reference(
     return (out if bias is None else out + bias).to(out_dtype)
 
 
+def split_panels(weight: Tensor, outputs: Sequence[int], formats: Sequence[WeightFormat], inputs: int) -> list[Tensor]:
+    """The panels of each of some weights that lie one after another, flat uint8."""
+    shapes = [
+        (-(-count // PANEL), -(-inputs // format.block), block_bytes(format))
+        for count, format in zip(outputs, formats, strict=True)
+    ]
+    parts = weight.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def linear_joined_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    formats: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """linear_codes_reference of weights one below another, whose panels lie one after another, flat."""
+    panels = split_panels(weight, outputs, [_FORMATS[format] for format in formats], x.shape[1])
+    biases = [None] * len(panels) if bias is None else bias.split(list(outputs))
+    numbers = zip(panels, biases, outputs, formats, strict=True)
+    return torch.cat([linear_codes_reference(x, *part, out_dtype) for part in numbers], 1)
+
+
 def linear_codes_rows_reference(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: int) -> Tensor:
     """The rows [n, inputs] fp32 of a weight in panels: those of the outputs in index [n]."""
     return take_apart(weight, _FORMATS[format], outputs, inputs).values()[index]
@@ -151,6 +194,14 @@ _ROWS = Op(
 )
 
 
+_JOINED = Op(
+    "linear_joined",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] outputs, int[] formats, ScalarType out_dtype) -> Tensor",
+    linear_joined_reference,
+    lambda x, weight, bias, outputs, formats, out_dtype: x.new_empty((x.shape[0], sum(outputs)), dtype=out_dtype),
+)
+
+
 def linear_codes(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: WeightFormat, out_dtype: torch.dtype
 ) -> Tensor:
@@ -161,3 +212,15 @@ def linear_codes(
 def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
     """Some outputs' weights, [n, inputs] fp32: of index [n] int64 in [0, outputs)."""
     return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))
+
+
+def linear_joined(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    formats: Sequence[WeightFormat],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """linear_codes of weights one below another, each in its format, whose panels lie one after another, flat."""
+    return _JOINED(x, weight, bias, list(outputs), [_FORMATS.index(format) for format in formats], out_dtype)

@@ -304,7 +304,7 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
         source = ASTSource(kernel, signature, {**constants, "IS_EARLY": architecture >= 90})
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
-        assert used["REG"] <= (64 if name == "group_kernel" else 128)  # 32 groups on a multiprocessor at a time
+        assert used["REG"] <= (48 if name == "group_kernel" else 255)  # 40 groups on a multiprocessor at a time
         assert used["STACK"] == used["LOCAL"] == 0
 
 
