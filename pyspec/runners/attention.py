@@ -42,7 +42,7 @@ class AttentionRunner(NativeRunner):
         weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
         prompt_attention: see pyspec.load. With "flash-attn" prompts do not have the bits of decoding them, but still
             the same ones beside any others.
 
