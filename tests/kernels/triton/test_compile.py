@@ -308,7 +308,7 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= (48 if name == "group_kernel" else 255)  # 40 groups on a multiprocessor at a time
-        assert used["STACK"] == used["LOCAL"] == 0
+        assert used["STACK"] + used["LOCAL"] <= (0 if name == "group_kernel" else 16)
 
 
 # ==== the small ops of a layer ====
