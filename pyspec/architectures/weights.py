@@ -17,7 +17,7 @@ __all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out
 Matrix = Tensor | LinearWeight
 
 
-def laid_out(matrix: Matrix, dtype: torch.dtype) -> LinearWeight:
+def laid_out(matrix: Matrix, dtype: torch.dtype | str) -> LinearWeight:
     return matrix if isinstance(matrix, LinearWeight) else lay_out_weight(matrix, dtype)
 
 
@@ -53,7 +53,7 @@ class NativeLayer:
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
 
-    def lay_out(self, dtype: torch.dtype) -> None:
+    def lay_out(self, dtype: torch.dtype | str) -> None:
         """Lays out the matrices that are not laid out yet; each takes the place of its dense form."""
         for name in self.MATRICES:
             setattr(self, name, laid_out(getattr(self, name), dtype))
@@ -123,7 +123,7 @@ class NativeWeights:
             sample.add(layer.named(config, f"{self.LAYERS}{index}.").items())
         return sample.hexdigest()
 
-    def lay_out_outside(self, dtype: torch.dtype) -> None:
+    def lay_out_outside(self, dtype: torch.dtype | str) -> None:
         """Lays out the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
         tied = self.embedding is self.head
         self.head = laid_out(self.head, dtype)
@@ -145,8 +145,8 @@ class NativeWeights:
         """[R, V] fp32 of rows [R, H] that `forward` gave."""
         return linear(hidden, self.head, out_dtype=torch.float32)
 
-    def lay_out(self, dtype: torch.dtype) -> None:
-        """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""
+    def lay_out(self, dtype: torch.dtype | str) -> None:
+        """Lays out every matrix that `linear` reads, as float32, float16, bfloat16, int8 or "int4"."""
         self.lay_out_outside(dtype)
         for layer in self.layers:
             layer.lay_out(dtype)

@@ -62,7 +62,7 @@ class LinearWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
     Attributes:
-        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of int8; a float dtype, or uint8 for others.
+        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of integers; a float dtype, or uint8 for others.
         outputs: rows of the weight.
         inputs: its columns.
         format: of a weight in fewer than 8 bits, else None.
@@ -147,7 +147,8 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16.
+        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16; or codes
+            are on a GPU and have neither 4 nor 8 bits.
         RuntimeError: weight requires a gradient, which int8 and int4 would lose.
     """
     if isinstance(weight, Codes):

@@ -1,4 +1,4 @@
-"""linear_codes: x times a weight in few bits transposed; what `linear` calls for such weights on the CPU.
+"""linear_codes: x times a weight in few bits transposed; what `linear` calls for such weights.
 
     out[r, n] = sum over blocks b of s_x[r, b] (factor[n, b] A - floor[n, b] B) + bias[n]
     A = sum over groups g in b of scale[n, g] sum over k in g of x8[r, k] level[n, k]
@@ -6,7 +6,8 @@
 
 x is rounded to 8 bits in the format's own blocks, s_x = max |x| / 127, so that A and B are exact integers; blocks are
 added in order in fp32. The layout, kernels/params/linear_codes.h, keeps every bit of a weight that has been taken apart
-(pyspec/ops/weight_formats.py).
+(pyspec/ops/weight_formats.py). So does that of a GPU, linear_codes_tiles.py, where x is not rounded and weights have 4
+bits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from pyspec.ops._checks import BadData
 from pyspec.ops._library import Op
+from pyspec.ops.linear_codes_tiles import lay_out_tiles, read_tiles
 from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat
 
 __all__ = [
@@ -37,7 +39,12 @@ _FORMATS = list(FORMATS.values())  # ops know formats by their place
 
 
 def lay_out_codes(codes: Codes) -> Tensor:
-    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight on the CPU."""
+    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight.
+
+    On a GPU tiles, for formats of 4 bits.
+    """
+    if codes.codes.device.type != "cpu":
+        return lay_out_tiles(codes)
     format = codes.format
 
     def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
@@ -76,7 +83,9 @@ def block_bytes(format: WeightFormat) -> int:
 
 
 def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) -> Codes:
-    """A weight out of its panels: the Codes that lay_out_codes got."""
+    """A weight out of its panels or tiles: the Codes that lay_out_codes got."""
+    if data.device.type != "cpu":
+        return read_tiles(data, format, inputs, torch.arange(outputs, device=data.device))
     groups, low = format.block // format.group, _low_bits(format)
     at = 0
 
@@ -143,9 +152,9 @@ def round_blocks(x: Tensor, block: int) -> Tensor:
 def linear_codes_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """Plain PyTorch, in fp32: x [R, K], panels of a weight, bias [N] fp32. The specification of the kernels."""
-    codes = take_apart(weight, _FORMATS[format], outputs, x.shape[1])
-    out = round_blocks(x.float(), codes.format.block) @ codes.values().T
+    """Plain PyTorch, in fp32: x [R, K], a laid out weight, bias [N] fp32. The specification of the kernels."""
+    codes, values = take_apart(weight, _FORMATS[format], outputs, x.shape[1]), x.float()
+    out = (round_blocks(values, codes.format.block) if x.device.type == "cpu" else values) @ codes.values().T
     return (out if bias is None else out + bias).to(out_dtype)
 
 
@@ -179,11 +188,18 @@ def linear_codes_rows_reference(index: Tensor, weight: Tensor, outputs: int, inp
     return take_apart(weight, _FORMATS[format], outputs, inputs).values()[index]
 
 
+def _triton():
+    from pyspec.kernels.linear_codes import linear_codes as launch
+
+    return lambda *args: launch(*args[:4], _FORMATS[args[4]], *args[5:])
+
+
 _OP = Op(
     "linear_codes",
     "(Tensor x, Tensor weight, Tensor? bias, int outputs, int format, ScalarType out_dtype) -> Tensor",
     linear_codes_reference,
     lambda x, weight, bias, outputs, format, out_dtype: x.new_empty((x.shape[0], outputs), dtype=out_dtype),
+    _triton,
 )
 _ROWS = Op(
     "linear_codes_rows",
@@ -205,12 +221,14 @@ _JOINED = Op(
 def linear_codes(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: WeightFormat, out_dtype: torch.dtype
 ) -> Tensor:
-    """x [R, K] times a weight in panels: [R, N] of out_dtype; arguments are checked by `linear`."""
+    """x [R, K] times a laid out weight: [R, N] of out_dtype; arguments are checked by `linear`."""
     return _OP(x, weight, bias, outputs, _FORMATS.index(format), out_dtype)
 
 
 def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
     """Some outputs' weights, [n, inputs] fp32: of index [n] int64 in [0, outputs)."""
+    if weight.device.type != "cpu":
+        return read_tiles(weight, format, inputs, index).values()
     return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))
 
 

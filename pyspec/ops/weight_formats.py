@@ -115,8 +115,12 @@ class Codes:
         scales = self.factors.float().repeat_interleave(groups, 1)
         if self.scales is not None:
             scales *= self.scales
-        levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)
-        values = levels[self.codes.int()].unflatten(1, (-1, self.format.group)).mul_(scales[..., None])
+        first = self.format.levels[0]
+        if self.format.levels == _from(first, self.format.bits):  # a table would have to be copied to a GPU
+            levels = self.codes.float().add_(first)
+        else:
+            levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)[self.codes.int()]
+        values = levels.unflatten(1, (-1, self.format.group)).mul_(scales[..., None])
         if self.floors is not None:
             floors = self.floors.float().repeat_interleave(groups, 1)
             if self.minimums is not None:

@@ -1,4 +1,4 @@
-"""AttentionRunner: models whose layers are all attention (Llama, SmolLM2, Mistral, Qwen2), over a KV cache.
+"""AttentionRunner: models whose layers are all attention, such as Llama, Qwen3 and Gemma 3, over a KV cache.
 
 The nodes of all trees of a batch run ragged through the layers, [sum of T_b, hidden]. A prompt is read as a chain of
 draft tokens that are all accepted, so prefill is verify and commit, and gives the same bits in any chunks.
@@ -42,7 +42,7 @@ class AttentionRunner(NativeRunner):
         weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with weights of fewer bits.
+        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
         prompt_attention: see pyspec.load. With "flash-attn" prompts do not have the bits of decoding them, but still
             the same ones beside any others.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate, repeat
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
+from pyspec.ops._checks import FLOATS
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
@@ -38,7 +40,7 @@ class NativeRunner:
         context_length: positions the model was made for.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with weights of fewer bits.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
     """
 
     def __init__(
@@ -62,8 +64,7 @@ class NativeRunner:
         self.vocab_size = config.vocab_size
         self.context_length = context_length
         self.weight_dtype = weights.head.dtype
-        has_floats = self.weight_dtype in (torch.float32, torch.float16, torch.bfloat16)
-        self.dtype = dtype or (self.weight_dtype if has_floats else torch.bfloat16)
+        self.dtype = dtype or (self.weight_dtype if self.weight_dtype in FLOATS else torch.bfloat16)
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
@@ -226,7 +227,10 @@ class NativeRunner:
         return self._rope_tables
 
     def _new_replays(self, cache) -> None:
-        record = GraphRecorder(self._logits, self.vocab_size, self.device) if self._records_graphs else TapeRecorder()
+        record = TapeRecorder()
+        if self._records_graphs:  # with the weights alone: a runner that its replays knew would stay until collected
+            logits = partial(self.weights.logits, self.config)
+            record = GraphRecorder(logits, self.vocab_size, self.device)
         self._replays = Replays(cache, record)
 
     def _new_cache(self, sequences: int, capacity: int):

@@ -32,7 +32,7 @@ class RecurrentRunner(NativeRunner):
         weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with weights of fewer bits.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
     """
 
     def __init__(self, config, weights, tokenizer=None, eos_tokens: Sequence[int] = (), dtype=None):
