@@ -66,7 +66,8 @@ def load(
         return _load_folder(path, dtype, device, prompt_attention, progress)
     except Unsupported as reason:
         if dtype in (torch.int8, "int4"):
-            raise ValueError(f"dtype {str(dtype).removeprefix('torch.')} needs a model of {_families(FAMILIES)}: {reason}") from None
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"dtype {name} needs a model of {_families(FAMILIES)}: {reason}") from None
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         return fall_back(partial(_load_foreign, path, dtype, device, reason), reason)
