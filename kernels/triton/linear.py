@@ -1,9 +1,9 @@
 """linear on the GPU: x times a laid out weight transposed, in one order of summation for every number of rows.
 
 One program per (block of rows of x, block of outputs, split of the inputs). Its sums stay in registers; tiles of the
-weight and of x are streamed past them through shared memory. The last program of a block adds the splits in order, then
-the bias. Bound by reading the weight; splits put enough programs in flight for that where there are few outputs. Programs ask
-for the first of it while the small kernels in front of them still run.
+weight and of x are streamed past them through shared memory. Bound by reading the weight; splits put enough programs in
+flight for that where there are few outputs, and the last of a block to finish adds them in order, then the bias.
+Programs ask for the first of the weight while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
 fp32: a value is a sum of two of 11 bits, and three of the four products of such sums are added on the tensor cores: the

@@ -6,6 +6,8 @@ import torch
 from tests.helpers.on_gpu import assert_close, to_device
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
+import triton  # noqa: E402
+
 from pyspec.kernels import linear as kernels  # noqa: E402
 from pyspec.ops.linear import _pack_int8  # noqa: E402
 
@@ -99,6 +101,19 @@ def test_integers_are_exact(dtype, splits, monkeypatch):
     expected = (x[:, None] * weight).sum(2) + bias.long()
     x = x.to(torch.float32 if is_int8 else dtype)
     assert torch.equal(run(x, weight.float(), bias, is_int8, torch.float32), expected.float())
+
+
+def test_the_tickets_of_splits_are_back_for_the_next_call():
+    x, weight, bias = make(70, 130, 300)
+    found = [run(x, weight, bias, is_int8) for is_int8 in (False, True, False)]
+    assert torch.equal(found[0], found[2])
+    (tickets,) = kernels._tickets.values()
+    assert not tickets.any()
+    blocks = max(
+        triton.cdiv(kernels.MOST_ROWS, tile["ROWS"]) * triton.cdiv(kernels.IN_FLIGHT // 2, tile["OUTPUTS"])
+        for tile in (kernels.tile_of(dtype, kernels.MOST_ROWS) for dtype in (*EPSILON, torch.uint8))
+    )
+    assert len(tickets) >= blocks
 
 
 def test_int8_rounds_ties_to_even():
