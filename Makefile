@@ -62,7 +62,7 @@ count-instructions: $(VENV)/ready
 
 # Do the bindings compile against the oldest torch that pyproject.toml names? Fetches its headers once, 150 MB.
 check-oldest-torch: $(VENV)/ready
-	$(BIN)/python csrc/oldest_torch.py
+	$(BIN)/python tests/oldest_torch.py
 
 # The site, in build/docs.
 docs: $(VENV)/ready-docs

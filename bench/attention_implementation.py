@@ -1,8 +1,8 @@
-"""What does attn_implementation="pyspec" save a transformers model that reads packed documents?
+"""What does attn_implementation="pyspec" save a transformers model that reads joined documents?
 
     python bench/attention_implementation.py            a table, bench/results/attention_implementation_cpu.json
 
-One forward over 4,096 tokens of packed documents (position_ids start anew with each), the same call for both: "sdpa" is
+One forward over 4,096 tokens of joined documents (position_ids start anew with each), the same call for both: "sdpa" is
 given transformers' dense 4D mask, "pyspec" a block mask. Timed are the attention function, summed over the layers, and
 the making of the mask, once a forward. The model has the demo model's heads and random weights: neither changes a time.
 """

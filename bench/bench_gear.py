@@ -1,12 +1,12 @@
-"""How fast is attention over packed keys and values, and what do they cost to pack and to keep?
+"""How fast is attention over quantised keys and values, and what do they cost to quantise and to keep?
 
     python bench/bench_gear.py              a table, bench/results/gear_cpu.{json,png}
     pytest bench --benchmark-only           the kernels alone, to compare before and after a change
 
-Attention of T nodes behind n tokens, packed blocks and the tail in full precision together, against our own
+Attention of T nodes behind n tokens, quantised blocks and the tail in full precision together, against our own
 tree_attention over a dense bf16 cache and torch's scaled_dot_product_attention in bf16. The floor is the larger of the
 bytes of the records over the measured read bandwidth and the operations over the measured rate of a large matrix
-product. A time does not depend on the values, so one piece of text is packed and then repeated.
+product. A time does not depend on the values, so one piece of text is quantised and then repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMATS = {
     "4 bits, low rank": GearSettings(4, 128, rank=4),
     "2 bits, outliers": GearSettings(2, 64, outliers=2),
 }
-PIECE = 8 * BLOCK  # tokens that are really packed
+PIECE = 8 * BLOCK  # tokens that are really quantised
 TARGETS = {("int4", 1, 32768): 1.8, ("kivi-2bit", 1, 32768): 2.2, ("int4", 8, 32768): 1.0}
 
 
@@ -57,14 +57,14 @@ class Problem:
     def sdpa(self) -> torch.Tensor:
         return scaled_dot_product_attention(self.q, self.k, self.v, self.mask, enable_gqa=True)
 
-    def packed(self, format: GearSettings):
-        """The attention as a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
+    def quantised(self, format: GearSettings):
+        """The attention as a runner calls it: quantised blocks, the tail in a buffer of its own, rows worked out."""
         record = gear_encode(*self.piece, format)
-        packed = record.repeat(1, 1, -(-self.length // PIECE), 1)
+        quantised = record.repeat(1, 1, -(-self.length // PIECE), 1)
         start = blocks_seen(self.length, format.window) * BLOCK
         k, v = (x[:, :, start:].contiguous() for x in (self.k, self.v))
         rows = TreeRows.of(self.bits, self.lens, format.window)
-        return lambda: attend_tree(self.q, packed, k, v, rows, format, HEAD_DIM**-0.5)[0]
+        return lambda: attend_tree(self.q, quantised, k, v, rows, format, HEAD_DIM**-0.5)[0]
 
     def check(self, format: GearSettings) -> None:
         """Refuses to time a wrong result."""
@@ -74,7 +74,7 @@ class Problem:
         for exact, x in zip((k, v), decoded, strict=True):
             exact[:, :, :start] = x.double().repeat(1, 1, -(-self.length // PIECE), 1)[:, :, :start]
         expected = scaled_dot_product_attention(self.q.double(), k, v, self.mask, enable_gqa=True)
-        torch.testing.assert_close(self.packed(format)().double(), expected, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(self.quantised(format)().double(), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("nodes", [1, 8])
@@ -82,7 +82,7 @@ class Problem:
 def bench_gear(benchmark, name, nodes):
     problem = Problem(nodes, 4096)
     problem.check(FORMATS[name])
-    benchmark(problem.packed(FORMATS[name]))
+    benchmark(problem.quantised(FORMATS[name]))
 
 
 def run(names: list[str], lengths: list[int], repeats: int) -> dict:
@@ -95,7 +95,7 @@ def run(names: list[str], lengths: list[int], repeats: int) -> dict:
         for length in lengths:
             problem = Problem(nodes, length)
             calls = {"dense": problem.dense, "sdpa": problem.sdpa}
-            calls |= {name: problem.packed(FORMATS[name]) for name in names}
+            calls |= {name: problem.quantised(FORMATS[name]) for name in names}
             ms = {name: 1e3 * seconds for name, seconds in measure.in_turn(calls, repeats).items()}
             operations = 1e3 * 4 * HEADS * nodes * length * HEAD_DIM / rate
             floors = {"dense": max(operations, 1e3 * 4 * KV_HEADS * length * HEAD_DIM / bandwidth)}
@@ -129,14 +129,15 @@ def show(row: dict) -> None:
 
 
 def encode_times(names: list[str], repeats: int) -> dict[str, dict[str, float]]:
-    """Microseconds to pack a token's keys and values, of one layer, and the bits of each number kept."""
+    """Microseconds to quantise a token's keys and values, of one layer, and the bits of each number kept."""
     k, v = torch.randn(2, 1, KV_HEADS, BLOCK, HEAD_DIM).bfloat16().unbind(0)
     seconds = measure.in_turn({name: lambda f=FORMATS[name]: gear_encode(k, v, f) for name in names}, repeats)
     found = {}
     for name in names:
         bits = FORMATS[name].effective_bits(HEAD_DIM, 8192)
         found[name] = {"us_per_token_and_layer": 1e6 * seconds[name] / BLOCK, "effective_bits_at_8k": bits}
-        print(f"{name:<22} packs a token of a layer in {found[name]['us_per_token_and_layer']:.1f} us, {bits:.2f} bits")
+        us = found[name]["us_per_token_and_layer"]
+        print(f"{name:<22} a token of a layer is quantised in {us:.1f} us, {bits:.2f} bits")
     return found
 
 
@@ -155,7 +156,7 @@ def plot(result: dict, path) -> None:
         axis.set_title(f"{nodes} nodes")
     axes[0].set_ylabel("time of dense tree_attention over time")
     axes[-1].legend(fontsize=7)
-    what = f"attention over packed caches, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}"
+    what = f"attention over quantised caches, {HEADS} query and {KV_HEADS} KV heads of {HEAD_DIM}"
     measure.save_figure(figure, what, result, path)
 
 

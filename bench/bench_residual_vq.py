@@ -36,16 +36,16 @@ def codebooks(name: str) -> torch.Tensor:
 
 
 def attention(problem: Problem, books: torch.Tensor, pre_rope: bool = False):
-    """As a runner calls it: packed blocks, the tail in a buffer of its own, rows worked out."""
-    packed = residual_vq_encode(*problem.piece, books).repeat(1, 1, -(-problem.length // PIECE), 1)
+    """As a runner calls it: quantised blocks, the tail in a buffer of its own, rows worked out."""
+    quantised = residual_vq_encode(*problem.piece, books).repeat(1, 1, -(-problem.length // PIECE), 1)
     start = blocks_seen(problem.length, WINDOW) * BLOCK
     k, v = (x[:, :, start:].contiguous() for x in (problem.k, problem.v))
     rows, scale = TreeRows.of(problem.bits, problem.lens, WINDOW), HEAD_DIM**-0.5
-    rotary = rotary_of_blocks(FREQUENCIES, packed.shape[2]) if pre_rope else None
+    rotary = rotary_of_blocks(FREQUENCIES, quantised.shape[2]) if pre_rope else None
 
     def call() -> torch.Tensor:
-        packed_part = attend_codes(problem.q, packed, rows.seen, books, scale, rotary)
-        return join_exact(packed_part, problem.q, k, v, rows, scale)[0]
+        quantised_part = attend_codes(problem.q, quantised, rows.seen, books, scale, rotary)
+        return join_exact(quantised_part, problem.q, k, v, rows, scale)[0]
 
     return call
 
@@ -124,7 +124,7 @@ def show(row: dict) -> None:
 
 
 def encode_times(books: dict[str, torch.Tensor], rate: float, repeats: int) -> dict[str, dict[str, float]]:
-    """Microseconds to pack a token's keys and values, of one layer; their floor, and the bits of each number."""
+    """Microseconds to quantise a token's keys and values, of one layer; their floor, and the bits of each number."""
     k, v = torch.randn(2, 1, KV_HEADS, BLOCK, HEAD_DIM).bfloat16().unbind(0)
     seconds = measure.in_turn({name: lambda b=b: residual_vq_encode(k, v, b) for name, b in books.items()}, repeats)
     found = {}
@@ -134,7 +134,9 @@ def encode_times(books: dict[str, torch.Tensor], rate: float, repeats: int) -> d
         floor = 1e6 * 2 * 2 * KV_HEADS * HEAD_DIM * format.depth * format.codes / rate
         bits = 8 * format.record_bytes(HEAD_DIM) / (2 * HEAD_DIM * BLOCK)
         found[name] = {"us_per_token_and_layer": us, "floor_us": floor, "bits": bits}
-        print(f"{name:<10} packs a token of a layer in {us:.1f} us, floor {floor:.1f} us; {bits:.3f} bits a number")
+        print(
+            f"{name:<10} a token of a layer is quantised in {us:.1f} us, floor {floor:.1f} us; {bits:.3f} bits a number"
+        )
     return found
 
 

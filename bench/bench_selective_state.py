@@ -32,6 +32,7 @@ from itertools import product
 
 import torch
 from command_line import DTYPES, parse, parser_of, positive
+from inside import read, weight_bytes
 from joint import JointRounds
 
 import pyspec
@@ -39,7 +40,6 @@ from pyspec import measure
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
 from pyspec.architectures.state_space import StateSpaceWeights
-from pyspec.measure.inside import read, weight_bytes
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree

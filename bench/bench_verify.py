@@ -3,7 +3,7 @@
     python bench/bench_verify.py            a table, bench/results/verify_<device>.json
 
 A whole verify of AttentionRunner, tree to logits, with random weights in the shape of a known model: a time does not
-depend on the values. On a GPU the same verify launch by launch stands beside the replayed graph. See steps.py.
+depend on the values. The same verify launch by launch stands beside what is replayed. See steps.py.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from itertools import product
 import steps
 import torch
 from command_line import DTYPES, parse, parser_of
+from inside import launched
 
 from pyspec import measure
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights
-from pyspec.measure.inside import launched
 from pyspec.runners.attention import AttentionRunner
 
 SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabulary, tied embedding
@@ -26,7 +26,8 @@ SHAPES = {  # hidden, intermediate, layers, heads, KV heads, head_dim, vocabular
 }
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner:
+def random_model(shape: str, dtype: torch.dtype | str, device: str) -> AttentionRunner:
+    """Of a dtype that weights are laid out in; activations are bf16 where that is no dtype of theirs."""
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
         architecture="llama",
@@ -42,20 +43,18 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> AttentionRunner
         rope_base=500000.0,
         tied_embedding=tied,
     )
-    dense = torch.bfloat16 if dtype == torch.int8 else dtype
+    dense = torch.bfloat16 if dtype in (torch.int8, "int4") else dtype
     weights = LlamaWeights.empty(config, dense, torch.device(device))
     for tensor in weights.named(config).values():
         tensor.normal_(1.0 if tensor.dim() == 1 else 0.0, 0.02)
     weights.lay_out(dtype)
-    return AttentionRunner(config, weights)
+    return AttentionRunner(config, weights, dtype=dense)
 
 
 def times(runner: AttentionRunner, shape: str, dtype: str, repeats: int) -> dict:
-    result = {"model": shape, "weights": dtype, **steps.steps(runner, repeats)}
-    if runner.device.type == "cuda":
-        launches = {str(nodes): launched(runner, steps.tree_of(nodes)) for nodes in steps.SIZES}
-        result["launched_seconds"] = measure.in_turn(launches, repeats)
-    return result
+    launches = {str(nodes): launched(runner, steps.tree_of(nodes)) for nodes in (1, steps.SIZES[-1])}
+    found = steps.steps(runner, repeats)
+    return {"model": shape, "weights": dtype, **found, "launched_seconds": measure.in_turn(launches, repeats)}
 
 
 def show(found: dict, has_goals: bool = False) -> None:
@@ -64,7 +63,7 @@ def show(found: dict, has_goals: bool = False) -> None:
     console = Console(highlight=False)
     console.print(f"{found['model']}, {found['weights']}")
     steps.show(console, found, has_goals)
-    for nodes, seconds in found.get("launched_seconds", {}).items():
+    for nodes, seconds in found["launched_seconds"].items():
         console.print(f"launch by launch, {nodes} nodes: {seconds * 1e3:.2f} ms")
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, torch, Triton and nvcc, and no network: is everything right there, and how fast is it?
 #
-#   make gpu-kit; bench/gpu.sh              every step, the most telling first: nine minutes at most
-#   bench/gpu.sh tests verify               these steps
+#   make gpu-kit; bench/gpu.sh              every step, the most telling first: eight minutes at most
+#   bench/gpu.sh tests verify_int8          these steps
 #   bench/gpu.sh again                      what failed the last time, with every launch waited for: two and a half
 #   PYSPEC_DRY=1 bench/gpu.sh               what can be tried without a GPU: tiny, on the CPU, as the tests run it
 #
@@ -18,7 +18,8 @@ here=$PYSPEC_RESULTS
 archive=${OUT:-build}/results.tgz
 mkdir -p "$here" "$(dirname "$archive")"
 export PATH=$PATH:/usr/local/cuda/bin PYTHONPATH=$PWD:$PWD/bench PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=$PWD/build/triton-cache OMP_NUM_THREADS=$([ -z "$dry" ] && echo 2 || echo 1)
+export TRITON_CACHE_DIR=$PWD/build/triton-cache TORCHINDUCTOR_CACHE_DIR=$PWD/build/inductor-cache
+export OMP_NUM_THREADS=$([ -z "$dry" ] && echo 2 || echo 1)
 
 # ==== what a step is ====
 
@@ -51,33 +52,40 @@ step() { # NAME SECONDS COMMAND...: at most so long, its output in NAME.log, its
 
 # ==== the steps, by worth ====
 
-GPU_TESTS="tests/kernels tests/runners/test_llama_cuda.py tests/runners/test_verified.py"
+GPU_TESTS="tests/kernels tests/runners/test_llama_cuda.py tests/runners/test_replayed_families.py"
+GPU_TESTS="$GPU_TESTS tests/runners/test_verified.py"
 GPU_TESTS="$GPU_TESTS --ignore-glob */test_compile*.py --ignore tests/kernels/triton/test_interpreter.py"
 GPU_TESTS="$GPU_TESTS --ignore tests/kernels/cuda/test_nvcc.py"
 GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
 [ -z "$dry" ] || GPU_TESTS="tests/runners/test_verified.py"
 
-ceilings() { step ceilings 15 "$python" bench/gpu/ceilings.py; }
-smoke() { lines=40 step smoke 40 "$python" bench/gpu/smoke.py; }
+ceilings() { step ceilings 12 "$python" bench/gpu/ceilings.py; }
+smoke() { lines=40 step smoke 35 "$python" bench/gpu/smoke.py; }
 tests() {
-  lines=60 step tests 85 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+  lines=60 step tests 90 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
 }
-verify() { lines=75 step verify 90 "$python" bench/gpu/verify.py; }
-kernels() { lines=75 step kernels 40 "$python" bench/gpu/kernels.py; }
-attention() {
-  step attention 60 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16
-}
+verify_bf16() { lines=55 step verify_bf16 45 "$python" bench/gpu/verify.py bf16; }
+verify_int8() { lines=55 step verify_int8 36 "$python" bench/gpu/verify.py int8; }
+verify_int4() { lines=55 step verify_int4 36 "$python" bench/gpu/verify.py int4; }
+verify_fp32() { lines=20 step verify_fp32 20 "$python" bench/gpu/verify.py fp32; }
+kernels() { lines=90 step kernels 32 "$python" bench/gpu/kernels.py; }
 state_space() {
-  lines=30 step state_space 50 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
+  lines=30 step state_space 30 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
     --batches 1 16 --repeats 5
 }
-generation() { step generation 45 "$python" bench/gpu/generation.py; }
-topk() { lines=20 step topk 15 "$python" bench/bench_topk.py --device cuda --parts shapes; }
-block_masks() {
-  step block_masks 60 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
+generation() { step generation 36 "$python" bench/gpu/generation.py; }
+# In bench/gpu/flex.py the same shapes, so that FlexAttention need not be compiled here.
+backward() {
+  step backward 32 "$python" bench/bench_block_masked_attention.py --backward --device cuda --sizes 8192 \
     --patterns documents causal --seconds 1.5
 }
-memory() { step memory 35 bash -c "$(memory_checks)"; }
+block_masks() {
+  lines=20 step block_masks 32 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
+    --patterns documents causal --seconds 1.5
+}
+attention() { step attention 26 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16; }
+topk() { lines=20 step topk 12 "$python" bench/bench_topk.py --device cuda --parts shapes; }
+memory() { step memory 20 bash -c "$(memory_checks)"; }
 memory_checks() { # each op of CUDA C++ under compute-sanitizer, at once
   for op in topk selective_state causal_conv residual_vq; do
     for tool in memcheck racecheck; do
@@ -87,12 +95,13 @@ memory_checks() { # each op of CUDA C++ under compute-sanitizer, at once
   done
   echo "wait; tail -qn 1 $here/memory_*.log"
 }
-ALL="ceilings smoke tests verify kernels state_space generation attention topk block_masks memory"
+ALL="ceilings smoke tests verify_bf16 verify_int8 verify_int4 kernels backward generation state_space block_masks"
+ALL="$ALL attention verify_fp32 topk memory"
 
 # ==== is there anything to measure? ====
 
 if [ -n "$dry" ]; then
-  ALL="ceilings smoke tests verify kernels generation"
+  ALL="ceilings smoke tests verify_bf16 verify_int8 verify_int4 verify_fp32 kernels generation"
 elif ! "$python" - << 'END'; then
 import sys
 
@@ -124,12 +133,17 @@ if [ -z "$dry" ]; then
   fi
 fi
 
-wanted=${*:-$ALL} most=540
+wanted=${*:-$ALL} most=$([ -z "$dry" ] && echo 480 || echo 1920)
 if [ "$wanted" = again ]; then
   most=150
-  wanted=$(sed -n 's/.*"step": "\([a-z_]*\)", "status": [1-9].*/\1/p' "$here/steps.jsonl" | tr '\n' ' ')
+  wanted=$(sed -n 's/.*"step": "\([a-z_0-9]*\)", "status": [1-9].*/\1/p' "$here/steps.jsonl" | tr '\n' ' ')
   export CUDA_LAUNCH_BLOCKING=1
   GPU_TESTS="--tb long --last-failed $GPU_TESTS"
+fi
+if [[ -z $dry && $wanted =~ backward|block_masks|attention ]]; then # beside the tests, which time nothing
+  for kind in forward backward tree; do
+    TORCHINDUCTOR_COMPILE_THREADS=4 timeout 100 nice "$python" bench/gpu/flex.py $kind > "$here/flex_$kind.log" 2>&1 &
+  done
 fi
 for name in $wanted; do "$name"; done
 cat "$here/steps.jsonl"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyspec.kernels.block_masked_attention import block_masked_attention
-from pyspec.kernels.gear import gear_packed_attention
+from pyspec.kernels.gear import gear
 from pyspec.kernels.linear import linear
 from pyspec.kernels.merge_attention import merge_attention
 from pyspec.kernels.rms_norm import rms_norm
@@ -77,9 +77,9 @@ def read_statistics(rows, vocab):
 
 def attend_to_records(nodes, tokens, format, heads=32, kv_heads=8, head_dim=128):
     def run():
-        packed = new(1, kv_heads, tokens // 128, format.record_bytes(head_dim), dtype=BYTES)
+        quantised = new(1, kv_heads, tokens // 128, format.record_bytes(head_dim), dtype=BYTES)
         q = new(1, nodes, heads, head_dim, dtype=BF16).transpose(1, 2)
-        return gear_packed_attention(q, packed, new(1, nodes, dtype=INT32), *format.layout, head_dim**-0.5)
+        return gear(q, quantised, new(1, nodes, dtype=INT32), *format.layout, head_dim**-0.5)
 
     return Call(run, {"fold_kernel": tokens // 128 * kv_heads * -(-nodes * heads // kv_heads // 16)})
 
@@ -156,8 +156,8 @@ def convolve(nodes, accepted, channels, taps=4):
 def attend_to_codes(nodes, tokens, depth, codes, heads=32, kv_heads=8, head_dim=128):
     def run(op):
         record = ResidualVqFormat(depth, codes).record_bytes(head_dim)
-        packed, books = new(1, kv_heads, tokens // 128, record, dtype=BYTES), new(2, depth, codes, 32, dtype=FP16)
-        return op(new(1, heads, nodes, head_dim), packed, new(1, nodes, dtype=INT32), books, head_dim**-0.5, None)
+        quantised, books = new(1, kv_heads, tokens // 128, record, dtype=BYTES), new(2, depth, codes, 32, dtype=FP16)
+        return op(new(1, heads, nodes, head_dim), quantised, new(1, nodes, dtype=INT32), books, head_dim**-0.5, None)
 
     return Call(run, source="residual_vq")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from inside import read
 
-from pyspec.measure.inside import read
 from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree

@@ -1,4 +1,4 @@
-"""What do packed caches cost in quality, on the demo model and real text?
+"""What do quantised caches cost in quality, on the demo model and real text?
 
     python bench/kv_cache.py                a table, bench/results/kv_cache.json; a quarter of an hour
     python bench/kv_cache.py --quick        the same of one short text
@@ -6,7 +6,7 @@
 
 Texts are pages of Python's own documentation. Perplexity is teacher-forced through the decode path: a prompt is read as
 chains of accepted drafts, with the bits of decoding it token by token, so every position reads the cache as it would
-when the model speaks. Against the dense cache in the same dtype, over the positions that see packed blocks:
+when the model speaks. Against the dense cache in the same dtype, over the positions that see quantised blocks:
 
     perplexity, its change, the mean KL divergence of the next token's law, how often the best token is the same;
     the relative Frobenius error of keys and values, and over that of the same backbone without low rank and outliers;
@@ -47,14 +47,14 @@ SETTINGS = {
     "2 bits, fitted": GearSettings(2, 64, fitted=True),
     "gear-3bit": GearSettings(3, 64, rank=4, outliers=2, fitted=True),
 }
-FIRST = 2 * BLOCK  # from here on every position sees a packed block
+FIRST = 2 * BLOCK  # from here on every position sees a quantised block
 DEPTHS = (0.1, 0.5, 0.9)  # of a hidden number in its text
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def settings_of(name: str):
-    """How a cache of the table is packed."""
+    """How a cache of the table is quantised."""
     return SETTINGS[name] if name in SETTINGS else cache_from_name(name)
 
 
@@ -269,7 +269,7 @@ def main() -> None:
     if options.quick:
         options.texts, options.tokens, options.passkey_tokens = 1, 640, 512
     if options.tokens < FIRST + BLOCK:
-        sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a packed block")
+        sys.exit(f"--tokens must be at least {FIRST + BLOCK}, or no position would see a quantised block")
     for path in options.codebooks:
         options.caches.append(f"rvq {path.stem}")
         SETTINGS[options.caches[-1]] = ResidualVqSettings(Codebooks.load(path))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from inside import attend_step
 from torch import Tensor
 
 from pyspec.measure import prompts
-from pyspec.measure.inside import attend_step
 from pyspec.ops import tree_attention
 from pyspec.runners.attention import AttentionRunner
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
+from inside import seconds_in_ops, weight_bytes
 
 from pyspec import measure
 from pyspec.generate import generate
-from pyspec.measure.inside import seconds_in_ops, weight_bytes
 from pyspec.runners.attention import AttentionRunner
 from pyspec.tree import DraftTree
 

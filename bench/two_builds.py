@@ -91,7 +91,7 @@ def serve() -> None:
 
 def show_shares(cases: Sequence[str]) -> None:
     """Prints how much of a plain step is Python, dispatch and bookkeeping."""
-    from pyspec.measure.inside import seconds_in_ops  # which another build may lack
+    from inside import seconds_in_ops  # which another build may lack
 
     torch.set_num_threads(2)
     for case in cases:

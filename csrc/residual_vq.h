@@ -4,8 +4,8 @@
 
 #include <optional>
 
-#include "packed.h"
 #include "params/residual_vq.h"
+#include "quantised.h"
 
 namespace pyspec {
 
@@ -26,28 +26,28 @@ inline VqFormat vq_format_of(const torch::stable::Tensor& codebooks, int64_t dim
 }
 
 // The format, the codebooks and the turns of keys, for a q of p.head_dim.
-inline void set_codebooks(VqAttentionParams& p, const torch::stable::Tensor& packed,
+inline void set_codebooks(VqAttentionParams& p, const torch::stable::Tensor& quantised,
                           const torch::stable::Tensor& codebooks,
                           const std::optional<torch::stable::Tensor>& rotary) {
   p.format = vq_format_of(codebooks, 4, p.head_dim);
   p.codebooks = static_cast<const uint16_t*>(codebooks.data_ptr());
   if (!rotary) return;
   STD_TORCH_CHECK(rotary->scalar_type() == torch::headeronly::ScalarType::Float && rotary->dim() == 3 &&
-                      rotary->size(0) >= kVqBlock + packed.size(2) && rotary->size(1) == 2 &&
+                      rotary->size(0) >= kVqBlock + quantised.size(2) && rotary->size(1) == 2 &&
                       rotary->size(2) == p.head_dim / 2 && rotary->is_contiguous(),
                   "rotary must be contiguous float32 [", kVqBlock, " + blocks, 2, head_dim / 2] for ",
-                  packed.size(2), " blocks");
+                  quantised.size(2), " blocks");
   p.rotary = static_cast<const float*>(rotary->data_ptr());
 }
 
 inline VqAttentionParams vq_attention_params_of(const torch::stable::Tensor& q,
-                                                const torch::stable::Tensor& packed,
+                                                const torch::stable::Tensor& quantised,
                                                 const torch::stable::Tensor& seen,
                                                 const torch::stable::Tensor& codebooks, double scale,
                                                 const std::optional<torch::stable::Tensor>& rotary) {
-  auto p = packed_attention_params<VqAttentionParams>(q, packed);
-  set_codebooks(p, packed, codebooks, rotary);
-  set_packed(p, q, packed, seen, vq_record_bytes(p.format, p.head_dim), scale);
+  auto p = quantised_attention_params<VqAttentionParams>(q, quantised);
+  set_codebooks(p, quantised, codebooks, rotary);
+  set_quantised(p, q, quantised, seen, vq_record_bytes(p.format, p.head_dim), scale);
   return p;
 }
 

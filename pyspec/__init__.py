@@ -9,15 +9,3 @@ from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
 __version__ = "0.1.0"
-__all__ = [
-    "BlockMask",
-    "DraftTree",
-    "GearSettings",
-    "Generation",
-    "ResidualVqSettings",
-    "Stats",
-    "backend",
-    "from_transformers",
-    "generate",
-    "load",
-]

@@ -8,17 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Set, Sized
 from itertools import chain, islice
 from numbers import Real
 
-__all__ = [
-    "check_unicode",
-    "decode_text",
-    "described",
-    "is_scalar",
-    "read_integer",
-    "read_number",
-    "read_prompts",
-    "read_tokens",
-]
-
 _IDS = "token ids: a list, an array or a tensor of them, as tokenizer.encode makes of text"
 # what tokenizers return beside token ids that does not change what a language model reads
 _HARMLESS = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length"}

@@ -6,8 +6,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Entries"]
-
 LARGEST = 2**24  # of any size that a file states: products of two still fit into 64 bits
 
 

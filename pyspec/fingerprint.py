@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["WeightSample", "fingerprint_of"]
-
 ROWS, COLUMNS = 64, 64  # of a tensor that are sampled; smaller ones are taken whole
 
 

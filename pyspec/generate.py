@@ -17,8 +17,6 @@ from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence, TextStream
 from pyspec.stats import Stats, clock_of
 
-__all__ = ["Generation", "check_limits", "generate"]
-
 LARGEST_BUDGET = 4096
 MOST_NEW_TOKENS = 2**24
 

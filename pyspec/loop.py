@@ -11,8 +11,6 @@ from pyspec.sequence import Sequence
 from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
-__all__ = ["speculate"]
-
 
 def speculate(
     model: Runner,

@@ -19,8 +19,6 @@ from typing import TypeVar
 
 from pyspec.arguments import described
 
-__all__ = ["Registry"]
-
 Member = TypeVar("Member")
 
 

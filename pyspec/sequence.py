@@ -13,8 +13,6 @@ from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["Sequence", "TextStream"]
-
 
 @dataclass
 class Sequence:

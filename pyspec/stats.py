@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["PHASES", "Stats", "clock_of"]
-
 PHASES = ("draft", "verify", "accept", "commit")  # of a round
 
 

@@ -11,8 +11,6 @@ import torch
 from pyspec.arguments import described
 from pyspec.host import host
 
-__all__ = ["Accepted", "DraftTree", "Siblings"]
-
 #: How the children of a node of a sampled tree were drawn, in index order. Never more than one; independently of each
 #: other, how many being decided before any was drawn; or each unlike those before it.
 Siblings = Literal["none", "with replacement", "without replacement"]

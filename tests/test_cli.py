@@ -30,7 +30,7 @@ def test_generate_streams_the_text_and_ends_with_figures(model, capsys):
     code, out, err = run(capsys, "generate", "hello", "--max-new-tokens", 40)
     expected = pyspec_text(model, "user: hello\n", 40)
     assert (code, out) == (0, expected + "\n")
-    for word in ("tokens/s", "speed-up", "tokens/round", "draft", "verify", "accept", "commit", "merged", "plain"):
+    for word in ("tokens/s", "speedup", "tokens/round", "draft", "verify", "accept", "commit", "merged", "plain"):
         assert word in err
     assert "plain decoding says the same 40 tokens" in err and "40 new tokens" in err and "at the limit" in err
     assert "seed" not in err  # greedy

@@ -111,7 +111,7 @@ void run_team(int64_t most_loops, void (*program)(void*), void* context) {
 }
 
 void team_parallel_for(int64_t items, ParallelBody body, void* context) {
-  STD_TORCH_CHECK(team_loop < team.loops, "a program of kernels runs more loops than it was said to");
+  STD_TORCH_CHECK(team_loop < team.loops, "a program of kernels runs more loops than it announced");
   Run* runs = team.runs + team_loop * team.threads;
   std::atomic<int64_t>& done = team.done[team_loop++];
   int64_t finished = work(runs, team.threads, team_thread, items, body, context);

@@ -66,7 +66,7 @@ void parallel_for(int64_t items, ParallelBody body, void* context);
 void run_team(int64_t most_loops, void (*program)(void* context), void* context);
 void team_parallel_for(int64_t items, ParallelBody body, void* context);
 
-// Format and data of a packed weight, checked against p.inputs and p.outputs.
+// Format and data of a laid out weight, checked against p.inputs and p.outputs.
 void set_weight(LinearParams& p, const torch::stable::Tensor& weight);
 
 // A buffer of the calling thread that only grows, 64-byte aligned: a workspace is not worth page faults a

@@ -1,13 +1,13 @@
 #include "params/gear.h"
 
-#include "../packed.h"
+#include "../quantised.h"
 #include "quantised_attention.h"
 
 namespace {
 
 using torch::stable::Tensor;
 
-PYSPEC_KERNEL_TABLE(pyspec_gear_packed_attention, pyspec::GearAttentionParams);
+PYSPEC_KERNEL_TABLE(pyspec_gear, pyspec::GearAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_gear_encode, pyspec::GearEncodeParams);
 
 pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t outliers,
@@ -30,7 +30,7 @@ pyspec::GearFormat format_of(int64_t bits, int64_t group, int64_t rank, int64_t 
 
 Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int64_t bits, int64_t group,
                    int64_t rank, int64_t outliers, int64_t key_channels, bool fitted) {
-  auto p = pyspec::packed_encode_params<pyspec::GearEncodeParams>(k, v, pyspec::kBlock);
+  auto p = pyspec::quantised_encode_params<pyspec::GearEncodeParams>(k, v, pyspec::kBlock);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   p.fitted = fitted;
   int64_t key_dim = pyspec::gear_key_dim(p.format, p.head_dim);
@@ -41,37 +41,36 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int
                       kept.size(1) == p.kv_heads && kept.size(2) == p.blocks && kept.size(3) == key_channels,
                   "channels must be uint8 [batch, kv_heads, blocks, ", key_channels, "]");
   p.channels = static_cast<const uint8_t*>(kept.data_ptr());
-  Tensor packed = pyspec::set_records(p, k, pyspec::gear_record_bytes(p.format, p.head_dim));
+  Tensor quantised = pyspec::set_records(p, k, pyspec::gear_record_bytes(p.format, p.head_dim));
   p.parallel_for = pyspec::parallel_for;
   if (p.batch * p.kv_heads * p.blocks > 0) pyspec_gear_encode_table[pyspec::instruction_set()](p);
-  return packed;
+  return quantised;
 }
 
-std::tuple<Tensor, Tensor> gear_packed_attention(const Tensor& q, const Tensor& packed, const Tensor& seen,
-                                                 int64_t bits, int64_t group, int64_t rank, int64_t outliers,
-                                                 int64_t key_channels, double scale) {
-  auto p = pyspec::packed_attention_params<pyspec::GearAttentionParams>(q, packed);
+std::tuple<Tensor, Tensor> gear(const Tensor& q, const Tensor& quantised, const Tensor& seen, int64_t bits,
+                                int64_t group, int64_t rank, int64_t outliers, int64_t key_channels,
+                                double scale) {
+  auto p = pyspec::quantised_attention_params<pyspec::GearAttentionParams>(q, quantised);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
-  pyspec::set_packed(p, q, packed, seen, pyspec::gear_record_bytes(p.format, p.head_dim), scale);
+  pyspec::set_quantised(p, q, quantised, seen, pyspec::gear_record_bytes(p.format, p.head_dim), scale);
   Tensor counts = torch::stable::contiguous(seen);
-  pyspec::set_seen(p, counts, packed.size(2));
+  pyspec::set_seen(p, counts, quantised.size(2));
   auto results = pyspec::set_results(p, q);
   p.parallel_for = pyspec::parallel_for;
   p.workspace = pyspec::workspace(pyspec::gear_workspace_floats(p));
-  if (p.batch * p.heads * p.nodes > 0) pyspec_gear_packed_attention_table[pyspec::instruction_set()](p);
+  if (p.batch * p.heads * p.nodes > 0) pyspec_gear_table[pyspec::instruction_set()](p);
   return results;
 }
 
-Tensor gear_ragged(const Tensor& q, const Tensor& packed, const Tensor& k, const Tensor& v,
+Tensor gear_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,
                    const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
                    const Tensor& prefix_lens, int64_t span, int64_t records, int64_t bits, int64_t group,
                    int64_t rank, int64_t outliers, int64_t key_channels, double scale) {
-  pyspec::QuantisedRows rows{q, packed, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+  pyspec::QuantisedRows rows{q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
   auto p = pyspec::quantised_params<pyspec::GearAttentionParams>(rows, scale);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
-  pyspec::check_records(packed, pyspec::gear_record_bytes(p.format, p.head_dim));
-  return pyspec::quantised_attention(p, rows, scale, pyspec_gear_packed_attention_table,
-                                     pyspec::gear_workspace_floats);
+  pyspec::check_records(quantised, pyspec::gear_record_bytes(p.format, p.head_dim));
+  return pyspec::quantised_attention(p, rows, scale, pyspec_gear_table, pyspec::gear_workspace_floats);
 }
 
 }  // namespace
@@ -79,5 +78,5 @@ Tensor gear_ragged(const Tensor& q, const Tensor& packed, const Tensor& k, const
 STABLE_TORCH_LIBRARY_IMPL(pyspec, CPU, m) {
   m.impl("gear_encode", TORCH_BOX(&gear_encode));
   m.impl("gear_ragged", TORCH_BOX(&gear_ragged));
-  m.impl("gear_packed_attention", TORCH_BOX(&gear_packed_attention));
+  m.impl("gear", TORCH_BOX(&gear));
 }

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../packed.h"
+#include "../quantised.h"
 #include "params/merge_attention.h"
 #include "params/tree_attention.h"
 #include "tape.h"
@@ -16,9 +16,9 @@ namespace pyspec {
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, TreeAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_merge_attention, MergeAttentionParams);
 
-template <class Packed>
+template <class Quantised>
 struct QuantisedAttentionParams {
-  Packed blocks;  // of all rows as one tree of the first sequence; seen and the results are not set
+  Quantised blocks;  // of all rows as one tree of the first sequence; seen and the results are not set
   TreeAttentionParams exact;     // the same of the keys behind the blocks
   const int32_t* seen;           // [rows], blocks of span tokens
   const int32_t* starts;         // [sequences + 1]
@@ -28,11 +28,12 @@ struct QuantisedAttentionParams {
   int64_t sequences, words, rows, slots, span, records, bytes;
 };
 
-template <class Packed>
+template <class Quantised>
 class QuantisedAttention : public Launch {
  public:
-  using Params = QuantisedAttentionParams<Packed>;
-  QuantisedAttention(const Params& p, const KernelTable<Packed>& table, int64_t (*workspace)(const Packed&))
+  using Params = QuantisedAttentionParams<Quantised>;
+  QuantisedAttention(const Params& p, const KernelTable<Quantised>& table,
+                     int64_t (*workspace)(const Quantised&))
       : p_(p), workspace_(workspace) {
     const int isa = instruction_set();
     by_block_ = table[isa], by_tree_ = pyspec_tree_attention_table[isa],
@@ -82,7 +83,7 @@ class QuantisedAttention : public Launch {
 
  private:
   struct Tree {
-    Packed blocks;
+    Quantised blocks;
     std::vector<TreeAttentionParams> exact;
     MergeAttentionParams merge;
     std::vector<int32_t> records, parts, lens, bits;
@@ -104,10 +105,10 @@ class QuantisedAttention : public Launch {
     }
     const int64_t from = first * p_.exact.heads * p_.exact.head_dim * p_.bytes;
     tree.blocks = p_.blocks;
-    Packed& blocks = tree.blocks;
+    Quantised& blocks = tree.blocks;
     blocks.q = static_cast<const char*>(p_.exact.q) + from;
-    blocks.packed += sequence * blocks.packed_strides[0], blocks.seen = tree.records.data(),
-                                                          blocks.nodes = nodes;
+    blocks.quantised += sequence * blocks.quantised_strides[0], blocks.seen = tree.records.data(),
+                                                                blocks.nodes = nodes;
     blocks.most_seen = *std::max_element(tree.records.begin(), tree.records.end());
     most_ = std::max(most_, workspace_(blocks));
 
@@ -137,8 +138,8 @@ class QuantisedAttention : public Launch {
   }
 
   Params p_;
-  int64_t (*workspace_)(const Packed&);
-  void (*by_block_)(const Packed&);
+  int64_t (*workspace_)(const Quantised&);
+  void (*by_block_)(const Quantised&);
   void (*by_tree_)(const TreeAttentionParams&);
   void (*merge_)(const MergeAttentionParams&);
   std::vector<Tree> trees_;
@@ -147,50 +148,50 @@ class QuantisedAttention : public Launch {
 
 // The tensors of ragged rows over a quantised cache.
 struct QuantisedRows {
-  const torch::stable::Tensor &q, &packed, &k, &v, &ancestor_bits, &seen, &starts, &prefix_lens;
+  const torch::stable::Tensor &q, &quantised, &k, &v, &ancestor_bits, &seen, &starts, &prefix_lens;
   int64_t span, records;
 };
 
 // What every format's params have: sizes and tensors.
-template <class Packed>
-Packed quantised_params(const QuantisedRows& t, double scale) {
+template <class Quantised>
+Quantised quantised_params(const QuantisedRows& t, double scale) {
   STD_TORCH_CHECK(t.q.dim() == 3 && t.q.is_contiguous(), "q must be [rows, heads, head_dim] and contiguous");
-  STD_TORCH_CHECK(t.k.dim() == 4 && t.v.dim() == 4 && t.packed.dim() == 4,
-                  "k, v and packed must have 4 dimensions");
+  STD_TORCH_CHECK(t.k.dim() == 4 && t.v.dim() == 4 && t.quantised.dim() == 4,
+                  "k, v and quantised must have 4 dimensions");
   STD_TORCH_CHECK(t.k.scalar_type() == t.q.scalar_type() && t.v.scalar_type() == t.q.scalar_type() &&
                       t.k.stride(3) == 1 && t.v.stride(3) == 1 && t.k.size(3) == t.q.size(2),
                   "k and v must be like q, with a contiguous last dimension");
   STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
-  Packed p{};
+  Quantised p{};
   p.element = element_of(t.q, "q");
-  p.heads = t.q.size(1), p.head_dim = t.q.size(2), p.kv_heads = t.packed.size(1);
+  p.heads = t.q.size(1), p.head_dim = t.q.size(2), p.kv_heads = t.quantised.size(1);
   STD_TORCH_CHECK(p.kv_heads > 0 && p.kv_heads == t.k.size(1) && p.heads % p.kv_heads == 0,
-                  "packed and k must have one number of heads, which divides q's");
-  p.packed = static_cast<const uint8_t*>(t.packed.data_ptr());
-  copy_strides(t.packed, p.packed_strides);
+                  "quantised and k must have one number of heads, which divides q's");
+  p.quantised = static_cast<const uint8_t*>(t.quantised.data_ptr());
+  copy_strides(t.quantised, p.quantised_strides);
   p.scale = static_cast<float>(scale);
   return p;
 }
 
-inline void check_records(const torch::stable::Tensor& packed, int64_t bytes) {
-  STD_TORCH_CHECK(packed.scalar_type() == torch::headeronly::ScalarType::Byte && packed.size(3) == bytes &&
-                      packed.stride(3) == 1,
-                  "packed must be uint8 [sequences, kv_heads, records, ", bytes,
+inline void check_records(const torch::stable::Tensor& quantised, int64_t bytes) {
+  STD_TORCH_CHECK(quantised.scalar_type() == torch::headeronly::ScalarType::Byte &&
+                      quantised.size(3) == bytes && quantised.stride(3) == 1,
+                  "quantised must be uint8 [sequences, kv_heads, records, ", bytes,
                   "] with a contiguous last dimension");
 }
 
 // Launches the attention of q [rows, heads, head_dim]; blocks has its format and what else the kernel reads.
-template <class Packed>
-torch::stable::Tensor quantised_attention(Packed blocks, const QuantisedRows& t, double scale,
-                                          const KernelTable<Packed>& table,
-                                          int64_t (*workspace)(const Packed&)) {
+template <class Quantised>
+torch::stable::Tensor quantised_attention(Quantised blocks, const QuantisedRows& t, double scale,
+                                          const KernelTable<Quantised>& table,
+                                          int64_t (*workspace)(const Quantised&)) {
   auto numbers = [](const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
     STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
                         tensor.is_contiguous(),
                     name, " must be int32, contiguous and of ", dims, " dimensions");
     return static_cast<const int32_t*>(tensor.data_ptr());
   };
-  QuantisedAttentionParams<Packed> p{};
+  QuantisedAttentionParams<Quantised> p{};
   p.rows = t.q.size(0), p.sequences = t.k.size(0), p.slots = t.k.size(2), p.span = t.span,
   p.records = t.records;
   p.ancestor_bits = numbers(t.ancestor_bits, 2, "ancestor_bits"), p.words = t.ancestor_bits.size(1);
@@ -199,8 +200,8 @@ torch::stable::Tensor quantised_attention(Packed blocks, const QuantisedRows& t,
   STD_TORCH_CHECK(t.seen.size(0) == p.rows && t.ancestor_bits.size(0) == p.rows,
                   "seen and ancestor_bits must have ", p.rows, " rows like q");
   STD_TORCH_CHECK(t.starts.size(0) == p.sequences + 1 && t.prefix_lens.size(0) == p.sequences &&
-                      t.packed.size(0) == p.sequences,
-                  "starts, prefix_lens and packed must be for the ", p.sequences, " sequences of k");
+                      t.quantised.size(0) == p.sequences,
+                  "starts, prefix_lens and quantised must be for the ", p.sequences, " sequences of k");
   STD_TORCH_CHECK(p.starts[0] == 0 && p.starts[p.sequences] == p.rows, "starts must go from 0 to ", p.rows);
   for (int64_t i = 0; i < p.sequences; ++i) {
     const int64_t nodes = p.starts[i + 1] - p.starts[i];
@@ -209,8 +210,9 @@ torch::stable::Tensor quantised_attention(Packed blocks, const QuantisedRows& t,
         "tree ", i, " of ", nodes, " nodes does not fit at ", p.prefix_lens[i], " in ", p.slots, " slots");
   }
   for (int64_t row = 0; row < p.rows; ++row) {
-    STD_TORCH_CHECK(p.seen[row] >= 0 && p.seen[row] * p.records <= t.packed.size(2), "seen[", row, "] is ",
-                    p.seen[row], ", packed has ", t.packed.size(2), " records, ", p.records, " a block");
+    STD_TORCH_CHECK(p.seen[row] >= 0 && p.seen[row] * p.records <= t.quantised.size(2), "seen[", row, "] is ",
+                    p.seen[row], ", quantised has ", t.quantised.size(2), " records, ", p.records,
+                    " a block");
   }
   const ParallelFor parallel = Tape::recording() ? team_parallel_for : parallel_for;
   TreeAttentionParams& exact = p.exact;
@@ -225,7 +227,7 @@ torch::stable::Tensor quantised_attention(Packed blocks, const QuantisedRows& t,
   p.blocks = blocks, p.bytes = bytes_of(exact.element);
   auto out = new_tensor({p.rows, exact.heads, exact.head_dim}, t.q.scalar_type());
   p.out = out.data_ptr();
-  launch(std::make_unique<QuantisedAttention<Packed>>(p, table, workspace));
+  launch(std::make_unique<QuantisedAttention<Quantised>>(p, table, workspace));
   return out;
 }
 

@@ -10,24 +10,24 @@ PYSPEC_KERNEL_TABLE(pyspec_residual_vq, pyspec::VqAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_residual_vq_encode, pyspec::VqEncodeParams);
 
 Tensor residual_vq_encode(const Tensor& k, const Tensor& v, const Tensor& codebooks) {
-  auto p = pyspec::packed_encode_params<pyspec::VqEncodeParams>(k, v, pyspec::kVqBlock);
+  auto p = pyspec::quantised_encode_params<pyspec::VqEncodeParams>(k, v, pyspec::kVqBlock);
   STD_TORCH_CHECK(k.size(3) == p.head_dim, "v must have the shape of k");
   p.format = pyspec::vq_format_of(codebooks, 5, p.head_dim);
   STD_TORCH_CHECK(codebooks.size(0) == p.batch, "codebooks must have batch ", p.batch);
   p.codebooks = static_cast<const uint16_t*>(codebooks.data_ptr());
   p.codebooks_stride = codebooks.stride(0);
-  Tensor packed = pyspec::set_records(p, k, pyspec::vq_record_bytes(p.format, p.head_dim));
+  Tensor quantised = pyspec::set_records(p, k, pyspec::vq_record_bytes(p.format, p.head_dim));
   p.parallel_for = pyspec::parallel_for;
   if (p.batch * p.kv_heads * p.blocks > 0) pyspec_residual_vq_encode_table[pyspec::instruction_set()](p);
-  return packed;
+  return quantised;
 }
 
-std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& packed, const Tensor& seen,
+std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised, const Tensor& seen,
                                        const Tensor& codebooks, double scale,
                                        const std::optional<Tensor>& rotary) {
-  auto p = pyspec::vq_attention_params_of(q, packed, seen, codebooks, scale, rotary);
+  auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
   Tensor counts = torch::stable::contiguous(seen);
-  pyspec::set_seen(p, counts, packed.size(2));
+  pyspec::set_seen(p, counts, quantised.size(2));
   auto results = pyspec::set_results(p, q);
   p.parallel_for = pyspec::parallel_for;
   p.workspace = pyspec::workspace(pyspec::vq_workspace_floats(p));
@@ -35,14 +35,14 @@ std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& packed, co
   return results;
 }
 
-Tensor residual_vq_ragged(const Tensor& q, const Tensor& packed, const Tensor& k, const Tensor& v,
+Tensor residual_vq_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,
                           const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
                           const Tensor& prefix_lens, int64_t span, int64_t records, const Tensor& codebooks,
                           double scale, const std::optional<Tensor>& rotary) {
-  pyspec::QuantisedRows rows{q, packed, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+  pyspec::QuantisedRows rows{q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
   auto p = pyspec::quantised_params<pyspec::VqAttentionParams>(rows, scale);
-  pyspec::set_codebooks(p, packed, codebooks, rotary);
-  pyspec::check_records(packed, pyspec::vq_record_bytes(p.format, p.head_dim));
+  pyspec::set_codebooks(p, quantised, codebooks, rotary);
+  pyspec::check_records(quantised, pyspec::vq_record_bytes(p.format, p.head_dim));
   return pyspec::quantised_attention(p, rows, scale, pyspec_residual_vq_table, pyspec::vq_workspace_floats);
 }
 

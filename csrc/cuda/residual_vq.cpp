@@ -9,16 +9,17 @@ namespace {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& packed, const Tensor& seen,
+std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised, const Tensor& seen,
                                        const Tensor& codebooks, double scale,
                                        const std::optional<Tensor>& rotary) {
-  auto p = pyspec::vq_attention_params_of(q, packed, seen, codebooks, scale, rotary);
-  STD_TORCH_CHECK(packed.stride(2) % 4 == 0 && packed.stride(1) % 4 == 0 && packed.stride(0) % 4 == 0,
-                  "packed must have its rows at multiples of 4 bytes");
+  auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
+  STD_TORCH_CHECK(
+      quantised.stride(2) % 4 == 0 && quantised.stride(1) % 4 == 0 && quantised.stride(0) % 4 == 0,
+      "quantised must have its rows at multiples of 4 bytes");
   STD_TORCH_CHECK(p.kv_heads < 65536 && p.batch < 65536,
-                  "packed must have fewer than 65536 heads and sequences");
+                  "quantised must have fewer than 65536 heads and sequences");
   Tensor blocks = torch::stable::contiguous(seen);
-  p.seen = static_cast<const int32_t*>(blocks.data_ptr()), p.most_seen = packed.size(2);
+  p.seen = static_cast<const int32_t*>(blocks.data_ptr()), p.most_seen = quantised.size(2);
   auto results = pyspec::set_results(p, q);
   if (p.batch * p.heads * p.nodes == 0) return results;
   pyspec::Gpu gpu = pyspec::gpu_of(q);

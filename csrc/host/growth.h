@@ -30,7 +30,7 @@ class Source {
                      std::vector<Offer>& offers) const = 0;
 };
 
-// How often offers of each kind turned out to be what the target said.
+// How often offers of each kind turned out to be what the target emitted.
 //
 // A cell is one combination of the sources' features, feature 0 of a source meaning that it did not offer the
 // token. Cells where one source alone offered are smoothed towards that feature's prior; the other cells

@@ -131,19 +131,20 @@ void learn(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32
   }
 }
 
-// Learns from what the text became: the tokens said after the root, as far as the tree goes along with them.
-void learn_said(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
-                const Array<int64_t>& cells, const std::vector<int64_t>& said) {
+// Learns from what the text became: the tokens emitted after the root, as far as the tree goes along with
+// them.
+void learn_emitted(Estimates& estimates, const Array<int64_t>& tokens, const Array<int32_t>& parents,
+                   const Array<int64_t>& cells, const std::vector<int64_t>& emitted) {
   const py::ssize_t nodes = tokens.size();
   if (parents.size() != nodes || cells.size() != nodes) {
     throw std::invalid_argument("tokens, parents and cells must be equally many");
   }
   py::ssize_t at = 0;
-  for (size_t i = 0; i < said.size() && at >= 0; ++i) {
+  for (size_t i = 0; i < emitted.size() && at >= 0; ++i) {
     py::ssize_t right = -1;
     for (py::ssize_t node = at + 1; node < nodes; ++node) {
       if (parents.data()[node] != at) continue;
-      const bool hit = tokens.data()[node] == said[i];
+      const bool hit = tokens.data()[node] == emitted[i];
       estimates.learn(cells.data()[node], hit);
       if (hit) right = node;
     }
@@ -205,8 +206,8 @@ PYBIND11_MODULE(_host, module) {
   py::class_<Estimates>(module, "Estimates")
       .def(py::init<std::vector<std::vector<double>>, double>(), py::arg("priors"), py::arg("smoothing"))
       .def("learn", &learn, py::arg("tokens"), py::arg("parents"), py::arg("cells"), py::arg("top_tokens"))
-      .def("learn_said", &learn_said, py::arg("tokens"), py::arg("parents"), py::arg("cells"),
-           py::arg("said"))
+      .def("learn_emitted", &learn_emitted, py::arg("tokens"), py::arg("parents"), py::arg("cells"),
+           py::arg("emitted"))
       .def_property_readonly("hits",
                              [](py::object self) {
                                auto& hits = self.cast<Estimates&>().hits;

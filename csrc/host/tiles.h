@@ -167,17 +167,17 @@ struct DenseTiles {
   int64_t blocks() const { return (rows + height() - 1) / height(); }
   int64_t columns() const { return (keys + 63) / 64; }
 
-  // One matrix [rows, keys]. Rows are packed one after another, which reads memory in order; then the words
+  // One matrix [rows, keys]. Rows are joined, which reads memory in order; then the words
   // of each tile are looked at together.
   void add(const uint8_t* visible) {
-    std::vector<uint64_t> packed(height() * columns()), any(columns()), all(columns());
+    std::vector<uint64_t> joined(height() * columns()), any(columns()), all(columns());
     for (int64_t block = 0; block < blocks(); ++block) {
       std::fill(any.begin(), any.end(), 0);
       std::fill(all.begin(), all.end(), ~uint64_t{0});
       const int64_t first = block * height(), count = std::min(height(), rows - first);
       for (int64_t row = 0; row < count; ++row) {
         const uint8_t* bools = visible + (first + row) * keys;
-        uint64_t* to = packed.data() + row * columns();
+        uint64_t* to = joined.data() + row * columns();
         for (int64_t column = 0; column < columns(); ++column) {
           to[column] = word_at(bools, column * 64);
           any[column] |= to[column];
@@ -193,7 +193,7 @@ struct DenseTiles {
         tile_map.push_back(static_cast<int32_t>(start / height()));
         bits.resize(start + height());
         for (int64_t row = 0; row < height(); ++row) {  // what comes after the last row is like it
-          bits[start + row] = packed[std::min(row, count - 1) * columns() + column];
+          bits[start + row] = joined[std::min(row, count - 1) * columns() + column];
         }
         for (int word = 0; word < words; ++word) transpose64(bits.data() + start + 64 * word);
       }

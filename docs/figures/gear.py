@@ -14,7 +14,7 @@ from pyspec.ops.gear import BLOCK, blocks_seen
 
 PREFIX, WINDOW = 318, 64
 ROWS = (("root", 0), ("node at depth 1", 1), ("node at depth 2", 2), ("node at depth 9", 9))
-PACKED_COLOUR, EXACT_COLOUR, TREE_COLOUR = "#b8cfe6", "#f3e2b3", "#e08e45"
+QUANTISED_COLOUR, EXACT_COLOUR, TREE_COLOUR = "#b8cfe6", "#f3e2b3", "#e08e45"
 SHOWN = 64  # tokens and channels of the block that is taken apart
 
 
@@ -23,7 +23,7 @@ def draw_rows(axis) -> None:
         y, position = -line, PREFIX + depth
         start = blocks_seen(position, WINDOW) * BLOCK
         for first in range(0, start, BLOCK):
-            axis.add_patch(Rectangle((first, y), BLOCK, 0.7, facecolor=PACKED_COLOUR, edgecolor="black"))
+            axis.add_patch(Rectangle((first, y), BLOCK, 0.7, facecolor=QUANTISED_COLOUR, edgecolor="black"))
             axis.text(first + BLOCK / 2, y + 0.35, "quantised", ha="center", va="center", fontsize=8)
         axis.add_patch(Rectangle((start, y), PREFIX - start, 0.7, facecolor=EXACT_COLOUR, edgecolor="black"))
         axis.text((start + PREFIX) / 2, y + 0.35, "full precision", ha="center", va="center", fontsize=8)

@@ -1,7 +1,7 @@
 // block_masked_attention on the CPU: flash attention over the tiles that a mask has something in.
 //
 // One item per (sequence, heads of one KV head, row block). The rows of the block, of up to 256 rows' worth
-// of heads, are packed as vector lanes and share every tile of keys and values. No mask is read for full
+// of heads, lie as vector lanes and share every tile of keys and values. No mask is read for full
 // tiles; of a partial tile, lanes see the keys that its bits say, and 16 or 32 lanes fold only the keys from
 // the first to the last that any of them sees. Tiles are folded in the order and the chunks of
 // tree_attention, so a row has the same bits as there if it sees the same keys at the same places.

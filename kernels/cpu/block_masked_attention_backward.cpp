@@ -3,12 +3,12 @@
 //
 // Of 64 rows by 64 keys, with the forward's lse: scores and their weights p again, what the weights'
 // gradients are, then those of the scores, ds = p (d_out . v - constant of the row). These add to dv (p,
-// d_out), dk (ds, q) and dq (ds, k). All five go through panel.h. Queries and d_out are packed twice, rows as
-// lanes for the first two products, channels as lanes for the sums over rows; keys and values are read where
-// they lie.
+// d_out), dk (ds, q) and dq (ds, k). All five go through panel.h. Queries and d_out are laid out twice, rows
+// as lanes for the first two products, channels as lanes for the sums over rows; keys and values are read
+// where they lie.
 //
 // One item per (sequence, KV head, segment of row blocks). It takes some strips of 64 rows at a time, whose
-// packed rows and dq stay in the second-level cache, and walks through the key tiles once for them all: dk
+// laid out rows and dq stay in the second-level cache, and walks through the key tiles once for them all: dk
 // and dv of a tile stay in the first. Segments add to sums of their own, which a second loop adds in order,
 // so that no bit depends on threads. Bound by multiply-adds.
 #include "cpu/block_masked_attention_rows.h"
@@ -174,7 +174,7 @@ struct Kernel : BackwardRows<Storage, Compute> {
       int64_t count = 0;
       for (int64_t block = first; block < end; ++block) {
         for (int64_t word = 0; word < p.words; ++word)
-          count += this->open(s.strips[count], item, block, word, s.packed[count], s);
+          count += this->open(s.strips[count], item, block, word, s.laid_out[count], s);
         if (block + 1 == end || count + p.words > kStrips) run_strips(item, count, s), count = 0;
       }
     }

@@ -1,4 +1,4 @@
-// Rows and keys as the backward of block_masked_attention reads them: strips of 64 rows packed twice, and
+// Rows and keys as the backward of block_masked_attention reads them: strips of 64 rows laid out twice, and
 // tiles of 64 keys where they lie.
 #pragma once
 
@@ -43,7 +43,7 @@ struct Tile {
 
 struct Scratch {
   Strip strips[kStrips];
-  alignas(64) float packed[kStrips][5 * kTile * kMaxHeadDim];
+  alignas(64) float laid_out[kStrips][5 * kTile * kMaxHeadDim];
   alignas(64) float k[kTile][kMaxHeadDim], v[kTile][kMaxHeadDim], k_across[kTile][kMaxHeadDim];  // staged
   alignas(64) float scores[4][kTile][kLanes];  // lanes are rows; then their gradients
   alignas(64) float d_weights[4][kTile][kLanes];
@@ -112,7 +112,7 @@ struct BackwardRows {
   // ==== strips ====
 
   // The strip with `word` of a block; false if it has no rows.
-  bool open(Strip& strip, const Item& item, int64_t block, int64_t word, float* packed, Scratch& s) const {
+  bool open(Strip& strip, const Item& item, int64_t block, int64_t word, float* laid_out, Scratch& s) const {
     strip.place = (block * p.words + word) * kTile, strip.word = word;
     strip.rows = p.rows - strip.place < kTile ? p.rows - strip.place : kTile;
     if (strip.rows <= 0) return false;
@@ -123,7 +123,7 @@ struct BackwardRows {
     strip.partial = p.partial_tiles + 2 * p.partial_ranges[lists];
     strip.partial_end = p.partial_tiles + 2 * p.partial_ranges[lists + 1];
     float** parts[] = {&strip.dq, &strip.q_lanes, &strip.d_out_lanes, &strip.q_rows, &strip.d_out_rows};
-    for (float** part : parts) *part = packed, packed += part == parts[0] ? kTile * d : kTile * steps;
+    for (float** part : parts) *part = laid_out, laid_out += part == parts[0] ? kTile * d : kTile * steps;
 
     Compute *q = reinterpret_cast<Compute*>(s.k), *d_out = reinterpret_cast<Compute*>(s.v);
     for (int64_t i = 0; i < kTile; ++i) {

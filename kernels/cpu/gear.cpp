@@ -1,4 +1,4 @@
-// Attention to packed keys and values, read where they lie. The codes of 64 tokens at a time become small
+// Attention to quantised keys and values, read where they lie. The codes of 64 tokens at a time become small
 // numbers, code - middle, in the first-level cache; scales never touch them:
 //
 //   score = sum over c of (q[c] scale[c]) number[token][c] + sum over c of q[c] middle[c]
@@ -306,7 +306,7 @@ struct Kernel : GearRecords<Storage, kPairs> {
   void fold_chunk(int64_t item) const {
     int64_t chunk = item % max_chunks, sequence_head = item / max_chunks;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
-    const uint8_t* first_record = p.packed + b * p.packed_strides[0] + h * p.packed_strides[1];
+    const uint8_t* first_record = p.quantised + b * p.quantised_strides[0] + h * p.quantised_strides[1];
     Scratch& s = scratch();
     if (outliers) this->lay_out(s);
     for (int64_t set = 0; set < sets; ++set) {
@@ -321,7 +321,7 @@ struct Kernel : GearRecords<Storage, kPairs> {
       for (int64_t r = 0; r < kGearRows; ++r) s.before[r] = -kInfinity, s.now[r] = 0.0f;
       const float* query = this->query(sequence_head, set * kGearRows);
       for (; block < end; ++block) {
-        const uint8_t* record = first_record + block * p.packed_strides[2];
+        const uint8_t* record = first_record + block * p.quantised_strides[2];
         for (int64_t r = 0; r < count; ++r) s.visible[r] = block < seen(b, set * kGearRows + r);
         score(s, record, query, count);
         weigh(s, count);
@@ -363,7 +363,7 @@ struct Kernel : GearRecords<Storage, kPairs> {
 
 }  // namespace
 
-extern "C" void PYSPEC_ENTRY(pyspec_gear_packed_attention)(const GearAttentionParams& p) {
+extern "C" void PYSPEC_ENTRY(pyspec_gear)(const GearAttentionParams& p) {
   switch (p.element) {
     case pyspec::Element::kFloat32:
       return Kernel<float, false>(p).run();

@@ -1,4 +1,4 @@
-// Packed codes to numbers, code - middle, that attention multiplies: fp32, or bf16 in pairs where the
+// Quantised codes to numbers, code - middle, that attention multiplies: fp32, or bf16 in pairs where the
 // instruction set multiplies those. Both are exact. The order of codes is that of params/gear.h.
 #pragma once
 

@@ -1,6 +1,6 @@
-// Packs a block of keys and values into a record: outliers out, a range for each group, then low rank of what
-// is left by power iteration. One item is one record; nothing in it depends on the records beside it. With
-// ranges from the smallest to the largest value, backbone and outliers are the reference's to the byte.
+// Quantises a block of keys and values into a record: outliers out, a range for each group, then low rank of
+// what is left by power iteration. One item is one record; nothing in it depends on the records beside it.
+// With ranges from the smallest to the largest value, backbone and outliers are the reference's to the byte.
 // Fitted ranges are tried at several widths and moved to the least squares of their codes; then low rank and
 // backbone take turns, each fitted to what the other leaves.
 #include "cpu/gear_ranges.h"
@@ -265,7 +265,7 @@ void encode(const GearEncodeParams& p) {
           end = value_side + GearSide(p.format, d, true).bytes;
   auto item = [&](int64_t index) {
     int64_t block = index % p.blocks, h = index / p.blocks % p.kv_heads, b = index / p.blocks / p.kv_heads;
-    uint8_t* out = p.packed + index * record;
+    uint8_t* out = p.quantised + index * record;
     Scratch& s = scratch();
     for (int side = 0; side < 2; ++side) {
       bool values = side == 1;

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/gear_codes.h"
-#include "cpu/packed_rows.h"
+#include "cpu/quantised_rows.h"
 #include "params/gear.h"
 
 namespace {

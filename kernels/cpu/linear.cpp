@@ -9,7 +9,7 @@
 // exactly, and groups are added in order in fp32.
 #include "params/linear.h"
 
-#include "cpu/simd.h"
+#include "cpu/linear_rows.h"
 
 namespace {
 
@@ -36,17 +36,6 @@ struct Ahead {
     next += step;
   }
 };
-
-template <class Storage>
-PYSPEC_INLINE void to_floats(const void* x, float* out, int64_t n) {
-  convert_row(static_cast<const Storage*>(x), out, n);
-}
-
-PYSPEC_INLINE void to_floats(pyspec::Element element, const void* x, float* out, int64_t n) {
-  if (element == pyspec::Element::kFloat32) return to_floats<float>(x, out, n);
-  if (element == pyspec::Element::kFloat16) return to_floats<Float16>(x, out, n);
-  to_floats<BFloat16>(x, out, n);
-}
 
 // The inputs of one block, out of all of them.
 struct Range {
@@ -168,26 +157,9 @@ struct Int8Weight {
       float values[kGroup] = {};
       int64_t first = g * kGroup, count = p.inputs - first < kGroup ? p.inputs - first : kGroup;
       to_floats(p.x_element, static_cast<const char*>(x) + first * x_bytes, values, count);
-      uint32_t bits[kGroup], largest_bits = 0;  // sizes are ordered as their bits are, with NaN above all
-      std::memcpy(bits, values, sizeof(bits));
-      for (uint32_t signed_bits : bits) {
-        uint32_t size = signed_bits & 0x7fffffffu;
-        largest_bits = size > largest_bits ? size : largest_bits;
-      }
-      float largest;
-      std::memcpy(&largest, &largest_bits, 4);
-      float scale = largest / 127.0f, factor = largest > 0 ? 127.0f / largest : 0.0f;
+      scales[g] = round_to_bytes(values, integers + first);
       int32_t sum = 0;
-      if (largest < kInfinity && factor < kInfinity) {
-        for (int64_t i = 0; i < kGroup; ++i) {
-          int32_t integer = static_cast<int32_t>(__builtin_rintf(values[i] * factor));
-          integers[first + i] = static_cast<int8_t>(integer);
-          sum += integer;
-        }
-      } else {
-        std::memset(integers + first, 0, kGroup);
-      }
-      scales[g] = largest < kInfinity ? scale : __builtin_nanf("");
+      for (int64_t i = 0; i < kGroup; ++i) sum += integers[first + i];
       sums[g] = sum;
     }
   }
@@ -226,20 +198,6 @@ struct Int8Weight {
 };
 
 // ==== the loops ====
-
-template <class Out>
-PYSPEC_INLINE void store_row(const float* sums, const LinearParams& p, int64_t row, int64_t first) {
-  Out* out = static_cast<Out*>(p.out) + row * p.out_stride + first;
-  int64_t count = p.outputs - first < kPanel ? p.outputs - first : kPanel;
-  if (count == kPanel) {
-    for (int64_t i = 0; i < kPanel; i += 16) {
-      F16 sum = load(sums + i);
-      store_as(out + i, p.bias ? add(sum, load(p.bias + first + i)) : sum);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) from_float(p.bias ? sums[i] + p.bias[first + i] : sums[i], out + i);
-}
 
 // One block of inputs for kRows rows: goes on with their sums, [kRows][kPanel].
 template <class Weight, int kRows>
@@ -287,12 +245,7 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
                                            ahead, sums + row * kPanel);
     }
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = sums + r * kPanel;
-    if (p.out_element == pyspec::Element::kFloat32) store_row<float>(row, p, first_row + r, first_output);
-    if (p.out_element == pyspec::Element::kFloat16) store_row<Float16>(row, p, first_row + r, first_output);
-    if (p.out_element == pyspec::Element::kBFloat16) store_row<BFloat16>(row, p, first_row + r, first_output);
-  }
+  store_rows(sums, p, first_row, rows, first_output);
 }
 
 template <class Weight>

@@ -15,7 +15,7 @@
 // rotary embedding have no tables: vq_turned.h.
 #include "params/residual_vq.h"
 
-#include "cpu/packed_rows.h"
+#include "cpu/quantised_rows.h"
 #include "cpu/vq_codes.h"
 #include "cpu/vq_turned.h"
 
@@ -156,18 +156,18 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     }
   }
 
-  // Calls body with the codes of a block's kCount levels, which begin at `packed`.
+  // Calls body with the codes of a block's kCount levels, which begin at `quantised`.
   template <int kCount, class Body>
-  PYSPEC_INLINE void with_codes(Scratch& s, const uint8_t* packed, const Body& body) const {
+  PYSPEC_INLINE void with_codes(Scratch& s, const uint8_t* quantised, const Body& body) const {
     if (codes == 256) {
       const uint8_t* code[kCount];
-      for (int i = 0; i < kCount; ++i) code[i] = packed + i * level_bytes;
+      for (int i = 0; i < kCount; ++i) code[i] = quantised + i * level_bytes;
       body(code);
       return;
     }
     const uint16_t* code[kCount];
     for (int i = 0; i < kCount; ++i) {
-      unpack_codes(packed + i * level_bytes, s.codes[i]);
+      unpack_codes(quantised + i * level_bytes, s.codes[i]);
       code[i] = s.codes[i];
     }
     body(code);
@@ -178,7 +178,7 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
                   float* scores) const {
     for (int64_t block = 0; block < blocks; ++block) {
       float* of_block = scores + block * kVqBlock * kRows;
-      with_codes<kCount>(s, codes_of_level + block * p.packed_strides[2],
+      with_codes<kCount>(s, codes_of_level + block * p.quantised_strides[2],
                          [&](const auto& code) { add_entries<kCount>(code, table, of_block); });
     }
   }
@@ -190,7 +190,7 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
       int64_t count = blocks - run < kRunBlocks ? blocks - run : kRunBlocks;
       float* scores = s.scores + run * kVqBlock * kRows;
       for (int64_t group = 0; group < groups; ++group) {
-        const uint8_t* at = first + run * p.packed_strides[2] + 2 * kVqBlock + group * depth * level_bytes;
+        const uint8_t* at = first + run * p.quantised_strides[2] + 2 * kVqBlock + group * depth * level_bytes;
         const float* entries = table(set_item, group);
         int64_t level = 0;
         for (; level + kLevels <= depth; level += kLevels)
@@ -223,7 +223,7 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
         s.turned.turn_group(group, groups, d, places);
       }
       s.turned.template multiply<kRows>(d, scores);
-      record += p.packed_strides[2];
+      record += p.quantised_strides[2];
     }
   }
 
@@ -233,7 +233,7 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     std::memset(s.mass, 0, kCount * codes * kRows * sizeof(float));
     for (int64_t block = 0; block < blocks; ++block) {
       const float* weights = s.scores + block * kVqBlock * kRows;
-      with_codes<kCount>(s, codes_of_level + block * p.packed_strides[2],
+      with_codes<kCount>(s, codes_of_level + block * p.quantised_strides[2],
                          [&](const auto& code) { add_masses<kCount>(code, s.mass, weights); });
     }
     for (int i = 0; i < kCount; ++i) add_codewords(s, level + i, s.mass + i * codes * kRows, out);
@@ -267,7 +267,8 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     most = minus_infinity;
     float factor = p.scale * kLog2E;
     for (int64_t block = 0; block < blocks; ++block) {
-      convert_row(reinterpret_cast<const Float16*>(first + block * p.packed_strides[2]), s.scales, kVqBlock);
+      convert_row(reinterpret_cast<const Float16*>(first + block * p.quantised_strides[2]), s.scales,
+                  kVqBlock);
       float* scores = s.scores + block * kVqBlock * kRows;
       bool is_seen = true;
       for (int r = 0; r < kRows; ++r) is_seen &= block < visible[r];
@@ -292,7 +293,7 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     F16 minus = sub(set1(0.0f), load(safe));
     Lanes sum = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      convert_row(reinterpret_cast<const Float16*>(first + block * p.packed_strides[2] + side_bytes),
+      convert_row(reinterpret_cast<const Float16*>(first + block * p.quantised_strides[2] + side_bytes),
                   s.scales, kVqBlock);
       float* weights = s.scores + block * kVqBlock * kRows;
       for (int64_t i = 0; i < kVqBlock * kRows; i += 16)
@@ -319,8 +320,8 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     if (blocks == 0) return;
     for (int r = 0; r < kRows; ++r)  // a row that is not there is masked by its own result only
       if (set * kRows + r >= row_count) visible[r] = kVqChunkBlocks;
-    const uint8_t* first = p.packed + b * p.packed_strides[0] + h * p.packed_strides[1] +
-                           chunk * kVqChunkBlocks * p.packed_strides[2];
+    const uint8_t* first = p.quantised + b * p.quantised_strides[0] + h * p.quantised_strides[1] +
+                           chunk * kVqChunkBlocks * p.quantised_strides[2];
     if (p.rotary) {
       score_turned(s, set_item, first, chunk * kVqChunkBlocks, blocks);
     } else {

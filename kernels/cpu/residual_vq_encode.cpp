@@ -1,5 +1,5 @@
-// Packs a block of keys or values: scales, then level by level the codeword nearest to what is left. One item
-// is one side of one record; nothing in it depends on what is packed beside it.
+// Quantises a block of keys or values: scales, then level by level the codeword nearest to what is left. One
+// item is one side of one record; nothing in it depends on what is quantised beside it.
 //
 //   nearest = the first least of |C[j]|^2 / 2 - x . C[j], in fp32
 //
@@ -96,7 +96,7 @@ void encode_side(const VqEncodeParams& p, int64_t index, bool values) {
   const int64_t* strides = values ? p.v_strides : p.k_strides;
   const Storage* from = static_cast<const Storage*>(values ? p.v : p.k) + b * strides[0] + h * strides[1];
   int64_t record = pyspec::vq_record_bytes(p.format, d), side = pyspec::vq_side_bytes(p.format, d);
-  uint8_t* out = p.packed + index * record + (values ? side : 0);
+  uint8_t* out = p.quantised + index * record + (values ? side : 0);
   Scratch& s = scratch();
   for (int64_t token = 0; token < kVqBlock; ++token) {
     convert_row(from + (block * kVqBlock + token) * strides[2], s.row, d);

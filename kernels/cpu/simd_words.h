@@ -38,6 +38,100 @@ PYSPEC_INLINE I16 load_words(const void* p) {
   return a;
 #endif
 }
+PYSPEC_INLINE void store_words(void* p, I16 a) {
+#if PYSPEC_HAS_AVX512
+  _mm512_storeu_si512(p, a.v);
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i* halves = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(halves, a.lo), _mm256_storeu_si256(halves + 1, a.hi);
+#else
+  std::memcpy(p, a.v, sizeof a.v);
+#endif
+}
+PYSPEC_INLINE I16 set1_words(int32_t a) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_set1_epi32(a)};
+#elif PYSPEC_HAS_X86_VECTORS
+  return {_mm256_set1_epi32(a), _mm256_set1_epi32(a)};
+#else
+  I16 result;
+  for (int i = 0; i < 16; ++i) result.v[i] = a;
+  return result;
+#endif
+}
+PYSPEC_INLINE I16 add(I16 a, I16 b) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_add_epi32(a.v, b.v)};
+#elif PYSPEC_HAS_X86_VECTORS
+  return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)};
+#else
+  for (int i = 0; i < 16; ++i) a.v[i] += b.v[i];
+  return a;
+#endif
+}
+PYSPEC_INLINE I16 mul(I16 a, I16 b) {
+#if PYSPEC_HAS_AVX512
+  return {_mm512_mullo_epi32(a.v, b.v)};
+#elif PYSPEC_HAS_X86_VECTORS
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+#else
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+#endif
+}
+// 32 bytes, as 16 words of two numbers of 16 bits.
+template <class Byte>  // int8_t or uint8_t
+PYSPEC_INLINE I16 load_as_halves(const Byte* p) {
+#if PYSPEC_HAS_AVX512
+  __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {std::is_signed_v<Byte> ? _mm512_cvtepi8_epi16(bytes) : _mm512_cvtepu8_epi16(bytes)};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m128i* parts = reinterpret_cast<const __m128i*>(p);
+  __m128i lo = _mm_loadu_si128(parts), hi = _mm_loadu_si128(parts + 1);
+  if constexpr (std::is_signed_v<Byte>) return {_mm256_cvtepi8_epi16(lo), _mm256_cvtepi8_epi16(hi)};
+  return {_mm256_cvtepu8_epi16(lo), _mm256_cvtepu8_epi16(hi)};
+#else
+  I16 result;
+  int16_t halves[32];
+  for (int i = 0; i < 32; ++i) halves[i] = p[i];
+  std::memcpy(result.v, halves, sizeof halves);
+  return result;
+#endif
+}
+// sum + the products of the low halves, of 16 bits, and of the high ones.
+PYSPEC_INLINE I16 dot2(I16 a, I16 b, I16 sum) {
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
+#elif PYSPEC_HAS_AVX512
+  return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
+#elif PYSPEC_HAS_X86_VECTORS
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)),
+          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+#else
+  int16_t x[32], y[32];
+  std::memcpy(x, a.v, sizeof x), std::memcpy(y, b.v, sizeof y);
+  for (int i = 0; i < 16; ++i) sum.v[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+#endif
+}
+// Bytes below 16 become those of a table.
+PYSPEC_INLINE I16 look_up(I16 bytes, const uint8_t (&table)[16]) {
+#if PYSPEC_HAS_X86_VECTORS
+  __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+#endif
+#if PYSPEC_HAS_AVX512
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), bytes.v)};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i twice = _mm256_broadcastsi128_si256(entries);
+  return {_mm256_shuffle_epi8(twice, bytes.lo), _mm256_shuffle_epi8(twice, bytes.hi)};
+#else
+  uint8_t found[64];
+  std::memcpy(found, bytes.v, sizeof found);
+  for (uint8_t& byte : found) byte = table[byte];
+  std::memcpy(bytes.v, found, sizeof found);
+  return bytes;
+#endif
+}
 // (a >> shift) & mask, the sign bit being a bit like others.
 PYSPEC_INLINE I16 bit_field(I16 a, int shift, int32_t mask) {
 #if PYSPEC_HAS_AVX512
@@ -123,6 +217,59 @@ PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
     }
   }
   return sum;
+#endif
+}
+
+// ==== products of small bytes ====
+//
+// Weights below 64 need no sign, and the sums of few of their products fit 16 bits: without an instruction
+// for four products, a word holds two such sums until add_scaled widens them, with a multiplication that it
+// would take anyway.
+
+// Fours of inputs whose sums may be added up before they are widened, for weights of at most `most`.
+constexpr int64_t small_dots(int64_t most) {
+#if PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
+  return 1 << 20;
+#else
+  return 32767 / (2 * 127 * most);
+#endif
+}
+
+// sums + the products of 16 times four weights with four signed bytes, which are in every word of x.
+PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
+#if PYSPEC_HAS_INT8_DOT
+  return {_mm512_dpbusd_epi32(sums.v, weights.v, x.v)};
+#elif PYSPEC_HAS_AVX512
+  return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v))};
+#elif PYSPEC_HAS_X86_VECTORS
+  return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, x.lo)),
+          _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, x.hi))};
+#else
+  uint8_t w[64];
+  int8_t values[64];
+  std::memcpy(w, weights.v, sizeof w), std::memcpy(values, x.v, sizeof values);
+  for (int lane = 0; lane < 16; ++lane) {
+    for (int i = 0; i < 4; ++i) sums.v[lane] += w[lane * 4 + i] * values[lane * 4 + i];
+  }
+  return sums;
+#endif
+}
+
+// What add_scaled takes as its scale, of words that fit 16 bits.
+PYSPEC_INLINE I16 small_scale(I16 a) {
+#if PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
+  return a;
+#else
+  return join_bits(bit_field(a, 0, 0xffff), a, 16);
+#endif
+}
+
+// total + scale * sums of add_small_dot.
+PYSPEC_INLINE I16 add_scaled(I16 sums, I16 scale, I16 total) {
+#if PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
+  return add(total, mul(sums, scale));
+#else
+  return dot2(sums, scale, total);
 #endif
 }
 

@@ -1,4 +1,4 @@
-// A strip: 64 rows of a head, packed twice as panel() reads them. With rows as lanes they are multiplied by
+// A strip: 64 rows of a head, laid out twice as panel() reads them. With rows as lanes they are multiplied by
 // keys; with channels as lanes they are what sums over rows are of. A dword holds one fp32, or two bf16.
 #pragma once
 

@@ -7,22 +7,22 @@
 namespace {
 
 // The 11 bits of each of a block's codes in one group and level.
-PYSPEC_INLINE void unpack_codes(const uint8_t* packed, uint16_t* codes) {
-  const uint8_t* planes = packed + pyspec::kVqBlock;
+PYSPEC_INLINE void unpack_codes(const uint8_t* quantised, uint16_t* codes) {
+  const uint8_t* planes = quantised + pyspec::kVqBlock;
   for (int64_t token = 0; token < pyspec::kVqBlock; ++token) {
     unsigned high = 0;
     for (int plane = 0; plane < 3; ++plane)
       high |= (planes[plane * pyspec::kVqPlane + token / 8] >> (token % 8) & 1u) << plane;
-    codes[token] = static_cast<uint16_t>(packed[token] | high << 8);
+    codes[token] = static_cast<uint16_t>(quantised[token] | high << 8);
   }
 }
 
 // The reverse; bits are 8 or 11.
-PYSPEC_INLINE void pack_codes(const uint16_t* codes, int64_t planes, uint8_t* packed) {
+PYSPEC_INLINE void pack_codes(const uint16_t* codes, int64_t planes, uint8_t* quantised) {
   for (int64_t token = 0; token < pyspec::kVqBlock; ++token)
-    packed[token] = static_cast<uint8_t>(codes[token]);
+    quantised[token] = static_cast<uint8_t>(codes[token]);
   for (int64_t plane = 0; plane < planes; ++plane) {
-    uint8_t* to = packed + pyspec::kVqBlock + plane * pyspec::kVqPlane;
+    uint8_t* to = quantised + pyspec::kVqBlock + plane * pyspec::kVqPlane;
     for (int64_t i = 0; i < pyspec::kVqPlane; ++i) {
       unsigned byte = 0;
       for (int t = 0; t < 8; ++t) byte |= (codes[8 * i + t] >> (8 + plane) & 1u) << t;

@@ -7,8 +7,8 @@
 // with the same few cosines for all blocks. Tokens are the lanes: no row's sum depends on the rows beside it.
 #pragma once
 
-#include "cpu/packed_rows.h"
 #include "cpu/panel.h"
+#include "cpu/quantised_rows.h"
 #include "params/residual_vq.h"
 
 namespace {

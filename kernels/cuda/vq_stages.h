@@ -117,8 +117,8 @@ struct VqStages {
   // Records that no row sees may hold anything, or not be there: the last that is stands in for them.
   __device__ const uint8_t* record(int which) const {
     int64_t block = chunk * kChunkBlocks + which;
-    return p.packed + blockIdx.z * p.packed_strides[0] + blockIdx.y * p.packed_strides[1] +
-           (block < most ? block : most - 1) * p.packed_strides[2];
+    return p.quantised + blockIdx.z * p.quantised_strides[0] + blockIdx.y * p.quantised_strides[1] +
+           (block < most ? block : most - 1) * p.quantised_strides[2];
   }
   __device__ uint8_t* buffer(int stage) const {
     return shared + (kSmall ? (stage & (of.buffers - 1)) * kStageWords : 0);

@@ -1,4 +1,4 @@
-// gear: packed keys and values (pyspec/ops/gear.py), params and the format that every backend reads.
+// gear: quantised keys and values (pyspec/ops/gear.py), params and the format that every backend reads.
 //
 // Format version 1. kBlock = 128 tokens of one KV head become one record: first its keys, then its values,
 // each
@@ -36,15 +36,15 @@ struct GearFormat {
 };
 
 struct GearAttentionParams {
-  const void* q;          // [batch, heads, nodes, head_dim]
-  const uint8_t* packed;  // [batch, kv_heads, blocks, record], the last dimension contiguous
-  const int32_t* seen;    // [batch, nodes], contiguous: the first blocks that a node sees
-  void* out;              // [batch, heads, nodes, head_dim]
-  float* lse;             // [batch, heads, nodes], contiguous, natural log
-  float* workspace;       // gear_workspace_floats() of these params, 64-byte aligned
+  const void* q;             // [batch, heads, nodes, head_dim]
+  const uint8_t* quantised;  // [batch, kv_heads, blocks, record], the last dimension contiguous
+  const int32_t* seen;       // [batch, nodes], contiguous: the first blocks that a node sees
+  void* out;                 // [batch, heads, nodes, head_dim]
+  float* lse;                // [batch, heads, nodes], contiguous, natural log
+  float* workspace;          // gear_workspace_floats() of these params, 64-byte aligned
 
   int64_t q_strides[3], out_strides[3];  // in elements; the last dimension is contiguous
-  int64_t packed_strides[3];             // in bytes
+  int64_t quantised_strides[3];          // in bytes
   int64_t batch, heads, kv_heads, nodes, head_dim;
   int64_t most_seen;  // largest of seen
   GearFormat format;
@@ -59,7 +59,7 @@ struct GearEncodeParams {
       k;  // [batch, kv_heads, blocks * kBlock, key_channels or head_dim], the last dimension contiguous
   const void* v;            // [batch, kv_heads, blocks * kBlock, head_dim], the last dimension contiguous
   const uint8_t* channels;  // [batch, kv_heads, blocks, key_channels], contiguous
-  uint8_t* packed;          // [batch, kv_heads, blocks, record], contiguous
+  uint8_t* quantised;       // [batch, kv_heads, blocks, record], contiguous
 
   int64_t k_strides[3], v_strides[3];  // in elements
   int64_t batch, kv_heads, blocks, head_dim;

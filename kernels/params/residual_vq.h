@@ -26,7 +26,7 @@ struct VqFormat {
 
 struct VqAttentionParams {
   const void* q;              // [batch, heads, nodes, head_dim]
-  const uint8_t* packed;      // [batch, kv_heads, blocks, record], the last dimension contiguous
+  const uint8_t* quantised;   // [batch, kv_heads, blocks, record], the last dimension contiguous
   const int32_t* seen;        // [batch, nodes], contiguous: the first blocks that a node sees
   const uint16_t* codebooks;  // fp16 [2, depth, codes, 32], contiguous
   const float* rotary;  // [kVqBlock + blocks, 2, head_dim / 2], contiguous: see below; null: keys are turned
@@ -35,7 +35,7 @@ struct VqAttentionParams {
   float* workspace;     // 64-byte aligned; on the CPU vq_workspace_floats() of these params
 
   int64_t q_strides[3], out_strides[3];  // in elements; the last dimension is contiguous
-  int64_t packed_strides[3];             // in bytes
+  int64_t quantised_strides[3];          // in bytes
   int64_t batch, heads, kv_heads, nodes, head_dim;
   int64_t most_seen;  // largest of seen; on a GPU, which does not wait for it, all blocks
   VqFormat format;
@@ -54,7 +54,7 @@ struct VqEncodeParams {
   const void* k;              // [batch, kv_heads, blocks * kVqBlock, head_dim], the last dimension contiguous
   const void* v;              // like k
   const uint16_t* codebooks;  // fp16 [batch, 2, depth, codes, 32], contiguous but for the first dimension
-  uint8_t* packed;            // [batch, kv_heads, blocks, record], contiguous
+  uint8_t* quantised;         // [batch, kv_heads, blocks, record], contiguous
 
   int64_t k_strides[3], v_strides[3];  // in elements
   int64_t codebooks_stride;            // of the first dimension, in elements; may be 0

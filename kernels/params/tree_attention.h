@@ -59,7 +59,7 @@ struct LaneLayout {
 
 inline int64_t chunks(int64_t prefix) { return prefix < kTile ? 0 : chunk_of(prefix / kTile - 1) + 1; }
 
-// [batch, kv_heads, blocks] packed queries, then [batch, kv_heads, chunks, blocks] states.
+// [batch, kv_heads, blocks] laid out queries, then [batch, kv_heads, chunks, blocks] states.
 inline int64_t workspace_floats(const TreeAttentionParams& p) {
   int64_t blocks = p.batch * p.kv_heads * LaneLayout(p).blocks;
   return blocks * (query_floats(p.head_dim) + chunks(p.longest_prefix) * state_floats(p.head_dim));

@@ -1,4 +1,4 @@
-"""Attention to packed keys and values on the GPU: split flash attention whose tiles are unpacked in registers.
+"""Attention to quantised keys and values on the GPU: split flash attention whose tiles are unpacked in registers.
 
 One program per (16 query rows, chunk of records, KV head of a sequence). A thread loads words of 4 bytes, each once,
 and makes two fp16 numbers of one at a time, as fp16 arithmetic comes: a code stays where it lies, an exponent is put
@@ -20,7 +20,7 @@ import triton.language as tl
 from pyspec.kernels.flash import LN_2, LOG2_E, load_rows
 from pyspec.kernels.gear_records import BLOCK, PART_OF_X, load_low_rank, load_tile
 
-__all__ = ["compile_options", "fold_constants", "fold_kernel", "gear_packed_attention", "merge_kernel"]
+__all__ = ["compile_options", "fold_constants", "fold_kernel", "gear", "merge_kernel"]
 
 ROWS = tl.constexpr(16)  # query rows of a program: the smallest tensor-core tile
 CHUNK_BLOCKS = tl.constexpr(4)  # records of a chunk, folded in order; chunks are then merged
@@ -59,7 +59,7 @@ def own_channels(q, query_rows, used, channels, scale, KEY_DIM, BLOCK_K: tl.cons
 def fold_kernel(
     # Pointers
     q,  # [B, Hq, T, D], turned where the keys are
-    packed,  # [B, Hkv, blocks, record] uint8
+    quantised,  # [B, Hkv, blocks, record] uint8
     seen,  # [B, T]
     chunk_largest,  # [B, Hkv, chunks, T * heads of a group], written
     chunk_total,  # [B, Hkv, chunks, T * heads of a group], written
@@ -73,9 +73,9 @@ def fold_kernel(
     stride_q_batch,
     stride_q_head,
     stride_q_node,
-    stride_packed_batch,
-    stride_packed_head,
-    stride_packed_block,
+    stride_quantised_batch,
+    stride_quantised_head,
+    stride_quantised_block,
     # Constants
     KV_HEADS: tl.constexpr,
     GROUP_HEADS: tl.constexpr,
@@ -108,7 +108,7 @@ def fold_kernel(
     query_rows = head.to(tl.int64) * stride_q_head + node.to(tl.int64) * stride_q_node
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
     query = scaled(query, scale, NUMBER)
-    packed += batch.to(tl.int64) * stride_packed_batch + kv_head.to(tl.int64) * stride_packed_head
+    quantised += batch.to(tl.int64) * stride_quantised_batch + kv_head.to(tl.int64) * stride_quantised_head
     PARTS: tl.constexpr = BLOCK // TILE
     # Where low rank begins.
     FACTOR_K: tl.constexpr = 4 * (BLOCK // GROUP) * KEY_DIM + 16 * KEY_DIM * BITS
@@ -117,7 +117,7 @@ def fold_kernel(
     total = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for block in range(first, end):
-        keys_side = packed + block * stride_packed_block.to(tl.int64)
+        keys_side = quantised + block * stride_quantised_block.to(tl.int64)
         values_side, own = keys_side + VALUE_SIDE, keys_side + (VALUE_SIDE - KEY_DIM)
         if KEY_DIM < HEAD_DIM:  # the record's own channels, which end its keys
             gathered = own_channels(q, query_rows, used, own, scale, KEY_DIM, BLOCK_K, HEAD_DIM, NUMBER)
@@ -237,18 +237,18 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_plain: bool) -> dict:
     return {"num_warps": 16 if dtype == torch.float32 and head_dim not in (64, 128) else 8, **options}
 
 
-def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, key_channels, scale):
-    """Launches both kernels; arguments and results of torch.ops.pyspec.gear_packed_attention.
+def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale):
+    """Launches both kernels; arguments and results of torch.ops.pyspec.gear.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
     batch, heads, nodes, head_dim = q.shape
-    kv_heads, group_heads = packed.shape[1], heads // packed.shape[1]
+    kv_heads, group_heads = quantised.shape[1], heads // quantised.shape[1]
     out = torch.empty_like(q)
     lse = q.new_empty((batch, heads, nodes), dtype=torch.float32)
     if not out.numel():
         return out, lse
-    blocks, short = packed.shape[2], SHORT_CHUNKS.value
+    blocks, short = quantised.shape[2], SHORT_CHUNKS.value
     chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
@@ -258,9 +258,9 @@ def gear_packed_attention(q, packed, seen, bits, group, rank, outliers, key_chan
     constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     with torch.cuda.device_of(q):
         if chunks:
-            strides = (*q.stride()[:3], *packed.stride()[:3])
+            strides = (*q.stride()[:3], *quantised.stride()[:3])
             fold_kernel[triton.cdiv(nodes * group_heads, ROWS.value), chunks, batch * kv_heads](
-                *(q, packed, seen, *chunk_state, nodes, chunks, scale, *strides),
+                *(q, quantised, seen, *chunk_state, nodes, chunks, scale, *strides),
                 **fold_constants(head_dim, q.dtype, bits, group, rank, outliers, key_channels),
                 **constants,
             )

@@ -10,8 +10,6 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["BlockVerification", "block_verification"]
-
 
 def block_verification(tree: DraftTree, p, q, noise: Noise) -> Accepted:
     """Judges a chain of drafts x_1 .. x_L, with p_i and q_i the laws after x_1 .. x_i::

@@ -9,8 +9,6 @@ from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["ExactAcceptance"]
-
 
 class ExactAcceptance:
     """Keeps what plain decoding would have drawn, whatever the drafts are.

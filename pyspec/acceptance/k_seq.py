@@ -9,8 +9,6 @@ from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["KSeq", "k_seq"]
-
 BISECTIONS = 20
 
 

@@ -12,8 +12,6 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree, Siblings
 
-__all__ = ["DraftLaws", "LawRule", "TargetLaws", "children_of", "residual"]
-
 
 class LawRule:
     """The base of the rules that are a function of (tree, p, q, noise).

@@ -7,8 +7,6 @@ from pyspec.acceptance.recursive import recursive_rejection
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["LenientAcceptance"]
-
 
 class LenientAcceptance(LawRule):
     """Recursive rejection with q taken `lenience` times. The text is NOT the target's.

@@ -7,8 +7,6 @@ from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["RecursiveRejection", "recursive_rejection"]
-
 
 def recursive_rejection(tree: DraftTree, p, q, noise: Noise, lenience: float = 1.0) -> Accepted:
     """Judges the children of a node with law p, in the order of the draws::

@@ -6,8 +6,6 @@ from pyspec.acceptance.laws import LawRule
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["TargetRoots", "target_roots"]
-
 
 def target_roots(tree: DraftTree, p, noise: Noise, width: int) -> Accepted:
     """Draws `width` tokens of p at the root; from each the target's draws are followed while the tree holds them.

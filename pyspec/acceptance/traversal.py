@@ -10,8 +10,6 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["TraversalVerification", "traversal_verification"]
-
 
 def traversal_verification(tree: DraftTree, p, q, noise: Noise) -> Accepted:
     """Each node u has a rate r(u): r(root) = 1, and for its child x, r = min(1, r(u) p_u(x) / q_u(x)).

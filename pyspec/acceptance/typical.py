@@ -11,8 +11,6 @@ from pyspec.acceptance.laws import LawRule, children_of
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["TypicalAcceptance", "typical"]
-
 
 def typical(tree: DraftTree, p, noise: Noise, threshold: float, alpha: float) -> Accepted:
     """Accepts child x of an accepted node with law p iff p(x) > min(threshold, alpha exp(-entropy of p)).

@@ -7,8 +7,6 @@ from pyspec.acceptance.laws import LawRule, children_of, residual
 from pyspec.sampling.noise import Noise
 from pyspec.tree import Accepted, DraftTree
 
-__all__ = ["WithReplacement", "with_replacement"]
-
 
 def with_replacement(tree: DraftTree, p, q, noise: Noise) -> Accepted:
     """Judges the children of a node with law p, in the order of the draws::

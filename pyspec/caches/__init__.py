@@ -9,18 +9,3 @@ from pyspec.caches.names import CACHES, cache_from_name
 from pyspec.caches.residual_vq import ResidualVqSettings
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.caches.state import StateCache
-
-__all__ = [
-    "CACHES",
-    "Codebooks",
-    "DenseCache",
-    "GearSettings",
-    "HybridCache",
-    "QuantisedCache",
-    "QuantisedSettings",
-    "ResidualVqSettings",
-    "StateCache",
-    "cache_from_name",
-    "load_quantised",
-    "save_quantised",
-]

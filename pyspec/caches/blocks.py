@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.dense import keep_path
-from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen, find_unpackable
-from pyspec.ops.gear_encode import LARGEST
+from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
+from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.tree import DraftTree
-
-__all__ = ["RECENT", "QuantisedCache", "QuantisedSettings"]
 
 RECENT = 32  # queries that channels of keys are chosen by
 
@@ -75,10 +73,10 @@ class QuantisedSettings:
         have the bits of keep = 1.
         """
         self.check_head_dim(head_dim)
-        packed = length // self.span * self.record_bytes(head_dim) * 8
-        packed += RECENT * head_dim * 32 if self.key_channels else 0  # queries
+        quantised = length // self.span * self.record_bytes(head_dim) * 8
+        quantised += RECENT * head_dim * 32 if self.key_channels else 0  # queries
         exact = (length - blocks_seen(length, self.window, self.span) * self.span) * 2 * head_dim * 16
-        return (packed + exact) / (2 * head_dim * length)
+        return (quantised + exact) / (2 * head_dim * length)
 
     def ready(self, capacity: int, device: torch.device) -> QuantisedSettings:
         """The settings with what a cache of so many tokens needs beside them, on its device."""
@@ -103,9 +101,9 @@ class QuantisedSettings:
 class QuantisedCache:
     """Keys and values of B sequences, each with its own length.
 
-    `packed` [layers, B, Hkv, blocks, record] uint8 are the blocks of the layers that keep a share of their tokens, one
-    record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them, which
-    keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
+    `quantised` [layers, B, Hkv, blocks, record] uint8 are the blocks of the layers that keep a share of their tokens,
+    one record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them,
+    which keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
     [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
     DenseCache, scratch for a tree's keys. slots does not grow with the text. Where keys keep some of their channels,
     `queries` [layers, B, Hkv, RECENT + nodes, D] fp32 are squares, summed over a group's heads, of the last committed
@@ -145,7 +143,7 @@ class QuantisedCache:
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, slots, head_dim, dtype=dtype, device=device)
         record = settings.record_bytes(head_dim)
         blocks, whole_layers = capacity // self.span, min(settings.whole_layers, layers) if settings.keep < 1 else 0
-        self.whole, self.packed = (
+        self.whole, self.quantised = (
             torch.empty(count, sequences, kv_heads, records, record, dtype=torch.uint8, device=device)
             for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
         )
@@ -162,7 +160,7 @@ class QuantisedCache:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that was allocated."""
-        return self.whole.nbytes + self.packed.nbytes + self.keys_values.nbytes + self.queries.nbytes
+        return self.whole.nbytes + self.quantised.nbytes + self.keys_values.nbytes + self.queries.nbytes
 
     def check_room(self, sequence: int, count: int) -> None:
         """Raises ValueError unless a tree of count nodes fits behind a sequence's committed tokens."""
@@ -216,15 +214,15 @@ class QuantisedCache:
     def attend(self, layer: int, q: Tensor, numbers, window: None) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         if layer < len(self.whole):
-            packed, records = self.whole[layer], self.settings.records
+            quantised, records = self.whole[layer], self.settings.records
         else:
-            packed, records = self.packed[layer - len(self.whole)], 1
+            quantised, records = self.quantised[layer - len(self.whole)], 1
         k, v = self.keys_values[layer]
         if self.is_recordable:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
-            return self.settings.attend_ragged(layer, q, packed, k, v, trees, self._scale, records)
+            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, self._scale, records)
         parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
-        settings = (packed, records)
+        settings = (quantised, records)
         return torch.cat(
             [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
         )
@@ -242,7 +240,7 @@ class QuantisedCache:
         )
 
     def _attend_tree(
-        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, packed: Tensor, records: int
+        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, quantised: Tensor, records: int
     ) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
@@ -250,8 +248,8 @@ class QuantisedCache:
             grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
             # sum() adds head by head: an order that the number of nodes cannot change
             self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
-        q, packed = q.transpose(0, 1)[None], packed[sequence, None]
-        out, _ = self.settings.attend(layer, q, packed, k, v, rows, self._scale, records)
+        q, quantised = q.transpose(0, 1)[None], quantised[sequence, None]
+        out, _ = self.settings.attend(layer, q, quantised, k, v, rows, self._scale, records)
         return out[0].transpose(0, 1)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
@@ -279,13 +277,13 @@ class QuantisedCache:
             if recent is not None:
                 end = (block + 1) * self.span - before
                 channels = _channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
-            self._pack(sequence, block, part, channels)
+            self._quantise(sequence, block, part, channels)
         self.lengths[sequence] = after
         if (past := self.starts[sequence] - start) > 0:
             kept = slots[..., past : after - start, :].clone()
             slots[..., : after - start - past, :] = kept
 
-    def _pack(self, sequence: int, block: int, part: Tensor, channels: Tensor | None) -> None:
+    def _quantise(self, sequence: int, block: int, part: Tensor, channels: Tensor | None) -> None:
         """Makes the records of a block, keys and values [layers, 2, Hkv, span, D] with channels [layers, Hkv, C]."""
 
         def encode(layers: slice, kept: Tensor) -> Tensor:
@@ -300,15 +298,15 @@ class QuantisedCache:
         rest = part[first:]
         if self.span > BLOCK:
             rest = _shortest_keys(rest)
-        self.packed[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
+        self.quantised[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
-        bad = find_unpackable(part[:, 0], part[:, 1])
+        bad = find_unquantisable(part[:, 0], part[:, 1])
         if bad is not None:
             name, (layer, head, token, channel), value = bad
             what = "keys" if name == "k" else "values"
             raise ValueError(
-                f"{what} must be at most {LARGEST:.0f} in magnitude to be packed, got {value} in layer {layer}, "
+                f"{what} must be at most {LARGEST:.0f} in magnitude to be quantised, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from pyspec.ops.residual_vq import ResidualVqFormat, check_codebooks, format_of
 
-__all__ = ["KEYS", "Codebooks", "demo_codebooks"]
-
 KIND = "pyspec residual_vq codebooks"
 KEYS = {"post-rope": "1", "pre-rope": "2"}  # what keys are coded as, and the version of such a file
 DEMO_FILE = Path(__file__).with_name("demo_codebooks.safetensors")

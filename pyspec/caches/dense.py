@@ -11,8 +11,6 @@ from torch import Tensor
 from pyspec.caches.names import CACHES
 from pyspec.ops.ragged_attention import ragged_attention
 
-__all__ = ["DenseCache", "keep_path"]
-
 
 class DenseCache:
     """Keys and values [layers, 2, B, Hkv, capacity, D] of B sequences, each with its own length.

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedSettings
 from pyspec.caches.names import CACHES
-from pyspec.ops.gear import GearFormat, TreeRows, attend_tree, encode_packed
+from pyspec.ops.gear import TreeRows, attend_tree
+from pyspec.ops.gear_encode import encode_records
+from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.quantised_ragged import gear_ragged
-
-__all__ = ["GearSettings"]
 
 KEEPS = (1.0, 0.5, 0.25, 0.125)
 
@@ -42,13 +42,15 @@ class GearSettings(GearFormat, QuantisedSettings):
             raise ValueError(f"whole_layers must be an integer of at least 0, got {self.whole_layers!r}")
 
     def encode(self, k: Tensor, v: Tensor, channels: Tensor | None, block: int) -> Tensor:
-        return encode_packed(k, v, self, channels)
+        return encode_records(k, v, self, channels)
 
-    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
-        return attend_tree(q, packed, k, v, rows, self, scale, records)
+    def attend(
+        self, layer: int, q, quantised, k, v, rows: TreeRows, scale: float, records: int
+    ) -> tuple[Tensor, Tensor]:
+        return attend_tree(q, quantised, k, v, rows, self, scale, records)
 
-    def attend_ragged(self, layer: int, q, packed, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
-        return gear_ragged(q, packed, k, v, *numbers, self, span=self.span, records=records, scale=scale)
+    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
+        return gear_ragged(q, quantised, k, v, *numbers, self, span=self.span, records=records, scale=scale)
 
 
 for _name, _fields, _summary in (

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.state import StateCache
 
-__all__ = ["HybridCache"]
-
 
 class HybridCache:
     """A KV cache, `dense`, which keeps a path's keys at once, and a `state` cache, which replays it next."""

@@ -10,8 +10,6 @@ from pyspec.registry import Registry
 if TYPE_CHECKING:
     from pyspec.caches.blocks import QuantisedSettings
 
-__all__ = ["CACHES", "cache_from_name"]
-
 #: What makes the settings of a name; they are None for keys and values in full precision.
 CACHES: Registry[Callable[[], QuantisedSettings | None]] = Registry("pyspec.caches")
 

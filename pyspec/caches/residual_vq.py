@@ -15,8 +15,6 @@ from pyspec.ops.gear import BLOCK, TreeRows, join_exact
 from pyspec.ops.quantised_ragged import residual_vq_ragged
 from pyspec.ops.residual_vq import attend_codes, encode_codes, rotary_of_blocks, turn_keys
 
-__all__ = ["ResidualVqSettings"]
-
 
 @dataclass(frozen=True)
 class ResidualVqSettings(QuantisedSettings):
@@ -68,13 +66,15 @@ class ResidualVqSettings(QuantisedSettings):
             k, v = turn_keys(k, self._rotary, block, back=True), v.float()
         return encode_codes(k, v, self.codebooks.tables)
 
-    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
-        packed_part = attend_codes(q, packed, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
-        return join_exact(packed_part, q, k, v, rows, scale)
+    def attend(
+        self, layer: int, q, quantised, k, v, rows: TreeRows, scale: float, records: int
+    ) -> tuple[Tensor, Tensor]:
+        quantised_part = attend_codes(q, quantised, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
+        return join_exact(quantised_part, q, k, v, rows, scale)
 
-    def attend_ragged(self, layer: int, q, packed, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
+    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
         settings = {"span": self.span, "records": records, "scale": scale, "rotary": self._rotary}
-        return residual_vq_ragged(q, packed, k, v, *numbers, self.codebooks.tables[layer], **settings)
+        return residual_vq_ragged(q, quantised, k, v, *numbers, self.codebooks.tables[layer], **settings)
 
 
 CACHES.register("rvq", ResidualVqSettings, "codes of the model's codebooks; those of the demo model come with pyspec")

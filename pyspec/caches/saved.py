@@ -12,9 +12,7 @@ from pyspec.caches.blocks import RECENT, QuantisedCache
 from pyspec.caches.gear import GearSettings
 from pyspec.ops.gear_format import FORMAT_VERSION
 
-__all__ = ["load_quantised", "save_quantised"]
-
-KIND = "pyspec packed cache"
+KIND = "pyspec quantised cache"
 
 
 def save_quantised(cache: QuantisedCache, path: str | Path, fingerprint: str) -> None:
@@ -31,12 +29,12 @@ def save_quantised(cache: QuantisedCache, path: str | Path, fingerprint: str) ->
     from safetensors.torch import save_file
 
     if type(cache.settings) is not GearSettings:
-        raise TypeError(f"cache must be packed by a GearSettings, got {cache.settings!r}")
+        raise TypeError(f"cache must be quantised by a GearSettings, got {cache.settings!r}")
     tensors = {}
     for sequence, (length, start) in enumerate(zip(cache.lengths, cache.starts, strict=True)):
         blocks = length // cache.span
         records = blocks * cache.settings.records
-        tensors[f"{sequence}.packed"] = cache.packed[:, sequence, :, :blocks].contiguous()
+        tensors[f"{sequence}.quantised"] = cache.quantised[:, sequence, :, :blocks].contiguous()
         tensors[f"{sequence}.whole"] = cache.whole[:, sequence, :, :records].contiguous()
         tensors[f"{sequence}.queries"] = cache.queries[:, sequence, :, :RECENT].contiguous()
         tensors[f"{sequence}.exact"] = cache.keys_values[:, :, sequence, :, : length - start].contiguous()
@@ -61,8 +59,8 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, no packed cache, of another version or model, packed with `rotate`, which
-            older versions had, or has more than capacity tokens.
+        ValueError: the file is truncated, no quantised cache, of another version or model, quantised with `rotate`,
+            which older versions had, or has more than capacity tokens.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -75,7 +73,7 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
         raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
     stated, lengths = json.loads(about["settings"]), json.loads(about["lengths"])
     if stated.pop("rotate", False):
-        raise ValueError(f"{path} has keys packed with rotate, which is no longer there: make the cache again")
+        raise ValueError(f"{path} has keys quantised with rotate, which is no longer there: make the cache again")
     settings = GearSettings(**stated)
     if capacity < max(lengths):
         raise ValueError(f"capacity must be at least the {max(lengths)} tokens of {path}, got {capacity}")
@@ -86,7 +84,7 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
     for sequence, (length, start) in enumerate(zip(lengths, cache.starts, strict=True)):
         blocks = length // cache.span
         for name, to in (
-            ("packed", cache.packed[:, sequence, :, :blocks]),
+            ("quantised", cache.quantised[:, sequence, :, :blocks]),
             ("whole", cache.whole[:, sequence, :, : blocks * settings.records]),
             ("queries", cache.queries[:, sequence, :, :RECENT]),
             ("exact", cache.keys_values[:, :, sequence, :, : length - start]),
@@ -103,7 +101,7 @@ def load_quantised(path: str | Path, fingerprint: str, *, capacity: int, device:
 
 def _check(path: str | Path, about: dict[str, str], fingerprint: str) -> None:
     if about.get("kind") != KIND:
-        raise ValueError(f"{path} is no packed cache")
+        raise ValueError(f"{path} is no quantised cache")
     if about.get("version") != str(FORMAT_VERSION):
         raise ValueError(f"{path} has version {about.get('version')} of the format, this is version {FORMAT_VERSION}")
     if about.get("model") != fingerprint:

@@ -11,8 +11,6 @@ from torch import Tensor
 from pyspec.ops.selective_state import LANES
 from pyspec.tree import DraftTree
 
-__all__ = ["Plan", "StateCache"]
-
 FEWEST_NODES = 16  # of a record
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-__all__ = ["render_chat", "select_template"]
-
 _REASONING = (
     "reasoning_content",
     "thinking",

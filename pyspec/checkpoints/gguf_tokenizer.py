@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from pyspec.entries import Entries
 
-__all__ = ["add_tokens", "byte_level_backend", "sentencepiece_backend", "token_id"]
-
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # token types
 SPACE = "\u2581"  # how SentencePiece spells a space
 

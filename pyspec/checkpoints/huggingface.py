@@ -15,16 +15,6 @@ from torch import Tensor
 from pyspec.architectures import Family, Unsupported, family_of, supported_architectures
 from pyspec.entries import Entries
 
-__all__ = [
-    "SafetensorsCheckpoint",
-    "TensorCheckpoint",
-    "eos_tokens",
-    "read_checkpoint",
-    "read_config",
-    "read_description",
-    "read_json",
-]
-
 
 def read_json(path: Path) -> dict:
     """A JSON object; ValueError naming the file if it is none. A byte order mark is skipped."""

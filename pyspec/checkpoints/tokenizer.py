@@ -15,8 +15,6 @@ from pyspec.checkpoints.pre_tokenizers import SPLITS as _SPLITS
 from pyspec.checkpoints.tokenizer_settings import read_settings
 from pyspec.entries import Entries
 
-__all__ = ["Tokenizer"]
-
 # Names under which chat models end a turn or a text.
 _END_NAMES = frozenset("<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <end_of_turn> </s>".split())
 _END = "<|end|>"  # the end of a turn for some, but of the reasoning alone where there is <|return|> or <|call|>

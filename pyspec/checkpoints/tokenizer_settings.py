@@ -13,8 +13,6 @@ from pathlib import Path
 from pyspec.checkpoints.huggingface import read_json
 from pyspec.entries import Entries
 
-__all__ = ["TokenizerSettings", "read_settings"]
-
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _OF_CLASS = {  # special tokens that a tokenizer's class has of its own
     "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),

@@ -24,7 +24,7 @@ def add_parser(commands) -> None:
         "bench",
         help="measure drafters against plain decoding",
         description="Measure drafters against plain decoding, on the same prompts, in one process. `pyspec bench "
-        "drafters` is the same, but measures every drafter, greedily and drawn, where nothing else is said.",
+        "drafters` is the same, but measures every drafter, greedily and drawn, where nothing else is asked for.",
     )
     _add_drafters_arguments(bench, ("lookup", "recycling", "merged"), (0.0,), answers=0)
     others = bench.add_subparsers(metavar="drafters, kernels, compare")

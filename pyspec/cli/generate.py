@@ -167,7 +167,7 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
     columns = ["tokens/s", "tokens/round", *PHASES]
     if plain is not None:
         rows.append(("plain", plain.stats))
-        columns.append("speed-up")
+        columns.append("speedup")
     table = new_table("", *columns)
     for name, figures in rows:
         cells = [name, f"{figures.tokens_per_second:.1f}", f"{figures.mean_accepted_length:.2f}"]

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from pyspec.tree import DraftTree
 
-__all__ = ["FixedController"]
-
 
 class FixedController:
     """Asks for the same number of nodes in every round, and verifies whatever was proposed."""

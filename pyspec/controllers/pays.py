@@ -23,8 +23,6 @@ from pyspec.machine.costs import Costs, costs_of
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
-__all__ = ["CuttingController", "PayingController", "SizingController", "new_controller"]
-
 FEWEST = 8  # nodes that are asked for, so that a tree which was not worth it lately gets its chance
 TRUST = 8.0  # accepted drafts that the drafter's own word is worth
 MEMORY = 0.98  # of what earlier rounds showed, from round to round

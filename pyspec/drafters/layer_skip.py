@@ -15,8 +15,6 @@ from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.tree import DraftTree
 
-__all__ = ["LayerSkipDrafter", "find_skipped_layers"]
-
 SEARCH_PROMPTS = (
     "Explain in a few sentences how a bicycle stays upright.",
     "Write a Python function that counts the words of a text, with a test.",

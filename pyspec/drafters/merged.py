@@ -1,4 +1,4 @@
-"""What was said before and what the target thought, in one tree."""
+"""What was emitted before and what the target thought, in one tree."""
 
 from __future__ import annotations
 

@@ -18,8 +18,6 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import DraftTree
 
-__all__ = ["ModelDrafter"]
-
 LEAST_SLOTS = 512  # of a sequence in the draft model's state: longer texts make it anew, twice as long
 
 

@@ -1,4 +1,4 @@
-"""The N-Grammys: what the target says after one token alone, and what the text said before."""
+"""The N-Grammys: what the target emits after one token alone, and what the text has had before."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
-
-__all__ = ["NgrammysRows", "model_bigrams"]
 
 BATCH = 256  # tokens that are run side by side
 

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Column", "Arrays", "load", "save"]
-
 FORMAT_VERSION = 1
 
 Arrays = Mapping[str, np.ndarray]

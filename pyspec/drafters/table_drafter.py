@@ -21,8 +21,6 @@ from pyspec.tree import DraftTree
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["ColumnTable", "Table", "TableDrafter", "of_tables"]
-
 LARGEST_BUDGET = 4096
 LONGEST_MATCH = 32  # tokens that a source looks back on
 SMOOTHING = 16.0  # trials that a prior is worth
@@ -193,11 +191,11 @@ class TableDrafter:
         return tree
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
-        """Learns from what the target said after every node of a tree, accepted or not.
+        """Learns from what the target emits after every node of a tree, accepted or not.
 
         Args:
             tree: the last proposed tree, its first nodes, or a chain of prompt tokens.
-            verified: what the target said, with logits [T, vocab_size].
+            verified: of the target, with logits [T, vocab_size].
             path: not needed: a rejected node teaches as much as an accepted one.
 
         Raises:
@@ -277,7 +275,7 @@ class TableDrafter:
             return
         proposed, cells, _ = self._proposed
         if self._noise is not None and proposed is not None:
-            self._drawn.learn_said(proposed.tokens, proposed.parents, cells, new)
+            self._drawn.learn_emitted(proposed.tokens, proposed.parents, cells, new)
             self._proposed = (None, None, [])
         for table in self.tables:
             table.read(context, self._read)

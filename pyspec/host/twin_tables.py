@@ -11,8 +11,6 @@ import numpy as np
 
 from pyspec.ops.row_statistics import TOP
 
-__all__ = ["Bigrams", "Cursor", "Draw", "NgramMemory", "SamplerNoise", "SuffixLookup", "Trigrams"]
-
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 # levels of shares: above which, how often such a guess is right, and about which share it stands for
@@ -123,7 +121,7 @@ class NgramMemory:
             total = sum(weights)
             if not math.isfinite(total):
                 continue
-            said = {
+            emitted = {
                 token: weight / total
                 for token, weight in zip(top_tokens[node].tolist(), weights, strict=True)
                 if token >= 0
@@ -134,7 +132,7 @@ class NgramMemory:
                 at = parents[at]
             path += reversed(before)
             for order in range(1, min(self.MAX_ORDER, len(path)) + 1):
-                self._merge(self._rows.row(ngram_key(path[:order])), said)
+                self._merge(self._rows.row(ngram_key(path[:order])), emitted)
 
     def offer(self, recent: Sequence[int], draw: Draw) -> list[tuple[int, int]]:
         law: dict[int, float] = {}
@@ -172,13 +170,14 @@ class NgramMemory:
             self._rows.row(key)[:] = [count, known]
 
     @staticmethod
-    def _merge(row: list, said: dict[int, float]) -> None:
+    def _merge(row: list, emitted: dict[int, float]) -> None:
         count, known = row
         entries = [
-            (token, np.float32((count * float(share) + said.get(token, 0.0)) / (count + 1))) for token, share in known
+            (token, np.float32((count * float(share) + emitted.get(token, 0.0)) / (count + 1)))
+            for token, share in known
         ]
         old = {token for token, _ in known}
-        entries += [(token, np.float32(share / (count + 1))) for token, share in said.items() if token not in old]
+        entries += [(token, np.float32(share / (count + 1))) for token, share in emitted.items() if token not in old]
         row[:] = [count + 1, sorted(entries, key=lambda entry: -entry[1])[:TOP]]
 
 

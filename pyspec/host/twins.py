@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pyspec.host.twin_tables import (
+from pyspec.host.twin_tables import (  # noqa: F401  (host() takes all structures from here)
     PRIORS,
     SHARES,
     Bigrams,
@@ -24,20 +24,6 @@ from pyspec.host.twin_tables import (
     ranked,
 )
 from pyspec.ops.row_statistics import TOP
-
-__all__ = [
-    "Adjacency",
-    "Bigrams",
-    "Cursor",
-    "Estimates",
-    "NgramIndex",
-    "NgramMemory",
-    "SamplerNoise",
-    "SuffixLookup",
-    "Trigrams",
-    "grow",
-    "tree_layout",
-]
 
 
 class NgramIndex:
@@ -157,7 +143,7 @@ class Adjacency:
 
 
 class Estimates:
-    """How often offers of each kind turned out to be what the target said; see csrc/host/growth.h."""
+    """How often offers of each kind turned out to be what the target emitted; see csrc/host/growth.h."""
 
     CELL_BITS = 16
 
@@ -188,9 +174,9 @@ class Estimates:
             if parent < len(top_tokens):
                 self._count(cell, int(top_tokens[parent, 0]) == token)
 
-    def learn_said(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, said: Sequence[int]) -> None:
+    def learn_emitted(self, tokens: np.ndarray, parents: np.ndarray, cells: np.ndarray, emitted: Sequence[int]) -> None:
         node = 0
-        for token in said:
+        for token in emitted:
             children = np.flatnonzero(parents == node).tolist()
             for child in children:
                 self._count(int(cells[child]), int(tokens[child]) == token)
@@ -270,6 +256,6 @@ def tree_layout(parents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         depths.append(depths[parent] + 1)
         rows.append(rows[parent] | 1 << node)
     words = (len(rows) + 31) // 32
-    packed = b"".join(row.to_bytes(4 * words, "little") for row in rows)
-    bits = np.frombuffer(bytearray(packed), dtype="<i4").reshape(len(rows), words)
+    joined = b"".join(row.to_bytes(4 * words, "little") for row in rows)
+    bits = np.frombuffer(bytearray(joined), dtype="<i4").reshape(len(rows), words)
     return np.array(depths, np.int32), bits

@@ -34,8 +34,6 @@ require("llama-cpp-python", "0.3", "0.4")
 
 from llama_cpp.llama_speculative import LlamaDraftModel  # noqa: E402
 
-__all__ = ["DraftModel", "speculate"]
-
 TREE_NODES = 32  # among which the likeliest path is looked for
 SIZES = (1, 2, 4, 8, 16)  # tokens of a call that are timed
 TEXT = 32  # tokens before them
@@ -106,7 +104,7 @@ class DraftModel(LlamaDraftModel):
         return self._proposed.tokens[1:].astype(np.intc)
 
     def _learn(self, context: Sequence[int], known: int, verify_seconds: float) -> None:
-        """Shows the drafter what the model said since the last call: its logits after context[known - 1 : -1]."""
+        """Shows the drafter what the model emitted since the last call: its logits after context[known - 1 : -1]."""
         if self._proposed is not None:
             path = range(len(context) - known)
             self._controller.learn([self._proposed], [path], self._draft_seconds, verify_seconds)

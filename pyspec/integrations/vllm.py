@@ -23,8 +23,6 @@ from pyspec.drafters.tables.lookup import Lookup
 from pyspec.drafters.tables.suffix import Suffix
 from pyspec.integrations import require
 
-__all__ = ["LookupProposer", "SuffixProposer", "register"]
-
 LEAST_CHANCE = 0.2  # of a draft that is worth verifying
 
 

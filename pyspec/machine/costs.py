@@ -19,8 +19,6 @@ from pyspec.runners.exclusive import exclusive_use
 from pyspec.stats import clock_of
 from pyspec.tree import DraftTree
 
-__all__ = ["Costs", "costs_of", "measure_costs"]
-
 CONTEXT = 128  # tokens before the trees that are measured
 SECONDS = 1.5  # that measuring takes, but for warming up; longer only where two passes of two sizes do
 SIZES = (1, 16, 4, 32, 2, 8)  # any beginning of two or more spans the range: a slow model gets no further

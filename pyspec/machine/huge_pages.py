@@ -7,8 +7,6 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["HugePages"]
-
 ALIGNMENT = 4096  # bytes
 
 

@@ -17,8 +17,6 @@ from pyspec.machine import cpu_name
 if TYPE_CHECKING:
     from pyspec.runners import Runner
 
-__all__ = ["folder", "keep", "key", "read"]
-
 
 def key(model: Runner | None = None, kernel: Mapping[str, str] | None = None, **settings: object) -> str:
     """Names all that an entry depends on.

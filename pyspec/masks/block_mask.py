@@ -17,8 +17,6 @@ from pyspec.masks.spans import Span, dense_of_spans, document_spans, read_sizes,
 from pyspec.masks.tiles import EMPTY, FULL, WORD
 from pyspec.masks.trees import TreeAndPrefix, dense_of_trees, parents_of
 
-__all__ = ["BlockMask"]
-
 
 class BlockMask:
     """Which of M keys each of N query rows sees, by tiles; block_masked_attention visits only those with something.
@@ -100,7 +98,7 @@ class BlockMask:
         prefix: int = 0,
         device="cpu",
     ) -> BlockMask:
-        """Documents packed one after another: a row sees its own document, up to itself if causal.
+        """Documents one after another: a row sees its own document, up to itself if causal.
 
         Args:
             lengths: of the documents; N is their sum. [n] is plain causal attention.

@@ -9,8 +9,6 @@ from torch import Tensor
 from pyspec.masks import tiles
 from pyspec.masks.trees import TreeAndPrefix
 
-__all__ = ["cuthill_mckee_tiles", "depth_first", "depth_first_trees", "reverse_cuthill_mckee"]
-
 
 def depth_first(parents: np.ndarray) -> np.ndarray:
     """Nodes of a tree in depth-first order: every subtree is one run."""

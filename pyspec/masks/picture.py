@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["draw"]
-
 
 def draw(kinds, seen, height: int, width: int, axis=None):
     """Draws tiles [R, C], 0 empty, 1 partial (orange), 2 full (blue), and what rows see [N, M] (dark), with matplotlib.

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from pyspec.arguments import described, read_integer
 
-__all__ = ["Span", "dense_of_spans", "document_spans", "read_sizes", "window_spans"]
-
 # low [N], high [N] and step: row i sees keys low[i], low[i] + step, ... below high[i], as far as there are such keys
 Span = tuple[np.ndarray, np.ndarray, int]
 

@@ -17,26 +17,6 @@ from torch import Tensor
 
 from pyspec.host import compiled
 
-__all__ = [
-    "EMPTY",
-    "FULL",
-    "WORD",
-    "block_count",
-    "classify",
-    "cut",
-    "entries",
-    "join",
-    "lists",
-    "no_bits",
-    "of_dense",
-    "of_entries",
-    "of_lists",
-    "of_predicate",
-    "pack",
-    "unpack",
-    "words_per_block",
-]
-
 WORD = 64  # keys of a tile, and rows that one word of bits holds
 FULL, EMPTY = -1, -2
 PREDICATE_PAIRS = 2**19  # of a row and a key, that a predicate is asked about at a time
@@ -102,11 +82,11 @@ def _words_of_dense(visible: Tensor, words: int) -> Tensor:
     if not visible.numel():
         return torch.zeros((batch, heads, blocks, columns, words, WORD), dtype=torch.int64, device=visible.device)
     octets = visible.contiguous().view(torch.uint8).view(batch, heads, blocks * words, 8, 8, columns * WORD)
-    packed = octets[:, :, :, :, 0].clone()
+    joined = octets[:, :, :, :, 0].clone()
     for bit in range(1, 8):
-        packed |= octets[:, :, :, :, bit] << bit
-    packed = packed.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
-    return packed.contiguous().view(torch.int64)[..., 0]
+        joined |= octets[:, :, :, :, bit] << bit
+    joined = joined.view(batch, heads, blocks, words, 8, columns, WORD).permute(0, 1, 2, 5, 3, 6, 4)
+    return joined.contiguous().view(torch.int64)[..., 0]
 
 
 def entries(tile_map: Tensor, table: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,8 +10,6 @@ from pyspec.arguments import described
 from pyspec.host import host
 from pyspec.tree import DraftTree
 
-__all__ = ["TreeAndPrefix", "dense_of_trees", "parents_of"]
-
 TreeAndPrefix = tuple[np.ndarray, int]  # parents [T] int32, and how many keys are committed before the tree's
 
 

@@ -3,21 +3,3 @@
 from pyspec.measure.results import pyplot, save, save_figure, write
 from pyspec.measure.show import counted, first_difference, name_of, new_table, ratio
 from pyspec.measure.timing import in_turn, in_turn_for, machine, multiply_rate, read_bandwidth, replayed
-
-__all__ = [
-    "counted",
-    "first_difference",
-    "in_turn",
-    "in_turn_for",
-    "machine",
-    "multiply_rate",
-    "name_of",
-    "new_table",
-    "pyplot",
-    "ratio",
-    "read_bandwidth",
-    "replayed",
-    "save",
-    "save_figure",
-    "write",
-]

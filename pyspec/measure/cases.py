@@ -22,8 +22,6 @@ from pyspec.ops.residual_vq import WIDTH, attend_codes
 from pyspec.runners import flash_attn
 from pyspec.tree import DraftTree
 
-__all__ = ["MODELS", "OPS", "Case", "Problem", "cases"]
-
 TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a prompt
 DOCUMENTS = 8  # in the prompt
 DEPTH, CODES = 8, 256  # of residual VQ
@@ -152,21 +150,21 @@ def _block_masked_attention(a: Attention, device: str) -> Problem:
     )
 
 
-def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callable, operations: int) -> Problem:
+def _quantised_attention(a: Attention, device: str, encode: Callable, attend: Callable, operations: int) -> Problem:
     """One row over quantised blocks and the exact keys behind them; a window of half a block stays exact."""
     random = _Random(device)
     q = random(1, a.heads, 1, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, CONTEXT + BLOCK, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
     blocks = blocks_seen(CONTEXT, HALF)
-    packed = pack(k[:, :, : blocks * BLOCK].contiguous(), v[:, :, : blocks * BLOCK].contiguous())
+    quantised = encode(k[:, :, : blocks * BLOCK].contiguous(), v[:, :, : blocks * BLOCK].contiguous())
     tail = [x[:, :, blocks * BLOCK :].contiguous() for x in (k, v)]
     bits = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
     lens = torch.tensor([CONTEXT], dtype=torch.int32, device=device)
     rows = TreeRows.of(bits, lens, HALF)  # once a round, for all layers
     seen = [x[:, :, : CONTEXT + 1] for x in (k, v)]
     return Problem(
-        lambda: attend(q, packed, *tail, rows),
-        bytes=_nbytes(q, packed, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
+        lambda: attend(q, quantised, *tail, rows),
+        bytes=_nbytes(q, quantised, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
         operations=operations,
         tolerance=2e-2,
         peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)}
@@ -177,11 +175,11 @@ def _packed_attention(a: Attention, device: str, pack: Callable, attend: Callabl
 
 def _gear(a: Attention, device: str, cache: str = "gear-4bit") -> Problem:
     format = cache_from_name(cache)
-    return _packed_attention(
+    return _quantised_attention(
         a,
         device,
         lambda k, v: ops.gear_encode(k, v, format),
-        lambda q, packed, k, v, rows: attend_tree(q, packed, k, v, rows, format, a.head_dim**-0.5)[0],
+        lambda q, quantised, k, v, rows: attend_tree(q, quantised, k, v, rows, format, a.head_dim**-0.5)[0],
         operations=4 * a.heads * CONTEXT * a.head_dim,
     )
 
@@ -190,11 +188,11 @@ def _residual_vq(a: Attention, device: str) -> Problem:
     codebooks = _Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
     adds = 2 * a.heads * CONTEXT * a.head_dim // WIDTH * DEPTH  # of table entries and of masses
 
-    def attend(q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
+    def attend(q: Tensor, quantised: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
         scale = a.head_dim**-0.5
-        return join_exact(attend_codes(q, packed, rows.seen, codebooks, scale, None), q, k, v, rows, scale)[0]
+        return join_exact(attend_codes(q, quantised, rows.seen, codebooks, scale, None), q, k, v, rows, scale)[0]
 
-    return _packed_attention(
+    return _quantised_attention(
         a,
         device,
         lambda k, v: ops.residual_vq_encode(k, v, codebooks),
@@ -206,22 +204,22 @@ def _residual_vq(a: Attention, device: str) -> Problem:
 # ==== rows ====
 
 
-def _linear(a: Attention | StateSpace, rows: int, packed_dtype: torch.dtype, device: str) -> Problem:
+def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype, device: str) -> Problem:
     """The down projection of a layer, or the inputs and gates of a state space layer."""
     outputs, inputs = (a.hidden, a.intermediate) if isinstance(a, Attention) else (2 * a.channels, a.hidden)
     random = _Random(device)
-    dtype = torch.float32 if packed_dtype == torch.int8 else packed_dtype
+    dtype = torch.float32 if weight_dtype == torch.int8 else weight_dtype
     weight, x = random(outputs, inputs, dtype=dtype, scale=inputs**-0.5), random(rows, inputs, dtype=dtype)
-    packed = ops.lay_out_weight(weight, packed_dtype)
+    laid_out = ops.lay_out_weight(weight, weight_dtype)
     peer = weight.to(torch.bfloat16)
     rows_of_peer = x.to(torch.bfloat16)
     return Problem(
-        lambda: ops.linear(x, packed),
-        bytes=packed.nbytes + x.nbytes + rows * outputs * x.element_size(),
+        lambda: ops.linear(x, laid_out),
+        bytes=laid_out.nbytes + x.nbytes + rows * outputs * x.element_size(),
         operations=2 * rows * outputs * inputs,
         tolerance=2e-2,
         peers={"torch bf16": lambda: F.linear(rows_of_peer, peer)},
-        dtype=packed_dtype if packed_dtype != torch.int8 or device == "cpu" else torch.bfloat16,
+        dtype=weight_dtype if weight_dtype != torch.int8 or device == "cpu" else torch.bfloat16,
     )
 
 

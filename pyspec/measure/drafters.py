@@ -14,8 +14,6 @@ from pyspec.generate import Generation, check_limits, generate
 from pyspec.measure import first_difference, new_table, pyplot, ratio, save_figure
 from pyspec.runners import Runner
 
-__all__ = ["drafters_of", "measure", "plot", "runs_of", "tables"]
-
 TEMPERATURES = (0.0, 0.8)
 ANSWERS = 4
 PROBLEMS = 4  # prompts that several answers are drawn to, of different categories

@@ -15,8 +15,6 @@ from pyspec.arguments import decode_text
 from pyspec.measure.cases import OPS, Case, Problem, cases
 from pyspec.ops import backend, backends
 
-__all__ = ["best_peer", "compare", "read", "run", "show", "show_comparison", "time_text"]
-
 SECONDS = 0.6  # of calls that a case is timed for
 ROTATED_BYTES, MOST_COPIES = 256e6, 20  # of inputs on a GPU: several times what its cache holds
 SLOWER = 1.15  # of the time before: more is a regression
@@ -116,8 +114,7 @@ def error_of(problem: Problem) -> float:
 
 
 def _backend_of(op: str, device: str) -> str:
-    name = {"gear": "gear_packed_attention"}.get(op, op)
-    return next((row["backend"] for row in backends() if row["op"] == name and row["device"] == device), "torch")
+    return next((row["backend"] for row in backends() if row["op"] == op and row["device"] == device), "torch")
 
 
 # ==== showing ====

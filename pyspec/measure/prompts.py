@@ -10,8 +10,6 @@ from itertools import chain, zip_longest
 from pyspec.arguments import check_unicode
 from pyspec.measure.results import BENCH
 
-__all__ = ["OWN", "Prompt", "across_categories", "first_of_each_category", "of_lines", "spec_bench"]
-
 
 @dataclass(frozen=True)
 class Prompt:

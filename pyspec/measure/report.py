@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pyspec.measure import pyplot
 from pyspec.measure.kernels import best_peer, time_text
 
-__all__ = ["page"]
-
 OURS, PEER, FLOOR = "#2f6fb7", "#b9bec6", "#d1495b"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; max-width: 72rem; margin: 2rem auto;

@@ -6,8 +6,6 @@ import json
 import os
 from pathlib import Path
 
-__all__ = ["BENCH", "RESULTS", "pyplot", "save", "save_figure", "write"]
-
 BENCH = Path(__file__).parents[2] / "bench"  # of a clone
 RESULTS = Path(os.environ.get("PYSPEC_RESULTS") or BENCH / "results")
 

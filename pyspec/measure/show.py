@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["counted", "first_difference", "name_of", "new_table", "ratio"]
-
 
 def new_table(*columns: str, left: int = 1, title: str | None = None):
     """A rich table, whose first `left` columns are words and the others numbers."""

@@ -11,8 +11,6 @@ import torch
 
 from pyspec.machine import cpu_name
 
-__all__ = ["in_turn", "in_turn_for", "machine", "multiply_rate", "read_bandwidth", "replayed"]
-
 LEAST_REPEATS, MOST_REPEATS = 5, 200
 
 

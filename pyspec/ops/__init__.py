@@ -3,7 +3,9 @@
 from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
-from pyspec.ops.gear import GearFormat, gear_attention, gear_decode, gear_encode
+from pyspec.ops.gear import gear_attention
+from pyspec.ops.gear_encode import gear_encode
+from pyspec.ops.gear_format import GearFormat, gear_decode
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.ragged_attention import ragged_attention
@@ -17,38 +19,3 @@ from pyspec.ops.swiglu import swiglu
 from pyspec.ops.topk import TopK, topk
 from pyspec.ops.topk_recall import choose_buckets, expected_recall
 from pyspec.ops.tree_attention import tree_attention
-
-__all__ = [
-    "GearFormat",
-    "LinearWeight",
-    "Round",
-    "RowStatistics",
-    "TopK",
-    "backend",
-    "backends",
-    "block_masked_attention",
-    "causal_conv",
-    "choose_buckets",
-    "expected_recall",
-    "gear_attention",
-    "gear_decode",
-    "gear_encode",
-    "linear",
-    "merge_attention",
-    "lay_out_weight",
-    "ragged_attention",
-    "residual_vq_attention",
-    "ragged_attention",
-    "residual_vq_decode",
-    "ragged_attention",
-    "residual_vq_encode",
-    "rms_norm",
-    "rotary_of_blocks",
-    "rotary_write",
-    "row_statistics",
-    "selective_state",
-    "sparse_attention",
-    "swiglu",
-    "topk",
-    "tree_attention",
-]

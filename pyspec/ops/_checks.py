@@ -7,16 +7,6 @@ from torch import Tensor
 
 from pyspec.arguments import described
 
-__all__ = [
-    "FLOATS",
-    "BadData",
-    "check_are_tensors",
-    "check_contiguous",
-    "check_floating",
-    "check_places",
-    "check_tensors",
-]
-
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 

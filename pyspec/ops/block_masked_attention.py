@@ -27,8 +27,6 @@ from pyspec.masks import BlockMask
 from pyspec.ops._library import Op
 from pyspec.ops.tree_attention import check_attention, dense_attention
 
-__all__ = ["block_masked_attention", "block_masked_attention_backward_reference", "block_masked_attention_reference"]
-
 _MASK = (
     "Tensor full_ranges, Tensor full_tiles, Tensor partial_ranges, Tensor partial_tiles, Tensor bits, "
     "Tensor? row_order, Tensor? key_order"

@@ -16,8 +16,6 @@ from pyspec.ops._checks import check_are_tensors, check_contiguous, check_floati
 from pyspec.ops._library import Op
 from pyspec.ops.selective_state import Round, check_is_round
 
-__all__ = ["MOST_TAPS", "causal_conv", "causal_conv_reference"]
-
 LANES = 16
 MOST_TAPS = 8
 

@@ -17,29 +17,10 @@ from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors, check_places
 from pyspec.ops._library import Op
-from pyspec.ops.gear_encode import check_floats, encode_packed, find_unpackable, gear_encode
+from pyspec.ops.gear_encode import check_floats
 from pyspec.ops.gear_format import BLOCK, HALF, GearFormat, check_records, gear_decode
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.tree_attention import tree_attention
-
-__all__ = [
-    "BLOCK",
-    "GearFormat",
-    "TreeRows",
-    "attend_packed",
-    "attention_to_blocks",
-    "attend_tree",
-    "blocks_seen",
-    "check_tree",
-    "encode_packed",
-    "find_unpackable",
-    "gear_attention",
-    "gear_decode",
-    "gear_encode",
-    "gear_packed_attention_reference",
-    "join_exact",
-    "used_blocks",
-]
 
 
 def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tensor | int:
@@ -55,10 +36,10 @@ def blocks_seen(positions: Tensor | int, window: int, span: int = BLOCK) -> Tens
 # ==== attention to quantised blocks ====
 
 
-def used_blocks(packed: Tensor, seen: Tensor) -> Tensor:
-    """The packed records, with zeros in place of the blocks that no row sees, which may hold anything."""
-    used = torch.arange(packed.shape[2], device=packed.device) < seen.amax(1, keepdim=True)  # [B, blocks]
-    return packed.masked_fill(~used[:, None, :, None], 0)
+def used_blocks(quantised: Tensor, seen: Tensor) -> Tensor:
+    """The quantised records, with zeros in place of the blocks that no row sees, which may hold anything."""
+    used = torch.arange(quantised.shape[2], device=quantised.device) < seen.amax(1, keepdim=True)  # [B, blocks]
+    return quantised.masked_fill(~used[:, None, :, None], 0)
 
 
 def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -72,9 +53,9 @@ def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: fl
     return torch.empty_like(q).copy_(out), scores.logsumexp(-1).flatten(1, 2)
 
 
-def gear_packed_attention_reference(
+def gear_reference(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     seen: Tensor,
     bits: int,
     group: int,
@@ -85,40 +66,42 @@ def gear_packed_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     format = GearFormat(bits, group, rank, outliers, False, key_channels)
-    k, v = gear_decode(used_blocks(packed, seen), format, q.shape[3])
+    k, v = gear_decode(used_blocks(quantised, seen), format, q.shape[3])
     return attention_to_blocks(q, k, v, seen, scale)
 
 
-def check_seen(q: Tensor, packed: Tensor, seen: Tensor, *rest) -> None:
-    """Raises BadData where a row sees blocks that packed does not have."""
-    check_places("seen", seen, packed.shape[2] + 1, f"packed has {packed.shape[2]} blocks")
+def check_seen(q: Tensor, quantised: Tensor, seen: Tensor, *rest) -> None:
+    """Raises BadData where a row sees blocks that quantised does not have."""
+    check_places("seen", seen, quantised.shape[2] + 1, f"quantised has {quantised.shape[2]} blocks")
 
 
-def _fake(q, packed, seen, bits, group, rank, outliers, key_channels, scale) -> tuple[Tensor, Tensor]:
+def _fake(q, quantised, seen, bits, group, rank, outliers, key_channels, scale) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _triton():
-    from pyspec.kernels.gear import gear_packed_attention as launch
+    from pyspec.kernels.gear import gear as launch
 
     return launch
 
 
 _OP = Op(
-    "gear_packed_attention",
-    "(Tensor q, Tensor packed, Tensor seen, int bits, int group, int rank, int outliers, "
+    "gear",
+    "(Tensor q, Tensor quantised, Tensor seen, int bits, int group, int rank, int outliers, "
     "int key_channels, float scale) "
     "-> (Tensor, Tensor)",
-    gear_packed_attention_reference,
+    gear_reference,
     _fake,
     _triton,
     check=check_seen,
 )
 
 
-def attend_packed(q: Tensor, packed: Tensor, seen: Tensor, format: GearFormat, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 blocks of packed: out like q and lse [B, Hq, T]."""
-    return _OP(q, packed, seen, *format.layout, scale)
+def attend_blocks(
+    q: Tensor, quantised: Tensor, seen: Tensor, format: GearFormat, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 quantised blocks: out like q and lse [B, Hq, T]."""
+    return _OP(q, quantised, seen, *format.layout, scale)
 
 
 # ==== attention of a tree to quantised blocks and to the keys behind them ====
@@ -146,14 +129,21 @@ class TreeRows:
 
 
 def attend_tree(
-    q: Tensor, packed: Tensor, k: Tensor, v: Tensor, rows: TreeRows, format: GearFormat, scale: float, records: int = 1
+    q: Tensor,
+    quantised: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: TreeRows,
+    format: GearFormat,
+    scale: float,
+    records: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """gear_attention for rows worked out before: out like q, lse [B, Hq, T]. A block has `records` records."""
-    return join_exact(attend_packed(q, packed, rows.seen * records, format, scale), q, k, v, rows, scale)
+    return join_exact(attend_blocks(q, quantised, rows.seen * records, format, scale), q, k, v, rows, scale)
 
 
 def join_exact(
-    packed_part: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float
+    quantised_part: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to quantised blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
     dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, scale=scale, return_lse=True)
@@ -166,12 +156,12 @@ def join_exact(
         chosen = (rows.seen - rows.first == more)[:, None]
         dense = torch.where(chosen[..., None], there[0], dense)
         dense_lse = torch.where(chosen, there[1], dense_lse)
-    return merge_attention(*packed_part, dense, dense_lse)
+    return merge_attention(*quantised_part, dense, dense_lse)
 
 
 def gear_attention(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -188,11 +178,11 @@ def gear_attention(
 
     Args:
         q: [B, Hq, T, D] fp32, fp16 or bf16, T at most window + 1.
-        packed: [B, Hkv, blocks, record] uint8 of gear_encode, at least the blocks that are seen.
+        quantised: [B, Hkv, blocks, record] uint8 of gear_encode, at least the blocks that are seen.
         k, v: [B, Hkv, S, D] like q. Slot 0 is the first position that the root does not see quantised,
             blocks_seen(n, window) * 128 for n committed keys; the tree's keys follow the committed ones.
         ancestor_bits, prefix_lens: as for tree_attention; n counts quantised tokens too.
-        format: of packed.
+        format: of quantised.
         window: how far behind a block's end a row must be to see it quantised.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         return_lse: also return the natural log-sum-exp of the scores.
@@ -203,22 +193,22 @@ def gear_attention(
     Raises:
         TypeError: a dtype is not supported.
         ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
-            prefix_lens point outside of packed or k.
+            prefix_lens point outside of quantised or k.
         RuntimeError: an argument requires a gradient.
     """
-    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
+    check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
     check_floats("q", q)
     head_dim = q.shape[3]
-    check_records(packed, format, head_dim)
-    check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
+    check_records(quantised, format, head_dim)
+    check_tree(q, quantised, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
-    out, lse = attend_tree(q, packed, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)
+    out, lse = attend_tree(q, quantised, k, v, rows, format, 1 / math.sqrt(head_dim) if scale is None else scale)
     return (out, lse) if return_lse else out
 
 
 def check_tree(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     ancestor_bits: Tensor,
     prefix_lens: Tensor,
@@ -227,15 +217,15 @@ def check_tree(
 ) -> None:
     """Raises ValueError unless a tree's queries, its shape and its quantised blocks fit together."""
     batch, heads, nodes, _ = q.shape
-    if packed.shape[0] != batch or not packed.shape[1] or heads % packed.shape[1]:
+    if quantised.shape[0] != batch or not quantised.shape[1] or heads % quantised.shape[1]:
         raise ValueError(
-            f"packed must have batch {batch} and a number of heads that divides the {heads} of q, "
-            f"got shape {tuple(packed.shape)}"
+            f"quantised must have batch {batch} and a number of heads that divides the {heads} of q, "
+            f"got shape {tuple(quantised.shape)}"
         )
-    if packed.device != q.device:
-        raise ValueError(f"packed must be on {q.device} like q, got {packed.device}")
-    if k.dim() != 4 or k.shape[1] != packed.shape[1]:
-        raise ValueError(f"k must have the {packed.shape[1]} heads of packed, got shape {tuple(k.shape)}")
+    if quantised.device != q.device:
+        raise ValueError(f"quantised must be on {q.device} like q, got {quantised.device}")
+    if k.dim() != 4 or k.shape[1] != quantised.shape[1]:
+        raise ValueError(f"k must have the {quantised.shape[1]} heads of quantised, got shape {tuple(k.shape)}")
     for name, tensor, shape in (
         ("ancestor_bits", ancestor_bits, (batch, nodes, (nodes + 31) // 32)),
         ("prefix_lens", prefix_lens, (batch,)),

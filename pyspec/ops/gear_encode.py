@@ -20,15 +20,6 @@ from pyspec.ops._checks import check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes
 
-__all__ = [
-    "check_floats",
-    "check_keys_values",
-    "encode_packed",
-    "find_unpackable",
-    "gear_encode",
-    "gear_encode_reference",
-]
-
 LARGEST = 65504.0  # fp16, which zeros are kept in
 SMALLEST_SCALE = 2.0**-14
 PASSES = 3  # of the power iteration
@@ -228,7 +219,7 @@ def check_floats(name: str, tensor: Tensor) -> None:
         )
 
 
-def find_unpackable(k: Tensor, v: Tensor) -> tuple[str, list[int], float] | None:
+def find_unquantisable(k: Tensor, v: Tensor) -> tuple[str, list[int], float] | None:
     """The first value that cannot be quantised, NaN or above LARGEST: "k" or "v", where, and what it is."""
     for name, tensor in (("k", k), ("v", v)):
         good = tensor.abs() <= LARGEST  # not for NaN
@@ -249,7 +240,7 @@ def check_keys_values(k: Tensor, v: Tensor, format: GearFormat) -> None:
     if k.shape[2] % BLOCK:
         raise ValueError(f"k must have a multiple of {BLOCK} tokens, got {k.shape[2]}")
     format.check_head_dim(k.shape[3])
-    if (bad := find_unpackable(k, v)) is not None:
+    if (bad := find_unquantisable(k, v)) is not None:
         name, (sequence, head, position, channel), value = bad
         raise ValueError(
             f"{name} must hold values of at most {LARGEST:.0f} in magnitude, got {value} at sequence {sequence}, "
@@ -280,10 +271,10 @@ def gear_encode(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | Non
         raise ValueError(f"channels must have shape {expected} for {format}, got {got}")
     if channels is not None and (channels.dtype != torch.uint8 or bool((channels >= k.shape[3]).any())):
         raise ValueError(f"channels must be uint8 below the head_dim {k.shape[3]}, got {channels.dtype} {channels}")
-    return encode_packed(k, v, format, channels)
+    return encode_records(k, v, format, channels)
 
 
-def encode_packed(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
+def encode_records(k: Tensor, v: Tensor, format: GearFormat, channels: Tensor | None = None) -> Tensor:
     """Records of arguments that gear_encode has checked."""
     if not format.key_channels:
         channels = k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, 0), dtype=torch.uint8)

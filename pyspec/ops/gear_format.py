@@ -27,16 +27,6 @@ from torch import Tensor
 from pyspec.ops._library import outside_autocast
 from pyspec.ops.tree_attention import HEAD_DIMS
 
-__all__ = [
-    "BLOCK",
-    "FORMAT_VERSION",
-    "GearFormat",
-    "check_records",
-    "gear_decode",
-    "low_rank_values",
-    "pack_codes",
-]
-
 FORMAT_VERSION = 1
 BLOCK = 128  # tokens of a record
 HALF = 64  # tokens whose codes lie together
@@ -197,33 +187,33 @@ def _decode_side(parts: dict[str, Tensor], f: GearFormat, head_dim: int, values:
 
 
 @outside_autocast
-def gear_decode(packed: Tensor, format: GearFormat, head_dim: int) -> tuple[Tensor, Tensor]:
+def gear_decode(quantised: Tensor, format: GearFormat, head_dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as attention reads them.
 
     Raises:
-        TypeError, ValueError: packed is not of this format.
+        TypeError, ValueError: quantised is not of this format.
     """
-    check_records(packed, format, head_dim)
+    check_records(quantised, format, head_dim)
     sides, start = [], 0
     for values in (False, True):
         parts = {}
         for name, dtype, shape in format.parts(head_dim, values):
             size = dtype.itemsize * math.prod(shape)
-            piece = packed[..., start : start + size].clone(memory_format=torch.contiguous_format)  # aligned
+            piece = quantised[..., start : start + size].clone(memory_format=torch.contiguous_format)  # aligned
             parts[name] = piece.view(dtype).unflatten(-1, shape) if size else piece.new_empty(*piece.shape[:-1], *shape)
             start += size
         sides.append(_decode_side(parts, format, head_dim, values).flatten(2, 3))
     return sides[0], sides[1]
 
 
-def check_records(packed: Tensor, format, head_dim: int) -> None:
-    """Raises TypeError or ValueError unless packed is records of a format, GEAR's or another."""
+def check_records(quantised: Tensor, format, head_dim: int) -> None:
+    """Raises TypeError or ValueError unless quantised is records of a format, GEAR's or another."""
     format.check_head_dim(head_dim)
-    if packed.dtype != torch.uint8:
-        raise TypeError(f"packed must be uint8, got {packed.dtype}")
-    if packed.dim() != 4 or packed.shape[3] != format.record_bytes(head_dim) or packed.stride(3) != 1:
+    if quantised.dtype != torch.uint8:
+        raise TypeError(f"quantised must be uint8, got {quantised.dtype}")
+    if quantised.dim() != 4 or quantised.shape[3] != format.record_bytes(head_dim) or quantised.stride(3) != 1:
         raise ValueError(
-            f"packed must be [batch, kv_heads, blocks, {format.record_bytes(head_dim)}] with a contiguous last "
-            f"dimension for {format} and head_dim {head_dim}, got shape {tuple(packed.shape)} and strides "
-            f"{packed.stride()}"
+            f"quantised must be [batch, kv_heads, blocks, {format.record_bytes(head_dim)}] with a contiguous last "
+            f"dimension for {format} and head_dim {head_dim}, got shape {tuple(quantised.shape)} and strides "
+            f"{quantised.stride()}"
         )

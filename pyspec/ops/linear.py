@@ -11,7 +11,8 @@ stream of memory (kernels/params/linear.h). int8 weights have a scale for every 
 
     out[r, n] = sum over groups g of s_x[r, g] s_w[n, g] sum over k in g of x8[r, k] w8[n, k]
 
-with s_x = max |x| / 127 in the group, which is the arithmetic of llama.cpp's Q8_0.
+with s_x = max |x| / 127 in the group, which is the arithmetic of llama.cpp's Q8_0. Weights in fewer bits keep the
+format that they have, pyspec/ops/weight_formats.py; products with them are in pyspec/ops/linear_codes.py.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_floating
+from pyspec.ops._checks import FLOATS, check_are_tensors, check_floating
 from pyspec.ops._library import Op, refuse_gradients
+from pyspec.ops.linear_codes import (
+    check_index,
+    lay_out_codes,
+    linear_codes,
+    linear_codes_rows,
+    round_blocks,
+    take_apart,
+)
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, quantise
 
 __all__ = ["FORMAT_VERSION", "LinearWeight", "linear", "linear_reference", "lay_out_weight"]
 
@@ -40,18 +50,22 @@ class LinearWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
     Attributes:
-        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of int8; uint8 for int8, else its dtype.
+        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of int8; a float dtype, or uint8 for others.
         outputs: rows of the weight.
         inputs: its columns.
+        format: of a weight in fewer than 8 bits, else None.
     """
 
     data: Tensor
     outputs: int
     inputs: int
+    format: WeightFormat | None = None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the weight is kept in: float32, float16, bfloat16 or int8."""
+    def dtype(self) -> torch.dtype | str:
+        """What the weight is kept in: float32, float16, bfloat16, int8 or the name of its format."""
+        if self.format is not None:
+            return self.format.name
         return torch.int8 if self.data.dtype == torch.uint8 else self.data.dtype
 
     @property
@@ -60,6 +74,8 @@ class LinearWeight:
 
     def rows(self, index: Tensor) -> Tensor:
         """Some outputs' weights, [n, inputs] fp32, as an embedding reads them; index [n] integers in [0, outputs)."""
+        if self.format is not None:
+            return linear_codes_rows(index.long(), self.data, self.outputs, self.inputs, self.format)
         if self.data.dim() == 2:
             return self.data[index].float()
         if self.data.shape[-1] == TILE_BYTES:
@@ -68,34 +84,46 @@ class LinearWeight:
 
     def unpack(self) -> Tensor:
         """The weight as a matrix [outputs, inputs] fp32."""
+        if self.format is not None:
+            return take_apart(self.data, self.format, self.outputs, self.inputs).values()
         return _unpack(self.data, self.outputs, self.inputs)
 
 
-def lay_out_weight(weight: Tensor, dtype: torch.dtype | None = None) -> LinearWeight:
+def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = None) -> LinearWeight:
     """Lays out a weight for `linear`, once, at load.
 
     Args:
-        weight: [outputs, inputs] fp32, fp16 or bf16.
-        dtype: of the laid out values: float32, float16, bfloat16, int8, or None for the weight's own.
+        weight: [outputs, inputs] fp32, fp16 or bf16; or a weight taken apart into codes, which keeps its values.
+        dtype: of the laid out values: float32, float16, bfloat16, int8, "int4" (a scale and a zero point for every 32
+            inputs), or None for the weight's own.
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: weight is not a matrix, is empty, or (int8) a value is too large for a scale in fp16.
-        RuntimeError: weight requires a gradient, which int8 would lose.
+        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16.
+        RuntimeError: weight requires a gradient, which int8 and int4 would lose.
     """
+    if isinstance(weight, Codes):
+        if dtype is None:
+            return _lay_out_codes(weight)
+        weight = weight.values()
     check_are_tensors(weight=weight)
     dtype = dtype or weight.dtype
-    if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8):
-        raise TypeError(f"weight must be float32, float16 or bfloat16, or become int8, got {weight.dtype} to {dtype}")
+    if weight.dtype not in FLOATS or dtype not in (*FLOATS, torch.int8, "int4"):
+        raise TypeError(
+            f"weight must be float32, float16 or bfloat16, or become int8 or int4, got {weight.dtype} to {dtype}"
+        )
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(f"weight must be [outputs, inputs] and not empty, got shape {tuple(weight.shape)}")
+    if dtype == "int4":
+        refuse_gradients("lay_out_weight", weight=weight)
+        return _lay_out_codes(quantise(weight, FORMATS["int4_32"]))
     outputs, inputs = weight.shape
     in_panels = weight.device.type == "cpu"
     if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
         refuse_gradients("lay_out_weight", weight=weight)
-        data = _pack_int8(weight, in_panels)
+        data = _lay_out_int8(weight, in_panels)
     elif not in_panels:
         data = weight.to(dtype).contiguous()
     elif dtype == torch.bfloat16:
@@ -106,21 +134,35 @@ def lay_out_weight(weight: Tensor, dtype: torch.dtype | None = None) -> LinearWe
     return LinearWeight(data, outputs, inputs)
 
 
-def _pack_int8(weight: Tensor, in_panels: bool) -> Tensor:
+def _lay_out_codes(codes: Codes) -> LinearWeight:
+    if codes.format == FORMATS["q8_0"]:
+        scales, integers = codes.factors, codes.codes.unflatten(1, (-1, GROUP))
+        if in_panels := codes.codes.device.type == "cpu":
+            fill = -len(scales) % PANEL
+            scales, integers = F.pad(scales, (0, 0, 0, fill)), F.pad(integers, (0, 0, 0, 0, 0, fill), value=128)
+        return LinearWeight(_join_int8(scales, integers, in_panels), codes.outputs, codes.inputs)
+    return LinearWeight(lay_out_codes(codes), codes.outputs, codes.inputs, codes.format)
+
+
+def _lay_out_int8(weight: Tensor, in_panels: bool) -> Tensor:
     weight = F.pad(weight.float(), (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))  # [N, G, 32]
     scales = (weight.abs().amax(-1) / 127).half()
     if not scales.isfinite().all():
         raise ValueError(f"weight must be at most {65504 * 127:.3g} for int8, got {weight.abs().max().item():.3g}")
     inverse = torch.where(scales > 0, 1 / scales.float(), 0)
     integers = weight.mul(inverse[..., None]).round_().clamp_(-127, 127)
+    return _join_int8(scales, integers.add_(128).to(torch.uint8), in_panels)
+
+
+def _join_int8(scales: Tensor, integers: Tensor, in_panels: bool) -> Tensor:
+    """Panels or tiles of scales [N, G] fp16 and integers + 128, uint8 [N, G, 32]."""
     if not in_panels:
         fill = (0, -scales.shape[1] % TILE_GROUPS, 0, -scales.shape[0] % TILE_OUTPUTS)
         scales = F.pad(scales, fill).unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS))
-        integers = F.pad(integers.to(torch.int8), (0, 0, *fill))
+        integers = F.pad(integers ^ 128, (0, 0, *fill))
         integers = integers.unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS)).permute(0, 2, 3, 1, 4)
         scale_bytes = scales.transpose(1, 2).contiguous().view(torch.uint8)  # [P, T, 64, 4 * 2]
-        return torch.cat((scale_bytes.flatten(2), integers.flatten(2).view(torch.uint8)), 2)  # [P, T, TILE_BYTES]
-    integers = integers.add_(128).to(torch.uint8)
+        return torch.cat((scale_bytes.flatten(2), integers.flatten(2)), 2)  # [P, T, TILE_BYTES]
     integers = integers.unflatten(2, (-1, 4)).unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1, 4)  # [P, G, 8, 32, 4]
     scales = scales.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
     return torch.cat((scales, integers.flatten(2)), 2)
@@ -155,22 +197,11 @@ def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:
     return values.flatten(2).flatten(0, 1)[:outputs, :inputs]
 
 
-def _round_groups(x: Tensor) -> Tensor:
-    """Rounds x [R, K] fp32 to 8 bits in groups of 32."""
-    groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    largest = groups.abs().amax(-1, keepdim=True)
-    top = largest.new_tensor(127.0)  # as a tensor: 127 / x multiplies by the reciprocal of x, which rounds twice
-    factor = top / largest
-    factor = torch.where(factor < torch.inf, factor, 0)  # of zeros, and of values too small for a reciprocal
-    integers = (groups * factor).round()
-    return (integers * (largest / top)).flatten(1)[:, : x.shape[1]]
-
-
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, out_dtype: torch.dtype) -> Tensor:
     """Plain PyTorch, in fp32: x [R, K], a laid out weight's data, bias [N] fp32. The specification of the kernels."""
     values = x.float()
     if weight.dtype == torch.uint8:
-        values = _round_groups(values)
+        values = round_blocks(values, GROUP)
     out = values @ _unpack(weight, outputs, x.shape[1]).T
     return (out if bias is None else out + bias).to(out_dtype)
 
@@ -205,18 +236,12 @@ _OP = Op(
 )
 
 
-def _check_index(index: Tensor, weight: Tensor, outputs: int, inputs: int) -> None:
-    for place, row in enumerate(index.tolist()):
-        if not 0 <= row < outputs:
-            raise BadData(f"index must be in [0, {outputs}), got {row} at {place}")
-
-
 _ROWS = Op(
     "linear_rows",
     "(Tensor index, Tensor weight, int outputs, int inputs) -> Tensor",
     linear_rows_reference,
     lambda index, weight, outputs, inputs: index.new_empty((len(index), inputs), dtype=torch.float32),
-    check=_check_index,
+    check=lambda index, weight, outputs, inputs: check_index(index, outputs),
 )
 
 
@@ -235,7 +260,7 @@ def linear(
         [..., N]. Sums are kept in fp32, one chain of multiply-adds over K for each output.
 
     Raises:
-        TypeError: a dtype is not supported, or weight is neither int8 nor of x's dtype.
+        TypeError: a dtype is not supported, or a weight of floats is not of x's dtype.
         ValueError: a shape, stride or device does not fit; the message names the argument.
     """
     check_are_tensors(x=x, bias=bias, optional=("bias",))
@@ -245,15 +270,18 @@ def linear(
     _check(x, weight, bias, out_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
-    out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
+    if weight.format is None:
+        out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
+    else:
+        out = linear_codes(rows, weight.data, bias, weight.outputs, weight.format, out_dtype)
     return out if x.dim() == 2 else out.unflatten(0, x.shape[:-1]) if x.dim() > 1 else out[0]
 
 
 def _check(x: Tensor, weight: LinearWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     check_floating("x", x.dtype)
     check_floating("out_dtype", out_dtype)
-    if weight.dtype not in (torch.int8, x.dtype):
-        raise TypeError(f"weight must be int8 or {x.dtype} like x, got {weight.dtype}")
+    if weight.format is None and weight.dtype not in (torch.int8, x.dtype):
+        raise TypeError(f"weight must be int8, in fewer bits, or {x.dtype} like x, got {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != weight.inputs:
         raise ValueError(f"x must be [..., {weight.inputs}] for this weight, got shape {tuple(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:

@@ -17,8 +17,6 @@ from torch import Tensor
 from pyspec.ops._checks import FLOATS, check_are_tensors, check_tensors
 from pyspec.ops._library import Op
 
-__all__ = ["merge_attention", "merge_attention_reference"]
-
 
 def merge_attention_reference(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32."""

@@ -18,8 +18,6 @@ from pyspec.ops.gear import TreeRows, attend_tree, join_exact
 from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.residual_vq import attend_codes
 
-__all__ = ["gear_ragged", "gear_ragged_reference", "residual_vq_ragged", "residual_vq_ragged_reference"]
-
 
 def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: int, attend: Callable) -> Tensor:
     """The references' attention of ragged rows, tree by tree, out like q [R, Hq, D].
@@ -46,7 +44,7 @@ def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: 
 
 def gear_ragged_reference(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -66,14 +64,14 @@ def gear_ragged_reference(
     format = GearFormat(bits, group, rank, outliers, False, key_channels)
 
     def attend(sequence, q, k, v, rows):
-        return attend_tree(q, packed[sequence, None], k, v, rows, format, scale, records)
+        return attend_tree(q, quantised[sequence, None], k, v, rows, format, scale, records)
 
     return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
 
 
 _GEAR = Op(
     "gear_ragged",
-    "(Tensor q, Tensor packed, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
+    "(Tensor q, Tensor quantised, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
     "Tensor prefix_lens, int span, int records, int bits, int group, int rank, int outliers, int key_channels, "
     "float scale) -> Tensor",
     gear_ragged_reference,
@@ -84,7 +82,7 @@ _GEAR = Op(
 
 def gear_ragged(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -101,25 +99,25 @@ def gear_ragged(
 
     Args:
         q: [R, Hq, D], contiguous: the rows of all trees, tree after tree.
-        packed: [B, Hkv, records of a sequence, record] uint8.
+        quantised: [B, Hkv, records of a sequence, record] uint8.
         k, v: [B, Hkv, S, D] like q; slot 0 is the first position that the root of the sequence's tree does not see
             quantised.
         ancestor_bits, starts: as for ragged_attention.
         seen: [R] int32, blocks that each row sees quantised.
         prefix_lens: [B] int32, committed keys in k.
-        format: of packed.
+        format: of quantised.
         span, records: tokens of a block, and its records.
         scale: of the scores.
     """
-    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits)
+    check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits)
     check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens)
     numbers = (ancestor_bits, seen, starts, prefix_lens)
-    return _GEAR(q, packed, k, v, *numbers, span, records, *format.layout, scale)
+    return _GEAR(q, quantised, k, v, *numbers, span, records, *format.layout, scale)
 
 
 def residual_vq_ragged_reference(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -135,15 +133,15 @@ def residual_vq_ragged_reference(
     """Each tree by attend_codes. The specification of the kernels that run together."""
 
     def attend(sequence, q, k, v, rows):
-        packed_part = attend_codes(q, packed[sequence, None], rows.seen * records, codebooks, scale, rotary)
-        return join_exact(packed_part, q, k, v, rows, scale)
+        quantised_part = attend_codes(q, quantised[sequence, None], rows.seen * records, codebooks, scale, rotary)
+        return join_exact(quantised_part, q, k, v, rows, scale)
 
     return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
 
 
 _CODES = Op(
     "residual_vq_ragged",
-    "(Tensor q, Tensor packed, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
+    "(Tensor q, Tensor quantised, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
     "Tensor prefix_lens, int span, int records, Tensor codebooks, float scale, Tensor? rotary=None) -> Tensor",
     residual_vq_ragged_reference,
     lambda q, *rest: torch.empty_like(q),
@@ -153,7 +151,7 @@ _CODES = Op(
 
 def residual_vq_ragged(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -172,7 +170,7 @@ def residual_vq_ragged(
     Args:
         codebooks, rotary: as for residual_vq_attention.
     """
-    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, codebooks=codebooks)
+    check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits, codebooks=codebooks)
     check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens, rotary=rotary, optional=("rotary",))
     numbers = (ancestor_bits, seen, starts, prefix_lens)
-    return _CODES(q, packed, k, v, *numbers, span, records, codebooks, scale, rotary)
+    return _CODES(q, quantised, k, v, *numbers, span, records, codebooks, scale, rotary)

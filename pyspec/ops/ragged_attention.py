@@ -16,8 +16,6 @@ from pyspec.ops._checks import check_are_tensors, check_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.tree_attention import tree_attention
 
-__all__ = ["ragged_attention", "ragged_attention_reference"]
-
 
 def ragged_attention_reference(
     q: Tensor,

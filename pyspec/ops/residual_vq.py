@@ -46,22 +46,6 @@ from pyspec.ops.gear_encode import check_floats, check_keys_values
 from pyspec.ops.gear_format import check_records
 from pyspec.ops.tree_attention import HEAD_DIMS
 
-__all__ = [
-    "CODES",
-    "MOST_DEPTH",
-    "WIDTH",
-    "ResidualVqFormat",
-    "attend_codes",
-    "encode_codes",
-    "residual_vq_attention",
-    "residual_vq_decode",
-    "residual_vq_encode",
-    "residual_vq_encode_reference",
-    "residual_vq_reference",
-    "rotary_of_blocks",
-    "turn_keys",
-]
-
 WIDTH = 32  # channels of a group
 CODES = (256, 2048)  # of 8 and 11 bits
 MOST_DEPTH = 16
@@ -185,12 +169,12 @@ def _pack_codes(codes: Tensor, count: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _unpack_codes(packed: Tensor, count: int) -> Tensor:
+def _unpack_codes(quantised: Tensor, count: int) -> Tensor:
     """Codes [..., 128] int64 out of what _pack_codes made."""
-    codes = packed[..., :BLOCK].long()
-    shifts = torch.arange(8, device=packed.device)
+    codes = quantised[..., :BLOCK].long()
+    shifts = torch.arange(8, device=quantised.device)
     for plane, bit in enumerate(range(8, count.bit_length() - 1)):
-        eights = packed[..., BLOCK + plane * BLOCK // 8 :][..., : BLOCK // 8].long()
+        eights = quantised[..., BLOCK + plane * BLOCK // 8 :][..., : BLOCK // 8].long()
         codes = codes | (eights[..., None] >> shifts & 1).flatten(-2) << bit
     return codes
 
@@ -215,30 +199,32 @@ def residual_vq_encode_reference(k: Tensor, v: Tensor, codebooks: Tensor) -> Ten
     return torch.nn.functional.pad(record, (0, format.record_bytes(head_dim) - record.shape[-1]))
 
 
-def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def residual_vq_decode(quantised: Tensor, codebooks: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values [B, Hkv, S, D] fp32 of records [B, Hkv, S / 128, record_bytes], as they were coded.
 
     Args:
-        packed: of residual_vq_encode.
+        quantised: of residual_vq_encode.
         codebooks: those they were made with, [2, depth, codes, 32] or [B, 2, depth, codes, 32].
         head_dim: D.
 
     Raises:
-        TypeError, ValueError: packed is not of this format.
+        TypeError, ValueError: quantised is not of this format.
     """
-    codebooks = _batched(codebooks, packed.shape[0])
+    codebooks = _batched(codebooks, quantised.shape[0])
     format = format_of(codebooks)
-    check_records(packed, format, head_dim)
+    check_records(quantised, format, head_dim)
     groups, sides, start = head_dim // WIDTH, [], 0
     for side in range(2):
-        scale = packed[..., start : start + 2 * BLOCK].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        scale = (
+            quantised[..., start : start + 2 * BLOCK].clone(memory_format=torch.contiguous_format).view(torch.float16)
+        )
         start += 2 * BLOCK
         size = groups * format.depth * format.level_bytes
-        levels = packed[..., start : start + size].unflatten(-1, (groups, format.depth, format.level_bytes))
+        levels = quantised[..., start : start + size].unflatten(-1, (groups, format.depth, format.level_bytes))
         start += size
         codes = _unpack_codes(levels, format.codes).movedim(-1, 3)  # [B, Hkv, blocks, 128, G, depth]
-        x = torch.zeros(*codes.shape[:-1], WIDTH, dtype=torch.float32, device=packed.device)
-        batch = torch.arange(packed.shape[0], device=packed.device).view(-1, 1, 1, 1, 1)
+        x = torch.zeros(*codes.shape[:-1], WIDTH, dtype=torch.float32, device=quantised.device)
+        batch = torch.arange(quantised.shape[0], device=quantised.device).view(-1, 1, 1, 1, 1)
         for level in range(format.depth):
             x += codebooks[:, side, level].float()[batch, codes[..., level]]
         sides.append((_channels(x, side == 1) * scale.float()[..., None]).flatten(2, 3))
@@ -249,10 +235,10 @@ def residual_vq_decode(packed: Tensor, codebooks: Tensor, head_dim: int) -> tupl
 
 
 def residual_vq_reference(
-    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
+    q: Tensor, quantised: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32, on rebuilt keys: out like q and lse [B, Hq, T]. The specification of the kernels."""
-    k, v = residual_vq_decode(used_blocks(packed, seen), codebooks, q.shape[3])
+    k, v = residual_vq_decode(used_blocks(quantised, seen), codebooks, q.shape[3])
     return attention_to_blocks(q, k if rotary is None else turn_keys(k, rotary), v, seen, scale)
 
 
@@ -261,7 +247,7 @@ def _fake_encode(k, v, codebooks) -> Tensor:
     return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
 
 
-def _fake_attention(q, packed, seen, codebooks, scale, rotary=None) -> tuple[Tensor, Tensor]:
+def _fake_attention(q, quantised, seen, codebooks, scale, rotary=None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -273,7 +259,7 @@ _ENCODE = Op(
 )
 _ATTENTION = Op(
     "residual_vq",
-    "(Tensor q, Tensor packed, Tensor seen, Tensor codebooks, float scale, Tensor? rotary=None) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor quantised, Tensor seen, Tensor codebooks, float scale, Tensor? rotary=None) -> (Tensor, Tensor)",
     residual_vq_reference,
     _fake_attention,
     cuda=True,
@@ -331,15 +317,15 @@ def encode_codes(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def attend_codes(
-    q: Tensor, packed: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
+    q: Tensor, quantised: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 blocks of packed: out like q and lse [B, Hq, T]."""
-    return _ATTENTION(q, packed, seen, codebooks, scale, rotary)
+    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 quantised blocks: out like q and lse [B, Hq, T]."""
+    return _ATTENTION(q, quantised, seen, codebooks, scale, rotary)
 
 
 def residual_vq_attention(
     q: Tensor,
-    packed: Tensor,
+    quantised: Tensor,
     k: Tensor,
     v: Tensor,
     ancestor_bits: Tensor,
@@ -355,10 +341,10 @@ def residual_vq_attention(
 
     Args:
         q: [B, Hq, T, D] fp32, fp16 or bf16, T at most window + 1.
-        packed: [B, Hkv, blocks, record] uint8 of residual_vq_encode, at least the blocks that are seen.
+        quantised: [B, Hkv, blocks, record] uint8 of residual_vq_encode, at least the blocks that are seen.
         k, v, ancestor_bits, prefix_lens, window, scale, return_lse: as for gear_attention.
-        codebooks: of packed, [2, depth, codes, 32] fp16.
-        rotary: [128 + blocks, 2, D / 2] fp32 of rotary_of_blocks, where packed has keys as they were before rotary
+        codebooks: of quantised, [2, depth, codes, 32] fp16.
+        rotary: [128 + blocks, 2, D / 2] fp32 of rotary_of_blocks, where quantised has keys as they were before rotary
             embedding; q and k are turned to their positions all the same.
 
     Returns:
@@ -367,21 +353,21 @@ def residual_vq_attention(
     Raises:
         TypeError: a dtype is not supported.
         ValueError: a shape, stride, device or option does not fit; the message names the argument. On the CPU also when
-            prefix_lens point outside of packed or k.
+            prefix_lens point outside of quantised or k.
         RuntimeError: an argument requires a gradient.
     """
-    check_are_tensors(q=q, packed=packed, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
+    check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits, prefix_lens=prefix_lens)
     check_are_tensors(codebooks=codebooks, rotary=rotary, optional=("rotary",))
     check_floats("q", q)
     check_codebooks(codebooks)
     if codebooks.device != q.device:
         raise ValueError(f"codebooks must be on {q.device} like q, got {codebooks.device}")
-    check_records(packed, format_of(codebooks), q.shape[3])
+    check_records(quantised, format_of(codebooks), q.shape[3])
     if rotary is not None:
-        check_rotary(rotary, packed.shape[2], q.shape[3], q.device)
-    check_tree(q, packed, k, ancestor_bits, prefix_lens, window, scale)
+        check_rotary(rotary, quantised.shape[2], q.shape[3], q.device)
+    check_tree(q, quantised, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    packed_part = attend_codes(q, packed, rows.seen, codebooks.contiguous(), scale, rotary)
-    out, lse = join_exact(packed_part, q, k, v, rows, scale)
+    quantised_part = attend_codes(q, quantised, rows.seen, codebooks.contiguous(), scale, rotary)
+    out, lse = join_exact(quantised_part, q, k, v, rows, scale)
     return (out, lse) if return_lse else out

@@ -12,8 +12,6 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 
-__all__ = ["rms_norm", "rms_norm_reference"]
-
 
 def rms_norm_reference(
     hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, out_dtype: torch.dtype

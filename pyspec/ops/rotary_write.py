@@ -12,8 +12,6 @@ from torch import Tensor
 from pyspec.ops._checks import FLOATS, check_are_tensors, check_contiguous, check_places, check_tensors
 from pyspec.ops._library import Op
 
-__all__ = ["rotary_write", "rotary_write_reference"]
-
 
 def rotary_write_reference(
     qkv: Tensor,

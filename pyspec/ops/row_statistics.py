@@ -23,8 +23,6 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
-__all__ = ["TOP", "RowStatistics", "row_statistics", "row_statistics_reference"]
-
 TOP = 8  # tokens that are told for each row: kTop in kernels/params/row_statistics.h
 
 

@@ -25,8 +25,6 @@ from pyspec.ops._checks import BadData, check_are_tensors, check_contiguous, che
 from pyspec.ops._library import Op
 from pyspec.tree import DraftTree
 
-__all__ = ["LANES", "Round", "from_panels", "selective_state", "selective_state_reference", "to_panels"]
-
 LANES = 16  # channels of a panel
 MULTIPLE = 16  # of states
 

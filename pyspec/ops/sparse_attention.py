@@ -24,8 +24,6 @@ from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import outside_autocast, refuse_gradients
 from pyspec.ops.topk import topk
 
-__all__ = ["sparse_attention"]
-
 
 @outside_autocast
 def sparse_attention(

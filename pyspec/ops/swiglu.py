@@ -9,8 +9,6 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
-__all__ = ["swiglu", "swiglu_reference"]
-
 
 def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype) -> Tensor:
     """Plain PyTorch. The specification of the kernels."""

@@ -25,8 +25,6 @@ from pyspec.ops._checks import FLOATS, check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.topk_recall import EXACT, MOST_PER_BUCKET, bucket_sizes, choose_buckets
 
-__all__ = ["TopK", "topk", "topk_reference"]
-
 ASSIGNMENTS = ("interleaved", "contiguous")
 
 

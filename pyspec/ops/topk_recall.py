@@ -30,8 +30,6 @@ import torch
 from pyspec.machine import store
 from pyspec.ops._library import backends
 
-__all__ = ["EXACT", "Buckets", "bucket_sizes", "choose_buckets", "expected_recall"]
-
 MOST_PER_BUCKET = 4  # kMostPerBucket in kernels/params/topk.h
 LANES = 16  # buckets that a kernel handles together
 SIZES = {"cpu": (4096, 16384, 32768), "cuda": (4096, 32768, 262144)}  # rows that are timed; a CPU's on one thread

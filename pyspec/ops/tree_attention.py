@@ -24,8 +24,6 @@ from torch import Tensor
 from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_places, check_tensors
 from pyspec.ops._library import Op
 
-__all__ = ["HEAD_DIMS", "check_attention", "dense_attention", "tree_attention", "tree_attention_reference"]
-
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.tree import DraftTree
 
-__all__ = ["check_paths", "check_prompts", "check_trees"]
-
 
 def check_prompts(tokens, vocab_size: int, context_length: int, capacity: int | None) -> list[list[int]]:
     """The prompts of a batch, read as read_prompts does, none longer than the context.

@@ -10,8 +10,6 @@ import torch
 
 from pyspec.runners.exclusive import lock_of
 
-__all__ = ["as_stored", "inference"]
-
 
 @contextlib.contextmanager
 def as_stored() -> Iterator[None]:

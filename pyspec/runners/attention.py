@@ -28,8 +28,6 @@ from pyspec.tree import DraftTree
 if TYPE_CHECKING:
     from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 
-__all__ = ["AttentionRunner"]
-
 FLASH_CHUNK = 2048  # by flash-attn: always the same, because bits hang on it
 
 
@@ -87,16 +85,16 @@ class AttentionRunner(NativeRunner):
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
-            cache: how keys and values are packed; None keeps them as they are. Packed, the layers run op by op.
+            cache: how keys and values are quantised; None keeps them as they are. Quantised, the layers run op by op.
 
         Raises:
             ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
-                keys or values cannot be packed: NaN, infinite or too large.
+                keys or values cannot be quantised: NaN, infinite or too large.
         """
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         if cache is not None:
-            self._check_packs(cache)
+            self._check_quantisable(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
         if cache is not None:
             self._replays = None
@@ -122,12 +120,12 @@ class AttentionRunner(NativeRunner):
 
         Raises:
             RuntimeError: before any prefill.
-            ValueError: the tree does not fit, as in verify, the layers are none of the model, or the cache is packed.
+            ValueError: the tree does not fit, as in verify, the model has no such layers, or the cache is not dense.
         """
         cache = self._cache
         check_trees({slot: tree}, None if cache is None else len(cache.lengths), self.vocab_size)
         if not isinstance(cache, DenseCache):
-            raise ValueError("some layers alone can read a dense cache only, got a packed one")
+            raise ValueError("some layers alone can read a dense cache only, got a quantised one")
         ascending = all(left < right for left, right in zip(layers, layers[1:], strict=False))
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
@@ -137,13 +135,13 @@ class AttentionRunner(NativeRunner):
 
     @inference
     def save_cache(self, path: str | Path) -> None:
-        """Writes what is committed over a packed cache to a file, for `load_cache`.
+        """Writes what is committed over a quantised cache to a file, for `load_cache`.
 
         Raises:
-            RuntimeError: there is no packed cache.
+            RuntimeError: there is no quantised cache.
         """
         if not isinstance(self._cache, QuantisedCache):
-            raise RuntimeError("there is no packed cache to save: prefill with cache first")
+            raise RuntimeError("there is no quantised cache to save: prefill with cache first")
         save_quantised(self._cache, path, self.fingerprint)
 
     @inference
@@ -161,10 +159,10 @@ class AttentionRunner(NativeRunner):
         self._use_quantised(cache)
         self._cache = cache
 
-    def _check_packs(self, cache: QuantisedSettings) -> None:
-        """Raises ValueError unless this model's keys can be packed so."""
+    def _check_quantisable(self, cache: QuantisedSettings) -> None:
+        """Raises ValueError unless this model's keys can be quantised so."""
         if self.prompt_attention != "pyspec":
-            raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a packed one")
+            raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a quantised one")
         config = self.config
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         for layer, window in enumerate(self.config.windows):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import threading
 from weakref import WeakKeyDictionary
 
-__all__ = ["exclusive_use", "lock_of"]
-
 _locks: WeakKeyDictionary[object, threading.RLock] = WeakKeyDictionary()  # not in the runners: those may be copied
 _making = threading.Lock()
 

@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "check_prompt_attention", "documents", "why_not"]
-
 DEVICE = "cuda"
 DTYPES = (torch.float16, torch.bfloat16)
 

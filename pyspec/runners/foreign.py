@@ -24,8 +24,6 @@ from pyspec.runners.foreign_support import cache_argument, check_supported, cont
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["TransformersRunner", "eos_tokens_of"]
-
 PREFILL_CHUNK = 256
 _OF_THE_LOAD = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 

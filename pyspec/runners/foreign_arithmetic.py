@@ -12,8 +12,6 @@ from torch import Tensor
 from pyspec.runners.foreign_support import cache_argument, refuse
 from pyspec.tree import DraftTree
 
-__all__ = ["Arithmetic", "arithmetic_of"]
-
 
 class Arithmetic(NamedTuple):
     """How a model rotates its keys; see TransformersRunner.

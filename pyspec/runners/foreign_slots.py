@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Slots"]
-
 
 class Slots:
     """Keys and values of all layers, each [B, H, capacity + 1, D], made when a layer first writes.

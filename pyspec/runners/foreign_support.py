@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pyspec.architectures import Unsupported, supported_architectures
 from pyspec.integrations import require
 
-__all__ = ["cache_argument", "check_supported", "context_of", "fall_back", "refuse", "supported"]
-
 
 def supported() -> str:
     """The models that pyspec takes, for the end of an error."""

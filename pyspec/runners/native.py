@@ -23,8 +23,6 @@ from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, 
 from pyspec.runners.verified import SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
-__all__ = ["NativeRunner"]
-
 CHUNK = 128  # tokens of prompts in a call on a CPU
 WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
 
@@ -143,8 +141,9 @@ class NativeRunner:
         if trees:
             rows = self._run_layers(trees)
             if rows.logits is None:
-                logits = self._logits(rows.of_trees(rows.hidden))
-                rows = Rows(rows.hidden, logits, pack_statistics(logits) if logits.is_cuda else None)
+                of_nodes = rows.of_trees(rows.hidden)
+                logits = self._logits(of_nodes)
+                rows = Rows(of_nodes, logits, pack_statistics(logits) if logits.is_cuda else None)
             parts = rows.of_trees(rows.logits).split([len(tree) for tree in trees.values()])
             if rows.statistics is None:
                 verified = dict(zip(trees, map(Verified, parts), strict=True))

@@ -15,8 +15,6 @@ from pyspec.caches.state import Plan
 from pyspec.ops.selective_state import Round
 from pyspec.tree import DraftTree
 
-__all__ = ["Numbers"]
-
 
 class Numbers:
     """The trees of a round, and where their rows lie in a batch of B sequences.

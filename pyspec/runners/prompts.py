@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 
 from pyspec.tree import DraftTree
 
-__all__ = ["PromptPlan"]
-
 FEWEST_SHARED = 32  # tokens; for fewer, such as the one that every text begins with, nobody waits
 
 

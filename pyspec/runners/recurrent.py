@@ -21,8 +21,6 @@ from pyspec.runners.replay import Rows, slots_for
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-__all__ = ["HybridRunner", "RecurrentRunner"]
-
 CONTEXT_LENGTH = 2**31 - 1  # a recurrent state has no end
 
 
@@ -53,7 +51,7 @@ class RecurrentRunner(NativeRunner):
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
-        Prompts are read packed, some hundred tokens a call.
+        Prompts are read ragged, some hundred tokens a call.
 
         Args:
             tokens: B prompts, none empty.

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -124,8 +125,7 @@ class Replays:
 
         Writes to the first slots: there must be no text yet.
         """
-        self.cache.plan({0: DraftTree.chain([0] * BUCKETS[-1])}, ())  # which makes the room
-        self._memory = self.cache.memory
+        self._plan({0: DraftTree.chain([0] * BUCKETS[-1])}, ())  # which makes the room
         for shape in self._all_shapes(capacity):
             self._replay(step, shape, None)
 
@@ -136,11 +136,7 @@ class Replays:
             advances: the sequences whose tree is a chain that is accepted as a whole, such as a piece of a prompt.
             key: tells steps apart that share a cache.
         """
-        cache = self.cache
-        plan = cache.plan(trees, advances)
-        if cache.memory != self._memory:  # the plan has made room
-            self._memory = cache.memory
-            self._replays.clear()
+        cache, plan = self.cache, self._plan(trees, advances)
         shape, filled = self._shape(trees), {"plan": plan, "blocks": cache.blocks, "advances": advances}
         if self._is_launched(shape, key, advances):
             rows = self._by_launch(step, trees, filled)
@@ -151,11 +147,20 @@ class Replays:
         cache.done(trees, advances)
         return rows
 
+    def _plan(self, trees: Mapping[int, DraftTree], advances: Collection[int]):
+        """The cache's plan of a round. Where it has made room, what knew the old addresses is dropped."""
+        plan = self.cache.plan(trees, advances)
+        if self.cache.memory != self._memory:
+            self._memory = self.cache.memory
+            self._replays.clear()
+        return plan
+
     def _is_launched(self, shape: Shape, key, advances: Collection[int]) -> bool:
         """Whether a round runs launch by launch: a graph of it is not there and would serve no other."""
-        if _launched or not self._record.is_graph:
-            return _launched or not (self.cache.is_recordable and can_record())
         cache = self.cache
+        if _launched or not self._record.is_graph:
+            is_tape = cache.device.type == "cpu" and cache.is_recordable and can_record()
+            return _launched or not is_tape
         if cache.has_keys and cache.has_states and self._sequences > 1:
             return True  # padding between trees is nothing that a recurrence can pass over
         is_large = shape.padded > BUCKETS[-1] if shape.padded else shape.rows > GRAPH_CHUNK
@@ -262,7 +267,7 @@ class GraphRecorder:
         self._head = _GraphedHead(head)
         device = head.data.device
         self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
-        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, step: Step, cache, numbers: Numbers) -> Callable[[], Rows]:
         """Runs the step once, so that its kernels are compiled and loaded, then captures it.
@@ -274,9 +279,12 @@ class GraphRecorder:
         with torch.cuda.stream(self._stream):
             self._head(step(cache, numbers))
         callers.wait_stream(self._stream)
+        if not self._graphs:  # a pool dies with the last of its graphs, and takes no others then
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = self._head(step(cache, numbers))
+        self._graphs.add(graph)
 
         def replay() -> Rows:
             graph.replay()

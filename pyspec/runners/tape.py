@@ -16,8 +16,6 @@ from torch import Tensor
 
 from pyspec.ops._library import compiled_library
 
-__all__ = ["Arena", "Tape", "can_record"]
-
 
 @cache
 def _library() -> ctypes.CDLL:

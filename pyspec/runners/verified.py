@@ -15,8 +15,6 @@ from torch import Tensor
 from pyspec.ops.row_statistics import TOP, row_statistics
 from pyspec.ops.topk import topk
 
-__all__ = ["HostStatistics", "SentStatistics", "Verified", "pack_statistics"]
-
 ALL = slice(None)
 
 

@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 
-__all__ = ["Noise"]
-
 
 class Noise:
     """A stream of uniforms that belongs to a seed, a position of the text and a purpose.

@@ -20,8 +20,6 @@ from pyspec.arguments import read_integer, read_number
 if TYPE_CHECKING:
     from pyspec.runners.verified import HostStatistics, Verified
 
-__all__ = ["InvalidLogits", "Sampler", "largest"]
-
 
 _NO_LAW = {"nan": "NaN", "inf": "+inf", "-inf": "all -inf"}  # by the largest logit, or the sum
 

@@ -36,8 +36,8 @@ def assert_close(found, expected):
 def test_the_cases_of_kernels(fake):
     documents = cases._block_masked_attention(SHAPE, "cpu")
     assert_close(documents.peers["flash-attn"]().transpose(0, 1)[None], documents.call())
-    for packed in (cases._gear(SHAPE, "cpu"), cases._residual_vq(SHAPE, "cpu")):
-        assert_close(packed.peers["dense flash-attn"](), packed.peers["dense tree_attention"]())
+    for quantised in (cases._gear(SHAPE, "cpu"), cases._residual_vq(SHAPE, "cpu")):
+        assert_close(quantised.peers["dense flash-attn"](), quantised.peers["dense tree_attention"]())
     assert "flash-attn, a chain" in cases._tree_attention(SHAPE, "cpu").peers
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["ceilings", "smoke", "verify", "generation"]
+STEPS = ["ceilings", "smoke", "verify_bf16", "verify_int8", "verify_fp32", "generation"]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a script for Linux")
 
 
@@ -73,11 +73,12 @@ def test_stopped_at_any_moment(seed, tmp_path):
     check(tmp_path)
 
 
-def test_all_steps_fit_in_nine_minutes():
+def test_the_limits_of_all_steps_are_little_more_than_there_is_time():
+    """Eight minutes: most steps take much less than their limits."""
     script = (ROOT / "bench/gpu.sh").read_text()
-    (names,) = re.findall(r'^ALL="(.*)"$', script, re.M)
-    limits = dict(re.findall(r"\bstep ([a-z_]+) (\d+) ", script))
-    assert set(names.split()) == limits.keys() and sum(map(int, limits.values())) <= 540
+    names = " ".join(re.findall(r'^ALL="(?:\$ALL )?(.*)"$', script, re.M)).split()
+    limits = dict(re.findall(r"\bstep ([a-z_0-9]+) (\d+) ", script))
+    assert sorted(names) == sorted(limits) and sum(map(int, limits.values())) <= 500
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""The quality benchmark of packed caches, on a small random model: its figures are those of its definitions."""
+"""The quality benchmark of quantised caches, on a small random model: its figures are those of its definitions."""
 
 import kv_cache
 import pytest

@@ -27,8 +27,10 @@ class HalvesSettings(QuantisedSettings):
         blocks = halves.view(layers, kv_heads, 2, tokens // BLOCK, BLOCK * head_dim).transpose(2, 3)
         return blocks.flatten(3).contiguous().view(torch.uint8)
 
-    def attend(self, layer: int, q, packed, k, v, rows: TreeRows, scale: float, records: int) -> tuple[Tensor, Tensor]:
-        halves = used_blocks(packed, rows.seen).view(torch.float16).float()
+    def attend(
+        self, layer: int, q, quantised, k, v, rows: TreeRows, scale: float, records: int
+    ) -> tuple[Tensor, Tensor]:
+        halves = used_blocks(quantised, rows.seen).view(torch.float16).float()
         keys_values = halves.unflatten(3, (2, BLOCK, q.shape[3])).movedim(3, 0).flatten(3, 4)  # [2, B, Hkv, S, D]
         return join_exact(attention_to_blocks(q, *keys_values, rows.seen, scale), q, k, v, rows, scale)
 

@@ -1,4 +1,4 @@
-"""QuantisedCache: what is packed when, that it hangs on the committed tokens alone, and what is written."""
+"""QuantisedCache: what is quantised when, that it hangs on the committed tokens alone, and what is written."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ from tests.helpers.quantised_caches import (
 )
 
 
-def decoded(settings, packed, layer):
+def decoded(settings, quantised, layer):
     """Keys and values [heads, S, D] of a layer's records, and the relative error that they may have."""
     if isinstance(settings, GearSettings):
-        k, v = gear_decode(packed[layer, None], settings, HEAD_DIM)
+        k, v = gear_decode(quantised[layer, None], settings, HEAD_DIM)
         return k[0], v[0], {2: 0.5, 3: 0.25, 4: 0.15}[settings.bits]
-    k, v = residual_vq_decode(packed[layer, None], settings.codebooks.tables[layer], HEAD_DIM)
+    k, v = residual_vq_decode(quantised[layer, None], settings.codebooks.tables[layer], HEAD_DIM)
     if settings.codebooks.frequencies is not None:  # by position, pairs as complex numbers
         angles = torch.arange(k.shape[2])[:, None] * FREQUENCIES
         pairs = torch.complex(*k.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)
@@ -37,8 +37,8 @@ def decoded(settings, packed, layer):
 def state(cache, sequence):
     """All that a sequence's next tree can read."""
     length = cache.lengths[sequence]
-    packed = cache.packed[:, sequence, :, : length // BLOCK]
-    return packed, cache.keys_values[:, :, sequence, :, : length - cache.starts[sequence]]
+    quantised = cache.quantised[:, sequence, :, : length // BLOCK]
+    return quantised, cache.keys_values[:, :, sequence, :, : length - cache.starts[sequence]]
 
 
 def chunks_of(total, most, seed):
@@ -65,18 +65,18 @@ def test_the_chunks_of_a_text_change_no_bit(name, tokens):
         caches.append(state(cache, 1))
         assert (
             cache.lengths == [0, tokens]
-            and cache.packed[:, 0].eq(255).all()
+            and cache.quantised[:, 0].eq(255).all()
             and cache.keys_values[:, :, 0].isnan().all()
         )
     for other in caches[1:]:
         for part, expected in zip(other, caches[0], strict=True):
             assert torch.equal(part, expected)
-    packed, exact = caches[0]
+    quantised, exact = caches[0]
     assert torch.equal(exact, text[..., tokens - exact.shape[3] :, :])
     assert exact.shape[3] >= min(tokens, settings.window)
     for layer in range(LAYERS):
-        if packed.shape[2]:
-            *sides, most = decoded(settings, packed, layer)  # each layer by its own codebooks
+        if quantised.shape[2]:
+            *sides, most = decoded(settings, quantised, layer)  # each layer by its own codebooks
             for found, x in zip(sides, text[layer], strict=True):
                 x = x[:, : found.shape[1]]
                 assert float((found - x).norm() / x.norm()) < most
@@ -120,7 +120,7 @@ def test_nothing_outside_the_buffers_is_written(name):
     """The buffers of a cache between guard bytes."""
     settings = SETTINGS[name]
     cache, guards = start(settings), []
-    for attribute in ("packed", "keys_values"):
+    for attribute in ("quantised", "keys_values"):
         buffer = getattr(cache, attribute)
         wide = torch.full((buffer.nbytes + 512,), 171, dtype=torch.uint8)
         inside = wide[256 : 256 + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
@@ -139,7 +139,7 @@ def test_nothing_outside_the_buffers_is_written(name):
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, 1e6])
 @pytest.mark.parametrize("side, what", [(0, "keys"), (1, "values")])
 @pytest.mark.parametrize("name", ["gear", "codes", "pre-rope codes"])
-def test_what_cannot_be_packed_is_refused_and_named(name, value, side, what):
+def test_what_cannot_be_quantised_is_refused_and_named(name, value, side, what):
     cache, text = start(SETTINGS[name]), text_of(256)
     feed(cache, 1, text, [64] * 3)
     before = [part.clone() for part in state(cache, 1)]

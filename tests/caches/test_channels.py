@@ -57,7 +57,7 @@ def endless(*chunks):
 def state(cache):
     blocks = cache.lengths[0] // cache.span
     whole = cache.whole[:, 0, :, : blocks * cache.settings.records]
-    return cache.packed[:, 0, :, :blocks], whole, cache.queries[:, 0, :, : min(RECENT, cache.lengths[0])]
+    return cache.quantised[:, 0, :, :blocks], whole, cache.queries[:, 0, :, : min(RECENT, cache.lengths[0])]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -74,9 +74,9 @@ def test_the_chunks_of_a_text_change_no_bit(name, tokens):
 def test_the_channels_that_recent_queries_ask_for_stay():
     text, queries = text_of(300)
     settings = SETTINGS["half"]
-    packed, _, _ = state(filled(settings, text, queries, endless(20)))
+    quantised, _, _ = state(filled(settings, text, queries, endless(20)))
     for layer in range(LAYERS):
-        keys, values = gear_decode(packed[layer, None], settings, HEAD_DIM)
+        keys, values = gear_decode(quantised[layer, None], settings, HEAD_DIM)
         for head in range(HEADS):
             for block in range(2):
                 tokens = slice(block * BLOCK, (block + 1) * BLOCK)
@@ -96,7 +96,7 @@ def test_records_are_smaller():
     cache = half.start(1, 1, 1, 1000, 64, torch.bfloat16, torch.device("cpu"))
     assert whole.start(1, 1, 1, 1000, 64, torch.bfloat16, torch.device("cpu")).queries.nbytes == 0
     cache.lengths = [1000]
-    held = cache.packed.nbytes + 4 * RECENT * 64 + 2 * 2 * 64 * (1000 - cache.starts[0])
+    held = cache.quantised.nbytes + 4 * RECENT * 64 + 2 * 2 * 64 * (1000 - cache.starts[0])
     assert half.effective_bits(64, 1000) == pytest.approx(8 * held / (2 * 64 * 1000), rel=1e-3)
 
 

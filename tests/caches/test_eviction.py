@@ -51,7 +51,7 @@ def state(cache):
     length = cache.lengths[0]
     exact = cache.keys_values[:, :, 0, :, : length - cache.starts[0]]
     blocks = length // cache.span
-    return cache.packed[:, 0, :, :blocks], cache.whole[:, 0, :, : blocks * cache.span // BLOCK], exact
+    return cache.quantised[:, 0, :, :blocks], cache.whole[:, 0, :, : blocks * cache.span // BLOCK], exact
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -69,12 +69,12 @@ def test_the_chunks_of_a_text_change_no_bit(name, tokens):
 
 def test_the_shortest_keys_of_a_head_stay_with_their_values():
     text = text_of(600)
-    packed, whole, _ = state(filled(HALF, text, endless(60)))
-    assert packed.shape[2] == 2 and whole.shape[2] == 4 and len(whole) == 1
+    quantised, whole, _ = state(filled(HALF, text, endless(60)))
+    assert quantised.shape[2] == 2 and whole.shape[2] == 4 and len(whole) == 1
     for block in range(2):
         span = text[..., block * 256 : (block + 1) * 256, :]
         for layer in (1, 2):
-            decoded = gear_decode(packed[layer - 1, None, :, block : block + 1], HALF, HEAD_DIM)
+            decoded = gear_decode(quantised[layer - 1, None, :, block : block + 1], HALF, HEAD_DIM)
             for head in range(HEADS):
                 kept = span[layer, 0, head].norm(dim=-1).topk(128, largest=False).indices.sort().values
                 for found, x in zip(decoded, span[layer], strict=True):
@@ -109,7 +109,7 @@ def test_a_share_of_the_memory():
     """Records are fewer, not emptier."""
 
     def held(settings):
-        return settings.start(2, 1, 1, 8192, HEAD_DIM, torch.bfloat16, torch.device("cpu")).packed.nbytes
+        return settings.start(2, 1, 1, 8192, HEAD_DIM, torch.bfloat16, torch.device("cpu")).quantised.nbytes
 
     whole = GearSettings(4, 64)
     for keep in (0.5, 0.25, 0.125):
@@ -119,7 +119,7 @@ def test_a_share_of_the_memory():
     assert held(GearSettings(4, 64, keep=0.5, whole_layers=9)) == 0
 
 
-def test_what_cannot_be_packed_is_named_by_its_position():
+def test_what_cannot_be_quantised_is_named_by_its_position():
     text = text_of(600)
     text[2, 1, 1, 300, 7] = torch.inf
     with pytest.raises(ValueError, match="values must be .* inf in layer 2, head 1, position 300, channel 7"):

@@ -1,4 +1,4 @@
-"""GearSettings: room, names and bits. When blocks are packed is in test_blocks.py."""
+"""GearSettings: room, names and bits. When blocks are quantised is in test_blocks.py."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_effective_bits_are_what_is_allocated():
     settings = cache_from_name("gear-2bit")
     cache = settings.start(1, 1, 1, 1000, HEAD_DIM, torch.bfloat16, torch.device("cpu"))
     cache.lengths = [1000]
-    held = cache.packed.nbytes + 2 * 2 * HEAD_DIM * (1000 - cache.starts[0])
+    held = cache.quantised.nbytes + 2 * 2 * HEAD_DIM * (1000 - cache.starts[0])
     assert settings.effective_bits(HEAD_DIM, 1000) == pytest.approx(8 * held / (2 * HEAD_DIM * 1000), rel=1e-3)
     dense = DenseCache(1, 1, 1, 8192, HEAD_DIM, torch.bfloat16, torch.device("cpu")).keys_values.nbytes
     assert settings.start(1, 1, 1, 8192, HEAD_DIM, torch.bfloat16, torch.device("cpu")).nbytes < 0.33 * dense

@@ -1,6 +1,6 @@
 """ResidualVqSettings: its bits, and codebooks that are saved, damaged or of another model.
 
-When blocks are packed is in test_blocks.py.
+When blocks are quantised is in test_blocks.py.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ def test_effective_bits():
     assert paper.record_bytes(128) * 8 / (2 * 128 * BLOCK) == 2.875  # the paper's 5.5x
     cache = small.start(1, 1, HEADS, 1000, HEAD_DIM, torch.bfloat16, torch.device("cpu"))
     cache.lengths = [1000]
-    held = cache.packed.nbytes + 2 * 2 * HEADS * HEAD_DIM * (1000 - cache.starts[0]) + small.codebooks.tables.nbytes
+    held = cache.quantised.nbytes + 2 * 2 * HEADS * HEAD_DIM * (1000 - cache.starts[0]) + small.codebooks.tables.nbytes
     assert small.effective_bits(64, 1000) == pytest.approx(8 * held / (2 * HEADS * HEAD_DIM * 1000), rel=1e-3)
 
 

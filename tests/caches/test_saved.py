@@ -1,4 +1,4 @@
-"""Packed caches in files: what comes back, and which files are refused."""
+"""Quantised caches in files: what comes back, and which files are refused."""
 
 import json
 
@@ -35,19 +35,19 @@ def test_what_is_saved_comes_back(name, tmp_path):
     assert found.settings == cache.settings and found.lengths == [300, 20] and found.capacity == 1000
     for sequence, length in enumerate(cache.lengths):
         blocks, start = length // cache.span, cache.starts[sequence]
-        for attribute, count in (("packed", blocks), ("whole", blocks * cache.settings.records)):
+        for attribute, count in (("quantised", blocks), ("whole", blocks * cache.settings.records)):
             ours, theirs = getattr(found, attribute), getattr(cache, attribute)
             assert torch.equal(ours[:, sequence, :, :count], theirs[:, sequence, :, :count])
         exact = (x.keys_values[:, :, sequence, :, : length - start] for x in (found, cache))
         assert torch.equal(*exact)
-    held = cache.packed[:, 0, :, : 300 // cache.span].nbytes + cache.keys_values[:, :, 0, :, :200].nbytes
+    held = cache.quantised[:, 0, :, : 300 // cache.span].nbytes + cache.keys_values[:, :, 0, :, :200].nbytes
     assert path.stat().st_size < 2 * held + 8192  # what is committed, not what is allocated
 
 
 def test_other_caches_are_refused(tmp_path):
     cache = cache_of(SETTINGS["gear"])
     cache.settings = "rvq"
-    with pytest.raises(TypeError, match="cache must be packed by a GearSettings, got 'rvq'"):
+    with pytest.raises(TypeError, match="cache must be quantised by a GearSettings, got 'rvq'"):
         save_quantised(cache, tmp_path / "cache", "model-1")
 
 
@@ -75,10 +75,10 @@ def test_other_files_are_refused(tmp_path):
             load()
     for change, message in (
         ({"version": "2"}, "cache has version 2 of the format, this is version 1"),
-        ({"kind": "drafter"}, "cache is no packed cache"),
+        ({"kind": "drafter"}, "cache is no quantised cache"),
         ({"settings": json.dumps({"bits": 5})}, "bits must be one of"),
-        ({"settings": json.dumps({"bits": 4})}, "cache is damaged: 0.packed must be torch.uint8"),
-        ({"settings": json.dumps(settings | {"rotate": True})}, "cache has keys packed with rotate"),
+        ({"settings": json.dumps({"bits": 4})}, "cache is damaged: 0.quantised must be torch.uint8"),
+        ({"settings": json.dumps(settings | {"rotate": True})}, "cache has keys quantised with rotate"),
         ({"lengths": "[301, 20]"}, "cache is damaged: 0.exact must be torch.bfloat16 .* for 301 tokens"),
     ):
         save_file(tensors, path, header | change)

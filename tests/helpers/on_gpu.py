@@ -17,7 +17,7 @@ _errors: list[float] = []  # of the running test's comparisons
 
 
 def to_device(tensor: Tensor, device: str) -> Tensor:
-    """tensor.to(device), but with its strides and where it begins: a plain copy would pack what lies apart."""
+    """tensor.to(device), but with its strides and where it begins: a plain copy would join what lies apart."""
     elements = tensor.untyped_storage().nbytes() // tensor.itemsize
     memory = torch.as_strided(tensor, (elements,), (1,), 0).to(device)
     return torch.as_strided(memory, tensor.shape, tensor.stride(), tensor.storage_offset())

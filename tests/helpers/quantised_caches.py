@@ -4,6 +4,7 @@ import torch
 
 from pyspec.caches import Codebooks, GearSettings, ResidualVqSettings, cache_from_name
 from pyspec.runners.numbers import Numbers
+from tests.helpers.random_llama import random_llama
 
 LAYERS, HEADS, HEAD_DIM = 2, 3, 64
 FREQUENCIES = 10000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -24,6 +25,13 @@ SETTINGS = {
 }
 
 
+def random_codes(pre_rope: bool) -> ResidualVqSettings:
+    """Of random_llama's keys, as they are cached or as they were before rotary embedding."""
+    runner = random_llama()
+    frequencies = runner.config.rope_frequencies() if pre_rope else None
+    return ResidualVqSettings(codebooks(8, heads=2, name=runner.fingerprint, frequencies=frequencies))
+
+
 def text_of(tokens, seed=0):
     """Keys and values [layers, 2, heads, tokens, D] of a text."""
     return torch.randn(LAYERS, 2, HEADS, tokens, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
@@ -32,7 +40,7 @@ def text_of(tokens, seed=0):
 def start(settings, capacity=900, sequences=2):
     cache = settings.start(LAYERS, sequences, HEADS, capacity, HEAD_DIM, torch.float32, torch.device("cpu"))
     cache.keys_values.fill_(torch.nan)  # what is read must have been written
-    cache.packed.fill_(255)
+    cache.quantised.fill_(255)
     return cache
 
 

@@ -141,10 +141,10 @@ def check_batches(runner, new_tokens):
         assert generate(runner, prompts, drafter="merged", budget=6, **settings).tokens == alone
 
 
-def check_hidden(runner):
+def check_hidden(runner, sizes=(7, 12)):
     """The head makes the logits of the hidden rows, which outlive the next round; unasked there are none."""
     runner.prefill([random_tokens(5), random_tokens(9, 1)], capacity=80)
-    trees = {0: random_tree(7), 1: random_tree(12, 1)}
+    trees = {slot: random_tree(size, slot) for slot, size in enumerate(sizes)}
     verified = runner.verify(trees, hidden=True)
     assert all(rows.hidden is None for rows in runner.verify({0: random_tree(9, 2)}).values())
     for slot, tree in trees.items():

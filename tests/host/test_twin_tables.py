@@ -75,17 +75,17 @@ def test_the_same_trees_from_the_same_history(kinds, capacity, temperature, roun
         assert trees[0] == trees[1]
         tokens, parents, cells = (np.array(values) for values in trees[0][:3])
         top_tokens, top_logits = top_of(random, len(tokens))
-        said = random.integers(0, VOCAB, steps).tolist()
+        emitted = random.integers(0, VOCAB, steps).tolist()
         for _, made, _, estimates, _, _ in sides:
             tree = tokens.astype(np.int64), parents.astype(np.int32)
             made["memory"].update(*tree, text[:-1][-31:], top_tokens, top_logits)
             made["pairs"].update(*tree, ([-1] + text)[-2], top_tokens, top_logits)
             if temperature:
-                estimates.learn_said(*tree, cells, said)
+                estimates.learn_emitted(*tree, cells, emitted)
             else:
                 estimates.learn(*tree, cells, top_tokens)
-        read, fresh = len(text), said
-        text = text + said
+        read, fresh = len(text), emitted
+        text = text + emitted
     ours, theirs = sides[0], sides[1]
     for name in ("hits", "trials"):
         np.testing.assert_array_equal(getattr(ours[3], name), getattr(theirs[3], name))

@@ -29,16 +29,16 @@ def close(found, expected):
     torch.testing.assert_close(found.logits, expected.logits, atol=2e-4, rtol=2e-4)
 
 
-def test_attention_of_plain_padded_and_packed_texts(llama, with_ours):
+def test_attention_of_plain_padded_and_joined_texts(llama, with_ours):
     ids = torch.randint(1, VOCABULARY, (2, 150))
     close(with_ours(ids), llama(ids))
     padding = (torch.arange(150) >= torch.tensor([[70], [0]])).long()
     ours, theirs = with_ours(ids, attention_mask=padding), llama(ids, attention_mask=padding)
     seen = padding.bool()
     torch.testing.assert_close(ours.logits[seen], theirs.logits[seen], atol=2e-4, rtol=2e-4)
-    packed = torch.cat([torch.arange(60), torch.arange(90)])[None]
+    joined = torch.cat([torch.arange(60), torch.arange(90)])[None]
     close(
-        with_ours(ids[:1], position_ids=packed, use_cache=False), llama(ids[:1], position_ids=packed, use_cache=False)
+        with_ours(ids[:1], position_ids=joined, use_cache=False), llama(ids[:1], position_ids=joined, use_cache=False)
     )
 
 

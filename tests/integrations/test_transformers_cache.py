@@ -55,27 +55,27 @@ def feed(layer, k, v, chunks):
     return found
 
 
-def test_blocks_are_packed_when_the_window_is_past_them():
+def test_blocks_are_quantised_when_the_window_is_past_them():
     k, v = states(400, batch=2)
     layer = GearLayer(GEAR, 0)
     for chunks, blocks in (([191], 0), ([1], 0), ([1], 1), ([126], 1), ([1], 1), ([1], 2)):
         found = feed(layer, k, v, chunks)
         held = layer.get_seq_length()
-        assert layer.packed.shape[2] == blocks and layer.get_mask_sizes(3) == (held + 3, 0)
-        packed = gear_encode(k[:, :, : blocks * BLOCK], v[:, :, : blocks * BLOCK], GEAR)
-        assert torch.equal(layer.packed, packed)
+        assert layer.quantised.shape[2] == blocks and layer.get_mask_sizes(3) == (held + 3, 0)
+        quantised = gear_encode(k[:, :, : blocks * BLOCK], v[:, :, : blocks * BLOCK], GEAR)
+        assert torch.equal(layer.quantised, quantised)
         for all_states, exact, kept, decoded in zip(
-            found, (k, v), (layer.keys, layer.values), gear_decode(packed, GEAR, HEAD_DIM), strict=True
+            found, (k, v), (layer.keys, layer.values), gear_decode(quantised, GEAR, HEAD_DIM), strict=True
         ):
             assert torch.equal(kept, exact[:, :, blocks * BLOCK : held])
             assert torch.equal(all_states, torch.cat((decoded, kept), 2))
     once = GearLayer(GEAR, 0)
     feed(once, k, v, [held - 1, 1])
-    assert torch.equal(once.packed, layer.packed) and torch.equal(once.keys, layer.keys)
+    assert torch.equal(once.quantised, layer.quantised) and torch.equal(once.keys, layer.keys)
 
 
 def test_a_cropped_draft_leaves_no_trace():
-    """Peers crop only what is not packed yet, by the length of everything."""
+    """Peers crop only what is not quantised yet, by the length of everything."""
     k, v = states(300)
     for length in (100, 130, 191, 192, 260):
         for drafted, kept in ((1, 0), (60, 0), (60, 33), (64, 63)):
@@ -93,11 +93,11 @@ def test_a_cropped_draft_leaves_no_trace():
             feed(clean, k, v, [1] * kept)
             for layer in (touched, clean):
                 feed(layer, k, v, [1])
-            for name in ("packed", "keys", "values"):
+            for name in ("quantised", "keys", "values"):
                 assert torch.equal(getattr(touched, name), getattr(clean, name))
 
 
-def test_what_is_packed_is_not_cropped():
+def test_what_is_quantised_is_not_cropped():
     k, v = states(300)
     layer = GearLayer(GEAR, 3)
     layer.crop(-1)
@@ -106,7 +106,7 @@ def test_what_is_packed_is_not_cropped():
     layer.crop(301)
     assert layer.get_seq_length() == 300
     for length in (127, -173):
-        with pytest.raises(ValueError, match="cannot be cropped to 127 tokens: 128 are packed in layer 3"):
+        with pytest.raises(ValueError, match="cannot be cropped to 127 tokens: 128 are quantised in layer 3"):
             layer.crop(length)
     layer.crop(128)
     assert layer.get_seq_length() == 128 and layer.keys.shape[2] == 0
@@ -123,7 +123,7 @@ def test_batches_are_reordered_repeated_and_selected():
     ):
         changed = copy.deepcopy(layer)
         change(changed)
-        for name in ("packed", "keys", "values"):
+        for name in ("quantised", "keys", "values"):
             assert torch.equal(getattr(changed, name), getattr(layer, name)[rows])
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.nbytes == 0
@@ -143,7 +143,7 @@ def test_short_texts_are_those_of_the_dense_cache(model):
     assert torch.equal(found, greedy(model, prompt, None)) and cache.get_seq_length() == 169
     cache = GearCache("int8")  # and beyond, as attention to what the cache returns
     long = greedy(model, prompt[:1], cache, max_new_tokens=250)
-    assert long.shape[1] == 270 and cache.layers[0].packed.shape[2] == 1
+    assert long.shape[1] == 270 and cache.layers[0].quantised.shape[2] == 1
     dense = transformers.DynamicCache()
     greedy(model, prompt[:1], dense, max_new_tokens=250)
     assert cache.nbytes < 0.8 * sum(x.nbytes for layer in dense.layers for x in (layer.keys, layer.values))
@@ -177,8 +177,8 @@ def test_drafts_change_no_token_between_the_turns(model, name):
 
     assert say(model, prompt, caches[1], 100, half_right) == plain and len(set(plain)) > 5
     for layers in zip(*(cache.layers for cache in caches), strict=True):
-        assert layers[0].packed.shape[2] == 1
-        assert torch.equal(layers[0].packed, layers[1].packed)  # of the prompt
+        assert layers[0].quantised.shape[2] == 1
+        assert torch.equal(layers[0].quantised, layers[1].quantised)  # of the prompt
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 7}, {"assistant_model": True}], ids=str)
@@ -192,7 +192,7 @@ def test_assisted_generation_says_the_same(model, options):
         for parameter in options["assistant_model"].parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
     assert torch.equal(greedy(model, prompt, caches[1], **options), plain)
-    assert {cache.layers[1].packed.shape[2] for cache in caches} == {2}
+    assert {cache.layers[1].quantised.shape[2] for cache in caches} == {2}
 
 
 @torch.no_grad()
@@ -222,18 +222,18 @@ def test_attention_pyspec_reads_records_as_they_lie(model, monkeypatch, name):
     caches = [copy.deepcopy(cache) for _ in range(3)]
     texts = prompt[:, 330:335], prompt[:, 335:336], prompt[:, 336:360]  # the last is too long to be read so
     expected = [model(text, **{CACHE: caches[0]}).logits for text in texts]
-    unpacking = []
+    decoding = []
     decode = cache_module.gear_decode
-    monkeypatch.setattr(cache_module, "gear_decode", lambda *args: unpacking.append(1) or decode(*args))
+    monkeypatch.setattr(cache_module, "gear_decode", lambda *args: decoding.append(1) or decode(*args))
     for text, logits, times in zip(texts, expected, (0, 0, 2), strict=True):
         found = own(text, **{CACHE: caches[1]}).logits
         torch.testing.assert_close(found, logits, atol=2e-4, rtol=2e-4)
-        assert len(unpacking) == times  # of both layers
+        assert len(decoding) == times  # of both layers
     padded = torch.ones(2, 335, dtype=torch.long)
     padded[0, :9] = 0
     found = own(texts[0], **{CACHE: caches[2]}, attention_mask=padded).logits
     torch.testing.assert_close(found[1], expected[0][1], atol=2e-4, rtol=2e-4)
-    assert len(unpacking) == 4 and caches[1].layers[0].packed.shape[2] == 2
+    assert len(decoding) == 4 and caches[1].layers[0].quantised.shape[2] == 2
 
 
 def test_what_does_not_fit_is_named():
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_named():
     cache = GearCache(pyspec.GearSettings(4, 64))
     with pytest.raises(ValueError, match="head_dim must be one of"):
         cache.update(torch.zeros(1, 1, 3, 48), torch.zeros(1, 1, 3, 48), 0)
-    with pytest.raises(ValueError, match="layer 1 must have one head_dim to be packed, got 64 and 128"):
+    with pytest.raises(ValueError, match="layer 1 must have one head_dim to be quantised, got 64 and 128"):
         cache.update(torch.zeros(1, 1, 3, 64), torch.zeros(1, 1, 3, 128), 1)
     k, v = states(250)
     v[0, 1, 33, 5] = torch.nan

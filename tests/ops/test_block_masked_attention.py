@@ -191,14 +191,14 @@ def test_a_row_alone_has_the_same_bits(kernel, dtype):
         assert torch.equal(alone[:, :, 0], out[:, :, row]) and torch.equal(alone_lse[:, :, 0], lse[:, :, row])
 
 
-def test_packed_prompts_are_separate_calls(run):
+def test_joined_prompts_are_separate_calls(run):
     """Three prompts behind one cached prefix in a call, as docs/block_masked_attention.md has them."""
     lengths, prefix = [70, 120, 30], 50
     rows = sum(lengths)
     q, k, v = tensors(rows, prefix + rows, heads=4, kv_heads=2)
-    packed = run(q, k, v, BlockMask.from_documents(lengths, prefix=prefix))
+    joined = run(q, k, v, BlockMask.from_documents(lengths, prefix=prefix))
     caches = [tensor[:, :, prefix:].split(lengths, 2) for tensor in (k, v)]
-    for out, one, *cache in zip(packed.split(lengths, 2), q.split(lengths, 2), *caches, strict=True):
+    for out, one, *cache in zip(joined.split(lengths, 2), q.split(lengths, 2), *caches, strict=True):
         both = (torch.cat([tensor[:, :, :prefix], mine], 2) for tensor, mine in zip((k, v), cache, strict=True))
         alone = run(one, *both, BlockMask.from_window(one.shape[2], prefix + one.shape[2]))
         torch.testing.assert_close(out, alone, atol=1e-5, rtol=1e-5)

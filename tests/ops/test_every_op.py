@@ -36,7 +36,7 @@ def tree_case() -> dict:
     return {"q": floats(1, 4, 5, 64), "k": floats(1, 2, 20, 64), "v": floats(1, 2, 20, 64, seed=1)}
 
 
-def packed_case() -> dict:
+def quantised_case() -> dict:
     tree = {"q": floats(1, 4, 5, 64), "k": floats(1, 2, 90, 64), "v": floats(1, 2, 90, 64, seed=1)}
     return tree | {"ancestor_bits": BITS, "prefix_lens": ints([200]), "window": 64}
 
@@ -70,7 +70,7 @@ def quantised_rows(format=None) -> dict:
     """Two nodes of one tree behind a block."""
     blocks = floats(1, 2, 128, 64), floats(1, 2, 128, 64, seed=1)
     given = {"q": floats(2, 4, 64), "k": floats(1, 2, 9, 64), "v": floats(1, 2, 9, 64, seed=1)}
-    given["packed"] = (
+    given["quantised"] = (
         ops.residual_vq_encode(*blocks, codebooks()) if format is None else ops.gear_encode(*blocks, format)
     )
     numbers = {"ancestor_bits": [[1], [3]], "seen": [1, 1], "starts": [0, 2], "prefix_lens": [5]}
@@ -120,8 +120,8 @@ CALLS = {
     ),
     "gear_attention": lambda: (
         ops.gear_attention,
-        packed_case()
-        | {"packed": ops.gear_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), FORMAT)}
+        quantised_case()
+        | {"quantised": ops.gear_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), FORMAT)}
         | {"format": FORMAT},
     ),
     "residual_vq_encode": lambda: (
@@ -130,8 +130,8 @@ CALLS = {
     ),
     "residual_vq_attention": lambda: (
         ops.residual_vq_attention,
-        packed_case()
-        | {"packed": ops.residual_vq_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), codebooks())}
+        quantised_case()
+        | {"quantised": ops.residual_vq_encode(floats(1, 2, 128, 64), floats(1, 2, 128, 64), codebooks())}
         | {"codebooks": codebooks(), "rotary": ops.rotary_of_blocks(floats(32).abs(), 1)},
     ),
     "gear_ragged": lambda: (gear_ragged, quantised_rows(FORMAT)),
@@ -349,7 +349,7 @@ def test_rounds(sequence, start, parent, path, half, advance):
 @FUZZ
 @given(length=place | st.integers(120, 330))
 @pytest.mark.parametrize("name", ["gear_attention", "residual_vq_attention"])
-def test_attention_to_packed_blocks(name, length):
+def test_attention_to_quantised_blocks(name, length):
     function, given = CALLS[name]()
     agree(function, given | {"prefix_lens": ints([length])})
 
@@ -358,5 +358,5 @@ def test_attention_to_packed_blocks(name, length):
 @FUZZ
 @given(rows=st.lists(st.integers(-3, 9) | st.sampled_from([2**40, -(2**40)]), max_size=4))
 def test_rows_of_weights(rows):
-    packed = ops.lay_out_weight(floats(7, 40))
-    agree(packed.rows, {"index": torch.tensor(rows, dtype=torch.int64)})
+    quantised = ops.lay_out_weight(floats(7, 40))
+    agree(quantised.rows, {"index": torch.tensor(rows, dtype=torch.int64)})

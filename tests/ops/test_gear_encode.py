@@ -85,10 +85,10 @@ def read_record(record: bytes, f: GearFormat, head_dim: int) -> tuple[np.ndarray
 def test_records_are_as_described(head_dim):
     k, v = keys_values(head_dim=head_dim, heads=1, tokens=BLOCK)
     for name, format in formats_for(head_dim):
-        packed = gear_encode(k, v, format)
-        assert packed.shape == (1, 1, 1, format.record_bytes(head_dim))
-        keys, values = read_record(packed.numpy().tobytes(), format, head_dim)
-        for found, expected in zip(gear_decode(packed, format, head_dim), (keys, values), strict=True):
+        quantised = gear_encode(k, v, format)
+        assert quantised.shape == (1, 1, 1, format.record_bytes(head_dim))
+        keys, values = read_record(quantised.numpy().tobytes(), format, head_dim)
+        for found, expected in zip(gear_decode(quantised, format, head_dim), (keys, values), strict=True):
             found = found[0, 0, list(TOKENS)].double().numpy()
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5, err_msg=name)
         error = relative_error(torch.from_numpy(keys), k[0, 0, list(TOKENS)])
@@ -97,14 +97,14 @@ def test_records_are_as_described(head_dim):
 
 @pytest.mark.parametrize("name", PRUNED)
 def test_records_of_some_channels(on_backend, name):
-    """Smaller, not emptier: the keys that are kept are packed as if there were no others."""
+    """Smaller, not emptier: the keys that are kept are quantised as if there were no others."""
     format, (k, v) = PRUNED[name], keys_values(BLOCK, heads=1)
     channels = channels_of(k, format)
-    packed = on_backend(gear_encode, k, v, format, channels)
+    quantised = on_backend(gear_encode, k, v, format, channels)
     whole = GearFormat(format.bits, format.group, format.rank, format.outliers, fitted=format.fitted)
-    assert packed.shape[3] <= whole.record_bytes(64) - (64 - format.key_channels) * 16 * format.bits + 128
-    keys, values = read_record(packed.numpy().tobytes(), format, 64)
-    for found, expected in zip(gear_decode(packed, format, 64), (keys, values), strict=True):
+    assert quantised.shape[3] <= whole.record_bytes(64) - (64 - format.key_channels) * 16 * format.bits + 128
+    keys, values = read_record(quantised.numpy().tobytes(), format, 64)
+    for found, expected in zip(gear_decode(quantised, format, 64), (keys, values), strict=True):
         np.testing.assert_allclose(found[0, 0, list(TOKENS)].numpy(), expected, rtol=1e-5, atol=1e-5)
     kept = channels[0, 0, 0].long()
     rest = [c for c in range(64) if c not in kept.tolist()]
@@ -113,7 +113,7 @@ def test_records_of_some_channels(on_backend, name):
     assert error < {2: 0.4, 3: 0.25, 4: 0.1, 8: 0.01}[format.bits]
     if not format.rank and not format.fitted:
         with pyspec.backend("reference"):
-            assert torch.equal(packed, gear_encode(k, v, format, channels))
+            assert torch.equal(quantised, gear_encode(k, v, format, channels))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_backends_lay_out_the_same(on_backend, head_dim, dtype):
             expected = gear_encode(k, v, format)
         if not format.rank and not format.fitted:
             assert torch.equal(found, expected), name
-        decoded = [gear_decode(packed, format, head_dim) for packed in (found, expected)]
+        decoded = [gear_decode(quantised, format, head_dim) for quantised in (found, expected)]
         for ours, theirs, x in zip(*decoded, (k, v), strict=True):
             assert relative_error(ours, x) < relative_error(theirs, x) * 1.01 + 1e-4, name
 
@@ -277,13 +277,13 @@ def test_fitted_ranges_stay_in_fp16(on_backend, scale, offset):
 def test_blocks_do_not_depend_on_each_other(on_backend, name):
     """The published CUDA code gives every batch item the low-rank part of the first."""
     format, (k, v) = FORMATS[name], keys_values(tokens=2 * BLOCK, batch=2)
-    packed = on_backend(gear_encode, k, v, format)
+    quantised = on_backend(gear_encode, k, v, format)
     for b, head, block in ((0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 1, 1)):
         parts = [x[b, head, block * BLOCK :][:BLOCK][None, None] for x in (k, v)]
         alone = on_backend(gear_encode, *parts, format)
         if os.environ.get("PYSPEC_ISA"):
-            assert torch.equal(alone[0, 0, 0], packed[b, head, block])
-        record = packed[b, head, block][None, None, None]
+            assert torch.equal(alone[0, 0, 0], quantised[b, head, block])
+        record = quantised[b, head, block][None, None, None]
         for found, expected in zip(gear_decode(alone, format, 64), gear_decode(record, format, 64), strict=True):
             assert relative_error(found, expected) < 1e-2
 
@@ -324,7 +324,7 @@ def test_formats_that_do_not_fit_the_head():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e5])
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_values_that_cannot_be_packed_are_named(value, name):
+def test_values_that_cannot_be_quantised_are_named(value, name):
     tensors = dict(zip("kv", keys_values(batch=2), strict=True))
     tensors[name][1, 1, 200, 7] = value
     with pytest.raises(ValueError, match=f"{name} must hold values .* sequence 1, head 1, position 200, channel 7"):

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.linear import LinearWeight, _pack_int8, lay_out_weight, linear, linear_reference, linear_rows_reference
+from pyspec.ops.linear import (
+    LinearWeight,
+    _lay_out_int8,
+    lay_out_weight,
+    linear,
+    linear_reference,
+    linear_rows_reference,
+)
 from tests.helpers.every_backend import each_kernel
 from tests.helpers.linear_cases import FLOATS, PACKED, SIZES, random, rounded_weight
 
@@ -93,7 +100,7 @@ def test_formats_of_other_devices(outputs, inputs):
     """Tiles of int8 hold the same values as panels; floats are left in rows."""
     weight = random(outputs, inputs)
     in_panels = lay_out_weight(weight, torch.int8)
-    in_tiles = LinearWeight(_pack_int8(weight, False), outputs, inputs)
+    in_tiles = LinearWeight(_lay_out_int8(weight, False), outputs, inputs)
     assert in_tiles.data.shape == ((outputs + 63) // 64, (inputs + 127) // 128, 64 * 4 * 34)
     assert torch.equal(in_tiles.unpack(), in_panels.unpack())
     index = torch.tensor([outputs - 1, 0])
@@ -145,8 +152,18 @@ def test_int8_of_zeros_and_of_tiny_values():
 @pytest.mark.parametrize(
     "error, message, weight, dtype",
     [
-        (TypeError, "weight must be float32, float16 or bfloat16, or become int8", torch.ones(2, 3).double(), None),
-        (TypeError, "weight must be float32, float16 or bfloat16, or become int8", torch.ones(2, 3).char(), None),
+        (
+            TypeError,
+            "weight must be float32, float16 or bfloat16, or become int8 or int4",
+            torch.ones(2, 3).double(),
+            None,
+        ),
+        (
+            TypeError,
+            "weight must be float32, float16 or bfloat16, or become int8 or int4",
+            torch.ones(2, 3).char(),
+            None,
+        ),
         (TypeError, ".* got torch.float32 to torch.uint8", torch.ones(2, 3), torch.uint8),
         (ValueError, r"weight must be \[outputs, inputs\] and not empty, got shape \(3,\)", torch.ones(3), None),
         (ValueError, r"weight must be .* got shape \(1, 2, 3\)", torch.ones(1, 2, 3), None),

@@ -284,7 +284,11 @@ def test_compiles_as_one_graph():
     "error, message, change",
     [
         (TypeError, "x must be float32, float16 or bfloat16, got torch.float64", lambda x, w: (x.double(), w)),
-        (TypeError, "weight must be int8 or torch.float16 like x, got torch.float32", lambda x, w: (x.half(), w)),
+        (
+            TypeError,
+            "weight must be int8, in fewer bits, or torch.float16 like x, got torch.float32",
+            lambda x, w: (x.half(), w),
+        ),
         (TypeError, "weight must be float32, float16 or bfloat16", lambda x, w: (x, torch.zeros(45, 77).double())),
         (ValueError, r"weight must be \[outputs, inputs\] and not empty", lambda x, w: (x, torch.zeros(77))),
         (ValueError, r"x must be \[..., 77\] for this weight, got shape \(5, 76\)", lambda x, w: (x[:, 1:], w)),

@@ -14,7 +14,7 @@ from pyspec.ops.quantised_ragged import (
     residual_vq_ragged_reference,
 )
 from tests.helpers.every_backend import each_kernel
-from tests.helpers.packings import codebooks_of
+from tests.helpers.quantisers import codebooks_of
 from tests.helpers.rounds import random_tree
 
 FORMAT = GearFormat(2, 64, rank=2, outliers=2)
@@ -47,9 +47,9 @@ def rows_of(dtype, records=1):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gear_has_the_bits_of_each_tree(gear, dtype, records):
     q, blocks, keys_values, numbers = rows_of(dtype, records)
-    packed = gear_encode(*blocks, FORMAT)
-    found = gear(q, packed, *keys_values, *numbers, FORMAT, span=128, records=records, scale=0.125)
-    expected = gear_ragged_reference(q, packed, *keys_values, *numbers, 128, records, *FORMAT.layout, 0.125)
+    quantised = gear_encode(*blocks, FORMAT)
+    found = gear(q, quantised, *keys_values, *numbers, FORMAT, span=128, records=records, scale=0.125)
+    expected = gear_ragged_reference(q, quantised, *keys_values, *numbers, 128, records, *FORMAT.layout, 0.125)
     assert found.isfinite().all() and torch.equal(found, expected)
 
 
@@ -57,28 +57,28 @@ def test_gear_has_the_bits_of_each_tree(gear, dtype, records):
 def test_codes_have_the_bits_of_each_tree(codes, dtype):
     q, blocks, keys_values, numbers = rows_of(dtype)
     codebooks = codebooks_of()
-    packed = residual_vq_encode(*blocks, codebooks)
-    found = codes(q, packed, *keys_values, *numbers, codebooks, span=128, records=1, scale=0.125)
-    expected = residual_vq_ragged_reference(q, packed, *keys_values, *numbers, 128, 1, codebooks, 0.125)
+    quantised = residual_vq_encode(*blocks, codebooks)
+    found = codes(q, quantised, *keys_values, *numbers, codebooks, span=128, records=1, scale=0.125)
+    expected = residual_vq_ragged_reference(q, quantised, *keys_values, *numbers, 128, 1, codebooks, 0.125)
     assert found.isfinite().all() and torch.equal(found, expected)
 
 
 def test_what_does_not_fit(gear):
     q, blocks, keys_values, (bits, seen, starts, lens) = rows_of(torch.float32)
-    packed = gear_encode(*blocks, FORMAT)
+    quantised = gear_encode(*blocks, FORMAT)
     settings = {"format": FORMAT, "span": 128, "records": 1, "scale": 0.125}
     for wrong, message in (
-        ((bits, seen + 2, starts, lens), r"seen\[0\] is 3, packed has 2 records"),
+        ((bits, seen + 2, starts, lens), r"seen\[0\] is 3, quantised has 2 records"),
         ((bits, seen, starts + 1, lens), "starts must go from 0 to 50"),
         ((bits, seen, starts, lens + 200), "tree 0 of 9 nodes does not fit at 350 in 300 slots"),
         ((bits[:, :1].contiguous(), seen, starts, lens), "tree 2 of 40 nodes does not fit"),
     ):
         with pytest.raises(ValueError, match=message):
-            gear(q, packed, *keys_values, *wrong, **settings)
+            gear(q, quantised, *keys_values, *wrong, **settings)
 
 
 def test_opcheck():
     q, blocks, keys_values, numbers = rows_of(torch.float32)
-    packed = gear_encode(*blocks, FORMAT)
-    given = (q, packed, *keys_values, *numbers, 128, 1, *FORMAT.layout, 0.125)
+    quantised = gear_encode(*blocks, FORMAT)
+    given = (q, quantised, *keys_values, *numbers, 128, 1, *FORMAT.layout, 0.125)
     torch.library.opcheck(torch.ops.pyspec.gear_ragged.default, given)

@@ -1,4 +1,4 @@
-"""residual_vq: the packed format read bit by bit, nearest codewords, and attention by float64 and the row rule."""
+"""residual_vq: the quantised format read bit by bit, nearest codewords, and attention by float64 and the row rule."""
 
 import os
 
@@ -12,7 +12,7 @@ from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, backend_runner
 from tests.helpers.gear_formats import relative_error
-from tests.helpers.packings import BOOKS, PACKINGS, codebooks_of, frequencies_of, turned
+from tests.helpers.quantisers import BOOKS, QUANTISERS, codebooks_of, frequencies_of, turned
 
 HEAD_DIMS = (64, 96, 128, 256)
 on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
@@ -58,10 +58,10 @@ def read_record(record: bytes, books: np.ndarray, head_dim: int) -> tuple[list[n
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_records_are_as_described(name, head_dim):
     k, v = keys_values(BLOCK, heads=1, head_dim=head_dim)
-    packed = residual_vq_encode(k, v, BOOKS[name])
-    assert packed.shape == (1, 1, 1, format_of(BOOKS[name]).record_bytes(head_dim))
-    expected, _ = read_record(packed.numpy().tobytes(), BOOKS[name].double().numpy(), head_dim)
-    for found, x in zip(residual_vq_decode(packed, BOOKS[name], head_dim), expected, strict=True):
+    quantised = residual_vq_encode(k, v, BOOKS[name])
+    assert quantised.shape == (1, 1, 1, format_of(BOOKS[name]).record_bytes(head_dim))
+    expected, _ = read_record(quantised.numpy().tobytes(), BOOKS[name].double().numpy(), head_dim)
+    for found, x in zip(residual_vq_decode(quantised, BOOKS[name], head_dim), expected, strict=True):
         np.testing.assert_allclose(found[0, 0].double().numpy(), x, rtol=1e-5, atol=1e-5)
 
 
@@ -94,7 +94,7 @@ def test_backends_lay_out_the_same(on_backend, head_dim, dtype):
         with pyspec.backend("reference"):
             expected = residual_vq_encode(k, v, books)
         assert (found == expected).float().mean() > 0.995
-        decoded = [residual_vq_decode(packed, books, head_dim) for packed in (found, expected)]
+        decoded = [residual_vq_decode(quantised, books, head_dim) for quantised in (found, expected)]
         for ours, theirs, x in zip(*decoded, (k, v), strict=True):
             assert relative_error(ours, x) < relative_error(theirs, x) * 1.005
 
@@ -113,27 +113,27 @@ def test_the_error_falls_with_depth(on_backend):
 def test_a_vector_without_deviation_has_scale_one(on_backend):
     k = torch.zeros(1, 1, BLOCK, 64)
     k[0, 0, 1] = 3.0
-    packed = on_backend(residual_vq_encode, k, k, BOOKS["256"])
-    scale = packed[0, 0, 0, :256].view(torch.float16)
+    quantised = on_backend(residual_vq_encode, k, k, BOOKS["256"])
+    scale = quantised[0, 0, 0, :256].view(torch.float16)
     assert (scale == 1).all()
 
 
 def test_large_values_stay_finite(on_backend):
     k = torch.full((1, 1, BLOCK, 64), 65504.0)
     k[..., ::2] = -65504.0
-    packed = on_backend(residual_vq_encode, k, k, BOOKS["256"])
-    assert all(x.isfinite().all() for x in residual_vq_decode(packed, BOOKS["256"], 64))
+    quantised = on_backend(residual_vq_encode, k, k, BOOKS["256"])
+    assert all(x.isfinite().all() for x in residual_vq_decode(quantised, BOOKS["256"], 64))
 
 
 def test_tokens_do_not_depend_on_each_other(on_backend):
     k, v = keys_values(2 * BLOCK, batch=2)
     books = codebooks_of(4, batch=2)
-    packed = on_backend(residual_vq_encode, k, v, books)
+    quantised = on_backend(residual_vq_encode, k, v, books)
     for b, head, block in ((0, 0, 1), (1, 1, 0)):
         parts = [x[b, head, block * BLOCK :][:BLOCK][None, None] for x in (k, v)]
         alone = on_backend(residual_vq_encode, *parts, books[b])
         if os.environ.get("PYSPEC_ISA"):
-            assert torch.equal(alone[0, 0, 0], packed[b, head, block])
+            assert torch.equal(alone[0, 0, 0], quantised[b, head, block])
             parts[0][..., 3, :] = 7.0
             other = on_backend(residual_vq_encode, *parts, books[b])
             codes = [x[0, 0, 0, 256 : 256 + 1024].view(8, 128) for x in (other, alone)]
@@ -157,17 +157,17 @@ def test_keys_are_turned_to_their_positions_and_back(head_dim):
 
 def test_attention_to_keys_of_the_other_kind_is_another(on_backend):
     """The op cannot know what records hold: rotary says it, and it counts."""
-    packing = PACKINGS["pre-rope codes 256"]
-    case, packed, k, v = packing.case([700], [3])
-    right = on_backend(packing.attend, case.q, packed, k, v, case.bits, case.lens)
-    wrong = on_backend(residual_vq_attention, case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
+    quantiser = QUANTISERS["pre-rope codes 256"]
+    case, quantised, k, v = quantiser.case([700], [3])
+    right = on_backend(quantiser.attend, case.q, quantised, k, v, case.bits, case.lens)
+    wrong = on_backend(residual_vq_attention, case.q, quantised, k, v, case.bits, case.lens, BOOKS["256"])
     assert (right - wrong).abs().max() > 0.05
 
 
 def test_rotary_that_does_not_fit_is_named():
-    case, packed, k, v = PACKINGS["pre-rope codes 256"].case([600], [2])
-    good = rotary_of_blocks(frequencies_of(64), packed.shape[2])
-    args = (case.q, packed, k, v, case.bits, case.lens, BOOKS["256"])
+    case, quantised, k, v = QUANTISERS["pre-rope codes 256"].case([600], [2])
+    good = rotary_of_blocks(frequencies_of(64), quantised.shape[2])
+    args = (case.q, quantised, k, v, case.bits, case.lens, BOOKS["256"])
     residual_vq_attention(*args, rotary=good)
     for wrong, error, message in (
         (good.double(), TypeError, "rotary must be float32, got torch.float64"),
@@ -181,7 +181,7 @@ def test_rotary_that_does_not_fit_is_named():
     if KERNELS:
         seen = torch.ones(1, 2, dtype=torch.int32)
         with pytest.raises(RuntimeError, match="rotary must be contiguous float32"):
-            torch.ops.pyspec.residual_vq(case.q, packed, seen, BOOKS["256"], 0.125, good[:-1])
+            torch.ops.pyspec.residual_vq(case.q, quantised, seen, BOOKS["256"], 0.125, good[:-1])
 
 
 # ==== the ops as torch sees them ====
@@ -192,10 +192,10 @@ def test_opcheck(name):
     books, (k, v) = BOOKS[name], keys_values()
     torch.library.opcheck(torch.ops.pyspec.residual_vq_encode.default, (k, v, books[None]))
     q, seen = torch.randn(1, 4, 3, 64), torch.tensor([[1, 2, 0]], dtype=torch.int32)
-    packed = residual_vq_encode(k, v, books)
-    torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, packed, seen, books, 0.125))
+    quantised = residual_vq_encode(k, v, books)
+    torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, quantised, seen, books, 0.125))
     rotary = rotary_of_blocks(frequencies_of(64), 2)
-    torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, packed, seen, books, 0.125, rotary))
+    torch.library.opcheck(torch.ops.pyspec.residual_vq.default, (q, quantised, seen, books, 0.125, rotary))
 
 
 def test_compiles_as_one_graph():
@@ -203,8 +203,8 @@ def test_compiles_as_one_graph():
     q, seen = torch.randn(1, 4, 3, 64), torch.tensor([[1, 2, 0]], dtype=torch.int32)
 
     def step(q, k, v, seen):
-        packed = torch.ops.pyspec.residual_vq_encode(k * 1, v, books[None])
-        return torch.ops.pyspec.residual_vq(q * 2, packed, seen, books, 0.125)[0].sum(-1)
+        quantised = torch.ops.pyspec.residual_vq_encode(k * 1, v, books[None])
+        return torch.ops.pyspec.residual_vq(q * 2, quantised, seen, books, 0.125)[0].sum(-1)
 
     torch.testing.assert_close(torch.compile(step, fullgraph=True)(q, k, v, seen), step(q, k, v, seen))
 
@@ -236,7 +236,7 @@ def test_formats_that_do_not_exist():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e5])
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_values_that_cannot_be_packed_are_named(value, name):
+def test_values_that_cannot_be_quantised_are_named(value, name):
     tensors = dict(zip("kv", keys_values(batch=2), strict=True))
     tensors[name][1, 1, 200, 7] = value
     with pytest.raises(ValueError, match=f"{name} must hold values .* sequence 1, head 1, position 200, channel 7"):
@@ -244,7 +244,7 @@ def test_values_that_cannot_be_packed_are_named(value, name):
 
 
 def test_records_of_other_codebooks_are_refused():
-    case, packed, k, v = PACKINGS["codes 256"].case([300], [4])
+    case, quantised, k, v = QUANTISERS["codes 256"].case([300], [4])
     for books, field in ((codebooks_of(5), "depth=5"), (BOOKS["2048"], "codes=2048")):
-        with pytest.raises(ValueError, match=f"packed must be .*{field}"):
-            residual_vq_attention(case.q, packed, k, v, case.bits, case.lens, books)
+        with pytest.raises(ValueError, match=f"quantised must be .*{field}"):
+            residual_vq_attention(case.q, quantised, k, v, case.bits, case.lens, books)

@@ -63,8 +63,8 @@ def llama_texts():
     found = [generate(runner, PROMPTS, budget=7, max_new_tokens=12, **call).tokens for call in calls]
     long = [random_tokens(190, seed=4)]
     named = [cache for cache in map(cache_from_name, CACHES) if isinstance(cache, GearSettings)]
-    for packed in (*named, GearSettings(4, 64, keep=0.5), GearSettings(4, 64, key_channels=48, rank=1)):
-        found.append(generate(runner, long, drafter="lookup", budget=7, max_new_tokens=12, cache=packed).tokens)
+    for quantised in (*named, GearSettings(4, 64, keep=0.5), GearSettings(4, 64, key_channels=48, rank=1)):
+        found.append(generate(runner, long, drafter="lookup", budget=7, max_new_tokens=12, cache=quantised).tokens)
     return found, [row.clone() for row in runner.prefill(PROMPTS)]
 
 

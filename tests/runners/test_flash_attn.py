@@ -135,8 +135,8 @@ def test_speculation_says_what_plain_decoding_says(device, small_chunks, setting
         assert drafted.stats.rounds < plain.stats.rounds
 
 
-def test_packed_caches_are_refused(fake):
-    with pytest.raises(ValueError, match="cache must be dense with prompt_attention flash-attn, got a packed one"):
+def test_quantised_caches_are_refused(fake):
+    with pytest.raises(ValueError, match="cache must be dense with prompt_attention flash-attn, got a quantised one"):
         pyspec.generate(flash_llama("cpu"), LONG, cache="int8", max_new_tokens=3)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of a batch: read packed, and what they share once, with the bits of each alone."""
+"""Prompts of a batch: read ragged, and what they share once, with the bits of each alone."""
 
 import pytest
 import torch

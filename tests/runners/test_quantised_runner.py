@@ -1,4 +1,4 @@
-"""The Llama runner over packed caches: plain decoding's bits, in any chunks, and generate's texts."""
+"""The Llama runner over quantised caches: plain decoding's bits, in any chunks, and generate's texts."""
 
 from contextlib import nullcontext
 
@@ -6,23 +6,15 @@ import pytest
 import torch
 
 import pyspec.runners.native
-from pyspec import DraftTree, ResidualVqSettings, generate, load
-from pyspec.caches import CACHES, Codebooks, GearSettings, QuantisedCache, cache_from_name
+from pyspec import DraftTree, generate, load
+from pyspec.caches import CACHES, GearSettings, QuantisedCache, cache_from_name
 from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
 from pyspec.runners.replay import launch_by_launch
+from tests.helpers.quantised_caches import random_codes
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
 
-
-def random_codes(pre_rope: bool) -> ResidualVqSettings:
-    runner = random_llama()
-    words = torch.randn(2, 2, 8, 256, 32, generator=torch.Generator().manual_seed(0))
-    words *= 0.8 * 0.8 ** torch.arange(8)[:, None, None]
-    frequencies = runner.config.rope_frequencies() if pre_rope else None
-    return ResidualVqSettings(Codebooks(words.half(), 2, 64, runner.fingerprint, frequencies))
-
-
-PACKED = {
+QUANTISED = {
     **{name: cache for name in CACHES if isinstance(cache := cache_from_name(name), GearSettings)},
     "window of 30": GearSettings(4, 64, rank=1, outliers=2, window=30),
     "rvq": random_codes(pre_rope=False),
@@ -37,20 +29,20 @@ def runner():
     return random_llama(dtype=torch.bfloat16)
 
 
-def error(packed):
+def error(quantised):
     """Of logits, that is allowed, in standard deviations."""
-    return {2: 1.2, 3: 0.8, 4: 0.4, 8: 0.1}[getattr(packed, "bits", 2)]
+    return {2: 1.2, 3: 0.8, 4: 0.4, 8: 0.1}[getattr(quantised, "bits", 2)]
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", QUANTISED)
 def test_logits_are_near_those_of_the_dense_cache(runner, name):
     prompt, tree = random_tokens(400), random_tree(20)
     runner.prefill([prompt])
     expected = runner.verify({0: tree})[0].logits
-    runner.prefill([prompt], cache=PACKED[name])
+    runner.prefill([prompt], cache=QUANTISED[name])
     found = runner.verify({0: tree})[0].logits
     assert not torch.equal(found, expected)
-    assert (found - expected).abs().mean() < error(PACKED[name]) * expected.std()
+    assert (found - expected).abs().mean() < error(QUANTISED[name]) * expected.std()
 
 
 def test_before_the_first_block_it_is_the_dense_cache(runner):
@@ -61,10 +53,10 @@ def test_before_the_first_block_it_is_the_dense_cache(runner):
     assert torch.equal(runner.verify({0: tree})[0].logits, expected)
 
 
-@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
+@pytest.mark.parametrize("name", (*QUANTISED, *SPARSE))
 @pytest.mark.parametrize("length", LENGTHS)
 def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
-    cache, prompt, tree = (PACKED | SPARSE)[name], random_tokens(length), random_tree(24)
+    cache, prompt, tree = (QUANTISED | SPARSE)[name], random_tokens(length), random_tree(24)
     runner.prefill([prompt], cache=cache)
     logits = runner.verify({0: tree})[0].logits
     for node in (3, 14, 23):
@@ -79,12 +71,12 @@ def test_a_node_has_the_bits_of_plain_decoding(runner, name, length):
 
 @pytest.mark.parametrize("name", ["gear-2bit", "window of 30"])
 def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name, monkeypatch):
-    cache, prompt, found = PACKED[name], random_tokens(330), []
+    cache, prompt, found = QUANTISED[name], random_tokens(330), []
 
     def state(logits):
         kept = runner._cache
         exact = kept.keys_values[..., : len(prompt) - kept.starts[0], :].clone()
-        found.append((logits, kept.packed[..., : len(prompt) // BLOCK, :].clone(), exact))
+        found.append((logits, kept.quantised[..., : len(prompt) // BLOCK, :].clone(), exact))
 
     for chunk in (128, 20, 7):
         monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
@@ -102,11 +94,11 @@ def test_a_prompt_may_be_read_in_any_chunks_or_committed_from_trees(runner, name
             assert torch.equal(part, expected)
 
 
-@pytest.mark.parametrize("name", (*PACKED, *SPARSE))
+@pytest.mark.parametrize("name", (*QUANTISED, *SPARSE))
 @pytest.mark.parametrize("drafter", ["lookup", "merged"])
 def test_greedy_text_is_that_of_plain_decoding(runner, name, drafter):
     prompts = [random_tokens(20) * 9, random_tokens(11, 3) * 20]
-    settings = dict(max_new_tokens=90, cache=(PACKED | SPARSE)[name])
+    settings = dict(max_new_tokens=90, cache=(QUANTISED | SPARSE)[name])
     plain = generate(runner, prompts, drafter=None, **settings)
     result = generate(runner, prompts, drafter=drafter, budget=16, **settings)
     assert result.tokens == plain.tokens
@@ -121,7 +113,7 @@ def test_sampled_text_is_that_of_plain_decoding(runner):
 
 
 def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
-    """Where all nodes see packed what their root does, as engines have it that pack by length, the bits differ."""
+    """Where all nodes see quantised what their root does, as in engines that quantise by length, the bits differ."""
     prompt, tree = random_tokens(190), random_tree(24)
     node = max(range(24), key=lambda node: int(tree.depths[node]))
 
@@ -179,11 +171,11 @@ def test_bad_input(runner):
 
 def test_codebooks_of_another_model_are_refused():
     with pytest.raises(ValueError, match="codebooks must be those of llama-.* got codebooks of llama-"):
-        generate(random_llama(context=2000), random_tokens(9), cache=PACKED["rvq"])
+        generate(random_llama(context=2000), random_tokens(9), cache=QUANTISED["rvq"])
 
 
 def test_nan_keys_are_refused(runner):
-    """A weight that gives NaN values in the last layer only: generation says so instead of packing them."""
+    """A weight that gives NaN values in the last layer only: generation says so instead of quantising them."""
     broken = random_llama(dtype=torch.float32)
     layer = broken.weights.layers[1]
     dense = layer.qkv.unpack()
@@ -210,7 +202,7 @@ def test_demo_model():
 
 def test_a_saved_cache_goes_on_with_the_same_bits(runner, tmp_path):
     prompt, tree = random_tokens(330), random_tree(20)
-    with pytest.raises(RuntimeError, match="there is no packed cache to save"):
+    with pytest.raises(RuntimeError, match="there is no quantised cache to save"):
         runner.prefill([prompt])
         runner.save_cache(tmp_path / "cache")
     runner.prefill([prompt, prompt[:50]], cache=cache_from_name("gear-2bit"))

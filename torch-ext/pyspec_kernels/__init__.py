@@ -9,10 +9,12 @@ from ._ops import ops
 block_masked_attention = ops.block_masked_attention
 block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
+gear = ops.gear
 gear_encode = ops.gear_encode
-gear_packed_attention = ops.gear_packed_attention
 gear_ragged = ops.gear_ragged
 linear = ops.linear
+linear_codes = ops.linear_codes
+linear_codes_rows = ops.linear_codes_rows
 linear_rows = ops.linear_rows
 merge_attention = ops.merge_attention
 ragged_attention = ops.ragged_attention
@@ -31,10 +33,12 @@ __all__ = [
     "block_masked_attention",
     "block_masked_attention_backward",
     "causal_conv",
+    "gear",
     "gear_encode",
-    "gear_packed_attention",
     "gear_ragged",
     "linear",
+    "linear_codes",
+    "linear_codes_rows",
     "linear_rows",
     "merge_attention",
     "ragged_attention",

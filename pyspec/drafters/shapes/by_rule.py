@@ -8,8 +8,6 @@ from pyspec.drafters.shapes.dyspec import DySpecThreshold
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 
-__all__ = ["growth_for"]
-
 
 def growth_for(acceptance: str | AcceptanceRule) -> GrowthPolicy:
     """The growth policy whose trees a rule keeps most of, of those that it takes: the likeliest paths for a rule that

@@ -10,8 +10,6 @@ from pyspec.drafters.shapes import LawSource, Sapling
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
-__all__ = ["DySpecGreedy", "DySpecThreshold"]
-
 
 class _Slots:
     """Places for another child, and the estimated chance that verification reaches each.

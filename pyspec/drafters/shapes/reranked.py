@@ -8,8 +8,6 @@ from pyspec.drafters.shapes import LARGEST_BUDGET, GrowthPolicy, LawSource, Sapl
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
-__all__ = ["Reranked", "TopPaths"]
-
 
 class TopPaths:
     """The `width` likeliest tokens below the `width` likeliest nodes of each level. Deterministic.

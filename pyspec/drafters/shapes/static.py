@@ -11,8 +11,6 @@ from pyspec.drafters.shapes import Children, LawSource, Sapling, top_tokens
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
-__all__ = ["FixedBranching", "Sequoia", "sibling_acceptance"]
-
 LARGEST_PLAN = 256  # nodes that Sequoia plans for: the tables are quadratic in them
 
 

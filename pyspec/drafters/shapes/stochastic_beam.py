@@ -8,8 +8,6 @@ from pyspec.drafters.shapes import LawSource, Sapling
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
-__all__ = ["StochasticBeam"]
-
 
 class StochasticBeam:
     """Draws `width` different paths of each length from the drafter's law, without replacement.

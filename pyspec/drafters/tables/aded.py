@@ -11,8 +11,6 @@ from pyspec.drafters.saving import Column
 from pyspec.drafters.table_drafter import ColumnTable, of_tables
 from pyspec.host import host
 
-__all__ = ["Aded"]
-
 CAPACITY = 2**17  # pairs of tokens
 FOLLOWERS = 12  # of a pair
 WINDOW = 16  # newest tokens whose trigrams get a bonus in every round

@@ -8,8 +8,6 @@ from pyspec.drafters.table_drafter import Table
 from pyspec.host import host
 from pyspec.ops.row_statistics import TOP
 
-__all__ = ["Bigrams", "check_bigrams", "common_tokens"]
-
 
 class Bigrams(Table):
     """The model's bigrams, chained as far as a tree goes, and the tokens that follow most tokens.

@@ -8,8 +8,6 @@ from pyspec.drafters import DRAFTERS
 from pyspec.drafters.table_drafter import Table, of_tables
 from pyspec.host import host
 
-__all__ = ["Lookup"]
-
 
 class Lookup(Table):
     """The n-grams of one sequence, which is continued as the same words were continued before.

@@ -9,8 +9,6 @@ from pyspec.drafters.saving import Arrays, Column
 from pyspec.drafters.table_drafter import Table, of_tables
 from pyspec.host import host
 
-__all__ = ["Recycling"]
-
 
 class Recycling(Table):
     """The 8 best tokens of every logits row that was seen, by the token that it came after and by the last two.

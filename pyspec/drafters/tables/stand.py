@@ -10,8 +10,6 @@ from pyspec.drafters.table_drafter import ColumnTable, of_tables
 from pyspec.host import host
 from pyspec.ops.row_statistics import TOP
 
-__all__ = ["Stand"]
-
 CAPACITY = 2**17  # n-grams
 
 

@@ -14,8 +14,6 @@ from pyspec.drafters.saving import Arrays, Column
 from pyspec.drafters.table_drafter import Table, of_tables
 from pyspec.host import host
 
-__all__ = ["Suffix"]
-
 CAPACITY = 2**18  # tokens
 
 

@@ -16,5 +16,3 @@ from pyspec.integrations.transformers.attention import register_attention  # noq
 from pyspec.integrations.transformers.cache import GearCache, GearLayer  # noqa: E402
 from pyspec.integrations.transformers.generation import generate  # noqa: E402
 from pyspec.integrations.transformers.mamba import fix_mamba_steps  # noqa: E402
-
-__all__ = ["GearCache", "GearLayer", "fix_mamba_steps", "generate", "register_attention"]

@@ -12,8 +12,6 @@ from pyspec.integrations.transformers.cache import QuantisedStates
 from pyspec.masks import BlockMask
 from pyspec.ops import block_masked_attention, tree_attention
 
-__all__ = ["register_attention"]
-
 NAME = "pyspec"
 _MOST_TREE_ROWS = 16  # queries that are read as a chain of a tree: it shares the keys among them, but reads no mask
 _NO_GRADIENT = (

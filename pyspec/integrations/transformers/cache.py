@@ -5,7 +5,7 @@
     model.generate(**inputs, cache=GearCache("gear-4bit"))  # past_key_values before transformers 5.24
 
 Attention "pyspec" (register_attention) reads the records of a step as they lie. Stock attention reads tensors: for it
-each layer unpacks its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
+each layer decodes its blocks at every step, for the time of its attention, and memory is saved, not time. All rows of a
 pass see a block in one form, quantised if it is so for the first of them. Drafts across the place where a block turns
 (once in 128 tokens), or in the pass that reads the prompt, see it as it was, in full precision; there, and only there,
 a text with drafts may differ from one without. Nothing of transformers is changed.
@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_map
 from transformers.cache_utils import Cache, DynamicLayer
 
 from pyspec import caches
-from pyspec.ops.gear import BLOCK, TreeRows, attend_tree, blocks_seen, encode_packed, find_unpackable, gear_decode
-from pyspec.ops.gear_encode import LARGEST
-
-__all__ = ["GearCache", "GearLayer", "QuantisedStates"]
+from pyspec.ops.gear import TreeRows, attend_tree, blocks_seen
+from pyspec.ops.gear_encode import LARGEST, encode_records, find_unquantisable
+from pyspec.ops.gear_format import BLOCK, gear_decode
 
 
 class GearCache(Cache):
@@ -68,63 +67,63 @@ class GearCache(Cache):
 
 
 class GearLayer(DynamicLayer):
-    """One layer: `packed` [B, Hkv, blocks, record] uint8, then `keys` and `values` [B, Hkv, S, D] as they came."""
+    """One layer: `quantised` [B, Hkv, blocks, record] uint8, then `keys` and `values` [B, Hkv, S, D] as they came."""
 
     def __init__(self, settings: caches.GearSettings, index: int):
         super().__init__()
         self.settings = settings
         self.index = index
-        self.packed: Tensor | None = None
+        self.quantised: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        tensors = (self.packed, self.keys, self.values) if self.is_initialized else ()
+        tensors = (self.quantised, self.keys, self.values) if self.is_initialized else ()
         return sum(tensor.nbytes for tensor in tensors)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, head_dim = key_states.shape
         if value_states.shape[-1] != head_dim:
             raise ValueError(
-                f"keys and values of layer {self.index} must have one head_dim to be packed, "
+                f"keys and values of layer {self.index} must have one head_dim to be quantised, "
                 f"got {head_dim} and {value_states.shape[-1]}"
             )
         self.settings.check_head_dim(head_dim)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         record = self.settings.record_bytes(head_dim)
-        self.packed = torch.empty(batch, heads, 0, record, dtype=torch.uint8, device=self.device)
+        self.quantised = torch.empty(batch, heads, 0, record, dtype=torch.uint8, device=self.device)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._pack()
+        self._quantise()
         self.keys = torch.cat((self.keys, key_states), -2)
         self.values = torch.cat((self.values, value_states), -2)
-        if not self.packed.shape[2]:
+        if not self.quantised.shape[2]:
             return self.keys, self.values
-        held = _Held(self.settings, self.packed, self.keys, self.values)
+        held = _Held(self.settings, self.quantised, self.keys, self.values)
         return QuantisedStates(held, 0), QuantisedStates(held, 1)
 
-    def _pack(self) -> None:
+    def _quantise(self) -> None:
         """Quantises the blocks that are far enough behind the tokens to come."""
-        blocks = blocks_seen(self.get_seq_length(), self.settings.window) - self.packed.shape[2]
+        blocks = blocks_seen(self.get_seq_length(), self.settings.window) - self.quantised.shape[2]
         if blocks <= 0:
             return
         parts = [states[:, :, : blocks * BLOCK] for states in (self.keys, self.values)]
-        bad = find_unpackable(*parts)
+        bad = find_unquantisable(*parts)
         if bad is not None:
             name, (sequence, head, token, channel), value = bad
             raise ValueError(
-                f"{'keys' if name == 'k' else 'values'} must be at most {LARGEST:.0f} in magnitude to be packed, got "
-                f"{value} in layer {self.index}, head {head}, position {self.packed.shape[2] * BLOCK + token}, "
+                f"{'keys' if name == 'k' else 'values'} must be at most {LARGEST:.0f} in magnitude to be quantised, "
+                f"got {value} in layer {self.index}, head {head}, position {self.quantised.shape[2] * BLOCK + token}, "
                 f"channel {channel} of sequence {sequence}"
             )
-        self.packed = torch.cat((self.packed, encode_packed(*parts, self.settings)), 2)
+        self.quantised = torch.cat((self.quantised, encode_records(*parts, self.settings)), 2)
         self.keys, self.values = (states[:, :, blocks * BLOCK :].clone() for states in (self.keys, self.values))
 
     def get_seq_length(self, *args) -> int:
-        return self.packed.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
+        return self.quantised.shape[2] * BLOCK + self.keys.shape[-2] if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -139,16 +138,16 @@ class GearLayer(DynamicLayer):
         kept = length if length > 0 else held + length
         if kept >= held or not self.is_initialized:
             return
-        packed = self.packed.shape[2] * BLOCK
-        if kept < packed:
+        quantised = self.quantised.shape[2] * BLOCK
+        if kept < quantised:
             raise ValueError(
-                f"a cache cannot be cropped to {kept} tokens: {packed} are packed in layer {self.index}, and none is "
-                f"unpacked again; {self.settings.window} behind the last pass are always exact"
+                f"a cache cannot be cropped to {kept} tokens: {quantised} are quantised in layer {self.index}, "
+                f"and none is decoded again; {self.settings.window} behind the last pass are always exact"
             )
-        self.keys, self.values = (states[:, :, : kept - packed] for states in (self.keys, self.values))
+        self.keys, self.values = (states[:, :, : kept - quantised] for states in (self.keys, self.values))
 
     def reset(self) -> None:
-        self.keys = self.values = self.packed = None
+        self.keys = self.values = self.quantised = None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -168,7 +167,7 @@ class GearLayer(DynamicLayer):
 
     def _select(self, change) -> None:
         if self.is_initialized:
-            self.keys, self.values, self.packed = map(change, (self.keys, self.values, self.packed))
+            self.keys, self.values, self.quantised = map(change, (self.keys, self.values, self.quantised))
 
 
 @dataclass(frozen=True)
@@ -176,14 +175,14 @@ class _Held:
     """The content of a layer during a pass: records, then keys and values as they came."""
 
     settings: caches.GearSettings
-    packed: Tensor  # [B, Hkv, blocks, record] uint8
+    quantised: Tensor  # [B, Hkv, blocks, record] uint8
     keys: Tensor  # [B, Hkv, S, D]
     values: Tensor
 
     @functools.cached_property
-    def unpacked(self) -> tuple[Tensor, ...]:
+    def decoded(self) -> tuple[Tensor, ...]:
         """All keys and all values."""
-        decoded = gear_decode(self.packed, self.settings, self.keys.shape[-1])
+        decoded = gear_decode(self.quantised, self.settings, self.keys.shape[-1])
         return tuple(
             torch.cat((part.to(exact.dtype), exact), -2)
             for part, exact in zip(decoded, (self.keys, self.values), strict=True)
@@ -196,7 +195,7 @@ class QuantisedStates(Tensor):
     @staticmethod
     def __new__(cls, held: _Held, side: int):
         batch, heads, exact, head_dim = held.keys.shape
-        shape = (batch, heads, held.packed.shape[2] * BLOCK + exact, head_dim)
+        shape = (batch, heads, held.quantised.shape[2] * BLOCK + exact, head_dim)
         return Tensor._make_wrapper_subclass(cls, shape, dtype=held.keys.dtype, device=held.keys.device)
 
     def __init__(self, held: _Held, side: int):
@@ -206,19 +205,19 @@ class QuantisedStates(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        def unpack(x):
-            return x.unpack() if isinstance(x, cls) else x
+        def decode(x):
+            return x.decode() if isinstance(x, cls) else x
 
-        return func(*tree_map(unpack, args), **tree_map(unpack, kwargs or {}))
+        return func(*tree_map(decode, args), **tree_map(decode, kwargs or {}))
 
-    def unpack(self) -> Tensor:
+    def decode(self) -> Tensor:
         """An ordinary tensor of the same."""
-        return self.held.unpacked[self.side]
+        return self.held.decoded[self.side]
 
     def attend(self, q: Tensor, ancestor_bits: Tensor, scale: float) -> Tensor:
         """Causal attention, like q [B, Hq, T, D], of the last T tokens to all, reading records as they lie."""
         held, (batch, _, nodes, _) = self.held, q.shape
-        seen = torch.full((batch, nodes), held.packed.shape[2], dtype=torch.int32, device=q.device)
+        seen = torch.full((batch, nodes), held.quantised.shape[2], dtype=torch.int32, device=q.device)
         exact = torch.full((batch,), held.keys.shape[2] - nodes, dtype=torch.int32, device=q.device)
         rows = TreeRows(ancestor_bits, seen, seen[:, :1], exact, 0)
-        return attend_tree(q, held.packed, held.keys, held.values, rows, held.settings, scale)[0]
+        return attend_tree(q, held.quantised, held.keys, held.values, rows, held.settings, scale)[0]

@@ -29,8 +29,6 @@ from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence
 from pyspec.stats import Stats
 
-__all__ = ["generate", "runner_of"]
-
 # Options of a generation config that would be lost here, and the values that ask for nothing.
 _REFUSED = {
     "num_beams": (None, 1),

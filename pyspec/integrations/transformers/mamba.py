@@ -8,8 +8,6 @@ import types
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["fix_mamba_steps"]
-
 
 def fix_mamba_steps(model):
     """Makes one MambaForCausalLM or MambaModel read several tokens after a cache as it reads them one by one.

@@ -24,9 +24,9 @@ def kernel():
         return op_on_host("residual_vq")[0]
     assert _ATTENTION.backend_for("cuda")[0] == "cuda", _ATTENTION.backend_for("cuda")[1]
 
-    def call(q, packed, seen, books, scale, rotary=None):
+    def call(q, quantised, seen, books, scale, rotary=None):
         rotary = None if rotary is None else rotary.cuda()
-        tensors = (to_device(tensor, "cuda") for tensor in (q, packed, seen, books))
+        tensors = (to_device(tensor, "cuda") for tensor in (q, quantised, seen, books))
         found = _ATTENTION.overload(*tensors, scale, rotary)
         return tuple(part.cpu() for part in found)
 
@@ -53,16 +53,16 @@ def case_of(
     books = (words * 0.8 ** torch.arange(depth)[:, None, None]).half()
     k, v = torch.randn(2, batch, kv_heads, max(blocks, 1) * 128, head_dim, generator=generator).unbind(0)
     v *= 1.0 if sizes is None else sizes[0] * (sizes[1] * torch.randn(*v.shape[:3], 1, generator=generator)).exp()
-    packed = residual_vq_encode_reference(k, v, books.expand(batch, -1, -1, -1, -1))[:, :, :blocks]
+    quantised = residual_vq_encode_reference(k, v, books.expand(batch, -1, -1, -1, -1))[:, :, :blocks]
     q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
-    return q, packed, seen, books, head_dim**-0.5
+    return q, quantised, seen, books, head_dim**-0.5
 
 
 def pre_rope(case):
     """The same with records taken for those of keys before rotary embedding."""
-    q, packed, *rest = case
+    q, quantised, *rest = case
     frequencies = 10000.0 ** (-torch.arange(0, q.shape[3], 2) / q.shape[3])
-    return q, packed, *rest, rotary_of_blocks(frequencies, packed.shape[2])
+    return q, quantised, *rest, rotary_of_blocks(frequencies, quantised.shape[2])
 
 
 def check(kernel, case):
@@ -107,7 +107,7 @@ def test_dtypes(kernel, dtype):
     check(kernel, case_of([[2, 1]], dtype=dtype))
 
 
-def test_nothing_packed(kernel):
+def test_nothing_quantised(kernel):
     check(kernel, case_of([[0, 0]], blocks=0))
     check(kernel, pre_rope(case_of([[0, 0]], blocks=0)))
     check(kernel, case_of([[0, 0]], blocks=2))
@@ -121,18 +121,18 @@ def test_a_row_has_the_bits_that_it_has_alone(kernel, device, keys, dtype):
     case = pre_rope(case) if keys == "pre-rope" else case
     check(kernel, case)
     out, lse = kernel(*case)
-    q, packed, seen, *rest = case
+    q, quantised, seen, *rest = case
     for seed, nodes in enumerate([[0, 3], [1], [2], [4]]):
         device(seed=seed + 1)
-        alone, alone_lse = kernel(q[:, :, nodes], packed, seen[:, nodes], *rest)
+        alone, alone_lse = kernel(q[:, :, nodes], quantised, seen[:, nodes], *rest)
         assert torch.equal(alone, out[:, :, nodes]) and torch.equal(alone_lse, lse[..., nodes])
 
 
 def test_blocks_that_no_row_sees_may_hold_anything(kernel):
-    q, packed, seen, *rest = case_of([[2, 9]], blocks=11)
-    expected = kernel(q, packed, seen, *rest)
-    packed[:, :, 9:] = 255  # NaN scales
-    for found, part in zip(kernel(q, packed, seen, *rest), expected, strict=True):
+    q, quantised, seen, *rest = case_of([[2, 9]], blocks=11)
+    expected = kernel(q, quantised, seen, *rest)
+    quantised[:, :, 9:] = 255  # NaN scales
+    for found, part in zip(kernel(q, quantised, seen, *rest), expected, strict=True):
         assert torch.equal(found, part)
 
 
@@ -163,50 +163,52 @@ def test_values_of_any_size(kernel, dtype, sizes):
 @pytest.mark.parametrize("side, value", [("keys", torch.nan), ("values", torch.nan), ("values", torch.inf)])
 def test_scales_that_are_not_finite(kernel, side, value):
     """No encoder makes them, but a row that sees one does not look as if all were well."""
-    q, packed, seen, books, scale = case_of([[1, 3]])
-    before, before_lse = kernel(q, packed, seen, books, scale)
-    at = (packed.shape[3] // 2 if side == "values" else 0) + 2 * 5
-    packed[:, :, 2, at : at + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
-    (out, lse), (expected, expected_lse) = (f(q, packed, seen, books, scale) for f in (kernel, residual_vq_reference))
+    q, quantised, seen, books, scale = case_of([[1, 3]])
+    before, before_lse = kernel(q, quantised, seen, books, scale)
+    at = (quantised.shape[3] // 2 if side == "values" else 0) + 2 * 5
+    quantised[:, :, 2, at : at + 2] = torch.tensor([value], dtype=torch.float16).view(torch.uint8)
+    (out, lse), (expected, expected_lse) = (
+        f(q, quantised, seen, books, scale) for f in (kernel, residual_vq_reference)
+    )
     assert torch.equal(out[:, :, 0], before[:, :, 0]) and torch.equal(lse[..., 0], before_lse[..., 0])
     assert not out[:, :, 1].isfinite().any() and not expected[:, :, 1].isfinite().any()
     torch.testing.assert_close(lse, expected_lse, equal_nan=True, atol=1e-5, rtol=1e-5)
 
 
 def test_scores_of_any_size_and_nan(kernel):
-    q, packed, seen, books, scale = case_of([[2, 2]])
+    q, quantised, seen, books, scale = case_of([[2, 2]])
     q *= 300
-    check(kernel, (q, packed, seen, books, scale))
+    check(kernel, (q, quantised, seen, books, scale))
     q[0, 1, 1] = torch.nan
-    out, _ = kernel(q, packed, seen, books, scale)
+    out, _ = kernel(q, quantised, seen, books, scale)
     assert out[0, 1, 1].isnan().all() and out[0, 0].isfinite().all() and out[0, 1, 0].isfinite().all()
 
 
 @pytest.mark.skipif(HAS_GPU, reason="fences are the CPU's memory")
 def test_nothing_outside_is_touched(kernel):
-    q, packed, seen, books, scale, rotary = pre_rope(case_of([[2, 9]]))
+    q, quantised, seen, books, scale, rotary = pre_rope(case_of([[2, 9]]))
     fenced = []
-    for tensor in (q, packed, seen, books, rotary):
+    for tensor in (q, quantised, seen, books, rotary):
         memory, before = fenced_memory(tensor.nbytes)
         inside = memory.view(tensor.dtype).view(tensor.shape)
         fenced.append((inside.copy_(tensor), before))
     *inside, inside_rotary = (inside for inside, _ in fenced)
     for more in ((), (rotary,)):
-        expected = kernel(q, packed, seen, books, scale, *more)
+        expected = kernel(q, quantised, seen, books, scale, *more)
         found = kernel(*inside, scale, *([inside_rotary] if more else []))
         assert torch.equal(found[0], expected[0])
     assert all((before == 0xA7).all() for _, before in fenced)
 
 
 def test_what_does_not_fit_is_refused(kernel):
-    q, packed, seen, books, scale = case_of([[1]])
+    q, quantised, seen, books, scale = case_of([[1]])
     for change in (
-        (q, packed[..., 4:], seen, books, scale),
-        (q, packed, seen.long(), books, scale),
-        (q, packed, seen, books.float(), scale),
-        (q, packed, seen, books[:, :, :100].contiguous(), scale),
-        (q, packed, seen, books, -1.0),
-        (q, packed, seen, books, scale, torch.zeros(128, 2, 32)),
+        (q, quantised[..., 4:], seen, books, scale),
+        (q, quantised, seen.long(), books, scale),
+        (q, quantised, seen, books.float(), scale),
+        (q, quantised, seen, books[:, :, :100].contiguous(), scale),
+        (q, quantised, seen, books, -1.0),
+        (q, quantised, seen, books, scale, torch.zeros(128, 2, 32)),
     ):
         with pytest.raises(RuntimeError):
             kernel(*change)

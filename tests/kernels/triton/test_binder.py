@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from without_gpu import launches  # noqa: E402
 
-from pyspec.kernels.gear import gear_packed_attention  # noqa: E402
+from pyspec.kernels.gear import gear  # noqa: E402
 from pyspec.kernels.linear import linear  # noqa: E402
 from pyspec.kernels.merge_attention import merge_attention  # noqa: E402
 from pyspec.kernels.rms_norm import rms_norm  # noqa: E402
@@ -61,9 +61,9 @@ def attend_to_pages(nodes, sequences):
 def attend_to_records(nodes, sequences):
     format = GearFormat(2, 64, rank=4, outliers=2)
     for blocks in (1, 16, 33):
-        packed = new(sequences, KV_HEADS, blocks, format.record_bytes(HEAD_DIM), dtype=torch.uint8)
+        quantised = new(sequences, KV_HEADS, blocks, format.record_bytes(HEAD_DIM), dtype=torch.uint8)
         seen = ints(sequences, nodes)
-        gear_packed_attention(queries(sequences, nodes), packed, seen, *format.layout, HEAD_DIM**-0.5)
+        gear(queries(sequences, nodes), quantised, seen, *format.layout, HEAD_DIM**-0.5)
 
 
 def merge(nodes, sequences):
@@ -110,7 +110,7 @@ CALLS = {
     "with a window": lambda *sizes: [attend_to_tree(*sizes, window=window) for window in (1, 16, 1000)],
     "with a softcap": lambda *sizes: attend_to_tree(*sizes, softcap=30.0),
     "with pages": attend_to_pages,
-    "gear_packed_attention": attend_to_records,
+    "gear": attend_to_records,
     "merge_attention": merge,
     "linear": project,
     "linear in int8": project_in_int8,

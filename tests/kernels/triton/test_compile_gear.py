@@ -45,7 +45,7 @@ def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=Tru
     constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     constants |= gear.fold_constants(head_dim, dtype, *GEAR[name])
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "packed": "*u8", "seen": "*i32", "scale": "fp32"}
+    types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "quantised": "*u8", "seen": "*i32", "scale": "fp32"}
     types |= dict.fromkeys(("chunk_largest", "chunk_total", "chunk_weighted", "lse"), "*fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     divisible = {

@@ -8,9 +8,9 @@ from tests.helpers.slow import slow
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 import pyspec  # noqa: E402
-from pyspec.kernels.gear import gear_packed_attention  # noqa: E402
-from pyspec.ops.gear import gear_packed_attention_reference  # noqa: E402
-from pyspec.ops.gear_encode import encode_packed  # noqa: E402
+from pyspec.kernels.gear import gear  # noqa: E402
+from pyspec.ops.gear import gear_reference  # noqa: E402
+from pyspec.ops.gear_encode import encode_records  # noqa: E402
 from pyspec.ops.gear_format import BLOCK, GearFormat  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
@@ -38,14 +38,14 @@ def make_case(format, head_dim, seen, heads=2, kv_heads=1, blocks=6, dtype=torch
         order = torch.rand(batch, kv_heads, blocks, head_dim, generator=generator).argsort(-1)
         channels = order[..., : format.key_channels].sort(-1).values.to(torch.uint8)
     with pyspec.backend("reference"):
-        packed = encode_packed(k, v, format, channels)
+        quantised = encode_records(k, v, format, channels)
     q = torch.randn(batch, heads, nodes, head_dim, generator=generator).to(dtype)
-    return q, packed, torch.tensor(seen, dtype=torch.int32), *format.layout, head_dim**-0.5
+    return q, quantised, torch.tensor(seen, dtype=torch.int32), *format.layout, head_dim**-0.5
 
 
-def run(q, packed, seen, *rest):
-    tensors = (to_device(tensor, DEVICE) for tensor in (q, packed, seen))
-    return [out.cpu() for out in gear_packed_attention(*tensors, *rest)]
+def run(q, quantised, seen, *rest):
+    tensors = (to_device(tensor, DEVICE) for tensor in (q, quantised, seen))
+    return [out.cpu() for out in gear(*tensors, *rest)]
 
 
 @pytest.mark.parametrize("name", [slow(name) if name == "int4, groups of a token" else name for name in FORMATS])
@@ -53,7 +53,7 @@ def test_it_is_the_reference(name):
     format, head_dim = FORMATS[name]
     heads, kv_heads = (4, 2) if name == "kivi" else (2, 1)
     case = make_case(format, head_dim, [[5, 0, 4], [1, 6, 2]], heads, kv_heads)
-    for found, expected in zip(run(*case), gear_packed_attention_reference(*case), strict=True):
+    for found, expected in zip(run(*case), gear_reference(*case), strict=True):
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_it_is_the_reference(name):
 def test_in_16_bits(dtype):
     case = make_case(*FORMATS["gear"], [[5, 2, 4]], dtype=dtype)
     out, lse = run(*case)
-    expected = gear_packed_attention_reference(*case)
+    expected = gear_reference(*case)
     assert out.dtype == dtype
     assert_close(out.float(), expected[0].float(), atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     assert_close(lse, expected[1], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -70,25 +70,25 @@ def test_in_16_bits(dtype):
 def test_rows_have_the_bits_that_they_have_alone():
     """In any number and company, of nodes that see more or fewer records."""
     seen = [[5, 0, 4, 6, 6, 1, 2]]
-    q, packed, counts, *rest = make_case(*FORMATS["gear"], seen, heads=3, kv_heads=1)
-    out, lse = run(q, packed, counts, *rest)
+    q, quantised, counts, *rest = make_case(*FORMATS["gear"], seen, heads=3, kv_heads=1)
+    out, lse = run(q, quantised, counts, *rest)
     for nodes in ([0], [1], [3], [6, 2, 4]):
-        few, few_lse = run(q[:, :, nodes], packed, counts[:, nodes], *rest)
+        few, few_lse = run(q[:, :, nodes], quantised, counts[:, nodes], *rest)
         assert torch.equal(few, out[:, :, nodes]) and torch.equal(few_lse, lse[:, :, nodes])
 
 
 def test_what_no_row_sees_may_hold_anything():
-    q, packed, counts, *rest = make_case(*FORMATS["gear"], [[2, 3]])
-    expected = run(q, packed, counts, *rest)
-    packed[:, :, 3:] = 255  # NaN scales
-    wide = torch.full((1, 1, 9, packed.shape[3]), 255, dtype=torch.uint8)
-    wide[:, :, 1:7] = packed
+    q, quantised, counts, *rest = make_case(*FORMATS["gear"], [[2, 3]])
+    expected = run(q, quantised, counts, *rest)
+    quantised[:, :, 3:] = 255  # NaN scales
+    wide = torch.full((1, 1, 9, quantised.shape[3]), 255, dtype=torch.uint8)
+    wide[:, :, 1:7] = quantised
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
     for found, right in zip(run(turned, wide[:, :, 1:7], counts, *rest), expected, strict=True):
         assert torch.equal(found, right)
-    out, lse = run(q, packed, counts * 0, *rest)
+    out, lse = run(q, quantised, counts * 0, *rest)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    out, lse = run(q, packed[:, :, :0], counts * 0, *rest)
+    out, lse = run(q, quantised[:, :, :0], counts * 0, *rest)
     assert (out == 0).all() and (lse == -torch.inf).all()
 
 
@@ -96,23 +96,23 @@ def test_what_no_row_sees_may_hold_anything():
 def test_chunks_of_several_records():
     """After the first 32 records."""
     case = make_case(GearFormat(4, 128), 64, [[32, 33, 38]], blocks=38)
-    for found, expected in zip(run(*case), gear_packed_attention_reference(*case), strict=True):
+    for found, expected in zip(run(*case), gear_reference(*case), strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int8", "gear"])
 def test_the_largest_keys_and_values_in_16_bits(name):
-    """Outliers, and what else is packed, up to the end of fp16; beside them vectors of next to no range."""
+    """Outliers, and what else is quantised, up to the end of fp16; beside them vectors of next to no range."""
     format, head_dim = FORMATS[name]
     k, v = torch.randn(2, 1, 1, BLOCK, head_dim, generator=torch.Generator().manual_seed(0)).unbind(0)
     k[..., 5, :], k[..., 6, :], v[..., 3], v[..., 4] = 65504.0, -65504.0, 65504.0, -65504.0
     k[..., 7], v[..., 7, 8:], v[..., 9, :] = 0.0, 0.0, 1e-3
     k[..., 50, 7] = 100.0
     with pyspec.backend("reference"):
-        packed = encode_packed(k, v, format)
+        quantised = encode_records(k, v, format)
     q = torch.randn(1, 2, 3, head_dim, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16) * 2**-12
-    case = q, packed, torch.ones(1, 3, dtype=torch.int32), *format.layout, head_dim**-0.5
+    case = q, quantised, torch.ones(1, 3, dtype=torch.int32), *format.layout, head_dim**-0.5
     out, lse = run(*case)
-    expected = gear_packed_attention_reference(*case)
+    expected = gear_reference(*case)
     torch.testing.assert_close(out.float(), expected[0].float(), atol=1e-2, rtol=2e-2)
     torch.testing.assert_close(lse, expected[1], atol=2e-2, rtol=2e-2)

@@ -1,9 +1,9 @@
 """What benchmarks do to a runner beyond its calls has the values of those calls."""
 
 import torch
+from inside import attend_step, seconds_in_ops
 
 from pyspec.generate import generate
-from pyspec.measure.inside import attend_step, seconds_in_ops
 from pyspec.ops import tree_attention
 from tests.helpers.random_llama import random_llama
 

@@ -1,4 +1,4 @@
-"""Does every binding compile against the oldest torch that pyproject.toml names? python csrc/oldest_torch.py [VERSION]
+"""Does every binding compile against the oldest torch that pyproject.toml names? python tests/oldest_torch.py [VERSION]
 
 Takes the headers out of that torch's wheel for aarch64, the smallest that the registry has (150 MB for 2.10), and keeps
 them in build/torch-headers. CUDA's own headers are those of tests/cuda_on_host, so that no toolkit is needed.

@@ -16,11 +16,9 @@ from torch import Tensor
 
 from pyspec.runners import native
 from pyspec.runners.numbers import Numbers
-from pyspec.runners.replay import launch_by_launch
+from pyspec.runners.replay import GRAPH_CHUNK, Shape, launch_by_launch
 from pyspec.runners.tape import Tape
 from pyspec.tree import DraftTree
-
-__all__ = ["attend_step", "launched", "read", "seconds_in_ops", "weight_bytes"]
 
 
 def weight_bytes(runner) -> int:
@@ -52,9 +50,21 @@ def launched(runner, tree: DraftTree) -> Callable[[], None]:
 
     def call() -> None:
         with launch_by_launch():
-            runner.verify([tree])
+            runner.verify({0: tree})
 
     return call
+
+
+@torch.inference_mode()
+def record_prompt(runner, tokens: int) -> None:
+    """Records what `warm` would for one prompt of so many tokens in whole pieces, and nothing else; the batch is lost.
+
+    It is for a runner on a GPU whose cache, without recurrent states, has room for them.
+    """
+    replays = runner._replays
+    runner.prefill([[0]], capacity=tokens)
+    for end in range(GRAPH_CHUNK, tokens + 1, GRAPH_CHUNK):
+        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays._slots(end + 1)), None)
 
 
 @torch.inference_mode()

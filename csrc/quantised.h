@@ -1,4 +1,4 @@
-// What the ops over packed keys and values check alike and write into their params (gear, residual_vq), on
+// What the ops over quantised keys and values check alike and write into their params (gear, residual_vq), on
 // any device. element_of is the device's.
 #pragma once
 
@@ -21,33 +21,33 @@ inline void copy_strides(const torch::stable::Tensor& tensor, int64_t* strides) 
 
 // Attention: the sizes that its format is checked against.
 template <class Params>
-Params packed_attention_params(const torch::stable::Tensor& q, const torch::stable::Tensor& packed) {
-  STD_TORCH_CHECK(q.dim() == 4 && packed.dim() == 4, "q and packed must have 4 dimensions");
+Params quantised_attention_params(const torch::stable::Tensor& q, const torch::stable::Tensor& quantised) {
+  STD_TORCH_CHECK(q.dim() == 4 && quantised.dim() == 4, "q and quantised must have 4 dimensions");
   STD_TORCH_CHECK(q.stride(3) == 1, "q must have a contiguous last dimension");
   Params p{};
   p.element = element_of(q, "q");
   p.batch = q.size(0), p.heads = q.size(1), p.nodes = q.size(2), p.head_dim = q.size(3);
-  p.kv_heads = packed.size(1);
+  p.kv_heads = quantised.size(1);
   STD_TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0,
-                  "packed must have a number of heads that divides q's");
+                  "quantised must have a number of heads that divides q's");
   return p;
 }
 
 // Everything but the format, the results, `seen` and the workspace.
 template <class Params>
-void set_packed(Params& p, const torch::stable::Tensor& q, const torch::stable::Tensor& packed,
-                const torch::stable::Tensor& seen, int64_t record_bytes, double scale) {
+void set_quantised(Params& p, const torch::stable::Tensor& q, const torch::stable::Tensor& quantised,
+                   const torch::stable::Tensor& seen, int64_t record_bytes, double scale) {
   using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.size(0) == p.batch &&
-                      packed.size(3) == record_bytes && packed.stride(3) == 1,
-                  "packed must be uint8 [batch, kv_heads, blocks, ", record_bytes,
+  STD_TORCH_CHECK(quantised.scalar_type() == ScalarType::Byte && quantised.size(0) == p.batch &&
+                      quantised.size(3) == record_bytes && quantised.stride(3) == 1,
+                  "quantised must be uint8 [batch, kv_heads, blocks, ", record_bytes,
                   "] with a contiguous last dimension");
   STD_TORCH_CHECK(seen.scalar_type() == ScalarType::Int && seen.dim() == 2 && seen.size(0) == p.batch &&
                       seen.size(1) == p.nodes,
                   "seen must be int32 [batch, nodes]");
   STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
-  p.q = q.data_ptr(), p.packed = static_cast<const uint8_t*>(packed.data_ptr());
-  copy_strides(q, p.q_strides), copy_strides(packed, p.packed_strides);
+  p.q = q.data_ptr(), p.quantised = static_cast<const uint8_t*>(quantised.data_ptr());
+  copy_strides(q, p.q_strides), copy_strides(quantised, p.quantised_strides);
   p.scale = static_cast<float>(scale);
 }
 
@@ -58,8 +58,8 @@ void set_seen(Params& p, const torch::stable::Tensor& seen, int64_t blocks) {
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t node = 0; node < p.nodes; ++node) {
       int64_t count = p.seen[b * p.nodes + node];
-      STD_TORCH_CHECK(count >= 0 && count <= blocks, "seen[", b, "][", node, "] is ", count, ", packed has ",
-                      blocks, " blocks");
+      STD_TORCH_CHECK(count >= 0 && count <= blocks, "seen[", b, "][", node, "] is ", count,
+                      ", quantised has ", blocks, " blocks");
       if (count > p.most_seen) p.most_seen = count;
     }
   }
@@ -76,9 +76,10 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> set_results(Params& p,
   return {out, lse};
 }
 
-// Packing: keys and values, of blocks of `block` tokens. Keys may have fewer channels than values.
+// Quantiser: keys and values, of blocks of `block` tokens. Keys may have fewer channels than values.
 template <class Params>
-Params packed_encode_params(const torch::stable::Tensor& k, const torch::stable::Tensor& v, int64_t block) {
+Params quantised_encode_params(const torch::stable::Tensor& k, const torch::stable::Tensor& v,
+                               int64_t block) {
   STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4, "k and v must have 4 dimensions");
   Params p{};
   p.element = element_of(k, "k");
@@ -95,10 +96,10 @@ Params packed_encode_params(const torch::stable::Tensor& k, const torch::stable:
 // New records, [batch, kv_heads, blocks, record_bytes].
 template <class Params>
 torch::stable::Tensor set_records(Params& p, const torch::stable::Tensor& k, int64_t record_bytes) {
-  auto packed = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.blocks, record_bytes},
-                                         torch::headeronly::ScalarType::Byte);
-  p.packed = static_cast<uint8_t*>(packed.data_ptr());
-  return packed;
+  auto quantised = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.blocks, record_bytes},
+                                            torch::headeronly::ScalarType::Byte);
+  p.quantised = static_cast<uint8_t*>(quantised.data_ptr());
+  return quantised;
 }
 
 }  // namespace pyspec

@@ -1,5 +1,5 @@
-// What attention to packed blocks shares, whatever a block holds (gear, residual_vq): the query rows of a KV
-// head and what they see, and how the chunks of a row become its result.
+// What attention to quantised blocks shares, whatever a block holds (gear, residual_vq): the query rows of a
+// KV head and what they see, and how the chunks of a row become its result.
 #pragma once
 
 #include "cpu/simd.h"

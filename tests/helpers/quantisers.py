@@ -1,4 +1,4 @@
-"""Ways of packing keys and values behind one interface, so that attention to all of them is tested alike."""
+"""Ways of quantising keys and values behind one interface, so that attention to all of them is tested alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 @dataclass(frozen=True)
-class Packing:
-    """encode(k, v) makes records, decode(packed, head_dim) reads them in float64, attend is the op with its format."""
+class Quantiser:
+    """encode(k, v) makes records, decode(quantised, head_dim) reads them in float64, attend is the op."""
 
     encode: Callable
     decode: Callable
     attend: Callable
 
     def case(self, lens, nodes, window=64, heads=4, kv_heads=2, head_dim=64, dtype=torch.float32, seed=0):
-        """A case of tree_attention with everything in full precision, its packed blocks and what lies behind them."""
+        """A case of tree_attention in full precision, its quantised blocks and what lies behind them."""
         case = make_case(lens, nodes, heads, kv_heads, head_dim, dtype, seed)
         blocks = max(case.k.shape[2] // BLOCK, 1)
         room = blocks * BLOCK - case.k.shape[2]
@@ -43,10 +43,10 @@ class Packing:
                 to[b, :, : x.shape[2] - start] = x[b, :, start:]
         return case, self.encode(k, v), *dense
 
-    def oracle(self, case, packed, window=64):
+    def oracle(self, case, quantised, window=64):
         """Row by row in float64: what a row at position p sees is decoded or not by its position alone."""
         heads, head_dim, kv_heads = case.q.shape[1], case.q.shape[3], case.k.shape[1]
-        decoded = self.decode(packed, head_dim)
+        decoded = self.decode(quantised, head_dim)
         out = torch.zeros(case.q.shape, dtype=torch.float64)
         lse = torch.full(case.q.shape[:3], -torch.inf, dtype=torch.float64)
         for b, n in enumerate(case.lens.tolist()):
@@ -66,22 +66,24 @@ class Packing:
         return out, lse
 
     def check(self, on_backend, lens, nodes, window=64, dtype=torch.float32, **shape):
-        """Attention to what is packed against attention to what it stands for."""
-        case, packed, k, v = self.case(lens, nodes, window, dtype=dtype, **shape)
-        out, lse = on_backend(self.attend, case.q, packed, k, v, case.bits, case.lens, window=window, return_lse=True)
-        expected, expected_lse = self.oracle(case, packed, window)
+        """Attention to what is quantised against attention to what it stands for."""
+        case, quantised, k, v = self.case(lens, nodes, window, dtype=dtype, **shape)
+        out, lse = on_backend(
+            self.attend, case.q, quantised, k, v, case.bits, case.lens, window=window, return_lse=True
+        )
+        expected, expected_lse = self.oracle(case, quantised, window)
         assert out.dtype == dtype and out.shape == case.q.shape
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
         torch.testing.assert_close(lse.double(), expected_lse, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
-    def plain_decode(self, case, packed, b, node, window=64):
+    def plain_decode(self, case, quantised, b, node, window=64):
         """The node's row as plain decoding computes it: its path committed, one row."""
         n, path = int(case.lens[b]), path_to(case.parents[b], node)
         slots = [*range(n), *(n + j for j in path)]
         start = blocks_seen(len(slots) - 1, window) * BLOCK
         return self.attend(
             case.q[b : b + 1, :, node : node + 1],
-            packed[b : b + 1],
+            quantised[b : b + 1],
             case.k[b : b + 1, :, slots[start:]],
             case.v[b : b + 1, :, slots[start:]],
             torch.ones(1, 1, 1, dtype=torch.int32),
@@ -91,14 +93,14 @@ class Packing:
         )
 
 
-def gear(format) -> Packing:
-    def decode(packed, head_dim):
-        return [x.double() for x in gear_decode(packed, format, head_dim)]
+def gear(format) -> Quantiser:
+    def decode(quantised, head_dim):
+        return [x.double() for x in gear_decode(quantised, format, head_dim)]
 
-    def attend(q, packed, k, v, bits, lens, **options):
-        return gear_attention(q, packed, k, v, bits, lens, format, **options)
+    def attend(q, quantised, k, v, bits, lens, **options):
+        return gear_attention(q, quantised, k, v, bits, lens, format, **options)
 
-    return Packing(lambda k, v: gear_encode(k, v, format, channels_of(k, format)), decode, attend)
+    return Quantiser(lambda k, v: gear_encode(k, v, format, channels_of(k, format)), decode, attend)
 
 
 # ==== residual VQ ====
@@ -127,25 +129,25 @@ def turned(k, *, back=False):
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
-def codes(books, pre_rope=False) -> Packing:
+def codes(books, pre_rope=False) -> Quantiser:
     """Codes of keys as they are cached, or as they were before rotary embedding."""
 
     def encode(k, v):
         return residual_vq_encode(turned(k, back=True).float() if pre_rope else k, v.float() if pre_rope else v, books)
 
-    def decode(packed, head_dim):
-        k, v = residual_vq_decode(packed, books, head_dim)
+    def decode(quantised, head_dim):
+        k, v = residual_vq_decode(quantised, books, head_dim)
         return turned(k) if pre_rope else k.double(), v.double()
 
-    def attend(q, packed, k, v, bits, lens, **options):
+    def attend(q, quantised, k, v, bits, lens, **options):
         if pre_rope:
-            options["rotary"] = rotary_of_blocks(frequencies_of(q.shape[3]), packed.shape[2])
-        return residual_vq_attention(q, packed, k, v, bits, lens, books, **options)
+            options["rotary"] = rotary_of_blocks(frequencies_of(q.shape[3]), quantised.shape[2])
+        return residual_vq_attention(q, quantised, k, v, bits, lens, books, **options)
 
-    return Packing(encode, decode, attend)
+    return Quantiser(encode, decode, attend)
 
 
-PACKINGS = {
+QUANTISERS = {
     **{name: gear(format) for name, format in (FORMATS | PRUNED).items()},
     **{f"codes {name}": codes(books) for name, books in BOOKS.items()},
     **{f"pre-rope codes {name}": codes(books, True) for name, books in BOOKS.items()},

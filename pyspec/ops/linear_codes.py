@@ -1,0 +1,163 @@
+"""linear_codes: x times a weight in few bits transposed; what `linear` calls for such weights on the CPU.
+
+    out[r, n] = sum over blocks b of s_x[r, b] (factor[n, b] A - floor[n, b] B) + bias[n]
+    A = sum over groups g in b of scale[n, g] sum over k in g of x8[r, k] level[n, k]
+    B = sum over groups g in b of minimum[n, g] sum over k in g of x8[r, k]
+
+x is rounded to 8 bits in the format's own blocks, s_x = max |x| / 127, so that A and B are exact integers; blocks are
+added in order in fp32. The layout, kernels/params/linear_codes.h, keeps every bit of a weight that has been taken apart
+(pyspec/ops/weight_formats.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyspec.ops._checks import BadData
+from pyspec.ops._library import Op
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat
+
+__all__ = ["FORMAT_VERSION", "lay_out_codes", "linear_codes", "linear_codes_reference", "linear_codes_rows"]
+
+FORMAT_VERSION = 1  # of kernels/params/linear_codes.h
+PANEL = 32  # outputs
+_FORMATS = list(FORMATS.values())  # ops know formats by their place
+
+
+def lay_out_codes(codes: Codes) -> Tensor:
+    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight in any format but q8_0, on the CPU."""
+    format = codes.format
+
+    def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
+        part = F.pad(part, (0, 0, 0, -len(part) % PANEL)).unflatten(1, (codes.factors.shape[1], -1))
+        return part.unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1)
+
+    def pairs(part: Tensor) -> Tensor:  # groups, by two where there are more than one
+        part = panels(part)
+        return part.unflatten(2, (-1, 2)).transpose(3, 4) if part.shape[2] > 1 else part
+
+    def plane(part: Tensor, bits: int) -> Tensor:
+        fours = panels(part).unflatten(2, (-1, 8 // bits, 4))
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+        return (fours << shifts).sum(3, dtype=torch.uint8).transpose(3, 4)
+
+    low = _low_bits(format)
+    parts = [panels(codes.factors)]
+    if _stores_floors(format):
+        parts.append(panels(codes.floors))
+    if format.bits == 2:
+        parts.append(pairs(codes.scales.view(torch.uint8) | codes.minimums << 4))
+    else:
+        parts += [pairs(part) for part in (codes.scales, codes.minimums) if part is not None]
+    parts.append(plane(codes.codes & 2**low - 1, low))
+    if format.bits > low:
+        parts.append(plane(codes.codes >> low, format.bits - low))
+    return torch.cat([part.contiguous().flatten(2).view(torch.uint8) for part in parts], 2)
+
+
+def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) -> Codes:
+    """A weight out of its panels: the Codes that lay_out_codes got."""
+    groups, low = format.block // format.group, _low_bits(format)
+    at = 0
+
+    def take(count: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        nonlocal at
+        part = data[..., at : at + count * PANEL * dtype.itemsize].contiguous().view(dtype)
+        at += count * PANEL * dtype.itemsize
+        return part.unflatten(2, (count, PANEL))
+
+    def rows(part: Tensor) -> Tensor:  # [P, B, n, 32] to [N, B * n]
+        return part.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)[:outputs]
+
+    def pairs(dtype: torch.dtype) -> Tensor:
+        part = take(groups, dtype)
+        return rows(part.flatten(2).unflatten(2, (-1, PANEL, 2)).transpose(3, 4).flatten(2, 3) if groups > 1 else part)
+
+    def plane(bits: int) -> Tensor:
+        fours = take(format.block * bits // 8).flatten(2).unflatten(2, (-1, 1, PANEL, 4)).transpose(4, 5)
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+        return rows((fours >> shifts & 2**bits - 1).flatten(2, 4))
+
+    factors = rows(take(1, format.factor_dtype))
+    floors = rows(take(1, format.factor_dtype)) if _stores_floors(format) else factors if format.has_floors else None
+    scales = minimums = None
+    if format.bits == 2:
+        both = pairs(torch.uint8)
+        scales, minimums = (both & 15).view(torch.int8), both >> 4
+    else:
+        scales = pairs(torch.int8) if format.has_scales else None
+        minimums = pairs(torch.uint8) if format.has_minimums else None
+    codes = plane(low)
+    if format.bits > low:
+        codes = codes | plane(format.bits - low) << low
+    return Codes(format, outputs, inputs, codes, factors, scales, floors, minimums)
+
+
+def _low_bits(format: WeightFormat) -> int:
+    return 2 if format.bits < 4 else 4
+
+
+def _stores_floors(format: WeightFormat) -> bool:
+    """Whether a block has floors of its own; those of a scale and a zero point are the factors."""
+    return format.has_floors and not (format.has_minimums and not format.has_scales)
+
+
+def check_index(index: Tensor, outputs: int) -> None:
+    """Raises BadData where an entry of index [n] is not in [0, outputs)."""
+    for place, row in enumerate(index.tolist()):
+        if not 0 <= row < outputs:
+            raise BadData(f"index must be in [0, {outputs}), got {row} at {place}")
+
+
+def round_blocks(x: Tensor, block: int) -> Tensor:
+    """Rounds x [R, K] fp32 to 8 bits in blocks of inputs."""
+    blocks = F.pad(x, (0, -x.shape[1] % block)).unflatten(1, (-1, block))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    top = largest.new_tensor(127.0)  # as a tensor: 127 / x multiplies by the reciprocal of x, which rounds twice
+    factor = top / largest
+    factor = torch.where(factor < torch.inf, factor, 0)  # of zeros, and of values too small for a reciprocal
+    integers = (blocks * factor).round()
+    return (integers * (largest / top)).flatten(1)[:, : x.shape[1]]
+
+
+def linear_codes_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: int, out_dtype: torch.dtype
+) -> Tensor:
+    """Plain PyTorch, in fp32: x [R, K], panels of a weight, bias [N] fp32. The specification of the kernels."""
+    codes = take_apart(weight, _FORMATS[format], outputs, x.shape[1])
+    out = round_blocks(x.float(), codes.format.block) @ codes.values().T
+    return (out if bias is None else out + bias).to(out_dtype)
+
+
+def linear_codes_rows_reference(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: int) -> Tensor:
+    """The rows [n, inputs] fp32 of a weight in panels: those of the outputs in index [n]."""
+    return take_apart(weight, _FORMATS[format], outputs, inputs).values()[index]
+
+
+_OP = Op(
+    "linear_codes",
+    "(Tensor x, Tensor weight, Tensor? bias, int outputs, int format, ScalarType out_dtype) -> Tensor",
+    linear_codes_reference,
+    lambda x, weight, bias, outputs, format, out_dtype: x.new_empty((x.shape[0], outputs), dtype=out_dtype),
+)
+_ROWS = Op(
+    "linear_codes_rows",
+    "(Tensor index, Tensor weight, int outputs, int inputs, int format) -> Tensor",
+    linear_codes_rows_reference,
+    lambda index, weight, outputs, inputs, format: index.new_empty((len(index), inputs), dtype=torch.float32),
+    check=lambda index, weight, outputs, inputs, format: check_index(index, outputs),
+)
+
+
+def linear_codes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: WeightFormat, out_dtype: torch.dtype
+) -> Tensor:
+    """x [R, K] times a weight in panels: [R, N] of out_dtype; arguments are checked by `linear`."""
+    return _OP(x, weight, bias, outputs, _FORMATS.index(format), out_dtype)
+
+
+def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
+    """Some outputs' weights, [n, inputs] fp32: of index [n] int64 in [0, outputs)."""
+    return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))

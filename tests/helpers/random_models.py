@@ -1,0 +1,45 @@
+"""Small random models of every family, without anything but torch; the same weights on every device."""
+
+import torch
+
+from pyspec.architectures.bamba import BambaConfig, BambaWeights
+from pyspec.architectures.llama import LlamaConfig
+from pyspec.architectures.mamba import MambaConfig
+from pyspec.architectures.mamba2 import Mamba2Config
+from pyspec.architectures.state_space import StateSpaceWeights
+from pyspec.runners.recurrent import HybridRunner, RecurrentRunner
+from tests.helpers.random_llama import VOCABULARY, random_llama
+
+_SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "norm_epsilon": 1e-5}
+_STATES = {"layers": 2, "conv_taps": 4}
+_MAMBA2 = Mamba2Config(**_SHARED, **_STATES, heads=3, head_dim=32, groups=1, state_size=32)
+_ATTENTION = LlamaConfig(
+    "bamba", **_SHARED, intermediate_size=80, layers=2, heads=4, kv_heads=2, head_dim=64, context_length=3000,
+    rope_base=10000.0,
+)  # fmt: skip
+_MODELS = {
+    "mamba": (
+        RecurrentRunner,
+        StateSpaceWeights,
+        MambaConfig(**_SHARED, **_STATES, channels=96, state_size=16, dt_rank=16),
+    ),
+    "mamba2": (RecurrentRunner, StateSpaceWeights, _MAMBA2),
+    "bamba": (HybridRunner, BambaWeights, BambaConfig(_ATTENTION, _MAMBA2, (False, True, False, True), rotary_dim=32)),
+}
+FAMILIES = ("llama", *_MODELS)
+
+
+def random_model(family: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16):
+    """A runner of a few layers."""
+    if family == "llama":
+        return random_llama(device, dtype)
+    runner, weights, config = _MODELS[family]
+    weights = weights.empty(config, dtype if dtype.is_floating_point else torch.float32, torch.device(device))
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in weights.named(config).items():
+        mean, deviation = (1.0, 0.2) if tensor.dim() == 1 else (0.0, 0.3)
+        if "dt" in name and "bias" in name or "A_log" in name:
+            mean, deviation = -2.0, 1.0
+        tensor.copy_(torch.normal(mean, deviation, tensor.shape, generator=generator))
+    weights.lay_out(dtype)
+    return runner(config, weights)

@@ -1,0 +1,33 @@
+"""Random weights in every format."""
+
+import numpy as np
+import torch
+
+from pyspec.ops.weight_formats import _GGUF, FORMATS, Codes, from_gguf, quantise
+
+GGUF_KINDS = list(_GGUF)
+# where factors and floors, fp16, lie in a block; the exponent of mxfp4 is its first byte
+_FACTORS = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2)}
+_FACTORS |= {"q6_k": (208,)}
+
+
+def gguf_bytes(kind: str, shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Random bytes of a tensor of shape [N, K] with factors of either sign from 2^-7 to 1/2 (2^-7 to 8 for mxfp4)."""
+    numbers = np.random.default_rng(seed)
+    blocks = shape[0] * shape[1] // FORMATS[kind].block
+    data = numbers.integers(0, 256, (blocks, _GGUF[kind][0]), dtype=np.uint8)
+    if kind == "mxfp4":
+        data[:, 0] = numbers.integers(121, 132, blocks)
+    else:
+        for place in _FACTORS.get(kind, (0,)):
+            factors = numbers.uniform(2**-7, 0.5, blocks) * numbers.choice([-1, 1], blocks)
+            data[:, place : place + 2] = factors.astype(np.float16)[:, None].view(np.uint8)
+    return torch.from_numpy(data.reshape(-1))
+
+
+def random_codes(name: str, outputs: int, inputs: int, seed: int = 0) -> Codes:
+    """A random weight [outputs, inputs]; inputs must be whole blocks but for int4."""
+    if name in GGUF_KINDS:
+        return from_gguf(name, gguf_bytes(name, (outputs, inputs), seed), (outputs, inputs))
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    return quantise(weight, FORMATS[name])
