@@ -62,7 +62,7 @@ GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
 ceilings() { step ceilings 12 "$python" bench/gpu/ceilings.py; }
 smoke() { lines=40 step smoke 35 "$python" bench/gpu/smoke.py; }
 tests() {
-  lines=60 step tests 90 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+  lines=60 step tests 110 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
 }
 verify_bf16() { lines=55 step verify_bf16 45 "$python" bench/gpu/verify.py bf16; }
 verify_int8() { lines=55 step verify_int8 36 "$python" bench/gpu/verify.py int8; }

@@ -78,7 +78,7 @@ def test_the_limits_of_all_steps_are_little_more_than_there_is_time():
     script = (ROOT / "bench/gpu.sh").read_text()
     names = " ".join(re.findall(r'^ALL="(?:\$ALL )?(.*)"$', script, re.M)).split()
     limits = dict(re.findall(r"\bstep ([a-z_0-9]+) (\d+) ", script))
-    assert sorted(names) == sorted(limits) and sum(map(int, limits.values())) <= 500
+    assert sorted(names) == sorted(limits) and sum(map(int, limits.values())) <= 520
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
