@@ -63,8 +63,8 @@ def store_sums(
     column,
     bias,  # [outputs] or None
     out,  # [rows, outputs], written
-    parts,  # the sums of each split [splits, rows, outputs], written; None where there is one
-    tickets,  # as tickets_of makes them
+    parts,  # [splits, rows, outputs]
+    tickets,  # both as parts_of makes them
     rows,
     outputs,
     IS_WHOLE: tl.constexpr,
@@ -89,7 +89,7 @@ def store_sums(
 @triton.jit
 def add_splits(bias, out, parts, column, rows, outputs, ROWS: tl.constexpr):
     """A block of ROWS rows and some outputs, a few rows at a time; arguments as for store_sums."""
-    SOME: tl.constexpr = ROWS // 4 if ROWS > 32 else 8  # which takes no more registers than the sums did
+    SOME: tl.constexpr = (ROWS // 4 if ROWS > 32 else 8) * 64 // column.shape[0]  # whose loads fit into registers
     splits = tl.num_programs(2)
     stride = tl.cast(rows, tl.int64) * outputs
     first = tl.program_id(0) * ROWS
@@ -115,7 +115,7 @@ def float_kernel(
     weight,  # [outputs, inputs]
     bias,  # [outputs] or None
     out,  # [rows, outputs], written
-    parts,  # with tickets as for store_sums
+    parts,  # both as parts_of makes them
     tickets,
     rows,
     outputs,
@@ -192,7 +192,7 @@ def int8_kernel(
     scales,  # the same as int64: the scales of an output in a tile are one
     bias,  # [outputs] or None
     out,  # [rows, outputs], written
-    parts,  # with tickets as for store_sums
+    parts,  # both as parts_of makes them
     tickets,
     rows,
     outputs,
@@ -271,16 +271,19 @@ def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
 _tickets = {}  # by device
 
 
-def tickets_of(x):
-    """int32, a number for each block of rows and outputs: how many of its splits are stored, 0 between calls.
+def parts_of(x, splits, outputs):
+    """What programs leave for the last of a block, parts and tickets: None each where there is one split.
 
-    A device has them once, and as the last program of a block leaves zeros, no launch clears them. So two calls must
-    not run at the same time: they follow each other on a stream, and where the programs of one are there early, they
-    wait for the end of the other. They are made outside of graphs, as a call is made before one is captured.
+    parts: fp32, the sums of each split. tickets: int32, how many splits of a block of rows and outputs are stored. A
+    device has them once, all 0 between calls, as the last program leaves them so: no launch clears them. So two calls
+    must not run at the same time. They follow each other on a stream, and a program that is there early waits for the
+    end of the call in front. A graph is captured behind a call, so it does not make them.
     """
+    if splits == 1:
+        return None, None
     if x.device not in _tickets:
         _tickets[x.device] = x.new_zeros(TICKETS, dtype=torch.int32)
-    return _tickets[x.device]
+    return x.new_empty((splits, min(len(x), MOST_ROWS), outputs), dtype=torch.float32), _tickets[x.device]
 
 
 def linear(x, weight, bias, outputs, out_dtype):
@@ -294,14 +297,11 @@ def linear(x, weight, bias, outputs, out_dtype):
     tile = tile_of(weight.dtype, rows)
     splits, split_tiles = split(outputs, inputs, tile["INPUTS"])
     early = launch_options(x.device)
-    parts = tickets = None
-    if splits > 1:
-        parts = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
-        tickets = tickets_of(x)
+    parts = parts_of(x, splits, outputs)
     with torch.cuda.device_of(x):
         for first in range(0, rows, MOST_ROWS):
             some, result = x[first : first + MOST_ROWS], out[first : first + MOST_ROWS]
-            ends = bias, result, parts, tickets
+            ends = bias, result, *parts
             blocks = triton.cdiv(len(some), tile["ROWS"])
             grid = (blocks, triton.cdiv(outputs, tile["OUTPUTS"]), splits)
             how = {"IS_WHOLE": splits == 1, **early, **compile_options(weight.dtype, tile["ROWS"])}

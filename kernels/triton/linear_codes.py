@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
-from pyspec.kernels.linear import MOST_ROWS, OPTIONS, SUM_BLOCK, prefetch, store_sums, sum_kernel
+from pyspec.kernels.linear import MOST_ROWS, OPTIONS, parts_of, prefetch, store_sums
 from pyspec.ops.linear_codes_tiles import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
 from pyspec.ops.weight_formats import WeightFormat
 
@@ -87,7 +87,9 @@ def codes_kernel(
     x,  # [rows, inputs]
     weight,  # uint8 [panels, tiles, TILE_BYTES], see pyspec/ops/linear_codes_tiles.py
     bias,  # [outputs] or None
-    out,  # [rows, outputs], or sums of splits [splits, rows, outputs], written
+    out,  # [rows, outputs], written
+    parts,  # both as parts_of makes them
+    tickets,
     rows,
     outputs,
     inputs,
@@ -183,7 +185,8 @@ def codes_kernel(
                     floor = half(floors, 1 if FLOORS == 0 else index * WIDTH // BLOCK, FACTOR)
                     sums = tl.fma(below, tl.broadcast_to(-floor[:, None], sums.shape), sums)
                     below = nothing
-    store_sums(sums, out, bias, row, tl.program_id(1) * OUTPUTS + output, rows, outputs, IS_WHOLE)
+    column = tl.program_id(1) * OUTPUTS + output
+    store_sums(sums, row, column, bias, out, parts, tickets, rows, outputs, IS_WHOLE)
 
 
 # ==== launch ====
@@ -289,17 +292,13 @@ def linear_codes(x, weight, bias, outputs, format, out_dtype):
     splits, split_tiles = split(outputs, inputs)
     early = launch_options(x.device)
     constants = constants_of(format, x.dtype, x.is_cuda)
-    if splits > 1:
-        sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
+    parts = parts_of(x, splits, outputs)
     with torch.cuda.device_of(x):
         for first in range(0, rows, MOST_ROWS):
             some, result = x[first : first + MOST_ROWS], out[first : first + MOST_ROWS]
-            ends = (bias, result) if splits == 1 else (None, sums)
+            ends = bias, result, *parts
             height = tile_rows(len(some))
             numbers = len(some), outputs, inputs, tiles, split_tiles, x.stride(0)
             how = {"ROWS": height, "IS_WHOLE": splits == 1, **constants, **early, **compile_options(height)}
             codes_kernel[(triton.cdiv(len(some), height), panels, splits)](some, weight, *ends, *numbers, **how)
-            if splits > 1:
-                blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
-                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out

@@ -9,7 +9,7 @@ pytest.importorskip("triton", reason="Triton is not installed for this platform"
 import triton  # noqa: E402
 
 from pyspec.kernels import linear as kernels  # noqa: E402
-from pyspec.ops.linear import _pack_int8  # noqa: E402
+from pyspec.ops.linear import _lay_out_int8  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("kernel_device"),
@@ -23,7 +23,7 @@ FORMATS = [*EPSILON, torch.int8]
 
 def run(x, weight, bias=None, is_int8=False, out_dtype=None):
     """The launcher on a weight [N, K], packed in rows as `lay_out_weight` does where there is a GPU."""
-    data = _pack_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
+    data = _lay_out_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
     bias = None if bias is None else to_device(bias, DEVICE)
     return kernels.linear(to_device(x, DEVICE), data.to(DEVICE), bias, weight.shape[0], out_dtype or x.dtype).cpu()
 
