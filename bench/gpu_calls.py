@@ -11,15 +11,18 @@ from torch import Tensor
 from pyspec.kernels.block_masked_attention import block_masked_attention
 from pyspec.kernels.gear import gear
 from pyspec.kernels.linear import linear
+from pyspec.kernels.linear_codes import linear_codes
 from pyspec.kernels.merge_attention import merge_attention
 from pyspec.kernels.rms_norm import rms_norm
 from pyspec.kernels.rotary_write import rotary_write
 from pyspec.kernels.row_statistics import row_statistics
 from pyspec.kernels.swiglu import swiglu
 from pyspec.kernels.tree_attention import tree_attention
+from pyspec.ops import linear_codes_tiles
 from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.residual_vq import ResidualVqFormat
 from pyspec.ops.selective_state import Round
+from pyspec.ops.weight_formats import FORMATS
 from pyspec.tree import DraftTree
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -69,6 +72,18 @@ def project(rows, outputs, inputs, dtype=BF16, out_dtype=FP32):
     kernel, tile = ("int8_kernel", 128 * 128) if dtype == BYTES else ("float_kernel", 64 * 64)
     sets = -(-rows // (64 if dtype == BF16 else 16))
     return Call(run, {kernel: outputs * inputs / tile * sets})
+
+
+def project_codes(name, rows, outputs, inputs):
+    """Of a weight in one of the formats of 4 bits."""
+    format = FORMATS[name]
+
+    def run():
+        tiles = -(-outputs // linear_codes_tiles.OUTPUTS), -(-inputs // linear_codes_tiles.INPUTS)
+        weight = new(*tiles, linear_codes_tiles.tile_bytes(format), dtype=BYTES)
+        return linear_codes(new(rows, inputs), weight, None, outputs, format, FP32)
+
+    return Call(run, {"codes_kernel": outputs * inputs / (128 * 128)})
 
 
 def read_statistics(rows, vocab):
@@ -174,6 +189,10 @@ CALLS = {
     "linear bf16 128256x4096": project(16, 128256, 4096, out_dtype=BF16),
     "linear fp32 4096x4096": project(16, 4096, 4096, FP32),
     "linear int8 14336x4096": project(16, 14336, 4096, BYTES),
+    **{
+        f"linear {name} 14336x4096, {rows} rows": project_codes(name, rows, 14336, 4096)
+        for name, rows in [("q4_0", 8), ("q4_0", 64), ("int4_32", 8), ("int4_32", 16), ("q4_k", 8), ("iq4_nl", 8)]
+    },
     "linear int8 128256x4096": project(16, 128256, 4096, BYTES, BF16),
     "row_statistics 16x128256": read_statistics(16, 128256),
     "gear 2 bits, rank 4, 2 outliers n=32768": attend_to_records(1, 32768, GearFormat(2, 64, rank=4, outliers=2)),

@@ -68,6 +68,18 @@ def record_prompt(runner, tokens: int) -> None:
 
 
 @torch.inference_mode()
+def seconds_of_recording(runner, tree: DraftTree) -> float:
+    """Seconds that the tape of a verify of the first sequence's tree takes to be recorded again, and is not run."""
+    replays, step = runner._replays, runner._step()
+    filled = {"plan": replays._plan({0: tree}, ()), "blocks": replays.cache.blocks, "advances": ()}
+    shape = replays._shape({0: tree})
+    replays._replays.pop((shape, None), None)
+    start = time.perf_counter()
+    replays._replay(step, shape, None, {0: tree}, filled)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
 def attend_step(runner, token: int, place: int, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
     """Logits [V] fp32 after a token at a place of the first sequence, with an attention of the caller's.
 

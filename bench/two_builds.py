@@ -1,7 +1,8 @@
 """Is this build slower than another one? Plain steps and verifies of both, in turn.
 
     python bench/two_builds.py OTHER          a table; OTHER is the folder of another built checkout
-    python bench/two_builds.py                of this build alone: the share of a plain step outside of ops
+    python bench/two_builds.py                of this build alone: the share of a plain step outside of ops, and
+                                              the median ms of 20 recordings of a verify of 8 nodes
 
 Each build has a process of its own, because one process can register an op only once; they are asked in turn, so that
 both see the same machine. Shapes: the demo model in bf16 and int8, and the shapes of Mamba-2 130M and a small Bamba
@@ -30,6 +31,7 @@ from pyspec.caches import cache_from_name
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ("demo bf16", "demo int8", "mamba2-130m bf16", "bamba bf16", "demo bf16 gear-2bit")
 SIZES = (1, 8)
+TREE = DraftTree([5] * 8, [-1] + [0] * 7)
 SHAPES = {
     "mamba2-130m": (
         "Mamba2",
@@ -90,8 +92,8 @@ def serve() -> None:
 
 
 def show_shares(cases: Sequence[str]) -> None:
-    """Prints how much of a plain step is Python, dispatch and bookkeeping."""
-    from inside import seconds_in_ops  # which another build may lack
+    """Prints how much of a plain step is Python, dispatch and bookkeeping, and what recording a shape takes."""
+    from inside import seconds_in_ops, seconds_of_recording  # which another build may lack
 
     torch.set_num_threads(2)
     for case in cases:
@@ -104,7 +106,11 @@ def show_shares(cases: Sequence[str]) -> None:
             for _ in range(40):
                 runner.verify({0: tree})
             total = time.perf_counter() - start
-        print(f"{case:24}{1 - (inside() - before) / total:7.1%} of {total / 40 * 1e3:.2f} ms outside of ops")
+        recording = statistics.median(seconds_of_recording(runner, TREE) for _ in range(20))
+        share = 1 - (inside() - before) / total
+        print(
+            f"{case:24}{share:7.1%} of {total / 40 * 1e3:.2f} ms outside of ops, recorded in {recording * 1e3:.2f} ms"
+        )
 
 
 def main() -> None:

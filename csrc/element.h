@@ -23,4 +23,16 @@ inline Element element_of(const torch::stable::Tensor& tensor, const char* name)
   return Element::kFloat32;
 }
 
+inline void copy_strides(const torch::stable::Tensor& tensor, int64_t* strides) {
+  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
+}
+
+// The numbers of a tensor whose values decide where a kernel reads and writes.
+inline const int32_t* int32s_of(const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
+                      tensor.is_contiguous(),
+                  name, " must be int32, contiguous and of ", dims, " dimensions");
+  return static_cast<const int32_t*>(tensor.data_ptr());
+}
+
 }  // namespace pyspec

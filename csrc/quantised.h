@@ -1,5 +1,5 @@
 // What the ops over quantised keys and values check alike and write into their params (gear, residual_vq), on
-// any device. element_of is the device's.
+// any device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,15 +9,9 @@
 
 #include <tuple>
 
-#include "params/common.h"
+#include "element.h"
 
 namespace pyspec {
-
-Element element_of(const torch::stable::Tensor& tensor, const char* name);
-
-inline void copy_strides(const torch::stable::Tensor& tensor, int64_t* strides) {
-  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
-}
 
 // Attention: the sizes that its format is checked against.
 template <class Params>

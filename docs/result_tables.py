@@ -134,6 +134,13 @@ TABLES = {
             ],
         )
     ],
+    "block_masked_attention_backward_cuda": [
+        (
+            "Gradients",
+            "rows",
+            [("mask", "pattern"), ("rows", "size"), *TIMES, ("over SDPA's causal path", "ms/sdpa causal", "ms/pyspec")],
+        )
+    ],
     "block_masked_attention_cpu": [
         (
             "",
@@ -268,7 +275,18 @@ TABLES = {
                 ("8 nodes over plain", "over_plain/8"),
                 ("plain over its floor", "plain_over_floor"),
             ],
-        )
+        ),
+        (
+            "A prompt of 2,048 tokens in pieces of 512, seconds",
+            "prompts",
+            [
+                ("model and weights", NAME),
+                ("replayed", "seconds/replayed"),
+                ("launch by launch", "seconds/launched"),
+                ("floor by operations", "floor_seconds"),
+                ("tokens/s", "tokens_per_second"),
+            ],
+        ),
     ],
     "generation_cuda": [
         (

@@ -185,18 +185,12 @@ template <class Quantised>
 torch::stable::Tensor quantised_attention(Quantised blocks, const QuantisedRows& t, double scale,
                                           const KernelTable<Quantised>& table,
                                           int64_t (*workspace)(const Quantised&)) {
-  auto numbers = [](const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
-    STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
-                        tensor.is_contiguous(),
-                    name, " must be int32, contiguous and of ", dims, " dimensions");
-    return static_cast<const int32_t*>(tensor.data_ptr());
-  };
   QuantisedAttentionParams<Quantised> p{};
   p.rows = t.q.size(0), p.sequences = t.k.size(0), p.slots = t.k.size(2), p.span = t.span,
   p.records = t.records;
-  p.ancestor_bits = numbers(t.ancestor_bits, 2, "ancestor_bits"), p.words = t.ancestor_bits.size(1);
-  p.seen = numbers(t.seen, 1, "seen"), p.starts = numbers(t.starts, 1, "starts");
-  p.prefix_lens = numbers(t.prefix_lens, 1, "prefix_lens");
+  p.ancestor_bits = int32s_of(t.ancestor_bits, 2, "ancestor_bits"), p.words = t.ancestor_bits.size(1);
+  p.seen = int32s_of(t.seen, 1, "seen"), p.starts = int32s_of(t.starts, 1, "starts");
+  p.prefix_lens = int32s_of(t.prefix_lens, 1, "prefix_lens");
   STD_TORCH_CHECK(t.seen.size(0) == p.rows && t.ancestor_bits.size(0) == p.rows,
                   "seen and ancestor_bits must have ", p.rows, " rows like q");
   STD_TORCH_CHECK(t.starts.size(0) == p.sequences + 1 && t.prefix_lens.size(0) == p.sequences &&
@@ -219,7 +213,7 @@ torch::stable::Tensor quantised_attention(Quantised blocks, const QuantisedRows&
   exact.q = t.q.data_ptr(), exact.k = t.k.data_ptr(), exact.v = t.v.data_ptr();
   exact.batch = 1, exact.heads = t.q.size(1), exact.kv_heads = t.k.size(1), exact.head_dim = t.q.size(2);
   exact.element = blocks.element, exact.scale = static_cast<float>(scale), exact.parallel_for = parallel;
-  for (int i = 0; i < 3; ++i) exact.k_strides[i] = t.k.stride(i), exact.v_strides[i] = t.v.stride(i);
+  copy_strides(t.k, exact.k_strides), copy_strides(t.v, exact.v_strides);
   exact.q_strides[1] = exact.out_strides[1] = exact.head_dim;
   exact.q_strides[2] = exact.out_strides[2] = exact.heads * exact.head_dim;
   for (int i = 0; i < 3; ++i) blocks.q_strides[i] = blocks.out_strides[i] = exact.q_strides[i];

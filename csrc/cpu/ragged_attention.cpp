@@ -146,13 +146,6 @@ void check_trees(const RaggedAttentionParams& p) {
   }
 }
 
-const int32_t* numbers_of(const Tensor& tensor, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
-                      tensor.is_contiguous(),
-                  name, " must be int32, contiguous and of ", dims, " dimensions");
-  return static_cast<const int32_t*>(tensor.data_ptr());
-}
-
 Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ancestor_bits,
                         const Tensor& starts, const Tensor& prefix_lens, double scale,
                         std::optional<double> softcap, std::optional<int64_t> window) {
@@ -174,8 +167,9 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(all.kv_heads > 0 && all.heads % all.kv_heads == 0,
                   "k must have a number of heads that divides q's");
   STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
-  p.ancestor_bits = numbers_of(ancestor_bits, 2, "ancestor_bits"), p.words = ancestor_bits.size(1);
-  p.starts = numbers_of(starts, 1, "starts"), p.prefix_lens = numbers_of(prefix_lens, 1, "prefix_lens");
+  p.ancestor_bits = pyspec::int32s_of(ancestor_bits, 2, "ancestor_bits"), p.words = ancestor_bits.size(1);
+  p.starts = pyspec::int32s_of(starts, 1, "starts"),
+  p.prefix_lens = pyspec::int32s_of(prefix_lens, 1, "prefix_lens");
   STD_TORCH_CHECK(ancestor_bits.size(0) == all.nodes, "ancestor_bits must have a row for each of q");
   STD_TORCH_CHECK(starts.size(0) == p.sequences + 1 && prefix_lens.size(0) == p.sequences,
                   "starts and prefix_lens must have ", p.sequences + 1, " and ", p.sequences, " entries");
@@ -185,7 +179,7 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   all.q = q.data_ptr(), all.k = k.data_ptr(), all.v = v.data_ptr(), all.out = out.data_ptr();
   all.q_strides[1] = all.out_strides[1] = all.head_dim;
   all.q_strides[2] = all.out_strides[2] = all.heads * all.head_dim;
-  for (int i = 0; i < 3; ++i) all.k_strides[i] = k.stride(i), all.v_strides[i] = v.stride(i);
+  pyspec::copy_strides(k, all.k_strides), pyspec::copy_strides(v, all.v_strides);
   all.scale = static_cast<float>(scale), all.softcap = static_cast<float>(softcap.value_or(0.0));
   all.window = window.value_or(0);
   all.parallel_for = pyspec::Tape::recording() ? pyspec::team_parallel_for : pyspec::parallel_for;

@@ -8,19 +8,30 @@ using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 
-Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor& weight, double epsilon,
-                torch::headeronly::ScalarType out_dtype) {
+Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::optional<Tensor>& weight,
+                double epsilon, torch::headeronly::ScalarType out_dtype,
+                const std::optional<Tensor>& delta_weight) {
   auto float32 = torch::headeronly::ScalarType::Float;
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
                   "hidden must be float32 [rows, size] and contiguous");
   pyspec::RmsNormParams p{};
   p.rows = hidden.size(0), p.size = hidden.size(1);
-  p.groups = weight.dim() == 2 ? weight.size(0) : 1;
-  STD_TORCH_CHECK(weight.dim() >= 1 && weight.dim() <= 2 && weight.size(-1) == p.size && p.groups > 0 &&
-                      p.rows % p.groups == 0 && weight.scalar_type() == float32,
-                  "weight must be float32 [size], or [groups, size] for a multiple of groups rows");
-  Tensor weights = pyspec::contiguous(weight, "weight");
-  std::optional<Tensor> deltas;
+  p.groups = weight && weight->dim() == 2 ? weight->size(0) : 1;
+  std::optional<Tensor> weights, deltas, delta_weights;
+  if (weight) {
+    STD_TORCH_CHECK(weight->dim() >= 1 && weight->dim() <= 2 && weight->size(-1) == p.size && p.groups > 0 &&
+                        p.rows % p.groups == 0 && weight->scalar_type() == float32,
+                    "weight must be float32 [size], or [groups, size] for a multiple of groups rows");
+    weights = pyspec::contiguous(*weight, "weight");
+    p.weight = static_cast<const float*>(weights->data_ptr());
+  }
+  if (delta_weight) {
+    STD_TORCH_CHECK(delta && delta_weight->dim() == 1 && delta_weight->size(0) == p.size &&
+                        delta_weight->scalar_type() == float32,
+                    "delta_weight must be float32 [size], for a delta");
+    delta_weights = pyspec::contiguous(*delta_weight, "delta_weight");
+    p.delta_weight = static_cast<const float*>(delta_weights->data_ptr());
+  }
   if (delta) {
     STD_TORCH_CHECK(delta->dim() == 2 && delta->size(0) == p.rows && delta->size(1) == p.size &&
                         delta->scalar_type() == float32,
@@ -30,8 +41,8 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const Tensor&
   }
   Tensor out = pyspec::new_tensor({p.rows, p.size}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");
-  p.hidden = static_cast<float*>(hidden.data_ptr()), p.weight = static_cast<const float*>(weights.data_ptr());
-  p.out = out.data_ptr(), p.epsilon = static_cast<float>(epsilon);
+  p.hidden = static_cast<float*>(hidden.data_ptr()), p.out = out.data_ptr();
+  p.epsilon = static_cast<float>(epsilon);
   pyspec::launch(pyspec_rms_norm_table, p);
   return out;
 }

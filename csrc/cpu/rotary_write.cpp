@@ -21,7 +21,8 @@ void check_places(const pyspec::RotaryWriteParams& p, int64_t table, int64_t bat
 }
 
 Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& positions,
-                    const Tensor& sequences, const Tensor& slots, Tensor keys, Tensor values, int64_t heads) {
+                    const Tensor& sequences, const Tensor& slots, Tensor keys, Tensor values, int64_t heads,
+                    const std::optional<Tensor>& norm, double epsilon) {
   auto float32 = torch::headeronly::ScalarType::Float, int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.scalar_type() == values.scalar_type(),
                   "keys and values must be [batch, kv_heads, slots, head_dim] of one dtype");
@@ -38,9 +39,19 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
       qkv.dim() == 2 && qkv.scalar_type() == float32 && qkv.size(1) == (heads + 2 * p.kv_heads) * p.head_dim,
       "qkv must be float32 [rows, (heads + 2 kv_heads) * head_dim]");
   p.rows = qkv.size(0);
-  STD_TORCH_CHECK(cos_sin.dim() == 3 && cos_sin.size(1) == 2 && cos_sin.size(2) * 2 == p.head_dim &&
+  p.width = cos_sin.dim() == 3 ? 2 * cos_sin.size(2) : 0;
+  STD_TORCH_CHECK(p.width > 0 && p.width <= p.head_dim && cos_sin.size(1) == 2 &&
                       cos_sin.scalar_type() == float32 && cos_sin.is_contiguous(),
-                  "cos_sin must be float32 [positions, 2, head_dim / 2] and contiguous");
+                  "cos_sin must be float32 [positions, 2, head_dim / 2 at most] and contiguous");
+  std::optional<Tensor> norms;
+  if (norm) {
+    STD_TORCH_CHECK(norm->dim() == 2 && norm->size(1) == p.head_dim && norm->scalar_type() == float32 &&
+                        (norm->size(0) == 2 || norm->size(0) == heads + p.kv_heads),
+                    "norm must be float32 [2 or heads + kv_heads, head_dim]");
+    norms = pyspec::contiguous(*norm, "norm");
+    p.norm = static_cast<const float*>(norms->data_ptr()), p.norm_rows = norm->size(0);
+    p.epsilon = static_cast<float>(epsilon);
+  }
   STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == p.rows && sequences.dim() == 1 &&
                       sequences.size(0) == p.rows && slots.dim() == 1 && slots.size(0) == p.rows &&
                       positions.scalar_type() == int32 && sequences.scalar_type() == int32 &&

@@ -13,22 +13,15 @@ struct RoundTensors {
   torch::stable::Tensor sequences, starts, parents, paths, halves, advances;
 };
 
-inline const int32_t* places_of(const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
-                      tensor.is_contiguous(),
-                  name, " must be int32, of ", dims, " dimensions and contiguous");
-  return static_cast<const int32_t*>(tensor.data_ptr());
-}
-
 // rows: of the inputs; sequences and record_nodes: of the state and of the record.
 inline Round round_of(const RoundTensors& tensors, int64_t rows, int64_t sequences, int64_t record_nodes) {
   Round round{};
-  round.sequences = places_of(tensors.sequences, 1, "sequences");
-  round.starts = places_of(tensors.starts, 1, "starts");
-  round.parents = places_of(tensors.parents, 1, "parents");
-  round.paths = places_of(tensors.paths, 2, "paths");
-  round.halves = places_of(tensors.halves, 1, "halves");
-  round.advances = places_of(tensors.advances, 1, "advances");
+  round.sequences = int32s_of(tensors.sequences, 1, "sequences");
+  round.starts = int32s_of(tensors.starts, 1, "starts");
+  round.parents = int32s_of(tensors.parents, 1, "parents");
+  round.paths = int32s_of(tensors.paths, 2, "paths");
+  round.halves = int32s_of(tensors.halves, 1, "halves");
+  round.advances = int32s_of(tensors.advances, 1, "advances");
   round.trees = tensors.sequences.size(0), round.longest_path = tensors.paths.size(1);
   STD_TORCH_CHECK(tensors.starts.size(0) == round.trees + 1 && tensors.paths.size(0) == round.trees &&
                       tensors.halves.size(0) == round.trees && tensors.advances.size(0) == round.trees,

@@ -8,10 +8,6 @@ using torch::stable::Tensor;
 
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, pyspec::TreeAttentionParams);
 
-void copy_strides(const Tensor& tensor, int64_t* strides) {
-  for (int i = 0; i < 3; ++i) strides[i] = tensor.stride(i);
-}
-
 // Every slot that the kernel will read must be inside k: checked here because the lengths are data.
 void check_reach(const pyspec::TreeAttentionParams& p, int64_t pages, int64_t slots) {
   int64_t words = (p.nodes + 31) / 32;
@@ -77,8 +73,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   p.ancestor_bits = static_cast<const int32_t*>(bits.data_ptr());
   p.prefix_lens = static_cast<const int32_t*>(lengths.data_ptr());
   p.lse = static_cast<float*>(lse.data_ptr());
-  copy_strides(q, p.q_strides), copy_strides(k, p.k_strides), copy_strides(v, p.v_strides);
-  copy_strides(out, p.out_strides);
+  pyspec::copy_strides(q, p.q_strides), pyspec::copy_strides(out, p.out_strides);
+  pyspec::copy_strides(k, p.k_strides), pyspec::copy_strides(v, p.v_strides);
   p.page = k.size(2);
   int64_t slots = k.size(2);
   std::optional<Tensor> table;

@@ -87,9 +87,7 @@ extern "C" void PYSPEC_ENTRY(pyspec_causal_conv)(const CausalConvParams& p) {
   int64_t pieces = (p.channels + kPiece - 1) / kPiece;
   auto run = [&](int64_t index) {
     Item item(p, pyspec::tree_of(p.round, index / pieces), index % pieces * kPiece);
-    if (p.out_element == pyspec::Element::kFloat32) item.run<float>();
-    if (p.out_element == pyspec::Element::kFloat16) item.run<Float16>();
-    if (p.out_element == pyspec::Element::kBFloat16) item.run<BFloat16>();
+    with_element(p.out_element, [&](auto element) { item.run<decltype(element)>(); });
   };
   pyspec::parallel(p.parallel_for, p.round.trees * pieces, run);
 }

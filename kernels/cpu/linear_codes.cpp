@@ -1,4 +1,4 @@
-// linear_codes on the CPU: out[row] = x[row] . weight^T for weights in 2 to 6 bits, at the price of reading
+// linear_codes on the CPU: out[row] = x[row] . weight^T for weights in 2 to 8 bits, at the price of reading
 // their bits.
 //
 // x is rounded to 8 bits in the format's own blocks. A panel of 32 outputs is taken a chunk of inputs at a
@@ -290,6 +290,8 @@ void for_format(const Params& p) {
       return Run<CodeFormat::kQ5_0>::run(p);
     case CodeFormat::kQ5_1:
       return Run<CodeFormat::kQ5_1>::run(p);
+    case CodeFormat::kQ8_0:
+      return Run<CodeFormat::kQ8_0>::run(p);
     case CodeFormat::kQ2K:
       return Run<CodeFormat::kQ2K>::run(p);
     case CodeFormat::kQ3K:

@@ -56,6 +56,8 @@ PYSPEC_INLINE void unpack_codes(const char* block, int64_t lane, uint8_t (*bytes
   constexpr int kLow = static_cast<int>(pyspec::low_bits(F::kShape)), kHigh = F::kShape.bits - kLow;
   constexpr int64_t kFours = F::kBlock / 4, kInLow = 8 / kLow;
   constexpr int64_t kInHigh = kHigh ? 8 / (kHigh ? kHigh : 1) : kInLow;  // fours of a byte; never fewer
+  constexpr int32_t kLowMask = static_cast<int32_t>(0x01010101u * ((1u << kLow) - 1));
+  constexpr int32_t kHighMask = static_cast<int32_t>(0x01010101u * ((1u << kHigh) - 1));
   const char* low = block + pyspec::codes_at(F::kShape) + lane * 4;
   const char* high = block + pyspec::high_bits_at(F::kShape) + lane * 4;
   for (int64_t first = 0; first < kFours; first += kInHigh) {
@@ -66,9 +68,9 @@ PYSPEC_INLINE void unpack_codes(const char* block, int64_t lane, uint8_t (*bytes
       I16 lows = load_words(low + (first + i) / kInLow * kPanel * 4);
       PYSPEC_UNROLL
       for (int64_t j = 0; j < kInLow; ++j) {
-        I16 codes = bit_field(lows, static_cast<int>(j) * kLow, 0x01010101 * ((1 << kLow) - 1));
+        I16 codes = bit_field(lows, static_cast<int>(j) * kLow, kLowMask);
         if constexpr (kHigh > 0) {
-          I16 top = bit_field(highs, static_cast<int>(i + j) * kHigh, 0x01010101 * ((1 << kHigh) - 1));
+          I16 top = bit_field(highs, static_cast<int>(i + j) * kHigh, kHighMask);
           codes = join_bits(codes, top, kLow);
         }
         if constexpr (F::kShape.levels == Levels::kIq4) codes = look_up(codes, kIq4Bytes);

@@ -45,12 +45,5 @@ void merge(const pyspec::MergeAttentionParams& p) {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_merge_attention)(const pyspec::MergeAttentionParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return merge<float>(p);
-    case pyspec::Element::kFloat16:
-      return merge<Float16>(p);
-    case pyspec::Element::kBFloat16:
-      return merge<BFloat16>(p);
-  }
+  with_element(p.element, [&](auto element) { merge<decltype(element)>(p); });
 }

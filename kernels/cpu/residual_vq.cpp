@@ -385,12 +385,5 @@ void attend(const VqAttentionParams& p) {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_residual_vq)(const VqAttentionParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return attend<float>(p);
-    case pyspec::Element::kFloat16:
-      return attend<Float16>(p);
-    case pyspec::Element::kBFloat16:
-      return attend<BFloat16>(p);
-  }
+  with_element(p.element, [&](auto element) { attend<decltype(element)>(p); });
 }

@@ -151,12 +151,5 @@ void encode(const VqEncodeParams& p) {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_residual_vq_encode)(const VqEncodeParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return encode<float>(p);
-    case pyspec::Element::kFloat16:
-      return encode<Float16>(p);
-    case pyspec::Element::kBFloat16:
-      return encode<BFloat16>(p);
-  }
+  with_element(p.element, [&](auto element) { encode<decltype(element)>(p); });
 }

@@ -21,34 +21,51 @@ PYSPEC_INLINE F16 load_up_to(const float* p, int64_t count) {
   return count >= 16 ? load(p) : load_some(p, count);
 }
 
+// What a row is divided by its root mean square with, from the sums of its squares in 16 lanes.
+PYSPEC_INLINE F16 scale_of(const RmsNormParams& p, F16 squares) {
+  float lanes[16], total = 0;
+  store(lanes, squares);
+  for (float lane : lanes) total += lane;
+  return set1(1.0f / __builtin_sqrtf(total / static_cast<float>(p.size) + p.epsilon));
+}
+
 template <class Out>
 void normalise(const RmsNormParams& p, int64_t row) {
   float* hidden = p.hidden + row * p.size;
-  const float* weight = p.weight + row % p.groups * p.size;
+  const float* weight = p.weight ? p.weight + row % p.groups * p.size : nullptr;
+  const float* delta = p.delta ? p.delta + row * p.size : nullptr;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
-  F16 squares = set1(0.0f);
+  F16 squares = set1(0.0f), delta_scale = squares;
+  if (p.delta_weight) {
+    for (int64_t i = 0; i < p.size; i += 16) {
+      F16 value = load_up_to(delta + i, p.size - i);
+      squares = fma(value, value, squares);
+    }
+    delta_scale = scale_of(p, squares), squares = set1(0.0f);
+  }
   for (int64_t i = 0; i < p.size; i += 16) {
     int64_t count = p.size - i;
     F16 value = load_up_to(hidden + i, count);
     if (p.delta) {
-      value = add(value, load_up_to(p.delta + row * p.size + i, count));
+      F16 change = load_up_to(delta + i, count);
+      if (p.delta_weight) change = mul(mul(change, delta_scale), load_up_to(p.delta_weight + i, count));
+      value = add(value, change);
       float values[16];
       store(values, value);
       std::memcpy(hidden + i, values, (count < 16 ? count : 16) * sizeof(float));
     }
     squares = fma(value, value, squares);
   }
-  float lanes[16], total = 0;
-  store(lanes, squares);
-  for (float lane : lanes) total += lane;
-  F16 scale = set1(1.0f / __builtin_sqrtf(total / static_cast<float>(p.size) + p.epsilon));
+  F16 scale = scale_of(p, squares);
   for (int64_t i = 0; i < p.size; i += 16) {
     int64_t count = p.size - i;
-    F16 value = mul(mul(load_up_to(hidden + i, count), scale), load_up_to(weight + i, count));
+    F16 value = load_up_to(hidden + i, count);
+    if (weight) value = mul(mul(value, scale), load_up_to(weight + i, count));
     if (count >= 16) {
       store_as(out + i, value);
       continue;
     }
+    float lanes[16];
     store(lanes, value);
     for (int64_t j = 0; j < count; ++j) from_float(lanes[j], out + i + j);
   }

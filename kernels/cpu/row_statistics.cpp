@@ -148,12 +148,5 @@ void row_statistics(const RowStatisticsParams& p) {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_row_statistics)(const RowStatisticsParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return row_statistics<float>(p);
-    case pyspec::Element::kFloat16:
-      return row_statistics<Float16>(p);
-    case pyspec::Element::kBFloat16:
-      return row_statistics<BFloat16>(p);
-  }
+  with_element(p.element, [&](auto element) { row_statistics<decltype(element)>(p); });
 }

@@ -215,11 +215,13 @@ PYSPEC_INLINE F16 exp2(F16 x) { return exp2(x, kExp2); }
 
 constexpr float kLog2E = 1.44269504f;
 
-PYSPEC_INLINE F16 silu(F16 x) {
+// x / (1 + e^-t).
+PYSPEC_INLINE F16 sigmoid_product(F16 x, F16 t) {
   // beyond 2^126 the quotient is zero anyway
-  F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), mul(x, set1(kLog2E)))));
+  F16 e = exp2(sub(set1(0.0f), max(set1(-126.0f), mul(t, set1(kLog2E)))));
   return div(x, add(set1(1.0f), e));
 }
+PYSPEC_INLINE F16 silu(F16 x) { return sigmoid_product(x, x); }
 
 // log(1 + e^x), for any x.
 PYSPEC_INLINE F16 softplus(F16 x) {

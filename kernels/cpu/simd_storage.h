@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd_floats.h"
+#include "params/common.h"
 
 namespace {
 
@@ -12,6 +13,19 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+
+// Calls body with a number of an element type, of which the type alone counts.
+template <class Body>
+void with_element(pyspec::Element element, const Body& body) {
+  switch (element) {
+    case pyspec::Element::kFloat32:
+      return body(float{});
+    case pyspec::Element::kFloat16:
+      return body(Float16{});
+    case pyspec::Element::kBFloat16:
+      return body(BFloat16{});
+  }
+}
 
 PYSPEC_INLINE float to_float(float a) { return a; }
 PYSPEC_INLINE float to_float(BFloat16 a) {

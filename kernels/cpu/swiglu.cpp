@@ -1,27 +1,42 @@
-// swiglu on the CPU: out = gate / (1 + e^-gate) * up, in fp32, rounded once. Bound by exp2; an item is a
-// piece of a row, so that a single row keeps all threads busy.
+// swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
+// 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Bound by exp2; an
+// item is a piece of a row, so that a single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"
 
 namespace {
 
+using pyspec::Activation;
 using pyspec::SwigluParams;
 
 constexpr int64_t kPiece = 512;
 
-template <class Out>
+template <Activation kActivation>
+PYSPEC_INLINE F16 activated(F16 gate) {
+  if (kActivation == Activation::kSilu) return silu(gate);
+  F16 cubic = mul(fma(mul(gate, gate), set1(0.044715f), set1(1.0f)), gate);
+  return sigmoid_product(gate, mul(cubic, set1(1.59576912f)));
+}
+
+template <class Out, Activation kActivation>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
   const float *gate = p.gate_up + row * 2 * p.size, *up = gate + p.size;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   int64_t end = first + kPiece < p.size ? first + kPiece : p.size, i = first;
-  for (; i + 16 <= end; i += 16) store_as(out + i, mul(silu(load(gate + i)), load(up + i)));
+  for (; i + 16 <= end; i += 16) store_as(out + i, mul(activated<kActivation>(load(gate + i)), load(up + i)));
   if (i == end) return;
   float gates[16] = {}, ups[16] = {};
   std::memcpy(gates, gate + i, (end - i) * sizeof(float));
   std::memcpy(ups, up + i, (end - i) * sizeof(float));
-  store(gates, mul(silu(load(gates)), load(ups)));
+  store(gates, mul(activated<kActivation>(load(gates)), load(ups)));
   for (int64_t j = 0; i + j < end; ++j) from_float(gates[j], out + i + j);
+}
+
+template <class Out>
+void piece(const SwigluParams& p, int64_t row, int64_t first) {
+  if (p.activation == Activation::kSilu) piece<Out, Activation::kSilu>(p, row, first);
+  if (p.activation == Activation::kGeluTanh) piece<Out, Activation::kGeluTanh>(p, row, first);
 }
 
 }  // namespace

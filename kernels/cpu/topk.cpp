@@ -376,12 +376,5 @@ void topk(const TopkParams& p) {
 }  // namespace
 
 extern "C" void PYSPEC_ENTRY(pyspec_topk)(const TopkParams& p) {
-  switch (p.element) {
-    case pyspec::Element::kFloat32:
-      return topk<float>(p);
-    case pyspec::Element::kFloat16:
-      return topk<Float16>(p);
-    case pyspec::Element::kBFloat16:
-      return topk<BFloat16>(p);
-  }
+  with_element(p.element, [&](auto element) { topk<decltype(element)>(p); });
 }

@@ -84,6 +84,7 @@ struct Block {
   Tile tile;
   float state[kStates];
   float a[kPerState ? kStates : 1];
+  float bias, d;  // of this thread's channel: asked for before anything is waited for
   int kept_node[kMostKept];
   int kept;
 
@@ -108,6 +109,8 @@ struct Block {
 #pragma unroll
     for (int k = 0; k < (kPerState ? kStates : 1); ++k)
       a[k] = kPerState ? p.a[(int64_t{panel} * size + first + k) * kLanes + lane] : p.a[head];
+    bias = p.dt_bias ? p.dt_bias[kPerState ? channel + lane : head] : 0.0f;
+    d = p.d ? p.d[channel + lane] : 0.0f;
   }
 
   // ==== where things are ====
@@ -147,7 +150,7 @@ struct Block {
   __device__ float dt_at(const Source& from) const { return from.dt[kPerState ? lane : 0]; }
   __device__ float dt_of(int step, float loaded) const {
     if (!is_new(step)) return loaded;
-    return softplus(loaded + (p.dt_bias ? p.dt_bias[kPerState ? channel + lane : head] : 0.0f));
+    return softplus(loaded + bias);
   }
   __device__ float rate_of(float dt) const {
     return kPerState ? __fmul_rn(dt, kLog2E) : exp2f(__fmul_rn(dt, __fmul_rn(a[0], kLog2E)));
@@ -310,7 +313,6 @@ struct Block {
 
   // y of the tile's new nodes, of which the first is `at`.
   __device__ void write(int at, int count) const {
-    float d = p.d ? p.d[channel + lane] : 0.0f;
     __syncthreads();
     int warps = static_cast<int>(blockDim.x) / 32;
     for (int i = at * kLanes + threadIdx.x; i < count * kLanes; i += blockDim.x) {

@@ -7,7 +7,8 @@
 //   scales    [groups / 2][kPanel][2] bytes: two groups that one instruction multiplies lie side by side
 //   minimums  the same; of int4 [kPanel] bytes, as a block is one group; of q2_k they are the high four bits
 //             of the scales' bytes
-//   codes     a plane of the low 4 bits (2 for q2_k and q3_k), then one of the bits above, if there are any.
+//   codes     a plane of the low 4 bits (2 for q2_k and q3_k, 8 for q8_0), then one of the bits above, if
+//   there are any.
 //             A plane of b bits is [block * b / 32][kPanel][4] bytes: inputs by fours, 8 / b fours in a byte,
 //             the first in its low bits, so that a shift and a mask give the bytes that a product takes.
 #pragma once
@@ -22,7 +23,7 @@ enum class CodeFormat : int32_t {
   kQ4_1,
   kQ5_0,
   kQ5_1,
-  kQ8_0,  // laid out as int8, see linear.h
+  kQ8_0,
   kQ2K,
   kQ3K,
   kQ4K,
@@ -95,7 +96,7 @@ constexpr CodeShape kCodeShapes[] = {
 
 constexpr CodeShape shape_of(CodeFormat format) { return kCodeShapes[static_cast<int32_t>(format)]; }
 
-constexpr int64_t low_bits(const CodeShape& shape) { return shape.bits < 4 ? 2 : 4; }
+constexpr int64_t low_bits(const CodeShape& shape) { return shape.bits < 4 ? 2 : shape.bits < 8 ? 4 : 8; }
 
 // Where the parts of a block begin.
 constexpr int64_t scales_at(const CodeShape& shape) {

@@ -6,9 +6,10 @@
 namespace pyspec {
 
 struct RmsNormParams {
-  float* hidden;        // [rows, size], contiguous; delta is added in place
-  const float* delta;   // [rows, size], contiguous, or null
-  const float* weight;  // [groups, size]; row r is scaled by weight r % groups
+  float* hidden;              // [rows, size], contiguous; delta is added in place
+  const float* delta;         // [rows, size], contiguous, or null
+  const float* delta_weight;  // [size]: delta is normalised and scaled before it is added; or null
+  const float* weight;  // [groups, size]; row r is scaled by weight r % groups; null: out is the sum itself
   void* out;            // [rows, size], contiguous
   int64_t rows, size, groups;
   float epsilon;

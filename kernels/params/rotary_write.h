@@ -6,8 +6,9 @@
 namespace pyspec {
 
 struct RotaryWriteParams {
-  const float* qkv;          // [rows, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values
-  const float* cos_sin;      // [positions, 2, head_dim / 2], contiguous: cosines, then sines
+  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values
+  const float* cos_sin;  // [positions, 2, width / 2], contiguous: cosines, then sines
+  const float* norm;  // [norm_rows, head_dim], contiguous, or null: weights of queries' norms, then of keys'
   const int32_t* positions;  // [rows]
   const int32_t* sequences;  // [rows]
   const int32_t* slots;      // [rows]
@@ -17,6 +18,9 @@ struct RotaryWriteParams {
 
   int64_t k_strides[3], v_strides[3];  // in elements; the last dimension is contiguous
   int64_t rows, heads, kv_heads, head_dim;
+  int64_t width;      // of a head's dimensions, the first that are turned
+  int64_t norm_rows;  // 2: each head is normalised by itself; heads + kv_heads: all of a row together
+  float epsilon;
   Element element;  // of q, k and v
   ParallelFor parallel_for;
 };

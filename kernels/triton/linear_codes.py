@@ -66,6 +66,30 @@ def less_of(minimums, INDEX: tl.constexpr, LESS: tl.constexpr, HAS_ZEROS: tl.con
 
 
 @triton.jit
+def unpack(words, minimums, x, LESS: tl.constexpr, HAS_ZEROS: tl.constexpr, UNPACK: tl.constexpr):
+    """The levels of four groups out of words: of x's type, or bf16 where that is fp32."""
+    kind = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
+    less = (
+        less_of(minimums, 0, LESS, HAS_ZEROS),
+        less_of(minimums, 1, LESS, HAS_ZEROS),
+        less_of(minimums, 2, LESS, HAS_ZEROS),
+        less_of(minimums, 3, LESS, HAS_ZEROS),
+    )
+    arguments = [words, less[0], less[1], less[2], less[3]]
+    constraints: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r"
+    return tl.inline_asm_elementwise(UNPACK, constraints, arguments, (kind, kind, kind, kind), is_pure=True, pack=2)
+
+
+@triton.jit
+def spread_minimums(minimums, words, x, SPREAD: tl.constexpr):
+    """The minimums of four groups, each in the place of all levels."""
+    kind = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
+    many = tl.broadcast_to(minimums[:, None], words.shape)
+    constraints: tl.constexpr = "=r,=r,=r,=r,r,r"
+    return tl.inline_asm_elementwise(SPREAD, constraints, [many], (kind, kind, kind, kind), is_pure=True, pack=2)
+
+
+@triton.jit
 def table_levels(words, INDEX: tl.constexpr, LEVELS: tl.constexpr):
     """Levels of the codes of one group, looked up: the interpreter's way."""
     levels = tl.zeros(words.shape, tl.float32)
@@ -129,7 +153,6 @@ def codes_kernel(
     first = weight + (panel + first_tile) * TILE_BYTES
     prefetch(first + tl.minimum(tl.arange(0, LINES) * 128, (end_tile - first_tile) * TILE_BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)
-    kind = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty  # of levels in registers
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     nothing = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
@@ -140,25 +163,9 @@ def codes_kernel(
         minimums = load_at(weight, place + MINIMUMS, output, tl.int32) if HAS_MINIMUMS else factors
         words = load_at(weight, place + CODES, output[:, None] * WIDTH + within, tl.int16)
         if UNPACK is not None:
-            planes = tl.inline_asm_elementwise(
-                UNPACK,
-                "=r,=r,=r,=r,r,r,r,r,r",
-                [
-                    words,
-                    less_of(minimums, 0, LESS, HAS_ZEROS),
-                    less_of(minimums, 1, LESS, HAS_ZEROS),
-                    less_of(minimums, 2, LESS, HAS_ZEROS),
-                    less_of(minimums, 3, LESS, HAS_ZEROS),
-                ],
-                (kind, kind, kind, kind),
-                is_pure=True,
-                pack=2,
-            )
+            planes = unpack(words, minimums, x, LESS, HAS_ZEROS, UNPACK)
             if HAS_FLOORS and HAS_MINIMUMS:
-                many = tl.broadcast_to(minimums[:, None], words.shape)
-                spread = tl.inline_asm_elementwise(
-                    SPREAD, "=r,=r,=r,=r,r,r", [many], (kind, kind, kind, kind), is_pure=True, pack=2
-                )
+                spread = spread_minimums(minimums, words, x, SPREAD)
         below = nothing
         for index in tl.static_range(PLANES):
             k = tile * INPUTS + index * WIDTH + within
@@ -267,7 +274,17 @@ def constants_of(format: WeightFormat, dtype: torch.dtype, is_cuda: bool) -> dic
     }
 
 
-def tile_rows(rows: int) -> int:
+def tile_rows(rows: int, dtype: torch.dtype, architecture: int) -> int:
+    """Rows of a tile, for x's dtype and a GPU's architecture, as 90.
+
+    More rows unpack a code once for all of them, fewer take fewer multiply-adds. They follow the rows where the
+    tensor cores compute a row's sums alike for all of these: before Hopper by the same instruction, and on Hopper by
+    one that is as wide as the tile, where that was measured.
+    """
+    if dtype == torch.float32:
+        return 16
+    if architecture >= 100:
+        return 32
     return 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
 
 
@@ -291,13 +308,14 @@ def linear_codes(x, weight, bias, outputs, format, out_dtype):
     panels, tiles = weight.shape[:2]
     splits, split_tiles = split(outputs, inputs)
     early = launch_options(x.device)
+    architecture = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
     constants = constants_of(format, x.dtype, x.is_cuda)
     parts = parts_of(x, splits, outputs)
     with torch.cuda.device_of(x):
         for first in range(0, rows, MOST_ROWS):
             some, result = x[first : first + MOST_ROWS], out[first : first + MOST_ROWS]
             ends = bias, result, *parts
-            height = tile_rows(len(some))
+            height = tile_rows(len(some), x.dtype, architecture)
             numbers = len(some), outputs, inputs, tiles, split_tiles, x.stride(0)
             how = {"ROWS": height, "IS_WHOLE": splits == 1, **constants, **early, **compile_options(height)}
             codes_kernel[(triton.cdiv(len(some), height), panels, splits)](some, weight, *ends, *numbers, **how)

@@ -14,12 +14,13 @@ from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 __all__ = ["compile_options", "rms_norm", "rms_norm_kernel"]
 
 
-@triton.jit(do_not_specialize_on_alignment=["hidden", "delta", "weight", "out"])
+@triton.jit(do_not_specialize_on_alignment=["hidden", "delta", "delta_weight", "weight", "out"])
 def rms_norm_kernel(
     # Pointers
     hidden,  # [rows, size]; with a delta, written
     delta,  # [rows, size] or None
-    weight,  # [groups, size]; row r is scaled by weight r % groups
+    delta_weight,  # [size]: delta is normalised and scaled before it is added; or None
+    weight,  # [groups, size]; row r is scaled by weight r % groups; None: out is the sum itself
     out,  # [rows, size], written
     # Sizes
     size,
@@ -33,14 +34,23 @@ def rms_norm_kernel(
     start = row.to(tl.int64) * size
     column = tl.arange(0, BLOCK)
     used = column < size
-    weights = tl.load(weight + row % groups * size + column, mask=used, other=0.0)
+    if weight is not None:
+        weights = tl.load(weight + row % groups * size + column, mask=used, other=0.0)
+    if delta_weight is not None:
+        delta_weights = tl.load(delta_weight + column, mask=used, other=0.0)
     wait_for_earlier(IS_EARLY)
     x = tl.load(hidden + start + column, mask=used, other=0.0)
     if delta is not None:
-        x += tl.load(delta + start + column, mask=used, other=0.0)
+        change = tl.load(delta + start + column, mask=used, other=0.0)
+        if delta_weight is not None:
+            change *= 1.0 / tl.sqrt(tl.sum(change * change, 0) / size + epsilon)
+            change *= delta_weights
+        x += change
         tl.store(hidden + start + column, x, mask=used)
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + epsilon)
-    tl.store(out + start + column, (x * scale * weights).to(out.dtype.element_ty), mask=used)
+    if weight is not None:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + epsilon)
+        x = x * scale * weights
+    tl.store(out + start + column, x.to(out.dtype.element_ty), mask=used)
 
 
 def compile_options(block: int) -> dict:
@@ -48,17 +58,15 @@ def compile_options(block: int) -> dict:
     return {"num_warps": max(1, min(16, block // 256)), "enable_fp_fusion": False}
 
 
-def rms_norm(hidden, delta, weight, epsilon, out_dtype):
+def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
-    groups = weight.shape[0] if weight.dim() == 2 else 1
+    groups = weight.shape[0] if weight is not None and weight.dim() == 2 else 1
     out = torch.empty_like(hidden, dtype=out_dtype)
     if out.numel():
-        delta = None if delta is None else delta.contiguous()
+        given = [None if tensor is None else tensor.contiguous() for tensor in (delta, delta_weight, weight)]
         block = triton.next_power_of_2(size)
         options = {**compile_options(block), **launch_options(hidden.device)}
         with torch.cuda.device_of(hidden):
-            rms_norm_kernel[(rows,)](
-                hidden, delta, weight.contiguous(), out, size, groups, epsilon, BLOCK=block, **options
-            )
+            rms_norm_kernel[(rows,)](hidden, *given, out, size, groups, epsilon, BLOCK=block, **options)
     return out

@@ -1,7 +1,8 @@
 """rotary_write on the GPU: queries and keys are turned to their positions; keys and values go to their cache slots.
 
 One program per (row, head): a query's goes to the result, a key's or value's to the cache. Places are read on the
-device. Bound by memory: every number is read once, in fp32, and written once.
+device. Bound by memory: every number is read once, in fp32, and written once. A norm over all heads of a row is worked
+out by each of their programs, which find the row in the cache.
 """
 
 import torch
@@ -15,11 +16,26 @@ __all__ = ["OPTIONS", "rotary_write", "rotary_write_kernel"]
 OPTIONS = {"num_warps": 1, "enable_fp_fusion": False}
 
 
+SUMMED = tl.constexpr(256)  # squares at a time
+
+
+@triton.jit
+def _scale_of(first, count, epsilon):
+    """What `count` values from first on are divided by their root mean square with."""
+    place = tl.arange(0, SUMMED)
+    squares = tl.zeros((SUMMED,), dtype=tl.float32)
+    for start in range(0, count, SUMMED):
+        value = tl.load(first + start + place, mask=start + place < count, other=0.0)
+        squares += value * value
+    return 1.0 / tl.sqrt(tl.sum(squares, 0) / count + epsilon)
+
+
 @triton.jit
 def rotary_write_kernel(
     # Pointers
     qkv,  # [rows, HEADS + 2 KV_HEADS, HEAD_DIM]
-    cos_sin,  # [positions, 2, HEAD_DIM / 2]
+    cos_sin,  # [positions, 2, WIDTH / 2]
+    norm,  # [2 or HEADS + KV_HEADS, HEAD_DIM], weights of queries' norms, then of keys'; or None
     positions,  # [rows]
     sequences,  # [rows]
     slots,  # [rows]
@@ -33,23 +49,45 @@ def rotary_write_kernel(
     stride_v_sequence,
     stride_v_head,
     stride_v_slot,
+    # Sizes
+    epsilon,
     # Constants
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,  # a power of two, at least half of HEAD_DIM
+    WIDTH: tl.constexpr,  # of a head's dimensions, the first that are turned
+    IS_WHOLE: tl.constexpr,  # whether the heads of a row are normalised together
+    BLOCK: tl.constexpr,  # a power of two, at least half of WIDTH
+    REST: tl.constexpr,  # a power of two, at least HEAD_DIM - WIDTH; 0 where they are the same
     IS_EARLY: tl.constexpr,
 ):
     wait_for_earlier(IS_EARLY)
-    HALF: tl.constexpr = HEAD_DIM // 2
+    HALF: tl.constexpr = WIDTH // 2
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     used = dims < HALF
     source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + dims
     x = tl.load(source, mask=used)
     y = tl.load(source + HALF, mask=used)
+    if REST:
+        behind = tl.arange(0, REST)
+        is_behind = behind < HEAD_DIM - WIDTH
+        rest_source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + WIDTH + behind
+        rest = tl.load(rest_source, mask=is_behind)
+    if norm is not None:
+        if head < HEADS + KV_HEADS:
+            is_query = head < HEADS
+            first, count, weight = head, 1, norm + tl.where(is_query, 0, HEAD_DIM)
+            if IS_WHOLE:
+                first, count = tl.where(is_query, 0, HEADS), tl.where(is_query, HEADS, KV_HEADS)
+                weight = norm + head * HEAD_DIM
+            scale = _scale_of(qkv + (row * (HEADS + 2 * KV_HEADS) + first) * HEAD_DIM, count * HEAD_DIM, epsilon)
+            x *= scale * tl.load(weight + dims, mask=used)
+            y *= scale * tl.load(weight + HALF + dims, mask=used)
+            if REST:
+                rest *= scale * tl.load(weight + WIDTH + behind, mask=is_behind)
     if head < HEADS + KV_HEADS:
-        angles = cos_sin + tl.load(positions + row).to(tl.int64) * HEAD_DIM + dims
+        angles = cos_sin + tl.load(positions + row).to(tl.int64) * WIDTH + dims
         cos, sin = tl.load(angles, mask=used), tl.load(angles + HALF, mask=used)
         x, y = x * cos - y * sin, y * cos + x * sin
 
@@ -63,9 +101,11 @@ def rotary_write_kernel(
         target = values + sequence * stride_v_sequence + kv_head * stride_v_head + slot * stride_v_slot
     tl.store(target + dims, x.to(q.dtype.element_ty), mask=used)
     tl.store(target + HALF + dims, y.to(q.dtype.element_ty), mask=used)
+    if REST:
+        tl.store(target + WIDTH + behind, rest.to(q.dtype.element_ty), mask=is_behind)
 
 
-def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads):
+def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rotary_write.
 
     Nothing waits for the device and the grid comes from shapes alone, so a CUDA graph can capture the call.
@@ -73,12 +113,15 @@ def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads)
     rows, (_, kv_heads, _, head_dim) = len(qkv), keys.shape
     q = keys.new_empty((rows, heads, head_dim))
     if rows:
-        inputs = [tensor.contiguous() for tensor in (qkv, cos_sin, positions, sequences, slots)]
+        width, norm = 2 * cos_sin.shape[2], None if norm is None else norm.contiguous()
+        inputs = [qkv.contiguous(), cos_sin, norm, *(tensor.contiguous() for tensor in (positions, sequences, slots))]
         strides = (*keys.stride()[:3], *values.stride()[:3])
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
-        constants["BLOCK"] = triton.next_power_of_2(head_dim // 2)
+        constants |= {"WIDTH": width, "IS_WHOLE": norm is not None and len(norm) > 2}
+        constants["BLOCK"] = triton.next_power_of_2(width // 2)
+        constants["REST"] = triton.next_power_of_2(head_dim - width) if width < head_dim else 0
         with torch.cuda.device_of(qkv):
             rotary_write_kernel[(rows, heads + 2 * kv_heads)](
-                *inputs, q, keys, values, *strides, **constants, **OPTIONS, **launch_options(qkv.device)
+                *inputs, q, keys, values, *strides, epsilon, **constants, **OPTIONS, **launch_options(qkv.device)
             )
     return q

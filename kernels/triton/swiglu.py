@@ -1,4 +1,4 @@
-"""swiglu on the GPU: silu(gate) * up, in fp32, rounded once.
+"""swiglu on the GPU: activation(gate) * up, in fp32, rounded once; gelu_tanh is gate times a sigmoid, as silu is.
 
 One program per (row, 1024 columns). Bound by memory.
 """
@@ -20,6 +20,7 @@ def swiglu_kernel(
     gate_up,  # [rows, 2 * size]
     out,  # [rows, size], written
     size,
+    IS_GELU: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     wait_for_earlier(IS_EARLY)
@@ -28,15 +29,19 @@ def swiglu_kernel(
     used = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=used, other=0.0)
     up = tl.load(gate_up + (row * 2 + 1) * size + column, mask=used, other=0.0)
-    tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=used)
+    turned = gate
+    if IS_GELU:
+        turned = 1.59576912 * gate * (1.0 + 0.044715 * gate * gate)
+    tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-turned)) * up).to(out.dtype.element_ty), mask=used)
 
 
-def swiglu(gate_up, out_dtype):
+def swiglu(gate_up, out_dtype, activation=0):
     """Launches the kernel; arguments and result of torch.ops.pyspec.swiglu."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, size), dtype=out_dtype)
     if out.numel():
         grid = (rows, triton.cdiv(size, BLOCK.value))
         with torch.cuda.device_of(gate_up):
-            swiglu_kernel[grid](gate_up.contiguous(), out, size, **OPTIONS, **launch_options(gate_up.device))
+            options = {"IS_GELU": activation == 1, **OPTIONS, **launch_options(gate_up.device)}
+            swiglu_kernel[grid](gate_up.contiguous(), out, size, **options)
     return out

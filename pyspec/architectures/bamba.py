@@ -15,10 +15,11 @@ from torch import Tensor
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import attention as attention_block
 from pyspec.architectures.blocks import feed_forward
-from pyspec.architectures.llama import SHARED_DEFAULTS, LayerWeights, LlamaConfig, read_heads
+from pyspec.architectures.llama import LayerWeights, LlamaConfig
 from pyspec.architectures.mamba import check_silu
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
-from pyspec.architectures.rotary import rope_entries
+from pyspec.architectures.rotary import rope_entries, rope_table
+from pyspec.architectures.shapes import DEFAULTS, read_heads
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.entries import Entries
 from pyspec.ops.linear import LinearWeight
@@ -82,6 +83,10 @@ class BambaConfig:
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
 
+    def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
+        """Cosines and sines of positions for every attention layer, which share them."""
+        return [rope_table(self.rope_frequencies(), positions, device)] * self.attention.layers
+
 
 @dataclass
 class AttentionLayer(LayerWeights):
@@ -110,6 +115,9 @@ class AttentionLayer(LayerWeights):
                     if key in tensors:
                         tensors[key] = self._reordered(tensors[key], back)
         return {_bamba_name(name): tensor for name, tensor in tensors.items()}
+
+    def prepare(self, config: BambaConfig) -> None:
+        super().prepare(config.attention)
 
     def lay_out(self, dtype: torch.dtype) -> None:
         if not isinstance(self.qkv, LinearWeight):
@@ -185,20 +193,21 @@ class BambaWeights(NativeWeights):
         counts = {True: iter(range(config.layers)), False: iter(range(config.layers))}  # each kind has a cache
         for is_attention, layer in zip(config.is_attention, self.layers, strict=True):
             index = next(counts[is_attention])
-            norm = layer.attention_norm if is_attention else layer.norm
+            norm = layer.scales.attention if is_attention else layer.norm
             x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
             if is_attention:
-                delta = attention_block(x, layer, config.attention.heads, cache, index, numbers)
+                delta = attention_block(x, layer, config.attention, cache, index, numbers)
             else:
                 delta = layer.mix(config.recurrence, x, cache.layer(index), numbers.round)
-            x = rms_norm(hidden, layer.feed_forward_norm, epsilon, delta=delta, out_dtype=dtype)
+            norm = layer.scales.feed_forward if is_attention else layer.feed_forward_norm
+            x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
             delta = feed_forward(x, layer)
         return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
 
 
 # ==== config.json ====
 
-_DEFAULTS = SHARED_DEFAULTS | {"vocab_size": 128000, "intermediate_size": 14336, "max_position_embeddings": 262144}
+_DEFAULTS = DEFAULTS | {"vocab_size": 128000, "intermediate_size": 14336, "max_position_embeddings": 262144}
 _DEFAULTS |= {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "mamba_n_heads": 128, "mamba_n_groups": 1}
 _DEFAULTS |= {"mamba_d_state": 256, "mamba_d_conv": 4, "mamba_expand": 2}
 _DEFAULTS |= {"mamba_conv_bias": True, "mamba_proj_bias": False}

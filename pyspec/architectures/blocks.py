@@ -20,26 +20,28 @@ from pyspec.ops.swiglu import swiglu
 __all__ = ["attention", "feed_forward", "mamba", "mamba2"]
 
 
-def attention(x: Tensor, layer, heads: int, cache, index: int, numbers, window: int | None = None) -> Tensor:
+def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
     """Attention over the keys of a cache's layer `index`, where those of the rows are written.
 
     Args:
-        layer: has qkv, output and their biases, see architectures.llama.LayerWeights.
-        heads: of the queries.
+        layer: has qkv, output, their biases and head_scales, see architectures.llama.LayerWeights.
+        config: has the heads, windows and scale and softcap of scores, see architectures.llama.LlamaConfig.
         cache: with keys and values, such as a DenseCache.
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
-        window: positions that a row sees; None for all.
     """
     projected = _project(x, layer.qkv, layer.qkv_bias)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
+    norm = {} if layer.head_scales is None else {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
     k, v = cache.keys_values[index]
-    q = rotary_write(projected, cache.rope, *places, k, v, heads=heads)
-    return _project(cache.attend(index, q, numbers, window).flatten(1), layer.output, layer.output_bias)
+    q = rotary_write(projected, cache.ropes[index], *places, k, v, heads=config.heads, **norm)
+    scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    mixed = cache.attend(index, q, numbers, config.windows[index], **scores)
+    return _project(mixed.flatten(1), layer.output, layer.output_bias)
 
 
-def feed_forward(x: Tensor, layer) -> Tensor:
-    """A gated layer: down (silu(gate x) up x), with the matrices gate_up and down of layer."""
-    return _project(swiglu(_project(x, layer.gate_up), out_dtype=x.dtype), layer.down)
+def feed_forward(x: Tensor, layer, activation: str = "silu") -> Tensor:
+    """A gated layer: down (activation(gate x) up x), with the matrices gate_up and down of layer."""
+    return _project(swiglu(_project(x, layer.gate_up), activation=activation, out_dtype=x.dtype), layer.down)
 
 
 def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:

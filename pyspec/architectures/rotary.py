@@ -16,7 +16,16 @@ from pyspec.entries import Entries
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["RopeScaling", "read_gguf_scaling", "read_rope", "rope_entries", "rope_table"]
+__all__ = [
+    "RopeScaling",
+    "YarnScaling",
+    "read_gguf_scaling",
+    "read_local_rope",
+    "read_rope",
+    "rope_entries",
+    "rope_frequencies",
+    "rope_table",
+]
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class RopeScaling:
     "linear" divides all of them by factor; "llama3" leaves wavelengths below original_context / high_factor,
     divides those above original_context / low_factor and blends between; "table" divides each by its own and by factor.
     """
+
+    magnitude = 1.0  # of cosines and sines
 
     kind: str
     factor: float = 1.0
@@ -46,45 +57,128 @@ class RopeScaling:
         return kept * frequencies + (1 - kept) * frequencies / self.factor
 
 
-def rope_table(frequencies: Tensor, positions: int, device: torch.device) -> Tensor:
+@dataclass(frozen=True)
+class YarnScaling(RopeScaling):
+    """YaRN: dimensions that turn more than `fast` times in the original context keep their frequency, those that turn
+    less than `slow` times have it divided by factor, with a ramp over the dimensions between.
+
+    magnitude multiplies cosines and sines; truncate takes the ramp's ends to whole dimensions.
+    """
+
+    fast: float = 32.0
+    slow: float = 1.0
+    truncate: bool = True
+    magnitude: float = 1.0
+
+    def scaled(self, frequencies: Tensor) -> Tensor:
+        step = -math.log(frequencies[1])  # of the logarithms, which are a line
+        ends = [math.log(self.original_context / (turns * 2 * math.pi)) / step for turns in (self.fast, self.slow)]
+        low, high = (math.floor(ends[0]), math.ceil(ends[1])) if self.truncate else ends
+        low, high = max(low, 0), min(high, 2 * len(frequencies) - 1)
+        ramp = (torch.arange(len(frequencies), device="cpu") - low) / (high - low if high != low else 0.001)
+        kept = 1 - ramp.clamp(0, 1)
+        return frequencies / self.factor * (1 - kept) + frequencies * kept
+
+
+def rope_frequencies(base: float, width: int, scaling: RopeScaling | None) -> Tensor:
+    """Radians per position, [width / 2] fp32, of dimensions of a head that are turned."""
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").float() / width
+    frequencies = 1.0 / base**exponents
+    return frequencies if scaling is None else scaling.scaled(frequencies)
+
+
+def rope_table(frequencies: Tensor, positions: int, device: torch.device, magnitude: float = 1.0) -> Tensor:
     """Cosines and sines [positions, 2, head_dim / 2] fp32, as rotary_write takes them."""
     angles = torch.arange(positions, dtype=torch.float32, device="cpu")[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()), 1).to(device)
+    table = torch.stack((angles.cos(), angles.sin()), 1)
+    return (table if magnitude == 1 else table * magnitude).to(device)
 
 
-def read_rope(source: Path | str, entries: Entries) -> tuple[float, RopeScaling | None]:
-    """The base of rotary frequencies and their scaling.
+def read_rope(source: Path | str, entries: Entries, theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
+    """The base of rotary frequencies, theta where it is left out, and their scaling.
 
     Of what a file may say twice, transformers obeys rope_scaling and then forgets rope_parameters, its base too; an
     entry inside of the two before one outside; rope_type before type. The length of the first training is the other
     way round: outside before inside.
     """
     rope = rope_entries(entries)
-    theta = rope.number("rope_theta", entries.number("rope_theta", 10000.0))
-    kind = rope.text("rope_type", rope.text("type", "default"))
+    theta = rope.number("rope_theta", entries.number("rope_theta", theta))
     if any(isinstance(value, dict) for value in rope.values()):
-        raise Unsupported(f"{source} has rope parameters for each kind of layers, AttentionRunner has one for all")
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "llama3"):
-        raise Unsupported(f"{source} has rope scaling {kind!r}, AttentionRunner has linear and llama3")
-    if (part := rope.number("partial_rotary_factor", entries.number("partial_rotary_factor", 1.0))) != 1:
-        raise Unsupported(f"{source} has partial_rotary_factor {part}, AttentionRunner turns all of a head")
+        raise Unsupported(f"{source} has rope parameters for each kind of layers, which this family does not have")
+    scaling = read_scaling(source, entries, rope)
+    part = rope.number("partial_rotary_factor", entries.number("partial_rotary_factor", 1.0))
+    if scaling is not None and part != 1:
+        raise Unsupported(f"{source} has partial_rotary_factor {part}, this family turns all of a head")
+    return theta, scaling
+
+
+def read_local_rope(
+    source: Path | str, entries: Entries, theta: float, local_theta: float, local_key: str = ""
+) -> tuple[float, RopeScaling | None, float]:
+    """The base and the scaling of layers without a window, and the base of those with one, which have no scaling.
+
+    rope_parameters has entries for each kind of layers; older files have rope_scaling and rope_theta for those without
+    a window, and the other base by the name local_key.
+    """
+    stated = entries.part("rope_parameters")
+    full, local, scaling = stated.part("full_attention"), stated.part("sliding_attention"), entries.part("rope_scaling")
+    if (kind := local.text("rope_type", local.text("type", "default"))) != "default":
+        raise Unsupported(f"{source} has rope scaling {kind!r} for layers with a window, AttentionRunner has none")
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise Unsupported(
+            f"{source} has rope_scaling for each kind of layers, AttentionRunner has it in rope_parameters"
+        )
+    theta = scaling.number("rope_theta", full.number("rope_theta", entries.number("rope_theta", theta)))
+    local_theta = entries.number(local_key, local_theta) if local_key else local_theta
+    rope = scaling if scaling.values() else full
+    return theta, read_scaling(source, entries, rope), local.number("rope_theta", local_theta)
+
+
+def read_scaling(source: Path | str, entries: Entries, rope: Entries) -> RopeScaling | None:
+    """The scaling that a rope's entries state."""
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind in ("default", "dynamic"):  # which begins behind the context
+        return None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise Unsupported(f"{source} has rope scaling {kind!r}, AttentionRunner has linear, llama3, yarn and dynamic")
+    original = entries if "original_max_position_embeddings" in entries else rope
+    context = entries.whole("max_position_embeddings")
+    if kind == "yarn":
+        return _read_yarn(rope, original.whole("original_max_position_embeddings", context), context)
     factor = rope.number("factor")
     if kind == "linear":
-        return theta, RopeScaling("linear", factor=factor)
-    original = entries if "original_max_position_embeddings" in entries else rope
+        return RopeScaling("linear", factor=factor)
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if low >= high:
         raise Unsupported(
             f"{source} has low_freq_factor {low} and high_freq_factor {high}, AttentionRunner needs less and more"
         )
-    return theta, RopeScaling(
+    return RopeScaling(
         "llama3",
         factor=factor,
         low_factor=low,
         high_factor=high,
-        original_context=original.whole("original_max_position_embeddings", entries.whole("max_position_embeddings")),
+        original_context=original.whole("original_max_position_embeddings", context),
+    )
+
+
+def _read_yarn(rope: Entries, original: int, context: int) -> YarnScaling:
+    factor = rope.number("factor", context / original)
+
+    def growth(share: float) -> float:
+        return 0.1 * share * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    magnitude = growth(1.0)
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        magnitude = growth(rope.number("mscale")) / growth(rope.number("mscale_all_dim"))
+    return YarnScaling(
+        "yarn",
+        factor=factor,
+        original_context=original,
+        fast=rope.number("beta_fast", 32.0),
+        slow=rope.number("beta_slow", 1.0),
+        truncate=rope.flag("truncate", True),
+        magnitude=rope.number("attention_factor", magnitude),
     )
 
 
@@ -102,12 +196,16 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     kind = entries.text("rope.scaling.type", "linear")
     key = "rope.scaling.factor" if "rope.scaling.factor" in entries else "rope.scale_linear"
     factor = 1.0 if entries.get(key, 0) == 0 else entries.number(key)
-    if kind not in ("none", "linear"):
-        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear and llama3")
+    if kind not in ("none", "linear", "yarn"):
+        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
     if entries.number("rope.scaling.attn_factor", 1.0) != 1:
         raise Unsupported(
             f"{file.path} scales rotated queries and keys (rope.scaling.attn_factor), which is not supported"
         )
+    if kind == "yarn":
+        original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
+        growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return YarnScaling("yarn", factor=factor, original_context=original, magnitude=growth)
     factor = 1.0 if kind == "none" else factor
     if (shape := file.shapes.get("rope_freqs.weight")) is None:
         return None if factor == 1 else RopeScaling("linear", factor=factor)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
-from pyspec.ops.linear import LinearWeight, lay_out_weight
+from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 
 __all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
 
 Matrix = Tensor | LinearWeight
 
 
-def laid_out(matrix: Matrix, dtype: torch.dtype) -> LinearWeight:
+def laid_out(matrix: Matrix, dtype: torch.dtype | str) -> LinearWeight:
     return matrix if isinstance(matrix, LinearWeight) else lay_out_weight(matrix, dtype)
 
 
@@ -51,7 +52,7 @@ class NativeLayer:
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
 
-    def lay_out(self, dtype: torch.dtype) -> None:
+    def lay_out(self, dtype: torch.dtype | str) -> None:
         """Lays out the matrices that are not laid out yet; each takes the place of its dense form."""
         for name in self.MATRICES:
             setattr(self, name, laid_out(getattr(self, name), dtype))
@@ -120,7 +121,7 @@ class NativeWeights:
             sample.add(layer.named(config, f"{self.LAYERS}{index}.").items())
         return sample.hexdigest()
 
-    def lay_out_outside(self, dtype: torch.dtype) -> None:
+    def lay_out_outside(self, dtype: torch.dtype | str) -> None:
         """Lays out the head, and the embedding where it is the head; an embedding of its own is only read by rows."""
         tied = self.embedding is self.head
         self.head = laid_out(self.head, dtype)
@@ -129,9 +130,21 @@ class NativeWeights:
 
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
+        for layer in self.layers:
+            layer.prepare(config)
 
-    def lay_out(self, dtype: torch.dtype) -> None:
-        """Lays out every matrix that `linear` reads, as float32, float16, bfloat16 or int8."""
+    def embed(self, config, tokens: Tensor) -> Tensor:
+        """[R, H] fp32: what the layers take in for tokens [R]."""
+        if isinstance(self.embedding, LinearWeight):
+            return self.embedding.rows(tokens)
+        return F.embedding(tokens, self.embedding).float()
+
+    def logits(self, config, hidden: Tensor) -> Tensor:
+        """[R, V] fp32 of rows [R, H] that `forward` gave."""
+        return linear(hidden, self.head, out_dtype=torch.float32)
+
+    def lay_out(self, dtype: torch.dtype | str) -> None:
+        """Lays out every matrix that `linear` reads, as float32, float16, bfloat16, int8 or "int4"."""
         self.lay_out_outside(dtype)
         for layer in self.layers:
             layer.lay_out(dtype)

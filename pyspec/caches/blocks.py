@@ -121,7 +121,7 @@ class QuantisedCache:
     has_keys = True
     has_states = False
     longest_path = 0  # nodes to be replayed: a path is moved together at once
-    rope: Tensor  # [capacity at least, 2, D / 2] fp32, cosines and sines of every position
+    ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
 
     def __init__(
         self,
@@ -150,7 +150,6 @@ class QuantisedCache:
         query_layers = layers if settings.key_channels else 0
         shape = (query_layers, sequences, kv_heads, RECENT + settings.largest_tree, head_dim)
         self.queries = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._scale = head_dim**-0.5
 
     @property
     def starts(self) -> list[int]:
@@ -211,8 +210,11 @@ class QuantisedCache:
     def done(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
         """Nothing is to be done after a round: its keys are scratch until they are committed."""
 
-    def attend(self, layer: int, q: Tensor, numbers, window: None) -> Tensor:
+    def attend(
+        self, layer: int, q: Tensor, numbers, window: None, scale: float | None = None, softcap: None = None
+    ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
+        scale = scale or q.shape[-1] ** -0.5
         if layer < len(self.whole):
             quantised, records = self.whole[layer], self.settings.records
         else:
@@ -220,9 +222,9 @@ class QuantisedCache:
         k, v = self.keys_values[layer]
         if self.is_recordable:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
-            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, self._scale, records)
+            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, scale, records)
         parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
-        settings = (quantised, records)
+        settings = (quantised, records, scale)
         return torch.cat(
             [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
         )
@@ -240,7 +242,7 @@ class QuantisedCache:
         )
 
     def _attend_tree(
-        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, quantised: Tensor, records: int
+        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, quantised: Tensor, records: int, scale: float
     ) -> Tensor:
         """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
         k, v = self.keys_values[layer, :, sequence, None]
@@ -249,7 +251,7 @@ class QuantisedCache:
             # sum() adds head by head: an order that the number of nodes cannot change
             self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
         q, quantised = q.transpose(0, 1)[None], quantised[sequence, None]
-        out, _ = self.settings.attend(layer, q, quantised, k, v, rows, self._scale, records)
+        out, _ = self.settings.attend(layer, q, quantised, k, v, rows, scale, records)
         return out[0].transpose(0, 1)
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:

@@ -17,13 +17,13 @@ class DenseCache:
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
-    `keys_values` is that allocation, and `rope` the cosines and sines of every position, as rotary_write takes them.
+    `keys_values` is that allocation, and `ropes` every layer's cosines and sines of positions, for rotary_write.
 
     Args:
         layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1. `restart` may allow fewer
             slots than there are.
         dtype, device: of the keys and values.
-        rope: [capacity at least, 2, head_dim / 2] fp32, where a forward is to read it.
+        ropes: [capacity at least, 2, head_dim / 2] fp32 of each layer, where a forward is to read them.
     """
 
     has_keys = True
@@ -41,10 +41,10 @@ class DenseCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        rope: Tensor | None = None,
+        ropes: Sequence[Tensor] = (),
     ):
         self.capacity = capacity
-        self.rope = rope
+        self.ropes = ropes
         self.lengths = [0] * sequences
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
 
@@ -79,11 +79,19 @@ class DenseCache:
     def done(self, trees, advances) -> None:
         """Nothing is to be done after a round: its keys are scratch until they are committed."""
 
-    def attend(self, layer: int, q: Tensor, numbers, window: int | None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        numbers,
+        window: int | None,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         k, v = self.keys_values[layer]
         trees = (numbers.ancestor_bits, numbers.starts, numbers.prefix_lens)
-        return ragged_attention(q, k, v, *trees, window=window)
+        return ragged_attention(q, k, v, *trees, scale=scale, softcap=softcap, window=window)
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""

@@ -26,7 +26,7 @@ class HybridCache:
     starts = property(lambda self: self.dense.starts)
     slots = property(lambda self: self.dense.slots)
     capacity = property(lambda self: self.dense.capacity)
-    rope = property(lambda self: self.dense.rope)
+    ropes = property(lambda self: self.dense.ropes)
     keys_values = property(lambda self: self.dense.keys_values)
     device = property(lambda self: self.dense.device)
     longest_path = property(lambda self: self.state.longest_path)

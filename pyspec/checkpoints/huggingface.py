@@ -80,7 +80,7 @@ def _architecture(source: Path | str, stated: Entries) -> str | None:
             raise ValueError(f"{source} has layers of {kind}, the families are {' and '.join(kinds)}")
         return f"mamba_ssm {kind}"
     by_type = {name.removesuffix("ForCausalLM").lower(): name for name in supported}
-    return by_type.get(model_type.replace("_", ""), model_type or None)
+    return by_type.get(model_type.removesuffix("_text").replace("_", ""), model_type or None)
 
 
 def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:

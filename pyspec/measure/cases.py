@@ -204,11 +204,12 @@ def _residual_vq(a: Attention, device: str) -> Problem:
 # ==== rows ====
 
 
-def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype, device: str) -> Problem:
+def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype | str, device: str) -> Problem:
     """The down projection of a layer, or the inputs and gates of a state space layer."""
     outputs, inputs = (a.hidden, a.intermediate) if isinstance(a, Attention) else (2 * a.channels, a.hidden)
     random = _Random(device)
-    dtype = torch.float32 if weight_dtype == torch.int8 else weight_dtype
+    is_quantised = weight_dtype in (torch.int8, "int4")  # any floats go with them
+    dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if is_quantised else weight_dtype
     weight, x = random(outputs, inputs, dtype=dtype, scale=inputs**-0.5), random(rows, inputs, dtype=dtype)
     laid_out = ops.lay_out_weight(weight, weight_dtype)
     peer = weight.to(torch.bfloat16)
@@ -219,7 +220,7 @@ def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype, dev
         operations=2 * rows * outputs * inputs,
         tolerance=2e-2,
         peers={"torch bf16": lambda: F.linear(rows_of_peer, peer)},
-        dtype=weight_dtype if weight_dtype != torch.int8 or device == "cpu" else torch.bfloat16,
+        dtype=torch.int8 if is_quantised and device == "cpu" else dtype,
     )
 
 
@@ -324,7 +325,7 @@ def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
             f"{product}, {rows} row{'s' * (rows > 1)}, {name}",
             lambda p, d, rows=rows, dtype=dtype: _linear(p, rows, dtype, d),
         )
-        for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8))
+        for name, dtype in (("bf16", torch.bfloat16), ("int8", torch.int8), ("int4", "int4"))
         for rows in (1, TREE)
     ]
     norm = (f"{TREE} rows of {part.hidden}", _rms_norm)

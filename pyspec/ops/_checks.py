@@ -48,12 +48,13 @@ def check_floating(name: str, dtype: torch.dtype) -> None:
 
 def check_tensors(beside: str, at: Tensor, *expected: tuple[str, Tensor | None, torch.dtype, tuple[int, ...]]) -> None:
     """Raises unless each name's tensor, where there is one, has its dtype and shape and lies where `at` does."""
+    device = at.device
     for name, tensor, dtype, shape in expected:
         if tensor is None:
             continue
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {str(dtype)[6:]}, got {tensor.dtype}")
-        if tuple(tensor.shape) != tuple(shape):
+        if tensor.shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.device != at.device:
-            raise ValueError(f"{name} must be on {at.device} like {beside}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like {beside}, got {tensor.device}")

@@ -17,7 +17,9 @@ format that they have, pyspec/ops/weight_formats.py; products with them are in p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +32,22 @@ from pyspec.ops.linear_codes import (
     lay_out_codes,
     linear_codes,
     linear_codes_rows,
+    linear_joined,
     round_blocks,
+    split_panels,
     take_apart,
 )
-from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, quantise
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, join_codes, quantise
 
-__all__ = ["FORMAT_VERSION", "LinearWeight", "linear", "linear_reference", "lay_out_weight"]
+__all__ = [
+    "FORMAT_VERSION",
+    "JoinedWeight",
+    "LinearWeight",
+    "linear",
+    "linear_reference",
+    "lay_out_parts",
+    "lay_out_weight",
+]
 
 FORMAT_VERSION = 1  # of kernels/params/linear.h
 PANEL = 32  # outputs
@@ -50,7 +62,7 @@ class LinearWeight:
     """A weight [outputs, inputs] in the layout that `linear` reads.
 
     Attributes:
-        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of int8; a float dtype, or uint8 for others.
+        data: on the CPU panels of 32 outputs, elsewhere rows, or tiles of integers; a float dtype, or uint8 for others.
         outputs: rows of the weight.
         inputs: its columns.
         format: of a weight in fewer than 8 bits, else None.
@@ -89,6 +101,42 @@ class LinearWeight:
         return _unpack(self.data, self.outputs, self.inputs)
 
 
+@dataclass(frozen=True)
+class JoinedWeight(LinearWeight):
+    """Weights one below another as one weight, each in a format of its own; on the CPU.
+
+    Attributes:
+        data: uint8, flat: their panels one after another.
+        parts: format and outputs of each.
+    """
+
+    parts: tuple[tuple[WeightFormat, int], ...] = ()
+
+    @property
+    def dtype(self) -> str:
+        return ", ".join(format.name for format, _ in self.parts)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.unpack()[index]
+
+    def unpack(self) -> Tensor:
+        formats, outputs = zip(*self.parts, strict=True)
+        panels = split_panels(self.data, outputs, formats, self.inputs)
+        numbers = zip(panels, formats, outputs, strict=True)
+        return torch.cat([take_apart(*part, self.inputs).values() for part in numbers])
+
+
+def lay_out_parts(parts: Sequence[Codes]) -> LinearWeight:
+    """Weights of so many inputs one below another as one weight, each in the format that it has."""
+    joined = [join_codes(list(group)) for _, group in groupby(parts, lambda part: part.format.name)]
+    if len(joined) == 1:
+        return lay_out_weight(joined[0])
+    data = torch.cat([lay_out_codes(part).flatten() for part in joined])
+    outputs = sum(part.outputs for part in joined)
+    formats = tuple((part.format, part.outputs) for part in joined)
+    return JoinedWeight(data, outputs, joined[0].inputs, parts=formats)
+
+
 def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = None) -> LinearWeight:
     """Lays out a weight for `linear`, once, at load.
 
@@ -99,7 +147,8 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16.
+        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16; or codes
+            are on a GPU and have neither 4 nor 8 bits.
         RuntimeError: weight requires a gradient, which int8 and int4 would lose.
     """
     if isinstance(weight, Codes):
@@ -270,7 +319,10 @@ def linear(
     _check(x, weight, bias, out_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
-    if weight.format is None:
+    if isinstance(weight, JoinedWeight):
+        formats, outputs = zip(*weight.parts, strict=True)
+        out = linear_joined(rows, weight.data, bias, outputs, formats, out_dtype)
+    elif weight.format is None:
         out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
     else:
         out = linear_codes(rows, weight.data, bias, weight.outputs, weight.format, out_dtype)
@@ -280,7 +332,7 @@ def linear(
 def _check(x: Tensor, weight: LinearWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     check_floating("x", x.dtype)
     check_floating("out_dtype", out_dtype)
-    if weight.format is None and weight.dtype not in (torch.int8, x.dtype):
+    if isinstance(weight.dtype, torch.dtype) and weight.dtype not in (torch.int8, x.dtype):
         raise TypeError(f"weight must be int8, in fewer bits, or {x.dtype} like x, got {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != weight.inputs:
         raise ValueError(f"x must be [..., {weight.inputs}] for this weight, got shape {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-"""linear_codes: x times a weight in few bits transposed; what `linear` calls for such weights on the CPU.
+"""linear_codes: x times a weight in few bits transposed; what `linear` calls for such weights.
 
     out[r, n] = sum over blocks b of s_x[r, b] (factor[n, b] A - floor[n, b] B) + bias[n]
     A = sum over groups g in b of scale[n, g] sum over k in g of x8[r, k] level[n, k]
@@ -6,10 +6,14 @@
 
 x is rounded to 8 bits in the format's own blocks, s_x = max |x| / 127, so that A and B are exact integers; blocks are
 added in order in fp32. The layout, kernels/params/linear_codes.h, keeps every bit of a weight that has been taken apart
-(pyspec/ops/weight_formats.py).
+(pyspec/ops/weight_formats.py). So does that of a GPU, linear_codes_tiles.py, where x is not rounded and weights have 4
+bits.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +21,17 @@ from torch import Tensor
 
 from pyspec.ops._checks import BadData
 from pyspec.ops._library import Op
+from pyspec.ops.linear_codes_tiles import lay_out_tiles, read_tiles
 from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat
 
-__all__ = ["FORMAT_VERSION", "lay_out_codes", "linear_codes", "linear_codes_reference", "linear_codes_rows"]
+__all__ = [
+    "FORMAT_VERSION",
+    "lay_out_codes",
+    "linear_codes",
+    "linear_codes_reference",
+    "linear_codes_rows",
+    "linear_joined",
+]
 
 FORMAT_VERSION = 1  # of kernels/params/linear_codes.h
 PANEL = 32  # outputs
@@ -27,7 +39,12 @@ _FORMATS = list(FORMATS.values())  # ops know formats by their place
 
 
 def lay_out_codes(codes: Codes) -> Tensor:
-    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight in any format but q8_0, on the CPU."""
+    """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight.
+
+    On a GPU tiles, for formats of 4 bits.
+    """
+    if codes.codes.device.type != "cpu":
+        return lay_out_tiles(codes)
     format = codes.format
 
     def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
@@ -57,8 +74,18 @@ def lay_out_codes(codes: Codes) -> Tensor:
     return torch.cat([part.contiguous().flatten(2).view(torch.uint8) for part in parts], 2)
 
 
+def block_bytes(format: WeightFormat) -> int:
+    """Bytes of a block of a panel."""
+    groups = format.block // format.group
+    bytes_of_group = 1 if format.bits == 2 else format.has_scales + format.has_minimums
+    floats = 2 * (1 + _stores_floors(format))
+    return PANEL * (floats + groups * bytes_of_group + format.block * format.bits // 8)
+
+
 def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) -> Codes:
-    """A weight out of its panels: the Codes that lay_out_codes got."""
+    """A weight out of its panels or tiles: the Codes that lay_out_codes got."""
+    if data.device.type != "cpu":
+        return read_tiles(data, format, inputs, torch.arange(outputs, device=data.device))
     groups, low = format.block // format.group, _low_bits(format)
     at = 0
 
@@ -96,7 +123,7 @@ def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) ->
 
 
 def _low_bits(format: WeightFormat) -> int:
-    return 2 if format.bits < 4 else 4
+    return 2 if format.bits < 4 else 4 if format.bits < 8 else 8
 
 
 def _stores_floors(format: WeightFormat) -> bool:
@@ -125,10 +152,35 @@ def round_blocks(x: Tensor, block: int) -> Tensor:
 def linear_codes_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: int, out_dtype: torch.dtype
 ) -> Tensor:
-    """Plain PyTorch, in fp32: x [R, K], panels of a weight, bias [N] fp32. The specification of the kernels."""
-    codes = take_apart(weight, _FORMATS[format], outputs, x.shape[1])
-    out = round_blocks(x.float(), codes.format.block) @ codes.values().T
+    """Plain PyTorch, in fp32: x [R, K], a laid out weight, bias [N] fp32. The specification of the kernels."""
+    codes, values = take_apart(weight, _FORMATS[format], outputs, x.shape[1]), x.float()
+    out = (round_blocks(values, codes.format.block) if x.device.type == "cpu" else values) @ codes.values().T
     return (out if bias is None else out + bias).to(out_dtype)
+
+
+def split_panels(weight: Tensor, outputs: Sequence[int], formats: Sequence[WeightFormat], inputs: int) -> list[Tensor]:
+    """The panels of each of some weights that lie one after another, flat uint8."""
+    shapes = [
+        (-(-count // PANEL), -(-inputs // format.block), block_bytes(format))
+        for count, format in zip(outputs, formats, strict=True)
+    ]
+    parts = weight.split([math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def linear_joined_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    formats: Sequence[int],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """linear_codes_reference of weights one below another, whose panels lie one after another, flat."""
+    panels = split_panels(weight, outputs, [_FORMATS[format] for format in formats], x.shape[1])
+    biases = [None] * len(panels) if bias is None else bias.split(list(outputs))
+    numbers = zip(panels, biases, outputs, formats, strict=True)
+    return torch.cat([linear_codes_reference(x, *part, out_dtype) for part in numbers], 1)
 
 
 def linear_codes_rows_reference(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: int) -> Tensor:
@@ -136,11 +188,18 @@ def linear_codes_rows_reference(index: Tensor, weight: Tensor, outputs: int, inp
     return take_apart(weight, _FORMATS[format], outputs, inputs).values()[index]
 
 
+def _triton():
+    from pyspec.kernels.linear_codes import linear_codes as launch
+
+    return lambda *args: launch(*args[:4], _FORMATS[args[4]], *args[5:])
+
+
 _OP = Op(
     "linear_codes",
     "(Tensor x, Tensor weight, Tensor? bias, int outputs, int format, ScalarType out_dtype) -> Tensor",
     linear_codes_reference,
     lambda x, weight, bias, outputs, format, out_dtype: x.new_empty((x.shape[0], outputs), dtype=out_dtype),
+    _triton,
 )
 _ROWS = Op(
     "linear_codes_rows",
@@ -151,13 +210,35 @@ _ROWS = Op(
 )
 
 
+_JOINED = Op(
+    "linear_joined",
+    "(Tensor x, Tensor weight, Tensor? bias, int[] outputs, int[] formats, ScalarType out_dtype) -> Tensor",
+    linear_joined_reference,
+    lambda x, weight, bias, outputs, formats, out_dtype: x.new_empty((x.shape[0], sum(outputs)), dtype=out_dtype),
+)
+
+
 def linear_codes(
     x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int, format: WeightFormat, out_dtype: torch.dtype
 ) -> Tensor:
-    """x [R, K] times a weight in panels: [R, N] of out_dtype; arguments are checked by `linear`."""
+    """x [R, K] times a laid out weight: [R, N] of out_dtype; arguments are checked by `linear`."""
     return _OP(x, weight, bias, outputs, _FORMATS.index(format), out_dtype)
 
 
 def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
     """Some outputs' weights, [n, inputs] fp32: of index [n] int64 in [0, outputs)."""
+    if weight.device.type != "cpu":
+        return read_tiles(weight, format, inputs, index).values()
     return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))
+
+
+def linear_joined(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outputs: Sequence[int],
+    formats: Sequence[WeightFormat],
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """linear_codes of weights one below another, each in its format, whose panels lie one after another, flat."""
+    return _JOINED(x, weight, bias, list(outputs), [_FORMATS.index(format) for format in formats], out_dtype)

@@ -18,17 +18,18 @@ from pyspec.ops.gear import TreeRows, attend_tree, join_exact
 from pyspec.ops.gear_format import GearFormat
 from pyspec.ops.residual_vq import attend_codes
 
+#: What the arguments of both ops begin with.
+ROWS = (
+    "Tensor q, Tensor quantised, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
+    "Tensor prefix_lens, int span, int records"
+)
 
-def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: int, attend: Callable) -> Tensor:
-    """The references' attention of ragged rows, tree by tree, out like q [R, Hq, D].
 
-    Args:
-        k, v: [B, Hkv, S, D], the keys and values behind the quantised ones.
-        numbers: ancestor_bits, seen, starts and prefix_lens, as for gear_ragged.
-        span: tokens of a block.
-        attend: (sequence, q [1, Hq, T, D], k, v, rows) gives out like q and lse.
+def by_tree(attend: Callable, q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records) -> Tensor:
+    """The references' attention of ragged rows, tree by tree, out like q; all but attend are the ops' ROWS.
+
+    attend: (q [1, Hq, T, D], quantised, k, v, rows, records) of one sequence gives out like q and lse.
     """
-    ancestor_bits, seen, starts, prefix_lens = numbers
     out, bounds = torch.empty_like(q), starts.tolist()
     for sequence, (first, end) in enumerate(pairwise(bounds)):
         if first == end:
@@ -37,43 +38,26 @@ def by_tree(q: Tensor, k: Tensor, v: Tensor, numbers: tuple[Tensor, ...], span: 
         of_tree = seen[None, first:end]
         most = int((of_tree - of_tree[:, :1]).max())
         rows = TreeRows(bits, of_tree.contiguous(), of_tree[:, :1], prefix_lens[sequence, None], most, span)
-        mixed, _ = attend(sequence, q[first:end].transpose(0, 1)[None], k[sequence, None], v[sequence, None], rows)
+        of_sequence = (x[sequence, None] for x in (quantised, k, v))
+        mixed, _ = attend(q[first:end].transpose(0, 1)[None], *of_sequence, rows, records)
         out[first:end] = mixed[0].transpose(0, 1)
     return out
 
 
-def gear_ragged_reference(
-    q: Tensor,
-    quantised: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ancestor_bits: Tensor,
-    seen: Tensor,
-    starts: Tensor,
-    prefix_lens: Tensor,
-    span: int,
-    records: int,
-    bits: int,
-    group: int,
-    rank: int,
-    outliers: int,
-    key_channels: int,
-    scale: float,
-) -> Tensor:
-    """Each tree by attend_tree. The specification of the kernels that run together."""
+def gear_ragged_reference(*arguments) -> Tensor:
+    """Each tree by attend_tree; arguments as in the schema. The specification of the kernels that run together."""
+    *rows, bits, group, rank, outliers, key_channels, scale = arguments
     format = GearFormat(bits, group, rank, outliers, False, key_channels)
 
-    def attend(sequence, q, k, v, rows):
-        return attend_tree(q, quantised[sequence, None], k, v, rows, format, scale, records)
+    def attend(q, quantised, k, v, tree, records):
+        return attend_tree(q, quantised, k, v, tree, format, scale, records)
 
-    return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
+    return by_tree(attend, *rows)
 
 
 _GEAR = Op(
     "gear_ragged",
-    "(Tensor q, Tensor quantised, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
-    "Tensor prefix_lens, int span, int records, int bits, int group, int rank, int outliers, int key_channels, "
-    "float scale) -> Tensor",
+    f"({ROWS}, int bits, int group, int rank, int outliers, int key_channels, float scale) -> Tensor",
     gear_ragged_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: gear_ragged_reference,
@@ -115,34 +99,20 @@ def gear_ragged(
     return _GEAR(q, quantised, k, v, *numbers, span, records, *format.layout, scale)
 
 
-def residual_vq_ragged_reference(
-    q: Tensor,
-    quantised: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ancestor_bits: Tensor,
-    seen: Tensor,
-    starts: Tensor,
-    prefix_lens: Tensor,
-    span: int,
-    records: int,
-    codebooks: Tensor,
-    scale: float,
-    rotary: Tensor | None = None,
-) -> Tensor:
-    """Each tree by attend_codes. The specification of the kernels that run together."""
+def residual_vq_ragged_reference(*arguments) -> Tensor:
+    """Each tree by attend_codes; arguments as in the schema. The specification of the kernels that run together."""
+    rows, (codebooks, scale, *rotary) = arguments[:10], arguments[10:]
 
-    def attend(sequence, q, k, v, rows):
-        quantised_part = attend_codes(q, quantised[sequence, None], rows.seen * records, codebooks, scale, rotary)
-        return join_exact(quantised_part, q, k, v, rows, scale)
+    def attend(q, quantised, k, v, tree, records):
+        part = attend_codes(q, quantised, tree.seen * records, codebooks, scale, *rotary)
+        return join_exact(part, q, k, v, tree, scale)
 
-    return by_tree(q, k, v, (ancestor_bits, seen, starts, prefix_lens), span, attend)
+    return by_tree(attend, *rows)
 
 
 _CODES = Op(
     "residual_vq_ragged",
-    "(Tensor q, Tensor quantised, Tensor k, Tensor v, Tensor ancestor_bits, Tensor seen, Tensor starts, "
-    "Tensor prefix_lens, int span, int records, Tensor codebooks, float scale, Tensor? rotary=None) -> Tensor",
+    f"({ROWS}, Tensor codebooks, float scale, Tensor? rotary=None) -> Tensor",
     residual_vq_ragged_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: residual_vq_ragged_reference,

@@ -1,7 +1,8 @@
 """rms_norm: the residual stream takes a layer's output in and is normalised, in one walk.
 
 hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once. With a weight
-[groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups.
+[groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups. Some models norm a layer's
+output too, delta by a weight of its own, before it is added; and some do only that: without a weight, out = hidden.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ from pyspec.ops._library import Op
 
 
 def rms_norm_reference(
-    hidden: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float, out_dtype: torch.dtype
+    hidden: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    epsilon: float,
+    out_dtype: torch.dtype,
+    delta_weight: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; hidden is changed in place. The specification of the kernels."""
     if delta is not None:
-        hidden += delta
-    scales = torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon)
+        hidden += delta if delta_weight is None else _normed(delta, delta_weight, epsilon)
+    if weight is None:
+        return hidden.to(out_dtype, copy=True)
     if weight.dim() == 2:
         weight = weight.repeat(len(hidden) // len(weight), 1)
-    return (hidden * scales * weight).to(out_dtype)
+    return _normed(hidden, weight, epsilon).to(out_dtype)
 
 
-def _fake(hidden, delta, weight, epsilon, out_dtype) -> Tensor:
+def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
+
+
+def _fake(hidden, delta, weight, epsilon, out_dtype, delta_weight=None) -> Tensor:
     return torch.empty_like(hidden, dtype=out_dtype)
 
 
@@ -37,7 +48,8 @@ def _triton():
 
 _OP = Op(
     "rms_norm",
-    "(Tensor(a!) hidden, Tensor? delta, Tensor weight, float epsilon, ScalarType out_dtype) -> Tensor",
+    "(Tensor(a!) hidden, Tensor? delta, Tensor? weight, float epsilon, ScalarType out_dtype, "
+    "Tensor? delta_weight=None) -> Tensor",
     rms_norm_reference,
     _fake,
     _triton,
@@ -46,19 +58,21 @@ _OP = Op(
 
 def rms_norm(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     epsilon: float,
     *,
     delta: Tensor | None = None,
+    delta_weight: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Adds delta to hidden in place and returns the root-mean-square norm of the sum.
 
     Args:
         hidden: [R, H] fp32 and contiguous: the residual stream; changed where there is a delta.
-        weight: [H] fp32, or [groups, H] where R is a multiple of groups.
+        weight: [H] fp32, or [groups, H] where R is a multiple of groups; None returns the sum as it is, rounded.
         epsilon: added to the mean of squares.
         delta: [R, H] fp32 or None.
+        delta_weight: [H] fp32: delta's own norm is added, scaled by this; None adds delta as it is.
         out_dtype: fp32, fp16 or bf16.
 
     Returns:
@@ -67,17 +81,22 @@ def rms_norm(
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
-    check_are_tensors(hidden=hidden, weight=weight, delta=delta, optional=("delta",))
+    options = {"weight": weight, "delta": delta, "delta_weight": delta_weight}
+    check_are_tensors(hidden=hidden, **options, optional=tuple(options))
     if hidden.dim() != 2 or not hidden.is_contiguous():
         raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
+    if delta is None and delta_weight is not None:
+        raise ValueError("delta_weight must be None where there is no delta")
+    has_groups = weight is not None and weight.dim() == 2
     check_tensors(
         "hidden",
         hidden,
         ("hidden", hidden, torch.float32, hidden.shape),
-        ("weight", weight, torch.float32, hidden.shape[1:] if weight.dim() < 2 else (len(weight), *hidden.shape[1:])),
+        ("weight", weight, torch.float32, (*weight.shape[:1], *hidden.shape[1:]) if has_groups else hidden.shape[1:]),
         ("delta", delta, torch.float32, hidden.shape),
+        ("delta_weight", delta_weight, torch.float32, hidden.shape[1:]),
     )
-    if weight.dim() == 2 and (not len(weight) or len(hidden) % len(weight)):
+    if has_groups and (not len(weight) or len(hidden) % len(weight)):
         raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
     check_floating("out_dtype", out_dtype)
-    return _OP(hidden, delta, weight, epsilon, out_dtype)
+    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight)

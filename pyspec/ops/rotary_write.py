@@ -1,7 +1,9 @@
 """rotary_write: queries and keys are turned to their positions; keys and values go to their cache slots.
 
-A head's first half x and second half y at position p become x cos - y sin and y cos + x sin, with the angles of p.
-The projection is read once, in fp32, and rounded once, to the cache's dtype.
+A head's first half x and second half y at position p become x cos - y sin and y cos + x sin, with the angles of p;
+where there are fewer angles, that is so of the head's first dimensions, and the others stay. Some models norm queries
+and keys before, by their root mean square. The projection is read once, in fp32, and rounded once, to the cache's
+dtype.
 """
 
 from __future__ import annotations
@@ -22,26 +24,34 @@ def rotary_write_reference(
     keys: Tensor,
     values: Tensor,
     heads: int,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """Plain PyTorch; keys and values are changed in place. The specification of the kernels."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     turned, straight = qkv.unflatten(1, (-1, head_dim)).split([heads + kv_heads, kv_heads], dim=1)
-    cos, sin = cos_sin[positions.long()].unsqueeze(2).unbind(1)  # [R, 1, D / 2]
-    x, y = turned.chunk(2, dim=-1)
-    turned = torch.cat((x * cos - y * sin, y * cos + x * sin), -1).to(keys.dtype)
+    if norm is not None:
+        over, of_queries = (-1, 1) if len(norm) == 2 else ((1, 2), heads)  # a head, or all of them
+        parts = zip(turned.split([heads, kv_heads], 1), norm.tensor_split([of_queries]), strict=True)
+        turned = torch.cat(
+            [x * torch.rsqrt(x.square().mean(over, keepdim=True) + epsilon) * weight for x, weight in parts], 1
+        )
+    cos, sin = cos_sin[positions.long()].unsqueeze(2).unbind(1)  # [R, 1, width / 2]
+    x, y, rest = turned.tensor_split([cos.shape[2], 2 * cos.shape[2]], dim=-1)
+    turned = torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1).to(keys.dtype)
     places = sequences.long(), slice(None), slots.long()
     keys[places] = turned[:, heads:]
     values[places] = straight.to(values.dtype)
     return turned[:, :heads].contiguous()
 
 
-def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> None:
+def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> None:
     check_places("positions", positions, len(cos_sin), "cos_sin has {} positions")
     check_places("sequences", sequences, len(keys), "keys has {} sequences")
     check_places("slots", slots, keys.shape[2], "keys has {} slots")
 
 
-def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads) -> Tensor:
+def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> Tensor:
     return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
 
 
@@ -54,7 +64,7 @@ def _triton():
 _OP = Op(
     "rotary_write",
     "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
-    "Tensor(b!) values, int heads) -> Tensor",
+    "Tensor(b!) values, int heads, Tensor? norm=None, float epsilon=0.0) -> Tensor",
     rotary_write_reference,
     _fake,
     _triton,
@@ -72,16 +82,22 @@ def rotary_write(
     values: Tensor,
     *,
     heads: int,
+    norm: Tensor | None = None,
+    epsilon: float = 0.0,
 ) -> Tensor:
     """Turns queries and keys and writes keys and values to a cache.
 
     Args:
         qkv: [R, (heads + 2 kv_heads) * D] fp32: queries, keys and values of R rows.
-        cos_sin: [P, 2, D / 2] fp32 and contiguous: cosines and sines of every position.
+        cos_sin: [P, 2, W / 2] fp32 and contiguous: cosines and sines of every position, for the first W dimensions of a
+            head, an even number up to D.
         positions: [R] int32 in [0, P).
         sequences, slots: [R] int32, where each row's key and value go.
         keys, values: [B, kv_heads, S, D] fp32, fp16 or bf16 with a contiguous last dimension; changed in place.
         heads: of the queries.
+        norm: None, or weights of queries' and keys' root mean square norms, in this order: [2, D] fp32 for each head by
+            itself; [heads + kv_heads, D] for all query heads of a row together, and all its key heads.
+        epsilon: added to the mean of squares.
 
     Returns:
         The turned queries, [R, heads, D] of the keys' dtype.
@@ -92,7 +108,7 @@ def rotary_write(
         RuntimeError: an argument requires a gradient.
     """
     check_are_tensors(qkv=qkv, cos_sin=cos_sin, positions=positions, sequences=sequences, slots=slots)
-    check_are_tensors(keys=keys, values=values)
+    check_are_tensors(keys=keys, values=values, norm=norm, optional=("norm",))
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 4 or tensor.shape != keys.shape or tensor.stride(3) != 1:
             raise ValueError(
@@ -104,15 +120,24 @@ def rotary_write(
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
     if head_dim % 16 or not 0 < head_dim <= 256:
         raise ValueError(f"keys must have a head_dim that is a multiple of 16 up to 256, got {head_dim}")
-    rows = qkv.shape[0]
+    rows, width = qkv.shape[0], 2 * cos_sin.shape[-1]
+    if not 0 < width <= head_dim:
+        raise ValueError(
+            f"cos_sin must have angles for at most {head_dim} dimensions, got shape {tuple(cos_sin.shape)}"
+        )
+    if norm is not None and norm.shape not in ((2, head_dim), (heads + kv_heads, head_dim)):
+        raise ValueError(
+            f"norm must have shape {(2, head_dim)} or {(heads + kv_heads, head_dim)}, got {tuple(norm.shape)}"
+        )
     check_tensors(
         "keys",
         keys,
         ("qkv", qkv, torch.float32, (rows, (heads + 2 * kv_heads) * head_dim)),
-        ("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], 2, head_dim // 2)),
+        ("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], 2, width // 2)),
+        ("norm", norm, torch.float32, () if norm is None else norm.shape),
         ("positions", positions, torch.int32, (rows,)),
         ("sequences", sequences, torch.int32, (rows,)),
         ("slots", slots, torch.int32, (rows,)),
     )
     check_contiguous(cos_sin=cos_sin)
-    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads)
+    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon)

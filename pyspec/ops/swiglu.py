@@ -1,4 +1,4 @@
-"""swiglu: silu(gate) * up, in fp32, rounded once."""
+"""swiglu: activation(gate) * up, in fp32, rounded once; with GELU some call it GeGLU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
+ACTIVATIONS = ("silu", "gelu_tanh")  # numbered as in kernels/params/swiglu.h
 
-def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype) -> Tensor:
+
+def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 0) -> Tensor:
     """Plain PyTorch. The specification of the kernels."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate) * up).to(out_dtype)
+    gate = F.silu(gate) if ACTIVATIONS[activation] == "silu" else F.gelu(gate, approximate="tanh")
+    return (gate * up).to(out_dtype)
 
 
-def _fake(gate_up, out_dtype) -> Tensor:
+def _fake(gate_up, out_dtype, activation=0) -> Tensor:
     return gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=out_dtype)
 
 
@@ -26,14 +29,17 @@ def _triton():
     return launch
 
 
-_OP = Op("swiglu", "(Tensor gate_up, ScalarType out_dtype) -> Tensor", swiglu_reference, _fake, _triton)
+_OP = Op(
+    "swiglu", "(Tensor gate_up, ScalarType out_dtype, int activation=0) -> Tensor", swiglu_reference, _fake, _triton
+)
 
 
-def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Multiplies silu of the first half of the columns by the second half.
+def swiglu(gate_up: Tensor, *, activation: str = "silu", out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiplies an activation of the first half of the columns by the second half.
 
     Args:
         gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them.
+        activation: "silu", or "gelu_tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
         out_dtype: fp32, fp16 or bf16.
 
     Returns:
@@ -47,5 +53,7 @@ def swiglu(gate_up: Tensor, *, out_dtype: torch.dtype = torch.float32) -> Tensor
         raise TypeError(f"gate_up must be float32, got {gate_up.dtype}")
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up must be [rows, 2 * size], got shape {tuple(gate_up.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be {' or '.join(ACTIVATIONS)}, got {activation!r}")
     check_floating("out_dtype", out_dtype)
-    return _OP(gate_up, out_dtype)
+    return _OP(gate_up, out_dtype, ACTIVATIONS.index(activation))

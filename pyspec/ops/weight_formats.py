@@ -12,14 +12,14 @@ compressed-tensors do: factor (code - minimum).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMATS", "Codes", "WeightFormat", "from_gguf", "quantise"]
+__all__ = ["FORMATS", "GGUF_KINDS", "Codes", "WeightFormat", "from_gguf", "join_codes", "quantise"]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled
@@ -111,14 +111,35 @@ class Codes:
         scales = self.factors.float().repeat_interleave(groups, 1)
         if self.scales is not None:
             scales *= self.scales
-        levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)
-        values = levels[self.codes.int()].unflatten(1, (-1, self.format.group)).mul_(scales[..., None])
+        first = self.format.levels[0]
+        if self.format.levels == _from(first, self.format.bits):  # a table would have to be copied to a GPU
+            levels = self.codes.float().add_(first)
+        else:
+            levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)[self.codes.int()]
+        values = levels.unflatten(1, (-1, self.format.group)).mul_(scales[..., None])
         if self.floors is not None:
             floors = self.floors.float().repeat_interleave(groups, 1)
             if self.minimums is not None:
                 floors *= self.minimums
             values -= floors[..., None]
         return values.flatten(1)[:, : self.inputs]
+
+    def rows(self, index: Tensor | slice) -> Codes:
+        """Some of the outputs: those of index, int64, or of a slice."""
+        parts = {name: part[index] for name, part in _tensors(self).items()}
+        return Codes(self.format, len(parts["codes"]), self.inputs, **parts)
+
+
+def join_codes(parts: Sequence[Codes]) -> Codes:
+    """Weights of one format and so many inputs, one below another."""
+    tensors = [_tensors(part) for part in parts]
+    joined = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
+    return Codes(parts[0].format, len(joined["codes"]), parts[0].inputs, **joined)
+
+
+def _tensors(codes: Codes) -> dict[str, Tensor]:
+    parts = {name: getattr(codes, name) for name in ("codes", "factors", "scales", "floors", "minimums")}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 # ==== GGUF ====
@@ -250,6 +271,7 @@ _GGUF: dict[str, tuple[int, Callable]] = {  # bytes of a block, and what takes i
     "iq4_xs": (136, _iq4_xs),
     "mxfp4": (17, _mxfp4),
 }
+GGUF_KINDS = tuple(_GGUF)
 
 
 # ==== rounding ====

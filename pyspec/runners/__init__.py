@@ -79,7 +79,7 @@ class ExtendedRunner(Runner, Protocol):
     """
 
     takes_quantised_cache: bool
-    weight_dtype: torch.dtype
+    weight_dtype: torch.dtype | str
     clock: Callable[[], float]
 
     def warm(self, capacity: int | None = None, sequences: int = 1) -> None:

@@ -42,7 +42,7 @@ class AttentionRunner(NativeRunner):
         weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations and cache, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
         prompt_attention: see pyspec.load. With "flash-attn" prompts do not have the bits of decoding them, but still
             the same ones beside any others.
 
@@ -164,6 +164,8 @@ class AttentionRunner(NativeRunner):
         if self.prompt_attention != "pyspec":
             raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a quantised one")
         config = self.config
+        if config.attention_softcap is not None:
+            raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         for layer, window in enumerate(self.config.windows):
             if window is not None and window < self.context_length:
@@ -179,7 +181,7 @@ class AttentionRunner(NativeRunner):
         return cache
 
     def _use_quantised(self, cache: QuantisedCache) -> None:
-        cache.rope = self._rope(cache.capacity)
+        cache.ropes = self._ropes(cache.capacity)
         self._replays = Replays(cache, TapeRecorder())  # on a GPU, where shapes grow with the text, launch by launch
 
     def _new_cache(self, sequences: int, capacity: int) -> DenseCache:
@@ -194,9 +196,9 @@ class AttentionRunner(NativeRunner):
             # at least twice as many, so that prompts that grow and grow lose what is recorded a few times only
             slots = max(slots, min(2 * replays.cache.slots, slots_for(self.context_length + BUCKETS[-1])))
         self._replays = replays = None  # makes room
-        config, rope = self.config, self._rope(slots)
+        config, ropes = self.config, self._ropes(slots)
         shape = (config.layers, sequences, config.kv_heads, slots, config.head_dim)
-        cache = DenseCache(*shape, self.dtype, self.device, rope)
+        cache = DenseCache(*shape, self.dtype, self.device, ropes)
         cache.restart(capacity)
         self._new_replays(cache)
         return cache
@@ -214,9 +216,9 @@ class AttentionRunner(NativeRunner):
         numbers.fill({sequence: chain}, cache.lengths, cache.starts)
         view = cache.view([sequence], cache.lengths[sequence] + len(chain))
 
-        def attend(layer: int, q: Tensor, numbers: Numbers, window: int | None) -> Tensor:
+        def attend(layer: int, q: Tensor, numbers: Numbers, window: int | None, **scores) -> Tensor:
             q = q.transpose(0, 1)[None]
-            return flash_attn.attention(q, *view.keys_values[layer], window=window)[0].transpose(0, 1)
+            return flash_attn.attention(q, *view.keys_values[layer], window=window, **scores)[0].transpose(0, 1)
 
         view.attend = attend
         return self._step()(view, numbers)

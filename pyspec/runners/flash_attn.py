@@ -39,18 +39,29 @@ def check_prompt_attention(prompt_attention: str, dtype: torch.dtype, device: to
         raise ValueError(f"prompt_attention flash-attn {reason}")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
     """Attention [B, Hq, T, D] of queries at the last T positions of keys and values [B, Hkv, S, D] of any strides.
 
     Args:
         causal: whether a row sees only what is not behind it.
         window: how many positions a row sees at most, its own the last; None for all.
+        scale, softcap: of the scores, see tree_attention.
     """
     from flash_attn import flash_attn_with_kvcache
 
     sides = (-1, -1) if window is None else (window - 1, 0)  # before and behind, beside the own position
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return flash_attn_with_kvcache(q, k, v, causal=causal, window_size=sides).transpose(1, 2)
+    scores = {"softmax_scale": scale, "softcap": softcap or 0.0}
+    return flash_attn_with_kvcache(q, k, v, causal=causal, window_size=sides, **scores).transpose(1, 2)
 
 
 def documents(q: Tensor, k: Tensor, v: Tensor, length: int) -> Callable[[], Tensor]:

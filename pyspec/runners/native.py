@@ -5,16 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate, repeat
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.architectures.rotary import rope_table
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
-from pyspec.ops.linear import LinearWeight, linear
+from pyspec.ops._checks import FLOATS
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
@@ -41,7 +40,7 @@ class NativeRunner:
         context_length: positions the model was made for.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
     """
 
     def __init__(
@@ -57,8 +56,7 @@ class NativeRunner:
         weights.lay_out(weights.head.dtype)
         if weights.norm.device.type == "cpu":
             weights.move_together()
-        for layer in weights.layers:
-            layer.prepare(config)
+        weights.prepare(config)
         self.config = config
         self.weights = weights
         self.tokenizer = tokenizer
@@ -66,13 +64,13 @@ class NativeRunner:
         self.vocab_size = config.vocab_size
         self.context_length = context_length
         self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (torch.bfloat16 if self.weight_dtype == torch.int8 else self.weight_dtype)
+        self.dtype = dtype or (self.weight_dtype if self.weight_dtype in FLOATS else torch.bfloat16)
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._records_graphs = self.device.type == "cuda"  # few shapes, each a graph, rather than tapes
-        self._rope_table: Tensor | None = None
+        self._rope_tables: list[Tensor] = []
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: dict[int, DraftTree] | None = None
@@ -222,14 +220,17 @@ class NativeRunner:
 
         return Step(self._embed, forward)
 
-    def _rope(self, positions: int) -> Tensor:
-        """[at least so many positions, 2, head_dim / 2]: cosines and sines, as rotary_write takes them."""
-        if self._rope_table is None or len(self._rope_table) < positions:
-            self._rope_table = rope_table(self.config.rope_frequencies(), positions, self.device)
-        return self._rope_table
+    def _ropes(self, positions: int) -> list[Tensor]:
+        """Each layer's cosines and sines of at least so many positions, as rotary_write takes them."""
+        if not self._rope_tables or len(self._rope_tables[0]) < positions:
+            self._rope_tables = self.config.rope_tables(positions, self.device)
+        return self._rope_tables
 
     def _new_replays(self, cache) -> None:
-        record = GraphRecorder(self.weights.head) if self._records_graphs else TapeRecorder()
+        record = TapeRecorder()
+        if self._records_graphs:  # with the weights alone: a runner that its replays knew would stay until collected
+            logits = partial(self.weights.logits, self.config)
+            record = GraphRecorder(logits, self.vocab_size, self.device)
         self._replays = Replays(cache, record)
 
     def _new_cache(self, sequences: int, capacity: int):
@@ -241,10 +242,7 @@ class NativeRunner:
         self._cache.commit(sequence, path)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        embedding, tokens = self.weights.embedding, tokens.to(self.device)
-        if isinstance(embedding, LinearWeight):
-            return embedding.rows(tokens)
-        return F.embedding(tokens, embedding).float()
+        return self.weights.embed(self.config, tokens.to(self.device))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return linear(hidden, self.weights.head, out_dtype=torch.float32)
+        return self.weights.logits(self.config, hidden)

@@ -32,7 +32,7 @@ class RecurrentRunner(NativeRunner):
         weights: filled weights; what is not laid out yet is laid out here, in its place.
         tokenizer: a pyspec.checkpoints.tokenizer.Tokenizer, or None.
         eos_tokens: tokens that end a text.
-        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 weights.
+        dtype: of activations, fp32, fp16 or bf16: that of the weights, or anything with int8 and int4.
     """
 
     def __init__(self, config, weights, tokenizer=None, eos_tokens: Sequence[int] = (), dtype=None):
@@ -97,7 +97,7 @@ class HybridRunner(RecurrentRunner):
         self._replays = replays = None  # makes room
         attention, slots = self.config.attention, slots_for(capacity)
         shape = (attention.layers, sequences, attention.kv_heads, slots, attention.head_dim)
-        dense = DenseCache(*shape, self.dtype, self.device, self._rope(slots))
+        dense = DenseCache(*shape, self.dtype, self.device, self._ropes(slots))
         cache = HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
         cache.dense.restart(capacity)
         self._new_replays(cache)

@@ -22,7 +22,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from pyspec.ops.linear import LinearWeight, linear
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.tape import Arena, Tape, can_record
 from pyspec.runners.verified import pack_statistics
@@ -263,9 +262,8 @@ class GraphRecorder:
 
     is_graph = True
 
-    def __init__(self, head: LinearWeight):
-        self._head = _GraphedHead(head)
-        device = head.data.device
+    def __init__(self, logits: Callable[[Tensor], Tensor], vocab_size: int, device: torch.device):
+        self._head = _GraphedHead(logits, vocab_size, device)
         self._stream = torch.cuda.Stream(device)  # one, for memory of the pool goes from graph to graph of a stream
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
@@ -300,14 +298,14 @@ class _GraphedHead:
     while it runs only. For more rows the head is launched, which takes less time than they do, and less memory.
     """
 
-    def __init__(self, weight: LinearWeight):
-        self._weight = weight
-        self._logits = torch.empty(BUCKETS[-1], weight.outputs, dtype=torch.float32, device=weight.data.device)
+    def __init__(self, logits: Callable[[Tensor], Tensor], vocab_size: int, device: torch.device):
+        self._logits_of = logits
+        self._logits = torch.empty(BUCKETS[-1], vocab_size, dtype=torch.float32, device=device)
 
     def __call__(self, hidden: Tensor) -> Rows:
         if len(hidden) > len(self._logits):
             return Rows(hidden)
-        logits = linear(hidden, self._weight, out_dtype=torch.float32)
+        logits = self._logits_of(hidden)
         statistics = pack_statistics(logits)
         return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics)
 

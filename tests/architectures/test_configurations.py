@@ -26,6 +26,15 @@ SMALL = {
     "MistralForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 9, "rms_norm_eps": 1e-5},
     "Qwen2ForCausalLM": SIZES
     | {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7},
+    "Qwen3ForCausalLM": SIZES
+    | {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7}
+    | {"attention_bias": True, "head_dim": 64},
+    "GemmaForCausalLM": SIZES | {"num_key_value_heads": 2, "head_dim": 64, "hidden_act": "gelu_pytorch_tanh"},
+    "Gemma2ForCausalLM": SIZES
+    | {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 7, "final_logit_softcapping": 20.0}
+    | {"attn_logit_softcapping": 9.0, "query_pre_attn_scalar": 100, "tie_word_embeddings": False},
+    "Gemma3ForCausalLM": SIZES
+    | {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 7, "query_pre_attn_scalar": 100},
     "MambaForCausalLM": {"hidden_size": 64, "num_hidden_layers": 2, "conv_kernel": 3, "time_step_rank": 5, "expand": 4},
     "Mamba2ForCausalLM": {"hidden_size": 4096, "num_hidden_layers": 2, "num_heads": 128, "head_dim": 64, "n_groups": 2},
     "BambaForCausalLM": SIZES | BAMBA,
@@ -34,7 +43,8 @@ SMALL = {
 
 def of_transformers(architecture, description):
     """The configuration that transformers makes of a description, with everything in it."""
-    config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    name = architecture.removesuffix("ForCausalLM")
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     return config_class(**{name: value for name, value in description.items() if name != "architectures"})
 
 
@@ -55,7 +65,8 @@ def test_what_is_left_out_is_what_transformers_has(architecture):
         check_same(architecture, {name: value for name, value in stated.items() if name != left_out})
     size = {"num_hidden_layers": 4} | ({"attn_layer_indices": [2]} if architecture.startswith("Bamba") else {})
     check_same(architecture, size)
-    names = {"num_hidden_layers", *family_of(architecture).architectures[architecture]} - {"attention_bias", "mlp_bias"}
+    names = {"num_hidden_layers", *family_of(architecture).architectures[architecture]}
+    names -= {"attention_bias", "mlp_bias", "hidden_act", "sliding_window_pattern"}
     assert names <= set(dir(of_transformers(architecture, {})))
 
 
@@ -83,6 +94,7 @@ def test_null_has_the_meaning_that_it_has_in_transformers():
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 THETA = {"rope_theta": 500.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 ROPES = [
     {},
     {"rope_theta": 777.0},
@@ -109,6 +121,11 @@ ROPES = [
     {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}, "original_max_position_embeddings": 64},
     {"rope_parameters": LLAMA3 | THETA | {"original_max_position_embeddings": 32}, "rope_scaling": LINEAR},
     {"rope_parameters": {"full_attention": LINEAR}},
+    {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    {"rope_scaling": YARN},
+    {"rope_scaling": YARN | {"original_max_position_embeddings": 32, "truncate": False, "beta_fast": 4.0}},
+    {"rope_scaling": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5, "beta_slow": 0.5}},
+    {"rope_scaling": YARN | {"attention_factor": 1.5, "factor": 2.5}},
 ]
 
 
@@ -117,22 +134,23 @@ ROPES = [
 def test_rotary_frequencies_are_those_of_transformers(architecture, rope):
     description = SIZES | {"sliding_window": None} | rope
     try:
-        found = read(architecture, description).rope_frequencies()
+        config = read(architecture, description)
     except Unsupported:
         assert "full_attention" in str(rope)  # which then runs, or fails, in transformers
         return
     family = architecture.removesuffix("ForCausalLM")
     module = getattr(transformers.models, family.lower())
     rotary = getattr(getattr(module, f"modeling_{family.lower()}"), f"{family}RotaryEmbedding")
-    expected = rotary(of_transformers(architecture, json.loads(json.dumps(description)))).inv_freq
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    expected = rotary(of_transformers(architecture, json.loads(json.dumps(description))))
+    torch.testing.assert_close(config.rope_frequencies(), expected.inv_freq, rtol=2e-6, atol=0)
+    magnitude = 1.0 if config.rope_scaling is None else config.rope_scaling.magnitude
+    assert magnitude == pytest.approx(expected.attention_scaling)
 
 
 @pytest.mark.parametrize(
     "rope, message",
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope scaling 'longrope'"),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, "rope scaling 'mrope'"),
         ({"rope_scaling": LINEAR, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "low_freq_factor 4.0"),

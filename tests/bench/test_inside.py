@@ -1,8 +1,9 @@
 """What benchmarks do to a runner beyond its calls has the values of those calls."""
 
 import torch
-from inside import attend_step, seconds_in_ops
+from inside import attend_step, seconds_in_ops, seconds_of_recording
 
+from pyspec import DraftTree
 from pyspec.generate import generate
 from pyspec.ops import tree_attention
 from tests.helpers.random_llama import random_llama
@@ -40,3 +41,13 @@ def test_seconds_in_ops_are_part_of_decoding():
     before = inside()
     generate(model, PROMPT, drafter=None, max_new_tokens=2)
     assert inside() == before
+
+
+def test_what_is_recorded_again_gives_the_same():
+    model, tree = random_llama(), DraftTree([1, 2, 3], [-1, 0, 0])
+    model.prefill([PROMPT])
+    expected = model.verify({0: tree})[0].logits.clone()
+    before = dict(model._replays._replays)
+    assert seconds_of_recording(model, tree) > 0
+    assert before.keys() == model._replays._replays.keys() and before != model._replays._replays
+    assert torch.equal(model.verify({0: tree})[0].logits, expected)

@@ -132,8 +132,8 @@ def test_factors_of_each_frequency_come_on_top(tmp_path):
     "metadata, message",
     [
         (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
-            "rope scaling 'yarn', supported are linear and llama3",
+            {"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0},
+            "rope scaling 'longrope', supported are linear, llama3 and yarn",
         ),
         ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ({"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.2}, "rope.scaling.attn_factor"),

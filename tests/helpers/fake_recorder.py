@@ -10,8 +10,8 @@ class FakeRecorder:
     recorded = 0
     replayed: set[int] = set()
 
-    def __init__(self, head):
-        self._head = _GraphedHead(head)
+    def __init__(self, *head):
+        self._head = _GraphedHead(*head)
 
     def __call__(self, step, cache, numbers):
         number, result = FakeRecorder.recorded, self._head(step(cache, numbers))

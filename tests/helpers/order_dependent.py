@@ -22,11 +22,11 @@ def order_dependent_linear(x, weight, bias=None, *, out_dtype=None) -> torch.Ten
 @contextmanager
 def order_dependent_llamas() -> Iterator[None]:
     """Llamas compute with order_dependent_linear, launch by launch: what is recorded is the compiled kernel alone."""
-    names = ("pyspec.runners.native", "pyspec.architectures.blocks")
-    runner, blocks = map(importlib.import_module, names)
+    names = ("pyspec.architectures.weights", "pyspec.architectures.blocks")
+    weights, blocks = map(importlib.import_module, names)
     with (
         launch_by_launch(),
-        mock.patch.object(runner, "linear", order_dependent_linear),
+        mock.patch.object(weights, "linear", order_dependent_linear),
         mock.patch.object(blocks, "linear", order_dependent_linear),
     ):
         yield

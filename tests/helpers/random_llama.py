@@ -32,7 +32,7 @@ def random_llama(
         output_bias=biases,
         tied_embedding=biases,
     )
-    dense = torch.float32 if dtype == torch.int8 else dtype
+    dense = torch.float32 if dtype in (torch.int8, "int4") else dtype
     weights = LlamaWeights.empty(config, dense, torch.device(device))
     generator = torch.Generator().manual_seed(0)
     for tensor in weights.named(config).values():

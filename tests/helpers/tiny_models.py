@@ -26,13 +26,31 @@ KINDS = {
     ),
     "mistral": ("Mistral", {"sliding_window": 6}),
 }
+_GEMMA3_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+OTHER_KINDS = {
+    "qwen3": ("Qwen3", {}),
+    "qwen3_with_windows_and_biases": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "attention_bias": True},
+    ),
+    "gemma": ("Gemma", {"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0}),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": 6, "num_hidden_layers": 3, "query_pre_attn_scalar": 40, "rope_parameters": _GEMMA3_ROPES}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+}
 
 
 def tiny_model(kind: str):
     """A transformers model of 2 layers, 4 query heads on 2 key heads, in fp32, with nothing left at 0 or 1."""
     import transformers
 
-    family, options = KINDS[kind]
+    family, options = (KINDS | OTHER_KINDS)[kind]
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 96,
@@ -46,7 +64,8 @@ def tiny_model(kind: str):
         "bos_token_id": 1,
     }
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**(shape | options))
+    config = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = getattr(transformers, config)(**(shape | options))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)

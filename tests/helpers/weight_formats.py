@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from pyspec.ops.weight_formats import _GGUF, FORMATS, Codes, from_gguf, quantise
+from pyspec.ops.weight_formats import _GGUF, FORMATS, GGUF_KINDS, Codes, from_gguf, quantise
 
-GGUF_KINDS = list(_GGUF)
 # where factors and floors, fp16, lie in a block; the exponent of mxfp4 is its first byte
 _FACTORS = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2)}
 _FACTORS |= {"q6_k": (208,)}

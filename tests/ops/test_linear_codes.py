@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.linear import lay_out_weight, linear
+from pyspec.ops.linear import JoinedWeight, LinearWeight, lay_out_parts, linear
+from pyspec.ops.linear import lay_out_weight as lay_out_any
 from pyspec.ops.linear_codes import lay_out_codes, take_apart
 from pyspec.ops.weight_formats import FORMATS, Codes
 from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
@@ -17,9 +18,17 @@ from tests.helpers.linear_cases import FLOATS, random
 from tests.helpers.weight_formats import random_codes
 
 run, kernel = each_backend(linear), each_kernel(linear)
-NAMES = [name for name in FORMATS if name != "q8_0"]
+NAMES = list(FORMATS)
 each_format = pytest.mark.parametrize("name", NAMES)
+PARTS = [("q4_k", 45), ("q4_k", 55), ("q6_k", 70), ("q8_0", 1)]
 SIZES = [(1, 256), (33, 256), (70, 768)]  # outputs, inputs
+
+
+def lay_out_weight(weight, *options) -> LinearWeight:
+    """The weight in its own format: lay_out_weight makes int8 of q8_0, which linear_codes reads as a part of others."""
+    if isinstance(weight, Codes):
+        return LinearWeight(lay_out_codes(weight), weight.outputs, weight.inputs, weight.format)
+    return lay_out_any(weight, *options)
 
 
 def inputs_of(name: str, inputs: int) -> int:
@@ -56,7 +65,7 @@ def assert_close(found: torch.Tensor, x: torch.Tensor, codes: Codes) -> None:
 def place_of(name: str, k: int, n: int, plane: int) -> tuple[int, int]:
     """Byte in its block, and lowest bit there, of a plane's part of the code of input k and output n."""
     format = FORMATS[name]
-    low = 2 if format.bits < 4 else 4
+    low = 2 if format.bits < 4 else 4 if format.bits < 8 else 8
     has_zero_point = format.has_minimums and not format.has_scales
     at = 64 + (64 if format.has_floors and not has_zero_point else 0)
     bytes_of_group = 1 if name == "q2_k" else format.has_scales + format.has_minimums
@@ -75,7 +84,7 @@ def test_every_code_has_its_place(name):
     assert data.shape[:2] == (2, 512 // format.block)
     for n, k in [(0, 0), (0, 1), (34, 511), (33, 300), (31, 255), (7, 36), (32, 64), (1, 127)]:
         block = data[n // 32, k // format.block]
-        value, low = 0, 2 if format.bits < 4 else 4
+        value, low = 0, 2 if format.bits < 4 else 4 if format.bits < 8 else 8
         for plane, width in enumerate((low, format.bits - low)):
             if width:
                 byte, bit = place_of(name, k % format.block, n % 32, plane)
@@ -114,7 +123,7 @@ def test_rows(kernel, name):
 
 def test_q8_0_is_int8():
     codes = random_codes("q8_0", 70, 160)
-    laid_out = lay_out_weight(codes)
+    laid_out = lay_out_any(codes)
     assert laid_out.dtype == torch.int8 and torch.equal(laid_out.unpack(), codes.values())
     x = random(3, 160)
     assert_close(linear(x, laid_out), x, codes)
@@ -238,20 +247,44 @@ def test_nothing_is_left_over_from_another_call(kernel, name):
     assert same_bits(kernel(x, weight), expected)
 
 
+def test_parts_of_several_formats(kernel):
+    """Weights one below another: each has the bits that it has alone."""
+    parts = [random_codes(name, outputs, 512, seed) for seed, (name, outputs) in enumerate(PARTS)]
+    joined = lay_out_parts(parts)
+    assert isinstance(joined, JoinedWeight) and joined.dtype == "q4_k, q6_k, q8_0" and joined.outputs == 171
+    assert torch.equal(joined.unpack(), torch.cat([part.values() for part in parts]))
+    assert torch.equal(joined.rows(torch.tensor([3, 100])), joined.unpack()[[3, 100]])
+    x, bias = random(7, 512, seed=9), random(171, seed=10)
+    biases = bias.split([part.outputs for part in parts])
+    alone = [kernel(x, lay_out_weight(part), bias) for part, bias in zip(parts, biases, strict=True)]
+    assert same_bits(kernel(x, joined, bias), torch.cat(alone, 1))
+    with on_backend("reference"):
+        torch.testing.assert_close(linear(x, joined, bias), torch.cat(alone, 1), rtol=1e-4, atol=1e-2)
+    args = (x, joined.data, bias, [100, 70, 1], [NAMES.index(name) for name in ("q4_k", "q6_k", "q8_0")])
+    torch.library.opcheck(torch.ops.pyspec.linear_joined.default, (*args, torch.float32))
+    with pytest.raises(RuntimeError, match="outputs and formats must be as many, got 3 and 2"):
+        torch.ops.pyspec.linear_joined(*args[:4], args[4][:2], torch.float32)
+    with pytest.raises(RuntimeError, match="weight must be laid out for these outputs and inputs"):
+        torch.ops.pyspec.linear_joined(*args[:3], [100, 70, 33], args[4], torch.float32)
+
+
+def test_parts_of_one_format_are_one_weight():
+    parts = [random_codes("q5_k", outputs, 256, outputs) for outputs in (3, 40)]
+    laid_out = lay_out_parts(parts)
+    assert laid_out.dtype == "q5_k" and torch.equal(laid_out.unpack(), torch.cat([part.values() for part in parts]))
+
+
 # ==== the op as torch sees it, and bad input ====
 
 
 @pytest.mark.parametrize("name", ["q4_k", "q6_k"])
 def test_opcheck(name):
-    weight, place = lay_out_weight(random_codes(name, 45, 512)), NAMES_OF_OPS.index(name)
+    weight, place = lay_out_weight(random_codes(name, 45, 512)), NAMES.index(name)
     args = (random(5, 512), weight.data, random(45), 45, place, torch.float32)
     torch.library.opcheck(torch.ops.pyspec.linear_codes.default, args)
     torch.library.opcheck(
         torch.ops.pyspec.linear_codes_rows.default, (torch.tensor([3, 44]), weight.data, 45, 512, place)
     )
-
-
-NAMES_OF_OPS = list(FORMATS)
 
 
 @pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
@@ -264,8 +297,7 @@ NAMES_OF_OPS = list(FORMATS)
         {"outputs": -45},
         {"outputs": 2**63 - 1},
         {"format": -1},
-        {"format": NAMES_OF_OPS.index("q8_0")},
-        {"format": NAMES_OF_OPS.index("q6_k")},
+        {"format": NAMES.index("q6_k")},
         {"format": len(FORMATS)},
         {"x": lambda x: x[:, :200]},
         {"x": lambda x: x[0]},
@@ -282,7 +314,7 @@ NAMES_OF_OPS = list(FORMATS)
 )
 def test_direct_calls_cannot_read_outside(change):
     args = {"x": random(5, 512), "weight": lay_out_codes(random_codes("q4_k", 45, 512)), "bias": torch.zeros(45)}
-    args |= {"outputs": 45, "format": NAMES_OF_OPS.index("q4_k"), "out_dtype": torch.float32}
+    args |= {"outputs": 45, "format": NAMES.index("q4_k"), "out_dtype": torch.float32}
     torch.ops.pyspec.linear_codes(*args.values())
     for name, value in change.items():
         args[name] = value(args[name]) if callable(value) else value

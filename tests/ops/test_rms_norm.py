@@ -34,17 +34,37 @@ def test_rows_that_are_groups_have_weights_of_their_own(run):
         torch.testing.assert_close(out[group::3], run(hidden[group::3].contiguous(), weight[group], 1e-5))
 
 
+@pytest.mark.parametrize("size", [15, 577])
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_a_delta_may_be_normed_before_it_is_added(run, size, has_weight):
+    torch.manual_seed(size)
+    hidden, delta, weights = torch.randn(4, size) * 5, torch.randn(4, size) * 3, torch.randn(2, size)
+
+    def normed(x, weight):
+        return x / (x.square().mean(1, keepdim=True) + 1e-2).sqrt() * weight.double()
+
+    total = hidden.double() + normed(delta.double(), weights[0])
+    out = run(hidden, weights[1] if has_weight else None, 1e-2, delta=delta, delta_weight=weights[0])
+    torch.testing.assert_close(hidden.double(), total, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(out.double(), normed(total, weights[1]) if has_weight else total, atol=2e-6, rtol=2e-6)
+    assert out.data_ptr() != hidden.data_ptr()
+
+
 def test_a_row_has_the_bits_it_has_alone(kernel):
-    hidden, weight = torch.randn(64, 577), torch.randn(577)
+    hidden, weight, delta = torch.randn(64, 577), torch.randn(577), torch.randn(64, 577)
     hidden[7, 3] = torch.nan  # stays in its row
-    together = kernel(hidden, weight, 1e-5, out_dtype=torch.bfloat16)
-    alone = torch.cat([kernel(row[None].clone(), weight, 1e-5, out_dtype=torch.bfloat16) for row in hidden])
+
+    def normed(rows):
+        rest = {"delta": delta[rows].clone(), "delta_weight": weight, "out_dtype": torch.bfloat16}
+        return kernel(hidden[rows].clone(), weight, 1e-5, **rest)
+
+    together, alone = normed(slice(None)), torch.cat([normed(slice(row, row + 1)) for row in range(64)])
     assert torch.equal(together.view(torch.int16), alone.view(torch.int16))
     assert together.isnan().any(1).tolist() == [row == 7 for row in range(64)]
 
 
 def test_opcheck():
-    args = (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-5, torch.bfloat16)
+    args = (torch.randn(3, 20), torch.randn(3, 20), torch.randn(20), 1e-5, torch.bfloat16, torch.randn(20))
     torch.library.opcheck(torch.ops.pyspec.rms_norm.default, args)
 
 
@@ -57,6 +77,12 @@ def test_opcheck():
         ({"weight": torch.zeros(2, 4)}, ValueError, r"weight must have shape \(2, 3\), got \(2, 4\)"),
         ({"weight": torch.zeros(3, 3)}, ValueError, "hidden must have a multiple of weight's 3 groups as rows, got 2"),
         ({"delta": torch.zeros(1, 3)}, ValueError, r"delta must have shape \(2, 3\)"),
+        ({"delta_weight": torch.zeros(3)}, ValueError, "delta_weight must be None where there is no delta"),
+        (
+            {"delta": torch.zeros(2, 3), "delta_weight": torch.zeros(2)},
+            ValueError,
+            r"delta_weight must have shape \(3,\)",
+        ),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
     ],
 )

@@ -15,9 +15,9 @@ def angles(head_dim):
     return torch.outer(torch.arange(POSITIONS), 100.0 ** -(torch.arange(head_dim // 2) * 2 / head_dim))
 
 
-def arguments(rows=5, head_dim=64, dtype=torch.float32):
+def arguments(rows=5, head_dim=64, dtype=torch.float32, width=None):
     torch.manual_seed(head_dim)
-    turned = angles(head_dim)
+    turned = angles(width or head_dim)
     cache = torch.full((2, 3, KV_HEADS, 20, head_dim), 7.0, dtype=dtype)
     return {
         "qkv": torch.randn(rows, (HEADS + 2 * KV_HEADS) * head_dim),
@@ -28,6 +28,8 @@ def arguments(rows=5, head_dim=64, dtype=torch.float32):
         "keys": cache[0],
         "values": cache[1],
         "heads": HEADS,
+        "norm": None,
+        "epsilon": 0.0,
     }
 
 
@@ -51,8 +53,41 @@ def test_equals_a_complex_rotation(run, head_dim, dtype):
         assert (cache == 7.0).all()
 
 
-def test_a_row_has_the_bits_it_has_alone(kernel):
-    given = arguments(rows=9)
+@pytest.mark.parametrize("width", [2, 48, 64])
+def test_the_other_dimensions_stay(run, width):
+    given = arguments(width=width)
+    q = run(**given)
+    heads = given["qkv"].unflatten(1, (-1, 64)).clone()
+    turned = heads[:, : HEADS + KV_HEADS, :width]
+    half = arguments(head_dim=64, width=width)["cos_sin"][given["positions"].long(), :, None]
+    x, y = turned.chunk(2, -1)
+    turned.copy_(torch.cat((x * half[:, 0] - y * half[:, 1], y * half[:, 0] + x * half[:, 1]), -1))
+    torch.testing.assert_close(q, heads[:, :HEADS])
+    places = given["sequences"].long(), slice(None), given["slots"].long()
+    torch.testing.assert_close(given["keys"][places], heads[:, HEADS : HEADS + KV_HEADS])
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+@pytest.mark.parametrize("head_dim, width", [(64, 64), (80, 32), (256, 256)])
+def test_queries_and_keys_are_normed_before(run, head_dim, width, is_whole):
+    """By every head, or by all query heads and all key heads of a row."""
+    plain = arguments(head_dim=head_dim, width=width)
+    norm = torch.randn(HEADS + KV_HEADS if is_whole else 2, head_dim) + 1
+    normed = plain | {name: plain[name].clone() for name in ("qkv", "keys", "values")} | {"norm": norm, "epsilon": 0.1}
+    heads = plain["qkv"].unflatten(1, (-1, head_dim))  # a view
+    for first, count, weight in ((0, HEADS, norm[: HEADS if is_whole else 1]),
+                                 (HEADS, KV_HEADS, norm[HEADS if is_whole else 1 :])):  # fmt: skip
+        part = heads[:, first : first + count]
+        scale = (part.square().mean((1, 2) if is_whole else 2, keepdim=True) + 0.1).rsqrt()
+        part.copy_(part * scale * weight)
+    torch.testing.assert_close(run(**normed), run(**plain), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(normed["keys"], plain["keys"], atol=1e-5, rtol=1e-5)
+    assert torch.equal(normed["values"], plain["values"])
+
+
+@pytest.mark.parametrize("norm", [None, torch.randn(2, 64), torch.randn(6, 64)], ids=["plain", "head", "row"])
+def test_a_row_has_the_bits_it_has_alone(kernel, norm):
+    given = arguments(rows=9) | {"norm": norm, "epsilon": 1e-6}
     q, keys = kernel(**given), given["keys"].clone()
     for row in range(9):
         one = given | {name: given[name][row : row + 1] for name in ("qkv", "positions", "sequences", "slots")}
@@ -72,7 +107,9 @@ def test_opcheck():
         ({"slots": torch.zeros(4, dtype=torch.int32)}, ValueError, r"slots must have shape \(5,\)"),
         ({"values": torch.zeros(3, KV_HEADS, 19, 64)}, ValueError, "values must be"),
         ({"values": torch.zeros(3, KV_HEADS, 20, 64).half()}, TypeError, "values must be .* like keys"),
-        ({"cos_sin": torch.zeros(50, 2, 31)}, ValueError, "cos_sin must have shape"),
+        ({"cos_sin": torch.zeros(50, 2, 33)}, ValueError, "cos_sin must have angles for at most 64 dimensions"),
+        ({"cos_sin": torch.zeros(50, 3, 32)}, ValueError, "cos_sin must have shape"),
+        ({"norm": torch.zeros(3, 64)}, ValueError, r"norm must have shape \(2, 64\) or \(6, 64\), got \(3, 64\)"),
     ],
 )
 def test_bad_input_is_named(changed, error, message):

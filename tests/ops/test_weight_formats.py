@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.weight_formats import FORMATS, from_gguf, quantise
+from pyspec.ops.weight_formats import FORMATS, GGUF_KINDS, from_gguf, quantise
 from tests.helpers.linear_cases import random
-from tests.helpers.weight_formats import GGUF_KINDS, gguf_bytes
+from tests.helpers.weight_formats import gguf_bytes
 
 gguf = pytest.importorskip("gguf")
 INT4 = [name for name in FORMATS if name.startswith("int4_")]

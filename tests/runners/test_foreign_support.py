@@ -18,7 +18,8 @@ HYBRID = SMALL | {"mamba_n_heads": 4, "mamba_d_state": 16, "attn_layer_indices":
 @pytest.mark.parametrize(
     "family, options, feature",
     [
-        ("Qwen3", SUPPORTED["Qwen3"], "has architecture Qwen3ForCausalLM, which our kernels do not run"),
+        ("Phi", SUPPORTED["Phi"], "has architecture PhiForCausalLM, which our kernels do not run"),
+        ("Qwen3", SUPPORTED["Qwen3"], "head_dim 16 of qwen3: supported are"),
         ("Llama", SMALL | {"mlp_bias": True, "head_dim": 64}, "has mlp_bias, which AttentionRunner does not have"),
         ("Mistral", SMALL | {"head_dim": 16, "sliding_window": None}, "head_dim 16 of mistral: supported are"),
         ("Qwen2", SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', AttentionRunner has silu"),

@@ -23,6 +23,7 @@ OPTIONS = {
     "float16": {"dtype": torch.float16},
     "bfloat16 with a window": {"dtype": torch.bfloat16, "windows": (40, None)},
     "int8 with biases": {"dtype": torch.int8, "biases": True},
+    "int4": {"dtype": "int4"},
 }
 each_model = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 

@@ -124,9 +124,9 @@ def test_the_tests_of_bits_have_teeth(runner, monkeypatch):
     expected = verify(tree)
     attend = QuantisedCache.attend
 
-    def like_the_root(self, layer, q, numbers, window):
+    def like_the_root(self, layer, q, numbers, *scores, **options):
         numbers.seen.fill_(numbers.seen[0])
-        return attend(self, layer, q, numbers, window)
+        return attend(self, layer, q, numbers, *scores, **options)
 
     monkeypatch.setattr(QuantisedCache, "attend", like_the_root)
     with launch_by_launch():

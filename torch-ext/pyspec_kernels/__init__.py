@@ -15,6 +15,7 @@ gear_ragged = ops.gear_ragged
 linear = ops.linear
 linear_codes = ops.linear_codes
 linear_codes_rows = ops.linear_codes_rows
+linear_joined = ops.linear_joined
 linear_rows = ops.linear_rows
 merge_attention = ops.merge_attention
 ragged_attention = ops.ragged_attention
@@ -39,6 +40,7 @@ __all__ = [
     "linear",
     "linear_codes",
     "linear_codes_rows",
+    "linear_joined",
     "linear_rows",
     "merge_attention",
     "ragged_attention",

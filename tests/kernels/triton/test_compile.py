@@ -287,28 +287,30 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
         source = ASTSource(kernel, signature, {**constants, "IS_EARLY": architecture >= 90})
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
-        assert used["REG"] <= (64 if name == "group_kernel" else 128)  # 32 groups on a multiprocessor at a time
+        assert used["REG"] <= (48 if name == "group_kernel" else 255)  # 40 groups on a multiprocessor at a time
         assert used["STACK"] == used["LOCAL"] == 0
 
 
 # ==== the small ops of a layer ====
 
-SMALL = {
-    rms_norm.rms_norm_kernel: ({"BLOCK": 8192}, rms_norm.compile_options(8192)),
-    rotary_write.rotary_write_kernel: (
-        {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64},
-        rotary_write.OPTIONS,
-    ),
-    swiglu.swiglu_kernel: ({}, swiglu.OPTIONS),
-}
+HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64}
+SMALL = [
+    (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None}, rms_norm.compile_options(8192)),
+    (rms_norm.rms_norm_kernel, {"BLOCK": 4096}, rms_norm.compile_options(4096)),
+    (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "WIDTH": 128, "REST": 0, "IS_WHOLE": False},
+     rotary_write.OPTIONS),
+    (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True}, rotary_write.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": False}, swiglu.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": True}, swiglu.OPTIONS),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("kernel", SMALL, ids=lambda kernel: kernel.__name__)
-def test_the_small_ops_compile(kernel, tmp_path):
-    constants, options = SMALL[kernel]
+@pytest.mark.parametrize("kernel, constants, options", SMALL, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_small_ops_compile(kernel, constants, options, tmp_path):
     types = {name: "*i32" for name in ("positions", "sequences", "slots")}
     types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
-    types |= {name: "*fp32" for name in ("hidden", "delta", "weight", "qkv", "cos_sin", "gate_up")}
+    weights = ("hidden", "delta", "delta_weight", "weight", "qkv", "cos_sin", "norm", "gate_up")
+    types |= dict.fromkeys(weights, "*fp32")
     types |= {"epsilon": "fp32"}
     for architecture in ARCHITECTURES:
         constants = {**constants, "IS_EARLY": architecture >= 90}
@@ -316,5 +318,5 @@ def test_the_small_ops_compile(kernel, tmp_path):
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
-        assert used["REG"] <= 104 and used["STACK"] <= 8 and used["LOCAL"] == 0  # rows of 8192
+        assert used["REG"] <= 104 and used["STACK"] <= 16 and used["LOCAL"] == 0  # rows of 8192
         check_waits_first(compiled, architecture)

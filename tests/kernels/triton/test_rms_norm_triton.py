@@ -7,6 +7,7 @@ from tests.helpers.on_gpu import assert_close
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 from pyspec.kernels.rms_norm import rms_norm  # noqa: E402
+from pyspec.ops.rms_norm import rms_norm_reference  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -14,11 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def run(hidden, delta, weight, out_dtype=torch.float32):
+def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None):
     """The launcher's result and what became of hidden."""
     hidden = hidden.to(DEVICE, copy=True)
-    delta = None if delta is None else delta.to(DEVICE)
-    out = rms_norm(hidden, delta, weight.to(DEVICE), 1e-5, out_dtype)
+    delta, weight, delta_weight = (
+        None if tensor is None else tensor.to(DEVICE) for tensor in (delta, weight, delta_weight)
+    )
+    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight)
     return out.cpu(), hidden.cpu()
 
 
@@ -34,6 +37,18 @@ def test_equals_float64(rows, size, dtype, has_delta):
     assert out.dtype == dtype
     assert_close(changed, hidden + delta if has_delta else hidden, atol=0, rtol=0)
     assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_a_delta_may_be_normed_before_it_is_added(has_weight):
+    torch.manual_seed(0)
+    hidden, delta, weight, delta_weight = (torch.randn(*shape) for shape in ((3, 577), (3, 577), (577,), (577,)))
+    expected = hidden.clone()
+    settings = (weight if has_weight else None, 1e-5, torch.float32)
+    found = rms_norm_reference(expected, delta, *settings, delta_weight)
+    out, changed = run(hidden, delta, settings[0], delta_weight=delta_weight)
+    assert_close(changed, expected, atol=2e-6, rtol=2e-6)
+    assert_close(out, found, atol=2e-6, rtol=2e-6)
 
 
 def test_rows_that_are_groups_have_weights_of_their_own():

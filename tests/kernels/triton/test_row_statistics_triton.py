@@ -45,6 +45,8 @@ def test_ties_and_order():
     places = torch.arange(4700)
     rows = [torch.zeros(4700), places // 3, -places, places % 5]
     rows += [places % 512 == 511, places * (places % 512 == 100)]  # one in each of 9 and 10 groups
+    rows += [(places == 480) | ((places > 0) & (places < 9)), places % 32 == 31]  # in a lane that others are before
+    rows += [torch.where(places % 2 == 0, -0.0, 0.0), -(places % 32) * (places < 2000)]
     check(torch.stack(rows).float())
 
 

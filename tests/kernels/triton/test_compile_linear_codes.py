@@ -1,0 +1,75 @@
+"""The Triton kernel of linear for 4-bit weights compiled ahead of time, as a GPU would ask for it."""
+
+import os
+import re
+
+import pytest
+import torch
+
+from tests.helpers.slow import slow
+
+pytest.importorskip("triton", reason="Triton is not installed for this platform")
+from machine_code import functions  # noqa: E402
+from without_gpu import launches  # noqa: E402
+
+from pyspec.kernels import linear_codes as kernels  # noqa: E402
+from pyspec.ops import lay_out_weight, linear_codes, linear_codes_tiles  # noqa: E402
+from pyspec.ops.weight_formats import FORMATS, quantise  # noqa: E402
+from tests.helpers.weight_formats import random_codes  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+
+ROWS = [1, 8, 9, 16, 32, 33, 64, 200]
+
+
+def compiled(name, rows, dtype=torch.bfloat16, architecture=90, outputs=6144):
+    """The machine code of the kernel that a launch gets."""
+    format = FORMATS[name]
+    with launches(architecture) as found:
+        weight = torch.empty(outputs // 128, 32, linear_codes_tiles.tile_bytes(format), dtype=torch.uint8)
+        kernels.linear_codes(torch.empty(rows, 4096, dtype=dtype), weight, None, outputs, format, torch.float32)
+    return functions(found[0].cubin)["codes_kernel"]
+
+
+@pytest.mark.parametrize("architecture", [slow(80), 90, slow(100)])
+@pytest.mark.parametrize(
+    "name", ["q4_0", "q4_k", *map(slow, ("q4_1", "iq4_nl", "iq4_xs", "mxfp4", "int4_32", "int4_128"))]
+)
+def test_all_rows_are_summed_by_one_kind_of_product(name, architecture):
+    """The row rule on a GPU, where tiles of rows may differ: in each, a group is two steps of 16 inputs from zero."""
+    for rows in ROWS:
+        code = compiled(name, rows, architecture=architecture)
+        loop = "\n".join(code.lines.values())
+        products = set(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\S*", loop))
+        if architecture == 80:
+            assert products == {"HMMA.16816.F32.BF16"}
+        elif architecture == 90:
+            (shape,) = {product.split(".F32")[0] for product in products}
+            assert shape == f"HGMMA.64x{kernels.tile_rows(rows, torch.bfloat16, 90)}x16"
+        else:
+            assert kernels.tile_rows(rows, torch.bfloat16, 100) == 32 and products == {"UTCHMMA"}
+        assert "FADD" not in loop or FORMATS[name].has_scales  # products are added by multiply-adds, scales shifted
+        assert code.count(r"\bLDGSTS\S*128") >= 2 and code.stack <= 150
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_activations_compile(dtype):
+    for rows in (1, 64):
+        assert compiled("q4_k", rows, dtype).stack <= 150
+
+
+def test_what_is_on_a_gpu_gets_tiles():
+    """And the op's launcher knows a format by its place."""
+    weight, index = torch.randn(300, 200), torch.tensor([3, 299, 0])
+    values, six_bits = quantise(weight, FORMATS["int4_32"]).values(), random_codes("q6_k", 3, 256)
+    with launches() as found:
+        laid_out = lay_out_weight(weight, "int4")
+        assert laid_out.data.shape == (3, 2, linear_codes_tiles.tile_bytes(laid_out.format))
+        assert torch.equal(laid_out.rows(index), values[index])
+        x = torch.empty(3, 200, dtype=torch.bfloat16)
+        place = list(FORMATS).index("int4_32")
+        out = linear_codes._triton()(x, laid_out.data, None, 300, place, torch.float32)
+        assert out.shape == (3, 300) and found[0].name == "codes_kernel"
+        with pytest.raises(ValueError, match="4 bits for a GPU, got q6_k"):
+            lay_out_weight(six_bits)
