@@ -31,9 +31,8 @@ __all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "s
 
 PLANES = tl.constexpr(INPUTS // GROUP)  # codes of a word
 WIDTH = tl.constexpr(GROUP)
-STAGES = tl.constexpr(3)  # tiles in flight or in use
-LINES = tl.constexpr(256)  # of 128 bytes, that a program asks for early
-IN_FLIGHT = 65536  # outputs of all programs together
+LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; 256 took a tenth longer
+IN_FLIGHT = 32768  # outputs of all programs together; twice as many took a tenth longer
 MOST_SPLITS = 32
 # A float of 2^23 has the integers as its low bits: a byte that is put there becomes a float by a subtraction. Scales
 # have 128 more. Likewise codes and minimums become numbers in 128 of bf16 and in 1024 of fp16.
@@ -155,7 +154,7 @@ def codes_kernel(
     wait_for_earlier(IS_EARLY)
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     nothing = tl.zeros([OUTPUTS, ROWS], tl.float32)
-    for tile in tl.range(first_tile, end_tile, num_stages=STAGES):
+    for tile in tl.range(first_tile, end_tile, num_stages=4 if ROWS <= 16 else 3):
         place = (panel + tile) * TILE_BYTES
         factors = load_at(weight, place, output, FACTORS)
         floors = load_at(weight, place + FLOORS, output, FACTORS) if FLOORS > 0 else factors

@@ -17,7 +17,7 @@ from tests.helpers.runner_checks import (
     check_row_rule,
     expected_logits,
 )
-from tests.helpers.tiny_models import OTHER_KINDS, tiny_model
+from tests.helpers.tiny_models import IN_GGUF, OTHER_KINDS, tiny_model, write_gguf
 
 pytest.importorskip("transformers")
 each_kind = pytest.mark.parametrize("kind", OTHER_KINDS)
@@ -72,3 +72,11 @@ def test_rows_do_not_depend_on_what_is_beside_them(models, kind):
 def test_batches_have_the_texts_of_plain_decoding(models, kind):
     _, runner = models(kind)
     check_batches(runner, 20)
+
+
+@pytest.mark.parametrize("kind", IN_GGUF)
+def test_a_gguf_file_is_the_same_model(kind, tmp_path):
+    changed, metadata = IN_GGUF[kind]
+    model = tiny_model(kind, **changed)
+    write_gguf(tmp_path / "tiny.gguf", model, **metadata)
+    check_prompt(load(str(tmp_path / "tiny.gguf"), dtype=torch.float32, device="cpu"), model)
