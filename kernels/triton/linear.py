@@ -32,8 +32,7 @@ __all__ = [
 
 GROUP = tl.constexpr(32)  # inputs that share a scale
 TILE = tl.constexpr(4)  # groups of an int8 tile
-STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs fit a multiprocessor
-LINES = tl.constexpr(256)  # of 128 bytes, that a program asks for early: what memory delivers while small kernels run
+LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; asking for more takes longer than it saves
 ROUND_GROUPS = 16  # of a program of round_kernel
 SUM_SPLITS = tl.constexpr(8)  # that are added with all loads in flight
 # 1.5 * 2^23: a float of this size has the integers as its low bits. Added to a small float, it leaves the nearest
@@ -89,7 +88,7 @@ def store_sums(
 @triton.jit
 def add_splits(bias, out, parts, column, rows, outputs, ROWS: tl.constexpr):
     """A block of ROWS rows and some outputs, a few rows at a time; arguments as for store_sums."""
-    SOME: tl.constexpr = (ROWS // 4 if ROWS > 32 else 8) * 64 // column.shape[0]  # whose loads fit into registers
+    SOME: tl.constexpr = ROWS // 4 if ROWS > 32 else 8  # whose loads fit into registers
     splits = tl.num_programs(2)
     stride = tl.cast(rows, tl.int64) * outputs
     first = tl.program_id(0) * ROWS
@@ -125,6 +124,7 @@ def float_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in flight or in use
     IS_WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -200,6 +200,7 @@ def int8_kernel(
     split_tiles,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -239,25 +240,25 @@ def int8_kernel(
 
 
 def tile_of(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Rows, outputs and inputs of a tile for a weight's dtype; what a row's sums are made of comes from that alone."""
-    if dtype == torch.uint8:  # whose products are exact, so that rows of a tile change no bit
-        return {
-            "ROWS": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-            "OUTPUTS": 64,
-            "INPUTS": TILE.value * GROUP.value,
-        }
+    """Of a tile for a weight's dtype rows, outputs, inputs, and how many there are at a time.
+
+    As many as let four programs onto a multiprocessor, no more, or they would not spread evenly. What a row's sums are
+    made of comes from the dtype alone: the rows of a tile only say how many columns an instruction has.
+    """
     if dtype == torch.float32:
-        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32}
-    return {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 64}
+        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32, "STAGES": 3}
+    inputs = TILE.value * GROUP.value if dtype == torch.uint8 else 64
+    height, stages = (16, 5) if rows <= 16 else (32, 4) if rows <= 32 else (64, 3)
+    return {"ROWS": height, "OUTPUTS": 64, "INPUTS": inputs, "STAGES": stages}
 
 
 def compile_options(dtype: torch.dtype, tile_rows: int) -> dict:
-    """For int8, four programs of 64 rows have 128 registers a thread, and six of fewer rows 80.
+    """For int8, programs of 64 rows have 128 registers a thread, and those of fewer rows 80.
 
     Left alone, Triton 3.6 takes more for the one and fewer for the other, by computing places again in every round.
     """
     if dtype in (torch.float16, torch.bfloat16):
-        return {**OPTIONS, "num_warps": 8}
+        return {**OPTIONS, "num_warps": 8 if tile_rows == 64 else 4}
     return {**OPTIONS, "maxnreg": None if dtype != torch.uint8 else 128 if tile_rows == 64 else 80}
 
 
@@ -308,7 +309,7 @@ def linear(x, weight, bias, outputs, out_dtype):
             if weight.dtype == torch.uint8:
                 rounded = round_rows(some, blocks * tile["ROWS"], weight.shape[1], early)
                 weights = weight.view(torch.int8), weight.view(torch.int64)
-                sizes = {"ROWS": tile["ROWS"], "OUTPUTS": tile["OUTPUTS"]}
+                sizes = {name: tile[name] for name in ("ROWS", "OUTPUTS", "STAGES")}
                 numbers = len(some), outputs, weight.shape[1], split_tiles
                 int8_kernel[grid](*rounded, *weights, *ends, *numbers, **sizes, **how)
             else:
