@@ -5,12 +5,12 @@
     python bench/bits.py demo mamba --check FILE    these models alone
 
 For a change that must not touch the arithmetic: write with the build before it, check with the build after it, on one
-machine, with one number of threads (torch's own sums, which Qwen3's are, hang on it; ours don't). Hashes of another
+machine, with one number of threads (torch's own sums, which Phi's are, hang on it; ours don't). Hashes of another
 machine say nothing, since the bits of a float kernel are those of its instruction set; none are committed.
 
 The models are the demo model and small random ones, which transformers makes from a fixed seed and saves to a
-temporary folder. Each is loaded in fp32, bf16 and int8 (Qwen3, which stands for the models that run on transformers'
-own arithmetic, in fp32 and bf16), and reads
+temporary folder. Each is loaded in fp32, bf16 and int8 (Phi, which stands for the models that run on transformers' own
+arithmetic, in fp32 and bf16), and reads
 
 - a prompt of a few tokens and one of several chunks, then trees of 1, 8 and 40 nodes, whose branching paths it commits;
 - a batch of three prompts, two of which begin alike, with trees of other sizes and a sequence that sits out;
@@ -68,7 +68,11 @@ MODELS = {
     "mamba2-groups": ("Mamba2", _SHAPE | _MAMBA2 | {"n_groups": 2, "use_bias": True, "use_conv_bias": False}),
     "bamba": ("Bamba", _ATTENTION | _BAMBA),
     "bamba-biases": ("Bamba", _ATTENTION | _BAMBA | {"attention_bias": True, "mamba_proj_bias": True}),
-    "qwen3": ("Qwen3", _ATTENTION),  # falls back to transformers
+    "qwen3": ("Qwen3", _ATTENTION),
+    "olmo2": ("Olmo2", _ATTENTION),
+    "granite": ("Granite", _ATTENTION | {"residual_multiplier": 0.22, "attention_multiplier": 0.1}),
+    "gemma2": ("Gemma2", _ATTENTION | {"sliding_window": 50}),
+    "phi": ("Phi", _ATTENTION | {"hidden_size": 128}),  # falls back to transformers
 }
 
 
@@ -107,7 +111,7 @@ def hashes_of(model: str) -> dict[str, str]:
     hashes = {}
     with tempfile.TemporaryDirectory() as folder:
         source = "demo" if model == "demo" else save(model, folder)
-        for dtype in DTYPES if model != "qwen3" else ("fp32", "bf16"):
+        for dtype in DTYPES if model != "phi" else ("fp32", "bf16"):
             runner = pyspec.load(source, dtype=DTYPES[dtype], device="cpu")
             for cache, settings in caches(model).items():
                 for name, value in scenes(runner, settings):

@@ -46,8 +46,7 @@ def attend_to_tree(nodes, prefix, dtype=BF16, heads=32, kv_heads=8, head_dim=128
     slots = prefix + nodes
     words, group = -(-nodes // 32), heads // kv_heads
     rows = 64 if dtype == BF16 and head_dim <= 128 else 16  # of a program
-    head_blocks = -(-group // rows)
-    sets = head_blocks * -(-nodes // (rows // min(group, rows)))
+    sets = -(-group // rows) * -(-nodes // (rows // min(group, rows)))
 
     def run():
         q = new(1, nodes, heads, head_dim, dtype=dtype).transpose(1, 2)
@@ -59,7 +58,7 @@ def attend_to_tree(nodes, prefix, dtype=BF16, heads=32, kv_heads=8, head_dim=128
         return tree_attention(q, *cache, *places, head_dim**-0.5, softcap, window, table)
 
     seen = min(prefix, window or prefix)
-    return Call(run, {"fold_kernel": kv_heads * (seen // 64 * sets + nodes * head_blocks)})
+    return Call(run, {"fold_kernel": kv_heads * seen // 64 * sets, "finish_kernel": kv_heads * nodes * -(-group // 16)})
 
 
 def project(rows, outputs, inputs, dtype=BF16, out_dtype=FP32):

@@ -10,8 +10,7 @@
 // Buckets (topk_buckets.h) are one pass; where they keep more than k, those are selected from as above.
 //
 // Without `sorted`, up to kMostSorted that were selected are best first too. What was not is in the order of
-// the buckets, and a larger exact result in that of the indices. Bound by memory for many rows, by latency
-// for few.
+// the buckets, and a larger exact result in that of the indices. Bound by memory, for few rows by latency.
 #include <cuda_runtime.h>
 
 #include "cuda/overlap.h"
@@ -42,7 +41,7 @@ constexpr int64_t kMostSorted = 256;             // k that a few more than k are
 constexpr uint32_t kRoom = 2048;                 // numbers there is room for, then
 constexpr int kHeld = 8;                         // vectors of 16 bytes that a thread holds of its slice
 constexpr int64_t kLeastSlice = 4096;            // values of a row that are worth a block
-constexpr int64_t kLeastCut = 16;  // values for each that a slice keeps, else it is not worth it
+constexpr int64_t kLeastCut = 8;                 // or so many for each that a slice keeps
 
 // What both launches do, decided on the host.
 struct Plan {
@@ -145,7 +144,7 @@ __device__ void sort(uint64_t* ranks, uint32_t found) {
 
 // ==== the result ====
 
-// Where a row's result goes. Values are copied as they are.
+// Where a row's result goes. Values are those of x bit for bit, most of them without waiting for x once more.
 struct Result {
   const TopkParams& p;
   int64_t row;
@@ -154,11 +153,9 @@ struct Result {
     int64_t index = p.n - 1 - static_cast<uint32_t>(number), to = row * p.k + place,
             from = row * p.stride + index;
     p.indices[to] = index;
-    if (p.element == Element::kFloat32) {
-      static_cast<uint32_t*>(p.values)[to] = static_cast<const uint32_t*>(p.x)[from];
-    } else {
-      static_cast<uint16_t*>(p.values)[to] = static_cast<const uint16_t*>(p.x)[from];
-    }
+    if (p.element == Element::kFloat32) return pyspec::copy_value<Float32>(p, number, from, to);
+    if (p.element == Element::kFloat16) return pyspec::copy_value<Float16>(p, number, from, to);
+    pyspec::copy_value<BFloat16>(p, number, from, to);
   }
   __device__ void write_sorted(uint64_t* ranks, uint32_t found) const {
     sort(ranks, found);
@@ -372,9 +369,12 @@ Kernel kernel_of(const TopkParams& p, const Plan& plan) {
 // Decides p.segments, the blocks that share a row, for a GPU with so many multiprocessors. Returns the bytes
 // of p.workspace that this takes.
 extern "C" int64_t pyspec_topk_cuda_plan(pyspec::TopkParams& p, int64_t multiprocessors) {
-  int64_t wanted = kBlocksPerMultiprocessor * multiprocessors / p.rows;
-  p.segments = max(min(wanted, p.n / max(kLeastSlice, kLeastCut * numbers_of_slice(p))), int64_t{1});
-  if (pyspec::keeps_all(p) && p.k <= kMostSorted) {  // as many as hold the row
+  bool exact = pyspec::keeps_all(p);
+  int64_t twice = exact ? kBlocksPerMultiprocessor : 1, wanted = twice * multiprocessors / p.rows;
+  int64_t least =
+      twice * max(kLeastSlice, kLeastCut * numbers_of_slice(p));  // selecting from more costs more there
+  p.segments = max(min(wanted, p.n / least), int64_t{1});
+  if (exact && p.k <= kMostSorted) {  // as many as hold the row
     int64_t size = p.element == Element::kFloat32 ? 4 : 2, held = kHeld * block_threads(p);
     p.segments = max(p.segments, (p.n * size / 16 + held - 1) / held);
   }

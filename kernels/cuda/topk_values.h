@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "params/topk.h"
+
 namespace pyspec {
 namespace {
 
@@ -28,6 +30,7 @@ struct Float32 {
   using Bits = uint32_t;
   static constexpr int kKeyLow = 0;
   __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits); }
+  __device__ static Bits of_float(uint32_t bits) { return bits; }
 };
 struct Float16 {
   using Bits = uint16_t;
@@ -35,11 +38,15 @@ struct Float16 {
   __device__ static float to_float(uint32_t bits) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));
   }
+  __device__ static Bits of_float(uint32_t bits) {
+    return __half_as_ushort(__float2half_rn(__uint_as_float(bits)));
+  }
 };
 struct BFloat16 {
   using Bits = uint16_t;
   static constexpr int kKeyLow = 16;
   __device__ static float to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
+  __device__ static Bits of_float(uint32_t bits) { return static_cast<Bits>(bits >> 16); }
 };
 
 // Neighbours that are loaded at once, as they lie in memory.
@@ -47,6 +54,17 @@ template <int kBytes>
 struct alignas(kBytes) Words {
   uint32_t words[kBytes / 4];
 };
+
+// values[to] = x[from], bit for bit, of a value with this number: only zeros, of which there are two, and
+// NaN, of which there are many, have to be read again.
+template <class T>
+__device__ void copy_value(const TopkParams& p, uint64_t number, int64_t from, int64_t to) {
+  using Bits = typename T::Bits;
+  uint32_t ordered = static_cast<uint32_t>(number >> 32) ^ (p.largest ? 0 : ~0u);
+  uint32_t bits = (ordered >> 31 ? ordered ^ 1u << 31 : ~ordered) & ~0u << T::kKeyLow;
+  bool is_told = bits != 0 && (bits & 0x7fffffffu) <= 0x7f800000u;
+  static_cast<Bits*>(p.values)[to] = is_told ? T::of_float(bits) : static_cast<const Bits*>(p.x)[from];
+}
 
 template <class T>
 struct Row {

@@ -1,10 +1,10 @@
 """row_statistics on the GPU: best tokens, log-sum-exp and entropy of a row of logits, in one pass over it.
 
-Each group of 512 logits is one warp's, which keeps them in registers: its largest logit, m, and with it the sums of
+Each group of 256 logits is one warp's, which keeps them in registers: its largest logit, m, and with it the sums of
 e^(x - m) and (x - m) e^(x - m). A second kernel, one warp per row, adds the groups. The 8 best tokens lie in the 8
 groups with the largest logits (of equals the first), and there in 8 of the parts that a lane reads: three times it
 finds the 8 best of a few numbers a lane, and no warp waits for another. Bound by reading the logits, and with few rows
-by the second kernel, some 3500 instructions of one warp.
+by the second kernel, some 3000 instructions of one warp.
 Row rule: groups are cut at fixed places, and nothing about a row's place in memory is specialised on, so every row is
 summed by the same code in the same layout.
 """
@@ -19,7 +19,7 @@ __all__ = ["GROUP", "GROUP_OPTIONS", "OPTIONS", "group_kernel", "row_kernel", "r
 
 TOP = tl.constexpr(8)
 WARPS, LANES = tl.constexpr(4), tl.constexpr(32)  # of a program of group_kernel, which has a group for each warp
-STEPS = tl.constexpr(16)  # logits of a group that a lane has
+STEPS = tl.constexpr(8)  # logits of a group that a lane has
 GROUP = tl.constexpr(LANES.value * STEPS.value)
 TOKENS = tl.constexpr(16)  # of those whose probability is wanted, at a time
 SUMS = ["group_best", "group_weight", "group_weighted"]  # parts of one tensor

@@ -22,6 +22,7 @@ __all__ = [
     "read_gguf_scaling",
     "read_local_rope",
     "read_rope",
+    "read_scaling",
     "rope_entries",
     "rope_frequencies",
     "rope_table",

@@ -1,4 +1,4 @@
-"""AttentionRunner: models whose layers are all attention (Llama, SmolLM2, Mistral, Qwen2), over a KV cache.
+"""AttentionRunner: models whose layers are all attention, such as Llama, Qwen3 and Gemma 3, over a KV cache.
 
 The nodes of all trees of a batch run ragged through the layers, [sum of T_b, hidden]. A prompt is read as a chain of
 draft tokens that are all accepted, so prefill is verify and commit, and gives the same bits in any chunks.

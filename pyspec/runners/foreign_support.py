@@ -16,7 +16,7 @@ def supported() -> str:
     return (
         f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
         "transformers the causal models with explicit positions that keep the keys and values of all tokens, such as "
-        "GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and Qwen3ForCausalLM"
+        "GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and MixtralForCausalLM"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import accumulate, repeat
 
 import torch
@@ -226,7 +227,10 @@ class NativeRunner:
         return self._rope_tables
 
     def _new_replays(self, cache) -> None:
-        record = GraphRecorder(self._logits, self.vocab_size, self.device) if self._records_graphs else TapeRecorder()
+        record = TapeRecorder()
+        if self._records_graphs:  # with the weights alone: a runner that its replays knew would stay until collected
+            logits = partial(self.weights.logits, self.config)
+            record = GraphRecorder(logits, self.vocab_size, self.device)
         self._replays = Replays(cache, record)
 
     def _new_cache(self, sequences: int, capacity: int):

@@ -35,6 +35,19 @@ SMALL = {
     | {"attn_logit_softcapping": 9.0, "query_pre_attn_scalar": 100, "tie_word_embeddings": False},
     "Gemma3ForCausalLM": SIZES
     | {"num_key_value_heads": 2, "head_dim": 64, "sliding_window": 7, "query_pre_attn_scalar": 100},
+    "Phi3ForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 7, "partial_rotary_factor": 0.5},
+    "SmolLM3ForCausalLM": SIZES
+    | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7, "no_rope_layer_interval": 2},
+    "Olmo2ForCausalLM": SIZES | {"num_key_value_heads": 2, "rms_norm_eps": 1e-6},
+    "Olmo3ForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 7, "rope_theta": 900.0},
+    "GraniteForCausalLM": SIZES
+    | {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.0156,
+        "logits_scaling": 8.0,
+    },
+    "Exaone4ForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 7},
     "MambaForCausalLM": {"hidden_size": 64, "num_hidden_layers": 2, "conv_kernel": 3, "time_step_rank": 5, "expand": 4},
     "Mamba2ForCausalLM": {"hidden_size": 4096, "num_hidden_layers": 2, "num_heads": 128, "head_dim": 64, "n_groups": 2},
     "BambaForCausalLM": SIZES | BAMBA,

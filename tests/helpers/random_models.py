@@ -3,21 +3,30 @@
 import torch
 
 from pyspec.architectures.bamba import BambaConfig, BambaWeights
-from pyspec.architectures.llama import LlamaConfig
+from pyspec.architectures.decoder import DecoderConfig
+from pyspec.architectures.gemma import GemmaConfig
+from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
 from pyspec.architectures.state_space import StateSpaceWeights
+from pyspec.runners.attention import AttentionRunner
 from pyspec.runners.recurrent import HybridRunner, RecurrentRunner
 from tests.helpers.random_llama import VOCABULARY, random_llama
 
 _SHARED = {"vocab_size": VOCABULARY, "hidden_size": 48, "norm_epsilon": 1e-5}
 _STATES = {"layers": 2, "conv_taps": 4}
 _MAMBA2 = Mamba2Config(**_SHARED, **_STATES, heads=3, head_dim=32, groups=1, state_size=32)
-_ATTENTION = LlamaConfig(
-    "bamba", **_SHARED, intermediate_size=80, layers=2, heads=4, kv_heads=2, head_dim=64, context_length=3000,
-    rope_base=10000.0,
-)  # fmt: skip
+_SHAPE = _SHARED | {"intermediate_size": 80, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 64}
+_SHAPE |= {"context_length": 3000, "rope_base": 10000.0}
+_GEMMA = _SHAPE | {"windows": (40, None), "activation": "gelu_tanh", "norm_offset": 1.0, "embedding_scale": 7.0}
+_GEMMA |= {"attention_scale": 0.1, "tied_embedding": True}
+_GEMMA2 = GemmaConfig("gemma2", **_GEMMA, logits_softcap=30.0, attention_softcap=20.0)
+_GEMMA3 = GemmaConfig("gemma3", **_GEMMA, head_norm="head", turns=("local", "global"))
+_ATTENTION = LlamaConfig("bamba", **_SHAPE)
 _MODELS = {
+    "qwen3": (AttentionRunner, LlamaWeights, DecoderConfig("qwen3", **_SHAPE, head_norm="head")),
+    "gemma2": (AttentionRunner, LlamaWeights, _GEMMA2),
+    "gemma3": (AttentionRunner, LlamaWeights, _GEMMA3),
     "mamba": (
         RecurrentRunner,
         StateSpaceWeights,

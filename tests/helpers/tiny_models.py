@@ -26,6 +26,7 @@ KINDS = {
     ),
     "mistral": ("Mistral", {"sliding_window": 6}),
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 _GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -43,10 +44,59 @@ OTHER_KINDS = {
         {"sliding_window": 6, "num_hidden_layers": 3, "query_pre_attn_scalar": 40, "rope_parameters": _GEMMA3_ROPES}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "phi3": ("Phi3", {"sliding_window": 6, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.75}}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False, "attention_bias": True}),
+    "smollm3_with_windows": ("SmolLM3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": (
+        "Olmo3",
+        {"num_hidden_layers": 4, "sliding_window": 6, "rope_theta": 100.0} | {"rope_scaling": _YARN},
+    ),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 0.7}
+        | {"rms_norm_eps": 0.01},
+    ),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4_with_windows": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 6}),
+}
+# What files of llama.cpp state beside sizes, for models whose scores are scaled as it scales those of all such files.
+IN_GGUF = {
+    "qwen3": ({}, {}),
+    "gemma": ({}, {}),
+    "gemma2": (
+        {"query_pre_attn_scalar": 64},
+        {"attention.sliding_window": 6, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3": (
+        {"query_pre_attn_scalar": 64, "num_hidden_layers": 6, "layer_types": None},
+        {"attention.sliding_window": 6, "rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+        | {"rope.freq_base": 5000.0, "rope.freq_base_swa": 100.0},
+    ),
+    "phi3": ({"sliding_window": None}, {"rope.dimension_count": 48}),
+    "smollm3": ({}, {}),
+    "olmo2": ({}, {}),
+    "olmo3": (
+        {
+            "rope_parameters": {
+                "full_attention": _YARN | {"rope_theta": 100.0},
+                "sliding_attention": {"rope_theta": 100.0},
+            }
+        }
+        | {"rope_scaling": None},
+        {"attention.sliding_window": 6, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+        | {"rope.scaling.original_context_length": 32, "rope.freq_base": 100.0},
+    ),
+    "granite": (
+        {},
+        {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7},
+    ),
+    "exaone4": ({}, {}),
+    "exaone4_with_windows": ({}, {"attention.sliding_window": 6}),
 }
 
 
-def tiny_model(kind: str):
+def tiny_model(kind: str, **changed):
     """A transformers model of 2 layers, 4 query heads on 2 key heads, in fp32, with nothing left at 0 or 1."""
     import transformers
 
@@ -62,10 +112,11 @@ def tiny_model(kind: str):
         "max_position_embeddings": 128,
         "eos_token_id": 3,
         "bos_token_id": 1,
+        "pad_token_id": 0,
     }
     torch.manual_seed(0)
     config = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
-    config = getattr(transformers, config)(**(shape | options))
+    config = getattr(transformers, config)(**(shape | options | changed))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
@@ -75,7 +126,7 @@ def tiny_model(kind: str):
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved."""
     config = model.config
-    architecture = config.model_type
+    architecture = {"gemma3_text": "gemma3", "olmo3": "olmo2"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -83,13 +134,15 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim if architecture != "qwen2" else 64)
+    writer.add_key_length(64)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    if "rope.freq_base" not in metadata:
+        writer.add_rope_freq_base(rope["rope_theta"])
     for key, value in metadata.items():
         writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
-    if config.rope_parameters["rope_type"] == "llama3":
-        plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
+    if rope.get("rope_type") == "llama3":
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
         writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
     tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     for name, values in model.state_dict().items():
@@ -98,7 +151,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         if name in leave_out or (config.tie_word_embeddings and stem == "lm_head"):
             continue
         values = values.float().numpy()
-        if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
+        if architecture.startswith("gemma") and stem.endswith("norm"):
+            values = values + 1  # which the models' own files leave out
+        if architecture in ("llama", "smollm3", "granite") and stem.endswith(("q_proj", "k_proj")):
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         if values.ndim > 1 and quantization != gguf.GGMLQuantizationType.F32:

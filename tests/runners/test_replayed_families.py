@@ -3,8 +3,10 @@
 On a GPU through CUDA graphs and the GPU's kernels; without one through the CPU's, in the same few shapes.
 """
 
+import gc
 import importlib
 import random
+import weakref
 from functools import partial
 
 import numpy as np
@@ -24,8 +26,10 @@ from tests.helpers.random_models import FAMILIES, random_model
 from tests.helpers.runner_checks import check_hidden, plain_steps
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
 each_family = pytest.mark.parametrize("family", FAMILIES)
+MODELS = {family: (family, torch.bfloat16) for family in FAMILIES}
+MODELS |= {f"{family} in int8": (family, torch.int8) for family in ("llama", "mamba2")}
+each_model = pytest.mark.parametrize("what", MODELS.values(), ids=MODELS.keys())
 each_batch = pytest.mark.parametrize("sequences", [1, 3])
 
 
@@ -53,12 +57,11 @@ def random_trees(generator, sequences, sizes, seed):
 
 
 @each_batch
-@pytest.mark.parametrize("dtype", DTYPES)
-@each_family
-def test_a_replay_has_the_bits_of_launches(model, family, dtype, sequences, monkeypatch):
+@each_model
+def test_a_replay_has_the_bits_of_launches(model, what, sequences, monkeypatch):
     """While texts and records grow, so that what was recorded is dropped and recorded again elsewhere."""
     monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
-    runner, generator = model(family, DTYPES[dtype]), random.Random(sequences)
+    runner, generator = model(*what), random.Random(sequences)
     runner.prefill([random_tokens(generator.choice((1, 100, 140)), seed) for seed in range(sequences)], capacity=900)
     for seed in range(16):
         sizes = (1, 2, 7, 13) if seed < 5 else (1, 3, 16, 33, 64, 70)
@@ -70,14 +73,13 @@ def test_a_replay_has_the_bits_of_launches(model, family, dtype, sequences, monk
             assert torch.equal(found[slot].logits, expected[slot].logits), (seed, slot)
             assert all(map(np.array_equal, found[slot].statistics, expected[slot].statistics))
         runner.commit({slot: root_path(tree, generator.randrange(len(tree))) for slot, tree in trees.items()})
-    assert len(runner._replays._replays) > 2 or family == "bamba" and sequences > 1  # which is launched
+    assert len(runner._replays._replays) > 2 or what[0] == "bamba" and sequences > 1  # which is launched
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@each_family
-def test_a_node_has_the_bits_of_plain_decoding(model, family, dtype):
+@each_model
+def test_a_node_has_the_bits_of_plain_decoding(model, what):
     """Behind prompts of one piece and of several, alone and in a batch."""
-    runner = model(family, DTYPES[dtype])
+    runner = model(*what)
     for length, size in ((5, 20), (62, 13), (1100, 40)):
         prompt, tree = random_tokens(length, length), random_tree(size, length)
         runner.prefill([prompt], capacity=1300)
@@ -129,6 +131,22 @@ def test_hidden_rows_are_those_of_the_nodes(model, family):
     check_hidden(runner)
     for size in (40, 70):
         check_hidden(runner, sizes=(size, size - 3))
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="what stands in for graphs keeps the runner")
+@each_family
+def test_a_runner_goes_with_the_last_who_knows_it(model, family):
+    """With gigabytes of weights, nobody wants to wait until a cycle is collected."""
+    runner = model(family)
+    runner.prefill([[1, 2]])
+    runner.verify({0: random_tree(3)})
+    known = weakref.ref(runner)
+    gc.disable()
+    try:
+        del runner
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 @each_family

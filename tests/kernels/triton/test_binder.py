@@ -146,4 +146,4 @@ def test_variants_are_told_apart():
         arguments = ints(1, nodes, -(-nodes // 32)), ints(1)
         tree_attention(queries(1, nodes), *new(2, 1, KV_HEADS, 1024, HEAD_DIM), *arguments, 0.1, None, None, None)
 
-    assert variants_of(call, [(32, 1), (33, 1), (64, 1)]) == {"fold_kernel": 2, "merge_kernel": 2}
+    assert variants_of(call, [(32, 1), (33, 1), (64, 1)]) == {"fold_kernel": 2, "finish_kernel": 2}
