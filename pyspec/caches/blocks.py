@@ -120,6 +120,7 @@ class QuantisedCache:
 
     has_keys = True
     has_states = False
+    angles = None
     longest_path = 0  # nodes to be replayed: a path is moved together at once
     ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
 
