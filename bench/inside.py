@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pyspec.runners import native
+from pyspec.architectures import weights
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import GRAPH_CHUNK, Shape, launch_by_launch
 from pyspec.runners.tape import Tape
@@ -112,6 +112,6 @@ def seconds_in_ops() -> Iterator[Callable[[], float]]:
 
     with (
         mock.patch.object(Tape, "run", timed(Tape.run)),
-        mock.patch.object(native, "linear", timed(native.linear)),
+        mock.patch.object(weights, "linear", timed(weights.linear)),
     ):
         yield lambda: inside

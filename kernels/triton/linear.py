@@ -1,9 +1,9 @@
 """linear on the GPU: x times a laid out weight transposed, in one order of summation for every number of rows.
 
 One program per (block of rows of x, block of outputs, split of the inputs). Its sums stay in registers; tiles of the
-weight and of x are streamed past them through shared memory. A second kernel adds the splits in order, then the bias.
-Bound by reading the weight; splits put enough programs in flight for that where there are few outputs. Programs ask
-for the first of it while the small kernels in front of them still run.
+weight and of x are streamed past them through shared memory. Bound by reading the weight; splits put enough programs in
+flight for that where there are few outputs, and the last of a block to finish adds them in order, then the bias.
+Programs ask for the first of the weight while the small kernels in front of them still run.
 Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
 x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
 fp32: a value is a sum of two of 11 bits, and three of the four products of such sums are added on the tensor cores: the
@@ -27,16 +27,14 @@ __all__ = [
     "linear",
     "round_kernel",
     "split",
-    "sum_kernel",
     "tile_of",
 ]
 
 GROUP = tl.constexpr(32)  # inputs that share a scale
 TILE = tl.constexpr(4)  # groups of an int8 tile
-STAGES = tl.constexpr(3)  # tiles in flight or in use: four programs fit a multiprocessor
-LINES = tl.constexpr(256)  # of 128 bytes, that a program asks for early: what memory delivers while small kernels run
+LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; asking for more takes longer than it saves
 ROUND_GROUPS = 16  # of a program of round_kernel
-SUM_BLOCK = tl.constexpr(256)
+SUM_SPLITS = tl.constexpr(8)  # that are added with all loads in flight
 # 1.5 * 2^23: a float of this size has the integers as its low bits. Added to a small float, it leaves the nearest
 # integer there. Where a product of integers starts from its bits, the result is that product as a float, shifted, which
 # one multiply-add scales and shifts back, rounding once: half of what a conversion and a multiplication cost.
@@ -45,6 +43,7 @@ SHIFT_BITS = tl.constexpr(0x4B400000)
 IN_FLIGHT = 32768  # outputs of all programs together: four programs on each multiprocessor of a large GPU
 MOST_SPLITS = 32
 MOST_ROWS = 512  # of a launch, which bounds the memory of the splits' sums
+TICKETS = MOST_ROWS // 16 * IN_FLIGHT // 64  # more blocks of rows and outputs than a launch with splits has
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -57,16 +56,56 @@ def prefetch(places, IS_EARLY: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, out, bias, row, column, rows, outputs, IS_WHOLE: tl.constexpr):
-    """Sums [OUTPUTS, ROWS] to out: of all inputs, with the bias, or of one split."""
+def store_sums(
+    sums,  # [OUTPUTS, ROWS] of a program
+    row,
+    column,
+    bias,  # [outputs] or None
+    out,  # [rows, outputs], written
+    parts,  # [splits, rows, outputs]
+    tickets,  # both as parts_of makes them
+    rows,
+    outputs,
+    IS_WHOLE: tl.constexpr,
+):
     mask = (column < outputs)[:, None] & (row < rows)[None, :]
+    offsets = row.to(tl.int64)[None, :] * outputs + column[:, None]
     if IS_WHOLE:
         if bias is not None:
             sums += tl.load(bias + column, mask=column < outputs, other=0.0)[:, None]
+        tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=mask)
     else:
-        out += tl.program_id(2).to(tl.int64) * rows * outputs
-    offsets = row.to(tl.int64)[None, :] * outputs + column[:, None]
-    tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=mask)
+        tl.store(parts + tl.program_id(2).to(tl.int64) * rows * outputs + offsets, sums, mask=mask)
+        # The barrier puts the stores of all threads before the one that takes the ticket. That releases them to the
+        # GPU and acquires what programs with earlier tickets released; nobody reads before it has the ticket's number.
+        tl.debug_barrier()
+        ticket = tickets + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == tl.num_programs(2) - 1:
+            tl.store(ticket, 0)
+            add_splits(bias, out, parts, column, rows, outputs, row.shape[0])
+
+
+@triton.jit
+def add_splits(bias, out, parts, column, rows, outputs, ROWS: tl.constexpr):
+    """A block of ROWS rows and some outputs, a few rows at a time; arguments as for store_sums."""
+    SOME: tl.constexpr = ROWS // 4 if ROWS > 32 else 8  # whose loads fit into registers
+    splits = tl.num_programs(2)
+    stride = tl.cast(rows, tl.int64) * outputs
+    first = tl.program_id(0) * ROWS
+    for start in range(first, tl.minimum(first + ROWS, rows), SOME):
+        row = start + tl.arange(0, SOME)
+        place = row.to(tl.int64)[:, None] * outputs + column[None, :]
+        mask = (row < rows)[:, None] & (column < outputs)[None, :]
+        total = tl.zeros(mask.shape, tl.float32)
+        part = parts + place
+        for some in range(0, splits, SUM_SPLITS):
+            for index in tl.static_range(SUM_SPLITS):
+                here = mask & (row < tl.where(splits > some + index, rows, 0))[:, None]
+                total += tl.load(part, mask=here, other=0.0, cache_modifier=".cg")  # others wrote it: not from L1
+                part += stride
+        if bias is not None:
+            total += tl.load(bias + column, mask=column < outputs, other=0.0)[None, :]
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "split_tiles"])
@@ -74,7 +113,9 @@ def float_kernel(
     x,  # [rows, inputs]
     weight,  # [outputs, inputs]
     bias,  # [outputs] or None
-    out,  # [rows, outputs], or sums of splits [splits, rows, outputs], written
+    out,  # [rows, outputs], written
+    parts,  # both as parts_of makes them
+    tickets,
     rows,
     outputs,
     inputs,
@@ -83,6 +124,7 @@ def float_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,  # tiles in flight or in use
     IS_WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -111,7 +153,7 @@ def float_kernel(
             sums += tl.dot(w, tl.trans(values), input_precision="tf32x3")
         else:
             sums = tl.dot(w, tl.trans(values), sums)
-    store_sums(sums, out, bias, row, column, rows, outputs, IS_WHOLE)
+    store_sums(sums, row, column, bias, out, parts, tickets, rows, outputs, IS_WHOLE)
 
 
 @triton.jit(do_not_specialize=["padded"])
@@ -149,13 +191,16 @@ def int8_kernel(
     weight,  # int8 [panels, tiles, TILE_BYTES]: of a tile scales, fp16 [OUTPUTS, TILE], then [TILE, OUTPUTS, GROUP]
     scales,  # the same as int64: the scales of an output in a tile are one
     bias,  # [outputs] or None
-    out,  # [rows, outputs], or sums of splits [splits, rows, outputs], written
+    out,  # [rows, outputs], written
+    parts,  # both as parts_of makes them
+    tickets,
     rows,
     outputs,
     tiles,
     split_tiles,
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -187,51 +232,34 @@ def int8_kernel(
                 tl.broadcast_to(scale[:, None] * -SHIFT, sums.shape),
             )
             sums = tl.fma(products, tl.broadcast_to(x_scale[None, :], sums.shape), sums)
-    store_sums(sums, out, bias, row, tl.program_id(1) * OUTPUTS + output, rows, outputs, IS_WHOLE)
-
-
-@triton.jit(do_not_specialize=["size"])
-def sum_kernel(
-    sums,  # [SPLITS, size]
-    bias,  # [outputs] or None
-    out,  # [size], written: rows of outputs
-    size,
-    outputs,
-    SPLITS: tl.constexpr,
-    IS_EARLY: tl.constexpr,
-):
-    wait_for_earlier(IS_EARLY)
-    place = tl.program_id(0) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
-    used = place < size
-    total = tl.load(sums + place, mask=used, other=0.0)
-    for index in tl.static_range(1, SPLITS):  # unrolled: the loads are all in flight at once
-        total += tl.load(sums + tl.cast(index, tl.int64) * size + place, mask=used, other=0.0)
-    if bias is not None:
-        total += tl.load(bias + place % outputs, mask=used, other=0.0)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=used)
+    column = tl.program_id(1) * OUTPUTS + output
+    store_sums(sums, row, column, bias, out, parts, tickets, rows, outputs, IS_WHOLE)
 
 
 # ==== launch ====
 
 
 def tile_of(dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Rows, outputs and inputs of a tile for a weight's dtype; what a row's sums are made of comes from that alone."""
-    if dtype == torch.uint8:  # whose products are exact, so that rows of a tile change no bit
-        return {
-            "ROWS": 16 if rows <= 16 else 32 if rows <= 32 else 64,
-            "OUTPUTS": 64,
-            "INPUTS": TILE.value * GROUP.value,
-        }
+    """Of a tile for a weight's dtype rows, outputs, inputs, and how many there are at a time.
+
+    As many as let four programs onto a multiprocessor, no more, or they would not spread evenly. What a row's sums are
+    made of comes from the dtype alone: the rows of a tile only say how many columns an instruction has.
+    """
     if dtype == torch.float32:
-        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32}
-    return {"ROWS": 64, "OUTPUTS": 64, "INPUTS": 64}
+        return {"ROWS": 32, "OUTPUTS": 64, "INPUTS": 32, "STAGES": 3}
+    inputs = TILE.value * GROUP.value if dtype == torch.uint8 else 64
+    height, stages = (16, 5) if rows <= 16 else (32, 4) if rows <= 32 else (64, 3)
+    return {"ROWS": height, "OUTPUTS": 64, "INPUTS": inputs, "STAGES": stages}
 
 
 def compile_options(dtype: torch.dtype, tile_rows: int) -> dict:
-    """For int8, four programs of 64 rows have 128 registers a thread; without being told, Triton 3.6 takes 133."""
+    """For int8, programs of 64 rows have 128 registers a thread, and those of fewer rows 80.
+
+    Left alone, Triton 3.6 takes more for the one and fewer for the other, by computing places again in every round.
+    """
     if dtype in (torch.float16, torch.bfloat16):
-        return {**OPTIONS, "num_warps": 8}
-    return {**OPTIONS, "maxnreg": 128 if dtype == torch.uint8 and tile_rows == 64 else None}
+        return {**OPTIONS, "num_warps": 8 if tile_rows == 64 else 4}
+    return {**OPTIONS, "maxnreg": None if dtype != torch.uint8 else 128 if tile_rows == 64 else 80}
 
 
 def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
@@ -239,6 +267,24 @@ def split(outputs: int, inputs: int, tile_inputs: int) -> tuple[int, int]:
     tiles = triton.cdiv(inputs, tile_inputs)
     split_tiles = triton.cdiv(tiles, max(1, min(IN_FLIGHT // outputs, MOST_SPLITS)))
     return triton.cdiv(tiles, split_tiles), split_tiles
+
+
+_tickets = {}  # by device
+
+
+def parts_of(x, splits, outputs):
+    """What programs leave for the last of a block, parts and tickets: None each where there is one split.
+
+    parts: fp32, the sums of each split. tickets: int32, how many splits of a block of rows and outputs are stored. A
+    device has them once, all 0 between calls, as the last program leaves them so: no launch clears them. So two calls
+    must not run at the same time. They follow each other on a stream, and a program that is there early waits for the
+    end of the call in front. A graph is captured behind a call, so it does not make them.
+    """
+    if splits == 1:
+        return None, None
+    if x.device not in _tickets:
+        _tickets[x.device] = x.new_zeros(TICKETS, dtype=torch.int32)
+    return x.new_empty((splits, min(len(x), MOST_ROWS), outputs), dtype=torch.float32), _tickets[x.device]
 
 
 def linear(x, weight, bias, outputs, out_dtype):
@@ -252,28 +298,24 @@ def linear(x, weight, bias, outputs, out_dtype):
     tile = tile_of(weight.dtype, rows)
     splits, split_tiles = split(outputs, inputs, tile["INPUTS"])
     early = launch_options(x.device)
-    if splits > 1:
-        sums = x.new_empty((splits, min(rows, MOST_ROWS), outputs), dtype=torch.float32)
+    parts = parts_of(x, splits, outputs)
     with torch.cuda.device_of(x):
         for first in range(0, rows, MOST_ROWS):
             some, result = x[first : first + MOST_ROWS], out[first : first + MOST_ROWS]
-            ends = (bias, result) if splits == 1 else (None, sums)
+            ends = bias, result, *parts
             blocks = triton.cdiv(len(some), tile["ROWS"])
             grid = (blocks, triton.cdiv(outputs, tile["OUTPUTS"]), splits)
             how = {"IS_WHOLE": splits == 1, **early, **compile_options(weight.dtype, tile["ROWS"])}
             if weight.dtype == torch.uint8:
                 rounded = round_rows(some, blocks * tile["ROWS"], weight.shape[1], early)
                 weights = weight.view(torch.int8), weight.view(torch.int64)
-                sizes = {"ROWS": tile["ROWS"], "OUTPUTS": tile["OUTPUTS"]}
+                sizes = {name: tile[name] for name in ("ROWS", "OUTPUTS", "STAGES")}
                 numbers = len(some), outputs, weight.shape[1], split_tiles
                 int8_kernel[grid](*rounded, *weights, *ends, *numbers, **sizes, **how)
             else:
                 upcast = not x.is_cuda and x.dtype == torch.bfloat16  # the interpreter computes on the bits of bf16
                 numbers = len(some), outputs, inputs, split_tiles, x.stride(0)
                 float_kernel[grid](some, weight, *ends, *numbers, **tile, **how, UPCAST=upcast)
-            if splits > 1:
-                blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
-                sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out
 
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
-from pyspec.kernels.linear import MOST_ROWS, OPTIONS, SUM_BLOCK, prefetch, store_sums, sum_kernel
+from pyspec.kernels.linear import MOST_ROWS, OPTIONS, prefetch
 from pyspec.ops.linear_codes_tiles import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
 from pyspec.ops.weight_formats import WeightFormat
 
@@ -32,12 +32,47 @@ __all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "s
 PLANES = tl.constexpr(INPUTS // GROUP)  # codes of a word
 WIDTH = tl.constexpr(GROUP)
 LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; 256 took a tenth longer
+SUM_BLOCK = tl.constexpr(256)
 IN_FLIGHT = 32768  # outputs of all programs together; twice as many took a tenth longer
 MOST_SPLITS = 32
 # A float of 2^23 has the integers as its low bits: a byte that is put there becomes a float by a subtraction. Scales
 # have 128 more. Likewise codes and minimums become numbers in 128 of bf16 and in 1024 of fp16.
 SHIFT_BITS = tl.constexpr(0x4B000000)
 SCALE_SHIFT = tl.constexpr(8388608.0 + 128)
+
+
+@triton.jit
+def store_sums(sums, out, bias, row, column, rows, outputs, IS_WHOLE: tl.constexpr):
+    """Sums [OUTPUTS, ROWS] to out: of all inputs, with the bias, or of one split."""
+    mask = (column < outputs)[:, None] & (row < rows)[None, :]
+    if IS_WHOLE:
+        if bias is not None:
+            sums += tl.load(bias + column, mask=column < outputs, other=0.0)[:, None]
+    else:
+        out += tl.program_id(2).to(tl.int64) * rows * outputs
+    offsets = row.to(tl.int64)[None, :] * outputs + column[:, None]
+    tl.store(out + offsets, sums.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["size"])
+def sum_kernel(
+    sums,  # [SPLITS, size]
+    bias,  # [outputs] or None
+    out,  # [size], written: rows of outputs
+    size,
+    outputs,
+    SPLITS: tl.constexpr,
+    IS_EARLY: tl.constexpr,
+):
+    wait_for_earlier(IS_EARLY)
+    place = tl.program_id(0) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    used = place < size
+    total = tl.load(sums + place, mask=used, other=0.0)
+    for index in tl.static_range(1, SPLITS):  # unrolled: the loads are all in flight at once
+        total += tl.load(sums + tl.cast(index, tl.int64) * size + place, mask=used, other=0.0)
+    if bias is not None:
+        total += tl.load(bias + place % outputs, mask=used, other=0.0)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=used)
 
 
 @triton.jit

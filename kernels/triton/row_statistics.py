@@ -4,7 +4,7 @@ Each group of 256 logits is one warp's, which keeps them in registers: its large
 e^(x - m) and (x - m) e^(x - m). A second kernel, one warp per row, adds the groups. The 8 best tokens lie in the 8
 groups with the largest logits (of equals the first), and there in 8 of the parts that a lane reads: three times it
 finds the 8 best of a few numbers a lane, and no warp waits for another. Bound by reading the logits, and with few rows
-by the second kernel, some 3500 instructions of one warp.
+by the second kernel, some 3000 instructions of one warp.
 Row rule: groups are cut at fixed places, and nothing about a row's place in memory is specialised on, so every row is
 summed by the same code in the same layout.
 """

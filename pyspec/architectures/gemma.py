@@ -68,7 +68,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderCon
 
 def _read_windowed(source: Path | str, entries: Entries, architecture: str) -> GemmaConfig:
     """Gemma 2 and 3."""
-    shape, is_third = _shared(source, entries, architecture), architecture == "Gemma3ForCausalLM"
+    shape, is_third = _shared(source, entries, architecture), architecture != "Gemma2ForCausalLM"
     period = entries.whole("sliding_window_pattern") if is_third else 2
     window = None if entries.is_null("sliding_window") else entries.whole("sliding_window", least=0) or None
     is_local = read_kinds(entries, shape["layers"], lambda layer: (layer + 1) % period != 0, has_window=True)
@@ -136,7 +136,7 @@ _FIRST = Family(
     {"GemmaForCausalLM": _GEMMA}, _read, LlamaWeights, AttentionRunner, GGUF(("gemma",), _read_gguf, GGUF_TENSORS)
 )
 _LATER = Family(
-    {"Gemma2ForCausalLM": _GEMMA2, "Gemma3ForCausalLM": _GEMMA3},
+    {"Gemma2ForCausalLM": _GEMMA2, "Gemma3ForCausalLM": _GEMMA3, "Gemma3ForConditionalGeneration": _GEMMA3},
     _read_windowed,
     LlamaWeights,
     AttentionRunner,

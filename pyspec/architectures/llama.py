@@ -217,6 +217,8 @@ _QWEN2 |= {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_windo
 def _read(source: Path | str, entries: Entries, architecture: str) -> LlamaConfig:
     if read_activation(source, entries) != "silu":
         raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, Llama's kernels have silu")
+    if architecture == "Mistral3ForConditionalGeneration" and entries.text("model_type", "mistral") != "mistral":
+        raise Unsupported(f"{source} has text of {entries.get('model_type')}, our kernels have that of mistral")
     shape = read_shape(source, entries, architecture)
     theta, scaling = read_rope(source, entries)
     has_output_bias = architecture == "LlamaForCausalLM" and entries.flag("attention_bias")
@@ -266,6 +268,7 @@ def _row_order(config: LlamaConfig, name: str, rows: int) -> Tensor | None:
 
 
 _ARCHITECTURES = {"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _MISTRAL, "Qwen2ForCausalLM": _QWEN2}
+_ARCHITECTURES["Mistral3ForConditionalGeneration"] = _MISTRAL | {"tie_word_embeddings": True}
 _GGUF = GGUF(("llama", "mistral", "qwen2"), _read_gguf, GGUF_TENSORS, _row_order)
 _FAMILY = Family(_ARCHITECTURES, _read, LlamaWeights, AttentionRunner, _GGUF)
 FAMILIES.register("llama", _FAMILY, "Llama 2 and 3, SmolLM2, Mistral, Qwen2")

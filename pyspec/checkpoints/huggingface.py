@@ -59,6 +59,9 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
     family = family_of(architecture)
     if family is None:
         raise Unsupported(f"{source} has architecture {architecture}, which our kernels do not run")
+    if isinstance(text := stated.get("text_config"), dict):  # the part of a model of images and text that reads text
+        description = text | {"tie_word_embeddings": stated.get("tie_word_embeddings")}
+        stated = Entries(name, description)
     defaults = family.architectures[architecture]
     sizes = [size for size in ("num_attention_heads", "hidden_size", "num_hidden_layers") if size in defaults]
     # a file that says nothing is no model of 7 billion parameters
@@ -126,7 +129,7 @@ class SafetensorsCheckpoint:
             raise ValueError(
                 f"{files[0].parent / places[missing[0]]} has no tensor {missing[0]}, which the index names"
             )
-        self._names = {_hugging_face_name(name): name for name in self._shards}
+        self._names = {ours: name for name in self._shards if (ours := _hugging_face_name(name)) is not None}
         self.shapes = {
             ours: tuple(self._shards[name].get_slice(name).get_shape()) for ours, name in self._names.items()
         }
@@ -141,7 +144,8 @@ class TensorCheckpoint:
     """Tensors by name: `shapes` of all, and `blocks` of one."""
 
     def __init__(self, tensors: dict[str, Tensor]):
-        self._tensors = {_hugging_face_name(name): tensor for name, tensor in tensors.items()}
+        named = ((_hugging_face_name(name), tensor) for name, tensor in tensors.items())
+        self._tensors = {name: tensor for name, tensor in named if name is not None}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -149,8 +153,14 @@ class TensorCheckpoint:
         yield slice(None), self._tensors[name]
 
 
-def _hugging_face_name(name: str) -> str:
-    """The name that transformers gives a tensor of mamba_ssm's or Codestral's."""
+def _hugging_face_name(name: str) -> str | None:
+    """The name that transformers gives a tensor of mamba_ssm's or Codestral's, or of a text model among others.
+
+    None for what reads images.
+    """
+    if re.match(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.", name):
+        return None
+    name = re.sub(r"^model\.language_model\.", "model.", re.sub(r"^language_model\.(?=model\.|lm_head\.)", "", name))
     name = re.sub(r"^model\.(?=backbone\.|lm_head\.)", "", name)
     return re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", name)
 

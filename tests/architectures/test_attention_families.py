@@ -5,9 +5,11 @@ from functools import cache
 import pytest
 import torch
 
-from pyspec import load
+from pyspec import from_transformers, load
+from pyspec.caches import cache_from_name
 from pyspec.runners.attention import AttentionRunner
-from tests.helpers.random_llama import random_tokens, random_tree
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
+from tests.helpers.random_llama import random_tokens, random_tree, root_path
 from tests.helpers.runner_checks import (
     check_batches,
     check_commits,
@@ -16,6 +18,8 @@ from tests.helpers.runner_checks import (
     check_prompt,
     check_row_rule,
     expected_logits,
+    path_tokens,
+    plain_steps,
 )
 from tests.helpers.tiny_models import IN_GGUF, OTHER_KINDS, tiny_model, write_gguf
 
@@ -80,3 +84,39 @@ def test_a_gguf_file_is_the_same_model(kind, tmp_path):
     model = tiny_model(kind, **changed)
     write_gguf(tmp_path / "tiny.gguf", model, **metadata)
     check_prompt(load(str(tmp_path / "tiny.gguf"), dtype=torch.float32, device="cpu"), model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "granite", "olmo2"])
+def test_quantised_caches_have_the_scores_of_the_family(kind):
+    """int8 keys give about the logits of exact ones, and a tree those of its path, to the bit."""
+    runner = from_transformers(tiny_model(kind, max_position_embeddings=1024))
+    prompt, tree = random_tokens(400), random_tree(8)
+    (dense,) = runner.prefill([prompt])
+    (found,) = runner.prefill([prompt], cache=cache_from_name("int8"))
+    assert 0 < (found - dense).abs().mean() < 0.05 * dense.std()
+    logits = runner.verify({0: tree})[0].logits
+    assert torch.equal(plain_steps(runner, path_tokens(tree, 7))[-1], logits[7])
+
+
+def test_quantised_caches_are_refused_where_scores_are_capped(models):
+    _, runner = models("gemma2")
+    with pytest.raises(ValueError, match="cache must be dense for a model that caps its scores, got a quantised one"):
+        runner.prefill([[1, 2, 3]], cache=cache_from_name("int8"))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "olmo3", "exaone4_with_windows"])
+def test_rounds_as_a_gpu_has_them_have_the_same_bits(models, kind, monkeypatch):
+    _, runner = models(kind)
+    prompts, trees = [random_tokens(20), random_tokens(9, 1)], {0: random_tree(7), 1: random_tree(12, 1)}
+
+    def rounds(runner):
+        last = runner.prefill(prompts, capacity=80)
+        first = runner.verify(trees)
+        runner.commit({0: [0], 1: root_path(trees[1], 11)})
+        second = runner.verify({1: trees[0]})
+        return [*last, first[0].logits, first[1].logits, second[1].logits]
+
+    expected = rounds(runner.fork())
+    monkeypatch.setattr("pyspec.runners.native.GraphRecorder", FakeRecorder)
+    for found, logits in zip(rounds(with_graphs(runner.fork())), expected, strict=True):
+        assert torch.equal(found, logits)

@@ -184,11 +184,12 @@ def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True, 
     """As the launcher compiles it; aligned: inputs, outputs and strides of 16s."""
     is_int8 = kernel is linear.int8_kernel
     constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype, rows), "IS_WHOLE": is_whole}
-    constants |= {"IS_EARLY": architecture >= 90, "UPCAST": False} | ({} if is_whole else {"bias": None})
+    constants |= {"IS_EARLY": architecture >= 90, "UPCAST": False}
+    constants |= {"parts": None, "tickets": None} if is_whole else {}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"x": ELEMENT[x_dtype], "weight": ELEMENT[x_dtype], "bias": "*fp32"}
     types |= {"x": "*i8", "weight": "*i8", "x_scales": "*fp32", "scales": "*i64"} if is_int8 else {}
-    types["out"] = ELEMENT[x_dtype] if is_whole else "*fp32"
+    types |= {"out": ELEMENT[x_dtype], "parts": "*fp32", "tickets": "*i32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     # Of 16 bytes: what was packed or allocated; of 16s: sizes and strides.
     known = {name for name in types if is_int8 or name != "x"} | (
@@ -218,7 +219,7 @@ def test_linear_fits_the_machine(dtype, architecture, tmp_path):
     products = in_bf16 if dtype == torch.bfloat16 else in_bf16.replace(r"\.bf16", r"\.tf32").replace("f16", "tf32")
     assert re.search(products, ptx)
     if dtype == torch.float32 and architecture == 90:  # three products of each value
-        (loop,) = hot_loops(compiled, tmp_path)
+        loop, *_ = hot_loops(compiled, tmp_path)  # behind it the splits are added
         assert len(re.findall(r"\bHGMMA\S*TF32", loop)) == 3 * 32 // 8 and len(loop.splitlines()) <= 300
 
 
@@ -237,10 +238,11 @@ def test_int8_linear_fits_the_machine(rows, architecture, tmp_path):
         100: r"(mma\.sync\S*k32\S*\.s8|tcgen05\.mma\S*i8)",
     }
     assert re.search(tensor_cores[architecture], compiled.asm["ptx"])
-    assert "tt.load" not in compiled.asm["ttgir"]  # scales are copied ahead like the rest
+    assert "tt.load" not in compiled.asm["ttgir"].split("tt.atomic_rmw")[0]  # scales are copied ahead like the rest
     if architecture == 90:  # its loop does what four programs hide behind reading the tile
-        (loop,) = hot_loops(compiled, tmp_path)
-        assert used["STACK"] == 0 and len(re.findall(r"\bLDGSTS\S*128", loop)) >= linear.TILE.value
+        loop, *_ = hot_loops(compiled, tmp_path)
+        assert not re.search(r"\b(STL|LDL)\b", loop) and used["STACK"] <= 8
+        assert len(re.findall(r"\bLDGSTS\S*128", loop)) >= linear.TILE.value
         assert len(loop.splitlines()) <= {16: 330, 64: 760}[rows]
 
 
@@ -272,25 +274,6 @@ def test_rounding_of_x_compiles(aligned, tmp_path):
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
         used = resources(compiled, tmp_path)
         assert used["REG"] <= 64 and used["STACK"] == used["LOCAL"] == 0
-        check_waits_first(compiled, architecture)
-
-
-def test_sum_of_splits_compiles(tmp_path):
-    kernel = linear.sum_kernel
-    signature = {
-        "sums": "*fp32",
-        "bias": "*fp32",
-        "out": "*bf16",
-        "size": "i32",
-        "outputs": "i32",
-        "SPLITS": "constexpr",
-        "IS_EARLY": "constexpr",
-    }
-    for architecture in ARCHITECTURES:
-        source = ASTSource(kernel, signature, {"SPLITS": linear.MOST_SPLITS, "IS_EARLY": architecture >= 90})
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=linear.OPTIONS)
-        used = resources(compiled, tmp_path)
-        assert used["REG"] <= 128 and used["STACK"] == 0
         check_waits_first(compiled, architecture)
 
 

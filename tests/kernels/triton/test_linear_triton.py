@@ -6,8 +6,10 @@ import torch
 from tests.helpers.on_gpu import assert_close, to_device
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
+import triton  # noqa: E402
+
 from pyspec.kernels import linear as kernels  # noqa: E402
-from pyspec.ops.linear import _pack_int8  # noqa: E402
+from pyspec.ops.linear import _lay_out_int8  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("kernel_device"),
@@ -21,7 +23,7 @@ FORMATS = [*EPSILON, torch.int8]
 
 def run(x, weight, bias=None, is_int8=False, out_dtype=None):
     """The launcher on a weight [N, K], packed in rows as `lay_out_weight` does where there is a GPU."""
-    data = _pack_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
+    data = _lay_out_int8(weight, in_panels=False) if is_int8 else weight.to(x.dtype).contiguous()
     bias = None if bias is None else to_device(bias, DEVICE)
     return kernels.linear(to_device(x, DEVICE), data.to(DEVICE), bias, weight.shape[0], out_dtype or x.dtype).cpu()
 
@@ -99,6 +101,19 @@ def test_integers_are_exact(dtype, splits, monkeypatch):
     expected = (x[:, None] * weight).sum(2) + bias.long()
     x = x.to(torch.float32 if is_int8 else dtype)
     assert torch.equal(run(x, weight.float(), bias, is_int8, torch.float32), expected.float())
+
+
+def test_the_tickets_of_splits_are_back_for_the_next_call():
+    x, weight, bias = make(70, 130, 300)
+    found = [run(x, weight, bias, is_int8) for is_int8 in (False, True, False)]
+    assert torch.equal(found[0], found[2])
+    (tickets,) = kernels._tickets.values()
+    assert not tickets.any()
+    blocks = max(
+        triton.cdiv(kernels.MOST_ROWS, tile["ROWS"]) * triton.cdiv(kernels.IN_FLIGHT // 2, tile["OUTPUTS"])
+        for tile in (kernels.tile_of(dtype, kernels.MOST_ROWS) for dtype in (*EPSILON, torch.uint8))
+    )
+    assert len(tickets) >= blocks
 
 
 def test_int8_rounds_ties_to_even():

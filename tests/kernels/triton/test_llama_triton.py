@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed for this platform"
 import pyspec.runners.native  # noqa: E402
 from pyspec import DraftTree  # noqa: E402
 from pyspec.ops import _library  # noqa: E402
-from pyspec.ops.linear import LinearWeight, _pack_int8  # noqa: E402
+from pyspec.ops.linear import LinearWeight, _lay_out_int8  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DTYPES = [torch.float32, slow(torch.float16), slow(torch.int8)]  # the interpreter rounds bf16 otherwise
@@ -24,7 +24,7 @@ def gpu_llama(monkeypatch):
         return lambda **options: random_llama("cuda", **options)
 
     def pack_rows(weight, dtype=None):
-        data = _pack_int8(weight, in_panels=False) if dtype == torch.int8 else weight.to(dtype).contiguous()
+        data = _lay_out_int8(weight, in_panels=False) if dtype == torch.int8 else weight.to(dtype).contiguous()
         return LinearWeight(data, *weight.shape)
 
     def make(**options):
