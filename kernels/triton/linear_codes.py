@@ -64,6 +64,7 @@ def sum_kernel(
     SPLITS: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
+    """Adds the splits in order: the last program of a block, as in linear.py, took longer for as short programs."""
     wait_for_earlier(IS_EARLY)
     place = tl.program_id(0) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
     used = place < size
@@ -241,7 +242,6 @@ def bits(number: int, dtype: torch.dtype) -> int:
     return (one.view(torch.int16).item() & 0xFFFF) * 0x10001
 
 
-@functools.cache
 def unpack_asm(levels: tuple[int, ...], dtype: torch.dtype) -> str:
     """PTX for the levels of the four codes in each of two words $4: of their first codes $0, of the second $1..."""
     if levels != tuple(range(levels[0], levels[0] + 16)):
@@ -286,6 +286,7 @@ def spread_asm(dtype: torch.dtype) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+@functools.cache
 def constants_of(format: WeightFormat, dtype: torch.dtype, is_cuda: bool) -> dict:
     """What the kernel is compiled for, of a weight's format and x's dtype."""
     has_zeros = has_zero_points(format)

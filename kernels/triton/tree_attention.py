@@ -281,8 +281,9 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[
     rows = program_rows(head_dim, dtype)
     tiles = max(1, min(2, 96 * 1024 // (2 * TILE.value * row_bytes)))  # of keys and values, on their way
     stages = 1 + tiles * (2 if is_paged else 1)  # the block table is read as far ahead of the keys
-    fold = {"num_warps": 4 if rows == 64 else max(4, row_bytes // 64), "num_stages": stages}
-    return {**fold, "enable_fp_fusion": False}, {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
+    warps = max(4, row_bytes // 64)
+    fold = {"num_warps": 4 if rows == 64 else warps, "num_stages": stages}
+    return {**fold, "enable_fp_fusion": False}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):

@@ -10,6 +10,7 @@ import triton.language as tl
 TILE = tl.constexpr(64)  # the key at position p is in tile p // TILE
 # Short chunks first, to fill the machine with few rows; then long ones, whose states cost less memory.
 SHORT, SHORT_CHUNKS, LONG = tl.constexpr(4), tl.constexpr(16), tl.constexpr(16)  # tiles, how many, tiles
+SPAN = tl.constexpr(4)  # states that are merged among themselves first, or each would wait for all before it
 AT_ONCE = tl.constexpr(8)  # states that are loaded at once
 
 
@@ -62,17 +63,20 @@ def merge_chunks(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The state merged with those of all chunks of the rows, in order."""
+    """The state merged with those of all chunks of the rows: of a span among themselves, then span after span."""
     dims = tl.arange(0, BLOCK_D)
-    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0)
+    begin = tl.min(tl.where(first_chunk < end_chunk, first_chunk, tl.max(end_chunk, 0)), 0) // SPAN * SPAN
     for first in range(begin, tl.max(end_chunk, 0), AT_ONCE):
-        for step in tl.static_range(AT_ONCE):
-            chunk = first + step
-            wanted = (chunk >= first_chunk) & (chunk < end_chunk)
-            places = states + chunk * stride
-            largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
-            total = tl.load(chunk_total + places, mask=wanted, other=0.0)
-            mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
-            weighted = tl.load(chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
-            state = merge(state, (largest, total, weighted))
+        for span in tl.static_range(AT_ONCE // SPAN):
+            of_span = empty_state(states.shape[0], BLOCK_D)
+            for step in tl.static_range(SPAN):
+                chunk = first + span * SPAN + step
+                wanted = (chunk >= first_chunk) & (chunk < end_chunk)
+                places = states + chunk * stride
+                largest = tl.load(chunk_largest + places, mask=wanted, other=float("-inf"))
+                total = tl.load(chunk_total + places, mask=wanted, other=0.0)
+                mask = wanted[:, None] & (dims < HEAD_DIM)[None, :]
+                weighted = tl.load(chunk_weighted + places[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
+                of_span = merge(of_span, (largest, total, weighted))
+            state = merge(state, of_span)
     return state
