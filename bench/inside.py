@@ -90,7 +90,7 @@ def attend_step(runner, token: int, place: int, attend: Callable[[int, Tensor, T
     """
     cache, numbers = runner.cache.view([0], place + 1), Numbers([0], 1, 1, 0, runner.device)
     numbers.fill({0: DraftTree.chain([token])}, [place], [0])
-    cache.attend = lambda layer, q, numbers, window: attend(layer, q[0], *cache.keys_values[layer, :, 0])[None]
+    cache.attend = lambda layer, q, *rest, **settings: attend(layer, q[0], *cache.keys_values[layer, :, 0])[None]
     hidden = runner.weights.forward(runner.config, runner._embed(numbers.tokens), cache, numbers, runner.dtype)
     return runner._logits(hidden)[0]
 

@@ -4,8 +4,10 @@ One program per (block of rows of x, block of outputs, split of the inputs). Its
 weight and of x are streamed past them through shared memory. Bound by reading the weight; splits put enough programs in
 flight for that where there are few outputs, and the last of a block to finish adds them in order, then the bias.
 Programs ask for the first of the weight while the small kernels in front of them still run.
-Row rule: tiles and splits come from the weight alone. The weight is the left operand of the tensor cores and a row of
-x a column of the right one: it never meets its neighbours, whatever block and place it falls in.
+Row rule: what a row's sums are made of comes from the weight alone. The weight is the left operand of the tensor cores
+and a row of x a column of the right one: it never meets its neighbours, whatever block and place it falls in. The rows
+of a tile follow those of a call: they say how many columns an instruction has, not how one of them is added up, and
+tiles of 16 and of 64 rows were found to give the same bits on an H200.
 fp32: a value is a sum of two of 11 bits, and three of the four products of such sums are added on the tensor cores: the
 fourth is below what fp32 rounds off. Tiles are added to each other outside of them, because they cut off, not round.
 int8: a group of 32 inputs is an exact integer product times both scales; groups are summed in order. As the product is

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyspec.caches.dense import keep_path
+from pyspec.caches.dense import KeysAndValues, keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
 from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.tree import DraftTree
@@ -98,7 +98,7 @@ class QuantisedSettings:
         )
 
 
-class QuantisedCache:
+class QuantisedCache(KeysAndValues):
     """Keys and values of B sequences, each with its own length.
 
     `quantised` [layers, B, Hkv, blocks, record] uint8 are the blocks of the layers that keep a share of their tokens,
@@ -118,9 +118,6 @@ class QuantisedCache:
         ValueError: settings do not fit the head_dim.
     """
 
-    has_keys = True
-    has_states = False
-    longest_path = 0  # nodes to be replayed: a path is moved together at once
     ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
 
     def __init__(
@@ -167,25 +164,7 @@ class QuantisedCache:
             raise ValueError(
                 f"a tree must have at most {self.settings.largest_tree} nodes with {self.settings}, got {count}"
             )
-        if self.lengths[sequence] + count > self.capacity:
-            raise ValueError(
-                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} tokens committed "
-                f"and needs {count} more: prefill with a larger capacity"
-            )
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys_values.device
-
-    @property
-    def memory(self) -> int:
-        """The address that tells apart where the cache lies."""
-        return self.keys_values.data_ptr()
-
-    @property
-    def slots(self) -> int:
-        """Slots in full precision that are allocated for a sequence."""
-        return self.keys_values.shape[4]
+        super().check_room(sequence, count)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -207,9 +186,6 @@ class QuantisedCache:
         if not self.is_recordable:
             self._rows = {sequence: self.rows(sequence, tree) for sequence, tree in trees.items()}
 
-    def done(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
-        """Nothing is to be done after a round: its keys are scratch until they are committed."""
-
     def attend(
         self, layer: int, q: Tensor, numbers, window: None, scale: float | None = None, softcap: None = None
     ) -> Tensor:
@@ -228,10 +204,6 @@ class QuantisedCache:
         return torch.cat(
             [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
         )
-
-    def advance(self, sequence: int, count: int) -> None:
-        """Keeps the first written slots, of a chain that is accepted as a whole."""
-        self.commit(sequence, range(count))
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
         """The rows of a tree behind a sequence, with what each of its nodes sees."""

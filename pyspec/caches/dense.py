@@ -3,16 +3,57 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pyspec.caches.names import CACHES
 from pyspec.ops.ragged_attention import ragged_attention
+from pyspec.tree import DraftTree
 
 
-class DenseCache:
+class KeysAndValues:
+    """What caches of keys and values share: `keys_values` [layers, 2, B, Hkv, slots, D], lengths and a capacity."""
+
+    has_keys = True
+    has_states = False
+    longest_path = 0  # nodes to be replayed: a path is moved together at once
+    keys_values: Tensor
+    lengths: list[int]
+    capacity: int  # tokens of a sequence
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys_values.device
+
+    @property
+    def memory(self) -> int:
+        """The address that tells apart where the cache lies."""
+        return self.keys_values.data_ptr()
+
+    @property
+    def slots(self) -> int:
+        """Slots that are allocated for a sequence."""
+        return self.keys_values.shape[4]
+
+    def done(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
+        """Nothing is to be done after a round: its keys are scratch until they are committed."""
+
+    def check_room(self, sequence: int, count: int) -> None:
+        """Raises ValueError unless count more tokens fit behind a sequence's committed ones."""
+        if self.lengths[sequence] + count > self.capacity:
+            raise ValueError(
+                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} slots committed "
+                f"and needs {count} more: prefill with a larger capacity"
+            )
+
+    def advance(self, sequence: int, count: int) -> None:
+        """Keeps the first written slots, of a chain that is accepted as a whole."""
+        self.commit(sequence, range(count))
+
+
+class DenseCache(KeysAndValues):
     """Keys and values [layers, 2, B, Hkv, capacity, D] of B sequences, each with its own length.
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
@@ -26,11 +67,8 @@ class DenseCache:
         ropes: [capacity at least, 2, head_dim / 2] fp32 of each layer, where a forward is to read them.
     """
 
-    has_keys = True
-    has_states = False
     blocks = None  # that rows see quantised
     is_recordable = True  # attention is launches alone
-    longest_path = 0  # nodes to be replayed: a path is compacted at once
 
     def __init__(
         self,
@@ -49,20 +87,6 @@ class DenseCache:
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
 
     @property
-    def device(self) -> torch.device:
-        return self.keys_values.device
-
-    @property
-    def memory(self) -> int:
-        """Tells apart where it lies."""
-        return self.keys_values.data_ptr()
-
-    @property
-    def slots(self) -> int:
-        """Slots that are allocated for a sequence."""
-        return self.keys_values.shape[4]
-
-    @property
     def starts(self) -> list[int]:
         """The position of each sequence's first slot."""
         return [0] * len(self.lengths)
@@ -75,9 +99,6 @@ class DenseCache:
 
     def plan(self, trees, advances) -> None:
         """Nothing is to be done before a round."""
-
-    def done(self, trees, advances) -> None:
-        """Nothing is to be done after a round: its keys are scratch until they are committed."""
 
     def attend(
         self,
@@ -98,22 +119,10 @@ class DenseCache:
         self.lengths = [0] * len(self.lengths)
         self.capacity = capacity
 
-    def check_room(self, sequence: int, count: int) -> None:
-        """Raises ValueError unless count more slots fit behind a sequence's committed ones."""
-        if self.lengths[sequence] + count > self.capacity:
-            raise ValueError(
-                f"sequence {sequence} has {self.lengths[sequence]} of {self.capacity} slots committed "
-                f"and needs {count} more: prefill with a larger capacity"
-            )
-
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Makes the first count slots of a sequence, in all layers, those of another, and all it has."""
         self.keys_values[:, :, target, :, :count] = self.keys_values[:, :, source, :, :count]
         self.lengths[target] = count
-
-    def advance(self, sequence: int, count: int) -> None:
-        """Keeps the first written slots, of a chain that is accepted as a whole."""
-        self.commit(sequence, range(count))
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""

@@ -11,7 +11,7 @@ def test_room_and_tree_size_are_checked():
     cache = start(GearSettings(window=20), capacity=40)
     feed(cache, 0, text_of(30), [15, 15])
     cache.check_room(0, 10)
-    with pytest.raises(ValueError, match="sequence 0 has 30 of 40 tokens committed and needs 11 more"):
+    with pytest.raises(ValueError, match="sequence 0 has 30 of 40 slots committed and needs 11 more"):
         cache.check_room(0, 11)
     with pytest.raises(ValueError, match=r"at most 21 nodes with GearSettings\(.*window=20.*\), got 22"):
         cache.check_room(0, 22)

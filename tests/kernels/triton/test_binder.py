@@ -135,7 +135,8 @@ def variants_of(call, rounds=ROUNDS) -> dict[str, int]:
 @pytest.mark.parametrize("name", CALLS)
 def test_trees_batches_and_slots_make_no_new_variant(name):
     found = variants_of(CALLS[name])
-    expected = dict.fromkeys(found, 1) | ({"int8_kernel": 3} if "int8_kernel" in found else {})  # of 16, 32 and 64 rows
+    sizes = dict.fromkeys(("float_kernel", "int8_kernel"), 3)  # tiles of 16, 32 and 64 rows
+    expected = {kernel: sizes.get(kernel, 1) for kernel in found}
     assert found and found == expected, found
 
 

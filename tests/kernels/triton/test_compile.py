@@ -223,6 +223,16 @@ def test_linear_fits_the_machine(dtype, architecture, tmp_path):
         assert len(re.findall(r"\bHGMMA\S*TF32", loop)) == 3 * 32 // 8 and len(loop.splitlines()) <= 300
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+def test_linear_of_few_rows_fits(rows, tmp_path):
+    """Four programs and no more, of as many tiles as there is memory for."""
+    compiled = compile_linear(linear.float_kernel, 90, torch.bfloat16, rows=rows)
+    used, bytes_ = resources(compiled, tmp_path), compiled.metadata.shared + 1024
+    assert programs_at_a_time(compiled, used) >= 4 and used["STACK"] == used["LOCAL"] == 0
+    assert 4 * bytes_ <= SHARED[90] + 1024 < 5 * bytes_
+    check_waits_first(compiled, 90)
+
+
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 @pytest.mark.parametrize("rows", [16, 64])
 def test_int8_linear_fits_the_machine(rows, architecture, tmp_path):
