@@ -11,19 +11,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from pyspec.ops.weight_formats import Codes
+
 ROWS, COLUMNS = 64, 64  # of a tensor that are sampled; smaller ones are taken whole
 
 
 class WeightSample:
-    """A digest of some values of every tensor, rounded to bfloat16: a model has one in fp32, bf16 and int8 alike."""
+    """A digest of some values of every tensor, rounded to bfloat16: a model has one in whatever it is kept in."""
 
     def __init__(self):
         self._digest = hashlib.sha256()
 
-    def add(self, named: Iterable[tuple[str, Tensor]]) -> WeightSample:
+    def add(self, named: Iterable[tuple[str, Tensor | Codes]]) -> WeightSample:
         """Takes in tensors with their names; their order counts."""
         for name, tensor in named:
             self._digest.update(f"{name} {list(tensor.shape)}".encode())
+            if isinstance(tensor, Codes):
+                tensor = tensor.rows(_sampled_rows(tensor.outputs)).values()
             if tensor.numel() and not tensor.is_meta:
                 self._digest.update(_sample(tensor.detach()).numpy().tobytes())
         return self
@@ -32,9 +36,13 @@ class WeightSample:
         return self._digest.hexdigest()
 
 
+def _sampled_rows(rows: int) -> slice:
+    return slice(None, None, -(-rows // ROWS))
+
+
 def _sample(tensor: Tensor) -> Tensor:
     """Values of rows and columns that lie evenly, as integers of their bits."""
-    matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor[:: -(-len(tensor) // ROWS)].flatten(1)
+    matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor[_sampled_rows(len(tensor))].flatten(1)
     columns = COLUMNS if tensor.dim() > 1 else ROWS * COLUMNS
     values = matrix[:, :: -(-matrix.shape[1] // columns)].cpu().contiguous()
     if values.dtype.is_floating_point and values.element_size() > 1:

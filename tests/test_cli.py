@@ -238,7 +238,7 @@ sys.exit(main(["generate", "hello", "--max-new-tokens", "5000"]))
         (["generate", "x", "--draft-model", "small"], "another runner than target"),
         (["generate", "x", "--acceptance", "exacr"], "--acceptance"),
         (["generate", "x", "--acceptance", "block"], 'Use acceptance="exact"'),
-        (["generate", "x", "--dtype", "int4"], "--dtype"),
+        (["generate", "x", "--dtype", "int3"], "--dtype"),
         (["generate", "x", "--cache", "int5"], "--cache"),
         (["generate", "x", "--cache", "int4"], "cache must be dense for a FakeRunner"),
         (["generate", "x", "--drafter", "lookup", "--drafter-state", "file"], "drafter that learns"),

@@ -97,6 +97,8 @@ class AttentionLayer(LayerWeights):
     that are not, the other halves. Scores are sums over all dimensions, so they stay what they are.
     """
 
+    REORDERED = ("qkv",)
+
     head_dim: int
     rotary_dim: int
 

@@ -44,6 +44,7 @@ class NativeLayer:
     """Weights of one layer, a dataclass of tensors. `named` says where each tensor of a checkpoint goes."""
 
     MATRICES: tuple[str, ...]  # in the order of their use
+    REORDERED: tuple[str, ...] = ()  # of these, those whose rows lay_out puts in another order
 
     def named(self, config, prefix: str) -> dict[str, Tensor]:
         """Views by their Hugging Face name, or copies of what is laid out; names begin with prefix."""
@@ -65,6 +66,7 @@ class NativeWeights:
     config is the model's shape: vocab_size, hidden_size, tied_embedding, and `empty_layers(blank)`.
     """
 
+    MATRICES, REORDERED = ("embedding", "head"), ()
     LAYERS = "model.layers."  # and a number: what the names of a layer's tensors begin with
     EMBEDDING = "model.embed_tokens.weight"
     NORM = "model.norm.weight"

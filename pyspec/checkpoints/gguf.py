@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata, and tensors dequantised block by block, under the names of Hugging Face."""
+"""Reads GGUF files: metadata, and tensors under the names of Hugging Face, dequantised block by block or as codes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.entries import Entries
+from pyspec.ops.weight_formats import GGUF_KINDS, Codes, from_gguf
 
 __all__ = ["GGUFCheckpoint", "GGUFFile", "read_gguf_config"]
 
@@ -64,6 +65,11 @@ class GGUFFile:
             )
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether a matrix has a type that keeps its bits, see `codes`."""
+        return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) == 2)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._tensors.items()}
 
@@ -84,6 +90,26 @@ class GGUFFile:
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
             yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
 
+    def codes(self, name: str) -> Codes | None:
+        """A matrix in the bits that it has in the file; None where it has floats, or a type that no format is made for.
+
+        Raises:
+            ValueError: a factor is NaN or infinite.
+        """
+        info = self._tensors[name]
+        kind = self._kind(name)
+        if kind not in GGUF_KINDS or len(info.shape) != 2:
+            return None
+        data = torch.frombuffer(info.data, dtype=torch.uint8, count=info.bytes, offset=info.offset)
+        codes = from_gguf(kind, data, info.shape)
+        for factors in (codes.factors, codes.floors):
+            if factors is not None and not factors.isfinite().all():
+                raise ValueError(f"{info.path}: tensor {name} has values that are NaN or infinite")
+        return codes
+
+    def _kind(self, name: str) -> str:
+        return _gguf().GGMLQuantizationType(self._tensors[name].kind).name.lower()
+
 
 def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
     """The family of the model in a GGUF file, and its configuration.
@@ -103,7 +129,7 @@ def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
 
 
 class GGUFCheckpoint:
-    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, and `blocks` of one."""
+    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, `blocks` or `codes` of one."""
 
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
@@ -112,13 +138,20 @@ class GGUFCheckpoint:
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Row numbers and the fp32 values of these rows."""
-        original, rows = self._names[name], self.shapes[name][0]
-        order = self._family.gguf.row_order(self._config, _parts_of(original)[1], rows)
-        order = torch.arange(rows, device="cpu") if order is None else order
-        start = 0
-        for values in self._file.rows(original):
+        order, start = self._order(name), 0
+        order = torch.arange(self.shapes[name][0], device="cpu") if order is None else order
+        for values in self._file.rows(self._names[name]):
             yield order[start : start + len(values)], values
             start += len(values)
+
+    def codes(self, name: str) -> Codes | None:
+        """The tensor in the bits that it has in the file, see GGUFFile.codes."""
+        codes, order = self._file.codes(self._names[name]), self._order(name)
+        return codes if codes is None or order is None else codes.rows(order.argsort())
+
+    def _order(self, name: str) -> Tensor | None:
+        """Which row of the model each row of a tensor in the file is; None where it is the same."""
+        return self._family.gguf.row_order(self._config, _parts_of(self._names[name])[1], self.shapes[name][0])
 
     def _hugging_face_name(self, name: str) -> str:
         layer, stem, kind = _parts_of(name)

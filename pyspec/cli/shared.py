@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pyspec.arguments import decode_text
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8", "int4": "int4"}
 
 
 class BadInput(Exception):
@@ -63,7 +63,7 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
     import pyspec
 
     set_threads(arguments)
-    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
+    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype], DTYPES[arguments.dtype])
     prompt_attention = arguments.prompt_attention if source is None else "pyspec"
     source = arguments.model if source is None else source
     with progress_of(console, f"loading {source}") as progress:

@@ -28,6 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noq
 from rich.progress import track  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+DTYPES |= {"int4": "int4"}
 # what the harness may say of a text to generate, and what pyspec.generate calls it
 _NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -39,7 +40,7 @@ class PyspecLM(TemplateLM):
 
     Args:
         model: "demo", a GGUF file, a Hugging Face folder or hub id, or a runner that is loaded already.
-        dtype: "fp32", "bf16", "fp16" or "int8"; the model's own by default.
+        dtype: "fp32", "bf16", "fp16", "int8" or "int4"; the model's own by default.
         device: as for pyspec.load.
         drafter, budget: as for pyspec.generate. They change no greedy text.
         batch_size: texts that are generated, or requests that are read, together.

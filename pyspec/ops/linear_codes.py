@@ -12,6 +12,7 @@ bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -48,17 +49,24 @@ def lay_out_codes(codes: Codes) -> Tensor:
     format = codes.format
 
     def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
-        part = F.pad(part, (0, 0, 0, -len(part) % PANEL)).unflatten(1, (codes.factors.shape[1], -1))
+        part = part if len(part) % PANEL == 0 else F.pad(part, (0, 0, 0, -len(part) % PANEL))
+        part = part.unflatten(1, (codes.factors.shape[1], -1))
         return part.unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1)
 
     def pairs(part: Tensor) -> Tensor:  # groups, by two where there are more than one
         part = panels(part)
         return part.unflatten(2, (-1, 2)).transpose(3, 4) if part.shape[2] > 1 else part
 
-    def plane(part: Tensor, bits: int) -> Tensor:
-        fours = panels(part).unflatten(2, (-1, 8 // bits, 4))
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
-        return (fours << shifts).sum(3, dtype=torch.uint8).transpose(3, 4)
+    fours = panels(codes.codes.contiguous().view(torch.int32)).contiguous()  # the codes of four inputs are a word
+
+    def plane(bits: int, below: int) -> Tensor:
+        """The `bits` bits above the `below` lowest of all codes."""
+        mask = (2**bits - 1) * 0x01010101
+        parts = [
+            (part >> below & mask) << place * bits
+            for place, part in enumerate(fours.unflatten(2, (-1, 8 // bits)).unbind(3))
+        ]
+        return functools.reduce(torch.bitwise_or, parts)
 
     low = _low_bits(format)
     parts = [panels(codes.factors)]
@@ -68,9 +76,9 @@ def lay_out_codes(codes: Codes) -> Tensor:
         parts.append(pairs(codes.scales.view(torch.uint8) | codes.minimums << 4))
     else:
         parts += [pairs(part) for part in (codes.scales, codes.minimums) if part is not None]
-    parts.append(plane(codes.codes & 2**low - 1, low))
+    parts.append(plane(low, 0) if low < 8 else fours)
     if format.bits > low:
-        parts.append(plane(codes.codes >> low, format.bits - low))
+        parts.append(plane(format.bits - low, low))
     return torch.cat([part.contiguous().flatten(2).view(torch.uint8) for part in parts], 2)
 
 

@@ -105,6 +105,10 @@ class Codes:
     floors: Tensor | None = None
     minimums: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
     def values(self) -> Tensor:
         """The weight as a matrix [outputs, inputs] fp32."""
         groups = self.format.block // self.format.group
@@ -182,8 +186,11 @@ def _half(data: Tensor) -> Tensor:
 
 def _fields(data: Tensor, run: int, bits: int) -> Tensor:
     """Fields of bytes: of every `run` bytes first the lowest `bits` of all, then the next, and so on, [..., more]."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None]
-    return ((data.unflatten(-1, (-1, 1, run)) >> shifts) & 2**bits - 1).flatten(-3)
+    data, mask = data.unflatten(-1, (-1, 1, run)), 2**bits - 1
+    if run % 8 == 0:  # eight bytes at a time
+        data, mask = data.contiguous().view(torch.int64), mask * 0x0101010101010101
+    shifts = torch.arange(0, 8, bits, dtype=data.dtype, device=data.device)[:, None]
+    return ((data >> shifts) & mask).view(torch.uint8).flatten(-3)
 
 
 def _bits(data: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class ExtendedRunner(Runner, Protocol):
     Attributes:
         takes_quantised_cache: whether prefill also takes cache, settings of a quantised one or None for a dense one;
             save_cache and load_cache come with it.
-        weight_dtype: of the weights, where it is not that of the activations.
+        weight_dtype: of the weights, or the name of their format, where it is not that of the activations.
         clock: seconds like those of time.perf_counter, by which calls are timed; a simulated runner's own.
     """
 

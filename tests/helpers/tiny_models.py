@@ -127,7 +127,10 @@ def tiny_model(kind: str, **changed):
 
 
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
-    """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved."""
+    """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved.
+
+    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type.
+    """
     config = model.config
     architecture = {"gemma3_text": "gemma3", "olmo3": "olmo2"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -162,8 +165,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         if architecture in ("llama", "smollm3", "granite") and stem.endswith(("q_proj", "k_proj")):
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
-        if values.ndim > 1 and quantization != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
+        kind = quantization(name) if callable(quantization) else quantization
+        if values.ndim > 1 and kind != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
     writer.write_header_to_file()
