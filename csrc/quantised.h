@@ -45,20 +45,6 @@ void set_quantised(Params& p, const torch::stable::Tensor& q, const torch::stabl
   p.scale = static_cast<float>(scale);
 }
 
-// Where the data lies on the host: no row may see more blocks than there are. seen is contiguous.
-template <class Params>
-void set_seen(Params& p, const torch::stable::Tensor& seen, int64_t blocks) {
-  p.seen = static_cast<const int32_t*>(seen.data_ptr());
-  for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t node = 0; node < p.nodes; ++node) {
-      int64_t count = p.seen[b * p.nodes + node];
-      STD_TORCH_CHECK(count >= 0 && count <= blocks, "seen[", b, "][", node, "] is ", count,
-                      ", quantised has ", blocks, " blocks");
-      if (count > p.most_seen) p.most_seen = count;
-    }
-  }
-}
-
 // New tensors for the results: out like q, lse [batch, heads, nodes].
 template <class Params>
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> set_results(Params& p,
@@ -85,15 +71,6 @@ Params quantised_encode_params(const torch::stable::Tensor& k, const torch::stab
   p.k = k.data_ptr(), p.v = v.data_ptr();
   copy_strides(k, p.k_strides), copy_strides(v, p.v_strides);
   return p;
-}
-
-// New records, [batch, kv_heads, blocks, record_bytes].
-template <class Params>
-torch::stable::Tensor set_records(Params& p, const torch::stable::Tensor& k, int64_t record_bytes) {
-  auto quantised = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.blocks, record_bytes},
-                                            torch::headeronly::ScalarType::Byte);
-  p.quantised = static_cast<uint8_t*>(quantised.data_ptr());
-  return quantised;
 }
 
 }  // namespace pyspec

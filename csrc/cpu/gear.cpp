@@ -41,10 +41,8 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int
                       kept.size(1) == p.kv_heads && kept.size(2) == p.blocks && kept.size(3) == key_channels,
                   "channels must be uint8 [batch, kv_heads, blocks, ", key_channels, "]");
   p.channels = static_cast<const uint8_t*>(kept.data_ptr());
-  Tensor quantised = pyspec::set_records(p, k, pyspec::gear_record_bytes(p.format, p.head_dim));
-  p.parallel_for = pyspec::parallel_for;
-  if (p.batch * p.kv_heads * p.blocks > 0) pyspec_gear_encode_table[pyspec::instruction_set()](p);
-  return quantised;
+  int64_t record_bytes = pyspec::gear_record_bytes(p.format, p.head_dim);
+  return pyspec::encode_blocks(p, k, record_bytes, pyspec_gear_encode_table);
 }
 
 std::tuple<Tensor, Tensor> gear(const Tensor& q, const Tensor& quantised, const Tensor& seen, int64_t bits,
@@ -53,13 +51,7 @@ std::tuple<Tensor, Tensor> gear(const Tensor& q, const Tensor& quantised, const 
   auto p = pyspec::quantised_attention_params<pyspec::GearAttentionParams>(q, quantised);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   pyspec::set_quantised(p, q, quantised, seen, pyspec::gear_record_bytes(p.format, p.head_dim), scale);
-  Tensor counts = torch::stable::contiguous(seen);
-  pyspec::set_seen(p, counts, quantised.size(2));
-  auto results = pyspec::set_results(p, q);
-  p.parallel_for = pyspec::parallel_for;
-  p.workspace = pyspec::workspace(pyspec::gear_workspace_floats(p));
-  if (p.batch * p.heads * p.nodes > 0) pyspec_gear_table[pyspec::instruction_set()](p);
-  return results;
+  return pyspec::attend_blocks(p, q, quantised, seen, pyspec_gear_table, pyspec::gear_workspace_floats);
 }
 
 Tensor gear_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,

@@ -16,6 +16,39 @@ namespace pyspec {
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, TreeAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_merge_attention, MergeAttentionParams);
 
+// New records [batch, kv_heads, blocks, record_bytes] of the blocks that p has.
+template <class Params>
+torch::stable::Tensor encode_blocks(Params& p, const torch::stable::Tensor& k, int64_t record_bytes,
+                                    const KernelTable<Params>& table) {
+  auto records = torch::stable::new_empty(k, {p.batch, p.kv_heads, p.blocks, record_bytes},
+                                          torch::headeronly::ScalarType::Byte);
+  p.quantised = static_cast<uint8_t*>(records.data_ptr());
+  p.parallel_for = parallel_for;
+  if (p.batch * p.kv_heads * p.blocks > 0) table[instruction_set()](p);
+  return records;
+}
+
+// Attention of p's rows to the blocks that they see, none more than there are: out like q and lse.
+template <class Params>
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> attend_blocks(
+    Params& p, const torch::stable::Tensor& q, const torch::stable::Tensor& quantised,
+    const torch::stable::Tensor& seen, const KernelTable<Params>& table,
+    int64_t (*workspace_of)(const Params&)) {
+  auto counts = torch::stable::contiguous(seen);
+  p.seen = static_cast<const int32_t*>(counts.data_ptr());
+  const int64_t blocks = quantised.size(2);
+  for (int64_t row = 0; row < p.batch * p.nodes; ++row) {
+    STD_TORCH_CHECK(p.seen[row] >= 0 && p.seen[row] <= blocks, "seen[", row / p.nodes, "][", row % p.nodes,
+                    "] is ", p.seen[row], ", quantised has ", blocks, " blocks");
+    p.most_seen = std::max<int64_t>(p.most_seen, p.seen[row]);
+  }
+  auto results = set_results(p, q);
+  p.parallel_for = parallel_for;
+  p.workspace = workspace(workspace_of(p));
+  if (p.batch * p.heads * p.nodes > 0) table[instruction_set()](p);
+  return results;
+}
+
 template <class Quantised>
 struct QuantisedAttentionParams {
   Quantised blocks;  // of all rows as one tree of the first sequence; seen and the results are not set

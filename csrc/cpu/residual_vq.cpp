@@ -16,23 +16,15 @@ Tensor residual_vq_encode(const Tensor& k, const Tensor& v, const Tensor& codebo
   STD_TORCH_CHECK(codebooks.size(0) == p.batch, "codebooks must have batch ", p.batch);
   p.codebooks = static_cast<const uint16_t*>(codebooks.data_ptr());
   p.codebooks_stride = codebooks.stride(0);
-  Tensor quantised = pyspec::set_records(p, k, pyspec::vq_record_bytes(p.format, p.head_dim));
-  p.parallel_for = pyspec::parallel_for;
-  if (p.batch * p.kv_heads * p.blocks > 0) pyspec_residual_vq_encode_table[pyspec::instruction_set()](p);
-  return quantised;
+  int64_t record_bytes = pyspec::vq_record_bytes(p.format, p.head_dim);
+  return pyspec::encode_blocks(p, k, record_bytes, pyspec_residual_vq_encode_table);
 }
 
 std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised, const Tensor& seen,
                                        const Tensor& codebooks, double scale,
                                        const std::optional<Tensor>& rotary) {
   auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
-  Tensor counts = torch::stable::contiguous(seen);
-  pyspec::set_seen(p, counts, quantised.size(2));
-  auto results = pyspec::set_results(p, q);
-  p.parallel_for = pyspec::parallel_for;
-  p.workspace = pyspec::workspace(pyspec::vq_workspace_floats(p));
-  if (p.batch * p.heads * p.nodes > 0) pyspec_residual_vq_table[pyspec::instruction_set()](p);
-  return results;
+  return pyspec::attend_blocks(p, q, quantised, seen, pyspec_residual_vq_table, pyspec::vq_workspace_floats);
 }
 
 Tensor residual_vq_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,
