@@ -65,7 +65,10 @@ def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
 
     with stats.timed("draft"):
         nodes = controller.nodes  # decided once for all
-        proposed = [sequence.propose(nodes) for sequence in going.values()]
+        room = getattr(model, "room", None)  # which few have
+        proposed = [
+            sequence.propose(nodes if room is None else min(nodes, room(slot))) for slot, sequence in going.items()
+        ]
         trees = dict(zip(going, controller.cut(proposed), strict=True))
 
     with stats.timed("verify"):

@@ -1,7 +1,7 @@
 """How tree_attention cuts a row's keys, at positions alone, and how what was found of each part becomes one.
 
-Whole tiles lie in chunks, each folded by itself from an empty state; the states are then merged in order. The state of
-a row is its largest score (in units of log2), the sum of its weights and its weighted values.
+Whole tiles lie in chunks, each folded by itself from an empty state; the states are then merged in order, by fours
+first. The state of a row is its largest score (in units of log2), the sum of its weights and its weighted values.
 """
 
 import triton

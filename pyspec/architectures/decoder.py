@@ -53,6 +53,11 @@ class DecoderConfig(LlamaConfig):
         # a window as long as the context never slides
         windows = tuple(None if window and window >= self.context_length else window for window in self.windows)
         object.__setattr__(self, "windows", windows)
+        width, scaling = self.rope_width or self.head_dim, self.rope_scaling
+        if scaling is not None and scaling.switch and {len(scaling.table), len(scaling.long)} != {width // 2}:
+            raise ValueError(
+                f"longrope must have {width // 2} factors, got {len(scaling.table)} and {len(scaling.long)}"
+            )
         if self.rope_width is not None and (self.rope_width % 2 or not 0 < self.rope_width <= self.head_dim):
             raise Unsupported(f"rope_width must be even and at most head_dim {self.head_dim}, got {self.rope_width}")
 

@@ -85,9 +85,22 @@ class LlamaConfig:
         return rope_frequencies(self.rope_base, self.rope_width or self.head_dim, self.rope_scaling)
 
     def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
-        """Each layer's cosines and sines of positions, as rotary_write takes them; some layers share them."""
-        magnitude = 1.0 if self.rope_scaling is None else self.rope_scaling.magnitude
-        return [rope_table(self.rope_frequencies(), positions, device, magnitude)] * self.layers
+        """Each layer's cosines and sines of positions, as rotary_write takes them; some layers share them.
+
+        With a switch (RopeScaling.switch) those of longer texts lie behind those of the others.
+        """
+        scaling = self.rope_scaling
+        magnitude = 1.0 if scaling is None else scaling.magnitude
+        table = rope_table(self.rope_frequencies(), positions, device, magnitude)
+        if self.rope_switch is not None:
+            plain = rope_frequencies(self.rope_base, self.rope_width or self.head_dim, None)
+            table = torch.cat((table, rope_table(scaling.scaled_long(plain), positions, device, magnitude)))
+        return [table] * self.layers
+
+    @property
+    def rope_switch(self) -> int | None:
+        """Tokens of a text from which on other frequencies take the place of all; None if that is never so."""
+        return None if self.rope_scaling is None else self.rope_scaling.switch
 
 
 @dataclass

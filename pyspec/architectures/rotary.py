@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = [
+    "LongScaling",
     "RopeScaling",
     "YarnScaling",
     "read_gguf_scaling",
     "read_local_rope",
+    "read_long",
     "read_rope",
     "read_scaling",
     "rope_entries",
@@ -38,6 +40,7 @@ class RopeScaling:
     """
 
     magnitude = 1.0  # of cosines and sines
+    switch = None  # tokens of a text from which on others take the place of all its frequencies
 
     kind: str
     factor: float = 1.0
@@ -79,6 +82,28 @@ class YarnScaling(RopeScaling):
         ramp = (torch.arange(len(frequencies), device="cpu") - low) / (high - low if high != low else 0.001)
         kept = 1 - ramp.clamp(0, 1)
         return frequencies / self.factor * (1 - kept) + frequencies * kept
+
+
+@dataclass(frozen=True)
+class LongScaling(RopeScaling):
+    """longrope: texts of up to original_context tokens have frequencies divided by `table`, longer ones by `long`.
+
+    magnitude multiplies cosines and sines.
+    """
+
+    long: tuple[float, ...] = ()
+    magnitude: float = 1.0
+
+    @property
+    def switch(self) -> int:
+        return self.original_context
+
+    def scaled(self, frequencies: Tensor) -> Tensor:
+        return frequencies / torch.tensor(self.table, dtype=torch.float32, device="cpu")
+
+    def scaled_long(self, frequencies: Tensor) -> Tensor:
+        """Frequencies [width / 2] fp32 of texts behind the switch."""
+        return frequencies / torch.tensor(self.long, dtype=torch.float32, device="cpu")
 
 
 def rope_frequencies(base: float, width: int, scaling: RopeScaling | None) -> Tensor:
@@ -141,7 +166,7 @@ def read_scaling(source: Path | str, entries: Entries, rope: Entries) -> RopeSca
     if kind in ("default", "dynamic"):  # which begins behind the context
         return None
     if kind not in ("linear", "llama3", "yarn"):
-        raise Unsupported(f"{source} has rope scaling {kind!r}, AttentionRunner has linear, llama3, yarn and dynamic")
+        raise Unsupported(f"{source} has rope scaling {kind!r}, this family has linear, llama3, yarn and dynamic")
     original = entries if "original_max_position_embeddings" in entries else rope
     context = entries.whole("max_position_embeddings")
     if kind == "yarn":
@@ -161,6 +186,20 @@ def read_scaling(source: Path | str, entries: Entries, rope: Entries) -> RopeSca
         high_factor=high,
         original_context=original.whole("original_max_position_embeddings", context),
     )
+
+
+def read_long(rope: Entries, original: int, context: int) -> LongScaling:
+    """longrope as a rope's entries state it, of a model for so many tokens."""
+    factor = rope.number("factor", context / original)
+    growth = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    tables = {}
+    for ours, theirs in (("table", "short_factor"), ("long", "long_factor")):
+        values = rope.array(theirs, (int, float))
+        if not values or not all(0 < value < math.inf for value in values):
+            raise rope.wrong(theirs, values, "numbers above 0")
+        tables[ours] = tuple(map(float, values))
+    magnitude = rope.number("attention_factor", growth)
+    return LongScaling("longrope", original_context=original, magnitude=magnitude, **tables)
 
 
 def _read_yarn(rope: Entries, original: int, context: int) -> YarnScaling:
@@ -199,6 +238,8 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     factor = 1.0 if entries.get(key, 0) == 0 else entries.number(key)
     if kind not in ("none", "linear", "yarn"):
         raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
+    if "rope_factors_long.weight" in file.shapes:
+        return _read_gguf_long(file, entries, head_dim)
     if entries.number("rope.scaling.attn_factor", 1.0) != 1:
         raise Unsupported(
             f"{file.path} scales rotated queries and keys (rope.scaling.attn_factor), which is not supported"
@@ -208,11 +249,23 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
         growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
         return YarnScaling("yarn", factor=factor, original_context=original, magnitude=growth)
     factor = 1.0 if kind == "none" else factor
-    if (shape := file.shapes.get("rope_freqs.weight")) is None:
+    if "rope_freqs.weight" not in file.shapes:
         return None if factor == 1 else RopeScaling("linear", factor=factor)
-    if shape != (head_dim // 2,):
-        raise ValueError(f"{file.path}: tensor rope_freqs.weight must have shape {(head_dim // 2,)}, got {shape}")
-    table = torch.cat(list(file.rows("rope_freqs.weight")))
+    return RopeScaling("table", factor=factor, table=_gguf_factors(file, "rope_freqs.weight", head_dim))
+
+
+def _read_gguf_long(file: GGUFFile, entries: Entries, width: int) -> LongScaling:
+    tables = [_gguf_factors(file, f"rope_factors_{name}.weight", width) for name in ("short", "long")]
+    original = entries.whole("rope.scaling.original_context_length")
+    magnitude = entries.number("rope.scaling.attn_factor", 1.0)
+    return LongScaling("longrope", original_context=original, table=tables[0], long=tables[1], magnitude=magnitude)
+
+
+def _gguf_factors(file: GGUFFile, name: str, width: int) -> tuple[float, ...]:
+    """A tensor of what each frequency is divided by."""
+    if (shape := file.shapes.get(name)) != (width // 2,):
+        raise ValueError(f"{file.path}: tensor {name} must have shape {(width // 2,)}, got {shape}")
+    table = torch.cat(list(file.rows(name)))
     if not (table.isfinite() & (table > 0)).all():
-        raise ValueError(f"{file.path}: tensor rope_freqs.weight must hold numbers above 0")
-    return RopeScaling("table", factor=factor, table=tuple(table.tolist()))
+        raise ValueError(f"{file.path}: tensor {name} must hold numbers above 0")
+    return tuple(table.tolist())

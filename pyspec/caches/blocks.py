@@ -118,6 +118,7 @@ class QuantisedCache(KeysAndValues):
         ValueError: settings do not fit the head_dim.
     """
 
+    angles = None  # positions begin where their cosines and sines do
     ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
 
     def __init__(

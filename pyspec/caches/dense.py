@@ -58,6 +58,7 @@ class DenseCache(KeysAndValues):
 
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
+    `angles` is where each sequence's positions begin in `ropes`: some models turn long texts otherwise.
     `keys_values` is that allocation, and `ropes` every layer's cosines and sines of positions, for rotary_write.
 
     Args:
@@ -83,7 +84,7 @@ class DenseCache(KeysAndValues):
     ):
         self.capacity = capacity
         self.ropes = ropes
-        self.lengths = [0] * sequences
+        self.lengths, self.angles = [0] * sequences, [0] * sequences
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
 
     @property
@@ -116,7 +117,7 @@ class DenseCache(KeysAndValues):
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
-        self.lengths = [0] * len(self.lengths)
+        self.lengths, self.angles = [0] * len(self.lengths), [0] * len(self.lengths)
         self.capacity = capacity
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:

@@ -12,7 +12,7 @@ class HybridCache:
     """A KV cache, `dense`, which keeps a path's keys at once, and a `state` cache, which replays it next."""
 
     has_keys = has_states = is_recordable = True
-    blocks = None
+    blocks = angles = None
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense

@@ -61,6 +61,7 @@ class StateCache:
     has_states = True
     blocks = None
     is_recordable = True
+    angles = None
     slots = 0
 
     def _begin(self, sequences: int) -> None:

@@ -133,7 +133,7 @@ class GGUFCheckpoint:
 
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
-        self._names = {self._hugging_face_name(name): name for name in file.shapes if name != "rope_freqs.weight"}
+        self._names = {self._hugging_face_name(name): name for name in file.shapes if not name.startswith("rope_f")}
         self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:

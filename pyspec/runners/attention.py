@@ -21,7 +21,7 @@ from pyspec.runners._checks import check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
-from pyspec.runners.replay import BUCKETS, Replays, TapeRecorder, slots_for
+from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, Replays, Rows, TapeRecorder, slots_for
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -66,6 +66,8 @@ class AttentionRunner(NativeRunner):
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
+        self._switch = config.rope_switch if (config.rope_switch or 0) < config.context_length else None
+        self._texts: list[list[int]] = []  # what is committed, where there is a switch
 
     @inference
     def prefill(
@@ -101,13 +103,20 @@ class AttentionRunner(NativeRunner):
             empty = self._quantised_cache(len(tokens), capacity, cache)
             return self._prefill(tokens, empty, observe, chunk=min(native.CHUNK, cache.largest_tree))
         empty = self._new_cache(len(tokens), capacity)
+        self._texts = tokens
+        for slot, prompt in enumerate(tokens):
+            self._turn(empty, slot, self._switch is not None and len(prompt) > self._switch)
+        share = len(set(empty.angles)) == 1  # or keys of one prompt are none of the other
         if self.prompt_attention == "flash-attn":  # which has other bits in other chunks
             return self._prefill(tokens, empty, observe, chunk=FLASH_CHUNK, at_once=1)
-        return self._prefill(tokens, empty, observe, at_once=1 if self._records_graphs else None, share=True)
+        return self._prefill(tokens, empty, observe, at_once=1 if self._records_graphs else None, share=share)
 
     def room(self, slot: int) -> int:
         """Nodes of the largest tree that fits behind a slot's sequence."""
-        return self._cache.capacity - self._cache.lengths[slot]
+        length = self._cache.lengths[slot]
+        if self._switch is not None and length < self._switch:  # a tree does not reach behind the switch
+            return min(self._cache.capacity, self._switch) - length
+        return self._cache.capacity - length
 
     @inference
     def draft(self, slot: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
@@ -164,6 +173,8 @@ class AttentionRunner(NativeRunner):
         if self.prompt_attention != "pyspec":
             raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a quantised one")
         config = self.config
+        if self._switch is not None:
+            raise ValueError(f"cache must be dense for a model that turns texts of {self._switch} tokens otherwise")
         if config.attention_softcap is not None:
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
@@ -203,6 +214,46 @@ class AttentionRunner(NativeRunner):
         self._new_replays(cache)
         return cache
 
+    # ==== the switch ====
+
+    def _turn(self, cache: DenseCache, slot: int, is_long: bool) -> None:
+        """Says which cosines and sines a sequence's positions have: those of long texts lie behind the others."""
+        cache.angles[slot] = len(cache.ropes[0]) // 2 if is_long else 0
+
+    def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
+        if self._switch is not None:
+            for slot, tree in trees.items():
+                self._cross(slot, tree)
+        return super()._run_layers(trees)
+
+    def _cross(self, slot: int, tree: DraftTree) -> None:
+        """Reads a text again with the frequencies of long ones, once it has got to the switch."""
+        cache = self._cache
+        length = cache.lengths[slot]
+        if length < self._switch:
+            if (end := length + int(tree.depths.max())) >= self._switch:
+                raise ValueError(
+                    f"trees[{slot}] must not reach from one side of position {self._switch} to the other, where the "
+                    f"model's frequencies change, got nodes at positions {length} to {end}: see `room`"
+                )
+        elif not cache.angles[slot]:
+            self._turn(cache, slot, True)
+            cache.lengths[slot], chunk = 0, GRAPH_CHUNK if self._records_graphs else native.CHUNK
+            try:
+                for start in range(0, length, chunk):
+                    piece = DraftTree.chain(self._texts[slot][start : start + chunk])
+                    self._read({slot: piece}, cache)
+                    cache.advance(slot, len(piece))
+            except BaseException:  # some keys are read: the next round begins again
+                self._turn(cache, slot, False)
+                cache.lengths[slot] = length
+                raise
+
+    def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
+        super()._extend(sequence, path, tree)
+        if self._switch is not None:
+            self._texts[sequence] = [*self._texts[sequence], *tree.tokens[list(path)].tolist()]
+
     def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Sequence[Tensor]:
         """[n, hidden] of each sequence's next piece of its prompt; flash-attn takes one."""
         if self.prompt_attention == "flash-attn":
@@ -213,7 +264,7 @@ class AttentionRunner(NativeRunner):
     def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
         """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
         numbers = Numbers([sequence], len(chain), (len(chain) + 31) // 32, 0, self.device)
-        numbers.fill({sequence: chain}, cache.lengths, cache.starts)
+        numbers.fill({sequence: chain}, cache.lengths, cache.starts, angles=cache.angles)
         view = cache.view([sequence], cache.lengths[sequence] + len(chain))
 
         def attend(layer: int, q: Tensor, numbers: Numbers, window: int | None, **scores) -> Tensor:

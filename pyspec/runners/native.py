@@ -71,6 +71,7 @@ class NativeRunner:
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._records_graphs = self.device.type == "cuda"  # few shapes, each a graph, rather than tapes
         self._rope_tables: list[Tensor] = []
+        self._rope_positions = 0
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: dict[int, DraftTree] | None = None
@@ -222,8 +223,8 @@ class NativeRunner:
 
     def _ropes(self, positions: int) -> list[Tensor]:
         """Each layer's cosines and sines of at least so many positions, as rotary_write takes them."""
-        if not self._rope_tables or len(self._rope_tables[0]) < positions:
-            self._rope_tables = self.config.rope_tables(positions, self.device)
+        if positions > self._rope_positions:
+            self._rope_tables, self._rope_positions = self.config.rope_tables(positions, self.device), positions
         return self._rope_tables
 
     def _new_replays(self, cache) -> None:

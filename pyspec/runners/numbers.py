@@ -74,6 +74,7 @@ class Numbers:
         padded: int = 0,
         plan: Plan | None = None,
         blocks: tuple[int, int] | None = None,
+        angles: Sequence[int] | None = None,
         advances: Collection[int] = (),
     ) -> None:
         """Describes the trees of some sequences; the others sit out. Does not wait for the device.
@@ -85,6 +86,7 @@ class Numbers:
             padded: rows of every sequence, padding included; 0 puts the trees' rows one after another.
             plan: what to replay before, where there are recurrent layers.
             blocks: window and span of a quantised cache, see blocks_seen.
+            angles: by sequence, what is added to positions: where they begin in the cosines and sines.
             advances: the sequences whose tree is a chain that is accepted as a whole.
         """
         host = self._host()
@@ -109,6 +111,8 @@ class Numbers:
                 if blocks is not None:
                     window, span = blocks
                     np.maximum((host["positions"][rows] - window) // span, 0, out=host["seen"][rows])
+                if angles is not None:
+                    host["positions"][rows] += angles[sequence]
                 if not padded:
                     host["row_sequences"][rows] = index
                     np.add(self._each[:nodes], length - starts[sequence], out=host["slots"][rows])

@@ -136,7 +136,10 @@ class Replays:
             key: tells steps apart that share a cache.
         """
         cache, plan = self.cache, self._plan(trees, advances)
-        shape, filled = self._shape(trees), {"plan": plan, "blocks": cache.blocks, "advances": advances}
+        shape, filled = (
+            self._shape(trees),
+            {"plan": plan, "blocks": cache.blocks, "angles": cache.angles, "advances": advances},
+        )
         if self._is_launched(shape, key, advances):
             rows = self._by_launch(step, trees, filled)
         else:

@@ -60,6 +60,9 @@ OTHER_KINDS = {
     "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "exaone4_with_windows": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 6}),
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75}
+LONGROPE |= {"short_factor": [1.0 + 0.01 * i for i in range(24)], "long_factor": [2.0 + 0.1 * i for i in range(24)]}
+LONGROPE_KIND = ("Phi3", {"hidden_size": 256, "rope_parameters": LONGROPE, "original_max_position_embeddings": 24})
 # What files of llama.cpp state beside sizes, for models whose scores are scaled as it scales those of all such files.
 IN_GGUF = {
     "qwen3": ({}, {}),
@@ -100,7 +103,7 @@ def tiny_model(kind: str, **changed):
     """A transformers model of 2 layers, 4 query heads on 2 key heads, in fp32, with nothing left at 0 or 1."""
     import transformers
 
-    family, options = (KINDS | OTHER_KINDS)[kind]
+    family, options = (KINDS | OTHER_KINDS | {"longrope": LONGROPE_KIND})[kind]
     shape = {
         "vocab_size": VOCABULARY,
         "hidden_size": 96,
@@ -147,6 +150,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     if rope.get("rope_type") == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
         writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+    if rope.get("rope_type") == "longrope":
+        for name in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
     tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
     for name, values in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
