@@ -176,11 +176,11 @@ def show(result: dict) -> None:
     merged = result["engines"].get("pyspec merged")
     if merged is None or not has_goals:
         return
-    speed_ups = {
+    speedups = {
         category: ratio(rows["pyspec merged"]["tokens_per_second"], rows["pyspec plain"]["tokens_per_second"])
         for category, rows in result["categories"].items()
     }
-    worst = min(speed_ups, key=speed_ups.__getitem__)
+    worst = min(speedups, key=speedups.__getitem__)
     engines = result["engines"]
     for ours, goals in GOALS.items():
         found = [
@@ -190,7 +190,7 @@ def show(result: dict) -> None:
         ]
         if found:
             console.print(f"{ours} in decoding: {', '.join(found)}")
-    least = f"{speed_ups[worst]:.2f}x plain (goal {LEAST_OF_A_CATEGORY})"
+    least = f"{speedups[worst]:.2f}x plain (goal {LEAST_OF_A_CATEGORY})"
     console.print(f"the merged drafter's worst category is {worst} with {least}")
 
 

@@ -21,7 +21,7 @@ QUANTISED = [("nodes", "nodes"), ("tokens", "length"), ("dense ms", "ms/dense"),
 DRAFTING = [
     ("drafter", NAME),
     ("tokens/s", "tokens_per_second"),
-    ("over plain", "speed_up"),
+    ("over plain", "speedup"),
     ("over recycling", "over_recycling"),
     ("tokens a round", "tokens_per_round"),
     ("share of drafting", "draft_share", "%"),

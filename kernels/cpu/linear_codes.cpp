@@ -2,11 +2,11 @@
 // their bits.
 //
 // x is rounded to 8 bits in the format's own blocks. A panel of 32 outputs is taken a chunk of inputs at a
-// time: the chunk's codes become bytes in the first cache, once for all rows; then passes of up to kRows rows
-// go over them, with sums in registers and bytes and x streamed past. In a block all is integers, exactly:
-// products of bytes, times the scales of their groups; a block is then added in fp32, blocks in order. So an
-// output is one chain of multiply-adds over the blocks for any number of rows: the row rule holds by
-// construction. One row is bound by the bits of the weight; many rows by the products of bytes.
+// time: the chunk's codes become bytes in the first cache, once for all rows; then passes of up to kMostRows
+// rows go over them, with sums in registers and bytes and x streamed past. In a block all is integers,
+// exactly: products of bytes, times the scales of their groups; a block is then added in fp32, blocks in
+// order. So an output is one chain of multiply-adds over the blocks for any number of rows: the row rule
+// holds by construction. One row is bound by the bits of the weight; many rows by the products of bytes.
 #include "params/linear_codes.h"
 
 #include "cpu/linear_codes_chunk.h"
@@ -21,7 +21,7 @@ using pyspec::LinearCodesParams;
 
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kVectors = kVectorRegisters == 32 ? 2 : 1;  // of 16 outputs, at a time
-constexpr int64_t kMostRows = kVectorRegisters == 32 ? 4 : 2;
+constexpr int64_t kMostRows = 4;  // of a pass: their sums of a group stay in registers
 // How far ahead of its use the weight is asked for: across the page that the processor's own prefetching
 // stops at.
 constexpr int64_t kPrefetchBytes = 4096;

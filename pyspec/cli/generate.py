@@ -154,7 +154,7 @@ def _generate_report(arguments, model, tokens, result, plain) -> dict:
     if plain is not None:
         report["plain"] = {
             "stats": plain.stats.to_dict(),
-            "speed_up": ratio(result.stats.tokens_per_second, plain.stats.tokens_per_second),
+            "speedup": ratio(result.stats.tokens_per_second, plain.stats.tokens_per_second),
             "equal": plain.tokens == result.tokens,
             "first_difference": first_difference(result.tokens, plain.tokens),
         }

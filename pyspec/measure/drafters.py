@@ -55,7 +55,7 @@ def measure(
 
     Returns:
         Under "temperatures", by temperature, then "all" or category, then "plain" or drafter, tokens_per_second,
-        speed_up, tokens_per_round, draft_share, and how many texts are those of plain decoding (equal) of how many
+        speedup, tokens_per_round, draft_share, and how many texts are those of plain decoding (equal) of how many
         (texts). Under "answers", by drafter, the same without a plain decoding, and over_recycling, a ratio of tokens
         a second. Under "texts", by prompt, its category and each run's Stats and first difference from plain decoding.
 
@@ -131,7 +131,7 @@ def _by_category(categories: list[str], runs: dict[str, list[Generation]]) -> di
                 "equal": sum(text.tokens == other.tokens for text, other in zip(texts, plain, strict=True)),
                 "texts": len(texts),
             }
-            rates[name]["speed_up"] = ratio(rates[name]["tokens_per_second"], rates["plain"]["tokens_per_second"])
+            rates[name]["speedup"] = ratio(rates[name]["tokens_per_second"], rates["plain"]["tokens_per_second"])
         found[category] = rates
     return found
 
@@ -176,7 +176,7 @@ def tables(report: dict) -> Iterable:
         names, all_rows = list(categories["all"]), categories["all"].values()
         made = new_table("", *names, title=f"temperature {temperature}: tokens a round, speed over plain decoding")
         for category, rows in categories.items():
-            cells = [f"{rows[name]['tokens_per_round']:.2f} {rows[name]['speed_up']:.2f}x" for name in names]
+            cells = [f"{rows[name]['tokens_per_round']:.2f} {rows[name]['speedup']:.2f}x" for name in names]
             made.add_row(category, *cells, end_section=category == "all")
         made.add_row("tokens/s", *(f"{row['tokens_per_second']:.1f}" for row in all_rows))
         made.add_row("drafting", *(f"{row['draft_share']:.1%}" for row in all_rows))
@@ -201,7 +201,7 @@ def plot(report: dict, path: Path) -> None:
         names = [name for name in categories["all"] if name != "plain"]
         width = 0.85 / len(names)
         for index, name in enumerate(names):
-            rates = [rows[name]["speed_up"] for rows in categories.values()]
+            rates = [rows[name]["speedup"] for rows in categories.values()]
             places = [place + index * width for place in range(len(rates))]
             axis.bar(places, rates, width, label=name, color=plt.get_cmap("tab10")(index))
         ticks = [place + 0.425 - width / 2 for place in range(len(categories))]

@@ -97,13 +97,6 @@ _OP = Op(
 )
 
 
-def attend_blocks(
-    q: Tensor, quantised: Tensor, seen: Tensor, format: GearFormat, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 quantised blocks: out like q and lse [B, Hq, T]."""
-    return _OP(q, quantised, seen, *format.layout, scale)
-
-
 # ==== attention of a tree to quantised blocks and to the keys behind them ====
 
 
@@ -139,7 +132,8 @@ def attend_tree(
     records: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """gear_attention for rows worked out before: out like q, lse [B, Hq, T]. A block has `records` records."""
-    return join_exact(attend_blocks(q, quantised, rows.seen * records, format, scale), q, k, v, rows, scale)
+    part = _OP(q, quantised, rows.seen * records, *format.layout, scale)
+    return join_exact(part, q, k, v, rows, scale)
 
 
 def join_exact(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_are_tensors
+from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 from pyspec.ops.gear_format import BLOCK, GearFormat, low_rank_values, pack_codes
 
@@ -210,8 +210,7 @@ _OP = Op(
 
 def check_floats(name: str, tensor: Tensor) -> None:
     check_are_tensors(**{name: tensor})
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+    check_floating(name, tensor.dtype)
     if tensor.dim() != 4 or tensor.stride(3) != 1:
         raise ValueError(
             f"{name} must have 4 dimensions, the last contiguous, got shape {tuple(tensor.shape)} "

@@ -187,8 +187,9 @@ def _half(data: Tensor) -> Tensor:
 def _fields(data: Tensor, run: int, bits: int) -> Tensor:
     """Fields of bytes: of every `run` bytes first the lowest `bits` of all, then the next, and so on, [..., more]."""
     data, mask = data.unflatten(-1, (-1, 1, run)), 2**bits - 1
-    if run % 8 == 0:  # eight bytes at a time
-        data, mask = data.contiguous().view(torch.int64), mask * 0x0101010101010101
+    if run % 8 == 0:  # eight bytes at a time, of a copy, which is aligned
+        data = data.clone(memory_format=torch.contiguous_format).view(torch.int64)
+        mask *= 0x0101010101010101
     shifts = torch.arange(0, 8, bits, dtype=data.dtype, device=data.device)[:, None]
     return ((data >> shifts) & mask).view(torch.uint8).flatten(-3)
 

@@ -80,15 +80,15 @@ class SentStatistics:
     """Statistics of logits [R, V] on their way to the host. Making it does not wait for the device.
 
     Args:
-        packed: pack_statistics of the logits, which may be overwritten afterwards.
+        joined: pack_statistics of the logits, which may be overwritten afterwards.
     """
 
-    def __init__(self, packed: Tensor):
-        self._numbers = packed.to("cpu", non_blocking=True, copy=True)  # pinned
+    def __init__(self, joined: Tensor):
+        self._numbers = joined.to("cpu", non_blocking=True, copy=True)  # pinned
         self._arrived = None
-        if packed.is_cuda:
+        if joined.is_cuda:
             self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(packed.device))
+            self._arrived.record(torch.cuda.current_stream(joined.device))
 
     def wait(self) -> None:
         """Waits until they have arrived."""

@@ -26,10 +26,10 @@ def test_figures_are_sums_over_texts():
         for category, texts in (("all", 3), ("a", 2), ("b", 1)):
             rows = categories[category]
             assert list(rows) == ["plain", *NAMES]
-            assert rows["plain"]["tokens_per_round"] == rows["plain"]["speed_up"] == 1
+            assert rows["plain"]["tokens_per_round"] == rows["plain"]["speedup"] == 1
             for row in rows.values():
                 assert row["equal"] == row["texts"] == texts and 0 <= row["draft_share"] < 1
-                assert row["speed_up"] == pytest.approx(row["tokens_per_second"] / rows["plain"]["tokens_per_second"])
+                assert row["speedup"] == pytest.approx(row["tokens_per_second"] / rows["plain"]["tokens_per_second"])
     assert list(report["answers"]) == ["merged", "stand", "recycling"]
     assert report["answers"]["recycling"]["over_recycling"] == 1
     json.dumps(report)

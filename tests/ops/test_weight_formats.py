@@ -35,7 +35,7 @@ def test_formats_are_consistent():
 def test_every_value_of_a_gguf_tensor(kind, seed, outputs, blocks):
     """Any bytes are a tensor, as long as the factors are numbers."""
     format = FORMATS[kind]
-    shape = (outputs, blocks * 256)
+    shape = (outputs, blocks * format.block)
     data = gguf_bytes(kind, shape, seed)
     codes = from_gguf(kind, data, shape)
     assert torch.equal(codes.values(), dequantised(kind, data, shape))

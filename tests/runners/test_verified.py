@@ -26,9 +26,9 @@ def rows():
 @pytest.mark.parametrize("device", DEVICES)
 def test_what_was_sent_is_what_is_read(device, places):
     logits = rows().to(device)
-    packed = pack_statistics(logits)
-    sent = SentStatistics(packed)
-    packed.zero_()  # a replay overwrites them
+    joined = pack_statistics(logits)
+    sent = SentStatistics(joined)
+    joined.zero_()  # a replay overwrites them
     for place in places:
         verified = Verified(logits[place], sent, place)
         verified.wait()
