@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, torch, Triton and nvcc, and no network: is everything right there, and how fast is it?
 #
-#   make gpu-kit; bench/gpu.sh              every step, the most telling first: eight minutes at most
+#   make gpu-kit; bench/gpu.sh              every step, the most telling first: nine minutes at most
 #   bench/gpu.sh tests verify_int8          these steps
 #   bench/gpu.sh again                      what failed the last time, with every launch waited for: two and a half
 #   PYSPEC_DRY=1 bench/gpu.sh               what can be tried without a GPU: tiny, on the CPU, as the tests run it
@@ -62,12 +62,12 @@ GPU_TESTS="$GPU_TESTS -n 14 --timeout 90"
 ceilings() { step ceilings 12 "$python" bench/gpu/ceilings.py; }
 smoke() { lines=40 step smoke 35 "$python" bench/gpu/smoke.py; }
 tests() {
-  lines=60 step tests 110 "$python" -m pytest -q --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
+  lines=60 step tests 140 "$python" -m pytest -v --dist worksteal --tb short --junitxml "$here/tests.xml" $GPU_TESTS
 }
-verify_bf16() { lines=55 step verify_bf16 45 "$python" bench/gpu/verify.py bf16; }
-verify_int8() { lines=55 step verify_int8 36 "$python" bench/gpu/verify.py int8; }
-verify_int4() { lines=55 step verify_int4 36 "$python" bench/gpu/verify.py int4; }
-verify_fp32() { lines=20 step verify_fp32 20 "$python" bench/gpu/verify.py fp32; }
+verify_bf16() { lines=55 step verify_bf16 42 "$python" bench/gpu/verify.py bf16; }
+verify_int8() { lines=55 step verify_int8 32 "$python" bench/gpu/verify.py int8; }
+verify_int4() { lines=55 step verify_int4 32 "$python" bench/gpu/verify.py int4; }
+verify_fp32() { lines=20 step verify_fp32 36 "$python" bench/gpu/verify.py fp32; }
 kernels() { lines=90 step kernels 32 "$python" bench/gpu/kernels.py; }
 state_space() {
   lines=30 step state_space 30 "$python" bench/bench_selective_state.py --device cuda --models "Mamba-2 2.7B" \
@@ -76,14 +76,14 @@ state_space() {
 generation() { step generation 36 "$python" bench/gpu/generation.py; }
 # In bench/gpu/flex.py the same shapes, so that FlexAttention need not be compiled here.
 backward() {
-  step backward 32 "$python" bench/bench_block_masked_attention.py --backward --device cuda --sizes 8192 \
+  step backward 28 "$python" bench/bench_block_masked_attention.py --backward --device cuda --sizes 8192 \
     --patterns documents causal --seconds 1.5
 }
 block_masks() {
-  lines=20 step block_masks 32 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
+  lines=20 step block_masks 28 "$python" bench/bench_block_masked_attention.py --device cuda --sizes 8192 \
     --patterns documents causal --seconds 1.5
 }
-attention() { step attention 26 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16; }
+attention() { step attention 24 "$python" bench/bench_tree_attention.py --device cuda --dtypes bf16; }
 topk() { lines=20 step topk 12 "$python" bench/bench_topk.py --device cuda --parts shapes; }
 memory() { step memory 20 bash -c "$(memory_checks)"; }
 memory_checks() { # each op of CUDA C++ under compute-sanitizer, at once
@@ -133,7 +133,7 @@ if [ -z "$dry" ]; then
   fi
 fi
 
-wanted=${*:-$ALL} most=$([ -z "$dry" ] && echo 480 || echo 1920)
+wanted=${*:-$ALL} most=$([ -z "$dry" ] && echo 540 || echo 2160)
 if [ "$wanted" = again ]; then
   most=150
   wanted=$(sed -n 's/.*"step": "\([a-z_0-9]*\)", "status": [1-9].*/\1/p' "$here/steps.jsonl" | tr '\n' ' ')

@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from pyspec import from_transformers, load
 from pyspec.caches import cache_from_name
@@ -120,3 +121,16 @@ def test_rounds_as_a_gpu_has_them_have_the_same_bits(models, kind, monkeypatch):
     monkeypatch.setattr("pyspec.runners.native.GraphRecorder", FakeRecorder)
     for found, logits in zip(rounds(with_graphs(runner.fork())), expected, strict=True):
         assert torch.equal(found, logits)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "phi3", "smollm3"])
+def test_a_gguf_file_keeps_its_bits(kind, tmp_path):
+    """Joined matrices, those in another order and tied embeddings that are scaled, all in 4 bits."""
+    changed, metadata = IN_GGUF[kind]
+    write_gguf(tmp_path / "tiny.gguf", tiny_model(kind, **changed), GGMLQuantizationType.Q4_0, **metadata)
+    exact, runner = (load(str(tmp_path / "tiny.gguf"), dtype=dtype, device="cpu") for dtype in (torch.float32, None))
+    assert runner.weight_dtype == "q4_0"
+    prompt = random_tokens(40)
+    expected, found = exact.prefill([prompt])[0], runner.prefill([prompt])[0]
+    assert (found - expected).abs().mean() < 0.1 * expected.std()
+    check_row_rule(runner)

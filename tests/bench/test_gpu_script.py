@@ -73,12 +73,12 @@ def test_stopped_at_any_moment(seed, tmp_path):
     check(tmp_path)
 
 
-def test_the_limits_of_all_steps_are_little_more_than_there_is_time():
-    """Eight minutes: most steps take much less than their limits."""
+def test_the_limits_of_all_steps_are_the_time_there_is():
+    """Nine minutes."""
     script = (ROOT / "bench/gpu.sh").read_text()
     names = " ".join(re.findall(r'^ALL="(?:\$ALL )?(.*)"$', script, re.M)).split()
     limits = dict(re.findall(r"\bstep ([a-z_0-9]+) (\d+) ", script))
-    assert sorted(names) == sorted(limits) and sum(map(int, limits.values())) <= 520
+    assert sorted(names) == sorted(limits) and sum(map(int, limits.values())) <= 540
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
