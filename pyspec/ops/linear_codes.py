@@ -112,7 +112,7 @@ def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) ->
 
     def plane(bits: int) -> Tensor:
         fours = take(format.block * bits // 8).flatten(2).unflatten(2, (-1, 1, PANEL, 4)).transpose(4, 5)
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None, None]
         return rows((fours >> shifts & 2**bits - 1).flatten(2, 4))
 
     factors = rows(take(1, format.factor_dtype))

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
+from pyspec.ops.linear import LinearWeight, lay_out_parts
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
+from pyspec.ops.weight_formats import FORMATS, quantise
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
 from tests.helpers.torch_settings import SETTINGS
@@ -39,6 +41,10 @@ def tree_case() -> dict:
 def quantised_case() -> dict:
     tree = {"q": floats(1, 4, 5, 64), "k": floats(1, 2, 90, 64), "v": floats(1, 2, 90, 64, seed=1)}
     return tree | {"ancestor_bits": BITS, "prefix_lens": ints([200]), "window": 64}
+
+
+def codes(*formats: str) -> LinearWeight:
+    return lay_out_parts([quantise(floats(7, 64), FORMATS[name]) for name in formats])
 
 
 def codebooks():
@@ -90,6 +96,8 @@ CALLS = {
         {"out_a": floats(3, 8), "lse_a": floats(3), "out_b": floats(3, 8, seed=1), "lse_b": floats(3, seed=1)},
     ),
     "linear": lambda: (ops.linear, {"x": floats(3, 40), "weight": floats(7, 40), "bias": floats(7)}),
+    "linear_codes": lambda: (ops.linear, {"x": floats(3, 64), "weight": codes("int4_32"), "bias": floats(7)}),
+    "linear_joined": lambda: (ops.linear, {"x": floats(3, 64), "weight": codes("int4_32", "int4_64")}),
     "rms_norm": lambda: (
         ops.rms_norm,
         {"hidden": floats(3, 8), "weight": floats(8), "epsilon": 1e-5, "delta": floats(3, 8)},
@@ -211,7 +219,8 @@ def test_every_overload_refuses_gradients(monkeypatch):
     for call in CALLS.values():
         function, given = call()
         function(**given)
-    ops.lay_out_weight(floats(7, 40)).rows(torch.tensor([3]))
+    for weight in (ops.lay_out_weight(floats(7, 40)), codes("int4_32")):
+        weight.rows(torch.tensor([3]))
     assert seen.keys() | DIFFERENTIABLE == _library._OPS.keys()
     for name, args in seen.items():
         if name in DIFFERENTIABLE:
