@@ -151,6 +151,16 @@ class NativeWeights:
         for layer in self.layers:
             layer.lay_out(dtype)
 
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """What every laid out matrix is kept in; where they differ, the names of all, in the order of a step."""
+        kept = dict.fromkeys(getattr(owner, name).dtype for owner, name in self._in_order())
+        return ", ".join(map(str, kept)) if len(kept) > 1 else self.head.dtype
+
+    def _in_order(self) -> list[tuple[NativeLayer | NativeWeights, str]]:
+        """The matrices that a step reads, each by what holds it and its name there."""
+        return [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
+
     def move_together(self) -> None:
         """Moves the laid out matrices into one buffer, in the order in which a step reads them; once.
 
@@ -160,7 +170,7 @@ class NativeWeights:
             return
         self.is_together = True
         tied = self.embedding is self.head
-        places = [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
+        places = self._in_order()
         buffer = HugePages([getattr(owner, name).data for owner, name in places])
         for owner, name in places:  # one by one, so that there is never a second copy of all
             weight = getattr(owner, name)

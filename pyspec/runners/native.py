@@ -63,8 +63,8 @@ class NativeRunner:
         self.eos_tokens = frozenset(eos_tokens)
         self.vocab_size = config.vocab_size
         self.context_length = context_length
-        self.weight_dtype = weights.head.dtype
-        self.dtype = dtype or (self.weight_dtype if self.weight_dtype in FLOATS else torch.bfloat16)
+        self.weight_dtype = weights.dtype
+        self.dtype = dtype or (weights.head.dtype if weights.head.dtype in FLOATS else torch.bfloat16)
         self.device = weights.norm.device
         vocabulary = "" if tokenizer is None else tokenizer.fingerprint
         description = repr(sorted(asdict(config).items())) + vocabulary
