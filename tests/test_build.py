@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
-SETS = re.findall(r'"(\w+)"', (ROOT / "csrc/cpu/instruction_sets.h").read_text().partition("};")[0])
+_SETS = re.findall(r"define PYSPEC_EACH_SET((?:.*\\\n)*.*)", (ROOT / "csrc/cpu/instruction_sets.h").read_text())
+SETS, ARM_SETS = (re.findall(r"X\((\w+), __VA_ARGS__\)", listed) for listed in _SETS[:2])
 KERNELS = sorted(path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp"))
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 FLAGS = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
@@ -58,12 +61,12 @@ def configure(build: Path, **options: str) -> tuple[int, str]:
     return result.returncode, " ".join((result.stdout + result.stderr).split())
 
 
-def compiled(build: Path) -> dict[str, set[str]]:
+def compiled(build: Path, sets: list[str] = SETS) -> dict[str, set[str]]:
     """The kernels that a build folder compiles for each instruction set."""
     found = re.findall(
         r"^build CMakeFiles/kernels_(\w+)\.dir/kernels/cpu/(\w+)\.cpp\.o:", (build / "build.ninja").read_text(), re.M
     )
-    return {name: {kernel for owner, kernel in found if owner == name} for name in SETS}
+    return {name: {kernel for owner, kernel in found if owner == name} for name in sets}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,18 @@ def everything(tmp_path_factory):
     status, said = configure(build, PYSPEC_ISAS="all")
     assert status == 0, said
     return compiled(build)
+
+
+@pytest.fixture(scope="module")
+def everything_for_arm(tmp_path_factory):
+    """What a wheel for Arm compiles, by a compiler of this machine."""
+    if ARM_COMPILER is None:
+        pytest.skip("takes a cross compiler: apt-get install g++-aarch64-linux-gnu")
+    build = tmp_path_factory.mktemp("arm")
+    target = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64", "CMAKE_CXX_COMPILER": ARM_COMPILER}
+    status, said = configure(build, **target, Python_INCLUDE_DIR=sysconfig.get_path("include"))
+    assert status == 0, said
+    return compiled(build, ARM_SETS)
 
 
 def is_x86() -> bool:
@@ -105,26 +120,39 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path):
     assert ".cpp.o:" not in (tmp_path / "build.ninja").read_text()
 
 
-def assembly(kernel: str, name: str) -> str:
+def assembly(compiler: str, flags: str, kernel: str, name: str) -> str:
     """A kernel for one instruction set, not optimised, without what differs by how many functions there are."""
     defined = [f"-DPYSPEC_ISA_{name}=1", "-DPYSPEC_ISA=any", f"-I{ROOT / 'kernels'}"]
-    command = [COMPILER, "-std=c++17", "-O0", "-S", "-o", "-", *FLAGS.split(), *defined]
+    command = [compiler, "-std=c++17", "-O0", "-S", "-o", "-", *flags.split(), *defined]
     made = subprocess.run([*command, ROOT / f"kernels/cpu/{kernel}.cpp"], capture_output=True, text=True, check=True)
     return re.sub(r"\.L\w*\d+", "", made.stdout)
+
+
+def check_sets(kernel: str, sets: list[str], everything: dict[str, set[str]], compiler: str, flags: str) -> None:
+    """Every kernel is compiled for all sets but those at the end whose code would be that of the set before.
+
+    All flags are given to each, so that only the code under PYSPEC_ISA_... differs.
+    """
+    always = [name for name in sets if everything[name] == set(KERNELS)]
+    assert sets[: len(always)] == always and kernel in everything[always[-1]]
+    others = sets[len(always) :]
+    chosen = {name for name in others if kernel in everything[name]}
+    if not chosen:  # a set has all that those before it have, so the last tells for all
+        others = others[-1:]
+    code, changed = assembly(compiler, flags, kernel, always[-1]), set()
+    for name in others:
+        before, code = code, assembly(compiler, flags, kernel, name)
+        if code != before:
+            changed.add(name)
+    assert changed == chosen
 
 
 @pytest.mark.skipif(not is_x86() or COMPILER is None, reason="takes a C++ compiler for x86")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_is_compiled_for_the_sets_that_change_its_code(kernel, everything):
-    """All flags are given to each, so that only the code under PYSPEC_ISA_... differs."""
-    common, *others = SETS[2:]  # the first three differ in every kernel
-    assert all(kernel in everything[name] for name in SETS[:3])
-    chosen = {name for name in others if kernel in everything[name]}
-    if not chosen:  # a set has all that those before it have, so the last tells for all
-        others = others[-1:]
-    code, changed = assembly(kernel, common), set()
-    for name in others:
-        before, code = code, assembly(kernel, name)
-        if code != before:
-            changed.add(name)
-    assert changed == chosen
+    check_sets(kernel, SETS, everything, COMPILER, FLAGS)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_is_compiled_for_the_sets_of_arm_that_change_its_code(kernel, everything_for_arm):
+    check_sets(kernel, ARM_SETS, everything_for_arm, ARM_COMPILER, "-march=armv8.2-a+dotprod+i8mm+bf16")

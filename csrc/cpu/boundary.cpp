@@ -10,19 +10,26 @@
 #include <utility>
 #include <vector>
 
-#include "instruction_sets.h"
-
 namespace pyspec {
 namespace {
 
 // An index into kInstructionSets. A build for one machine has none above its own.
 #ifndef PYSPEC_BEST_BUILT
-#define PYSPEC_BEST_BUILT 5
+#define PYSPEC_BEST_BUILT pyspec::kSetCount - 1
 #endif
 
 int best() {
   static const int index = std::min(processor_instruction_set(), PYSPEC_BEST_BUILT);
   return index;
+}
+
+const std::string& available() {
+  static const std::string names = [] {
+    std::string joined;
+    for (int i = 0; i <= best(); ++i) joined += std::string(i ? ", " : "") + kInstructionSets[i];
+    return joined;
+  }();
+  return names;
 }
 
 const char* requested() {
@@ -35,12 +42,10 @@ const char* requested() {
 int instruction_set() {
   const char* name = requested();
   if (!name) return best();
-  std::string available;
   for (int i = 0; i <= best(); ++i) {
     if (!std::strcmp(name, kInstructionSets[i])) return i;
-    available += std::string(i ? ", " : "") + kInstructionSets[i];
   }
-  STD_TORCH_CHECK(false, "PYSPEC_ISA must be one of ", available, " on this processor, got ", name);
+  STD_TORCH_CHECK(false, "PYSPEC_ISA must be one of ", available(), " on this processor, got ", name);
   return 0;
 }
 
@@ -142,6 +147,11 @@ float* workspace(int64_t floats) {
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_name() {
   const char* name = pyspec::requested();
   return name ? name : pyspec::kInstructionSets[pyspec::best()];
+}
+
+// All that PYSPEC_ISA may name, worst first.
+extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_available() {
+  return pyspec::available().c_str();
 }
 
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_reason() {

@@ -12,40 +12,27 @@
 #include <tuple>
 
 #include "../element.h"
+#include "instruction_sets.h"
 #include "params/linear.h"
 
-// Declares a kernel's entry point for every instruction set and a table to pick from.
-#if PYSPEC_X86
-#define PYSPEC_WEAK extern "C" __attribute__((weak, visibility("hidden")))
-#define PYSPEC_KERNEL_TABLE(name, Params)                                                                  \
-  extern "C" void name##_portable(const Params&);                                                          \
-  PYSPEC_WEAK void name##_avx2(const Params&);                                                             \
-  PYSPEC_WEAK void name##_avx512(const Params&);                                                           \
-  PYSPEC_WEAK void name##_avx512_vnni(const Params&);                                                      \
-  PYSPEC_WEAK void name##_avx512_bf16(const Params&);                                                      \
-  PYSPEC_WEAK void name##_amx_bf16(const Params&);                                                         \
-  static constexpr pyspec::KernelTable<Params> name##_table {                                              \
-    {                                                                                                      \
-      name##_portable, name##_avx2, name##_avx512, name##_avx512_vnni, name##_avx512_bf16, name##_amx_bf16 \
-    }                                                                                                      \
-  }
-#else
-#define PYSPEC_KERNEL_TABLE(name, Params)                     \
-  extern "C" void name##_portable(const Params&);             \
+// Declares a kernel's entry point for every instruction set and a table to pick from. Entry points are weak: a
+// set has none where the kernel's code would be that of the set below it, or where the set was not built
+// (CMakeLists.txt).
+#define PYSPEC_DECLARE(set, name, Params) \
+  extern "C" __attribute__((weak, visibility("hidden"))) void name##_##set(const Params&);
+#define PYSPEC_ENTRY_IN(set, name, Params) name##_##set,
+#define PYSPEC_KERNEL_TABLE(name, Params)         \
+  PYSPEC_EACH_SET(PYSPEC_DECLARE, name, Params)   \
   static constexpr pyspec::KernelTable<Params> name##_table { \
-    {                                                         \
-      name##_portable                                         \
-    }                                                         \
+    { PYSPEC_EACH_SET(PYSPEC_ENTRY_IN, name, Params) }        \
   }
-#endif
 
 namespace pyspec {
 
-// A kernel's entry points by instruction set, worst first. A set has none where the kernel's code would be
-// that of the set below it, or where the set was not built (CMakeLists.txt).
+// A kernel's entry points by instruction set, worst first, of which the first is always there.
 template <class Params>
 struct KernelTable {
-  void (*entries[6])(const Params&);
+  void (*entries[kSetCount])(const Params&);
 
   auto operator[](int instruction_set) const {
     while (!entries[instruction_set]) --instruction_set;

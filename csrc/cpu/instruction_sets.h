@@ -1,5 +1,5 @@
 // The instruction sets that kernels are compiled for, worst first, and the best that this processor has. No
-// torch here: CMake runs it too, to build for this machine alone.
+// torch here: CMake reads the lists, and runs this to build for one machine alone.
 #pragma once
 
 #if PYSPEC_X86
@@ -8,12 +8,37 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
+// Each set has all that those before it have. X is called with a set's name and what else it is given.
+#if PYSPEC_X86
+#define PYSPEC_EACH_SET(X, ...)                                                   \
+  X(portable, __VA_ARGS__)                                                        \
+  X(avx2, __VA_ARGS__)                                                            \
+  X(avx512, __VA_ARGS__)                                                          \
+  X(avx512_vnni, __VA_ARGS__)                                                     \
+  X(avx512_bf16, __VA_ARGS__)                                                     \
+  X(amx_bf16, __VA_ARGS__)
+#elif PYSPEC_ARM
+#define PYSPEC_EACH_SET(X, ...) \
+  X(portable, __VA_ARGS__)      \
+  X(neon, __VA_ARGS__)          \
+  X(neon_dot, __VA_ARGS__)      \
+  X(neon_bf16, __VA_ARGS__)
+#else
+#define PYSPEC_EACH_SET(X, ...) X(portable, __VA_ARGS__)
 #endif
 
 namespace pyspec {
 
-constexpr const char* kInstructionSets[] = {"portable",    "avx2",        "avx512",
-                                            "avx512_vnni", "avx512_bf16", "amx_bf16"};
+#define PYSPEC_NAME(set, ...) #set,
+constexpr const char* kInstructionSets[] = {PYSPEC_EACH_SET(PYSPEC_NAME)};
+#undef PYSPEC_NAME
+constexpr int kSetCount = sizeof(kInstructionSets) / sizeof(*kInstructionSets);
 
 #if PYSPEC_X86
 inline bool amx_granted() {
@@ -28,7 +53,7 @@ inline bool amx_granted() {
 #endif
 }
 
-// An index into kInstructionSets. The processor has every set before it too.
+// An index into kInstructionSets.
 inline int processor_instruction_set() {
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -38,8 +63,33 @@ inline int processor_instruction_set() {
   if (!__builtin_cpu_supports("avx512bf16")) return 3;
   return amx_granted() ? 5 : 4;
 }
+#elif PYSPEC_ARM && defined(__aarch64__)
+struct ArmFeatures {
+  bool dotprod, i8mm, bf16;
+};
+inline ArmFeatures arm_features() {
+#ifdef __linux__
+  unsigned long first = getauxval(AT_HWCAP), second = getauxval(AT_HWCAP2);
+  return {(first >> 20 & 1) != 0, (second >> 13 & 1) != 0, (second >> 14 & 1) != 0};  // of asm/hwcap.h
+#elif defined(__APPLE__)
+  auto has = [](const char* name) {
+    int found = 0;
+    size_t bytes = sizeof(found);
+    return sysctlbyname(name, &found, &bytes, nullptr, 0) == 0 && found;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM"),
+          has("hw.optional.arm.FEAT_BF16")};
 #else
-inline int processor_instruction_set() { return 0; }
+  return {};
+#endif
+}
+inline int processor_instruction_set() {
+  ArmFeatures has = arm_features();
+  if (!has.dotprod) return 1;
+  return has.i8mm && has.bf16 ? 3 : 2;
+}
+#else  // one set, or those of a processor that is emulated
+inline int processor_instruction_set() { return kSetCount - 1; }
 #endif
 
 }  // namespace pyspec

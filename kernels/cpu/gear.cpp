@@ -55,8 +55,7 @@ template <bool kPairs>
 PYSPEC_INLINE void store_factors(char* to, F16 values) {
 #if PYSPEC_HAS_BF16_DOT
   if constexpr (kPairs) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values.v));
-    return;
+    return store_as(reinterpret_cast<BFloat16*>(to), values);
   }
 #endif
   store(to, values);

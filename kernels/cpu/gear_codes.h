@@ -69,7 +69,7 @@ struct LookedUp {
 };
 #endif
 
-#if PYSPEC_HAS_BF16_DOT
+#if PYSPEC_HAS_BF16_DOT && PYSPEC_HAS_AVX512
 template <int kBits>
 struct LookedUpPairs {
   __m512i table;
@@ -117,7 +117,7 @@ PYSPEC_INLINE void unpack_vectors(const Convert& convert, const uint8_t* codes, 
 // [pair of tokens] [16 channels].
 template <int kBits, bool kPairs>
 PYSPEC_INLINE void unpack(const uint8_t* codes, int64_t d, bool values, int64_t part, float* tile) {
-#if PYSPEC_HAS_BF16_DOT
+#if PYSPEC_HAS_BF16_DOT && PYSPEC_HAS_AVX512
   using Convert = std::conditional_t<!kPairs, LookedUp < kBits == 3 || kBits == 8 ? 2 : kBits>,
         LookedUpPairs < kBits >>
       ;

@@ -18,7 +18,7 @@ struct PanelA {
 
 #if PYSPEC_HAS_AVX512
 constexpr int kPanelRows = 8, kPanelBlocks = 2;
-#elif PYSPEC_HAS_X86_VECTORS
+#elif PYSPEC_HAS_X86_VECTORS || PYSPEC_HAS_NEON
 constexpr int kPanelRows = 4, kPanelBlocks = 1;
 #else
 constexpr int kPanelRows = 2, kPanelBlocks = 1;
@@ -133,11 +133,19 @@ PYSPEC_INLINE void interleave_pairs(const char* rows, int64_t row_bytes, int64_t
   for (int64_t i = 0; i < pairs; ++i) {
     const char *first = rows + 2 * i * row_bytes, *second = first + row_bytes;
     for (int64_t c = 0; c < d; c += 16) {
+#if PYSPEC_HAS_NEON
+      for (int64_t part = c; part < c + 16; part += 4) {
+        uint16x4_t low = vld1_u16(reinterpret_cast<const uint16_t*>(first) + part);
+        uint16x4_t high = vld1_u16(reinterpret_cast<const uint16_t*>(second) + part);
+        vst1q_u32(out + i * d + part, vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high))));
+      }
+#else
       __m512i low =
           _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first + 2 * c)));
       __m512i high =
           _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second + 2 * c)));
       _mm512_storeu_si512(out + i * d + c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#endif
     }
   }
 }

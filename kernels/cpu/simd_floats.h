@@ -22,6 +22,16 @@
 #include <immintrin.h>
 #define PYSPEC_HAS_X86_VECTORS 1
 #endif
+#if PYSPEC_ISA_neon_bf16  // every processor with bf16 products has the int8 ones here too
+#define PYSPEC_HAS_BF16_DOT 1
+#define PYSPEC_HAS_INT8_DOT 1
+#endif
+#if PYSPEC_ISA_neon_dot || PYSPEC_ISA_neon_bf16
+#define PYSPEC_HAS_NEON_DOT 1
+#endif
+#if PYSPEC_ISA_neon || PYSPEC_HAS_NEON_DOT
+#define PYSPEC_HAS_NEON 1
+#endif
 
 #define PYSPEC_INLINE inline __attribute__((always_inline))
 #define PYSPEC_INLINE_LAMBDA __attribute__((always_inline))
@@ -31,6 +41,7 @@
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
+// Half a vector of sixteen floats fits one of these; NEON has 32 of a quarter, which is as much as AVX2 has.
 #if PYSPEC_HAS_AVX512
 constexpr int kVectorRegisters = 32;
 #else
@@ -144,6 +155,12 @@ PYSPEC_INLINE F16 exp2(F16 x, const float (&series)[kTerms]) {
   return mul(p, {power_of_two(n.lo), power_of_two(n.hi)});
 }
 
+#elif PYSPEC_HAS_NEON
+
+}  // namespace
+#include "cpu/simd_neon.h"
+namespace {
+
 #else  // portable: plain loops that any compiler vectorises
 
 struct F16 {
@@ -232,6 +249,7 @@ PYSPEC_INLINE F16 softplus(F16 x) {
   return fma(add(s, s), series, max(set1(0.0f), x));
 }
 
+#if !PYSPEC_HAS_NEON
 // Over the lanes, in an order that the instruction set decides.
 PYSPEC_INLINE float sum(F16 a) {
 #if PYSPEC_HAS_AVX512
@@ -255,6 +273,8 @@ PYSPEC_INLINE float highest(F16 a) {
   return lanes[0];
 #endif
 }
+
+#endif
 
 #if PYSPEC_HAS_AVX512
 // 16 x 16 dwords transposed in registers.
@@ -285,6 +305,7 @@ PYSPEC_INLINE void transpose16(__m512i r[16]) {
 }
 #endif
 
+#if !PYSPEC_HAS_NEON
 // 16 x 16 values: lane i of rows[j] becomes lane j of rows[i]. Bits pass unchanged, whatever they mean.
 PYSPEC_INLINE void transpose(F16* rows) {
 #if PYSPEC_HAS_AVX512
@@ -300,6 +321,7 @@ PYSPEC_INLINE void transpose(F16* rows) {
   std::memcpy(rows, transposed, sizeof values);
 #endif
 }
+#endif
 
 // The bits of an integer in every lane, for values that are only moved.
 PYSPEC_INLINE F16 set1_bits(int32_t bits) {
@@ -314,7 +336,7 @@ PYSPEC_INLINE F16 broadcast(const char* p) {
   return set1(a);
 }
 
-#if PYSPEC_HAS_BF16_DOT
+#if PYSPEC_HAS_BF16_DOT && PYSPEC_HAS_AVX512
 // Two bf16 products a lane, added to fp32.
 PYSPEC_INLINE F16 pair_dot(F16 a, F16 b, F16 c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};

@@ -37,6 +37,10 @@ PYSPEC_INLINE float to_float(BFloat16 a) {
 PYSPEC_INLINE float to_float(Float16 a) {
 #if PYSPEC_HAS_X86_VECTORS
   return _cvtsh_ss(a.bits);
+#elif PYSPEC_HAS_NEON
+  __fp16 half;
+  std::memcpy(&half, &a, 2);
+  return half;
 #else
   uint32_t sign = uint32_t{a.bits & 0x8000u} << 16, rest = a.bits & 0x7fffu, bits;
   if (rest >= 0x7c00u) {
@@ -63,6 +67,9 @@ PYSPEC_INLINE void from_float(float a, BFloat16* out) {
 PYSPEC_INLINE void from_float(float a, Float16* out) {
 #if PYSPEC_HAS_X86_VECTORS
   out->bits = _cvtss_sh(a, _MM_FROUND_TO_NEAREST_INT);
+#elif PYSPEC_HAS_NEON
+  __fp16 half = static_cast<__fp16>(a);
+  std::memcpy(out, &half, 2);
 #else
   uint32_t bits;
   std::memcpy(&bits, &a, 4);
@@ -82,6 +89,16 @@ PYSPEC_INLINE void from_float(float a, Float16* out) {
   }
 #endif
 }
+
+#if PYSPEC_HAS_NEON
+// Four numbers of 16 bits.
+template <class Storage>
+PYSPEC_INLINE float32x4_t four_floats(const Storage* p) {
+  uint16x4_t bits = vld1_u16(&p->bits);
+  if constexpr (std::is_same_v<Storage, Float16>) return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+  return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+}
+#endif
 
 // A row of n values as fp32.
 template <class Storage>
@@ -105,6 +122,8 @@ PYSPEC_INLINE void convert_row(const Storage* from, float* to, int64_t n) {
       _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)));
     }
   }
+#elif PYSPEC_HAS_NEON
+  for (; i + 4 <= n; i += 4) vst1q_f32(to + i, four_floats(from + i));
 #endif
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
@@ -124,6 +143,8 @@ PYSPEC_INLINE F16 load_as_float(const Storage* p) {
   __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if constexpr (std::is_same_v<Storage, Float16>) return {_mm512_cvtph_ps(bits)};
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+#elif PYSPEC_HAS_NEON
+  return {four_floats(p), four_floats(p + 4), four_floats(p + 8), four_floats(p + 12)};
 #else
   float values[16];
   convert_row(p, values, 16);
@@ -150,6 +171,13 @@ PYSPEC_INLINE __m256i round_to_bfloat16(__m256 values) {  // in the low halves o
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
   return _mm256_srli_epi32(rounded, 16);
 }
+#elif PYSPEC_HAS_NEON
+PYSPEC_INLINE uint16x4_t round_to_bfloat16(float32x4_t values) {
+  uint32x4_t bits = vreinterpretq_u32_f32(values);
+  uint32x4_t is_odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  uint32x4_t rounded = vaddq_u32(bits, vaddq_u32(is_odd, vdupq_n_u32(0x7fff)));
+  return vshrn_n_u32(vbslq_u32(vceqq_f32(values, values), rounded, vdupq_n_u32(0x7fc00000)), 16);
+}
 #endif
 
 template <class Storage>
@@ -172,6 +200,13 @@ PYSPEC_INLINE void store_as(Storage* p, F16 a) {
                               _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
   }
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+#elif PYSPEC_HAS_NEON
+  auto round = [](float32x4_t q) PYSPEC_INLINE_LAMBDA {
+    if constexpr (std::is_same_v<Storage, Float16>) return vreinterpret_u16_f16(vcvt_f16_f32(q));
+    return round_to_bfloat16(q);
+  };
+  vst1_u16(&p[0].bits, round(a.a)), vst1_u16(&p[4].bits, round(a.b));
+  vst1_u16(&p[8].bits, round(a.c)), vst1_u16(&p[12].bits, round(a.d));
 #else
   float values[16];
   store(values, a);
@@ -183,6 +218,11 @@ PYSPEC_INLINE void store_as(Storage* p, F16 a) {
 PYSPEC_INLINE F16 load_as_float(const int8_t* p) {
 #if PYSPEC_HAS_AVX512
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+#elif PYSPEC_HAS_NEON
+  int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
+  I16 words{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
+            vmovl_high_s16(high)};
+  return to_float(words);
 #else
   float values[16];
   for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(p[i]);
@@ -203,6 +243,11 @@ PYSPEC_INLINE void load_pairs(const void* p, F16& first, F16& second) {
   first = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
   second = {_mm256_castsi256_ps(_mm256_and_si256(lo, high_half)),
             _mm256_castsi256_ps(_mm256_and_si256(hi, high_half))};
+#elif PYSPEC_HAS_NEON
+  U16 pairs = bits_of(load(p));
+  first = floats_of(quarters<U16>([](uint32x4_t q) PYSPEC_INLINE_LAMBDA { return vshlq_n_u32(q, 16); }, pairs));
+  second = floats_of(quarters<U16>(
+      [](uint32x4_t q) PYSPEC_INLINE_LAMBDA { return vandq_u32(q, vdupq_n_u32(0xffff0000u)); }, pairs));
 #else
   for (int i = 0; i < 16; ++i) {
     uint32_t pair, low, high;

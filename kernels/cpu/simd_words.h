@@ -5,6 +5,8 @@
 
 namespace {
 
+#if !PYSPEC_HAS_NEON  // which has all of it in simd_neon.h
+
 #if PYSPEC_HAS_AVX512
 struct I16 {
   __m512i v;
@@ -220,6 +222,8 @@ PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
 #endif
 }
 
+#endif  // !PYSPEC_HAS_NEON
+
 // ==== products of small bytes ====
 //
 // Weights below 64 need no sign, and the sums of few of their products fit 16 bits: without an instruction
@@ -235,6 +239,7 @@ constexpr int64_t small_dots(int64_t most) {
 #endif
 }
 
+#if !PYSPEC_HAS_NEON
 // sums + the products of 16 times four weights with four signed bytes, which are in every word of x.
 PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
 #if PYSPEC_HAS_INT8_DOT
@@ -254,6 +259,7 @@ PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
   return sums;
 #endif
 }
+#endif
 
 // What add_scaled takes as its scale, of words that fit 16 bits.
 PYSPEC_INLINE I16 small_scale(I16 a) {

@@ -36,6 +36,7 @@ def compiled_library() -> tuple[ctypes.CDLL | None, str]:
     if library is not None:
         library.pyspec_isa_name.restype = ctypes.c_char_p
         library.pyspec_isa_reason.restype = ctypes.c_char_p
+        library.pyspec_isa_available.restype = ctypes.c_char_p
     return library, where
 
 

@@ -1,0 +1,94 @@
+// Runs kernels for a process on another processor, which sends a kernel's name and its params: pages of that process's
+// memory are fetched when the kernel first touches them, and what changed in them is sent back in the end. `kernels.inc`
+// lists the entry points. Called without a wire it exits with the number of the best instruction set here.
+#include <csignal>
+#include <cstring>
+#include <map>
+#include <string>
+#include <sys/mman.h>
+#include <vector>
+
+#include "csrc/cpu/instruction_sets.h"
+#include "params/common.h"
+#include "wire.h"
+
+#define PYSPEC_ENTRY_POINT(name) extern "C" void name(const void* params);
+#include "kernels.inc"
+#undef PYSPEC_ENTRY_POINT
+
+namespace {
+
+using Kernel = void (*)(const void* params);
+#define PYSPEC_ENTRY_POINT(name) {#name, name},
+const std::map<std::string, Kernel> kKernels = {
+#include "kernels.inc"
+};
+
+// The other process's addresses would meet this one's own, so its memory lies here, that much below.
+constexpr uint64_t kBelow = uint64_t{1} << 46;
+
+int wire;
+struct Page {
+  char *here, *as_it_came;
+};
+std::vector<Page> pages;
+
+void fetch(int, siginfo_t* info, void*) {
+  uint64_t address = reinterpret_cast<uint64_t>(info->si_addr) / kPage * kPage;
+  Message wants{Message::kWants, address + kBelow, kPage};
+  send(wire, &wants, sizeof(wants));
+  int64_t is_there;
+  if (!receive(wire, &is_there, sizeof(is_there)) || !is_there) _exit(1);  // a pointer into nothing
+  const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
+  void* here = mmap(reinterpret_cast<void*>(address), kPage, protection, flags | MAP_FIXED_NOREPLACE, -1, 0);
+  void* copy = mmap(nullptr, kPage, protection, flags, -1, 0);
+  if (here == MAP_FAILED || copy == MAP_FAILED || !receive(wire, here, kPage)) _exit(2);
+  std::memcpy(copy, here, kPage);
+  pages.push_back({static_cast<char*>(here), static_cast<char*>(copy)});
+}
+
+void send_back(const Page& page) {
+  for (int64_t i = 0; i < kPage;) {
+    int64_t first = i;
+    while (i < kPage && page.here[i] != page.as_it_came[i]) ++i;
+    if (i > first) {
+      Message writes{Message::kWrites, reinterpret_cast<uint64_t>(page.here) + kBelow + first, i - first};
+      send(wire, &writes, sizeof(writes));
+      send(wire, page.here + first, i - first);
+    }
+    ++i;
+  }
+  munmap(page.here, kPage);
+  munmap(page.as_it_came, kPage);
+}
+
+void one_after_another(int64_t items, pyspec::ParallelBody body, void* context) {
+  for (int64_t i = items; i-- > 0;) body(context, i);  // in any order, so in an unusual one
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 2) return pyspec::processor_instruction_set();
+  wire = std::atoi(arguments[1]);
+  pages.reserve(1 << 20);
+  struct sigaction action {};
+  action.sa_sigaction = fetch;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGSEGV, &action, nullptr);
+  for (Call call; receive(wire, &call, sizeof(call));) {
+    std::string name(call.name_bytes, ' ');
+    std::vector<int64_t> params((call.params_bytes + 7) / 8);
+    std::vector<int32_t> pointers(call.pointers);
+    receive(wire, name.data(), call.name_bytes);
+    receive(wire, params.data(), call.params_bytes);
+    receive(wire, pointers.data(), 4 * call.pointers);
+    for (int32_t offset : pointers) params[offset / 8] -= kBelow;
+    if (call.parallel_for >= 0) params[call.parallel_for / 8] = reinterpret_cast<int64_t>(&one_after_another);
+    kKernels.at(name)(params.data());
+    for (const Page& page : pages) send_back(page);
+    pages.clear();
+    Message done{Message::kDone, 0, 0};
+    send(wire, &done, sizeof(done));
+  }
+}

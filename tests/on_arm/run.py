@@ -1,0 +1,136 @@
+"""Runs tests with the kernels of Arm processors, under qemu: python tests/on_arm/run.py [arguments of pytest]
+
+The kernels are cross-compiled by CMake, as on such a machine, into a program without torch (driver.cpp) that an emulator
+runs. The library's bindings are compiled for this machine, with entry points that send a kernel's params there
+(proxy.cpp). So tests are the usual ones, on instruction sets that this processor does not have.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+WORK = ROOT / "build/on_arm"
+COMPILER = "aarch64-linux-gnu-g++"
+# By instruction set, worst first: a processor that has no better, and the ops whose kernels it compiles for itself.
+PROCESSORS = {
+    "neon": ("cortex-a57", "linear linear_codes tree_attention block_masked_attention gear"),
+    "neon_dot": ("neoverse-n1", "linear linear_codes"),
+    "neon_bf16": ("max", "*"),
+}
+
+
+def missing() -> str | None:
+    """What this machine lacks to run Arm's kernels; None where it has all."""
+    tools = (COMPILER, "qemu-aarch64", "cmake", "ninja")
+    return next((f"{tool} is not installed" for tool in tools if shutil.which(tool) is None), None)
+
+
+def cross_compile() -> list[Path]:
+    """The kernels' object files, of every instruction set."""
+    work = WORK / "cmake"
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_SYSTEM_NAME": "Linux",
+        "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": COMPILER,
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": work,
+        "Python_EXECUTABLE": sys.executable,
+        "Python_INCLUDE_DIR": sysconfig.get_path("include"),
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "TORCH_DIR": Path(torch.__file__).parent,
+        "PYSPEC_CUDA": "0",
+    }
+    given = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(["cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *given], check=True, stdout=subprocess.DEVNULL)
+    objects = re.findall(r"^build (CMakeFiles/kernels_\w+\.dir/\S+\.o):", (work / "build.ninja").read_text(), re.M)
+    subprocess.run(["ninja", "-C", work, *objects], check=True, stdout=subprocess.DEVNULL)
+    return [work / name for name in objects]
+
+
+def entry_points(objects: list[Path]) -> list[str]:
+    symbols = subprocess.run(["nm", "--defined-only", "-g", *objects], check=True, capture_output=True, text=True)
+    return sorted(set(re.findall(r" T (pyspec_\w+)$", symbols.stdout, re.M)))
+
+
+def build_driver(objects: list[Path], entries: list[str]) -> Path:
+    (WORK / "kernels.inc").write_text("".join(f"PYSPEC_ENTRY_POINT({name})\n" for name in entries))
+    driver = WORK / "driver"
+    flags = ["-std=c++17", "-O2", "-static", "-DPYSPEC_ARM=1", f"-I{ROOT}", f"-I{ROOT / 'kernels'}", f"-I{WORK}"]
+    subprocess.run([COMPILER, *flags, HERE / "driver.cpp", *objects, "-o", driver], check=True)
+    return driver
+
+
+def build_library(entries: list[str], driver: Path) -> Path:
+    """The op library with proxies for kernels, in a tree of links to all else that the repository has."""
+    tables, headers = {}, sorted((ROOT / "kernels/params").glob("*.h"))
+    for source in (ROOT / "csrc/cpu").glob("*.cpp"):
+        tables |= dict(re.findall(r"PYSPEC_KERNEL_TABLE\((\w+),\s*([\w:]+)\)", source.read_text()))
+    proxies = [f'#include "params/{header.name}"\n' for header in headers]
+    for entry in entries:
+        name = max((name for name in tables if entry.startswith(f"{name}_")), key=len)
+        params = tables[name] if "::" in tables[name] else f"pyspec::{tables[name]}"
+        proxies.append(f"PYSPEC_PROXY({name}, {entry.removeprefix(name + '_')}, {params})\n")
+    (WORK / "proxies.inc").write_text("".join(proxies))
+    tree = WORK / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    (tree / "pyspec/lib").mkdir(parents=True)
+    for folder in (ROOT, ROOT / "pyspec"):
+        for path in folder.iterdir():
+            if path.name not in (".git", "build", "pyspec", "lib", "__pycache__"):
+                (tree / path.relative_to(ROOT)).symlink_to(path)
+    if not (tree / "pyspec/kernels").exists():
+        (tree / "pyspec/kernels").symlink_to(ROOT / "kernels/triton")
+    where = Path(torch.__file__).parent
+    includes = [ROOT / "kernels", ROOT / "csrc/cpu", where / "include", where / "include/torch/csrc/api/include", WORK]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-shared",
+        "-DPYSPEC_ARM=1",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+    ]
+    flags += [f'-DPYSPEC_DRIVER="{driver}"', '-DPYSPEC_BEST_BUILT=std::atoi(std::getenv("PYSPEC_EMULATED_SET"))']
+    flags += [*(f"-I{path}" for path in includes), f"-L{where / 'lib'}"]
+    libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), HERE / "proxy.cpp"]
+    library = tree / "pyspec/lib/libpyspec_cpu.so"
+    subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", library, *libraries], check=True)
+    return tree
+
+
+def main() -> None:
+    if reason := missing():
+        sys.exit(f"Arm's kernels cannot be tested here: {reason}")
+    WORK.mkdir(parents=True, exist_ok=True)
+    objects = cross_compile()
+    entries = entry_points(objects)
+    driver = build_driver(objects, entries)
+    for number, (processor, _) in enumerate(PROCESSORS.values(), 1):
+        found = subprocess.run(["qemu-aarch64", "-cpu", processor, driver]).returncode
+        assert found == number, f"{processor} has instruction set {number}, found {found}"
+    tree = build_library(entries, driver)
+    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    for number, (name, (processor, ops)) in enumerate(PROCESSORS.items(), 1):
+        tests = sys.argv[1:] or [path for op in ops.split() for path in (ROOT / "tests/ops").glob(f"test_{op}.py")]
+        tests = [path.relative_to(ROOT) if isinstance(path, Path) else path for path in tests]
+        print(f"==== {name} on {processor} ====", flush=True)
+        environment |= {"PYSPEC_ISA": name, "PYSPEC_EMULATED": processor, "PYSPEC_EMULATED_SET": str(number)}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *tests]
+        ran = subprocess.run(command, env=environment, cwd=tree)
+        if ran.returncode:
+            sys.exit(ran.returncode)
+
+
+if __name__ == "__main__":
+    main()
