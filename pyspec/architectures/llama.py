@@ -113,6 +113,7 @@ class LayerWeights(NativeLayer):
     """
 
     MATRICES = ("qkv", "output", "gate_up", "down")
+    DOWN = "down_proj"  # what down is called in checkpoints
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     head_norms: dict[str, Tensor]  # of queries, q_norm, and of keys, k_norm: [head_dim], or of all heads; or none
@@ -137,15 +138,22 @@ class LayerWeights(NativeLayer):
             qkv_bias=blank.vector(qkv_rows) if config.qkv_bias else None,
             output=blank.matrix(config.hidden_size, config.heads * config.head_dim),
             output_bias=blank.vector(config.hidden_size) if config.output_bias else None,
-            gate_up=blank.matrix(2 * config.intermediate_size, config.hidden_size),
-            down=blank.matrix(config.hidden_size, config.intermediate_size),
+            **cls.empty_feed_forward(config, blank),
         )
+
+    @classmethod
+    def empty_feed_forward(cls, config: LlamaConfig, blank: Blank) -> dict[str, Tensor]:
+        return {
+            "gate_up": blank.matrix(2 * config.intermediate_size, config.hidden_size),
+            "down": blank.matrix(config.hidden_size, config.intermediate_size),
+        }
 
     def named(self, config: LlamaConfig, prefix: str) -> dict[str, Tensor]:
         kv_rows = config.kv_heads * config.head_dim
         qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
         tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        tensors |= {"self_attn.o_proj.weight": dense(self.output), "mlp.down_proj.weight": dense(self.down)}
+        # in this order, which the fingerprints of models hang on
+        tensors |= {"self_attn.o_proj.weight": dense(self.output), f"mlp.{self.DOWN}.weight": dense(self.down)}
         joined, parts = (("qkv",), [sum(qkv_rows)]) if "qkv" in config.fused else ("qkv", qkv_rows)
         for name, part in zip(joined, dense(self.qkv).split(parts), strict=True):
             tensors[f"self_attn.{name}_proj.weight"] = part
@@ -154,13 +162,19 @@ class LayerWeights(NativeLayer):
                 tensors[f"self_attn.{name}_proj.bias"] = part
         if self.output_bias is not None:
             tensors["self_attn.o_proj.bias"] = self.output_bias
-        if "gate_up" in config.fused:
-            tensors["mlp.gate_up_proj.weight"] = dense(self.gate_up)
-        else:
-            for name, part in zip(("gate", "up"), dense(self.gate_up).split(config.intermediate_size), strict=True):
-                tensors[f"mlp.{name}_proj.weight"] = part
+        tensors |= {f"mlp.{name}.weight": tensor for name, tensor in self.named_gates(config).items()}
         tensors |= {f"self_attn.{name}.weight": norm for name, norm in self.head_norms.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    def named_gates(self, config: LlamaConfig) -> dict[str, Tensor]:
+        """The matrices of the feed-forward part but for down."""
+        if "gate_up" in config.fused:
+            return {"gate_up_proj": dense(self.gate_up)}
+        gate, up = dense(self.gate_up).split(config.intermediate_size)
+        return {"gate_proj": gate, "up_proj": up}
+
+    def feed_forward(self, x: Tensor, config: LlamaConfig) -> Tensor:
+        return feed_forward(x, self.gate_up, self.down, config.activation)
 
     def prepare(self, config: LlamaConfig) -> None:
         if hasattr(self, "scales"):  # another runner shares the weights
@@ -197,7 +211,7 @@ class LlamaWeights(NativeWeights):
             delta, delta_scale = attention(x, layer, config, cache, index, numbers), out
             into, out = layer.scales.feed_forward, layer.scales.feed_forward_output
             x = rms_norm(hidden, into, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
-            delta, delta_scale = feed_forward(x, layer, config.activation), out
+            delta, delta_scale = layer.feed_forward(x, config), out
         return rms_norm(hidden, self.last_scale, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
 
     def prepare(self, config: LlamaConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
@@ -67,28 +68,28 @@ class GGUFFile:
     @property
     def is_quantised(self) -> bool:
         """Whether a matrix has a type that keeps its bits, see `codes`."""
-        return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) == 2)
+        return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) > 1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: info.shape for name, info in self._tensors.items()}
 
     def rows(self, name: str) -> Iterator[Tensor]:
-        """The fp32 values of a tensor: blocks of rows (of elements for a vector), in order."""
+        """The fp32 values of a tensor: blocks along its first dimension, in order."""
         gguf = _gguf()
         info = self._tensors[name]
         kind = gguf.GGMLQuantizationType(info.kind)
-        width = info.shape[-1]
-        height = int(np.prod(info.shape[:-1], dtype=np.int64))
+        # a vector is one row, which is read whole
+        height, *rest = info.shape if len(info.shape) > 1 else (1, *info.shape)
         data = np.frombuffer(info.data, np.uint8, info.bytes, info.offset).reshape(height, -1)
-        step = max(1, BLOCK_ELEMENTS // width)
+        step = max(1, BLOCK_ELEMENTS // math.prod(rest))
         for start in range(0, height, step):
             try:
                 values = gguf.quants.dequantize(data[start : start + step].view(_storage(kind, gguf)), kind)
             except NotImplementedError:
                 raise ValueError(f"{info.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
-            yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
+            yield values.view(-1, *rest) if len(info.shape) > 1 else values.view(-1)
 
     def codes(self, name: str) -> Codes | None:
         """A matrix in the bits that it has in the file; None where it has floats, or a type that no format is made for.
@@ -98,10 +99,10 @@ class GGUFFile:
         """
         info = self._tensors[name]
         kind = self._kind(name)
-        if kind not in GGUF_KINDS or len(info.shape) != 2:
+        if kind not in GGUF_KINDS or len(info.shape) < 2:
             return None
         data = torch.frombuffer(info.data, dtype=torch.uint8, count=info.bytes, offset=info.offset)
-        codes = from_gguf(kind, data, info.shape)
+        codes = from_gguf(kind, data, (math.prod(info.shape[:-1]), info.shape[-1]))
         for factors in (codes.factors, codes.floors):
             if factors is not None and not factors.isfinite().all():
                 raise ValueError(f"{info.path}: tensor {name} has values that are NaN or infinite")
@@ -119,12 +120,15 @@ def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
         ValueError: metadata is missing, or is not what it should be.
     """
     found = file.metadata.get("general.architecture")
+    if found == "llama" and file.metadata.get("llama.expert_count"):
+        found = "mixtral"  # which llama.cpp does not tell from llama
     families = {name: family for family in FAMILIES.values() if family.gguf for name in family.gguf.architectures}
     if not isinstance(found, str) or found not in families:
         raise Unsupported(
             f"{file.path} has architecture {found!r}, supported in GGUF files are {', '.join(sorted(families))}"
         )
-    entries = Entries(str(file.path), file.metadata, prefix=f"{found}.", noun="metadata ")
+    prefix = f"{file.metadata['general.architecture']}."
+    entries = Entries(str(file.path), file.metadata, prefix=prefix, noun="metadata ")
     return families[found], families[found].gguf.read(file, entries)
 
 

@@ -12,6 +12,7 @@ import torch
 from pyspec.architectures import Family
 from pyspec.architectures.weights import NativeLayer, NativeWeights
 from pyspec.fingerprint import WeightSample
+from pyspec.ops.expert_linear import lay_out_stacked
 from pyspec.ops.linear import lay_out_parts
 from pyspec.ops.weight_formats import Codes
 
@@ -46,6 +47,7 @@ def read_weights(
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
     """
+    checkpoint = family.weights.checkpoint(checkpoint)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint.shapes, config, path)
     keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
@@ -97,27 +99,32 @@ class _Kept:
         self._matrices = {
             _address(getattr(owner, name)): name for name in owner.MATRICES if name not in owner.REORDERED
         }
-        self._parts: dict[str, dict[int, Codes]] = {name: {} for name in self._matrices.values()}  # by first row
+        self._parts: dict[str, list[tuple[torch.Tensor, Codes]]] = {name: [] for name in self._matrices.values()}
 
     def is_part(self, place: torch.Tensor) -> bool:
-        """Whether a place is whole rows of a matrix."""
+        """Whether a place is whole rows of a matrix, or of those of all experts."""
         name = self._matrices.get(_address(place))
-        return name is not None and place.shape[1:] == getattr(self._owner, name).shape[1:]
+        matrix = None if name is None else getattr(self._owner, name)
+        return matrix is not None and (place.dim(), place.shape[-1]) == (matrix.dim(), matrix.shape[-1])
 
     def add(self, place: torch.Tensor, codes: Codes) -> None:
-        self._parts[self._matrices[_address(place)]][place.storage_offset() // codes.inputs] = codes
+        self._parts[self._matrices[_address(place)]].append((place, codes))
 
     def lay_out(self) -> None:
         """Lays out the matrices of which all rows are codes; fills in the others' rows."""
         for name, parts in self._parts.items():
-            matrix, codes = getattr(self._owner, name), [parts[row] for row in sorted(parts)]
-            if sum(part.outputs for part in codes) == len(matrix):
-                laid_out = lay_out_parts(codes)
+            matrix = getattr(self._owner, name)
+            codes = [part for _, part in sorted(parts, key=lambda part: part[0].storage_offset())]
+            is_whole = sum(part.outputs for part in codes) == matrix.shape[:-1].numel()
+            if matrix.dim() == 3 and len({part.format.name for part in codes}) > 1:
+                is_whole = False  # an expert has one format
+            if is_whole:
+                laid_out = lay_out_parts(codes) if matrix.dim() == 2 else lay_out_stacked(codes, len(matrix))
                 for same in (name for name in self._owner.MATRICES if getattr(self._owner, name) is matrix):
                     setattr(self._owner, same, laid_out)
             else:
-                for row, part in parts.items():
-                    matrix[row : row + part.outputs] = part.values()
+                for place, part in parts:
+                    place.copy_(part.values().view(place.shape))
 
 
 def _address(tensor: torch.Tensor) -> int:
