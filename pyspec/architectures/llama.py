@@ -113,7 +113,6 @@ class LayerWeights(NativeLayer):
     """
 
     MATRICES = ("qkv", "output", "gate_up", "down")
-    DOWN = "down_proj"  # what down is called in checkpoints
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     head_norms: dict[str, Tensor]  # of queries, q_norm, and of keys, k_norm: [head_dim], or of all heads; or none
@@ -152,8 +151,9 @@ class LayerWeights(NativeLayer):
         kv_rows = config.kv_heads * config.head_dim
         qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
         tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        # in this order, which the fingerprints of models hang on
-        tensors |= {"self_attn.o_proj.weight": dense(self.output), f"mlp.{self.DOWN}.weight": dense(self.down)}
+        tensors["self_attn.o_proj.weight"] = dense(self.output)
+        feed_forward = {f"mlp.{name}.weight": tensor for name, tensor in self.named_feed_forward(config).items()}
+        tensors |= dict([*feed_forward.items()][:1])  # down: fingerprints of models hang on the order
         joined, parts = (("qkv",), [sum(qkv_rows)]) if "qkv" in config.fused else ("qkv", qkv_rows)
         for name, part in zip(joined, dense(self.qkv).split(parts), strict=True):
             tensors[f"self_attn.{name}_proj.weight"] = part
@@ -162,16 +162,16 @@ class LayerWeights(NativeLayer):
                 tensors[f"self_attn.{name}_proj.bias"] = part
         if self.output_bias is not None:
             tensors["self_attn.o_proj.bias"] = self.output_bias
-        tensors |= {f"mlp.{name}.weight": tensor for name, tensor in self.named_gates(config).items()}
+        tensors |= feed_forward
         tensors |= {f"self_attn.{name}.weight": norm for name, norm in self.head_norms.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
-    def named_gates(self, config: LlamaConfig) -> dict[str, Tensor]:
-        """The matrices of the feed-forward part but for down."""
+    def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
+        tensors = {"down_proj": dense(self.down)}
         if "gate_up" in config.fused:
-            return {"gate_up_proj": dense(self.gate_up)}
+            return tensors | {"gate_up_proj": dense(self.gate_up)}
         gate, up = dense(self.gate_up).split(config.intermediate_size)
-        return {"gate_proj": gate, "up_proj": up}
+        return tensors | {"gate_proj": gate, "up_proj": up}
 
     def feed_forward(self, x: Tensor, config: LlamaConfig) -> Tensor:
         return feed_forward(x, self.gate_up, self.down, config.activation)

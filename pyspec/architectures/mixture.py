@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from pyspec.architectures.llama import LayerWeights, LlamaWeights
 from pyspec.architectures.shapes import GGUF_TENSORS
 from pyspec.architectures.weights import Blank, Matrix, dense, laid_out
 from pyspec.entries import Entries
+from pyspec.ops.lay_out import StoredMatrix, stored_floats
 from pyspec.ops.route_experts import MOST_EXPERTS
-from pyspec.ops.weight_formats import Codes, join_codes
 
-__all__ = ["GGUF_EXPERTS", "MixtureConfig", "MixtureWeights", "StackedExperts", "read_choices", "read_gguf_choices"]
+__all__ = ["GGUF_EXPERTS", "MixtureConfig", "MixtureWeights", "ExpertCheckpoint", "read_choices", "read_gguf_choices"]
 
 GGUF_EXPERTS = GGUF_TENSORS | {
     "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.experts.gate_proj",
-    "ffn_up_exps": "mlp.experts.up_proj",
-    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_exps": "mlp.experts.*.gate_proj",
+    "ffn_up_exps": "mlp.experts.*.up_proj",
+    "ffn_down_exps": "mlp.experts.*.down_proj",
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
@@ -89,8 +90,6 @@ def read_gguf_choices(entries: Entries) -> dict[str, int]:
 class MixtureLayer(LayerWeights):
     """A layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in fp32."""
 
-    DOWN = "experts.down_proj"
-
     router: Matrix  # [experts, hidden]
 
     @classmethod
@@ -101,9 +100,13 @@ class MixtureLayer(LayerWeights):
             "router": blank.vector(config.experts, config.hidden_size),
         }
 
-    def named_gates(self, config: MixtureConfig) -> dict[str, Tensor]:
-        gate, up = dense(self.gate_up).split(config.expert_size, 1)
-        return {"gate": dense(self.router), "experts.gate_proj": gate, "experts.up_proj": up}
+    def named_feed_forward(self, config: MixtureConfig) -> dict[str, Tensor]:
+        tensors = {"gate": dense(self.router)}
+        for number, (gate_up, down) in enumerate(zip(dense(self.gate_up), dense(self.down), strict=True)):
+            gate, up = gate_up.split(config.expert_size)
+            tensors |= {f"experts.{number}.gate_proj": gate, f"experts.{number}.up_proj": up}
+            tensors[f"experts.{number}.down_proj"] = down
+        return tensors
 
     def lay_out(self, dtype: torch.dtype | str) -> None:
         super().lay_out(dtype)
@@ -131,11 +134,11 @@ class SharedMixtureLayer(MixtureLayer):
             "shared_router": blank.vector(1, config.hidden_size),
         }
 
-    def named_gates(self, config: MixtureConfig) -> dict[str, Tensor]:
+    def named_feed_forward(self, config: MixtureConfig) -> dict[str, Tensor]:
         gate, up = dense(self.shared_gate_up).split(config.shared_size)
         tensors = {"gate_proj": gate, "up_proj": up, "down_proj": dense(self.shared_down)}
         tensors = {f"shared_expert.{name}": tensor for name, tensor in tensors.items()}
-        return super().named_gates(config) | tensors | {"shared_expert_gate": dense(self.shared_router)}
+        return super().named_feed_forward(config) | tensors | {"shared_expert_gate": dense(self.shared_router)}
 
     def lay_out(self, dtype: torch.dtype | str) -> None:
         super().lay_out(dtype)
@@ -143,11 +146,11 @@ class SharedMixtureLayer(MixtureLayer):
 
 
 class MixtureWeights(LlamaWeights):
-    """All weights, by the names of Hugging Face's Qwen3 MoE, with one tensor for all experts of a layer."""
+    """All weights, by the names of Hugging Face's Qwen3 MoE."""
 
     @staticmethod
-    def checkpoint(stored) -> StackedExperts:
-        return StackedExperts(stored)
+    def checkpoint(stored) -> ExpertCheckpoint:
+        return ExpertCheckpoint(stored)
 
 
 # ==== checkpoints ====
@@ -161,65 +164,58 @@ _NAMES = (
     (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
     (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
     (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
-    (r"\.ffn_(gate|up|down)\.(\d+)\.weight$", r".mlp.experts.\2.\1_proj.weight"),
+    (r"\.mlp\.(gate|up|down)_proj\.(\d+)\.weight$", r".mlp.experts.\2.\1_proj.weight"),
 )
 
 
-class StackedExperts:
-    """A checkpoint of a mixture: `shapes` of all tensors, `blocks` or `codes` of one.
+class ExpertCheckpoint:
+    """A checkpoint of a mixture, see checkpoints.weights, with a tensor for each matrix of each expert.
 
-    Each expert's tensor, ...experts.3.gate_proj.weight, is a part of that of all, ...experts.gate_proj.weight [experts,
-    outputs, inputs]; where gates and ups are one tensor, each has its rows of it.
+    A stored one may be [experts, outputs, inputs], and the gates of an expert lie above its ups then, as in the classes
+    of transformers.
     """
 
     def __init__(self, stored):
         self._stored = stored
-        self._whole: dict[str, tuple[str, slice]] = {}  # tensors, and the rows of each expert's part
-        self._parts: dict[str, dict[int, str]] = defaultdict(dict)  # tensors by expert
+        self._places: dict[str, tuple[str, tuple[int, slice] | None]] = {}  # a stored tensor, and where in it
         self.shapes: dict[str, tuple[int, ...]] = {}
         for original, shape in stored.shapes.items():
-            self._add(original, shape)
+            name = original
+            for pattern, replacement in _NAMES:
+                name = re.sub(pattern, replacement, name)
+            match = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name)
+            if match is None or len(shape) != 3:
+                self._places[name], self.shapes[name] = (original, None), shape
+                continue
+            parts = {"down": slice(None)}
+            if match[2] == "gate_up":
+                parts = {"gate": slice(shape[1] // 2), "up": slice(shape[1] // 2, None)}
+            for number, (part, rows) in product(range(shape[0]), parts.items()):
+                name = f"{match[1]}.{number}.{part}_proj.weight"
+                self._places[name] = original, (number, rows)
+                self.shapes[name] = (len(range(shape[1])[rows]), shape[2])
+        self._left = Counter(original for original, _ in self._places.values())
 
-    def _add(self, original: str, shape: tuple[int, ...]) -> None:
-        name = original
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        if match := re.fullmatch(r"(.*\.experts)\.gate_up_proj(\.weight)?", name):
-            middle = shape[1] // 2
-            for part, rows in (("gate", slice(middle)), ("up", slice(middle, None))):
-                self.shapes[f"{match[1]}.{part}_proj.weight"] = (shape[0], middle, *shape[2:])
-                self._whole[f"{match[1]}.{part}_proj.weight"] = original, rows
-        elif match := re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name):
-            name, number = f"{match[1]}.{match[3]}.weight", int(match[2])
-            if self._parts[name] and self.shapes[name][1:] != shape:  # named as it is, which no model has
-                self.shapes[original], self._whole[original] = shape, (original, slice(None))
-                return
-            self._parts[name][number] = original
-            self.shapes[name] = (len(self._parts[name]), *shape)
+    def blocks(self, name: str) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        """Row numbers and the values of these rows."""
+        original, place = self._places[name]
+        if place is None:
+            yield from self._stored.blocks(original)
         else:
-            name = re.sub(r"(\.experts\.down_proj)$", r"\1.weight", name)
-            self.shapes[name], self._whole[name] = shape, (original, slice(None))
+            yield slice(None), self._part(original, place)
 
-    def blocks(self, name: str) -> Iterator[tuple[object, Tensor]]:
-        """Places along the first dimensions, and their values."""
-        if name in self._parts:
-            for place, number in enumerate(sorted(self._parts[name])):
-                for rows, values in self._stored.blocks(self._parts[name][number]):
-                    yield (place, rows), values
-            return
-        original, rows = self._whole[name]
-        for places, values in self._stored.blocks(original):
-            yield places, values if rows == slice(None) else values[:, rows]
+    def stored(self, name: str) -> StoredMatrix | None:
+        """The matrix as it lies in the file, or in memory."""
+        original, place = self._places[name]
+        return self._stored.stored(original) if place is None else stored_floats(self._part(original, place))
 
-    def codes(self, name: str) -> Codes | None:
-        """The tensor in the bits that it has, its experts one below another; None where it has floats."""
-        if name in self._parts:
-            parts = [self._stored.codes(self._parts[name][number]) for number in sorted(self._parts[name])]
-            formats = {None if part is None else part.format.name for part in parts}
-            return join_codes(parts) if len(formats) == 1 and None not in formats else None
-        original, rows = self._whole[name]
-        codes = self._stored.codes(original)
-        if codes is None or rows == slice(None):
-            return codes
-        places = torch.arange(codes.outputs, device="cpu").view(self._stored.shapes[original][:2])
-        return codes.rows(places[:, rows].flatten())
+    def release(self, name: str) -> None:
+        """Says that a tensor is done with."""
+        original, _ = self._places[name]
+        self._left[original] -= 1
+        if not self._left[original]:
+            self._stored.release(original)
+
+    def _part(self, original: str, place: tuple[int, slice]) -> Tensor:
+        ((_, whole),) = self._stored.blocks(original)
+        return whole[place].detach()

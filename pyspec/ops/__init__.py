@@ -7,6 +7,7 @@ from pyspec.ops.expert_linear import ExpertWeight, expert_linear, lay_out_expert
 from pyspec.ops.gear import gear_attention
 from pyspec.ops.gear_encode import gear_encode
 from pyspec.ops.gear_format import GearFormat, gear_decode
+from pyspec.ops.lay_out import StoredMatrix, lay_out
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.ragged_attention import ragged_attention

@@ -19,9 +19,9 @@ from pyspec.ops._checks import check_are_tensors, check_contiguous, check_floati
 from pyspec.ops._library import Op
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear_reference
 from pyspec.ops.linear_codes import linear_codes_reference
-from pyspec.ops.weight_formats import FORMATS, Codes, join_codes
+from pyspec.ops.weight_formats import FORMATS, Codes
 
-__all__ = ["ExpertWeight", "expert_linear", "expert_linear_reference", "lay_out_experts", "lay_out_stacked"]
+__all__ = ["ExpertWeight", "expert_linear", "expert_linear_reference", "lay_out_experts"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class ExpertWeight(LinearWeight):
     """
 
     experts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.experts, self.outputs, self.inputs
 
     def unpack(self) -> Tensor:
         """The weights as they were, [experts, outputs, inputs] fp32."""
@@ -60,16 +64,6 @@ def lay_out_experts(weight: Tensor | Sequence[Codes], dtype: torch.dtype | str |
     for place, part in zip(data, weight, strict=True):
         place.copy_(lay_out_weight(part, dtype).data)
     return ExpertWeight(data.flatten(0, 1), first.outputs, first.inputs, first.format, len(weight))
-
-
-def lay_out_stacked(parts: Sequence[Codes], experts: int) -> ExpertWeight:
-    """Weights of experts that have parts one below another; each part is that of all experts, [experts * n, inputs]."""
-
-    def of_expert(part: Codes, expert: int) -> Codes:
-        outputs = part.outputs // experts
-        return part.rows(slice(expert * outputs, (expert + 1) * outputs))
-
-    return lay_out_experts([join_codes([of_expert(part, expert) for part in parts]) for expert in range(experts)])
 
 
 def expert_linear_reference(

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from pyspec.ops.expert_linear import ExpertWeight, expert_linear, lay_out_experts, lay_out_stacked
+from pyspec.ops.expert_linear import ExpertWeight, expert_linear, lay_out_experts
 from pyspec.ops.linear import lay_out_weight, linear
-from pyspec.ops.weight_formats import FORMATS, Codes, join_codes
+from pyspec.ops.weight_formats import FORMATS, Codes
 from tests.helpers.every_backend import each_backend, each_kernel, same_bits
 from tests.helpers.linear_cases import FLOATS, PACKED, random
 from tests.helpers.weight_formats import random_codes
@@ -116,14 +116,6 @@ def test_a_layout_keeps_every_value(kind):
     alone = [lay_out_weight(part, None if isinstance(part, Codes) else kind) for part in parts]
     assert weight.dtype == alone[0].dtype and weight.nbytes == EXPERTS * alone[0].nbytes
     assert torch.equal(weight.unpack(), torch.stack([part.unpack() for part in alone]))
-
-
-def test_parts_of_every_expert_are_joined():
-    """As a file has them: the gates of all experts, and the ups of all."""
-    gates, ups = experts_of("q4_0", 32), experts_of("q4_0", 32, seed=9)
-    weight = lay_out_stacked([join_codes(gates), join_codes(ups)], EXPERTS)
-    expected = torch.stack([torch.cat([gate.values(), up.values()]) for gate, up in zip(gates, ups, strict=True)])
-    assert torch.equal(weight.unpack(), expected)
 
 
 def test_compiles_as_one_graph():

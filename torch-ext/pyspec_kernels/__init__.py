@@ -13,6 +13,7 @@ expert_linear = ops.expert_linear
 gear = ops.gear
 gear_encode = ops.gear_encode
 gear_ragged = ops.gear_ragged
+lay_out = ops.lay_out
 linear = ops.linear
 linear_codes = ops.linear_codes
 linear_codes_rows = ops.linear_codes_rows
@@ -41,6 +42,7 @@ __all__ = [
     "gear",
     "gear_encode",
     "gear_ragged",
+    "lay_out",
     "linear",
     "linear_codes",
     "linear_codes_rows",
