@@ -33,8 +33,8 @@ class TransformersRunner:
     """A causal model of transformers with a cache of its own; see pyspec.runners.Runner for the calls.
 
     Sequence b's committed keys are at slots 0 .. length - 1 of its row. Trees that are verified in one call are written
-    behind the longest of their sequences, and what is accepted moves to its place. Layers with a window, or chunks, keep
-    all keys too: what they see is for their mask to say, so that a rejection has nothing to bring back.
+    behind the longest of their sequences, and what is accepted moves to its place. Layers with a window or
+    chunks keep all keys too: what they see is for their mask to say, so that a rejection has nothing to bring back.
 
     Some models (longrope) rotate all tokens of a call by other frequencies as soon as one of them is behind a certain
     position, the switch. Plain decoding reads a prompt in one call and then each token alone, so here a call holds

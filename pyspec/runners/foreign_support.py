@@ -16,7 +16,7 @@ def supported() -> str:
     """The models that pyspec takes, for the end of an error."""
     return (
         f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
-        "transformers the causal models with explicit positions whose layers are all attention (full, in a window or in "
+        "transformers the causal models with explicit positions whose layers are all attention (full, windows or "
         "chunks), such as GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and MixtralForCausalLM; "
         "others run by transformers' own generate"
     )
