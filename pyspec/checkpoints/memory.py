@@ -47,9 +47,8 @@ class MemoryNeed:
 def check_memory(
     path: Path | str,
     device: torch.device,
-    need: Callable[[torch.dtype | str | None], tuple[int, str]],
+    need: Callable[[torch.dtype | str | None], tuple[int, str, int, int]],
     dtype: torch.dtype | str | None,
-    cache: tuple[int, int],
     smaller: Mapping[str, torch.dtype | str],
     announce: Callable[[MemoryNeed], None] | None,
 ) -> None:
@@ -58,9 +57,8 @@ def check_memory(
     Args:
         path: what errors name.
         device: where it will be.
-        need: bytes of the weights laid out as a dtype, and what that is called.
+        need: the fields of MemoryNeed but the last, for a dtype.
         dtype: that was chosen.
-        cache: bytes and tokens, see MemoryNeed.
         smaller: dtypes by name, to be proposed where they would fit.
         announce: called with what the model needs.
 
@@ -68,12 +66,12 @@ def check_memory(
         MemoryError: the memory that there is does not suffice.
     """
     available = available_memory(device)
-    found = MemoryNeed(*need(dtype), *cache, available)
+    found = MemoryNeed(*need(dtype), available)
     if available is not None and found.total > available:
         fit = []
         for name, other in smaller.items():
-            total = need(other)[0] + found.cache
-            if total <= available and total < found.total:
+            total = MemoryNeed(*need(other), available).total
+            if total <= available:
                 fit.append(f"{name} would take {_gigabytes(total)} GB")
         proposed = f": dtype {', '.join(fit)}" if fit else ", and no smaller dtype would fit"
         raise MemoryError(f"{path} needs {_gigabytes(found.total)} GB of memory ({found}){proposed}")

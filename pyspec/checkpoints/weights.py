@@ -58,11 +58,11 @@ def read_weights(
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint.shapes, config, path)
 
-    def need(dtype: torch.dtype | str | None) -> tuple[int, str]:
-        return _need(*_blank(family, checkpoint, config, dtype, torch.device("meta")), config)
+    def need(dtype: torch.dtype | str | None) -> tuple[int, str, int, int]:
+        blank = _blank(family, checkpoint, config, dtype, torch.device("meta"))
+        return *_need(*blank, config), *cache_bytes(config, dtype if dtype in FLOATS else torch.bfloat16)
 
-    activations = dtype if dtype in FLOATS else torch.bfloat16
-    check_memory(path, device, need, dtype, cache_bytes(config, activations), SMALLER, announce)
+    check_memory(path, device, need, dtype, SMALLER, announce)
     weights, plans = _blank(family, checkpoint, config, dtype, device)
     buffer = HugePages([plan.nbytes for plan in plans.values()])
     for plan in plans.values():

@@ -66,7 +66,7 @@ def _left(folder: Path, limit: str, used: str) -> int | None:
     """Bytes left in one group, of which pages of files count as free; None where it has no limit."""
     try:
         most, taken = int((folder / limit).read_text()), int((folder / used).read_text())
-        fields = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+        fields = dict(map(str.split, (folder / "memory.stat").read_text().splitlines()))
     except (OSError, ValueError):  # "max" is none
         return None
     return most - taken + int(fields.get("active_file", 0)) + int(fields.get("inactive_file", 0))
