@@ -30,9 +30,10 @@ def load(
             a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
             such as "HuggingFaceTB/SmolLM2-135M-Instruct".
         dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
-            compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16 where the device has instructions
-            for it, or float32. int8 rounds the weights to 8 bits with a scale for every 32, "int4" to 4 bits with a
-            scale and a zero point; where weights have fewer than 16 bits, activations and cache are bfloat16.
+            compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16 where the device has
+            instructions for it, or float32. int8 rounds the weights to 8 bits with a scale for every 32, "int4" to 4
+            bits with a scale and a zero point; where weights have fewer than 16 bits, activations and cache are
+            bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
         prompt_attention: what reads prompts. "pyspec" gives a token the same bits in a prompt as in an answer.
             "flash-attn", the package, is made for long prompts: speculation stays exact, but a text then has one cache

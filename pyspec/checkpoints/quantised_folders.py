@@ -1,31 +1,24 @@
 """Quantised folders: matrices that GPTQ, AWQ, compressed-tensors and others keep in several tensors, read as one.
 
-All methods of integers say, of input k, whose group is g,
-
-    value[n, k] = scale[n, g] * (integer[n, k] - zero[n, g])
-
-which the int4 formats and q8_0 (pyspec/ops/weight_formats.py) say too, so that no value changes. A matrix is taken for
-quantised where its tensors are there: what `ignore` and `modules_to_not_convert` list has none. So are bits, groups and
-zero points read off the tensors, since they may differ from layer to layer. A method is a class in METHODS.
+A matrix is taken for quantised where its tensors are there, so layers that were left out need no list of names. What
+the tensors say is in quantisation_methods.py.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.architectures import Unsupported
+from pyspec.checkpoints.huggingface import read_json
+from pyspec.checkpoints.quantisation_methods import METHODS, Method, Module
 from pyspec.entries import Entries
-from pyspec.ops.weight_formats import FORMATS, Codes, from_microscaling
+from pyspec.ops.weight_formats import Codes
 
-__all__ = ["METHODS", "QuantisedCheckpoint", "quantisation_of"]
+__all__ = ["QuantisedCheckpoint", "quantisation_of"]
 
 
 def quantisation_of(source: Path | str, description: dict) -> Method | None:
@@ -40,8 +33,6 @@ def quantisation_of(source: Path | str, description: dict) -> Method | None:
         if place.get("quantization_config"):
             return _method(source, Entries(f"{source}: config.json", place).part("quantization_config"))
     if (file := Path(source) / "quantize_config.json").is_file():
-        from pyspec.checkpoints.huggingface import read_json
-
         return _method(source, Entries(str(file), read_json(file), {"quant_method": "gptq"}))
     return None
 
@@ -73,7 +64,7 @@ class QuantisedCheckpoint:
         self._modules = {}
         for name in checkpoint.shapes:
             if name.endswith(method.mark):
-                module = _Module(checkpoint, name.removesuffix(method.mark), path)
+                module = Module(checkpoint, name.removesuffix(method.mark), path)
                 self._modules[module.name + method.matrix] = module
         parts = {module.name + part for module in self._modules.values() for part in method.parts}
         self.shapes = {
@@ -109,325 +100,3 @@ class QuantisedCheckpoint:
                 stacklevel=2,
             )
         return None
-
-
-class _Module:
-    """The tensors of one matrix, whose names begin with `name`."""
-
-    def __init__(self, checkpoint, name: str, path: Path | str):
-        self._checkpoint, self.name, self._path = checkpoint, name, path
-
-    def __contains__(self, part: str) -> bool:
-        return self.name + part in self._checkpoint.shapes
-
-    def shape(self, part: str, dimensions: int = 2) -> tuple[int, ...]:
-        if part not in self:
-            raise ValueError(f"{self._path} has no tensor {self.name + part}")
-        shape = self._checkpoint.shapes[self.name + part]
-        if len(shape) != dimensions or not all(shape):
-            raise self.wrong(part, f"have {dimensions} dimensions and not be empty", shape)
-        return shape
-
-    def expect(self, part: str, *shapes: tuple[int, ...]) -> None:
-        """Raises ValueError where a part is missing or has none of the shapes."""
-        if (shape := self.shape(part, len(shapes[0]))) not in shapes:
-            raise self.wrong(part, f"have shape {' or '.join(map(str, shapes))}", shape)
-
-    def tensor(self, part: str, *dtypes: torch.dtype) -> Tensor:
-        """A part, of one of the dtypes; floats must be finite."""
-        parts = [values for _, values in self._checkpoint.blocks(self.name + part)]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if found.dtype not in dtypes:
-            raise self.wrong(part, f"have dtype {' or '.join(map(str, dtypes))}", found.dtype)
-        if found.dtype in _FLOATS and not found.isfinite().all():
-            raise ValueError(f"{self._path}: tensor {self.name + part} has values that are NaN or infinite")
-        return found
-
-    def groups(self, part: str, inputs: int, groups: int) -> Tensor:
-        """The group of each input, int64, by a part that may be missing or never have been set: they are even then."""
-        even = torch.arange(inputs, device="cpu") // -(-inputs // groups)
-        if part not in self:
-            return even
-        self.expect(part, (inputs,))
-        stated = self.tensor(part, torch.int32, torch.int64).long()
-        if (stated <= 0).all():
-            return even
-        if stated.min() < 0 or stated.max() >= groups:
-            raise self.wrong(part, f"be in [0, {groups})", [stated.min().item(), stated.max().item()])
-        return stated
-
-    def wrong(self, part: str, expected: str, found) -> ValueError:
-        return ValueError(f"{self._path}: tensor {self.name + part} must {expected}, got {found}")
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-@dataclass(frozen=True)
-class _Integers:
-    """A matrix of integers, see the top of this file.
-
-    Attributes:
-        integers, zeros: uint8 [outputs, inputs] and [outputs, groups].
-        scales: a float dtype, [outputs, groups].
-        group: int64 [inputs].
-        bits: of an integer.
-    """
-
-    integers: Tensor
-    zeros: Tensor
-    scales: Tensor
-    group: Tensor
-    bits: int
-
-    def read(self) -> Codes | Tensor:
-        """Codes with the values of the matrix, or these values in fp32 where no format has them."""
-        factors, (outputs, inputs) = self.scales.half(), self.integers.shape
-        if torch.equal(factors.float(), self.scales.float()) and (self.bits <= 4 or (self.zeros == 128).all()):
-            names = ("int4_128", "int4_64", "int4_32") if self.bits <= 4 else ("q8_0",)
-            for format in (FORMATS[name] for name in names):
-                fill = -inputs % format.block
-                group = torch.cat((self.group, self.group[-1:].expand(fill))).view(-1, format.block)
-                if not torch.equal(group, group[:, :1].expand_as(group)):
-                    continue
-                factors, codes = factors[:, group[:, 0]], F.pad(self.integers, (0, fill))
-                floors = {} if self.bits == 8 else {"floors": factors, "minimums": self.zeros[:, group[:, 0]]}
-                return Codes(format, outputs, inputs, codes, factors, **floors)
-        values = self.integers.float().sub_(self.zeros.float()[:, self.group])
-        return values.mul_(self.scales.float()[:, self.group])
-
-
-def _unpack(words: Tensor, bits: int) -> Tensor:
-    """The integers of `bits` bits, the lowest bits first, in int32 words [..., n]: uint8 [..., 32 n / bits]."""
-    step = bits if 8 % bits == 0 else 1
-    shifts = torch.arange(0, 8, step, dtype=torch.uint8, device="cpu")
-    fields = (words.contiguous().view(torch.uint8)[..., None] >> shifts & 2**step - 1).flatten(-2)
-    if step == bits:
-        return fields
-    weights = 1 << torch.arange(bits, dtype=torch.uint8, device="cpu")
-    return (fields.unflatten(-1, (-1, bits)) * weights).sum(-1, dtype=torch.uint8)
-
-
-# ==== methods ====
-
-
-class Method(Protocol):
-    """How a method keeps a matrix X.
-
-    Attributes:
-        mark: what the name of one of its tensors ends in.
-        matrix: what takes the mark's place in the matrix's own name.
-        parts: what the names of all its tensors end in.
-    """
-
-    mark: str
-    matrix: str
-    parts: tuple[str, ...]
-
-    def shape(self, module: _Module) -> tuple[int, ...]:
-        """The matrix's shape; raises ValueError where its parts do not fit each other."""
-
-    def read(self, module: _Module) -> Codes | Tensor:
-        """The matrix, [outputs, inputs]: in its bits, or fp32."""
-
-
-class GPTQ:
-    """Integers of 2, 3, 4 or 8 bits; g_idx has the group of each input, in any order where it was made by desc_act."""
-
-    mark, matrix = ".qweight", ".weight"
-    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
-
-    def __init__(self, source: Path | str, entries: Entries):
-        if (bits := entries.whole("bits")) not in (2, 3, 4, 8):
-            raise Unsupported(f"{source} has GPTQ's integers of {bits} bits, supported are 2, 3, 4 and 8")
-        kind = entries.text("checkpoint_format", "gptq")
-        if kind not in ("gptq", "gptq_v2"):
-            raise Unsupported(f"{source} has GPTQ's checkpoint_format {kind}, supported are gptq and gptq_v2")
-        self._offset = 1 if kind == "gptq" else 0  # the first version kept zero points less one
-
-    def shape(self, module: _Module) -> tuple[int, int]:
-        rows, outputs = module.shape(".qweight")
-        groups, columns = module.shape(".qzeros")
-        bits = 32 * columns // outputs  # of this layer, which may have others than most
-        if bits not in (2, 3, 4, 8) or 32 * columns % outputs or 32 * rows % bits:
-            raise module.wrong(
-                ".qzeros", f"have integers of 2, 3, 4 or 8 bits for {outputs} outputs", (groups, columns)
-            )
-        module.expect(".scales", (groups, outputs))
-        return outputs, 32 * rows // bits
-
-    def read(self, module: _Module) -> Codes | Tensor:
-        outputs, inputs = self.shape(module)
-        zeros = module.tensor(".qzeros", torch.int32)
-        bits = 32 * zeros.shape[1] // outputs
-        zeros = (_unpack(zeros, bits) + self._offset & 2**bits - 1).T
-        integers = _unpack(module.tensor(".qweight", torch.int32).T, bits)
-        group = module.groups(".g_idx", inputs, zeros.shape[1])
-        return _Integers(integers, zeros, module.tensor(".scales", *_FLOATS).T, group, bits).read()
-
-
-class AWQ:
-    """Integers of 4 bits, eight outputs in a word (gemm), or eight inputs (gemv)."""
-
-    mark, matrix = ".qweight", ".weight"
-    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
-    _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word of gemm, of eight outputs
-
-    def __init__(self, source: Path | str, entries: Entries):
-        form = entries.text("version", entries.text("checkpoint_format", "gemm")).lower()
-        bits = entries.whole("bits", entries.whole("w_bit", 4))
-        if form not in ("gemm", "gemv") or bits != 4:
-            raise Unsupported(
-                f"{source} has AWQ's integers of {bits} bits in the form {form}, supported are 4 bits in gemm and gemv"
-            )
-        self._by_inputs = form == "gemv"
-        self._group = entries.whole("group_size", entries.whole("q_group_size", 128), least=-1)
-
-    def shape(self, module: _Module) -> tuple[int, int]:
-        (rows, columns), (groups, width) = module.shape(".qweight"), module.shape(".scales")
-        if self._by_inputs:  # scales and zero points are filled up to whole words
-            module.expect(".scales", (rows, width // 8 * 8))
-            module.expect(".qzeros", (rows, width // 8))
-            if self._groups(8 * columns) > width:
-                raise module.wrong(".scales", f"have groups of {self._group} of {8 * columns} inputs", (groups, width))
-            return rows, 8 * columns
-        module.expect(".qweight", (rows, width // 8))
-        module.expect(".qzeros", (groups, width // 8))
-        return width, rows
-
-    def _groups(self, inputs: int) -> int:
-        return -(-inputs // self._group) if self._group > 0 else 1
-
-    def read(self, module: _Module) -> Codes | Tensor:
-        _, inputs = self.shape(module)
-        integers, zeros = (_unpack(module.tensor(part, torch.int32), 4) for part in (".qweight", ".qzeros"))
-        scales = module.tensor(".scales", *_FLOATS)
-        if self._by_inputs:
-            groups = self._groups(inputs)
-            zeros, scales = zeros[:, :groups], scales[:, :groups]
-        else:
-            places = torch.tensor(self._PLACES, device="cpu")
-            integers, zeros = (part.unflatten(1, (-1, 8))[..., places].flatten(1).T for part in (integers, zeros))
-            scales = scales.T
-        group = module.groups(".g_idx", inputs, scales.shape[1])
-        return _Integers(integers.contiguous(), zeros, scales, group, 4).read()
-
-
-class CompressedTensors:
-    """Integers of 4 or 8 bits in words, of 8 bits as they are, 8-bit floats, or MXFP4's; with scales of any groups."""
-
-    mark, matrix = ".weight_scale", ".weight"
-    parts = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
-    _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized")
-
-    def __init__(self, source: Path | str, entries: Entries):
-        stated = {entries.text("format", "dense"), entries.part("sparsity_config").text("format", "dense")}
-        groups = (group for group in entries.part("config_groups").values() if isinstance(group, dict))
-        stated |= {str(group.get("format") or "dense") for group in groups}
-        if unknown := sorted(stated - {*self._FORMATS, "mixed-precision", "dense"}):
-            raise Unsupported(
-                f"{source} has compressed-tensors in the format {unknown[0]}, supported are {', '.join(self._FORMATS)}"
-            )
-        if entries.part("transform_config").get("config_groups"):
-            raise Unsupported(f"{source} has transform_config, which pyspec does not compute")
-
-    def shape(self, module: _Module) -> tuple[int, int]:
-        if ".weight_packed" not in module:
-            return module.shape(".weight")
-        outputs, words = module.shape(".weight_packed")
-        if ".weight_shape" not in module:  # MXFP4's bytes
-            return outputs, 2 * words
-        module.expect(".weight_shape", (2,))
-        shape = tuple(module.tensor(".weight_shape", torch.int32, torch.int64).tolist())
-        if shape[0] != outputs or words not in (-(-shape[1] // 8), -(-shape[1] // 4)):
-            raise module.wrong(".weight_packed", f"have integers of 4 or 8 bits for {shape}", (outputs, words))
-        return shape
-
-    def read(self, module: _Module) -> Codes | Tensor:
-        outputs, inputs = self.shape(module)
-        if ".weight_packed" not in module:
-            weight = module.tensor(".weight", torch.int8, *_FP8)
-            if weight.dtype != torch.int8:
-                return _scaled(module, weight, module.tensor(".weight_scale", *_FLOATS))
-            return self._integers(module, weight.view(torch.uint8) ^ 128, 8)
-        packed = module.tensor(".weight_packed", torch.int32, torch.uint8)
-        if packed.dtype == torch.uint8:
-            module.expect(".weight_scale", (outputs, inputs // 32))
-            return from_microscaling(packed, module.tensor(".weight_scale", torch.uint8))
-        bits = 4 if packed.shape[1] == -(-inputs // 8) else 8
-        return self._integers(module, _unpack(packed, bits)[:, :inputs], bits)
-
-    def _integers(self, module: _Module, integers: Tensor, bits: int) -> Codes | Tensor:
-        (outputs, inputs), middle = integers.shape, 2 ** (bits - 1)
-        scales = module.tensor(".weight_scale", *_FLOATS)
-        if scales.numel() in (1, outputs):  # of the tensor, or of each output
-            scales = scales.reshape(-1, 1).expand(outputs, 1)
-        elif scales.dim() != 2 or len(scales) != outputs or scales.shape[1] > inputs:
-            raise module.wrong(".weight_scale", f"have {outputs} rows of groups", tuple(scales.shape))
-        groups = scales.shape[1]
-        zeros = torch.full((outputs, groups), middle, dtype=torch.uint8, device="cpu")
-        if ".weight_zero_point" in module:
-            stated = module.tensor(".weight_zero_point", torch.int32, torch.int8)
-            if stated.dtype == torch.int8:
-                zeros = (stated.reshape(-1, groups) + middle).to(torch.uint8).expand(outputs, groups)
-            else:
-                module.expect(".weight_zero_point", (-(-outputs * bits // 32), groups))
-                zeros = _unpack(stated.T, bits)[:, :outputs].T
-        group = module.groups(".weight_g_idx", inputs, groups)
-        return _Integers(integers, zeros, scales, group, bits).read()
-
-
-class FP8:
-    """8-bit floats, with a scale for every square block of them, or one for all."""
-
-    mark, matrix = ".weight_scale_inv", ".weight"
-    parts = (".weight_scale_inv",)
-
-    def __init__(self, source: Path | str, entries: Entries):
-        self._block = entries.array("weight_block_size", int, [128, 128])
-        if len(self._block) != 2 or min(self._block) < 1:
-            raise entries.wrong("weight_block_size", self._block, "two whole numbers above 0")
-
-    def shape(self, module: _Module) -> tuple[int, int]:
-        return module.shape(".weight")
-
-    def read(self, module: _Module) -> Codes | Tensor:
-        weight, scale = module.tensor(".weight", *_FP8), module.tensor(".weight_scale_inv", *_FLOATS)
-        return _scaled(module, weight, scale, ".weight_scale_inv", self._block)
-
-
-def _scaled(module: _Module, weight: Tensor, scale: Tensor, part: str = ".weight_scale", block=(1, 1)) -> Tensor:
-    """fp32 of 8-bit floats times scales of blocks, of rows, or of all."""
-    outputs, inputs = weight.shape
-    if scale.numel() in (1, outputs):
-        return weight.float() * scale.float().reshape(-1, 1)
-    if scale.shape != (-(-outputs // block[0]), -(-inputs // block[1])):
-        raise module.wrong(part, f"have a scale for every {block[0]} x {block[1]}", tuple(scale.shape))
-    scale = scale.float().repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    return weight.float() * scale[:outputs, :inputs]
-
-
-class MXFP4:
-    """Experts [experts, outputs, inputs / 32, 16 bytes], where two inputs are a byte, and an exponent for each 32."""
-
-    mark, matrix = "_blocks", ""
-    parts = ("_blocks", "_scales")
-
-    def __init__(self, source: Path | str, entries: Entries):
-        pass
-
-    def shape(self, module: _Module) -> tuple[int, int, int]:
-        *outer, blocks, _ = module.shape("_blocks", 4)
-        module.expect("_blocks", (*outer, blocks, 16))
-        module.expect("_scales", (*outer, blocks))
-        return *outer, 32 * blocks
-
-    def read(self, module: _Module) -> Codes:
-        """The outputs of all experts, one expert's below another's."""
-        scales = module.tensor("_scales", torch.uint8)
-        blocks = module.tensor("_blocks", torch.uint8)
-        return from_microscaling(blocks.flatten(2).flatten(0, 1), scales.flatten(0, 1))
-
-
-METHODS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "fp8": FP8, "mxfp4": MXFP4}
