@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata, and tensors under the names of Hugging Face, dequantised block by block or as codes."""
+"""Reads GGUF files: metadata, and tensors under the names of Hugging Face, by blocks of values or as they lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.entries import Entries
-from pyspec.ops.weight_formats import GGUF_KINDS, Codes, from_gguf
+from pyspec.machine.mapped import map_file, release_pages
+from pyspec.ops.lay_out import STORED_KINDS, StoredMatrix
+from pyspec.ops.weight_formats import GGUF_KINDS
 
 __all__ = ["GGUFCheckpoint", "GGUFFile", "read_gguf_config"]
 
@@ -66,7 +68,7 @@ class GGUFFile:
 
     @property
     def is_quantised(self) -> bool:
-        """Whether a matrix has a type that keeps its bits, see `codes`."""
+        """Whether a matrix has a type that keeps its bits, see `stored`."""
         return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) == 2)
 
     @property
@@ -90,22 +92,20 @@ class GGUFFile:
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
             yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
 
-    def codes(self, name: str) -> Codes | None:
-        """A matrix in the bits that it has in the file; None where it has floats, or a type that no format is made for.
-
-        Raises:
-            ValueError: a factor is NaN or infinite.
-        """
+    def stored(self, name: str) -> StoredMatrix | None:
+        """A matrix in the bytes of the file; None for vectors, and types that no format is made for."""
         info = self._tensors[name]
         kind = self._kind(name)
-        if kind not in GGUF_KINDS or len(info.shape) != 2:
+        kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
+        if kind not in STORED_KINDS or len(info.shape) != 2:
             return None
         data = torch.frombuffer(info.data, dtype=torch.uint8, count=info.bytes, offset=info.offset)
-        codes = from_gguf(kind, data, info.shape)
-        for factors in (codes.factors, codes.floors):
-            if factors is not None and not factors.isfinite().all():
-                raise ValueError(f"{info.path}: tensor {name} has values that are NaN or infinite")
-        return codes
+        return StoredMatrix(kind, data, *info.shape)
+
+    def release(self, name: str) -> None:
+        """Says that a tensor is done with: its pages leave memory."""
+        info = self._tensors[name]
+        release_pages(info.data, info.offset, info.bytes)
 
     def _kind(self, name: str) -> str:
         return _gguf().GGMLQuantizationType(self._tensors[name].kind).name.lower()
@@ -129,7 +129,7 @@ def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
 
 
 class GGUFCheckpoint:
-    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, `blocks` or `codes` of one."""
+    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all; one in `blocks`, or as `stored`."""
 
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
@@ -144,10 +144,13 @@ class GGUFCheckpoint:
             yield order[start : start + len(values)], values
             start += len(values)
 
-    def codes(self, name: str) -> Codes | None:
-        """The tensor in the bits that it has in the file, see GGUFFile.codes."""
-        codes, order = self._file.codes(self._names[name]), self._order(name)
-        return codes if codes is None or order is None else codes.rows(order.argsort())
+    def stored(self, name: str) -> StoredMatrix | None:
+        """The matrix as it lies in the file, see GGUFFile.stored."""
+        stored, order = self._file.stored(self._names[name]), self._order(name)
+        return stored if stored is None or order is None else replace(stored, order=order.argsort())
+
+    def release(self, name: str) -> None:
+        self._file.release(self._names[name])
 
     def _order(self, name: str) -> Tensor | None:
         """Which row of the model each row of a tensor in the file is; None where it is the same."""
@@ -202,8 +205,7 @@ class _Part:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
-            # private and writable, because torch wants writable arrays; pages are shared as long as nobody writes
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._data = map_file(path)
         self._at = 4
         try:
             self._read_header()

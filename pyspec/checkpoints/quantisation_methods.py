@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,58 +20,12 @@ from torch import Tensor
 
 from pyspec.architectures import Unsupported
 from pyspec.entries import Entries
-from pyspec.ops.weight_formats import FORMATS, Codes, from_microscaling
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, from_microscaling
 
-__all__ = ["METHODS", "Method", "Module"]
+if TYPE_CHECKING:
+    from pyspec.checkpoints.quantised_folders import Module
 
-
-class Module:
-    """The tensors of one matrix, whose names begin with `name`."""
-
-    def __init__(self, checkpoint, name: str, path: Path | str):
-        self._checkpoint, self.name, self._path = checkpoint, name, path
-
-    def __contains__(self, part: str) -> bool:
-        return self.name + part in self._checkpoint.shapes
-
-    def shape(self, part: str, dimensions: int = 2) -> tuple[int, ...]:
-        if part not in self:
-            raise ValueError(f"{self._path} has no tensor {self.name + part}")
-        shape = self._checkpoint.shapes[self.name + part]
-        if len(shape) != dimensions or not all(shape):
-            raise self.wrong(part, f"have {dimensions} dimensions and not be empty", shape)
-        return shape
-
-    def expect(self, part: str, *shapes: tuple[int, ...]) -> None:
-        """Raises ValueError where a part is missing or has none of the shapes."""
-        if (shape := self.shape(part, len(shapes[0]))) not in shapes:
-            raise self.wrong(part, f"have shape {' or '.join(map(str, shapes))}", shape)
-
-    def tensor(self, part: str, *dtypes: torch.dtype) -> Tensor:
-        """A part, of one of the dtypes; floats must be finite."""
-        parts = [values for _, values in self._checkpoint.blocks(self.name + part)]
-        found = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if found.dtype not in dtypes:
-            raise self.wrong(part, f"have dtype {' or '.join(map(str, dtypes))}", found.dtype)
-        if found.dtype in _FLOATS and not found.isfinite().all():
-            raise ValueError(f"{self._path}: tensor {self.name + part} has values that are NaN or infinite")
-        return found
-
-    def groups(self, part: str, inputs: int, groups: int) -> Tensor:
-        """The group of each input, int64, by a part that may be missing or never have been set: they are even then."""
-        even = torch.arange(inputs, device="cpu") // -(-inputs // groups)
-        if part not in self:
-            return even
-        self.expect(part, (inputs,))
-        stated = self.tensor(part, torch.int32, torch.int64).long()
-        if (stated <= 0).all():
-            return even
-        if stated.min() < 0 or stated.max() >= groups:
-            raise self.wrong(part, f"be in [0, {groups})", [stated.min().item(), stated.max().item()])
-        return stated
-
-    def wrong(self, part: str, expected: str, found) -> ValueError:
-        return ValueError(f"{self._path}: tensor {self.name + part} must {expected}, got {found}")
+__all__ = ["METHODS", "Method"]
 
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -79,37 +33,46 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
-class _Integers:
-    """A matrix of integers, see the top of this file.
+class _Groups:
+    """What stands beside the integers of a matrix, see the top of this file.
 
     Attributes:
-        integers, zeros: uint8 [outputs, inputs] and [outputs, groups].
         scales: a float dtype, [outputs, groups].
+        zeros: uint8, [outputs, groups].
         group: int64 [inputs].
         bits: of an integer.
     """
 
-    integers: Tensor
-    zeros: Tensor
     scales: Tensor
+    zeros: Tensor
     group: Tensor
     bits: int
 
-    def read(self) -> Codes | Tensor:
-        """Codes with the values of the matrix, or these values in fp32 where no format has them."""
-        factors, (outputs, inputs) = self.scales.half(), self.integers.shape
-        if torch.equal(factors.float(), self.scales.float()) and (self.bits <= 4 or (self.zeros == 128).all()):
-            names = ("int4_128", "int4_64", "int4_32") if self.bits <= 4 else ("q8_0",)
-            for format in (FORMATS[name] for name in names):
-                fill = -inputs % format.block
-                group = torch.cat((self.group, self.group[-1:].expand(fill))).view(-1, format.block)
-                if not torch.equal(group, group[:, :1].expand_as(group)):
-                    continue
-                factors, codes = factors[:, group[:, 0]], F.pad(self.integers, (0, fill))
-                floors = {} if self.bits == 8 else {"floors": factors, "minimums": self.zeros[:, group[:, 0]]}
-                return Codes(format, outputs, inputs, codes, factors, **floors)
-        values = self.integers.float().sub_(self.zeros.float()[:, self.group])
-        return values.mul_(self.scales.float()[:, self.group])
+    def format(self) -> WeightFormat | None:
+        """The format that has every value of the matrix; None where none has."""
+        is_exact = torch.equal(self.scales.half().float(), self.scales.float())
+        if not is_exact or self.bits > 4 and not (self.zeros == 128).all():
+            return None
+        names = ("int4_128", "int4_64", "int4_32") if self.bits <= 4 else ("q8_0",)
+        formats = (FORMATS[name] for name in names)
+        return next((format for format in formats if self._of_blocks(format) is not None), None)
+
+    def _of_blocks(self, format: WeightFormat) -> Tensor | None:
+        """The group of each block of a format; None where a block has inputs of several."""
+        fill = -len(self.group) % format.block
+        group = torch.cat((self.group, self.group[-1:].expand(fill))).view(-1, format.block)
+        return group[:, 0] if torch.equal(group, group[:, :1].expand_as(group)) else None
+
+    def read(self, integers: Tensor) -> Codes | Tensor:
+        """The matrix whose integers are these, uint8 [outputs, inputs]: codes, or fp32 where no format has it."""
+        if (format := self.format()) is None:
+            values = integers.float().sub_(self.zeros.float()[:, self.group])
+            return values.mul_(self.scales.float()[:, self.group])
+        outputs, inputs = integers.shape
+        group = self._of_blocks(format)
+        factors, codes = self.scales.half()[:, group], F.pad(integers, (0, -inputs % format.block))
+        floors = {"floors": factors, "minimums": self.zeros[:, group]} if format.has_floors else {}
+        return Codes(format, outputs, inputs, codes, factors, **floors)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
@@ -142,11 +105,32 @@ class Method(Protocol):
     def shape(self, module: Module) -> tuple[int, ...]:
         """The matrix's shape; raises ValueError where its parts do not fit each other."""
 
+    def format(self, module: Module) -> str | None:
+        """The name of the format that has every value of the matrix, known from its small parts; None without one."""
+
     def read(self, module: Module) -> Codes | Tensor:
-        """The matrix, [outputs, inputs]: in its bits, or fp32."""
+        """The matrix, [outputs, inputs]: in its format, or fp32."""
 
 
-class GPTQ:
+class _OfIntegers:
+    """A method of integers: what stands beside them says which format has the matrix."""
+
+    def _groups(self, module: Module) -> _Groups:
+        raise NotImplementedError
+
+    def _integers(self, module: Module) -> Tensor:
+        """uint8 [outputs, inputs]."""
+        raise NotImplementedError
+
+    def format(self, module: Module) -> str | None:
+        format = self._groups(module).format()
+        return format and format.name
+
+    def read(self, module: Module) -> Codes | Tensor:
+        return self._groups(module).read(self._integers(module))
+
+
+class GPTQ(_OfIntegers):
     """Integers of 2, 3, 4 or 8 bits; g_idx has the group of each input, in any order where it was made by desc_act."""
 
     mark, matrix = ".qweight", ".weight"
@@ -171,17 +155,20 @@ class GPTQ:
         module.expect(".scales", (groups, outputs))
         return outputs, 32 * rows // bits
 
-    def read(self, module: Module) -> Codes | Tensor:
+    def _groups(self, module: Module) -> _Groups:
         outputs, inputs = self.shape(module)
         zeros = module.tensor(".qzeros", torch.int32)
         bits = 32 * zeros.shape[1] // outputs
         zeros = (_unpack(zeros, bits) + self._offset & 2**bits - 1).T
-        integers = _unpack(module.tensor(".qweight", torch.int32).T, bits)
         group = module.groups(".g_idx", inputs, zeros.shape[1])
-        return _Integers(integers, zeros, module.tensor(".scales", *_FLOATS).T, group, bits).read()
+        return _Groups(module.tensor(".scales", *_FLOATS).T, zeros, group, bits)
+
+    def _integers(self, module: Module) -> Tensor:
+        bits = 32 * module.shape(".qzeros")[1] // module.shape(".qweight")[1]
+        return _unpack(module.tensor(".qweight", torch.int32).T, bits)
 
 
-class AWQ:
+class AWQ(_OfIntegers):
     """Integers of 4 bits, eight outputs in a word (gemm), or eight inputs (gemv)."""
 
     mark, matrix = ".qweight", ".weight"
@@ -203,32 +190,39 @@ class AWQ:
         if self._by_inputs:  # scales and zero points are filled up to whole words
             module.expect(".scales", (rows, width // 8 * 8))
             module.expect(".qzeros", (rows, width // 8))
-            if self._groups(8 * columns) > width:
+            if self._counted(8 * columns) > width:
                 raise module.wrong(".scales", f"have groups of {self._group} of {8 * columns} inputs", (groups, width))
             return rows, 8 * columns
         module.expect(".qweight", (rows, width // 8))
         module.expect(".qzeros", (groups, width // 8))
         return width, rows
 
-    def _groups(self, inputs: int) -> int:
+    def _counted(self, inputs: int) -> int:
         return -(-inputs // self._group) if self._group > 0 else 1
 
-    def read(self, module: Module) -> Codes | Tensor:
+    def _groups(self, module: Module) -> _Groups:
         _, inputs = self.shape(module)
-        integers, zeros = (_unpack(module.tensor(part, torch.int32), 4) for part in (".qweight", ".qzeros"))
-        scales = module.tensor(".scales", *_FLOATS)
+        scales, zeros = module.tensor(".scales", *_FLOATS), self._fours(module, ".qzeros")
         if self._by_inputs:
-            groups = self._groups(inputs)
-            zeros, scales = zeros[:, :groups], scales[:, :groups]
+            groups = self._counted(inputs)
+            scales, zeros = scales[:, :groups], zeros[:, :groups]
         else:
-            places = torch.tensor(self._PLACES, device="cpu")
-            integers, zeros = (part.unflatten(1, (-1, 8))[..., places].flatten(1).T for part in (integers, zeros))
             scales = scales.T
-        group = module.groups(".g_idx", inputs, scales.shape[1])
-        return _Integers(integers.contiguous(), zeros, scales, group, 4).read()
+        return _Groups(scales, zeros, module.groups(".g_idx", inputs, scales.shape[1]), 4)
+
+    def _integers(self, module: Module) -> Tensor:
+        return self._fours(module, ".qweight").contiguous()
+
+    def _fours(self, module: Module, part: str) -> Tensor:
+        """[outputs, any], uint8."""
+        fours = _unpack(module.tensor(part, torch.int32), 4)
+        if self._by_inputs:
+            return fours
+        places = torch.tensor(self._PLACES, device="cpu")
+        return fours.unflatten(1, (-1, 8))[..., places].flatten(1).T
 
 
-class CompressedTensors:
+class CompressedTensors(_OfIntegers):
     """Integers of 4 or 8 bits in words, of 8 bits as they are, 8-bit floats, or MXFP4's; with scales of any groups."""
 
     mark, matrix = ".weight_scale", ".weight"
@@ -258,28 +252,42 @@ class CompressedTensors:
             raise module.wrong(".weight_packed", f"have integers of 4 or 8 bits for {shape}", (outputs, words))
         return shape
 
-    def read(self, module: Module) -> Codes | Tensor:
-        outputs, inputs = self.shape(module)
-        if ".weight_packed" not in module:
-            weight = module.tensor(".weight", torch.int8, *_FP8)
-            if weight.dtype != torch.int8:
-                return _scaled(module, weight, module.tensor(".weight_scale", *_FLOATS))
-            return self._integers(module, weight.view(torch.uint8) ^ 128, 8)
-        packed = module.tensor(".weight_packed", torch.int32, torch.uint8)
-        if packed.dtype == torch.uint8:
-            module.expect(".weight_scale", (outputs, inputs // 32))
-            return from_microscaling(packed, module.tensor(".weight_scale", torch.uint8))
-        bits = 4 if packed.shape[1] == -(-inputs // 8) else 8
-        return self._integers(module, _unpack(packed, bits)[:, :inputs], bits)
+    def format(self, module: Module) -> str | None:
+        weight = self._weight(module)
+        return "mxfp4" if weight.dtype == torch.uint8 else None if weight.dtype in _FP8 else super().format(module)
 
-    def _integers(self, module: Module, integers: Tensor, bits: int) -> Codes | Tensor:
-        (outputs, inputs), middle = integers.shape, 2 ** (bits - 1)
+    def read(self, module: Module) -> Codes | Tensor:
+        weight = self._weight(module)
+        if weight.dtype in _FP8:
+            return _scaled(module, weight, module.tensor(".weight_scale", *_FLOATS))
+        if weight.dtype == torch.uint8:
+            module.expect(".weight_scale", (len(weight), weight.shape[1] // 16))
+            return from_microscaling(weight, module.tensor(".weight_scale", torch.uint8))
+        return super().read(module)
+
+    def _weight(self, module: Module) -> Tensor:
+        if ".weight_packed" in module:
+            return module.tensor(".weight_packed", torch.int32, torch.uint8)
+        return module.tensor(".weight", torch.int8, *_FP8)
+
+    def _bits(self, module: Module) -> int:
+        _, inputs = self.shape(module)
+        return 4 if ".weight_packed" in module and module.shape(".weight_packed")[1] == -(-inputs // 8) else 8
+
+    def _integers(self, module: Module) -> Tensor:
+        weight = self._weight(module)
+        if weight.dtype == torch.int8:
+            return weight.view(torch.uint8) ^ 128
+        return _unpack(weight, self._bits(module))[:, : self.shape(module)[1]]
+
+    def _groups(self, module: Module) -> _Groups:
+        (outputs, inputs), bits = self.shape(module), self._bits(module)
         scales = module.tensor(".weight_scale", *_FLOATS)
         if scales.numel() in (1, outputs):  # of the tensor, or of each output
             scales = scales.reshape(-1, 1).expand(outputs, 1)
         elif scales.dim() != 2 or len(scales) != outputs or scales.shape[1] > inputs:
             raise module.wrong(".weight_scale", f"have {outputs} rows of groups", tuple(scales.shape))
-        groups = scales.shape[1]
+        groups, middle = scales.shape[1], 2 ** (bits - 1)
         zeros = torch.full((outputs, groups), middle, dtype=torch.uint8, device="cpu")
         if ".weight_zero_point" in module:
             stated = module.tensor(".weight_zero_point", torch.int32, torch.int8)
@@ -288,8 +296,7 @@ class CompressedTensors:
             else:
                 module.expect(".weight_zero_point", (-(-outputs * bits // 32), groups))
                 zeros = _unpack(stated.T, bits)[:, :outputs].T
-        group = module.groups(".weight_g_idx", inputs, groups)
-        return _Integers(integers, zeros, scales, group, bits).read()
+        return _Groups(scales, zeros, module.groups(".weight_g_idx", inputs, groups), bits)
 
 
 class FP8:
@@ -306,7 +313,10 @@ class FP8:
     def shape(self, module: Module) -> tuple[int, int]:
         return module.shape(".weight")
 
-    def read(self, module: Module) -> Codes | Tensor:
+    def format(self, module: Module) -> None:
+        return None
+
+    def read(self, module: Module) -> Tensor:
         weight, scale = module.tensor(".weight", *_FP8), module.tensor(".weight_scale_inv", *_FLOATS)
         return _scaled(module, weight, scale, ".weight_scale_inv", self._block)
 
@@ -336,6 +346,9 @@ class MXFP4:
         module.expect("_blocks", (*outer, blocks, 16))
         module.expect("_scales", (*outer, blocks))
         return *outer, 32 * blocks
+
+    def format(self, module: Module) -> str:
+        return "mxfp4"
 
     def read(self, module: Module) -> Codes:
         """The outputs of all experts, one expert's below another's."""

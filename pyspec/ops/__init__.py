@@ -6,6 +6,7 @@ from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.gear import gear_attention
 from pyspec.ops.gear_encode import gear_encode
 from pyspec.ops.gear_format import GearFormat, gear_decode
+from pyspec.ops.lay_out import StoredMatrix, lay_out
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 from pyspec.ops.merge_attention import merge_attention
 from pyspec.ops.ragged_attention import ragged_attention

@@ -81,6 +81,10 @@ class LinearWeight:
         return torch.int8 if self.data.dtype == torch.uint8 else self.data.dtype
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes
 

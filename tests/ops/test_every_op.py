@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
+from pyspec.ops.lay_out import lay_out, stored_floats
 from pyspec.ops.linear import LinearWeight, lay_out_parts
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
@@ -221,6 +222,7 @@ def test_every_overload_refuses_gradients(monkeypatch):
         function(**given)
     for weight in (ops.lay_out_weight(floats(7, 40)), codes("int4_32")):
         weight.rows(torch.tensor([3]))
+    lay_out(ops.lay_out_weight(floats(7, 40)), 0, stored_floats(floats(7, 40)))
     assert seen.keys() | DIFFERENTIABLE == _library._OPS.keys()
     for name, args in seen.items():
         if name in DIFFERENTIABLE:

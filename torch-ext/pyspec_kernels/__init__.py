@@ -12,6 +12,7 @@ causal_conv = ops.causal_conv
 gear = ops.gear
 gear_encode = ops.gear_encode
 gear_ragged = ops.gear_ragged
+lay_out = ops.lay_out
 linear = ops.linear
 linear_codes = ops.linear_codes
 linear_codes_rows = ops.linear_codes_rows
@@ -37,6 +38,7 @@ __all__ = [
     "gear",
     "gear_encode",
     "gear_ragged",
+    "lay_out",
     "linear",
     "linear_codes",
     "linear_codes_rows",
