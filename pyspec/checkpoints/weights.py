@@ -47,6 +47,7 @@ def read_weights(
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
     """
+    checkpoint = family.weights.checkpoint(checkpoint)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint, config, path)
     keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
