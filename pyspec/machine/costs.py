@@ -84,8 +84,8 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
 
     Every tree has other tokens, because a model with experts reads those of all nodes: a token that is repeated would
     read the experts of one. Kernels are compiled and graphs captured before, and every size is called once before it
-    counts: a first call may read weights from a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured
-    anew, and one that stays so is not kept.
+    counts: a first call may read weights from a disk. Then each is timed at least twice. A table in which larger trees
+    seem cheaper is measured anew, and one that stays so is not kept.
     """
     context = min(CONTEXT, model.context_length - 2)
     if context < 1:  # no draft ever fits
