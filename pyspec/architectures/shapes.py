@@ -37,8 +37,6 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 def read_shape(source: Path | str, entries: Entries, architecture: str) -> dict[str, Any]:
     """The sizes of a model, fields of a LlamaConfig that all families state alike."""
-    if entries.get("quantization_config"):
-        raise Unsupported(f"{source} has quantization_config, which AttentionRunner does not have")
     if entries.get("mlp_bias"):
         raise Unsupported(f"{source} has mlp_bias, which AttentionRunner does not have")
     heads, kv_heads, head_dim = read_heads(entries)
