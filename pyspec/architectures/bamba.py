@@ -18,7 +18,7 @@ from pyspec.architectures.blocks import feed_forward
 from pyspec.architectures.llama import LayerWeights, LlamaConfig
 from pyspec.architectures.mamba import check_silu
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
-from pyspec.architectures.rotary import rope_entries, rope_table
+from pyspec.architectures.rotary import Rope, rope_entries, rope_table
 from pyspec.architectures.shapes import DEFAULTS, read_heads
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.entries import Entries
@@ -83,9 +83,9 @@ class BambaConfig:
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
 
-    def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
+    def ropes(self, positions: int, device: torch.device) -> list[Rope]:
         """Cosines and sines of positions for every attention layer, which share them."""
-        return [rope_table(self.rope_frequencies(), positions, device)] * self.attention.layers
+        return [Rope(rope_table(self.rope_frequencies(), positions, device))] * self.attention.layers
 
 
 @dataclass

@@ -58,10 +58,12 @@ def read_weights(
         nonlocal done
         kept = _Kept(owner) if keeps_bits else None
         for name, place in places.items():
+            order = family.row_order(config, name, len(place))
             codes = None if kept is None or not kept.is_part(place) else checkpoint.codes(name)
             if codes is None:
-                _fill(place, checkpoint.blocks(name), f"{path}: tensor {name}")
+                _fill(place, checkpoint.blocks(name), f"{path}: tensor {name}", order)
             else:
+                codes = codes if order is None else codes.rows(order.argsort())
                 kept.add(place, codes)
             sample.add([(name, place if codes is None else codes)])
             done += 1
@@ -79,9 +81,15 @@ def read_weights(
     return config, weights
 
 
-def _fill(place: torch.Tensor, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], tensor: str) -> None:
-    """Writes the values of a tensor, by rows, to its place."""
+def _fill(
+    place: torch.Tensor,
+    blocks: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    tensor: str,
+    order: torch.Tensor | None,
+) -> None:
+    """Writes the values of a tensor, by rows, to its place; order: see Family.row_order."""
     for rows, values in blocks:
+        rows = rows if order is None else order[rows]
         place[rows] = values.to(place.device, dtype=place.dtype)
         # a sum is finite only where all values are, and far quicker; fp16 can overflow on the way
         is_sure = values.sum().isfinite() and place.dtype != torch.float16
