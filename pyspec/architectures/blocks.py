@@ -33,7 +33,9 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
     options = {} if layer.head_scales is None else {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
-    q = rotary_write(projected, rope.cos_sin, *places, k, v, heads=config.heads, query_scales=rope.query_scales, **options)
+    q = rotary_write(
+        projected, rope.cos_sin, *places, k, v, heads=config.heads, query_scales=rope.query_scales, **options
+    )
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
     if layer.sinks is not None:
         scores["sinks"] = layer.sinks

@@ -19,7 +19,7 @@ __all__ = []
 
 _DEFAULTS = DEFAULTS | {"vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64}
 _DEFAULTS |= {"num_attention_heads": 80, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288}
-_DEFAULTS |= {"rms_norm_eps": 1e-6, "attention_bias": True, "attention_out_bias": False}
+_DEFAULTS |= {"model_type": "seed_oss", "rms_norm_eps": 1e-6, "attention_bias": True, "attention_out_bias": False}
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderConfig:

@@ -75,5 +75,7 @@ def test_text_that_no_family_has_is_named(tmp_path):
     description = json.loads((tmp_path / "config.json").read_text())
     description["text_config"]["model_type"] = "mistral4"
     (tmp_path / "config.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="has text of mistral4, our kernels have that of mistral, ministral, ministral3"):
+    with pytest.raises(
+        ValueError, match="has text of mistral4, our kernels have that of mistral, ministral, ministral3"
+    ):
         load(str(tmp_path), dtype=torch.float32, device="cpu")

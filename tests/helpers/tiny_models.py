@@ -196,7 +196,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     if rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
-    tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_")), config.num_hidden_layers)
+    tensors = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, architecture.upper().replace("-", "_")), config.num_hidden_layers
+    )
     for name, values in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
