@@ -106,7 +106,7 @@ GGUF_TENSORS = {
 }
 
 
-def read_gguf_shape(file: GGUFFile, entries: Entries) -> dict[str, Any]:
+def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = False) -> dict[str, Any]:
     """The sizes of the model in a GGUF file, fields of a LlamaConfig that all families state alike."""
     shapes = file.shapes
     hidden, layers = entries.whole("embedding_length"), entries.whole("block_count")
@@ -115,7 +115,7 @@ def read_gguf_shape(file: GGUFFile, entries: Entries) -> dict[str, Any]:
     if entries.whole("attention.value_length", head_dim) != head_dim:
         raise Unsupported(f"{file.path} has values of another width than keys, which is not supported")
     layer_norm, rms = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
-    if entries.whole("expert_count", 0, least=0):
+    if not is_mixture and entries.whole("expert_count", 0, least=0):
         raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
     return {
         "architecture": file.metadata["general.architecture"],

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMATS", "GGUF_KINDS", "Codes", "WeightFormat", "from_gguf", "join_codes", "quantise"]
+__all__ = ["FORMATS", "GGUF_BYTES", "GGUF_KINDS", "Codes", "WeightFormat", "from_gguf", "join_codes", "quantise"]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled
@@ -280,6 +280,7 @@ _GGUF: dict[str, tuple[int, Callable]] = {  # bytes of a block, and what takes i
     "mxfp4": (17, _mxfp4),
 }
 GGUF_KINDS = tuple(_GGUF)
+GGUF_BYTES = {kind: bytes_ for kind, (bytes_, _) in _GGUF.items()}  # of a block
 
 
 # ==== rounding ====
@@ -310,8 +311,9 @@ def quantise(weight: Tensor, format: WeightFormat) -> Codes:
         return torch.where(scale > 0, blocks / scale, 0).round_().add_(zero).clamp_(0, 15)
 
     levels = codes_of(scale) - zero
-    square = levels.square().sum(-1, keepdim=True)
-    scale = torch.where(square > 0, (levels * blocks).sum(-1, keepdim=True) / square, 0).half()
+    square = levels.square().sum(-1, keepdim=True)  # exact, and the other sum nearly so: in any order
+    product = (levels.double() * blocks).sum(-1, keepdim=True)
+    scale = torch.where(square > 0, product / square, 0).half()
     if not scale.isfinite().all() or not (high - low).isfinite().all():
         largest = weight.abs().max().item()
         raise ValueError(f"weight must be finite and at most {65504 * 7.5:.3g} for {format.name}, got {largest:.3g}")
