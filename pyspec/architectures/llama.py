@@ -214,8 +214,10 @@ class LlamaWeights(NativeWeights):
     norm_bias: Tensor | None = None  # of the last norm, [hidden]
 
     @classmethod
-    def empty(cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
-        weights = super().empty(config, dtype, device)
+    def empty(
+        cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device, matrices: torch.device | None = None
+    ) -> LlamaWeights:
+        weights = super().empty(config, dtype, device, matrices)
         if config.norm_bias:
             weights.norm_bias = Blank(dtype, device).vector(config.hidden_size)
         return weights

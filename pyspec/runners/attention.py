@@ -66,7 +66,7 @@ class AttentionRunner(NativeRunner):
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
         if prompt_attention != "pyspec" and config.has_sinks:
             raise ValueError(
-                f"prompt_attention must be pyspec for a model with attention sinks, got {prompt_attention}"
+                f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}"
             )
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
