@@ -40,8 +40,6 @@ def read_shape(
     source: Path | str, entries: Entries, architecture: str, *, epsilon: str = "rms_norm_eps"
 ) -> dict[str, Any]:
     """The sizes of a model, fields of a LlamaConfig that all families state alike; epsilon: of norms, its key."""
-    if entries.get("quantization_config"):
-        raise Unsupported(f"{source} has quantization_config, which AttentionRunner does not have")
     if entries.get("mlp_bias"):
         raise Unsupported(f"{source} has mlp_bias, which AttentionRunner does not have")
     heads, kv_heads, head_dim = read_heads(entries)

@@ -12,9 +12,9 @@ from torch import Tensor
 from pyspec.architectures.weights import NativeLayer, NativeWeights
 from pyspec.machine.huge_pages import HugePages
 from pyspec.ops.expert_linear import ExpertWeight
-from pyspec.ops.lay_out import StoredMatrix, empty_weight, laid_out_shape, lay_out
+from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, laid_out_shape, lay_out
 from pyspec.ops.linear import JoinedWeight, LinearWeight
-from pyspec.ops.weight_formats import FORMATS, GGUF_KINDS
+from pyspec.ops.weight_formats import FORMATS
 
 __all__ = ["MatrixPlan", "plan_matrices"]
 
@@ -59,7 +59,7 @@ class MatrixPlan:
             formats = tuple((FORMATS[format], outputs) for format, outputs in self.parts)
             self.weight = JoinedWeight(data, sum(outputs for _, outputs in formats), self.inputs, parts=formats)
 
-    def write(self, tensor: str, matrix: StoredMatrix) -> None:
+    def write(self, tensor: str, matrix: StoredMatrix | StoredCodes) -> None:
         """Lays out a tensor of the checkpoint.
 
         Raises:
@@ -105,7 +105,7 @@ def plan_matrices(
             tensors = {}
         parts = [(format, outputs)] * math.prod(experts)
         is_kept = keeps_bits or name == "embedding" and weights.embedding is not weights.head
-        if tensors and is_kept and all(found.kind in GGUF_KINDS for found in stored.values()):
+        if tensors and is_kept and all(found.kind in FORMATS for found in stored.values()):
             kinds = groupby(stored.values(), lambda found: found.kind)
             in_kinds = [(kind, sum(found.outputs for found in group)) for kind, group in kinds]
             if not experts:

@@ -65,9 +65,7 @@ class AttentionRunner(NativeRunner):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
         if prompt_attention != "pyspec" and config.has_sinks:
-            raise ValueError(
-                f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}"
-            )
+            raise ValueError(f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}")
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
         self._switch = config.rope_switch if (config.rope_switch or 0) < config.context_length else None
