@@ -31,7 +31,7 @@ class GGUF:
         read: the model's configuration, from the file (a pyspec.checkpoints.gguf.GGUFFile) and the metadata that begin
             with its architecture's name. Raises Unsupported for features that the runner does not have.
         tensors: names of tensors in Hugging Face checkpoints by those in GGUF files, both without the layer's number
-            and without "weight" or "bias".
+            and without "weight" or "bias"; * is the number of an expert.
         row_order: for the configuration, a tensor's name in `tensors` and its number of rows: [rows] int64, which row
             of the checkpoint each row of the file is; None where they are the same.
     """

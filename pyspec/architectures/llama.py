@@ -137,15 +137,23 @@ class LayerWeights(NativeLayer):
             qkv_bias=blank.vector(qkv_rows) if config.qkv_bias else None,
             output=blank.matrix(config.hidden_size, config.heads * config.head_dim),
             output_bias=blank.vector(config.hidden_size) if config.output_bias else None,
-            gate_up=blank.matrix(2 * config.intermediate_size, config.hidden_size),
-            down=blank.matrix(config.hidden_size, config.intermediate_size),
+            **cls.empty_feed_forward(config, blank),
         )
+
+    @classmethod
+    def empty_feed_forward(cls, config: LlamaConfig, blank: Blank) -> dict[str, Tensor]:
+        return {
+            "gate_up": blank.matrix(2 * config.intermediate_size, config.hidden_size),
+            "down": blank.matrix(config.hidden_size, config.intermediate_size),
+        }
 
     def named(self, config: LlamaConfig, prefix: str) -> dict[str, Tensor]:
         kv_rows = config.kv_heads * config.head_dim
         qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
         tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        tensors |= {"self_attn.o_proj.weight": dense(self.output), "mlp.down_proj.weight": dense(self.down)}
+        tensors["self_attn.o_proj.weight"] = dense(self.output)
+        feed_forward = {f"mlp.{name}.weight": tensor for name, tensor in self.named_feed_forward(config).items()}
+        tensors |= dict([*feed_forward.items()][:1])  # down: fingerprints of models hang on the order
         joined, parts = (("qkv",), [sum(qkv_rows)]) if "qkv" in config.fused else ("qkv", qkv_rows)
         for name, part in zip(joined, dense(self.qkv).split(parts), strict=True):
             tensors[f"self_attn.{name}_proj.weight"] = part
@@ -154,13 +162,19 @@ class LayerWeights(NativeLayer):
                 tensors[f"self_attn.{name}_proj.bias"] = part
         if self.output_bias is not None:
             tensors["self_attn.o_proj.bias"] = self.output_bias
-        if "gate_up" in config.fused:
-            tensors["mlp.gate_up_proj.weight"] = dense(self.gate_up)
-        else:
-            for name, part in zip(("gate", "up"), dense(self.gate_up).split(config.intermediate_size), strict=True):
-                tensors[f"mlp.{name}_proj.weight"] = part
+        tensors |= feed_forward
         tensors |= {f"self_attn.{name}.weight": norm for name, norm in self.head_norms.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
+
+    def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
+        tensors = {"down_proj": dense(self.down)}
+        if "gate_up" in config.fused:
+            return tensors | {"gate_up_proj": dense(self.gate_up)}
+        gate, up = dense(self.gate_up).split(config.intermediate_size)
+        return tensors | {"gate_proj": gate, "up_proj": up}
+
+    def feed_forward(self, x: Tensor, config: LlamaConfig) -> Tensor:
+        return feed_forward(x, self.gate_up, self.down, config.activation)
 
     def prepare(self, config: LlamaConfig) -> None:
         if hasattr(self, "scales"):  # another runner shares the weights
@@ -197,7 +211,7 @@ class LlamaWeights(NativeWeights):
             delta, delta_scale = attention(x, layer, config, cache, index, numbers), out
             into, out = layer.scales.feed_forward, layer.scales.feed_forward_output
             x = rms_norm(hidden, into, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
-            delta, delta_scale = feed_forward(x, layer, config.activation), out
+            delta, delta_scale = layer.feed_forward(x, config), out
         return rms_norm(hidden, self.last_scale, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
 
     def prepare(self, config: LlamaConfig) -> None:

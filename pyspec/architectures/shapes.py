@@ -37,8 +37,6 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 def read_shape(source: Path | str, entries: Entries, architecture: str) -> dict[str, Any]:
     """The sizes of a model, fields of a LlamaConfig that all families state alike."""
-    if entries.get("quantization_config"):
-        raise Unsupported(f"{source} has quantization_config, which AttentionRunner does not have")
     if entries.get("mlp_bias"):
         raise Unsupported(f"{source} has mlp_bias, which AttentionRunner does not have")
     heads, kv_heads, head_dim = read_heads(entries)
@@ -103,7 +101,7 @@ GGUF_TENSORS = {
 }
 
 
-def read_gguf_shape(file: GGUFFile, entries: Entries) -> dict[str, Any]:
+def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = False) -> dict[str, Any]:
     """The sizes of the model in a GGUF file, fields of a LlamaConfig that all families state alike."""
     shapes = file.shapes
     hidden, layers = entries.whole("embedding_length"), entries.whole("block_count")
@@ -111,7 +109,7 @@ def read_gguf_shape(file: GGUFFile, entries: Entries) -> dict[str, Any]:
     head_dim = entries.whole("attention.key_length", max(1, hidden // heads))
     if entries.whole("attention.value_length", head_dim) != head_dim:
         raise Unsupported(f"{file.path} has values of another width than keys, which is not supported")
-    if entries.whole("expert_count", 0, least=0):
+    if not is_mixture and entries.whole("expert_count", 0, least=0):
         raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
     return {
         "architecture": file.metadata["general.architecture"],

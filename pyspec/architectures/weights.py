@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
+from pyspec.ops.expert_linear import lay_out_experts
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 
 __all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
@@ -18,7 +19,10 @@ Matrix = Tensor | LinearWeight
 
 
 def laid_out(matrix: Matrix, dtype: torch.dtype | str) -> LinearWeight:
-    return matrix if isinstance(matrix, LinearWeight) else lay_out_weight(matrix, dtype)
+    """A matrix, or those of experts [experts, outputs, inputs], laid out."""
+    if isinstance(matrix, LinearWeight):
+        return matrix
+    return lay_out_experts(matrix, dtype) if matrix.dim() == 3 else lay_out_weight(matrix, dtype)
 
 
 def dense(matrix: Matrix) -> Tensor:
@@ -92,6 +96,11 @@ class NativeWeights:
             layers: some of the layers, ascending; only where they are all attention.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def checkpoint(stored):
+        """A checkpoint whose tensors are those of `named`, of one as it is stored; see checkpoints.weights."""
+        return stored
 
     @classmethod
     def empty(

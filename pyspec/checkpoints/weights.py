@@ -47,8 +47,9 @@ def read_weights(
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
     """
+    checkpoint = family.weights.checkpoint(checkpoint)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
-    _check_tensors(family.weights, checkpoint.shapes, config, path)
+    _check_tensors(family.weights, checkpoint, config, path)
     keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
     blank = torch.float32 if dtype in (torch.int8, "int4") else dtype
     on_cpu = device.type == "cpu"
@@ -165,8 +166,9 @@ def _untied(config):
     return replace(config, **changed)
 
 
-def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple], config, path: Path | str) -> None:
+def _check_tensors(weights_class: type[NativeWeights], checkpoint, config, path: Path | str) -> None:
     """Raises ValueError naming the tensors that are missing, have another shape or are unknown."""
+    shapes = checkpoint.shapes
     last = f"{weights_class.LAYERS}{config.layers - 1}."
     if not any(name.startswith(last) for name in shapes):  # before anything is made for so many layers
         raise ValueError(f"{path} has no tensor {last}*, for {config.layers} layers")
@@ -183,4 +185,6 @@ def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple],
             if shape != expected[name]:
                 raise ValueError(f"{path}: tensor {name} must have shape {expected[name]}, got {shape}")
         elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # computed, or tied to another
+            if name.endswith(".bias") and not any(values.any() for _, values in checkpoint.blocks(name)):
+                continue  # quantisers give one to every matrix
             raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")

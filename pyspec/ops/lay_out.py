@@ -9,8 +9,9 @@ bits as `lay_out_weight` does.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pyspec.ops.weight_formats import FORMATS, GGUF_BYTES, Codes, from_gguf, qua
 
 __all__ = [
     "STORED_KINDS",
+    "StoredCodes",
     "StoredMatrix",
     "empty_weight",
     "lay_out",
@@ -81,6 +83,35 @@ class StoredMatrix:
         return values if self.order is None else values[self.order]
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """A matrix [outputs, inputs] that is taken apart when it is asked for.
+
+    Attributes:
+        kind: the name of its format in FORMATS.
+        outputs: rows of the matrix.
+        inputs: its columns.
+        read: gives the codes.
+    """
+
+    kind: str
+    outputs: int
+    inputs: int
+    read: Callable[[], Codes]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
+    @cached_property
+    def codes(self) -> Codes:
+        return self.read()
+
+    def rows(self, index: slice) -> Codes:
+        """Some of its rows."""
+        return self.codes.rows(index)
+
+
 def stored_floats(tensor: Tensor) -> StoredMatrix | None:
     """A tensor as it lies in memory; None for what is no matrix of floats on the CPU."""
     kind = str(tensor.dtype).removeprefix("torch.")
@@ -116,7 +147,7 @@ def empty_weight(format: str, outputs: int, inputs: int, data: Tensor) -> Linear
     return LinearWeight(data.view(dtype).view(shape), outputs, inputs, kept)
 
 
-def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix) -> None:
+def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes) -> None:
     """Writes a matrix to outputs first to first + matrix.outputs of a weight on the CPU.
 
     Args:
@@ -129,7 +160,6 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix) -> None:
         ValueError: the weight has no room for the rows, or another width, or cannot have this kind of them; or a value
             is NaN, infinite, or too large for the format's scales.
     """
-    check_are_tensors(data=matrix.data, order=matrix.order, optional=("order",))
     if weight.inputs != matrix.inputs or not 0 <= first <= weight.outputs - matrix.outputs:
         raise ValueError(
             f"weight must have {matrix.inputs} inputs and room for {matrix.outputs} outputs from {first} on, got "
@@ -137,6 +167,11 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix) -> None:
         )
     format = "q8_0" if weight.dtype == torch.int8 else str(weight.dtype).removeprefix("torch.")
     panels = weight.data.view(torch.uint8).flatten()
+    if isinstance(matrix, StoredCodes):
+        if matrix.kind == format:
+            return _write_codes(panels, first, matrix.codes)
+        matrix = stored_floats(matrix.codes.values())
+    check_are_tensors(data=matrix.data, order=matrix.order, optional=("order",))
     _OP(panels, first, weight.inputs, _NAMES.index(format), matrix.data, _NAMES.index(matrix.kind), matrix.order)
 
 
@@ -156,13 +191,20 @@ def lay_out_reference(
             raise BadData("source has values that are NaN or infinite")
         panels.copy_(lay_out_weight(dense).data.view(torch.uint8).flatten())
         return
-    codes = _codes_for(name, matrix)
-    outputs = len(panels) // math.prod(shape[1:]) * PANEL
-    weight = take_apart(panels.view(shape), FORMATS[name], outputs, inputs)
-    for part in ("codes", "factors", "scales", "floors", "minimums"):
-        if (values := getattr(weight, part)) is not None:
-            values[first : first + rows] = getattr(codes, part)
-    panels.copy_(lay_out_codes(weight).flatten())
+    _write_codes(panels, first, _codes_for(name, matrix))
+
+
+def _write_codes(panels: Tensor, first: int, codes: Codes) -> None:
+    """Writes codes to outputs `first` on of a weight of their format."""
+    _, (_, *shape) = laid_out_shape(codes.format.name, 1, codes.inputs)
+    panels = panels.view(-1, *shape)
+    if first % PANEL or codes.outputs % PANEL:  # other outputs are in a panel with these
+        weight = take_apart(panels, codes.format, len(panels) * PANEL, codes.inputs)
+        for part in ("codes", "factors", "scales", "floors", "minimums"):
+            if (values := getattr(weight, part)) is not None:
+                values[first : first + codes.outputs] = getattr(codes, part)
+        first, codes = 0, weight
+    panels[first // PANEL : first // PANEL + codes.outputs // PANEL] = lay_out_codes(codes)
 
 
 def _codes_for(name: str, matrix: StoredMatrix) -> Codes:

@@ -31,6 +31,7 @@ _GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 OTHER_KINDS = {
     "qwen3": ("Qwen3", {}),
     "qwen3_with_windows_and_biases": (
@@ -57,6 +58,19 @@ OTHER_KINDS = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 0.7}
         | {"rms_norm_eps": 0.01},
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 6}),
+    "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe_some_dense": (
+        "Qwen3Moe",
+        _EXPERTS
+        | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3], "attention_bias": True}
+        | {"use_sliding_window": True, "sliding_window": 6},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        _EXPERTS | {"shared_expert_intermediate_size": 72, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "olmoe": ("Olmoe", {"hidden_size": 256, "num_experts": 6, "num_experts_per_tok": 3, "attention_bias": True}),
     "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
     "exaone4_with_windows": ("Exaone4", {"num_hidden_layers": 4, "sliding_window": 6}),
 }
@@ -95,6 +109,17 @@ IN_GGUF = {
         {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7},
     ),
     "exaone4": ({}, {}),
+    "mixtral": ({"sliding_window": None}, {"expert_count": 5, "expert_used_count": 2}),
+    "qwen3_moe": (
+        {"moe_intermediate_size": 64},
+        {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 64},
+    ),
+    "qwen2_moe": (
+        {"use_sliding_window": False},
+        {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 40}
+        | {"expert_shared_feed_forward_length": 72},
+    ),
+    "olmoe": ({"attention_bias": False}, {"expert_count": 6, "expert_used_count": 3}),
     "exaone4_with_windows": ({}, {"attention.sliding_window": 6}),
 }
 
@@ -126,13 +151,24 @@ def tiny_model(kind: str, **changed):
     return model
 
 
+def split_experts(tensors):
+    """Names and tensors, with the gates and ups of experts apart, as files of llama.cpp have them."""
+    for name, values in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            for part, rows in zip(("gate", "up"), values.chunk(2, 1), strict=True):
+                yield f"{name.removesuffix('gate_up_proj')}{part}_proj.weight", rows
+        else:
+            yield name + ".weight" * name.endswith("experts.down_proj"), values
+
+
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved.
 
     quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type.
     """
     config = model.config
-    architecture = {"gemma3_text": "gemma3", "olmo3": "olmo2"}.get(config.model_type, config.model_type)
+    names = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mixtral": "llama"}
+    architecture = names.get(config.model_type, config.model_type.replace("_moe", "moe"))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -154,7 +190,7 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
     tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
-    for name, values in model.state_dict().items():
+    for name, values in split_experts(model.state_dict()):
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
         if name in leave_out or (config.tie_word_embeddings and stem == "lm_head"):
