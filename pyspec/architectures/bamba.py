@@ -203,7 +203,7 @@ class BambaWeights(NativeWeights):
                 delta = layer.mix(config.recurrence, x, cache.layer(index), numbers.round)
             norm = layer.scales.feed_forward if is_attention else layer.feed_forward_norm
             x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
-            delta = feed_forward(x, layer)
+            delta = feed_forward(x, layer.gate_up, layer.down)
         return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
 
 
