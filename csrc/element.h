@@ -28,6 +28,14 @@ inline void copy_strides(const torch::stable::Tensor& tensor, int64_t* strides) 
 }
 
 // The numbers of a tensor whose values decide where a kernel reads and writes.
+// Scores of a key without a value, [heads] fp32.
+inline const float* sinks_of(const torch::stable::Tensor& sinks, int64_t heads) {
+  STD_TORCH_CHECK(sinks.scalar_type() == torch::headeronly::ScalarType::Float && sinks.dim() == 1 &&
+                      sinks.size(0) == heads && sinks.is_contiguous(),
+                  "sinks must be float32 [heads] and contiguous");
+  return static_cast<const float*>(sinks.data_ptr());
+}
+
 inline const int32_t* int32s_of(const torch::stable::Tensor& tensor, int64_t dims, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Int && tensor.dim() == dims &&
                       tensor.is_contiguous(),

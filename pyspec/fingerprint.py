@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pyspec.ops.weight_formats import Codes
+from pyspec.ops.lay_out import StoredCodes, StoredMatrix
 
 ROWS, COLUMNS = 64, 64  # of a tensor that are sampled; smaller ones are taken whole
 
@@ -22,11 +22,11 @@ class WeightSample:
     def __init__(self):
         self._digest = hashlib.sha256()
 
-    def add(self, named: Iterable[tuple[str, Tensor | Codes]]) -> WeightSample:
+    def add(self, named: Iterable[tuple[str, Tensor | StoredMatrix | StoredCodes]]) -> WeightSample:
         """Takes in tensors with their names; their order counts."""
         for name, tensor in named:
             self._digest.update(f"{name} {list(tensor.shape)}".encode())
-            if isinstance(tensor, Codes):
+            if isinstance(tensor, (StoredMatrix, StoredCodes)):
                 tensor = tensor.rows(_sampled_rows(tensor.outputs)).values()
             if tensor.numel() and not tensor.is_meta:
                 self._digest.update(_sample(tensor.detach()).numpy().tobytes())

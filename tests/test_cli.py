@@ -97,6 +97,32 @@ def test_generate_without_a_chat_template_takes_the_prompt_as_it_is(model, capsy
     assert json.loads(out)["text"] == pyspec_text(model, "hello", 5)
 
 
+def test_generate_takes_a_system_turn_and_variables_of_the_template(model, capsys, monkeypatch):
+    seen = []
+
+    def chat(messages, **variables):
+        seen.append((messages, variables))
+        return list(b"x")
+
+    monkeypatch.setattr(model.tokenizer, "chat", chat)
+    short = ("--max-new-tokens", 1, "--drafter", "none")
+    values = ("enable_thinking=false", "reasoning_effort=high", 'tools=[{"a": "b=c"}]', "empty=")
+    code, _, _ = run(capsys, "generate", "hi", "--system", "be brief", *short, *(
+        part for value in values for part in ("--variable", value)))  # fmt: skip
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    variables = {"enable_thinking": False, "reasoning_effort": "high", "tools": [{"a": "b=c"}], "empty": ""}
+    assert code == 0 and seen == [(turns, variables)]
+    for wrong in ("enable_thinking", "=1", "a b=1", "messages=[]"):
+        code, _, err = run(capsys, "generate", "hi", "--variable", wrong)
+        assert code == 2 and "must be NAME=VALUE" in err
+    for option, value in (("--system", "s"), ("--variable", "a=1")):
+        code, _, err = run(capsys, "generate", "hi", "--raw", option, value, *short)
+        assert code == 2 and f"{option} needs a chat template: --raw leaves that out" in err
+    model.tokenizer.chat_template = None
+    code, _, err = run(capsys, "generate", "hi", "--system", "", *short)
+    assert code == 2 and "--system needs a chat template: this model has none" in err
+
+
 def test_generate_stop_strings(model, capsys):
     text = pyspec_text(model, "user: hello\n", 20)
     code, out, err = run(capsys, "generate", "hello", "--stop", "never", "--stop", text[7:10])

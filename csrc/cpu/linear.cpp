@@ -17,8 +17,9 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.rows = x.size(0), p.inputs = x.size(1), p.outputs = outputs;
   p.x_element = pyspec::element_of(x, "x"), p.x_stride = x.stride(0);
   pyspec::set_weight(p, weight);
-  STD_TORCH_CHECK(p.format == pyspec::WeightFormat::kInt8 || weight.scalar_type() == x.scalar_type(),
-                  "weight must be int8 or have the dtype of x");
+  STD_TORCH_CHECK(p.format == pyspec::WeightFormat::kInt8 || p.format == pyspec::WeightFormat::kFloat32 ||
+                      weight.scalar_type() == x.scalar_type(),
+                  "weight must be int8 or float32 or have the dtype of x");
   std::optional<Tensor> biases;
   if (bias) {
     STD_TORCH_CHECK(bias->scalar_type() == torch::headeronly::ScalarType::Float && bias->dim() == 1 &&

@@ -94,7 +94,8 @@ class RaggedAttention : public pyspec::Launch {
       p.q_strides[i] = all.q_strides[i], p.out_strides[i] = all.out_strides[i];
       p.k_strides[i] = all.k_strides[i], p.v_strides[i] = all.v_strides[i];
     }
-    p.scale = all.scale, p.softcap = all.softcap, p.element = all.element, p.parallel_for = all.parallel_for;
+    p.sinks = all.sinks, p.scale = all.scale, p.softcap = all.softcap, p.element = all.element,
+    p.parallel_for = all.parallel_for;
   }
 
   int64_t lse_floats() const { return pyspec::ceil_div(p_.all.nodes * p_.all.heads, 16) * 16; }
@@ -148,7 +149,8 @@ void check_trees(const RaggedAttentionParams& p) {
 
 Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ancestor_bits,
                         const Tensor& starts, const Tensor& prefix_lens, double scale,
-                        std::optional<double> softcap, std::optional<int64_t> window) {
+                        std::optional<double> softcap, std::optional<int64_t> window,
+                        const std::optional<Tensor>& sinks) {
   STD_TORCH_CHECK(q.dim() == 3 && q.is_contiguous(), "q must be [rows, heads, head_dim] and contiguous");
   STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.stride(3) == 1 && v.stride(3) == 1,
                   "k and v must be [sequences, kv_heads, slots, head_dim] with a contiguous last dimension");
@@ -173,6 +175,7 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(ancestor_bits.size(0) == all.nodes, "ancestor_bits must have a row for each of q");
   STD_TORCH_CHECK(starts.size(0) == p.sequences + 1 && prefix_lens.size(0) == p.sequences,
                   "starts and prefix_lens must have ", p.sequences + 1, " and ", p.sequences, " entries");
+  if (sinks) all.sinks = pyspec::sinks_of(*sinks, all.heads);
   check_trees(p);
 
   Tensor out = pyspec::new_tensor({all.nodes, all.heads, all.head_dim}, q.scalar_type());

@@ -10,14 +10,14 @@ PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 
 Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::optional<Tensor>& weight,
                 double epsilon, torch::headeronly::ScalarType out_dtype,
-                const std::optional<Tensor>& delta_weight) {
+                const std::optional<Tensor>& delta_weight, const std::optional<Tensor>& bias, bool centred) {
   auto float32 = torch::headeronly::ScalarType::Float;
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
                   "hidden must be float32 [rows, size] and contiguous");
   pyspec::RmsNormParams p{};
   p.rows = hidden.size(0), p.size = hidden.size(1);
   p.groups = weight && weight->dim() == 2 ? weight->size(0) : 1;
-  std::optional<Tensor> weights, deltas, delta_weights;
+  std::optional<Tensor> weights, deltas, delta_weights, biases;
   if (weight) {
     STD_TORCH_CHECK(weight->dim() >= 1 && weight->dim() <= 2 && weight->size(-1) == p.size && p.groups > 0 &&
                         p.rows % p.groups == 0 && weight->scalar_type() == float32,
@@ -32,6 +32,14 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::op
     delta_weights = pyspec::contiguous(*delta_weight, "delta_weight");
     p.delta_weight = static_cast<const float*>(delta_weights->data_ptr());
   }
+  if (bias) {
+    STD_TORCH_CHECK(weight && bias->dim() == 1 && bias->size(0) == p.size && bias->scalar_type() == float32,
+                    "bias must be float32 [size], beside a weight");
+    biases = pyspec::contiguous(*bias, "bias");
+    p.bias = static_cast<const float*>(biases->data_ptr());
+  }
+  STD_TORCH_CHECK(!centred || (weight && !delta_weight), "centred needs a weight, and no delta_weight");
+  p.centred = centred;
   if (delta) {
     STD_TORCH_CHECK(delta->dim() == 2 && delta->size(0) == p.rows && delta->size(1) == p.size &&
                         delta->scalar_type() == float32,

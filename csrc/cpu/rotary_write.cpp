@@ -22,7 +22,8 @@ void check_places(const pyspec::RotaryWriteParams& p, int64_t table, int64_t bat
 
 Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& positions,
                     const Tensor& sequences, const Tensor& slots, Tensor keys, Tensor values, int64_t heads,
-                    const std::optional<Tensor>& norm, double epsilon) {
+                    const std::optional<Tensor>& norm, double epsilon,
+                    const std::optional<Tensor>& query_scales) {
   auto float32 = torch::headeronly::ScalarType::Float, int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.scalar_type() == values.scalar_type(),
                   "keys and values must be [batch, kv_heads, slots, head_dim] of one dtype");
@@ -51,6 +52,12 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
     norms = pyspec::contiguous(*norm, "norm");
     p.norm = static_cast<const float*>(norms->data_ptr()), p.norm_rows = norm->size(0);
     p.epsilon = static_cast<float>(epsilon);
+  }
+  if (query_scales) {
+    STD_TORCH_CHECK(query_scales->dim() == 1 && query_scales->size(0) == cos_sin.size(0) &&
+                        query_scales->scalar_type() == float32 && query_scales->is_contiguous(),
+                    "query_scales must be float32 [positions] and contiguous");
+    p.query_scales = static_cast<const float*>(query_scales->data_ptr());
   }
   STD_TORCH_CHECK(positions.dim() == 1 && positions.size(0) == p.rows && sequences.dim() == 1 &&
                       sequences.size(0) == p.rows && slots.dim() == 1 && slots.size(0) == p.rows &&

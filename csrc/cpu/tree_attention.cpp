@@ -36,7 +36,8 @@ void check_reach(const pyspec::TreeAttentionParams& p, int64_t pages, int64_t sl
 std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                           const Tensor& ancestor_bits, const Tensor& prefix_lens,
                                           double scale, std::optional<double> softcap,
-                                          std::optional<int64_t> window, std::optional<Tensor> block_table) {
+                                          std::optional<int64_t> window, std::optional<Tensor> block_table,
+                                          const std::optional<Tensor>& sinks) {
   auto int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 dimensions");
   pyspec::TreeAttentionParams p{};
@@ -75,6 +76,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   p.lse = static_cast<float*>(lse.data_ptr());
   pyspec::copy_strides(q, p.q_strides), pyspec::copy_strides(out, p.out_strides);
   pyspec::copy_strides(k, p.k_strides), pyspec::copy_strides(v, p.v_strides);
+  if (sinks) p.sinks = pyspec::sinks_of(*sinks, p.heads);
   p.page = k.size(2);
   int64_t slots = k.size(2);
   std::optional<Tensor> table;

@@ -105,14 +105,13 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     int64_t lanes = lanes_of(item, lane_block);
     Storage* rows[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      float sum = state.sum[lane];
-      factor[lane] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      Finish finish(state, lane, p.sinks ? p.sinks + head : nullptr);
+      factor[lane] = finish.factor;
       if (lane >= lanes) continue;
       int64_t row = row_of(item, lane_block, lane);
       rows[lane] = static_cast<Storage*>(p.out) + item.b * p.out_strides[0] + head * p.out_strides[1] +
                    row * p.out_strides[2];
-      p.lse[(item.b * p.heads + head) * p.rows + row] =
-          sum == 0.0f ? -kInfinity : (state.max[lane] + __builtin_log2f(sum)) * kLn2;
+      p.lse[(item.b * p.heads + head) * p.rows + row] = finish.lse;
     }
     for (int64_t channel = 0; channel < d; channel += kLanes) {
       F16 values[kLanes];

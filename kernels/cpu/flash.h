@@ -40,6 +40,24 @@ struct State {
   }
 };
 
+// What the values of a lane are multiplied by at last, and the natural log-sum-exp of its scores. A lane that
+// saw nothing gives 0 and -inf. sink: null, or the score of one more key, which has no value.
+struct Finish {
+  float factor, lse;
+
+  Finish(const State& state, int64_t lane, const float* sink) : factor(0.0f), lse(-kInfinity) {
+    float largest = state.max[lane], sum = state.sum[lane], kept = 1.0f;
+    if (sum == 0.0f) return;
+    if (sink) {
+      float score = *sink * kLog2E, most = score > largest ? score : largest;
+      kept = __builtin_exp2f(largest - most);
+      sum = sum * kept + __builtin_exp2f(score - most);
+      largest = most;
+    }
+    factor = kept / sum, lse = (largest + __builtin_log2f(sum)) * kLn2;
+  }
+};
+
 // A tile's keys and values in the form that panel() reads. count <= 64 keys are real.
 struct Tile {
   PanelA k, v;

@@ -9,6 +9,7 @@
 // exactly, and groups are added in order in fp32.
 #include "params/linear.h"
 
+#include "cpu/expert_linear.h"
 #include "cpu/linear_rows.h"
 
 namespace {
@@ -251,13 +252,17 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
 template <class Weight>
 void linear(const LinearParams& p) {
   int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
-  auto prepare = [&](int64_t row) {
+  int64_t row_bytes = pyspec::prepared_row_bytes(p), panel_bytes = pyspec::panel_bytes(p.format, p.inputs);
+  auto prepare_at = [&](int64_t row, int64_t place) {
     Weight::prepare(p, static_cast<const char*>(p.x) + row * p.x_stride * x_bytes,
-                    static_cast<char*>(p.workspace) + row * pyspec::prepared_row_bytes(p));
+                    static_cast<char*>(p.workspace) + place * row_bytes);
   };
+  if (p.experts.ids) {
+    return multiply_experts(p, row_bytes, panel_bytes, kTileRows, prepare_at, multiply_tile<Weight>);
+  }
+  auto prepare = [&](int64_t row) { prepare_at(row, row); };
   pyspec::parallel(p.parallel_for, p.rows, prepare);
 
-  int64_t panel_bytes = pyspec::panel_bytes(p.format, p.inputs);
   auto panel = [&](int64_t index) {
     const char* data = static_cast<const char*>(p.weight) + index * panel_bytes;
     for (int64_t row = 0; row < p.rows; row += kTileRows) {

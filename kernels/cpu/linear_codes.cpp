@@ -9,6 +9,7 @@
 // holds by construction. One row is bound by the bits of the weight; many rows by the products of bytes.
 #include "params/linear_codes.h"
 
+#include "cpu/expert_linear.h"
 #include "cpu/linear_codes_chunk.h"
 #include "cpu/linear_rows.h"
 
@@ -226,13 +227,17 @@ template <CodeFormat kFormat>
 void linear_codes(const LinearCodesParams& p) {
   int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
   int64_t row_bytes = pyspec::prepared_row(kFormat, p.inputs).bytes;
-  auto prepare_row = [&](int64_t row) {
+  int64_t panel_bytes = pyspec::panel_bytes(kFormat, p.inputs);
+  auto prepare_at = [&](int64_t row, int64_t place) {
     prepare<kFormat>(p, static_cast<const char*>(p.x) + row * p.x_stride * x_bytes,
-                     static_cast<char*>(p.workspace) + row * row_bytes);
+                     static_cast<char*>(p.workspace) + place * row_bytes);
   };
+  if (p.experts.ids) {
+    return multiply_experts(p, row_bytes, panel_bytes, kTileRows, prepare_at, multiply_tile<kFormat>);
+  }
+  auto prepare_row = [&](int64_t row) { prepare_at(row, row); };
   pyspec::parallel(p.parallel_for, p.rows, prepare_row);
 
-  int64_t panel_bytes = pyspec::panel_bytes(kFormat, p.inputs);
   auto panel = [&](int64_t index) {
     const char* data = static_cast<const char*>(p.weight) + index * panel_bytes;
     for (int64_t row = 0; row < p.rows; row += kTileRows) {

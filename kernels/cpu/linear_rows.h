@@ -54,15 +54,16 @@ PYSPEC_INLINE void store_row(const float* sums, const Params& p, int64_t row, in
   for (int64_t i = 0; i < count; ++i) from_float(p.bias ? sums[i] + p.bias[first + i] : sums[i], out + i);
 }
 
-// Sums [rows][kPanel], with the bias, as out's rows from first_row on.
+// Sums [rows][kPanel], with the bias, as out's rows from first_row on, or those that p.order names.
 template <class Params>
 PYSPEC_INLINE void store_rows(const float* sums, const Params& p, int64_t first_row, int64_t rows,
                               int64_t first_output) {
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = sums + r * pyspec::kPanel;
-    if (p.out_element == pyspec::Element::kFloat32) store_row<float>(row, p, first_row + r, first_output);
-    if (p.out_element == pyspec::Element::kFloat16) store_row<Float16>(row, p, first_row + r, first_output);
-    if (p.out_element == pyspec::Element::kBFloat16) store_row<BFloat16>(row, p, first_row + r, first_output);
+    int64_t place = p.order ? p.order[first_row + r] : first_row + r;
+    if (p.out_element == pyspec::Element::kFloat32) store_row<float>(row, p, place, first_output);
+    if (p.out_element == pyspec::Element::kFloat16) store_row<Float16>(row, p, place, first_output);
+    if (p.out_element == pyspec::Element::kBFloat16) store_row<BFloat16>(row, p, place, first_output);
   }
 }
 

@@ -1,8 +1,8 @@
 // rms_norm on the CPU: hidden += delta; out = hidden / sqrt(mean(hidden^2) + epsilon) * weight.
 //
-// A row is read twice, from the first cache the second time, and is one item; its squares are summed in one
-// order, so the row rule holds. Nothing here is large: it is one op so that the residual stream is walked
-// once.
+// A row is read twice, from the first cache the second time, or a third time where its mean is taken off, and
+// is one item; its squares are summed in one order, so the row rule holds. Nothing here is large: it is one
+// op so that the residual stream is walked once.
 #include "params/rms_norm.h"
 
 #include "cpu/simd.h"
@@ -21,12 +21,30 @@ PYSPEC_INLINE F16 load_up_to(const float* p, int64_t count) {
   return count >= 16 ? load(p) : load_some(p, count);
 }
 
-// What a row is divided by its root mean square with, from the sums of its squares in 16 lanes.
-PYSPEC_INLINE F16 scale_of(const RmsNormParams& p, F16 squares) {
+// The mean of a row, from its sums in 16 lanes.
+PYSPEC_INLINE float mean_of(const RmsNormParams& p, F16 sums) {
   float lanes[16], total = 0;
-  store(lanes, squares);
+  store(lanes, sums);
   for (float lane : lanes) total += lane;
-  return set1(1.0f / __builtin_sqrtf(total / static_cast<float>(p.size) + p.epsilon));
+  return total / static_cast<float>(p.size);
+}
+
+// What a row is divided by its root mean square with, from the sums of its squares.
+PYSPEC_INLINE F16 scale_of(const RmsNormParams& p, F16 squares) {
+  return set1(1.0f / __builtin_sqrtf(mean_of(p, squares) + p.epsilon));
+}
+
+// Squares of a row less its mean, in 16 lanes; what is behind its end counts as the mean.
+PYSPEC_INLINE F16 centred_squares(const RmsNormParams& p, const float* hidden, F16 mean) {
+  F16 squares = set1(0.0f);
+  for (int64_t i = 0; i < p.size; i += 16) {
+    int64_t count = p.size - i;
+    float values[16];
+    store(values, sub(load_up_to(hidden + i, count), mean));
+    for (int64_t j = count < 16 ? count : 16; j < 16; ++j) values[j] = 0.0f;
+    squares = fma(load(values), load(values), squares);
+  }
+  return squares;
 }
 
 template <class Out>
@@ -35,7 +53,7 @@ void normalise(const RmsNormParams& p, int64_t row) {
   const float* weight = p.weight ? p.weight + row % p.groups * p.size : nullptr;
   const float* delta = p.delta ? p.delta + row * p.size : nullptr;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
-  F16 squares = set1(0.0f), delta_scale = squares;
+  F16 squares = set1(0.0f), sums = squares, delta_scale = squares;
   if (p.delta_weight) {
     for (int64_t i = 0; i < p.size; i += 16) {
       F16 value = load_up_to(delta + i, p.size - i);
@@ -54,13 +72,21 @@ void normalise(const RmsNormParams& p, int64_t row) {
       store(values, value);
       std::memcpy(hidden + i, values, (count < 16 ? count : 16) * sizeof(float));
     }
-    squares = fma(value, value, squares);
+    if (p.centred) {
+      sums = add(sums, value);
+    } else {
+      squares = fma(value, value, squares);
+    }
   }
+  F16 mean = set1(mean_of(p, sums));
+  if (p.centred) squares = centred_squares(p, hidden, mean);
   F16 scale = scale_of(p, squares);
   for (int64_t i = 0; i < p.size; i += 16) {
     int64_t count = p.size - i;
     F16 value = load_up_to(hidden + i, count);
+    if (p.centred) value = sub(value, mean);
     if (weight) value = mul(mul(value, scale), load_up_to(weight + i, count));
+    if (p.bias) value = add(value, load_up_to(p.bias + i, count));
     if (count >= 16) {
       store_as(out + i, value);
       continue;

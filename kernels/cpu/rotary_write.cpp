@@ -34,11 +34,11 @@ float scale_of(const float* x, int64_t count, float epsilon) {
   return 1.0f / __builtin_sqrtf(total / static_cast<float>(count) + epsilon);
 }
 
-// `count` heads, of queries or of keys, normalised with weights from `norm` on where there are any, and
-// turned.
+// `count` heads, of queries or of keys, normalised with weights from `norm` on where there are any, turned,
+// and multiplied by factor.
 template <class Storage>
 void turn(const RotaryWriteParams& p, const float* head, int64_t count, const float* norm,
-          const float* cos_sin, Storage* out, int64_t stride) {
+          const float* cos_sin, float factor, Storage* out, int64_t stride) {
   int64_t d = p.head_dim;
   bool is_whole = p.norm_rows != 2;
   float scale = norm && is_whole ? scale_of(head, count * d, p.epsilon) : 0.0f;
@@ -53,6 +53,7 @@ void turn(const RotaryWriteParams& p, const float* head, int64_t count, const fl
     }
     rotate(source, cos_sin, rotated, p.width / 2);
     for (int64_t i = p.width; i < d; ++i) rotated[i] = source[i];
+    for (int64_t i = 0; i < d; ++i) rotated[i] *= factor;
     store_head(rotated, out, d);
   }
 }
@@ -62,11 +63,12 @@ void write_row(const RotaryWriteParams& p, int64_t row) {
   int64_t d = p.head_dim;
   const float* head = p.qkv + row * (p.heads + 2 * p.kv_heads) * d;
   const float* cos_sin = p.cos_sin + p.positions[row] * p.width;
-  turn(p, head, p.heads, p.norm, cos_sin, static_cast<Storage*>(p.q) + row * p.heads * d, d);
+  float factor = p.query_scales ? p.query_scales[p.positions[row]] : 1.0f;
+  turn(p, head, p.heads, p.norm, cos_sin, factor, static_cast<Storage*>(p.q) + row * p.heads * d, d);
   head += p.heads * d;
   Storage* k = static_cast<Storage*>(p.k) + p.sequences[row] * p.k_strides[0] + p.slots[row] * p.k_strides[2];
   const float* k_norm = p.norm ? p.norm + (p.norm_rows == 2 ? 1 : p.heads) * d : nullptr;
-  turn(p, head, p.kv_heads, k_norm, cos_sin, k, p.k_strides[1]);
+  turn(p, head, p.kv_heads, k_norm, cos_sin, 1.0f, k, p.k_strides[1]);
   head += p.kv_heads * d;
   Storage* v = static_cast<Storage*>(p.v) + p.sequences[row] * p.v_strides[0] + p.slots[row] * p.v_strides[2];
   for (int64_t h = 0; h < p.kv_heads; ++h, head += d, v += p.v_strides[1]) store_head(head, v, d);

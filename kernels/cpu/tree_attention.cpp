@@ -296,12 +296,15 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
       int64_t head = h * layout.group + layout.head(block, lane);
       Storage* out = static_cast<Storage*>(p.out) + b * p.out_strides[0] + head * p.out_strides[1] +
                      node * p.out_strides[2];
-      float sum = state ? state->sum[lane] : 0.0f;
-      float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-      for (int64_t i = 0; i < d; ++i)
-        from_float(state ? state->values[i * kLanes + lane] * factor : 0.0f, out + i);
-      p.lse[(b * p.heads + head) * p.nodes + node] =
-          sum == 0.0f ? -kInfinity : (state->max[lane] + __builtin_log2f(sum)) * kLn2;
+      float& lse = p.lse[(b * p.heads + head) * p.nodes + node];
+      if (!state) {
+        lse = -kInfinity;
+        for (int64_t i = 0; i < d; ++i) from_float(0.0f, out + i);
+        continue;
+      }
+      Finish finish(*state, lane, p.sinks ? p.sinks + head : nullptr);
+      lse = finish.lse;
+      for (int64_t i = 0; i < d; ++i) from_float(state->values[i * kLanes + lane] * finish.factor, out + i);
     }
   }
 

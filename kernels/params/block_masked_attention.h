@@ -16,6 +16,7 @@ struct BlockMaskedAttentionParams {
   const uint64_t* bits;      // [..., words, kTile], bit r of [w][j]: row 64 w + r of a tile sees its key j
   const int32_t* row_order;  // [mask_batch, rows] or null: place i of the tiles holds row row_order[i]
   const int32_t* key_order;  // [mask_batch, keys] or null
+  const float* sinks;        // [heads], scores of a key without a value, or null; forward only
   void* out;                 // [batch, heads, rows, head_dim]
   float* lse;                // [batch, heads, rows], contiguous, natural log
 

@@ -9,7 +9,7 @@
 // so that a row of outputs is read as one stream, whatever reads it.
 #pragma once
 
-#include "params/common.h"
+#include "params/expert_linear.h"
 
 namespace pyspec {
 
@@ -26,6 +26,8 @@ struct LinearParams {
   int64_t x_stride, out_stride;  // elements from row to row
   Element x_element, out_element;
   WeightFormat format;
+  Experts experts;       // of expert_linear
+  const int32_t* order;  // where rows of the workspace go in out; null where that is where they lie
   ParallelFor parallel_for;
 };
 
@@ -65,7 +67,9 @@ inline int64_t prepared_row_bytes(const LinearParams& p) {
   int64_t bytes = p.format == WeightFormat::kInt8 ? groups(p.inputs) * (8 + kGroup) : (p.inputs + 1) / 2 * 8;
   return (bytes + 63) / 64 * 64;
 }
-inline int64_t workspace_bytes(const LinearParams& p) { return p.rows * prepared_row_bytes(p); }
+inline int64_t workspace_bytes(const LinearParams& p) {
+  return p.rows * prepared_row_bytes(p) + sorted_bytes(p.experts, p.rows);
+}
 
 }  // namespace
 }  // namespace pyspec

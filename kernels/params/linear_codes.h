@@ -49,6 +49,8 @@ struct LinearCodesParams {
   int64_t x_stride, out_stride;  // elements from row to row
   Element x_element, out_element;
   CodeFormat format;
+  Experts experts;       // of expert_linear
+  const int32_t* order;  // where rows of the workspace go in out; null where that is where they lie
   ParallelFor parallel_for;
 };
 
@@ -140,7 +142,7 @@ inline PreparedRow prepared_row(CodeFormat format, int64_t inputs) {
   return row;
 }
 inline int64_t workspace_bytes(const LinearCodesParams& p) {
-  return p.rows * prepared_row(p.format, p.inputs).bytes;
+  return p.rows * prepared_row(p.format, p.inputs).bytes + sorted_bytes(p.experts, p.rows);
 }
 
 }  // namespace

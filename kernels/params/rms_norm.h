@@ -10,9 +10,11 @@ struct RmsNormParams {
   const float* delta;         // [rows, size], contiguous, or null
   const float* delta_weight;  // [size]: delta is normalised and scaled before it is added; or null
   const float* weight;  // [groups, size]; row r is scaled by weight r % groups; null: out is the sum itself
+  const float* bias;    // [size], added to what has been scaled; or null
   void* out;            // [rows, size], contiguous
   int64_t rows, size, groups;
   float epsilon;
+  bool centred;  // whether the mean of a row is taken off first, which makes it a layer norm
   Element out_element;
   ParallelFor parallel_for;
 };

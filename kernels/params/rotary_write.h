@@ -9,12 +9,13 @@ struct RotaryWriteParams {
   const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values
   const float* cos_sin;  // [positions, 2, width / 2], contiguous: cosines, then sines
   const float* norm;  // [norm_rows, head_dim], contiguous, or null: weights of queries' norms, then of keys'
-  const int32_t* positions;  // [rows]
-  const int32_t* sequences;  // [rows]
-  const int32_t* slots;      // [rows]
-  void* q;                   // [rows, heads, head_dim], contiguous
-  void* k;                   // [batch, kv_heads, slots, head_dim]
-  void* v;                   // like k
+  const float* query_scales;  // [positions], contiguous, or null: what turned queries are multiplied by
+  const int32_t* positions;   // [rows]
+  const int32_t* sequences;   // [rows]
+  const int32_t* slots;       // [rows]
+  void* q;                    // [rows, heads, head_dim], contiguous
+  void* k;                    // [batch, kv_heads, slots, head_dim]
+  void* v;                    // like k
 
   int64_t k_strides[3], v_strides[3];  // in elements; the last dimension is contiguous
   int64_t rows, heads, kv_heads, head_dim;

@@ -12,6 +12,7 @@ struct TreeAttentionParams {
   const int32_t* ancestor_bits;  // [batch, nodes, ceil(nodes / 32)], contiguous
   const int32_t* prefix_lens;    // [batch]
   const int32_t* block_table;    // [batch, pages of a sequence], contiguous, or null
+  const float* sinks;            // [heads], scores of a key without a value, or null
   void* out;                     // [batch, heads, nodes, head_dim]
   float* lse;                    // [batch, heads, nodes], contiguous, natural log
   float* workspace;              // workspace_floats() of these params, 64-byte aligned

@@ -14,13 +14,14 @@ from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 __all__ = ["compile_options", "rms_norm", "rms_norm_kernel"]
 
 
-@triton.jit(do_not_specialize_on_alignment=["hidden", "delta", "delta_weight", "weight", "out"])
+@triton.jit(do_not_specialize_on_alignment=["hidden", "delta", "delta_weight", "weight", "bias", "out"])
 def rms_norm_kernel(
     # Pointers
     hidden,  # [rows, size]; with a delta, written
     delta,  # [rows, size] or None
     delta_weight,  # [size]: delta is normalised and scaled before it is added; or None
     weight,  # [groups, size]; row r is scaled by weight r % groups; None: out is the sum itself
+    bias,  # [size], added to what has been scaled; or None
     out,  # [rows, size], written
     # Sizes
     size,
@@ -28,6 +29,7 @@ def rms_norm_kernel(
     epsilon,
     # Constants
     BLOCK: tl.constexpr,  # a power of two, at least size
+    CENTRED: tl.constexpr,  # whether the mean of a row is taken off first
     IS_EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -38,6 +40,8 @@ def rms_norm_kernel(
         weights = tl.load(weight + row % groups * size + column, mask=used, other=0.0)
     if delta_weight is not None:
         delta_weights = tl.load(delta_weight + column, mask=used, other=0.0)
+    if bias is not None:
+        biases = tl.load(bias + column, mask=used, other=0.0)
     wait_for_earlier(IS_EARLY)
     x = tl.load(hidden + start + column, mask=used, other=0.0)
     if delta is not None:
@@ -47,9 +51,13 @@ def rms_norm_kernel(
             change *= delta_weights
         x += change
         tl.store(hidden + start + column, x, mask=used)
+    if CENTRED:
+        x = tl.where(used, x - tl.sum(x, 0) / size, 0.0)
     if weight is not None:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / size + epsilon)
         x = x * scale * weights
+    if bias is not None:
+        x += biases
     tl.store(out + start + column, x.to(out.dtype.element_ty), mask=used)
 
 
@@ -58,15 +66,15 @@ def compile_options(block: int) -> dict:
     return {"num_warps": max(1, min(16, block // 256)), "enable_fp_fusion": False}
 
 
-def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None):
+def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None, bias=None, centred=False):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
     groups = weight.shape[0] if weight is not None and weight.dim() == 2 else 1
     out = torch.empty_like(hidden, dtype=out_dtype)
     if out.numel():
-        given = [None if tensor is None else tensor.contiguous() for tensor in (delta, delta_weight, weight)]
+        given = [None if tensor is None else tensor.contiguous() for tensor in (delta, delta_weight, weight, bias)]
         block = triton.next_power_of_2(size)
-        options = {**compile_options(block), **launch_options(hidden.device)}
+        options = {"CENTRED": centred, **compile_options(block), **launch_options(hidden.device)}
         with torch.cuda.device_of(hidden):
             rms_norm_kernel[(rows,)](hidden, *given, out, size, groups, epsilon, BLOCK=block, **options)
     return out

@@ -36,6 +36,7 @@ def rotary_write_kernel(
     qkv,  # [rows, HEADS + 2 KV_HEADS, HEAD_DIM]
     cos_sin,  # [positions, 2, WIDTH / 2]
     norm,  # [2 or HEADS + KV_HEADS, HEAD_DIM], weights of queries' norms, then of keys'; or None
+    query_scales,  # [positions] or None: what turned queries are multiplied by
     positions,  # [rows]
     sequences,  # [rows]
     slots,  # [rows]
@@ -90,6 +91,13 @@ def rotary_write_kernel(
         angles = cos_sin + tl.load(positions + row).to(tl.int64) * WIDTH + dims
         cos, sin = tl.load(angles, mask=used), tl.load(angles + HALF, mask=used)
         x, y = x * cos - y * sin, y * cos + x * sin
+    if query_scales is not None:
+        if head < HEADS:
+            factor = tl.load(query_scales + tl.load(positions + row))
+            x *= factor
+            y *= factor
+            if REST:
+                rest *= factor
 
     sequence, slot = tl.load(sequences + row).to(tl.int64), tl.load(slots + row).to(tl.int64)
     if head < HEADS:
@@ -105,7 +113,9 @@ def rotary_write_kernel(
         tl.store(target + WIDTH + behind, rest.to(q.dtype.element_ty), mask=is_behind)
 
 
-def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0):
+def rotary_write(
+    qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0, query_scales=None
+):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rotary_write.
 
     Nothing waits for the device and the grid comes from shapes alone, so a CUDA graph can capture the call.
@@ -114,7 +124,8 @@ def rotary_write(qkv, cos_sin, positions, sequences, slots, keys, values, heads,
     q = keys.new_empty((rows, heads, head_dim))
     if rows:
         width, norm = 2 * cos_sin.shape[2], None if norm is None else norm.contiguous()
-        inputs = [qkv.contiguous(), cos_sin, norm, *(tensor.contiguous() for tensor in (positions, sequences, slots))]
+        inputs = [qkv.contiguous(), cos_sin, norm, query_scales]
+        inputs += [*(tensor.contiguous() for tensor in (positions, sequences, slots))]
         strides = (*keys.stride()[:3], *values.stride()[:3])
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
         constants |= {"WIDTH": width, "IS_WHOLE": norm is not None and len(norm) > 2}

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
-from pyspec.kernels.flash import LN_2, fold_keys, fold_values, load_rows
+from pyspec.kernels.flash import LN_2, LOG2_E, fold_keys, fold_values, load_rows
 from pyspec.kernels.tree_chunks import TILE, chunk_of, chunks_of, empty_state, first_tile_of, merge_chunks
 from pyspec.kernels.tree_paths import depth_of, rows_of_block, slots_of
 
@@ -43,6 +43,15 @@ def fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D: t
     values = load_rows(v, pages, within, wanted, strides[2], strides[3], HEAD_DIM, BLOCK_D, UPCAST)
     largest, total, weights, keep = fold_keys(query, keys, visible, largest, total, scale, softcap)
     return largest, total, fold_values(weights, keep, values, weighted)
+
+
+@triton.jit
+def fold_sink(score, used, largest, total, weighted):
+    """One more key into the states of used rows, with a score in units of log2 and no value."""
+    most = tl.where(used, tl.maximum(largest, score), 0.0)
+    keep = tl.where(used, tl.exp2(largest - most), 1.0)
+    total = tl.where(used, total * keep + tl.exp2(score - most), total)
+    return tl.where(used, most, largest), total, weighted * keep[:, None]
 
 
 # ==== kernels ====
@@ -166,6 +175,7 @@ def finish_kernel(
     chunk_largest,  # [B, Hkv, chunks, T * group]
     chunk_total,  # [B, Hkv, chunks, T * group]
     chunk_weighted,  # [B, Hkv, chunks, T * group, D]
+    sinks,  # [Hq], scores of a key without a value; or None
     out,  # [B, Hq, T, D], written
     lse,  # [B, Hq, T], written
     # Sizes
@@ -253,6 +263,9 @@ def finish_kernel(
         *(states, nodes * GROUP, chunk_of(first_tile), end_chunk),
         *(HEAD_DIM, BLOCK_D),
     )
+    if sinks is not None:
+        score = tl.load(sinks + kv_head * GROUP + head, mask=used, other=0.0) * LOG2_E
+        largest, total, weighted = fold_sink(score, used, largest, total, weighted)
     total = tl.where(total == 0.0, 1.0, total)  # saw nothing: 0 and -inf
     dims = tl.arange(0, BLOCK_D)
     out += batch.to(tl.int64) * stride_out_batch
@@ -286,7 +299,7 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[
     return {**fold, "enable_fp_fusion": False}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
-def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table):
+def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks=None):
     """Launches both kernels; arguments and results of torch.ops.pyspec.tree_attention.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
@@ -326,6 +339,6 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
             *inputs, *numbers, *strides, ROWS=rows, **tree, **fold_options
         )
         finish_kernel[nodes * triton.cdiv(group, FEW.value), batch * kv_heads](
-            *inputs, out, lse, *numbers, *strides, *out.stride()[:3], **tree, **finish_options
+            *inputs, sinks, out, lse, *numbers, *strides, *out.stride()[:3], **tree, **finish_options
         )
     return out, lse

@@ -11,37 +11,61 @@ import torch
 from torch import Tensor
 
 from pyspec.ops.causal_conv import causal_conv
+from pyspec.ops.expert_linear import expert_linear
 from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
+from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "feed_forward", "mamba", "mamba2"]
+__all__ = ["attention", "experts", "feed_forward", "mamba", "mamba2"]
 
 
 def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
     """Attention over the keys of a cache's layer `index`, where those of the rows are written.
 
     Args:
-        layer: has qkv, output, their biases and head_scales, see architectures.llama.LayerWeights.
+        layer: has qkv, output, their biases, head_scales and sinks, see architectures.llama.LayerWeights.
         config: has the heads, windows and scale and softcap of scores, see architectures.llama.LlamaConfig.
         cache: with keys and values, such as a DenseCache.
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
     """
     projected = _project(x, layer.qkv, layer.qkv_bias)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
-    norm = {} if layer.head_scales is None else {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
-    k, v = cache.keys_values[index]
-    q = rotary_write(projected, cache.ropes[index], *places, k, v, heads=config.heads, **norm)
+    options = {} if layer.head_scales is None else {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
+    (k, v), rope = cache.keys_values[index], cache.ropes[index]
+    q = rotary_write(
+        projected, rope.cos_sin, *places, k, v, heads=config.heads, query_scales=rope.query_scales, **options
+    )
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    if layer.sinks is not None:
+        scores["sinks"] = layer.sinks
     mixed = cache.attend(index, q, numbers, config.windows[index], **scores)
     return _project(mixed.flatten(1), layer.output, layer.output_bias)
 
 
-def feed_forward(x: Tensor, layer, activation: str = "silu") -> Tensor:
-    """A gated layer: down (activation(gate x) up x), with the matrices gate_up and down of layer."""
-    return _project(swiglu(_project(x, layer.gate_up), activation=activation, out_dtype=x.dtype), layer.down)
+def feed_forward(x: Tensor, gate_up: LinearWeight, down: LinearWeight, activation: str = "silu") -> Tensor:
+    """A gated layer: down (activation(gate x) up x), where gate and up are one matrix."""
+    return _project(swiglu(_project(x, gate_up), activation=activation, out_dtype=x.dtype), down)
+
+
+def experts(x: Tensor, layer, config) -> Tensor:
+    """Gated layers of which each row goes to a few, by a router in fp32, and one of all rows where there is one.
+
+    Args:
+        layer: has the experts' matrices, see architectures.mixture.MixtureLayer.
+        config: has how many a row goes to, see architectures.mixture.MixtureConfig.
+    """
+    gates, ids = route_experts(_project(x, layer.router), config.experts_per_token, renormalise=config.renormalise)
+    inner = expert_linear(x, ids, layer.gate_up, out_dtype=torch.float32)
+    inner = swiglu(inner, activation=config.activation, out_dtype=x.dtype)
+    values = expert_linear(inner, ids.view(-1, 1), layer.down, out_dtype=torch.float32)
+    if not config.shared_size:
+        return mix_experts(values, gates)
+    shared = feed_forward(x, layer.shared_gate_up, layer.shared_down, config.activation)
+    shared_gates, _ = route_experts(_project(x, layer.shared_router), 1, sigmoid=True)
+    return mix_experts(values, gates, shared, shared_gates)
 
 
 def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:

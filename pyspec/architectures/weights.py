@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
+from pyspec.ops.expert_linear import lay_out_experts
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 
 __all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
@@ -18,7 +19,10 @@ Matrix = Tensor | LinearWeight
 
 
 def laid_out(matrix: Matrix, dtype: torch.dtype | str) -> LinearWeight:
-    return matrix if isinstance(matrix, LinearWeight) else lay_out_weight(matrix, dtype)
+    """A matrix, or those of experts [experts, outputs, inputs], laid out."""
+    if isinstance(matrix, LinearWeight):
+        return matrix
+    return lay_out_experts(matrix, dtype) if matrix.dim() == 3 else lay_out_weight(matrix, dtype)
 
 
 def dense(matrix: Matrix) -> Tensor:
@@ -27,13 +31,14 @@ def dense(matrix: Matrix) -> Tensor:
 
 @dataclass(frozen=True)
 class Blank:
-    """Makes tensors to be filled from a checkpoint."""
+    """Makes tensors to be filled from a checkpoint; matrices may be elsewhere: on "meta" they have no memory yet."""
 
     dtype: torch.dtype
     device: torch.device
+    matrices: torch.device | None = None
 
     def matrix(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.matrices or self.device)
 
     def vector(self, *shape: int) -> Tensor:
         """Norms, biases and the like: as exact as the arithmetic they are part of."""
@@ -92,10 +97,17 @@ class NativeWeights:
         """
         raise NotImplementedError
 
+    @staticmethod
+    def checkpoint(stored):
+        """A checkpoint whose tensors are those of `named`, of one as it is stored; see checkpoints.weights."""
+        return stored
+
     @classmethod
-    def empty(cls, config, dtype: torch.dtype, device: torch.device) -> NativeWeights:
-        """Dense weights to be filled through `named`."""
-        blank = Blank(dtype, device)
+    def empty(
+        cls, config, dtype: torch.dtype, device: torch.device, matrices: torch.device | None = None
+    ) -> NativeWeights:
+        """Dense weights to be filled through `named`; see Blank."""
+        blank = Blank(dtype, device, matrices)
         embedding = blank.matrix(config.vocab_size, config.hidden_size)
         head = embedding if config.tied_embedding else blank.matrix(config.vocab_size, config.hidden_size)
         return cls(embedding, config.empty_layers(blank), blank.vector(config.hidden_size), head)
@@ -154,10 +166,10 @@ class NativeWeights:
     @property
     def dtype(self) -> torch.dtype | str:
         """What every laid out matrix is kept in; where they differ, the names of all, in the order of a step."""
-        kept = dict.fromkeys(getattr(owner, name).dtype for owner, name in self._in_order())
+        kept = dict.fromkeys(getattr(owner, name).dtype for owner, name in self.in_order())
         return ", ".join(map(str, kept)) if len(kept) > 1 else self.head.dtype
 
-    def _in_order(self) -> list[tuple[NativeLayer | NativeWeights, str]]:
+    def in_order(self) -> list[tuple[NativeLayer | NativeWeights, str]]:
         """The matrices that a step reads, each by what holds it and its name there."""
         return [(layer, name) for layer in self.layers for name in layer.MATRICES] + [(self, "head")]
 
@@ -170,8 +182,8 @@ class NativeWeights:
             return
         self.is_together = True
         tied = self.embedding is self.head
-        places = self._in_order()
-        buffer = HugePages([getattr(owner, name).data for owner, name in places])
+        places = self.in_order()
+        buffer = HugePages([getattr(owner, name).nbytes for owner, name in places])
         for owner, name in places:  # one by one, so that there is never a second copy of all
             weight = getattr(owner, name)
             setattr(owner, name, replace(weight, data=buffer.move(weight.data)))

@@ -64,6 +64,8 @@ def render_chat(template: str, messages: Sequence[dict], variables: Mapping[str,
     if taken := sorted(_OURS & variables.keys()):
         raise ValueError(f"a variable of a chat template cannot be named {taken[0]}")
     variables = {"tools": None, "documents": None, **variables}
+    for name in ("tools", "documents"):
+        _check_dicts(name, variables[name])
     try:
         try:
             from transformers.utils import chat_template_utils
@@ -80,6 +82,17 @@ def render_chat(template: str, messages: Sequence[dict], variables: Mapping[str,
     except Exception as error:  # a template is a program, so it can fail in any way
         reason = f"{error}" or type(error).__name__
         raise ValueError(f"the chat template of {source} refuses the messages: {reason}") from None
+
+
+def _check_dicts(name: str, values) -> None:
+    """Raises ValueError for what is no list of dicts; a tool may be a function, which transformers describes."""
+    if values is None:
+        return
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of dicts, got {type(values).__name__}")
+    for index, value in enumerate(values):
+        if not isinstance(value, Mapping) and not (name == "tools" and callable(value)):
+            raise ValueError(f"{name}[{index}] must be a dict, got {type(value).__name__}")
 
 
 def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:

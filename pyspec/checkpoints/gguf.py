@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata, and tensors under the names of Hugging Face, dequantised block by block or as codes."""
+"""Reads GGUF files: metadata, and tensors under the names of Hugging Face, by blocks of values or as they lie."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mmap
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.entries import Entries
-from pyspec.ops.weight_formats import GGUF_KINDS, Codes, from_gguf
+from pyspec.machine.mapped import map_file, release_pages
+from pyspec.ops.lay_out import STORED_KINDS, StoredMatrix
+from pyspec.ops.weight_formats import GGUF_KINDS
 
 __all__ = ["GGUFCheckpoint", "GGUFFile", "read_gguf_config"]
 
@@ -34,6 +36,17 @@ class _TensorInfo:
     kind: int  # ggml type
     offset: int
     bytes: int
+
+    def parts(self, name: str) -> Iterator[tuple[str, _TensorInfo]]:
+        """The matrices of a tensor [experts, outputs, inputs], which get a number each: NAME.3.weight; others whole."""
+        if len(self.shape) != 3 or not self.shape[0]:
+            yield name, self
+            return
+        stem, _, suffix = name.rpartition(".")
+        size = self.bytes // self.shape[0]
+        for number in range(self.shape[0]):
+            part = replace(self, shape=self.shape[1:], offset=self.offset + number * size, bytes=size)
+            yield f"{stem}.{number}.{suffix}", part
 
 
 class GGUFFile:
@@ -56,17 +69,15 @@ class GGUFFile:
             if again := part.tensors.keys() & self._tensors.keys():
                 raise ValueError(f"{part.path} has tensor {min(again)}, which another part has too")
             self._tensors |= part.tensors
-        stated = Entries(str(path), self.metadata, noun="metadata ").whole(
-            "split.tensors.count", len(self._tensors), least=0
-        )
-        if len(parts) > 1 and stated != len(self._tensors):
-            raise ValueError(
-                f"{path} and the other parts have {len(self._tensors)} tensors, split.tensors.count is {stated}"
-            )
+        count = len(self._tensors)
+        stated = Entries(str(path), self.metadata, noun="metadata ").whole("split.tensors.count", count, least=0)
+        if len(parts) > 1 and stated != count:
+            raise ValueError(f"{path} and the other parts have {count} tensors, split.tensors.count is {stated}")
+        self._tensors = {name: part for whole, info in self._tensors.items() for name, part in info.parts(whole)}
 
     @property
     def is_quantised(self) -> bool:
-        """Whether a matrix has a type that keeps its bits, see `codes`."""
+        """Whether a matrix has a type that keeps its bits, see `stored`."""
         return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) == 2)
 
     @property
@@ -90,22 +101,20 @@ class GGUFFile:
             values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
             yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
 
-    def codes(self, name: str) -> Codes | None:
-        """A matrix in the bits that it has in the file; None where it has floats, or a type that no format is made for.
-
-        Raises:
-            ValueError: a factor is NaN or infinite.
-        """
+    def stored(self, name: str) -> StoredMatrix | None:
+        """A matrix in the bytes of the file; None for vectors, and types that no format is made for."""
         info = self._tensors[name]
         kind = self._kind(name)
-        if kind not in GGUF_KINDS or len(info.shape) != 2:
+        kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
+        if kind not in STORED_KINDS or len(info.shape) != 2:
             return None
         data = torch.frombuffer(info.data, dtype=torch.uint8, count=info.bytes, offset=info.offset)
-        codes = from_gguf(kind, data, info.shape)
-        for factors in (codes.factors, codes.floors):
-            if factors is not None and not factors.isfinite().all():
-                raise ValueError(f"{info.path}: tensor {name} has values that are NaN or infinite")
-        return codes
+        return StoredMatrix(kind, data, *info.shape)
+
+    def release(self, name: str) -> None:
+        """Says that a tensor is done with: its pages leave memory."""
+        info = self._tensors[name]
+        release_pages(info.data, info.offset, info.bytes)
 
     def _kind(self, name: str) -> str:
         return _gguf().GGMLQuantizationType(self._tensors[name].kind).name.lower()
@@ -119,17 +128,20 @@ def read_gguf_config(file: GGUFFile) -> tuple[Family, Any]:
         ValueError: metadata is missing, or is not what it should be.
     """
     found = file.metadata.get("general.architecture")
+    if found == "llama" and file.metadata.get("llama.expert_count"):
+        found = "mixtral"  # which llama.cpp does not tell from llama
     families = {name: family for family in FAMILIES.values() if family.gguf for name in family.gguf.architectures}
     if not isinstance(found, str) or found not in families:
         raise Unsupported(
             f"{file.path} has architecture {found!r}, supported in GGUF files are {', '.join(sorted(families))}"
         )
-    entries = Entries(str(file.path), file.metadata, prefix=f"{found}.", noun="metadata ")
+    prefix = f"{file.metadata['general.architecture']}."
+    entries = Entries(str(file.path), file.metadata, prefix=prefix, noun="metadata ")
     return families[found], families[found].gguf.read(file, entries)
 
 
 class GGUFCheckpoint:
-    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all, `blocks` or `codes` of one."""
+    """The tensors of a GGUF file under their Hugging Face names: `shapes` of all; one in `blocks`, or as `stored`."""
 
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
@@ -144,10 +156,13 @@ class GGUFCheckpoint:
             yield order[start : start + len(values)], values
             start += len(values)
 
-    def codes(self, name: str) -> Codes | None:
-        """The tensor in the bits that it has in the file, see GGUFFile.codes."""
-        codes, order = self._file.codes(self._names[name]), self._order(name)
-        return codes if codes is None or order is None else codes.rows(order.argsort())
+    def stored(self, name: str) -> StoredMatrix | None:
+        """The matrix as it lies in the file, see GGUFFile.stored."""
+        stored, order = self._file.stored(self._names[name]), self._order(name)
+        return stored if stored is None or order is None else replace(stored, order=order.argsort())
+
+    def release(self, name: str) -> None:
+        self._file.release(self._names[name])
 
     def _order(self, name: str) -> Tensor | None:
         """Which row of the model each row of a tensor in the file is; None where it is the same."""
@@ -155,7 +170,9 @@ class GGUFCheckpoint:
 
     def _hugging_face_name(self, name: str) -> str:
         layer, stem, kind = _parts_of(name)
+        stem, dot, number = stem.partition(".")  # of an expert
         stem = self._family.gguf.tensors.get(stem, stem)
+        stem = stem.replace("*", number) if "*" in stem else stem + dot + number
         return f"{stem}.{kind}" if layer is None else f"{self._family.weights.LAYERS}{layer}.{stem}.{kind}"
 
 
@@ -202,8 +219,7 @@ class _Part:
         with open(path, "rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file: it does not begin with 'GGUF'")
-            # private and writable, because torch wants writable arrays; pages are shared as long as nobody writes
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._data = map_file(path)
         self._at = 4
         try:
             self._read_header()
@@ -262,6 +278,19 @@ class _Part:
         self._at += length
         return self._data[self._at - length : self._at].decode()
 
+    def _strings(self, count: int) -> list[str]:
+        """As many strings as a vocabulary has: without a call for each."""
+        found, data, at, end = [], self._data, self._at, len(self._data)
+        length_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            (length,) = length_at(data, at)
+            start, at = at + 8, at + 8 + length
+            if at > end:
+                raise IndexError(f"a string of {length} bytes at byte {start}")
+            found.append(data[start:at].decode())
+        self._at = at
+        return found
+
     def _value(self, kind: int):
         if kind == _STRING:
             return self._string()
@@ -271,6 +300,8 @@ class _Part:
         if kind in (_STRING, _ARRAY):
             if length > len(self._data):
                 raise IndexError(f"an array of {length} values at byte {self._at}")
+            if kind == _STRING:
+                return self._strings(length)
             return [self._value(kind) for _ in range(length)]
         size = struct.calcsize("<" + _SCALARS[kind])
         if self._at + size * length > len(self._data):

@@ -10,10 +10,15 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # token types
 SPACE = "\u2581"  # how SentencePiece spells a space
 
 
-def byte_level_backend(entries: Entries, texts: Sequence[str], splits: Sequence[str], ignore_merges: bool):
-    """Byte-pair merges over bytes that are spelled as printable characters (GPT-2, Llama 3, Qwen)."""
+def merges_backend(
+    entries: Entries, texts: Sequence[str], splits: Sequence[str], ignore_merges: bool, byte_level: bool
+):
+    """Byte-pair merges over bytes that are spelled as printable characters (GPT-2, Llama 3, Qwen).
+
+    Or, not byte_level, over characters, with spaces spelled as SentencePiece does (Gemma 4).
+    """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     vocabulary = {text: token for token, text in enumerate(texts)}
     merges = []
@@ -23,8 +28,15 @@ def byte_level_backend(entries: Entries, texts: Sequence[str], splits: Sequence[
             raise entries.wrong("merges", merge, "two tokens with a space between them")
         if {left, right, left + right} <= vocabulary.keys():  # others can never come about
             merges.append((left, right))
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
     splits = [pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in splits]
+    if not byte_level:
+        unknown = token_id(entries, "unknown", len(texts))
+        rest = {"byte_fallback": True, "unk_token": None if unknown is None else texts[unknown]}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges, **rest))
+        backend.normalizer = normalizers.Replace(" ", SPACE)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
+        return backend
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, to_bytes])
     backend.decoder = decoders.ByteLevel()

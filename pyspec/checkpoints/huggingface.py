@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import Family, Unsupported, family_of, supported_architectures
+from pyspec.checkpoints.safetensors_file import SafetensorsFile
 from pyspec.entries import Entries
+from pyspec.ops.lay_out import StoredMatrix, stored_floats
 
 
 def read_json(path: Path) -> dict:
@@ -82,7 +84,7 @@ def _architecture(source: Path | str, stated: Entries) -> str | None:
         if kind not in kinds:
             raise ValueError(f"{source} has layers of {kind}, the families are {' and '.join(kinds)}")
         return f"mamba_ssm {kind}"
-    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in supported}
+    by_type = {name.removesuffix("ForCausalLM").lower().replace("_", ""): name for name in supported}
     return by_type.get(model_type.removesuffix("_text").replace("_", ""), model_type or None)
 
 
@@ -104,7 +106,7 @@ def eos_tokens(folder: Path, tokenizer) -> frozenset[int]:
 
 
 class SafetensorsCheckpoint:
-    """The tensors of safetensors files: `shapes` of all, and `blocks` of one.
+    """The tensors of safetensors files: `shapes` of all; `blocks` of one, or what is `stored`.
 
     Args:
         files: the files, all of one model.
@@ -116,10 +118,10 @@ class SafetensorsCheckpoint:
 
     def __init__(self, files: Sequence[Path], places: dict[str, str] | None = None):
         places = places or {}
-        self._shards = {}
+        self._shards: dict[str, SafetensorsFile] = {}
         for file in files:
-            shard = _open(file)
-            for name in shard.keys():  # noqa: SIM118, a safetensors shard does not iterate
+            shard = SafetensorsFile(file)
+            for name in shard.shapes:
                 if places.get(name, file.name) != file.name:
                     continue
                 if name in self._shards:
@@ -130,18 +132,26 @@ class SafetensorsCheckpoint:
                 f"{files[0].parent / places[missing[0]]} has no tensor {missing[0]}, which the index names"
             )
         self._names = {ours: name for name in self._shards if (ours := _hugging_face_name(name)) is not None}
-        self.shapes = {
-            ours: tuple(self._shards[name].get_slice(name).get_shape()) for ours, name in self._names.items()
-        }
+        self.shapes = {ours: self._shards[name].shapes[name] for ours, name in self._names.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """All rows as a slice, and their values."""
         name = self._names[name]
-        yield slice(None), self._shards[name].get_tensor(name)
+        yield slice(None), self._shards[name].tensor(name)
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        """A matrix of floats as it lies in the file; None for other tensors."""
+        name = self._names[name]
+        return stored_floats(self._shards[name].tensor(name))
+
+    def release(self, name: str) -> None:
+        """Says that a tensor is done with: its pages leave memory."""
+        name = self._names[name]
+        self._shards[name].release(name)
 
 
 class TensorCheckpoint:
-    """Tensors by name: `shapes` of all, and `blocks` of one."""
+    """Tensors by name: `shapes` of all; `blocks` of one, or what is `stored`."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         named = ((_hugging_face_name(name), tensor) for name, tensor in tensors.items())
@@ -151,6 +161,13 @@ class TensorCheckpoint:
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
         """All rows as a slice, and their values."""
         yield slice(None), self._tensors[name]
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        """A matrix of floats on the CPU; None for other tensors."""
+        return stored_floats(self._tensors[name].detach())
+
+    def release(self, name: str) -> None:
+        """Nothing: who gave the tensors has them."""
 
 
 def _hugging_face_name(name: str) -> str | None:
@@ -236,14 +253,3 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file} must hold tensors by their names, got {type(tensors).__name__} of something else")
     return tensors
-
-
-def _open(file: Path):
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError("Hugging Face folders need safetensors: pip install pyspec-kernels[hf]") from None
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or corrupt: {error}") from None

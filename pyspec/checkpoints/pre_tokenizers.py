@@ -35,11 +35,25 @@ _CASED_LETTERS = (  # as deepseek-llm lists them
 )
 _CHINESE_TO_KOREAN = "[一-龥ࠀ-一가-\ud7ff&&[^\\s]]+"  # llama.cpp has spaces out of the way first
 
+# without 々, which Unicode has among it
+_HAN = "一-\u9fff㐀-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ebef\U0002f800-\U0002fa1f"
+# a number goes with what stands before it, up to its first digits; the next patterns part them
+_DIGITS_FROM_THE_RIGHT = r"\P{N}*\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+_ASIAN = "[一-\u9fff㐀-\u4dbf\u8c48-\ufaff぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+"
+
+
+def _marked(digits: str) -> str:
+    """Words with their marks and a contraction, whatever their case is."""
+    words = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_CONTRACTIONS}?"
+    return rf"{words}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_LINES}"
+
+
 _NAMED = (  # names that share patterns, and these
     ("default", [r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]),
     ("gpt-2 phi-2 gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4", [_GPT2]),
+    ("jina-es jina-de jina-v2-es jina-v2-de", [_GPT2]),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b mellum2", [r"\p{N}", _GPT2]),
-    ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", [_LLAMA3]),
+    ("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", [_LLAMA3]),
     ("dbrx smaug-bpe chatglm-bpe glm4 glm5", [_LLAMA3]),
     ("qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2", [_QWEN2]),
     ("qwen35", [rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
@@ -65,17 +79,29 @@ _NAMED = (  # names that share patterns, and these
     ("deepseek-llm", [r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。&&[^\\s]]+", r"\s+$",
                       _CHINESE_TO_KOREAN, r"\p{N}+"]),
     ("superbpe", [r"\p{N}+", r"(?=(\d{3})+(?!\d))"]),
-    ("kimi-k2", [rf"\p{{Han}}+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^\p{{Han}}]]+{_CONTRACTIONS}?|"
+    ("kimi-k2", [rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+{_CONTRACTIONS}?|"
                  rf"\p{{N}}{{1,3}}|{_MARKS}"]),
     ("falcon", [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"]),
     ("poro-chat bloom gpt3-finnish", [r" ?[^(\s|.,!?…。，、।۔،)]+"]),
+    ("afmoe", [_DIGITS_FROM_THE_RIGHT, _ASIAN, rf"{_DEEPSEEK_WORDS}[\r\n]*|{_LINES}"]),
+    ("tiny_aya cohere2moe", [_DIGITS_FROM_THE_RIGHT, _marked(r"\p{N}{1,3}")]),
+    ("youtu", ["[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+               _marked(r"\p{N}")]),
+    ("chameleon", ["<sentinel:[0-9]+>", "(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z", r"[\t\n]|    |  ", r"\p{N}",
+                   r"[\p{P}!-/:-@\[-`{-~]", _GPT2]),
+    ("gemma4 sarvam-moe", [r"\n+"]),
     ("viking", [r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}"]),
 )  # fmt: skip
 SPLITS = {name: patterns for names, patterns in _NAMED for name in names.split()}
 
 # where a word that is a token stays whole even if no merges lead to it
 IGNORE_MERGES = frozenset(
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4 glm5 tekken minicpm5".split()
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano glm4 glm5 tekken minicpm5 "
+    "youtu gemma4".split()
 )
 # where a text begins with the token for that unless the file says otherwise
-WANTS_BOS = frozenset("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split())
+WANTS_BOS = frozenset(
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken chameleon gemma4".split()
+)
+# where merges are of characters, not of bytes
+OVER_CHARACTERS = frozenset("gemma4 sarvam-moe".split())

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
 from pyspec.arguments import check_unicode, described, read_tokens
 from pyspec.checkpoints import gguf_tokenizer
 from pyspec.checkpoints.chat_templates import render_chat, select_template
-from pyspec.checkpoints.pre_tokenizers import IGNORE_MERGES, WANTS_BOS
+from pyspec.checkpoints.gguf_tokenizer import CONTROL
+from pyspec.checkpoints.pre_tokenizers import IGNORE_MERGES, OVER_CHARACTERS, WANTS_BOS
 from pyspec.checkpoints.pre_tokenizers import SPLITS as _SPLITS
 from pyspec.checkpoints.tokenizer_settings import read_settings
 from pyspec.entries import Entries
 
 # Names under which chat models end a turn or a text.
-_END_NAMES = frozenset("<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <end_of_turn> </s>".split())
-_END = "<|end|>"  # the end of a turn for some, but of the reasoning alone where there is <|return|> or <|call|>
+_END_NAMES = frozenset(
+    "<|im_end|> <|endoftext|> <|end_of_text|> <|eot_id|> <|eom_id|> <end_of_turn> </s> <eos> <turn|> <EOT> _<EOT> "
+    "[EOT] [EOS] [e~[ <end_of_utterance> <｜end▁of▁sentence｜> <|tool_response> <|return|> <|call|> <|calls|> "
+    "<|flush|>".split()
+)
+_END = "<|end|>"  # the end of a turn for some, but of the reasoning alone where there is one of these:
+_ENDS_BEYOND = frozenset("<|return|> <|call|> <|calls|> <|flush|>".split())
 
 
 class Tokenizer:
@@ -27,7 +33,8 @@ class Tokenizer:
         backend: a tokenizers.Tokenizer.
         byte_level: its tokens are spelled in GPT-2's alphabet of bytes; otherwise as SentencePiece spells them.
         bos: the token that `encode` puts first, or None.
-        eos: tokens that end a text; those with usual names for that are added.
+        eos: tokens that end a text. Special tokens with usual names for that are added, <|end|> only where the chat
+            template writes it.
         chat_template: Jinja source, or sources by their names, or None.
         named_tokens: bos_token, eos_token and others that a template may use, as text.
         source: where all this comes from, for errors.
@@ -52,8 +59,11 @@ class Tokenizer:
         self._bos = bos
         self._named_tokens = named_tokens or {}
         self._added = backend.get_added_tokens_decoder()
-        special = {token: text for token, text in self._added.items() if text.special}
-        self.eos_tokens = frozenset(eos) | {token for token, text in special.items() if text.content in _END_NAMES}
+        special = {text.content: token for token, text in self._added.items() if text.special}
+        named = _named_ends(special.keys())
+        if _END not in str(chat_template):
+            named -= {_END}
+        self.eos_tokens = frozenset(eos) | {special[name] for name in named}
 
     @property
     def vocab_size(self) -> int:
@@ -76,9 +86,9 @@ class Tokenizer:
         kind = entries.text("model", "none")
         if kind in ("none", "no_vocab"):
             return None
-        if kind not in ("gpt2", "llama"):
-            raise ValueError(f"{path} has tokenizer {kind!r}, supported are gpt2, llama")
-        name = entries.text("pre", "default")
+        if kind not in ("gpt2", "llama", "gemma4"):
+            raise ValueError(f"{path} has tokenizer {kind!r}, supported are gpt2, llama, gemma4")
+        name = "gemma4" if kind == "gemma4" else entries.text("pre", "") or "default"
         if kind == "gpt2" and name not in _SPLITS:
             raise ValueError(f"{path} splits words by the rules {name!r}, supported are {', '.join(sorted(_SPLITS))}")
         texts = [text or f"[EMPTY_{token}]" for token, text in enumerate(entries.array("tokens", str))]
@@ -88,27 +98,29 @@ class Tokenizer:
         if len(types) < len(texts):
             raise entries.wrong("token_type", types, f"one for each of {len(texts)} tokens")
         _tokenizers()
-        if kind == "gpt2":
-            backend = gguf_tokenizer.byte_level_backend(entries, texts, _SPLITS[name], name in IGNORE_MERGES)
-        else:
+        byte_level = kind == "gpt2" and name not in OVER_CHARACTERS
+        if kind == "llama":
             backend = gguf_tokenizer.sentencepiece_backend(entries, texts, types)
-        is_harmony = not {"<|return|>", "<|call|>"}.isdisjoint(texts)
-        ends = _END_NAMES if is_harmony else _END_NAMES | {_END}
-        gguf_tokenizer.add_tokens(backend, texts, types, ends - {"</s>"})  # which is plain text in some vocabularies
+        else:
+            backend = gguf_tokenizer.merges_backend(entries, texts, _SPLITS[name], name in IGNORE_MERGES, byte_level)
+        # </s> is plain text in some vocabularies
+        named = {text for text, kind in zip(texts, types, strict=False) if text != "</s>" or kind == CONTROL}
+        ends = _named_ends(named)
+        gguf_tokenizer.add_tokens(backend, texts, types, ends)
 
         def token(name: str, default: int) -> int | None:
             return gguf_tokenizer.token_id(entries, name, len(texts), default if kind == "llama" else None)
 
         bos, eos = token("bos", 1), token("eos", 2)
         stated = [eos, *(gguf_tokenizer.token_id(entries, name, len(texts)) for name in ("eot", "eom"))]
-        wants_bos = entries.flag("add_bos_token", kind == "llama" or name in WANTS_BOS)
+        wants_bos = entries.flag("add_bos_token", kind == "llama" or name in WANTS_BOS) or kind == "gemma4"
         named_tokens = {"bos_token": bos, "eos_token": eos, "unk_token": token("unknown", 0)}
         named_tokens["pad_token"] = gguf_tokenizer.token_id(entries, "padding", len(texts))
         return cls(
             backend,
-            byte_level=kind == "gpt2",
+            byte_level=byte_level,
             bos=bos if wants_bos else None,
-            eos=[end for end in stated if end is not None] + [backend.token_to_id(_END)] * (_END in ends & set(texts)),
+            eos=[end for end in stated if end is not None] + [backend.token_to_id(end) for end in ends],
             chat_template=_gguf_templates(path, metadata),
             named_tokens={name: texts[number] for name, number in named_tokens.items() if number is not None},
             source=str(path),
@@ -255,6 +267,14 @@ def _tokenizers():
     except ImportError:
         raise ImportError("text needs the package tokenizers: pip install pyspec-kernels[hf]") from None
     return tokenizers
+
+
+def _named_ends(texts: Collection[str]) -> frozenset[str]:
+    """Those of a vocabulary's tokens that end a turn or a text by their names."""
+    named = (_END_NAMES | {_END}).intersection(texts)
+    if "<|tool_response>" in named:  # Gemma 4, where </s> is text
+        named -= {"</s>"}
+    return named if _ENDS_BEYOND.isdisjoint(named) else named - {_END}
 
 
 def _gguf_templates(path: Path, metadata: dict) -> str | dict[str, str] | None:

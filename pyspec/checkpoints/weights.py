@@ -1,21 +1,27 @@
-"""Weights out of a checkpoint: checked before anything is made, then read and laid out part by part."""
+"""Weights out of a checkpoint: checked before anything is made, then each tensor laid out where it will lie."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyspec.architectures import Family
-from pyspec.architectures.weights import NativeLayer, NativeWeights
+from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
+from pyspec.checkpoints.memory import MemoryNeed, cache_bytes, check_memory
+from pyspec.checkpoints.plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.fingerprint import WeightSample
-from pyspec.ops.linear import lay_out_parts
-from pyspec.ops.weight_formats import Codes
+from pyspec.machine.huge_pages import HugePages
+from pyspec.ops._checks import FLOATS
+from pyspec.ops.lay_out import StoredMatrix
 
 __all__ = ["read_weights"]
+
+SMALLER = {"int8": torch.int8, "int4": "int4"}  # what is proposed where a model does not fit
 
 
 def read_weights(
@@ -26,57 +32,162 @@ def read_weights(
     dtype: torch.dtype | str | None,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[MemoryNeed], None] | None = None,
 ) -> tuple[Any, NativeWeights]:
-    """A model's configuration, and its weights, laid out part by part so that little is ever there twice.
+    """A model's configuration, and its weights, each matrix laid out in its place straight from the checkpoint.
 
     Args:
         family: the model's.
-        checkpoint: has the `shapes` of all tensors by name, and `blocks(name)` of one: rows and their values. Where
-            matrices are to keep their bits, it has `codes(name)` too, which may be None.
+        checkpoint: has the `shapes` of all tensors by name; `blocks(name)` of one: rows and their values;
+            `stored(name)`, the StoredMatrix that it is, or None; and `release(name)`, called when it is done with.
         config: the model's shape, as its description has it.
         path: what errors name.
         dtype: that matrices are laid out in: float32, float16, bfloat16, int8 or "int4"; or None, on a CPU: in the bits
             that the checkpoint has them in, or in bfloat16.
         device: where the weights will be.
         progress: called with (tensors read, all tensors).
+        announce: called with what they need of memory, before any is taken.
 
     Returns:
         The configuration, without a tie of embedding and head that the checkpoint does not have; and the weights.
 
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
+        MemoryError: they cannot fit.
     """
+    checkpoint = family.weights.checkpoint(checkpoint)
+    checkpoint = _InModelOrder(checkpoint, family, config)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
-    _check_tensors(family.weights, checkpoint.shapes, config, path)
-    keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
-    weights = family.weights.empty(config, torch.float32 if dtype in (torch.int8, "int4") else dtype, device)
-    expected = len(weights.named(config))  # views: memory comes with the first write
-    sample = WeightSample()
-    done = 0
+    _check_tensors(family.weights, checkpoint, config, path)
 
-    def read(owner, places: dict[str, torch.Tensor]) -> None:
-        nonlocal done
-        kept = _Kept(owner) if keeps_bits else None
-        for name, place in places.items():
-            codes = None if kept is None or not kept.is_part(place) else checkpoint.codes(name)
-            if codes is None:
-                _fill(place, checkpoint.blocks(name), f"{path}: tensor {name}")
-            else:
-                kept.add(place, codes)
-            sample.add([(name, place if codes is None else codes)])
-            done += 1
-            if progress is not None:
-                progress(done, expected)
-        if kept is not None:
-            kept.lay_out()
+    def need(dtype: torch.dtype | str | None) -> tuple[int, str, int, int]:
+        blank = _blank(family, checkpoint, config, dtype, torch.device("meta"))
+        return *_need(*blank, config), *cache_bytes(config, dtype if dtype in FLOATS else torch.bfloat16)
 
-    read(weights, weights.named_outside(config))
-    weights.lay_out_outside(dtype)
+    check_memory(path, device, need, dtype, SMALLER, announce)
+    weights, plans = _blank(family, checkpoint, config, dtype, device)
+    buffer = HugePages([plan.nbytes for plan in plans.values()])
+    for plan in plans.values():
+        plan.take(buffer)
+    weights.is_together = device.type == "cpu"
+    dtype = dtype or torch.bfloat16
+    reader = _Reader(checkpoint, path, plans, len(weights.named(config)), progress)
+    reader.read(weights, config, dtype)
     for index, layer in enumerate(weights.layers):
-        read(layer, layer.named(config, f"{weights.LAYERS}{index}."))
-        layer.lay_out(dtype)
-    weights.sample = sample.hexdigest()
+        reader.read(layer, config, dtype, f"{weights.LAYERS}{index}.")
+    weights.sample = reader.sample.hexdigest()
     return config, weights
+
+
+def _blank(
+    family: Family, checkpoint, config, dtype: torch.dtype | str | None, device: torch.device
+) -> tuple[NativeWeights, dict[int, MatrixPlan]]:
+    """Weights to be filled, and plans of those that have no memory yet: all matrices, unless they go to a GPU."""
+    keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
+    floats = dtype if dtype in FLOATS else torch.float32
+    if device.type not in ("cpu", "meta"):
+        return family.weights.empty(config, floats, device), {}
+    weights = family.weights.empty(config, floats, device, torch.device("meta"))
+    plans = plan_matrices(weights, config, checkpoint, dtype, keeps_bits=keeps_bits)
+    if storage_of(weights.embedding) not in plans:  # it is only read by rows: in its own dtype where none was named
+        stored = checkpoint.stored(weights.EMBEDDING) if keeps_bits or dtype not in FLOATS else None
+        floats = floats if stored is None else getattr(torch, stored.kind)
+        weights.embedding = torch.empty_like(weights.embedding, dtype=floats, device=device)
+    return weights, plans
+
+
+def _need(weights: NativeWeights, plans: dict[int, MatrixPlan], config) -> tuple[int, str]:
+    """Bytes of weights, and what their matrices are kept in."""
+    others = {storage_of(place): place.untyped_storage().nbytes() for place in weights.named(config).values()}
+    kept = dict.fromkeys(format for plan in plans.values() for format, _ in plan.parts)
+    planned = sum(plan.nbytes for plan in plans.values())
+    return planned + sum(size for key, size in others.items() if key not in plans), ", ".join(kept)
+
+
+class _InModelOrder:
+    """A checkpoint whose rows are in the order of the model, see Family.row_order."""
+
+    def __init__(self, checkpoint, family: Family, config):
+        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self.shapes, self.release = checkpoint.shapes, checkpoint.release
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        order = self._order(name)
+        for rows, values in self._checkpoint.blocks(name):
+            yield rows if order is None else order[rows], values
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        stored, order = self._checkpoint.stored(name), self._order(name)
+        if stored is None or order is None:
+            return stored
+        order = order.argsort()
+        return replace(stored, order=order if stored.order is None else stored.order[order])
+
+    def _order(self, name: str) -> Tensor | None:
+        return self._family.row_order(self._config, name, self.shapes[name][0])
+
+
+class _Reader:
+    """Fills the tensors of a model's weights and layers, one after another."""
+
+    def __init__(self, checkpoint, path: Path | str, plans: dict[int, MatrixPlan], expected: int, progress):
+        self._checkpoint, self._path, self._plans, self._progress = checkpoint, path, plans, progress
+        self._expected, self._done = expected, 0
+        self.sample = WeightSample()
+
+    def read(self, owner: NativeWeights | NativeLayer, config, dtype: torch.dtype | str, prefix: str = "") -> None:
+        """Fills and lays out what `owner` has, its layers aside."""
+        plans = self._begin(owner)
+        places = owner.named(config, prefix) if prefix else owner.named_outside(config)
+        for name, place in places.items():
+            plan = plans.get(storage_of(place))
+            tensor = f"{self._path}: tensor {name}"
+            if plan is not None and plan.tensors:
+                matrix = self._checkpoint.stored(name)
+                try:
+                    plan.write(name, matrix)
+                except ValueError as error:
+                    raise ValueError(f"{tensor} {str(error).removeprefix('source ')}") from None
+                self.sample.add([(name, matrix)])
+            else:
+                _fill(place, self._checkpoint.blocks(name), tensor)
+                self.sample.add([(name, place)])
+            self._checkpoint.release(name)
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done, self._expected)
+        for plan in plans.values():
+            if plan.tensors:
+                _replace(owner, getattr(owner, plan.name), plan.weight)
+        if isinstance(owner, NativeWeights):
+            owner.lay_out_outside(dtype)
+        else:
+            owner.lay_out(dtype)
+        for plan in plans.values():
+            if not plan.tensors:
+                plan.weight.data.copy_(getattr(owner, plan.name).data)
+                _replace(owner, getattr(owner, plan.name), plan.weight)
+
+    def _begin(self, owner: NativeWeights | NativeLayer) -> dict[int, MatrixPlan]:
+        """The plans of an owner's matrices, by `storage_of` them. Those that are filled in dense get memory."""
+        plans = {}
+        for name in owner.MATRICES:
+            matrix = getattr(owner, name)
+            plan = self._plans.get(storage_of(matrix)) if isinstance(matrix, Tensor) else None
+            if matrix.is_meta and (plan is None or not plan.tensors):
+                dense = torch.empty_like(matrix, device="cpu")
+                _replace(owner, matrix, dense)
+                matrix = dense
+            if plan is not None:
+                plans[storage_of(matrix)] = plan
+        return plans
+
+
+def _replace(owner: NativeWeights | NativeLayer, old: Matrix, new: Matrix) -> None:
+    """Puts a matrix in the place of another, under all names that it has."""
+    for name in owner.MATRICES:
+        if getattr(owner, name) is old:
+            setattr(owner, name, new)
 
 
 def _fill(place: torch.Tensor, blocks: Iterable[tuple[torch.Tensor, torch.Tensor]], tensor: str) -> None:
@@ -87,41 +198,6 @@ def _fill(place: torch.Tensor, blocks: Iterable[tuple[torch.Tensor, torch.Tensor
         is_sure = values.sum().isfinite() and place.dtype != torch.float16
         if not is_sure and not place[rows].isfinite().all():
             raise ValueError(f"{tensor} has values that are NaN or infinite in {place.dtype}")
-
-
-class _Kept:
-    """The matrices of a layer, or those outside, that keep their bits: codes in the place of views of dense memory."""
-
-    def __init__(self, owner: NativeLayer | NativeWeights):
-        self._owner = owner
-        self._matrices = {
-            _address(getattr(owner, name)): name for name in owner.MATRICES if name not in owner.REORDERED
-        }
-        self._parts: dict[str, dict[int, Codes]] = {name: {} for name in self._matrices.values()}  # by first row
-
-    def is_part(self, place: torch.Tensor) -> bool:
-        """Whether a place is whole rows of a matrix."""
-        name = self._matrices.get(_address(place))
-        return name is not None and place.shape[1:] == getattr(self._owner, name).shape[1:]
-
-    def add(self, place: torch.Tensor, codes: Codes) -> None:
-        self._parts[self._matrices[_address(place)]][place.storage_offset() // codes.inputs] = codes
-
-    def lay_out(self) -> None:
-        """Lays out the matrices of which all rows are codes; fills in the others' rows."""
-        for name, parts in self._parts.items():
-            matrix, codes = getattr(self._owner, name), [parts[row] for row in sorted(parts)]
-            if sum(part.outputs for part in codes) == len(matrix):
-                laid_out = lay_out_parts(codes)
-                for same in (name for name in self._owner.MATRICES if getattr(self._owner, name) is matrix):
-                    setattr(self._owner, same, laid_out)
-            else:
-                for row, part in parts.items():
-                    matrix[row : row + part.outputs] = part.values()
-
-
-def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _tied_as_stored(checkpoint, config, embedding: str):
@@ -146,8 +222,9 @@ def _untied(config):
     return replace(config, **changed)
 
 
-def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple], config, path: Path | str) -> None:
+def _check_tensors(weights_class: type[NativeWeights], checkpoint, config, path: Path | str) -> None:
     """Raises ValueError naming the tensors that are missing, have another shape or are unknown."""
+    shapes = checkpoint.shapes
     last = f"{weights_class.LAYERS}{config.layers - 1}."
     if not any(name.startswith(last) for name in shapes):  # before anything is made for so many layers
         raise ValueError(f"{path} has no tensor {last}*, for {config.layers} layers")
@@ -164,4 +241,6 @@ def _check_tensors(weights_class: type[NativeWeights], shapes: dict[str, tuple],
             if shape != expected[name]:
                 raise ValueError(f"{path}: tensor {name} must have shape {expected[name]}, got {shape}")
         elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # computed, or tied to another
+            if name.endswith(".bias") and not any(values.any() for _, values in checkpoint.blocks(name)):
+                continue  # quantisers give one to every matrix
             raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pyspec.arguments import check_unicode, decode_text
 from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
@@ -46,6 +48,15 @@ def add_parser(commands) -> None:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
+    generate.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
+    generate.add_argument(
+        "--variable",
+        action="append",
+        default=[],
+        type=_variable,
+        metavar="NAME=VALUE",
+        help="for the chat template, such as enable_thinking=false or tools='[...]'; repeatable",
+    )
     generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
     generate.add_argument(
         "--drafter-state", type=Path, metavar="FILE", help="what the drafter has learned: read it if there, then write"
@@ -53,10 +64,24 @@ def add_parser(commands) -> None:
     generate.set_defaults(command=_generate)
 
 
+def _variable(text: str) -> tuple[str, Any]:
+    """A name, and a value that is JSON or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name == "messages":
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a name of the chat template's, got {text!r}")
+    check_unicode("--variable", value)
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
     for text in arguments.stop:
         check_unicode("--stop", text)
+    if arguments.system is not None:
+        check_unicode("--system", arguments.system)
     if arguments.drafter_state is not None:
         _check_state(arguments)
     settings = generation_settings(arguments, [arguments.temperature])
@@ -65,7 +90,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = load_model(arguments, console)
     from pyspec.generate import generate
 
-    tokens = prompt_tokens(model, prompt, arguments.raw)
+    tokens = prompt_tokens(model, prompt, arguments.raw, arguments.system, arguments.variable)
     drafter = _drafter(arguments, model, console)
     if arguments.drafter_state is not None and arguments.drafter_state.exists():
         drafter.load(arguments.drafter_state)

@@ -67,7 +67,13 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
     prompt_attention = arguments.prompt_attention if source is None else "pyspec"
     source = arguments.model if source is None else source
     with progress_of(console, f"loading {source}") as progress:
-        model = pyspec.load(source, dtype=dtype, prompt_attention=prompt_attention, progress=progress)
+        model = pyspec.load(
+            source,
+            dtype=dtype,
+            prompt_attention=prompt_attention,
+            progress=progress,
+            announce=lambda need: console.print(f"{source}: {need}", highlight=False, markup=False, soft_wrap=True),
+        )
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model
@@ -92,11 +98,18 @@ def progress_of(console, description: str) -> Iterator[Callable[[int, int], None
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def prompt_tokens(model, prompt: str, raw: bool) -> list[int]:
-    """The prompt as the user's turn of a chat, or as it is: then names of special tokens are those tokens."""
+def prompt_tokens(model, prompt: str, raw: bool, system: str | None = None, variables: Sequence = ()) -> list[int]:
+    """The prompt as the user's turn of a chat, or as it is: then names of special tokens are those tokens.
+
+    system is the turn before it; variables are pairs of a name and a value, for the model's chat template.
+    """
     if raw or model.tokenizer.chat_template is None:
+        if system is not None or variables:
+            reason = "--raw leaves that out" if raw else "this model has none"
+            raise BadInput(f"{'--variable' if system is None else '--system'} needs a chat template: {reason}")
         return model.tokenizer.encode(prompt, special=raw)
-    return model.tokenizer.chat([{"role": "user", "content": prompt}])
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    return model.tokenizer.chat([*turns, {"role": "user", "content": prompt}], **dict(variables))
 
 
 def make_console():

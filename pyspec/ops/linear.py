@@ -81,6 +81,10 @@ class LinearWeight:
         return torch.int8 if self.data.dtype == torch.uint8 else self.data.dtype
 
     @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs
+
+    @property
     def nbytes(self) -> int:
         return self.data.nbytes
 
@@ -301,7 +305,7 @@ def linear(
 
     Args:
         x: [..., K] fp32, fp16 or bf16 with a contiguous last dimension.
-        weight: from `lay_out_weight`; or [N, K], which is laid out in every call.
+        weight: from `lay_out_weight`; or [N, K], which is laid out in every call. One in fp32 takes x of any dtype.
         bias: [N] floating point.
         out_dtype: of the result: fp32, fp16 or bf16; x's own by default.
 
@@ -309,7 +313,7 @@ def linear(
         [..., N]. Sums are kept in fp32, one chain of multiply-adds over K for each output.
 
     Raises:
-        TypeError: a dtype is not supported, or a weight of floats is not of x's dtype.
+        TypeError: a dtype is not supported, or a weight of fp16 or bf16 is not of x's dtype.
         ValueError: a shape, stride or device does not fit; the message names the argument.
     """
     check_are_tensors(x=x, bias=bias, optional=("bias",))
@@ -323,6 +327,8 @@ def linear(
         formats, outputs = zip(*weight.parts, strict=True)
         out = linear_joined(rows, weight.data, bias, outputs, formats, out_dtype)
     elif weight.format is None:
+        if x.is_cuda and weight.dtype == torch.float32:  # as whose parts its kernel takes x
+            rows = rows.float()
         out = _OP(rows, weight.data, bias, weight.outputs, out_dtype)
     else:
         out = linear_codes(rows, weight.data, bias, weight.outputs, weight.format, out_dtype)
@@ -332,8 +338,8 @@ def linear(
 def _check(x: Tensor, weight: LinearWeight, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     check_floating("x", x.dtype)
     check_floating("out_dtype", out_dtype)
-    if isinstance(weight.dtype, torch.dtype) and weight.dtype not in (torch.int8, x.dtype):
-        raise TypeError(f"weight must be int8, in fewer bits, or {x.dtype} like x, got {weight.dtype}")
+    if isinstance(weight.dtype, torch.dtype) and weight.dtype not in (torch.int8, torch.float32, x.dtype):
+        raise TypeError(f"weight must be int8, in fewer bits, float32, or {x.dtype} like x, got {weight.dtype}")
     if x.dim() < 1 or x.shape[-1] != weight.inputs:
         raise ValueError(f"x must be [..., {weight.inputs}] for this weight, got shape {tuple(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:

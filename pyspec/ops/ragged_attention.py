@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_are_tensors, check_tensors
+from pyspec.ops._checks import check_are_tensors, check_contiguous, check_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.tree_attention import tree_attention
 
@@ -27,6 +27,7 @@ def ragged_attention_reference(
     scale: float,
     softcap: float | None,
     window: int | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch, tree by tree. The specification of the kernels."""
     out, bounds = torch.empty_like(q), starts.tolist()
@@ -35,18 +36,20 @@ def ragged_attention_reference(
             continue
         bits = ancestor_bits[None, first:end, : (end - first + 31) // 32].contiguous()
         keys_values = (k[sequence, None], v[sequence, None])
-        lens, settings = prefix_lens[sequence, None], {"scale": scale, "softcap": softcap, "window": window}
-        mixed = tree_attention(q[first:end].transpose(0, 1)[None], *keys_values, bits, lens, **settings)
+        settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+        rows = q[first:end].transpose(0, 1)[None]
+        mixed = tree_attention(rows, *keys_values, bits, prefix_lens[sequence, None], **settings)
         out[first:end] = mixed[0].transpose(0, 1)
     return out
 
 
-def _padded(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window) -> Tensor:
+def _padded(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks=None) -> Tensor:
     """On a GPU nobody looks at starts: all trees are padded to one number of nodes."""
     sequences, nodes = len(k), len(q) // len(k)
     bits = ancestor_bits.unflatten(0, (sequences, nodes))[..., : (nodes + 31) // 32]
     q = q.unflatten(0, (sequences, nodes)).transpose(1, 2)
-    mixed = tree_attention(q, k, v, bits, prefix_lens, scale=scale, softcap=softcap, window=window)
+    settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    mixed = tree_attention(q, k, v, bits, prefix_lens, **settings)
     return mixed.transpose(1, 2).flatten(0, 1)
 
 
@@ -59,7 +62,7 @@ def _check_trees(q, k, v, ancestor_bits, starts, prefix_lens, *rest) -> None:
 _OP = Op(
     "ragged_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor ancestor_bits, Tensor starts, Tensor prefix_lens, float scale, "
-    "float? softcap, int? window) -> Tensor",
+    "float? softcap, int? window, Tensor? sinks=None) -> Tensor",
     ragged_attention_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: _padded,
@@ -78,6 +81,7 @@ def ragged_attention(
     scale: float | None = None,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention of trees' nodes to their sequences' committed keys and to their own ancestors, in one call.
 
@@ -89,7 +93,7 @@ def ragged_attention(
         starts: [B + 1] int32, from 0 to R: tree b has the rows from starts[b] to starts[b + 1], perhaps none. On a GPU
             all trees must have R / B rows, padding included, which is not checked.
         prefix_lens: [B] int32, committed keys of each sequence.
-        scale, softcap, window: as for tree_attention.
+        scale, softcap, window, sinks: as for tree_attention.
 
     Returns:
         Like q. Each row has the bits that tree_attention gives it.
@@ -100,6 +104,7 @@ def ragged_attention(
         RuntimeError: an argument requires a gradient.
     """
     check_are_tensors(q=q, k=k, v=v, ancestor_bits=ancestor_bits, starts=starts, prefix_lens=prefix_lens)
+    check_are_tensors(sinks=sinks, optional=("sinks",))
     if q.dim() != 3 or not q.is_contiguous():
         raise ValueError(f"q must be [rows, heads, head_dim] and contiguous, got {tuple(q.shape)} {q.stride()}")
     if k.dim() != 4 or k.stride(3) != 1 or v.stride(-1) != 1:
@@ -115,6 +120,8 @@ def ragged_attention(
         ("ancestor_bits", ancestor_bits, torch.int32, (len(q), *ancestor_bits.shape[1:])),
         ("starts", starts, torch.int32, (len(k) + 1,)),
         ("prefix_lens", prefix_lens, torch.int32, (len(k),)),
+        ("sinks", sinks, torch.float32, q.shape[1:2]),
     )
+    check_contiguous(sinks=sinks)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    return _OP(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window)
+    return _OP(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks)

@@ -3,6 +3,7 @@
 hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once. With a weight
 [groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups. Some models norm a layer's
 output too, delta by a weight of its own, before it is added; and some do only that: without a weight, out = hidden.
+Centred, the mean of a row is taken off before it is normalised, and a bias may be added at last: a layer norm.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def rms_norm_reference(
     epsilon: float,
     out_dtype: torch.dtype,
     delta_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    centred: bool = False,
 ) -> Tensor:
     """Plain PyTorch; hidden is changed in place. The specification of the kernels."""
     if delta is not None:
@@ -29,14 +32,16 @@ def rms_norm_reference(
         return hidden.to(out_dtype, copy=True)
     if weight.dim() == 2:
         weight = weight.repeat(len(hidden) // len(weight), 1)
-    return _normed(hidden, weight, epsilon).to(out_dtype)
+    x = hidden - hidden.mean(-1, keepdim=True) if centred else hidden
+    out = _normed(x, weight, epsilon)
+    return (out if bias is None else out + bias).to(out_dtype)
 
 
 def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * weight
 
 
-def _fake(hidden, delta, weight, epsilon, out_dtype, delta_weight=None) -> Tensor:
+def _fake(hidden, delta, weight, epsilon, out_dtype, *rest) -> Tensor:
     return torch.empty_like(hidden, dtype=out_dtype)
 
 
@@ -49,7 +54,7 @@ def _triton():
 _OP = Op(
     "rms_norm",
     "(Tensor(a!) hidden, Tensor? delta, Tensor? weight, float epsilon, ScalarType out_dtype, "
-    "Tensor? delta_weight=None) -> Tensor",
+    "Tensor? delta_weight=None, Tensor? bias=None, bool centred=False) -> Tensor",
     rms_norm_reference,
     _fake,
     _triton,
@@ -63,9 +68,11 @@ def rms_norm(
     *,
     delta: Tensor | None = None,
     delta_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    centred: bool = False,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Adds delta to hidden in place and returns the root-mean-square norm of the sum.
+    """Adds delta to hidden in place and returns the root-mean-square norm, or the layer norm, of the sum.
 
     Args:
         hidden: [R, H] fp32 and contiguous: the residual stream; changed where there is a delta.
@@ -73,6 +80,8 @@ def rms_norm(
         epsilon: added to the mean of squares.
         delta: [R, H] fp32 or None.
         delta_weight: [H] fp32: delta's own norm is added, scaled by this; None adds delta as it is.
+        bias: [H] fp32, added to what has been scaled by weight; None for none.
+        centred: whether the mean of a row is taken off before it is normalised; it is kept in hidden.
         out_dtype: fp32, fp16 or bf16.
 
     Returns:
@@ -81,12 +90,16 @@ def rms_norm(
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
-    options = {"weight": weight, "delta": delta, "delta_weight": delta_weight}
+    options = {"weight": weight, "delta": delta, "delta_weight": delta_weight, "bias": bias}
     check_are_tensors(hidden=hidden, **options, optional=tuple(options))
     if hidden.dim() != 2 or not hidden.is_contiguous():
         raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
     if delta is None and delta_weight is not None:
         raise ValueError("delta_weight must be None where there is no delta")
+    if weight is None and (bias is not None or centred):
+        raise ValueError("weight must be there for a bias and where rows are centred, got None")
+    if centred and delta_weight is not None:
+        raise ValueError("delta_weight must be None where rows are centred")
     has_groups = weight is not None and weight.dim() == 2
     check_tensors(
         "hidden",
@@ -95,8 +108,9 @@ def rms_norm(
         ("weight", weight, torch.float32, (*weight.shape[:1], *hidden.shape[1:]) if has_groups else hidden.shape[1:]),
         ("delta", delta, torch.float32, hidden.shape),
         ("delta_weight", delta_weight, torch.float32, hidden.shape[1:]),
+        ("bias", bias, torch.float32, hidden.shape[1:]),
     )
     if has_groups and (not len(weight) or len(hidden) % len(weight)):
         raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
     check_floating("out_dtype", out_dtype)
-    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight)
+    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight, bias, centred)

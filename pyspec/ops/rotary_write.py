@@ -2,8 +2,8 @@
 
 A head's first half x and second half y at position p become x cos - y sin and y cos + x sin, with the angles of p;
 where there are fewer angles, that is so of the head's first dimensions, and the others stay. Some models norm queries
-and keys before, by their root mean square. The projection is read once, in fp32, and rounded once, to the cache's
-dtype.
+and keys before, by their root mean square, and some scale queries by their position. The projection is read once, in
+fp32, and rounded once, to the cache's dtype.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def rotary_write_reference(
     heads: int,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
+    query_scales: Tensor | None = None,
 ) -> Tensor:
     """Plain PyTorch; keys and values are changed in place. The specification of the kernels."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
@@ -38,20 +39,23 @@ def rotary_write_reference(
         )
     cos, sin = cos_sin[positions.long()].unsqueeze(2).unbind(1)  # [R, 1, width / 2]
     x, y, rest = turned.tensor_split([cos.shape[2], 2 * cos.shape[2]], dim=-1)
-    turned = torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1).to(keys.dtype)
+    turned = torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1)
+    if query_scales is not None:
+        turned[:, :heads] *= query_scales[positions.long(), None, None]
+    turned = turned.to(keys.dtype)
     places = sequences.long(), slice(None), slots.long()
     keys[places] = turned[:, heads:]
     values[places] = straight.to(values.dtype)
     return turned[:, :heads].contiguous()
 
 
-def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> None:
+def _check_places(qkv, cos_sin, positions, sequences, slots, keys, values, heads, *rest) -> None:
     check_places("positions", positions, len(cos_sin), "cos_sin has {} positions")
     check_places("sequences", sequences, len(keys), "keys has {} sequences")
     check_places("slots", slots, keys.shape[2], "keys has {} slots")
 
 
-def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0) -> Tensor:
+def _fake(qkv, cos_sin, positions, sequences, slots, keys, values, heads, *rest) -> Tensor:
     return keys.new_empty((qkv.shape[0], heads, keys.shape[3]))
 
 
@@ -64,7 +68,8 @@ def _triton():
 _OP = Op(
     "rotary_write",
     "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
-    "Tensor(b!) values, int heads, Tensor? norm=None, float epsilon=0.0) -> Tensor",
+    "Tensor(b!) values, int heads, Tensor? norm=None, float epsilon=0.0, "
+    "Tensor? query_scales=None) -> Tensor",
     rotary_write_reference,
     _fake,
     _triton,
@@ -84,6 +89,7 @@ def rotary_write(
     heads: int,
     norm: Tensor | None = None,
     epsilon: float = 0.0,
+    query_scales: Tensor | None = None,
 ) -> Tensor:
     """Turns queries and keys and writes keys and values to a cache.
 
@@ -98,6 +104,7 @@ def rotary_write(
         norm: None, or weights of queries' and keys' root mean square norms, in this order: [2, D] fp32 for each head by
             itself; [heads + kv_heads, D] for all query heads of a row together, and all its key heads.
         epsilon: added to the mean of squares.
+        query_scales: [P] fp32 and contiguous, what turned queries are multiplied by at each position; None for 1.
 
     Returns:
         The turned queries, [R, heads, D] of the keys' dtype.
@@ -108,7 +115,7 @@ def rotary_write(
         RuntimeError: an argument requires a gradient.
     """
     check_are_tensors(qkv=qkv, cos_sin=cos_sin, positions=positions, sequences=sequences, slots=slots)
-    check_are_tensors(keys=keys, values=values, norm=norm, optional=("norm",))
+    check_are_tensors(keys=keys, values=values, norm=norm, query_scales=query_scales, optional=("norm", "query_scales"))
     for name, tensor in (("keys", keys), ("values", values)):
         if tensor.dim() != 4 or tensor.shape != keys.shape or tensor.stride(3) != 1:
             raise ValueError(
@@ -135,9 +142,10 @@ def rotary_write(
         ("qkv", qkv, torch.float32, (rows, (heads + 2 * kv_heads) * head_dim)),
         ("cos_sin", cos_sin, torch.float32, (*cos_sin.shape[:1], 2, width // 2)),
         ("norm", norm, torch.float32, () if norm is None else norm.shape),
+        ("query_scales", query_scales, torch.float32, cos_sin.shape[:1]),
         ("positions", positions, torch.int32, (rows,)),
         ("sequences", sequences, torch.int32, (rows,)),
         ("slots", slots, torch.int32, (rows,)),
     )
-    check_contiguous(cos_sin=cos_sin)
-    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon)
+    check_contiguous(cos_sin=cos_sin, query_scales=query_scales)
+    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon, query_scales)

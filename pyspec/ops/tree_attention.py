@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_places, check_tensors
+from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_contiguous, check_places, check_tensors
 from pyspec.ops._library import Op
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -37,6 +37,7 @@ def tree_attention_reference(
     softcap: float | None,
     window: int | None,
     block_table: Tensor | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
@@ -60,11 +61,17 @@ def tree_attention_reference(
         slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
         visible &= depth[..., None] - slot_depth[:, None] < window
 
-    return dense_attention(q, k, v, visible[:, None, None], scale, softcap)
+    return dense_attention(q, k, v, visible[:, None, None], scale, softcap, sinks)
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention to the keys that visible [B, Hkv or 1, group or 1, T, S] names, in fp32: out like q, lse [B, Hq, T]."""
     seen = visible.any(3).any(2)  # [B, Hkv or 1, S]; a value that no row may see could be NaN
@@ -75,12 +82,16 @@ def dense_attention(
     scores = scores.masked_fill(~visible, -torch.inf)
     lse = scores.logsumexp(-1)
     weights = torch.where(visible, scores.softmax(-1), 0.0)
+    if sinks is not None:
+        seen_alone, sees = lse, lse > -torch.inf
+        lse = torch.where(sees, torch.logaddexp(lse, sinks.view(1, k.shape[1], -1, 1)), lse)
+        weights *= torch.where(sees, (seen_alone - lse).exp(), 1.0)[..., None]
     values = torch.where(seen[..., None], v.float(), 0.0)
     out = torch.einsum("bhgts,bhsd->bhgtd", weights, values).flatten(1, 2)
     return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
 
 
-def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
+def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks=None) -> None:
     """Raises BadData unless every slot that a row sees is inside of k."""
     nodes, slots = q.shape[2], k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
     for b, n in enumerate(prefix_lens.tolist()):
@@ -97,7 +108,7 @@ def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, bl
             check_places(f"block_table[{b}]", pages, len(k), "k has {} pages")
 
 
-def _fake(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> tuple[Tensor, Tensor]:
+def _fake(q, *rest) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -110,7 +121,7 @@ def _triton():
 _OP = Op(
     "tree_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor ancestor_bits, Tensor prefix_lens, float scale, float? softcap, "
-    "int? window, Tensor? block_table) -> (Tensor, Tensor)",
+    "int? window, Tensor? block_table, Tensor? sinks=None) -> (Tensor, Tensor)",
     tree_attention_reference,
     _fake,
     _triton,
@@ -147,11 +158,10 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
         raise ValueError(f"softcap must be positive, got {softcap}")
 
 
-def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table) -> None:
+def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks) -> None:
     check_attention(q, k, v, scale, softcap)
-    check_are_tensors(
-        ancestor_bits=ancestor_bits, prefix_lens=prefix_lens, block_table=block_table, optional=("block_table",)
-    )
+    options = {"block_table": block_table, "sinks": sinks}
+    check_are_tensors(ancestor_bits=ancestor_bits, prefix_lens=prefix_lens, **options, optional=tuple(options))
     batch, _, nodes, _ = q.shape
     if nodes < 1:
         raise ValueError(f"q must have at least one node, got shape {tuple(q.shape)}")
@@ -164,7 +174,9 @@ def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_ta
         ("ancestor_bits", ancestor_bits, torch.int32, (batch, nodes, (nodes + 31) // 32)),
         ("prefix_lens", prefix_lens, torch.int32, (batch,)),
         ("block_table", block_table, torch.int32, (batch, *pages)),
+        ("sinks", sinks, torch.float32, (q.shape[1],)),
     )
+    check_contiguous(sinks=sinks)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
 
@@ -180,6 +192,7 @@ def tree_attention(
     softcap: float | None = None,
     window: int | None = None,
     block_table: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a draft tree's nodes to the committed prefix and to their own ancestors.
@@ -195,7 +208,9 @@ def tree_attention(
         softcap: scores become softcap * tanh(scores / softcap).
         window: only keys less than this many positions back are visible; a node's position is n + depth.
         block_table: [B, pages] int32, the pages of each sequence in order.
-        return_lse: also return the natural log-sum-exp of the scores.
+        sinks: [Hq] fp32 and contiguous, each head's score of one more key, which has no value: it takes a share of the
+            weights, neither scaled nor capped nor outside of a window. Padding does not see it.
+        return_lse: also return the natural log-sum-exp of the scores, the sink's among them.
 
     Returns:
         out like q; with return_lse also lse [B, Hq, T] fp32. Sums are kept in fp32.
@@ -207,8 +222,8 @@ def tree_attention(
             that would wait for the device.
         RuntimeError: an argument requires a gradient.
     """
-    _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
+    _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table)
+    out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks)
     return (out, lse) if return_lse else out

@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMATS", "GGUF_KINDS", "Codes", "WeightFormat", "from_gguf", "join_codes", "quantise"]
+__all__ = [
+    "FORMATS",
+    "GGUF_BYTES",
+    "GGUF_KINDS",
+    "Codes",
+    "WeightFormat",
+    "from_gguf",
+    "from_microscaling",
+    "join_codes",
+    "quantise",
+]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # e2m1, doubled
@@ -258,10 +268,14 @@ def _iq4_xs(data: Tensor):
     return _fields(data[..., 8:], 16, 4), _half(data[..., :2]), {"scales": scales.to(torch.int8) - 32}
 
 
+def _half_powers(exponents: Tensor) -> Tensor:
+    """2 ** (exponent - 128) of MXFP4's bytes, bf16: half the scale, as levels are doubled."""
+    exponents = exponents.to(torch.int16)  # of which the first two give subnormal numbers
+    return torch.where(exponents < 2, 32 << exponents, (exponents - 1) << 7).view(torch.bfloat16)
+
+
 def _mxfp4(data: Tensor):
-    exponent = data[..., 0].to(torch.int16)  # of 2 ** (exponent - 128), of which the first two are subnormal
-    bits = torch.where(exponent < 2, 32 << exponent, (exponent - 1) << 7)
-    return _fields(data[..., 1:], 16, 4), bits.view(torch.bfloat16), {}
+    return _fields(data[..., 1:], 16, 4), _half_powers(data[..., 0]), {}
 
 
 _GGUF: dict[str, tuple[int, Callable]] = {  # bytes of a block, and what takes it apart
@@ -280,6 +294,18 @@ _GGUF: dict[str, tuple[int, Callable]] = {  # bytes of a block, and what takes i
     "mxfp4": (17, _mxfp4),
 }
 GGUF_KINDS = tuple(_GGUF)
+GGUF_BYTES = {kind: bytes_ for kind, (bytes_, _) in _GGUF.items()}  # of a block
+
+
+def from_microscaling(codes: Tensor, exponents: Tensor) -> Codes:
+    """A weight [N, K] in MXFP4 as Hugging Face folders have it, taken apart.
+
+    Args:
+        codes: uint8 [N, K / 2], the even input of two in the low bits.
+        exponents: uint8 [N, K / 32].
+    """
+    outputs, half = codes.shape
+    return Codes(FORMATS["mxfp4"], outputs, 2 * half, _fields(codes, 1, 4), _half_powers(exponents))
 
 
 # ==== rounding ====
@@ -310,8 +336,9 @@ def quantise(weight: Tensor, format: WeightFormat) -> Codes:
         return torch.where(scale > 0, blocks / scale, 0).round_().add_(zero).clamp_(0, 15)
 
     levels = codes_of(scale) - zero
-    square = levels.square().sum(-1, keepdim=True)
-    scale = torch.where(square > 0, (levels * blocks).sum(-1, keepdim=True) / square, 0).half()
+    square = levels.square().sum(-1, keepdim=True)  # exact, and the other sum nearly so: in any order
+    product = (levels.double() * blocks).sum(-1, keepdim=True)
+    scale = torch.where(square > 0, product / square, 0).half()
     if not scale.isfinite().all() or not (high - low).isfinite().all():
         largest = weight.abs().max().item()
         raise ValueError(f"weight must be finite and at most {65504 * 7.5:.3g} for {format.name}, got {largest:.3g}")

@@ -1,4 +1,4 @@
-"""TransformersRunner: any other Hugging Face causal model that keeps keys and values of all tokens.
+"""TransformersRunner: any other Hugging Face causal model whose layers are all attention.
 
 The arithmetic is transformers' own: the law of the output is exact, its bits are not promised.
 """
@@ -19,6 +19,7 @@ from pyspec.runners._checks import check_paths, check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.foreign_arithmetic import arithmetic_of
+from pyspec.runners.foreign_masks import masks_of
 from pyspec.runners.foreign_slots import Slots
 from pyspec.runners.foreign_support import cache_argument, check_supported, context_of
 from pyspec.runners.verified import Verified
@@ -32,7 +33,8 @@ class TransformersRunner:
     """A causal model of transformers with a cache of its own; see pyspec.runners.Runner for the calls.
 
     Sequence b's committed keys are at slots 0 .. length - 1 of its row. Trees that are verified in one call are written
-    behind the longest of their sequences, and what is accepted moves to its place.
+    behind the longest of their sequences, and what is accepted moves to its place. Layers with a window or
+    chunks keep all keys too: what they see is for their mask to say, so that a rejection has nothing to bring back.
 
     Some models (longrope) rotate all tokens of a call by other frequencies as soon as one of them is behind a certain
     position, the switch. Plain decoding reads a prompt in one call and then each token alone, so here a call holds
@@ -49,7 +51,7 @@ class TransformersRunner:
     """
 
     def __init__(self, model, tokenizer=None, eos_tokens: Sequence[int] = ()):
-        check_supported(type(model), model.config)
+        self._sights = check_supported(type(model), model.config)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.eos_tokens = eos_tokens_of(model, tokenizer) | frozenset(eos_tokens)
@@ -255,6 +257,7 @@ class TransformersRunner:
             bits = torch.from_numpy(tree.ancestor_bits)[:, index[:own] // 32] >> (index[:own] % 32)
             visible[row, 0, :own, start : start + own] = (bits & 1).bool()
         positions[-1] += beyond
+        of_keys = torch.cat([torch.arange(start, device="cpu").expand(len(rows), start), positions], 1)
         if nodes is not None:
             tokens, positions, visible = tokens[:, nodes], positions[:, nodes], visible[:, :, nodes]
         lone = int(is_long and int(positions.max()) < self._switch)
@@ -262,16 +265,14 @@ class TransformersRunner:
             tokens, positions = F.pad(tokens, (0, 1)), F.pad(positions, (0, 1), value=self._switch)
             visible = F.pad(visible, (0, 1, 0, 1))
             visible[..., -1, -1] = True
+            of_keys = F.pad(of_keys, (0, 1), value=self._switch)
         for row in rows:
             self._starts[row] = start
         self._slots.place(rows, start, start + size + lone, nodes)
         keep = {"logits_to_keep": keep + lone} if keep and self._keeps_logits else {}
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device="cpu").masked_fill_(
-            ~visible, torch.finfo(self.dtype).min
-        )
         logits = self._run_model(
             input_ids=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
+            attention_mask=masks_of(self._sights, visible, positions, of_keys, self.dtype, self.device),
             position_ids=positions.to(self.device),
             use_cache=True,
             **{self._cache_argument: self._slots.cache},

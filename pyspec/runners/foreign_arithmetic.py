@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyspec.runners.foreign_masks import narrowed
 from pyspec.runners.foreign_support import cache_argument, refuse
 from pyspec.tree import DraftTree
 
@@ -59,6 +60,8 @@ def _find(runner) -> Arithmetic | str:
     most = 0.05 if runner.dtype in (torch.float32, torch.float64) else 0.25
     allowed = most * (plain[1] - plain[0])[-1].abs().mean()
     hangs = "its logits depend on what else is in a call"
+    if not _sees_so_far(runner, texts[0], allowed):
+        return "its windows or chunks are not those that its configuration states"
     before = runner.prefill([[first], [other, first, other]], capacity=19)[:1]
     # the path root - 2 - 3 is the same text; node 1 is beside it, and a crowd in the other sequence
     tree, crowd = DraftTree([second, other, second, third], [-1, 0, 0, 2]), DraftTree([other] * 16, [-1] + [0] * 15)
@@ -76,6 +79,23 @@ def _find(runner) -> Arithmetic | str:
         return "its positions cannot be given, they follow from the length of its cache"
     switch = next(iter(switches), None)
     return Arithmetic(switch, switch is not None and _drops_its_cache(runner, switch))
+
+
+def _sees_so_far(runner, text: Tensor, allowed: Tensor) -> bool:
+    """Whether layers with a window or chunks see what their sights say; both are short while a text is read for that.
+
+    The runner's batch is lost.
+    """
+    if not any(sight.setting for sight in runner._sights.values()):
+        return True
+    sights = runner._sights
+    try:
+        with narrowed(runner.model.config, sights, 2) as runner._sights:
+            expected = runner.model(input_ids=text[None], use_cache=False).logits[0, -1].float()
+            found = runner.prefill([text.tolist()], capacity=len(text))[0]
+    finally:
+        runner._sights = sights
+    return bool((found - expected).abs().mean() <= allowed)
 
 
 def _drops_its_cache(runner, switch: int) -> bool:

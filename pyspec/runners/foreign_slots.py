@@ -37,6 +37,8 @@ class Slots:
             return
         source = start + torch.tensor(path, device="cpu")
         for layer in self.cache.layers:
+            if not layer.is_initialized:  # it sees the keys of another
+                continue
             for slots in (layer.keys, layer.values):
                 slots[sequence, :, length : length + len(path)] = slots[sequence, :, source.to(slots.device)]
 

@@ -9,14 +9,16 @@ from collections.abc import Callable
 
 from pyspec.architectures import Unsupported, supported_architectures
 from pyspec.integrations import require
+from pyspec.runners.foreign_masks import Sight, sights_of
 
 
 def supported() -> str:
     """The models that pyspec takes, for the end of an error."""
     return (
         f"supported are {', '.join(supported_architectures())} (pyspec.load, pyspec.from_transformers), and through "
-        "transformers the causal models with explicit positions that keep the keys and values of all tokens, such as "
-        "GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and MixtralForCausalLM"
+        "transformers the causal models with explicit positions whose layers are all attention (full, windows or "
+        "chunks), such as GPT2LMHeadModel, GPTNeoXForCausalLM, OPTForCausalLM, PhiForCausalLM and MixtralForCausalLM; "
+        "others run by transformers' own generate"
     )
 
 
@@ -62,15 +64,14 @@ def cache_argument(model_class: type) -> str | None:
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in parameters), None)
 
 
-def check_supported(model_class: type, config) -> None:
-    """Raises ValueError for models whose state cannot be cropped, or that do not take masks and positions.
+def check_supported(model_class: type, config) -> dict[str, Sight]:
+    """What each kind of a model's layers sees of the text.
 
     Raises:
         ImportError: transformers is of a version that this is not made for.
+        ValueError: its state cannot be cropped, or it does not take masks and positions.
     """
     require("transformers", "5.20", "6")
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
     if getattr(config, "is_encoder_decoder", False):
         refuse(model_class, "it has an encoder")
     stated = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
@@ -81,13 +82,5 @@ def check_supported(model_class: type, config) -> None:
         refuse(model_class, "its positions cannot be given, they follow from the order of the tokens")
     if cache_argument(model_class) is None or "attention_mask" not in taken:
         refuse(model_class, "its forward takes no cache of keys and values, or no mask")
-    context = context_of(config)
-    for layer in DynamicCache(config=config).layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            if layer.sliding_window < context:  # a window as long as the context never slides
-                window = f"a window of {layer.sliding_window} in a context of {context}"
-                refuse(model_class, f"it has layers that do not keep the keys of all tokens ({window})")
-        elif type(layer) is not DynamicLayer:
-            refuse(model_class, "it has layers that do not keep the keys of all tokens (linear attention or an index)")
-    if "local" in getattr(config, "attention_layers", ()):
-        refuse(model_class, "it has layers that do not keep the keys of all tokens (local attention)")
+    sights = sights_of(config, context_of(config))
+    return refuse(model_class, sights) if isinstance(sights, str) else sights

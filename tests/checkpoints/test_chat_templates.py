@@ -269,6 +269,29 @@ def test_what_is_no_conversation_is_named():
         render_chat("", [USER[0], "hi"], {}, "FILE")
     with pytest.raises(ValueError, match="a variable of a chat template cannot be named conversations"):
         render_chat("", USER, {"conversations": []}, "FILE")
+    for variables, message in (
+        ({"tools": TOOLS[0]}, "tools must be a list of dicts, got dict"),
+        ({"tools": "wetter"}, "tools must be a list of dicts, got str"),
+        ({"tools": [*TOOLS, "wetter"]}, r"tools\[1\] must be a dict, got str"),
+        ({"documents": ["a text"]}, r"documents\[0\] must be a dict, got str"),
+        ({"documents": [print]}, r"documents\[0\] must be a dict, got builtin_function_or_method"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            render_chat("{{ tools }}{{ documents }}", USER, variables, "FILE")
+
+
+def test_a_tool_may_be_a_function():
+    pytest.importorskip("transformers")
+
+    def wetter(ort: str) -> str:
+        """Says how the weather is.
+
+        Args:
+            ort: where.
+        """
+
+    text = render_chat("{{ tools[0] | tojson }}", USER, {"tools": [wetter]}, "FILE")
+    assert '"name": "wetter"' in text and '"where."' in text
 
 
 def test_templates_are_chosen_by_their_names():

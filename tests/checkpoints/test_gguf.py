@@ -139,7 +139,6 @@ def test_factors_of_each_frequency_come_on_top(tmp_path):
         ({"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.2}, "rope.scaling.attn_factor"),
         ({"rope.dimension_count": 32}, "rotates only part of each head"),
         ({"attention.value_length": 32}, "values of another width than keys"),
-        ({"expert_count": 8}, "mixture of experts"),
         ({"attention.head_count_kv": [2, 4]}, "layers that differ in attention.head_count_kv"),
     ],
 )

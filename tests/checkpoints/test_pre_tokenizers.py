@@ -4,7 +4,7 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from pyspec.checkpoints.pre_tokenizers import IGNORE_MERGES, SPLITS, WANTS_BOS
+from pyspec.checkpoints.pre_tokenizers import IGNORE_MERGES, OVER_CHARACTERS, SPLITS, WANTS_BOS
 
 TEXTS = ("Hello World's IT'S 12345\n\n  x", "HTTPServer getX été/\n//x_1 (a) 東京 かな!?")
 WORDS = {  # by one name for each list of patterns, what llama.cpp splits the texts into, with | between words
@@ -81,6 +81,20 @@ WORDS = {  # by one name for each list of patterns, what llama.cpp splits the te
         "Hello| World|'|s| IT|'|S| |123|45|\n\n | x",
         "HTTPServer| getX| été|/|\n|//|x|_|1| |(|a|)| 東京| かな|!?",
     ),
+    "afmoe": (
+        "Hello| World|'s| IT|'S| |12|345|\n\n| | x",
+        "HTTPServer| getX| été|/\n|//|x|_|1| (|a|)| |東京| |かな|!?",
+    ),
+    "tiny_aya": ("Hello| World's| IT'S| |12|345|\n\n| | x", "HTTPServer| getX| été|/\n//|x|_|1| (|a|)| 東京| かな|!?"),
+    "youtu": (
+        "Hello| World's| IT'S| |1|2|3|4|5|\n\n| | x",
+        "HTTPServer| getX| été|/\n//|x|_|1| (|a|)| |東京| |かな|!?",
+    ),
+    "chameleon": (
+        "Hello| World|'|s| IT|'|S| |1|2|3|4|5|\n|\n|  |x",
+        "HTTPServer| getX| été|/|\n|/|/|x|_|1| |(|a|)| 東京| かな|!|?",
+    ),
+    "gemma4": ("Hello World's IT'S 12345|\n\n|  x", "HTTPServer getX été/|\n|//x_1 (a) 東京 かな!?"),
     "poro-chat": ("Hello| World's| IT'S| 12345|\n\n | x", "HTTPServer| getX| été/|\n|//x_1| (|a|)| 東京| かな|!?"),
     "viking": ("Hello| World's| IT'S| |1|2|3|4|5|\n\n | x", "HTTPServer| getX| été/|\n|//x_|1| (|a|)| 東京| かな|!?"),
 }
@@ -98,7 +112,7 @@ def test_words_are_those_of_llama_cpp(name):
 
 def test_every_list_of_patterns_is_here():
     assert {tuple(SPLITS[name]) for name in WORDS} == {*map(tuple, SPLITS.values())}
-    assert IGNORE_MERGES | WANTS_BOS <= SPLITS.keys()
+    assert IGNORE_MERGES | WANTS_BOS | OVER_CHARACTERS <= SPLITS.keys()
 
 
 @pytest.mark.parametrize("name", WORDS)

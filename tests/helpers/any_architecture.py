@@ -19,6 +19,7 @@ _SIZES = {
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), 0),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size"), 9),
     "encoder_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
@@ -26,12 +27,14 @@ _SIZES = {
     "eos_token_id": 1,
     "is_decoder": True,
 }
+_SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
 _OTHERS = {
     "dots1": {"num_key_value_heads": 4},
+    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SLIDING_AND_FULL * 2},
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": _SLIDING_AND_FULL * 2},
     "granitemoehybrid": {"layer_types": ["attention"] * 2, "mamba_n_heads": 8},
     "gpt_neo": {"attention_types": [[["global"], 2]]},
     "llama4_text": {"floor_scale": 4, "attn_scale": 0.5, "no_rope_layers": [1, 0]},  # attention scaled by position
-    "phi3": {"sliding_window": 1000},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -54,7 +57,9 @@ def tiny(model_type: str, switch: int | None = None):
             shape |= {"num_key_value_heads": 4}
             shape.pop("head_dim", None)
         shape |= {
-            name: kinds[:2] for name, kinds in stated.items() if name.endswith("_types") and isinstance(kinds, list)
+            name: (list(dict.fromkeys(kinds)) * 2)[:2]  # a layer of each of two kinds
+            for name, kinds in stated.items()
+            if name.endswith("_types") and isinstance(kinds, list)
         }
         shape |= _OTHERS.get(model_type, {})
         sizes = _on_meta(config_class(**shape))

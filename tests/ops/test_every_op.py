@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
+from pyspec.ops.lay_out import lay_out, stored_floats
 from pyspec.ops.linear import LinearWeight, lay_out_parts
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
@@ -98,6 +99,16 @@ CALLS = {
     "linear": lambda: (ops.linear, {"x": floats(3, 40), "weight": floats(7, 40), "bias": floats(7)}),
     "linear_codes": lambda: (ops.linear, {"x": floats(3, 64), "weight": codes("int4_32"), "bias": floats(7)}),
     "linear_joined": lambda: (ops.linear, {"x": floats(3, 64), "weight": codes("int4_32", "int4_64")}),
+    "expert_linear": lambda: (
+        ops.expert_linear,
+        {"x": floats(3, 40), "ids": ints([[0, 1], [2, 1], [0, 2]]), "weight": ops.lay_out_experts(floats(3, 7, 40))}
+        | {"bias": floats(3, 7)},
+    ),
+    "route_experts": lambda: (ops.route_experts, {"logits": floats(3, 8), "choices": 2, "bias": floats(8)}),
+    "mix_experts": lambda: (
+        ops.mix_experts,
+        {"values": floats(6, 8), "gates": floats(3, 2), "shared": floats(3, 8), "shared_gates": floats(3, 1)},
+    ),
     "rms_norm": lambda: (
         ops.rms_norm,
         {"hidden": floats(3, 8), "weight": floats(8), "epsilon": 1e-5, "delta": floats(3, 8)},
@@ -221,6 +232,7 @@ def test_every_overload_refuses_gradients(monkeypatch):
         function(**given)
     for weight in (ops.lay_out_weight(floats(7, 40)), codes("int4_32")):
         weight.rows(torch.tensor([3]))
+    lay_out(ops.lay_out_weight(floats(7, 40)), 0, stored_floats(floats(7, 40)))
     assert seen.keys() | DIFFERENTIABLE == _library._OPS.keys()
     for name, args in seen.items():
         if name in DIFFERENTIABLE:

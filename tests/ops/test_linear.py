@@ -277,6 +277,13 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(torch.compile(step, fullgraph=True, backend=backend)(*args), step(*args))
 
 
+def test_a_weight_in_fp32_takes_x_of_any_dtype(kernel):
+    x, weight = random(3, 77), lay_out_weight(random(45, 77, seed=1))
+    for dtype in FLOATS[1:]:
+        found = kernel(x.to(dtype), weight, out_dtype=torch.float32)
+        assert same_bits(found, kernel(x.to(dtype).float(), weight))
+
+
 # ==== bad input ====
 
 
@@ -286,8 +293,8 @@ def test_compiles_as_one_graph():
         (TypeError, "x must be float32, float16 or bfloat16, got torch.float64", lambda x, w: (x.double(), w)),
         (
             TypeError,
-            "weight must be int8, in fewer bits, or torch.float16 like x, got torch.float32",
-            lambda x, w: (x.half(), w),
+            "weight must be int8, in fewer bits, float32, or torch.float16 like x, got torch.bfloat16",
+            lambda x, w: (x.half(), lay_out_weight(random(45, 77, dtype=torch.bfloat16))),
         ),
         (TypeError, "weight must be float32, float16 or bfloat16", lambda x, w: (x, torch.zeros(45, 77).double())),
         (ValueError, r"weight must be \[outputs, inputs\] and not empty", lambda x, w: (x, torch.zeros(77))),
@@ -366,7 +373,7 @@ def test_direct_calls_cannot_read_outside(packed, change):
 @pytest.mark.skipif(not KERNELS, reason="the compiled kernel does these checks")
 def test_direct_calls_need_one_dtype():
     for x_dtype in FLOATS:
-        for dtype in set(FLOATS) - {x_dtype}:
+        for dtype in set(FLOATS) - {x_dtype, torch.float32}:
             weight = lay_out_weight(random(45, 64), dtype).data
-            with pytest.raises(RuntimeError, match="weight must be int8 or have the dtype of x"):
+            with pytest.raises(RuntimeError, match="weight must be int8 or float32 or have the dtype of x"):
                 torch.ops.pyspec.linear(random(5, 64, dtype=x_dtype), weight, None, 45, torch.float32)

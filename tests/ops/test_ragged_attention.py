@@ -11,6 +11,7 @@ from tests.helpers.every_backend import each_backend, each_kernel
 from tests.helpers.rounds import random_tree
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SINKS = torch.tensor([0.5, -1.0, 3.0, 90.0])
 op = each_backend(ragged_attention)
 kernel = each_kernel(ragged_attention)
 
@@ -56,7 +57,7 @@ def by_tree(given, **settings):
     return out
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 50}, {"scale": 0.3, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"window": 50, "sinks": SINKS}, {"scale": 0.3, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1,), (40,), (3, 0, 33, 1), (130, 7), (0, 65, 129)], ids=str)
 def test_each_tree_has_the_bits_that_it_has_alone(kernel, sizes, dtype, settings):
@@ -67,7 +68,7 @@ def test_each_tree_has_the_bits_that_it_has_alone(kernel, sizes, dtype, settings
 
 def test_rows_are_those_of_float64(op):
     given = case((5, 0, 70), chains=(2,))
-    found = op(**given, window=60)
+    found = op(**given, window=60, sinks=SINKS)
     q, k, v = (given[key].double() for key in "qkv")
     starts, lens = given["starts"].tolist(), given["prefix_lens"].tolist()
     for index, (first, end) in enumerate(itertools.pairwise(starts)):
@@ -77,7 +78,8 @@ def test_rows_are_those_of_float64(op):
             slots = [*range(lens[index]), *(lens[index] + node for node in nodes)][-60:]
             for head in range(4):
                 scores = k[index, head // 2, slots] @ q[row, head] / 8
-                expected = scores.softmax(0) @ v[index, head // 2, slots]
+                weights = torch.cat((scores, SINKS[head, None].double())).softmax(0)[:-1]
+                expected = weights @ v[index, head // 2, slots]
                 torch.testing.assert_close(found[row, head].double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -101,6 +103,8 @@ def test_what_does_not_fit():
         ragged_attention(**given | {"k": given["k"][:, :, :, :32]})
     with pytest.raises(TypeError, match="starts must be int32"):
         ragged_attention(**given | {"starts": given["starts"].long()})
+    with pytest.raises(ValueError, match=r"sinks must have shape \(4,\), got \(2,\)"):
+        ragged_attention(**given, sinks=torch.zeros(2))
 
 
 def test_opcheck():

@@ -50,6 +50,31 @@ def test_a_delta_may_be_normed_before_it_is_added(run, size, has_weight):
     assert out.data_ptr() != hidden.data_ptr()
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("rows, size", [(1, 1), (3, 15), (5, 16), (4, 577), (0, 64)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_centred_it_is_a_layer_norm(run, rows, size, dtype, has_bias):
+    torch.manual_seed(size)
+    hidden, delta = torch.randn(rows, size) * 5 + 30, torch.randn(rows, size)
+    weight, bias = torch.randn(size), torch.randn(size) if has_bias else None
+    total = hidden + delta
+    parts = [None if part is None else part.double() for part in (weight, bias)]
+    expected = torch.nn.functional.layer_norm(total.double(), (size,), *parts, 1e-5)
+    out = run(hidden, weight, 1e-5, delta=delta, bias=bias, centred=True, out_dtype=dtype)
+    tolerance = max(2e-5, TOLERANCE[dtype])
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(hidden, total)  # with its mean
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_layer_norm_of_a_row_has_the_bits_it_has_alone(kernel, centred):
+    hidden, options = torch.randn(9, 577), {"bias": torch.randn(577), "centred": centred}
+    weight = torch.randn(577)
+    together = kernel(hidden.clone(), weight, 1e-5, **options)
+    for row in range(9):
+        assert torch.equal(kernel(hidden[row : row + 1].clone(), weight, 1e-5, **options)[0], together[row])
+
+
 def test_a_row_has_the_bits_it_has_alone(kernel):
     hidden, weight, delta = torch.randn(64, 577), torch.randn(577), torch.randn(64, 577)
     hidden[7, 3] = torch.nan  # stays in its row
@@ -82,6 +107,14 @@ def test_opcheck():
             {"delta": torch.zeros(2, 3), "delta_weight": torch.zeros(2)},
             ValueError,
             r"delta_weight must have shape \(3,\)",
+        ),
+        ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \(3,\)"),
+        ({"bias": torch.zeros(3), "weight": None}, ValueError, "weight must be there for a bias"),
+        ({"centred": True, "weight": None}, ValueError, "weight must be there .* where rows are centred"),
+        (
+            {"centred": True, "delta": torch.zeros(2, 3), "delta_weight": torch.zeros(3)},
+            ValueError,
+            "delta_weight must be None where rows are centred",
         ),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
     ],

@@ -30,6 +30,7 @@ def arguments(rows=5, head_dim=64, dtype=torch.float32, width=None):
         "heads": HEADS,
         "norm": None,
         "epsilon": 0.0,
+        "query_scales": None,
     }
 
 
@@ -85,9 +86,19 @@ def test_queries_and_keys_are_normed_before(run, head_dim, width, is_whole):
     assert torch.equal(normed["values"], plain["values"])
 
 
+@pytest.mark.parametrize("width", [48, 64])
+def test_queries_may_be_scaled_by_their_position(run, width):
+    given = arguments(width=width)
+    expected, keys = run(**given), given["keys"].clone()
+    scales = torch.rand(POSITIONS) + 0.5
+    found = run(**given | {"query_scales": scales})
+    torch.testing.assert_close(found, expected * scales[given["positions"].long(), None, None])
+    assert torch.equal(given["keys"], keys)
+
+
 @pytest.mark.parametrize("norm", [None, torch.randn(2, 64), torch.randn(6, 64)], ids=["plain", "head", "row"])
 def test_a_row_has_the_bits_it_has_alone(kernel, norm):
-    given = arguments(rows=9) | {"norm": norm, "epsilon": 1e-6}
+    given = arguments(rows=9) | {"norm": norm, "epsilon": 1e-6, "query_scales": torch.rand(POSITIONS)}
     q, keys = kernel(**given), given["keys"].clone()
     for row in range(9):
         one = given | {name: given[name][row : row + 1] for name in ("qkv", "positions", "sequences", "slots")}
@@ -109,6 +120,8 @@ def test_opcheck():
         ({"values": torch.zeros(3, KV_HEADS, 20, 64).half()}, TypeError, "values must be .* like keys"),
         ({"cos_sin": torch.zeros(50, 2, 33)}, ValueError, "cos_sin must have angles for at most 64 dimensions"),
         ({"cos_sin": torch.zeros(50, 3, 32)}, ValueError, "cos_sin must have shape"),
+        ({"query_scales": torch.zeros(49)}, ValueError, r"query_scales must have shape \(50,\)"),
+        ({"query_scales": torch.zeros(100)[::2]}, ValueError, "query_scales must be contiguous"),
         ({"norm": torch.zeros(3, 64)}, ValueError, r"norm must have shape \(2, 64\) or \(6, 64\), got \(3, 64\)"),
     ],
 )

@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(tree_attention), each_kernel(tree_attention)
 
 
-def oracle(case: Case, scale=None, softcap=None, window=None):
+def oracle(case: Case, scale=None, softcap=None, window=None, sinks=None):
     """Row by row in float64, straight from the parents."""
     batch, heads, nodes, head_dim = case.q.shape
     group = heads // case.k.shape[1]
@@ -34,8 +34,12 @@ def oracle(case: Case, scale=None, softcap=None, window=None):
                 scores = k @ case.q[b, head, node].double() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
+                values = case.v[b, head // group, slots].double()
+                if sinks is not None:
+                    scores = torch.cat((scores, sinks[head, None].double()))
+                    values = torch.cat((values, torch.zeros(1, head_dim).double()))
                 lse[b, head, node] = scores.logsumexp(0)
-                out[b, head, node] = scores.softmax(0) @ case.v[b, head // group, slots].double()
+                out[b, head, node] = scores.softmax(0) @ values
     return out, lse
 
 
@@ -75,6 +79,19 @@ def test_window_counts_positions(run, window, dtype):
 def test_softcap(run, softcap):
     # a score's error is that of tanh times the cap
     check(run, make_case([90], [6]), tolerance=1e-5, softcap=softcap, scale=0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0, "scale": 0.7}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sink_takes_a_share_of_the_weights(run, dtype, options):
+    case, sinks = make_case([150, 3], [20, 9], dtype=dtype), torch.tensor([-60.0, -1.0, 4.0, 60.0])
+    check(run, case, tolerance=max(1e-5, TOLERANCE[dtype]), sinks=sinks, **options)
+
+
+def test_a_sink_far_above_all_scores_leaves_nothing(run):
+    case = make_case([5], [3])
+    out, lse = run(case.q, case.k, case.v, case.bits, case.lens, return_lse=True, sinks=torch.full((4,), 1e4))
+    assert (out == 0).all() and (lse == 1e4).all()
 
 
 def test_deep_chain_crosses_tiles_and_chunks(run):
@@ -125,9 +142,10 @@ def test_strides(run, dtype):
 
 def test_padding_rows_give_zero(run):
     case = make_case([70, 70], [2, 6])
-    out, lse = run(case.q, case.k, case.v, case.bits, case.lens, return_lse=True)
-    assert (out[0, :, 2:] == 0).all() and (lse[0, :, 2:] == -torch.inf).all()
-    assert (out[0, :, :2] != 0).any()
+    for sinks in (None, torch.ones(4)):
+        out, lse = run(case.q, case.k, case.v, case.bits, case.lens, return_lse=True, sinks=sinks)
+        assert (out[0, :, 2:] == 0).all() and (lse[0, :, 2:] == -torch.inf).all()
+        assert (out[0, :, :2] != 0).any()
 
 
 # ==== the row rule ====
@@ -171,6 +189,7 @@ def test_row_rule(data):
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
     head_dim = data.draw(st.sampled_from([64, 80, 128]))
     options = data.draw(st.sampled_from([{}, {"window": 5}, {"window": 100}, {"softcap": 20.0}]))
+    options |= data.draw(st.sampled_from([{}, {"sinks": torch.linspace(-4, 4, heads)}]))
     case = make_case(lens, nodes, heads, kv_heads, head_dim, dtype, seed=data.draw(st.integers(0, 99)))
     with on_backend(data.draw(st.sampled_from(KERNELS))):
         assert_row_rule(tree_attention, case, **options)
@@ -310,6 +329,9 @@ def bad(case: Case, **changes):
         (ValueError, "ancestor_bits", lambda c: {"ancestor_bits": c.bits[:, 1:]}),
         (ValueError, "prefix_lens", lambda c: {"prefix_lens": c.lens.repeat(2)}),
         (ValueError, "scale", lambda c: {"scale": -1.0}),
+        (ValueError, "sinks", lambda c: {"sinks": torch.zeros(3)}),
+        (ValueError, "sinks", lambda c: {"sinks": torch.zeros(8)[::2]}),
+        (TypeError, "sinks", lambda c: {"sinks": torch.zeros(4, dtype=torch.float16)}),
         (ValueError, "softcap", lambda c: {"softcap": 0.0}),
         (ValueError, "window", lambda c: {"window": 0}),
         (ValueError, "k", lambda c: {"k": c.k.to("meta"), "v": c.v.to("meta")}),

@@ -16,7 +16,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 NEW_TOKENS = 14
 OTHERS = [[7, 3, 9, 7, 3] * 5, [44, 8]]  # in the batch
-QUICK = ["gpt2", "llama", "mixtral", "phi3", "deepseek_v3", "gemma2", "granitemoehybrid"]
+QUICK = [
+    "gpt2",
+    "llama",
+    "mixtral",
+    "phi3",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma3n_text",
+    "granitemoehybrid",
+    "qwen3_5_text",
+]
 TYPES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 ]

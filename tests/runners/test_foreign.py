@@ -30,21 +30,23 @@ SUPPORTED = {
         "shared_intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 0, "num_experts_per_tok": 0,
         "mamba_n_heads": 4, "layer_types": ["attention"] * 2, "position_embedding_type": "rope",
     },
-    # a window that is as long as the context never slides
-    "Mistral": _SHAPE | {"intermediate_size": 64, "num_key_value_heads": 1, "max_position_embeddings": 96,
-                         "sliding_window": 96},
+    "Mistral": _SHAPE | {"intermediate_size": 64, "num_key_value_heads": 1, "sliding_window": 5},
+    "Gemma2": _SHAPE | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "sliding_window": 5},
+    "GptOss": _SHAPE | {
+        "intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1, "sliding_window": 5, "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }  # fmt: skip
 REFUSED = {
     "Mamba": (_SHAPE, "recurrent state"),
     "Bloom": ({"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 2}, "positions cannot be given"),
     "Falcon": (_SHAPE | {"alibi": True}, "positions cannot be given"),
-    "Gemma2": (_SHAPE | {"intermediate_size": 64, "head_dim": 16, "num_key_value_heads": 1}, "do not keep the keys"),
+    "Lfm2": (_SHAPE | {"intermediate_size": 64, "layer_types": ["conv", "full_attention"]}, "layers of convolution"),
     "GPTNeo": (
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 2,
          "attention_types": [[["global", "local"], 1]]},
-        "do not keep the keys",
+        "count slots of the cache",
     ),
-    "Mistral": (SUPPORTED["Mistral"] | {"sliding_window": 95}, "a window of 95 in a context of 96"),
     "GraniteMoeHybrid": (
         SUPPORTED["GraniteMoeHybrid"] | {"layer_types": ["mamba", "attention"]}, "recurrent state",
     ),
@@ -163,6 +165,13 @@ def test_a_model_that_ignores_the_mask_is_refused(monkeypatch):
     causal_by_slot.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(model, "forward", causal_by_slot)
     with pytest.raises(ValueError, match="does not attend as its attention mask"):
+        TransformersRunner(model)
+
+
+def test_a_model_that_does_not_have_the_window_of_its_configuration_is_refused():
+    model = tiny_model("GPT2", SUPPORTED["GPT2"])
+    model.config.sliding_window = 5
+    with pytest.raises(ValueError, match="its windows or chunks are not those that its configuration states"):
         TransformersRunner(model)
 
 

@@ -21,7 +21,7 @@ HYBRID = SMALL | {"mamba_n_heads": 4, "mamba_d_state": 16, "attn_layer_indices":
         ("Phi", SUPPORTED["Phi"], "has architecture PhiForCausalLM, which our kernels do not run"),
         ("Qwen3", SUPPORTED["Qwen3"], "head_dim 16 of qwen3: supported are"),
         ("Llama", SMALL | {"mlp_bias": True, "head_dim": 64}, "has mlp_bias, which AttentionRunner does not have"),
-        ("Mistral", SMALL | {"head_dim": 16, "sliding_window": None}, "head_dim 16 of mistral: supported are"),
+        ("Mistral", SMALL | {"head_dim": 16, "sliding_window": 9}, "head_dim 16 of mistral: supported are"),
         ("Qwen2", SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', AttentionRunner has silu"),
     ],
 )
@@ -47,7 +47,6 @@ def test_a_model_without_kernels_runs_through_transformers_and_says_so_once(
         ("Mamba", SHAPE | {"hidden_act": "gelu"}, "has hidden_act 'gelu', RecurrentRunner has silu", "recurrent state"),
         ("Mamba2", RECURRENT | {"time_step_limit": [0.0, 1.0]}, "RecurrentRunner has no limit", "recurrent state"),
         ("Bamba", HYBRID | {"mlp_bias": True}, "has mlp_bias True, HybridRunner has none", "recurrent state"),
-        ("Mistral", SMALL | {"head_dim": 16, "sliding_window": 9}, "head_dim 16 of mistral", "a window of 9"),
     ],
 )
 def test_a_model_that_transformers_cannot_run_either_is_refused_with_both_reasons(

@@ -58,8 +58,8 @@ class _Runners(dict):
 def runner_of(model, native: bool = False) -> Runner:
     """The runner that reads a live model; made once, and kept with the model.
 
-    Models with a cache of keys run as they are, through their own forward. Others (Mamba, Mamba-2, sliding windows),
-    and with native all of them, run in our kernels, on a copy of their weights as they are at the first call.
+    Models with a cache of keys run as they are, through their own forward. Others (Mamba, Mamba-2), and with native
+    all of them, run in our kernels, on a copy of their weights as they are at the first call.
 
     Raises:
         ValueError: the model cannot be read so; the message names its family.

@@ -49,7 +49,7 @@ TREE = [tree_attention.fold_kernel, tree_attention.finish_kernel]
 
 
 def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False, options=False, aligned=True):
-    """The kernel as the launcher compiles it. options: with a window and a softcap; aligned: strides of 16s."""
+    """The kernel as the launcher compiles it. options: with a window, a softcap and sinks; aligned: strides of 16s."""
     constants = {
         "KV_HEADS": 8,
         "GROUP": 4,
@@ -64,11 +64,11 @@ def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False
     if not is_paged:
         constants["block_table"] = None
     if not options:
-        constants["softcap"] = constants["window"] = None
+        constants["softcap"] = constants["window"] = constants["sinks"] = None
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {name: ELEMENT[dtype] for name in ("q", "k", "v", "out")}
     types |= {name: "*i32" for name in ("ancestor_bits", "prefix_lens", "block_table")}
-    types |= {name: "*fp32" for name in ("chunk_largest", "chunk_total", "chunk_weighted", "lse")}
+    types |= {name: "*fp32" for name in ("chunk_largest", "chunk_total", "chunk_weighted", "sinks", "lse")}
     types |= {"scale": "fp32", "softcap": "fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     divisible = {
@@ -312,10 +312,10 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64}
 SMALL = [
-    (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None}, rms_norm.compile_options(8192)),
-    (rms_norm.rms_norm_kernel, {"BLOCK": 4096}, rms_norm.compile_options(4096)),
-    (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "WIDTH": 128, "REST": 0, "IS_WHOLE": False},
-     rotary_write.OPTIONS),
+    (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None, "CENTRED": True}, rms_norm.compile_options(8192)),
+    (rms_norm.rms_norm_kernel, {"BLOCK": 4096, "bias": None, "CENTRED": False}, rms_norm.compile_options(4096)),
+    (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "query_scales": None, "WIDTH": 128, "REST": 0,
+                                         "IS_WHOLE": False}, rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True}, rotary_write.OPTIONS),
     (swiglu.swiglu_kernel, {"IS_GELU": False}, swiglu.OPTIONS),
     (swiglu.swiglu_kernel, {"IS_GELU": True}, swiglu.OPTIONS),
@@ -326,7 +326,7 @@ SMALL = [
 def test_the_small_ops_compile(kernel, constants, options, tmp_path):
     types = {name: "*i32" for name in ("positions", "sequences", "slots")}
     types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
-    weights = ("hidden", "delta", "delta_weight", "weight", "qkv", "cos_sin", "norm", "gate_up")
+    weights = ("hidden", "delta", "delta_weight", "weight", "bias", "qkv", "cos_sin", "norm", "query_scales", "gate_up")
     types |= dict.fromkeys(weights, "*fp32")
     types |= {"epsilon": "fp32"}
     for architecture in ARCHITECTURES:

@@ -15,13 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None):
+def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None, bias=None, centred=False):
     """The launcher's result and what became of hidden."""
     hidden = hidden.to(DEVICE, copy=True)
-    delta, weight, delta_weight = (
-        None if tensor is None else tensor.to(DEVICE) for tensor in (delta, weight, delta_weight)
+    delta, weight, delta_weight, bias = (
+        None if tensor is None else tensor.to(DEVICE) for tensor in (delta, weight, delta_weight, bias)
     )
-    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight)
+    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight, bias, centred)
     return out.cpu(), hidden.cpu()
 
 
@@ -49,6 +49,17 @@ def test_a_delta_may_be_normed_before_it_is_added(has_weight):
     out, changed = run(hidden, delta, settings[0], delta_weight=delta_weight)
     assert_close(changed, expected, atol=2e-6, rtol=2e-6)
     assert_close(out, found, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_centred_it_is_a_layer_norm(has_bias):
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(3, 577) * 5 + 30, torch.randn(577), torch.randn(577) if has_bias else None
+    parts = [None if part is None else part.double() for part in (weight, bias)]
+    out, changed = run(hidden, None, weight, bias=bias, centred=True)
+    assert torch.equal(changed, hidden)
+    expected = torch.nn.functional.layer_norm(hidden.double(), (577,), *parts, 1e-5)
+    assert_close(out.double(), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_rows_that_are_groups_have_weights_of_their_own():

@@ -27,6 +27,7 @@ def arguments(rows, head_dim, heads, kv_heads, dtype, width=None, norm_rows=0):
         "slots": torch.arange(rows, dtype=torch.int32) * 2,
         "keys": cache[0],
         "values": cache[1],
+        "query_scales": torch.rand(50, generator=generator) + 0.5 if norm_rows else None,
         "norm": torch.rand(norm_rows, head_dim, generator=generator) if norm_rows else None,
     }
 

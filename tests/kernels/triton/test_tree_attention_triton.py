@@ -13,6 +13,7 @@ from pyspec.kernels.tree_attention import tree_attention  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SINKS = torch.tensor([-1.0, 0.5, 4.0])
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -61,12 +62,14 @@ def chain(prefix: int, nodes: int, **options) -> Case:
     return case
 
 
-def run(case: Case, scale=None, softcap=None, window=None, block_table=None, k=None, v=None):
+def run(case: Case, scale=None, softcap=None, window=None, block_table=None, k=None, v=None, sinks=None):
     lens = torch.tensor(case.lens, dtype=torch.int32)
     tensors = (case.q, case.k if k is None else k, case.v if v is None else v, case.bits, lens)
     table = None if block_table is None else block_table.to(DEVICE)
     scale = case.q.shape[3] ** -0.5 if scale is None else scale
-    out, lse = tree_attention(*(to_device(tensor, DEVICE) for tensor in tensors), scale, softcap, window, table)
+    sinks = None if sinks is None else sinks.to(DEVICE)
+    tensors = [to_device(tensor, DEVICE) for tensor in tensors]
+    out, lse = tree_attention(*tensors, scale, softcap, window, table, sinks)
     return out.cpu(), lse.cpu()
 
 
@@ -76,8 +79,8 @@ def visible_slots(case: Case, b: int, node: int, window=None) -> list[int]:
     return slots if window is None else slots[-window:]
 
 
-def check(case: Case, scale=None, softcap=None, window=None, **options):
-    out, lse = run(case, scale, softcap, window, **options)
+def check(case: Case, scale=None, softcap=None, window=None, sinks=None, **options):
+    out, lse = run(case, scale, softcap, window, sinks=sinks, **options)
     group, tolerance = case.q.shape[1] // case.k.shape[1], TOLERANCE[case.q.dtype]
     expected = torch.zeros(case.q.shape, dtype=torch.float64)
     expected_lse = torch.full(case.q.shape[:3], -torch.inf, dtype=torch.float64)
@@ -89,6 +92,9 @@ def check(case: Case, scale=None, softcap=None, window=None, **options):
             scores = scores * (case.q.shape[3] ** -0.5 if scale is None else scale)
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[:, None].double()), 1)
+                v = torch.cat((v, torch.zeros_like(v[:, :1])), 1)
             expected[b, :, node] = torch.einsum("hs,hsd->hd", scores.softmax(-1), v)
             expected_lse[b, :, node] = scores.logsumexp(-1)
     assert out.dtype == case.q.dtype and lse.dtype == torch.float32
@@ -133,6 +139,11 @@ def test_window_skips_chunks():
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_softcap_and_scale(softcap):
     check(make_case([90], [3]), softcap=softcap, scale=0.7)
+
+
+@pytest.mark.parametrize("window", [None, slow(66)])
+def test_a_sink_takes_a_share_of_the_weights(window):
+    check(make_case([130, 3], [4, 2], heads=3), window=window, sinks=torch.tensor([-60.0, 0.5, 60.0]))
 
 
 def test_large_scores_do_not_overflow():
@@ -201,7 +212,7 @@ def test_strides():
 
 def test_padding_rows_give_zero():
     case = make_case([70, 70], [1, 3])
-    out, lse = run(case)
+    out, lse = run(case, sinks=torch.ones(2))
     assert (out[0, :, 1:] == 0).all() and (lse[0, :, 1:] == -torch.inf).all()
     assert (out[0, :, :1] != 0).any() and (out[1] != 0).any()
 
@@ -238,7 +249,7 @@ def test_row_rule_at_a_chunk_boundary(dtype):
     assert_row_rule(make_case([510], [6], heads=4, dtype=dtype, seed=3))
 
 
-@pytest.mark.parametrize("options", [slow({"window": 3}), {"window": 66}, {"softcap": 8.0}], ids=str)
+@pytest.mark.parametrize("options", [slow({"window": 3}), {"window": 66, "sinks": SINKS}, {"softcap": 8.0}], ids=str)
 def test_row_rule_with_options(options):
     assert_row_rule(make_case([130], [6], heads=3, head_dim=80), **options)
 

@@ -1,0 +1,133 @@
+"""Where each matrix of a checkpoint will lie: known from names, shapes and formats alone, before memory is taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from pyspec.architectures.weights import NativeLayer, NativeWeights
+from pyspec.machine.huge_pages import HugePages
+from pyspec.ops.expert_linear import ExpertWeight
+from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, laid_out_shape, lay_out
+from pyspec.ops.linear import JoinedWeight, LinearWeight
+from pyspec.ops.weight_formats import FORMATS
+
+__all__ = ["MatrixPlan", "plan_matrices"]
+
+
+@dataclass
+class MatrixPlan:
+    """A matrix of a model on the CPU.
+
+    Attributes:
+        owner: what has it: a layer, or the weights.
+        name: of the attribute.
+        inputs: its columns.
+        parts: format, as laid_out_shape takes it, and outputs of its parts, one below another.
+        is_stacked: whether it is [experts, outputs, inputs], and its parts are theirs.
+        tensors: of the checkpoint, by name: their first outputs. Empty where they are not whole rows, in order: such a
+            matrix is filled in dense and laid out then.
+    """
+
+    owner: NativeLayer | NativeWeights
+    name: str
+    inputs: int
+    parts: list[tuple[str, int]]
+    is_stacked: bool
+    tensors: dict[str, int]
+    _weights: list[LinearWeight] = field(default_factory=list)  # of the parts
+    weight: LinearWeight | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(self._bytes, self.parts))
+
+    def take(self, buffer: HugePages) -> None:
+        """Takes memory; `weight` is then to be filled by `write`."""
+        data = buffer.take(self.nbytes)
+        for part, piece in zip(self.parts, data.split([self._bytes(part) for part in self.parts]), strict=True):
+            self._weights.append(empty_weight(*part, self.inputs, piece))
+        self.weight = first = self._weights[0]
+        if self.is_stacked:
+            stacked = data.view(first.data.dtype).view(-1, *first.data.shape[1:])
+            self.weight = ExpertWeight(stacked, first.outputs, self.inputs, first.format, len(self.parts))
+        elif len(self.parts) > 1:
+            formats = tuple((FORMATS[format], outputs) for format, outputs in self.parts)
+            self.weight = JoinedWeight(data, sum(outputs for _, outputs in formats), self.inputs, parts=formats)
+
+    def write(self, tensor: str, matrix: StoredMatrix | StoredCodes) -> None:
+        """Lays out a tensor of the checkpoint.
+
+        Raises:
+            ValueError: a value is NaN, infinite or too large for the format.
+        """
+        first = self.tensors[tensor]
+        for weight in self._weights:
+            if first < weight.outputs:
+                return lay_out(weight, first, matrix)
+            first -= weight.outputs
+
+    def _bytes(self, part: tuple[str, int]) -> int:
+        dtype, shape = laid_out_shape(*part, self.inputs)
+        return math.prod(shape) * dtype.itemsize
+
+
+def plan_matrices(
+    weights: NativeWeights, config, checkpoint, dtype: torch.dtype | str, *, keeps_bits: bool
+) -> dict[int, MatrixPlan]:
+    """Plans of the matrices of weights that are on "meta", by `storage_of` them, in the order of a step.
+
+    Args:
+        weights: the blank model.
+        config: its shape.
+        checkpoint: see read_weights.
+        dtype: that matrices are laid out in where they do not keep the bits of the checkpoint: of floats, int8, "int4".
+        keeps_bits: whether they do where the checkpoint has them in fewer than 16 bits.
+    """
+    places: dict[int, dict[str, Tensor]] = {}
+    for name, place in weights.named(config).items():
+        if place.is_meta:
+            places.setdefault(storage_of(place), {})[name] = place
+    format = "int4_32" if dtype == "int4" else str(dtype).removeprefix("torch.")
+    plans = {}
+    for owner, name in (*weights.in_order(), (weights, "embedding")):
+        matrix = getattr(owner, name)
+        if not matrix.is_meta or (key := storage_of(matrix)) in plans:
+            continue
+        *experts, outputs, inputs = matrix.shape
+        tensors = {} if name in owner.REORDERED else _whole_rows(places[key], matrix)
+        stored = {tensor: checkpoint.stored(tensor) for tensor in tensors}
+        if None in stored.values():
+            tensors = {}
+        parts = [(format, outputs)] * math.prod(experts)
+        is_kept = keeps_bits or name == "embedding" and weights.embedding is not weights.head
+        if tensors and is_kept and all(found.kind in FORMATS for found in stored.values()):
+            kinds = groupby(stored.values(), lambda found: found.kind)
+            in_kinds = [(kind, sum(found.outputs for found in group)) for kind, group in kinds]
+            if not experts:
+                parts = in_kinds
+            elif len(in_kinds) == 1:  # experts have one format
+                parts = [(in_kinds[0][0], outputs)] * len(parts)
+        elif name == "embedding" and weights.embedding is not weights.head:
+            continue  # it is read by rows alone, as it is
+        plans[key] = MatrixPlan(owner, name, inputs, parts, bool(experts), tensors)
+    return plans
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What a tensor and its views have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def _whole_rows(places: dict[str, Tensor], matrix: Tensor) -> dict[str, int]:
+    """The first row of each view of a matrix, ascending; nothing where they are not all its rows."""
+    inputs = matrix.shape[-1]
+    if any(place.shape[1:] != (inputs,) or not place.is_contiguous() for place in places.values()):
+        return {}
+    firsts = {name: place.storage_offset() // inputs for name, place in places.items()}
+    firsts = dict(sorted(firsts.items(), key=lambda item: item[1]))
+    return firsts if sum(map(len, places.values())) * inputs == matrix.numel() else {}
