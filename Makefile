@@ -12,7 +12,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton record-kernels docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton test-arm record-kernels docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -51,6 +51,10 @@ build/triton-3.6: | $(VENV)/ready
 record-kernels: $(VENV)/ready-test build/triton-3.6
 	PYTHONPATH=build/triton-3.6:. $(BIN)/python bench/compiled_kernels.py --write
 	$(BIN)/python bench/compiled_kernels.py --write
+
+# The kernels of Arm processors on any machine: cross-compiled, and run by an emulator under the tests of the ops.
+test-arm: $(VENV)/ready-test
+	$(BIN)/python tests/on_arm/run.py
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
 test-engines: $(VENV)/ready-test $(VENV)/ready-integrations

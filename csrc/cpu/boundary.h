@@ -15,16 +15,18 @@
 #include "instruction_sets.h"
 #include "params/linear.h"
 
-// Declares a kernel's entry point for every instruction set and a table to pick from. Entry points are weak: a
-// set has none where the kernel's code would be that of the set below it, or where the set was not built
+// Declares a kernel's entry point for every instruction set and a table to pick from. Entry points are weak:
+// a set has none where the kernel's code would be that of the set below it, or where the set was not built
 // (CMakeLists.txt).
 #define PYSPEC_DECLARE(set, name, Params) \
   extern "C" __attribute__((weak, visibility("hidden"))) void name##_##set(const Params&);
 #define PYSPEC_ENTRY_IN(set, name, Params) name##_##set,
-#define PYSPEC_KERNEL_TABLE(name, Params)         \
-  PYSPEC_EACH_SET(PYSPEC_DECLARE, name, Params)   \
+#define PYSPEC_KERNEL_TABLE(name, Params)                     \
+  PYSPEC_EACH_SET(PYSPEC_DECLARE, name, Params)               \
   static constexpr pyspec::KernelTable<Params> name##_table { \
-    { PYSPEC_EACH_SET(PYSPEC_ENTRY_IN, name, Params) }        \
+    {                                                         \
+      PYSPEC_EACH_SET(PYSPEC_ENTRY_IN, name, Params)          \
+    }                                                         \
   }
 
 namespace pyspec {

@@ -16,12 +16,12 @@
 
 // Each set has all that those before it have. X is called with a set's name and what else it is given.
 #if PYSPEC_X86
-#define PYSPEC_EACH_SET(X, ...)                                                   \
-  X(portable, __VA_ARGS__)                                                        \
-  X(avx2, __VA_ARGS__)                                                            \
-  X(avx512, __VA_ARGS__)                                                          \
-  X(avx512_vnni, __VA_ARGS__)                                                     \
-  X(avx512_bf16, __VA_ARGS__)                                                     \
+#define PYSPEC_EACH_SET(X, ...) \
+  X(portable, __VA_ARGS__)      \
+  X(avx2, __VA_ARGS__)          \
+  X(avx512, __VA_ARGS__)        \
+  X(avx512_vnni, __VA_ARGS__)   \
+  X(avx512_bf16, __VA_ARGS__)   \
   X(amx_bf16, __VA_ARGS__)
 #elif PYSPEC_ARM
 #define PYSPEC_EACH_SET(X, ...) \

@@ -137,7 +137,8 @@ PYSPEC_INLINE void interleave_pairs(const char* rows, int64_t row_bytes, int64_t
       for (int64_t part = c; part < c + 16; part += 4) {
         uint16x4_t low = vld1_u16(reinterpret_cast<const uint16_t*>(first) + part);
         uint16x4_t high = vld1_u16(reinterpret_cast<const uint16_t*>(second) + part);
-        vst1q_u32(out + i * d + part, vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high))));
+        vst1q_u32(out + i * d + part,
+                  vreinterpretq_u32_u16(vcombine_u16(vzip1_u16(low, high), vzip2_u16(low, high))));
       }
 #else
       __m512i low =

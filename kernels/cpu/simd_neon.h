@@ -132,8 +132,9 @@ PYSPEC_INLINE F16 pair_dot(F16 x, F16 y, F16 sums) {
 PYSPEC_INLINE F16 pair(F16 first, F16 second) {
   auto round = [](float32x4_t low, float32x4_t high) PYSPEC_INLINE_LAMBDA {
     bfloat16x4_t lows = vcvt_bf16_f32(low), highs = vcvt_bf16_f32(high);
-    return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(vreinterpret_u16_bf16(lows), vreinterpret_u16_bf16(highs)),
-                                              vzip2_u16(vreinterpret_u16_bf16(lows), vreinterpret_u16_bf16(highs))));
+    return vreinterpretq_f32_u16(
+        vcombine_u16(vzip1_u16(vreinterpret_u16_bf16(lows), vreinterpret_u16_bf16(highs)),
+                     vzip2_u16(vreinterpret_u16_bf16(lows), vreinterpret_u16_bf16(highs))));
   };
   return quarters<F16>(round, first, second);
 }
@@ -160,8 +161,10 @@ PYSPEC_INLINE I16 mul(I16 x, I16 y) { return PYSPEC_QUARTERS(I16, vmulq_s32, x, 
 template <class Byte>  // int8_t or uint8_t
 PYSPEC_INLINE I16 load_as_halves(const Byte* p) {
   auto wide = [](const Byte* bytes) PYSPEC_INLINE_LAMBDA {
-    if constexpr (std::is_signed_v<Byte>) return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(bytes)));
-    else return vreinterpretq_s32_u16(vmovl_u8(vld1_u8(bytes)));
+    if constexpr (std::is_signed_v<Byte>)
+      return vreinterpretq_s32_s16(vmovl_s8(vld1_s8(bytes)));
+    else
+      return vreinterpretq_s32_u16(vmovl_u8(vld1_u8(bytes)));
   };
   return {wide(p), wide(p + 8), wide(p + 16), wide(p + 24)};
 }
@@ -193,7 +196,8 @@ PYSPEC_INLINE I16 bit_field(I16 x, int shift, int32_t mask) {
 // high << shift | low.
 PYSPEC_INLINE I16 join_bits(I16 low, I16 high, int shift) {
   int32x4_t count = vdupq_n_s32(shift);
-  auto join = [&](int32x4_t p, int32x4_t q) PYSPEC_INLINE_LAMBDA { return vorrq_s32(p, vshlq_s32(q, count)); };
+  auto join = [&](int32x4_t p, int32x4_t q)
+                  PYSPEC_INLINE_LAMBDA { return vorrq_s32(p, vshlq_s32(q, count)); };
   return quarters<I16>(join, low, high);
 }
 // Bit i is set where byte i of 16, under a mask, is value.
@@ -204,8 +208,8 @@ PYSPEC_INLINE uint32_t equal_bytes(const uint8_t* p, uint8_t mask, uint8_t value
   return vaddv_u8(vget_low_u8(bits)) | static_cast<uint32_t>(vaddv_u8(vget_high_u8(bits))) << 8;
 }
 
-// Sums of four products of bytes. Unsigned weights need the instruction of i8mm; as signed ones they need that of
-// dotprod, or two steps of every processor's.
+// Sums of four products of bytes. Unsigned weights need the instruction of i8mm; as signed ones they need
+// that of dotprod, or two steps of every processor's.
 PYSPEC_INLINE int32x4_t dot_bytes(int32x4_t total, int8x16_t weights, int8x16_t x) {
 #if PYSPEC_HAS_NEON_DOT
   return vdotq_s32(total, weights, x);
@@ -240,7 +244,8 @@ PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sums) {
   return quarters<I16>(dot, sums, load_words(weights));
 }
 
-// sums + the products of 16 times four weights, below 64, with four signed bytes, which are in every word of x.
+// sums + the products of 16 times four weights, below 64, with four signed bytes, which are in every word of
+// x.
 PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
   auto dot = [](int32x4_t total, int32x4_t w, int32x4_t values) PYSPEC_INLINE_LAMBDA {
     return dot_bytes(total, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(values));

@@ -245,7 +245,8 @@ PYSPEC_INLINE void load_pairs(const void* p, F16& first, F16& second) {
             _mm256_castsi256_ps(_mm256_and_si256(hi, high_half))};
 #elif PYSPEC_HAS_NEON
   U16 pairs = bits_of(load(p));
-  first = floats_of(quarters<U16>([](uint32x4_t q) PYSPEC_INLINE_LAMBDA { return vshlq_n_u32(q, 16); }, pairs));
+  first =
+      floats_of(quarters<U16>([](uint32x4_t q) PYSPEC_INLINE_LAMBDA { return vshlq_n_u32(q, 16); }, pairs));
   second = floats_of(quarters<U16>(
       [](uint32x4_t q) PYSPEC_INLINE_LAMBDA { return vandq_u32(q, vdupq_n_u32(0xffff0000u)); }, pairs));
 #else

@@ -1,11 +1,13 @@
-// Runs kernels for a process on another processor, which sends a kernel's name and its params: pages of that process's
-// memory are fetched when the kernel first touches them, and what changed in them is sent back in the end. `kernels.inc`
-// lists the entry points. Called without a wire it exits with the number of the best instruction set here.
+// Runs kernels for a process on another processor, which sends a kernel's name and its params: pages of that
+// process's memory are fetched when the kernel first touches them, and what changed in them is sent back in
+// the end. `kernels.inc` lists the entry points. Called without a wire it exits with the number of the best
+// instruction set here.
+#include <sys/mman.h>
+
 #include <csignal>
 #include <cstring>
 #include <map>
 #include <string>
-#include <sys/mman.h>
 #include <vector>
 
 #include "csrc/cpu/instruction_sets.h"
@@ -72,7 +74,7 @@ int main(int count, char** arguments) {
   if (count < 2) return pyspec::processor_instruction_set();
   wire = std::atoi(arguments[1]);
   pages.reserve(1 << 20);
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_sigaction = fetch;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
   sigaction(SIGSEGV, &action, nullptr);

@@ -1,5 +1,6 @@
-// Entry points of kernels that run in driver.cpp, under an emulator: `proxies.inc` has one for each kernel and
-// instruction set of the other processor. So the library's bindings, and the tests above them, are the usual ones.
+// Entry points of kernels that run in driver.cpp, under an emulator: `proxies.inc` has one for each kernel
+// and instruction set of the other processor. So the library's bindings, and the tests above them, are the
+// usual ones.
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -75,7 +76,8 @@ void emulate(const char* name, const void* params, int64_t bytes) {
   send(wire, words.data(), bytes);
   send(wire, pointers.data(), 4 * pointers.size());
   for (Message message;;) {
-    if (!receive(wire, &message, sizeof(message))) throw std::runtime_error(std::string("the emulator died in ") + name);
+    if (!receive(wire, &message, sizeof(message)))
+      throw std::runtime_error(std::string("the emulator died in ") + name);
     char* address = reinterpret_cast<char*>(message.address);
     if (message.kind == Message::kDone) return;
     if (message.kind == Message::kWrites) {
@@ -92,6 +94,8 @@ void emulate(const char* name, const void* params, int64_t bytes) {
 
 }  // namespace
 
-#define PYSPEC_PROXY(name, set, Params) \
-  extern "C" __attribute__((visibility("hidden"))) void name##_##set(const Params& p) { emulate(#name "_" #set, &p, sizeof(p)); }
+#define PYSPEC_PROXY(name, set, Params)                                                 \
+  extern "C" __attribute__((visibility("hidden"))) void name##_##set(const Params& p) { \
+    emulate(#name "_" #set, &p, sizeof(p));                                             \
+  }
 #include "proxies.inc"

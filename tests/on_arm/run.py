@@ -1,7 +1,7 @@
 """Runs tests with the kernels of Arm processors, under qemu: python tests/on_arm/run.py [arguments of pytest]
 
-The kernels are cross-compiled by CMake, as on such a machine, into a program without torch (driver.cpp) that an emulator
-runs. The library's bindings are compiled for this machine, with entry points that send a kernel's params there
+The kernels are cross-compiled by CMake, as on such a machine, into a program without torch (driver.cpp) that an
+emulator runs. The library's bindings are compiled for this machine, with entry points that send a kernel's params there
 (proxy.cpp). So tests are the usual ones, on instruction sets that this processor does not have.
 """
 

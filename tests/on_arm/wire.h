@@ -1,5 +1,5 @@
-// What the two ends of the wire say to each other. Both processors keep structs alike, so a call's params travel as
-// they are; memory follows page by page, when a kernel touches it.
+// What the two ends of the wire say to each other. Both processors keep structs alike, so a call's params
+// travel as they are; memory follows page by page, when a kernel touches it.
 #pragma once
 
 #include <unistd.h>
