@@ -21,7 +21,15 @@ from pyspec.entries import Entries
 from pyspec.ops.lay_out import StoredMatrix, stored_floats
 from pyspec.ops.route_experts import MOST_EXPERTS
 
-__all__ = ["GGUF_EXPERTS", "MixtureConfig", "MixtureWeights", "ExpertCheckpoint", "read_choices", "read_gguf_choices"]
+__all__ = [
+    "GGUF_EXPERTS",
+    "ExpertCheckpoint",
+    "MixtureConfig",
+    "MixtureLayer",
+    "MixtureWeights",
+    "read_choices",
+    "read_gguf_choices",
+]
 
 GGUF_EXPERTS = GGUF_TENSORS | {
     "ffn_gate_inp": "mlp.gate",
@@ -89,6 +97,8 @@ def read_gguf_choices(entries: Entries) -> dict[str, int]:
 @dataclass
 class MixtureLayer(LayerWeights):
     """A layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in fp32."""
+
+    router_bias = gate_up_bias = down_bias = None
 
     router: Matrix  # [experts, hidden]
 

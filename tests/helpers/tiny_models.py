@@ -84,6 +84,11 @@ OTHER_KINDS = {
         {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_SCALING}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6, "num_hidden_layers": 3}
+        | {"rope_parameters": _YARN | {"rope_theta": 100.0, "truncate": False}},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 6}),
     "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe_some_dense": (
@@ -146,6 +151,11 @@ IN_GGUF = {
         | {"rope.scaling.yarn_log_multiplier": 0.5, "attention.temperature_scale": 0.5},
     ),
     "exaone4": ({}, {}),
+    "gpt_oss": (
+        {"rope_parameters": _YARN | {"rope_theta": 100.0}},
+        {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 160, "attention.sliding_window": 6}
+        | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+    ),
     "mixtral": ({"sliding_window": None}, {"expert_count": 5, "expert_used_count": 2}),
     "qwen3_moe": (
         {"moe_intermediate_size": 64},
@@ -189,13 +199,30 @@ def tiny_model(kind: str, **changed):
 
 
 _ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "cohere": "command-r", "ministral3": "mistral3"}
-_ARCHITECTURES |= {"mixtral": "llama"}
+_ARCHITECTURES |= {"mixtral": "llama", "gpt_oss": "gpt-oss"}
+
+
+def _of_gpt_oss(name, values):
+    """Sinks and experts, whose gates and ups are neighbours, and whose matrices lie on their side."""
+    stem, _, kind = name.partition("_proj")
+    if not kind and name.endswith("sinks"):
+        yield name + ".weight", values
+        return
+    values = values if kind == "_bias" else values.mT
+    suffix = "_proj.bias" if kind == "_bias" else "_proj.weight"
+    if stem.endswith("gate_up"):
+        yield stem.removesuffix("gate_up") + "gate" + suffix, values[:, ::2].contiguous()
+        yield stem.removesuffix("gate_up") + "up" + suffix, values[:, 1::2].contiguous()
+    else:
+        yield stem + suffix, values.contiguous()
 
 
 def split_experts(tensors):
     """Names and tensors, with the gates and ups of experts apart, as files of llama.cpp have them."""
     for name, values in tensors.items():
-        if name.endswith("experts.gate_up_proj"):
+        if any(name.endswith("sinks") for name in tensors) and (".experts." in name or name.endswith("sinks")):
+            yield from _of_gpt_oss(name, values)
+        elif name.endswith("experts.gate_up_proj"):
             for part, rows in zip(("gate", "up"), values.chunk(2, 1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}_proj.weight", rows
         else:

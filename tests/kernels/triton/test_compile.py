@@ -317,8 +317,8 @@ SMALL = [
     (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "query_scales": None, "WIDTH": 128, "REST": 0,
                                          "IS_WHOLE": False}, rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True}, rotary_write.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": True}, swiglu.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True}, swiglu.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False}, swiglu.OPTIONS),
 ]  # fmt: skip
 
 
