@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 
 from pyspec.caches import QuantisedSettings
 from pyspec.machine import store
-from pyspec.ops import backends
+from pyspec.ops._library import backend_of
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.stats import clock_of
@@ -81,22 +82,24 @@ def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
 def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
     """Times verify for a few numbers of nodes, in turn, and keeps the result; the model's batch is lost.
 
-    Kernels are compiled and graphs captured before, and every size is called once before it counts: a first call may
-    read weights from a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured
-    anew, and one that stays so is not kept.
+    Every tree has other tokens, because a model with experts reads those of all nodes: a token that is repeated would
+    read the experts of one. Kernels are compiled and graphs captured before, and every size is called once before it
+    counts: a first call may read weights from a disk. Then each is timed at least twice. A table in which larger trees
+    seem cheaper is measured anew, and one that stays so is not kept.
     """
     context = min(CONTEXT, model.context_length - 2)
     if context < 1:  # no draft ever fits
         return Costs((1, 2), (1.0, 2.0))
     largest = min(model.context_length - context, max(SIZES) if cache is None else cache.largest_tree)
     sizes = [size for size in SIZES if size <= max(2, largest)]
-    capacity = context + max(sizes)
+    capacity, draw = context + max(sizes), random.Random(0)
     with exclusive_use(model):
         if cache is None and hasattr(model, "warm"):
             model.warm(capacity)
-        model.prefill([[0] * context], capacity=capacity, **({} if cache is None else {"cache": cache}))
+        prompt = [draw.randrange(model.vocab_size) for _ in range(context)]
+        model.prefill([prompt], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
-            medians = _medians(model, sizes)
+            medians = _medians(model, sizes, draw)
             in_order = [medians[size] for size in sorted(medians)]
             has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
             if not has_hiccup:
@@ -107,28 +110,29 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
     return costs
 
 
-def _medians(model: Runner, sizes: Sequence[int]) -> dict[int, float]:
+def _medians(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[int, float]:
     """Seconds of a verify by its number of nodes, for as many of the sizes as there is time for, but two of them."""
     found: dict[int, list[float]] = {}
     spent = 0.0
     for size in sizes:
         if len(found) > 1 and 2 * spent > SECONDS:
             break
-        _seconds(model, size)
-        found[size] = [_seconds(model, size)]
+        _seconds(model, size, draw)
+        found[size] = [_seconds(model, size, draw)]
         spent += found[size][0]
     passes = 1
     while passes < 2 or spent < SECONDS:
         for size, times in found.items():  # in turn, and medians: a busy machine is slower for all sizes
-            times.append(_seconds(model, size))
+            times.append(_seconds(model, size, draw))
             spent += times[-1]
         passes += 1
     return {size: statistics.median(times) for size, times in found.items()}
 
 
-def _seconds(model: Runner, nodes: int) -> float:
+def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
     # two children a node: neither a chain nor a star
-    tree = DraftTree([0] * nodes, [(node - 1) // 2 if node else -1 for node in range(nodes)])
+    tokens = [draw.randrange(model.vocab_size) for _ in range(nodes)]
+    tree = DraftTree(tokens, [(node - 1) // 2 if node else -1 for node in range(nodes)])
     clock = clock_of(model)
     start = clock()
     model.verify({0: tree})
@@ -138,5 +142,5 @@ def _seconds(model: Runner, nodes: int) -> float:
 
 
 def _key(model: Runner, cache: QuantisedSettings | None) -> str:
-    kernel = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
-    return store.key(model, kernel, cache="dense" if cache is None else cache)
+    kernel = backend_of("linear", model.device.type)
+    return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")

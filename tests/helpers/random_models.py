@@ -8,6 +8,7 @@ from pyspec.architectures.gemma import GemmaConfig
 from pyspec.architectures.llama import LlamaConfig, LlamaWeights
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
+from pyspec.architectures.mixture import MixtureConfig, MixtureWeights
 from pyspec.architectures.state_space import StateSpaceWeights
 from pyspec.runners.attention import AttentionRunner
 from pyspec.runners.recurrent import HybridRunner, RecurrentRunner
@@ -22,11 +23,22 @@ _GEMMA = _SHAPE | {"windows": (40, None), "activation": "gelu_tanh", "norm_offse
 _GEMMA |= {"attention_scale": 0.1, "tied_embedding": True}
 _GEMMA2 = GemmaConfig("gemma2", **_GEMMA, logits_softcap=30.0, attention_softcap=20.0)
 _GEMMA3 = GemmaConfig("gemma3", **_GEMMA, head_norm="head", turns=("local", "global"))
+_EXPERTS = {"experts": 6, "experts_per_token": 3, "expert_size": 40, "renormalise": True}
 _ATTENTION = LlamaConfig("bamba", **_SHAPE)
 _MODELS = {
     "qwen3": (AttentionRunner, LlamaWeights, DecoderConfig("qwen3", **_SHAPE, head_norm="head")),
     "gemma2": (AttentionRunner, LlamaWeights, _GEMMA2),
     "gemma3": (AttentionRunner, LlamaWeights, _GEMMA3),
+    "mixture": (
+        AttentionRunner,
+        MixtureWeights,
+        MixtureConfig("qwen3_moe", **_SHAPE, head_norm="head", **_EXPERTS, expert_layers=(True, False)),
+    ),
+    "shared_mixture": (
+        AttentionRunner,
+        MixtureWeights,
+        MixtureConfig("qwen2_moe", **_SHAPE, **_EXPERTS, shared_size=72),
+    ),
     "mamba": (
         RecurrentRunner,
         StateSpaceWeights,

@@ -49,6 +49,21 @@ def test_costs_are_measured_once_for_a_machine_and_a_model(folder):
     assert model.calls
 
 
+def test_every_tree_has_other_tokens():
+    """A model with experts reads those of all nodes, and finds none of them in the cache of the last call."""
+    seen = []
+
+    class Recording(TimedRunner):
+        def verify(self, trees):
+            seen.append(trees[0].tokens.tolist())
+            return super().verify(trees)
+
+    measure_costs(Recording())
+    large = [tokens for tokens in seen if len(tokens) >= 16]
+    assert all(len(set(tokens)) > 0.8 * len(tokens) for tokens in large)
+    assert len(set(map(tuple, large))) == len(large) > 4
+
+
 @pytest.mark.parametrize("first", [2.0, 100.0, 1e5])
 def test_a_first_call_of_any_size_that_is_slow_does_not_count(first):
     model = TimedRunner(lambda nodes, calls: first if calls == 0 else 0.01 + 0.001 * nodes)
