@@ -209,12 +209,7 @@ class QuantisedCache(KeysAndValues):
         parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
         parts = ((sequence, part, rows.within(window)) for (sequence, rows), part in parts)
         settings = (quantised, records, scale)
-        return torch.cat(
-            [
-                self._attend_tree(layer, sequence, part, rows.within(window), *settings)
-                for (sequence, rows), part in parts
-            ]
-        )
+        return torch.cat([self._attend_tree(layer, *part, *settings) for part in parts])
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
         """The rows of a tree behind a sequence, with what each of its nodes sees."""
