@@ -6,6 +6,7 @@ frequencies. Here a key that is not read for its architecture is refused, and so
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyspec.checkpoints.memory import check_memory
 from pyspec.entries import Entries
 
 if TYPE_CHECKING:
@@ -100,15 +102,6 @@ def _falcon(entries: Entries, shapes: dict) -> dict[str, Any]:
     return kind | {"num_kv_heads": groups, "alibi": False, "bias": False, "parallel_attn": True}
 
 
-def _stablelm(entries: Entries, shapes: dict) -> dict[str, Any]:
-    parallel = "blk.0.ffn_norm.weight" not in shapes
-    return {"use_parallel_residual": parallel, "use_qkv_bias": "blk.0.attn_q.bias" in shapes}
-
-
-def _command_r(entries: Entries, shapes: dict) -> dict[str, Any]:
-    return {"logit_scale": entries.number("logit_scale"), "use_qk_norm": "blk.0.attn_q_norm.weight" in shapes}
-
-
 _ARCHITECTURES = {
     "gpt2": _Architecture("GPT2LMHeadModel", "layer_norm_epsilon", _inner, place=_transposed),
     "starcoder": _Architecture(
@@ -124,7 +117,6 @@ _ARCHITECTURES = {
     ),
     "phi2": _Architecture("PhiForCausalLM", "layer_norm_eps"),
     "falcon": _Architecture("FalconForCausalLM", "layer_norm_epsilon", _falcon, ("tensor_data_layout",), _by_group),
-    "stablelm": _Architecture("StableLmForCausalLM", "layer_norm_eps", _stablelm, ("use_parallel_residual",)),
     "nemotron": _Architecture("NemotronForCausalLM", "norm_eps", place=_norms_about_1),
     "olmo": _Architecture(
         "OlmoForCausalLM",
@@ -133,14 +125,14 @@ _ARCHITECTURES = {
         ("attention.clamp_kqv",),
         _halved,
     ),
-    "command-r": _Architecture("CohereForCausalLM", "layer_norm_eps", _command_r, ("logit_scale",)),
 }
 
 
-def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: torch.device):
-    """The TransformersRunner of the model in a GGUF file, its values in dtype.
+def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: torch.device, announce=None):
+    """The TransformersRunner of the model in a GGUF file, its values in dtype; for announce see pyspec.load.
 
     Raises:
+        MemoryError: it cannot fit.
         ValueError: the architecture is none of those here, or the file has metadata or tensors that this does not read.
     """
     name = file.metadata.get("general.architecture")
@@ -157,6 +149,11 @@ def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: tor
     model_class = getattr(transformers, architecture.model)
     config = _config(file, architecture, model_class.config_class, tokenizer)
     check_supported(model_class, config)
+
+    def need(dtype: torch.dtype):
+        return sum(map(math.prod, file.shapes.values())) * dtype.itemsize, str(dtype).removeprefix("torch."), 0, 0
+
+    check_memory(file.path, device, need, dtype, {"bfloat16": torch.bfloat16}, announce)
     tensors = _tensors(file, architecture, model_class, config, dtype)
     with torch.device("cpu"):  # the caller's default device may have no memory, or too little
         model, report = model_class.from_pretrained(

@@ -35,11 +35,6 @@ KINDS = {  # by architecture: the model, its configuration, and what a file stat
         {"new_decoder_architecture": True, "multi_query": False, "num_kv_heads": 2, "ffn_hidden_size": 128},
         {"attention.head_count_kv": 2, "tensor_data_layout": "jploski"},
     ),
-    "stablelm": (
-        "StableLmForCausalLM",
-        GROUPED | HALF | {"use_qkv_bias": True},
-        {"attention.head_count_kv": 2, "rope.dimension_count": 8, "use_parallel_residual": False},
-    ),
     "nemotron": (
         "NemotronForCausalLM",
         GROUPED | HALF | {"head_dim": 16},
@@ -49,11 +44,6 @@ KINDS = {  # by architecture: the model, its configuration, and what a file stat
         "OlmoForCausalLM",
         GROUPED | {"clip_qkv": 0.5},
         {"attention.head_count_kv": 2, "attention.clamp_kqv": 0.5},
-    ),
-    "command-r": (
-        "CohereForCausalLM",
-        GROUPED | {"logit_scale": 0.25, "rope_parameters": ROPE | {"rope_theta": 300.0}},
-        {"attention.head_count_kv": 2, "logit_scale": 0.25, "rope.freq_base": 300.0},
     ),
 }
 
@@ -134,6 +124,16 @@ def test_it_is_said_once_with_the_memory_and_speculates(tmp_path):
     assert found[: len(expected)] == expected
 
 
+def test_memory_is_said_and_missed_before_it_is_taken(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", "phi2", tiny("phi2"))
+    said = []
+    pyspec.load(tmp_path / "m.gguf", dtype=torch.float32, device="cpu", announce=said.append)
+    assert [need.kept for need in said] == ["float32"] and 10**5 < said[0].weights < 10**6
+    monkeypatch.setattr("pyspec.checkpoints.memory.available_memory", lambda device: 300_000)
+    with pytest.raises(MemoryError, match="m.gguf needs .* dtype bfloat16 would take"):
+        load(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     ("architecture", "more", "message"),
     [
@@ -163,7 +163,7 @@ def test_what_nobody_runs_is_refused_with_both_lists(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    foreign = "; through transformers run GGUF files of command-r, falcon, gpt2, gptneox, "
+    foreign = "; through transformers run GGUF files of falcon, gpt2, gptneox, "
     with pytest.raises(ValueError, match=f"'rwkv7', supported in GGUF files are .*llama, .*{foreign}"):
         load(tmp_path / "m.gguf")
     write(tmp_path / "p.gguf", "phi2", tiny("phi2"))
