@@ -96,6 +96,13 @@ def _check_ids(x, ids, weight, bias, outputs, experts, format, out_dtype) -> Non
     check_places("ids", ids, experts, "there are {} experts")
 
 
+def _triton():
+    from pyspec.kernels.expert_linear import expert_linear as launch
+
+    formats = list(FORMATS.values())
+    return lambda *args: launch(*args[:6], None if args[6] < 0 else formats[args[6]], args[7])
+
+
 _OP = Op(
     "expert_linear",
     "(Tensor x, Tensor ids, Tensor weight, Tensor? bias, int outputs, int experts, int format, ScalarType out_dtype)"
@@ -104,6 +111,7 @@ _OP = Op(
     lambda x, ids, weight, bias, outputs, experts, format, out_dtype: x.new_empty(
         (ids.numel(), outputs), dtype=out_dtype
     ),
+    _triton,
     check=_check_ids,
 )
 
