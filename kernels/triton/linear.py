@@ -196,7 +196,7 @@ def round_kernel(
     tl.store(scales + place, scale, mask=used)
 
 
-@triton.jit(do_not_specialize=["rows", "split_tiles"])
+@triton.jit(do_not_specialize=["rows", "split_tiles", "x_rows"])
 def int8_kernel(
     x,  # int8 [groups, rows filled up to ROWS, GROUP]: what lies in the rows that fill up is not stored
     x_scales,  # fp32 [groups, rows filled up]

@@ -3,8 +3,8 @@
     out[r * choices + c, n] = sum over k of x[r, k] weight[ids[r, c], n, k] + bias[ids[r, c], n]
 
 Rows are sorted by expert inside the op, so that each expert's weight is read once for all rows that chose it, and those
-of the others not at all: verifying a tree reads the union of its nodes' experts. A row has the bits that `linear` gives
-it with its expert's weight, whatever the others chose.
+of the others not at all: verifying a tree reads the union of its nodes' experts. A row has the bits that it has
+alone, whatever the others chose; on a CPU those that `linear` gives it with its expert's weight.
 """
 
 from __future__ import annotations
