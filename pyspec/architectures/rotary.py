@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LongScaling",
+    "Rope",
     "RopeScaling",
     "YarnScaling",
     "read_gguf_scaling",
@@ -29,6 +30,18 @@ __all__ = [
     "rope_frequencies",
     "rope_table",
 ]
+
+
+class Rope(NamedTuple):
+    """What a layer's queries and keys are turned by, as rotary_write takes it.
+
+    Attributes:
+        cos_sin: [positions, 2, width / 2] fp32, cosines and sines.
+        query_scales: [positions] fp32, what queries are multiplied by; None for 1.
+    """
+
+    cos_sin: Tensor
+    query_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +133,10 @@ def rope_table(frequencies: Tensor, positions: int, device: torch.device, magnit
     return (table if magnitude == 1 else table * magnitude).to(device)
 
 
-def read_rope(source: Path | str, entries: Entries, theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
-    """The base of rotary frequencies, theta where it is left out, and their scaling.
+def read_rope(
+    source: Path | str, entries: Entries, theta: float = 10000.0, *, in_part: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """The base of rotary frequencies, theta where it is left out, and their scaling; in_part for heads so turned.
 
     Of what a file may say twice, transformers obeys rope_scaling and then forgets rope_parameters, its base too; an
     entry inside of the two before one outside; rope_type before type. The length of the first training is the other
@@ -133,7 +148,7 @@ def read_rope(source: Path | str, entries: Entries, theta: float = 10000.0) -> t
         raise Unsupported(f"{source} has rope parameters for each kind of layers, which this family does not have")
     scaling = read_scaling(source, entries, rope)
     part = rope.number("partial_rotary_factor", entries.number("partial_rotary_factor", 1.0))
-    if scaling is not None and part != 1:
+    if scaling is not None and part != 1 and not in_part:
         raise Unsupported(f"{source} has partial_rotary_factor {part}, this family turns all of a head")
     return theta, scaling
 
@@ -247,7 +262,16 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     if kind == "yarn":
         original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
         growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        return YarnScaling("yarn", factor=factor, original_context=original, magnitude=growth)
+        if factor > 1 and "rope.scaling.yarn_log_multiplier" in entries:
+            growth /= 0.1 * entries.number("rope.scaling.yarn_log_multiplier") * math.log(factor) + 1.0
+        return YarnScaling(
+            "yarn",
+            factor=factor,
+            original_context=original,
+            fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
+            slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
+            magnitude=growth,
+        )
     factor = 1.0 if kind == "none" else factor
     if "rope_freqs.weight" not in file.shapes:
         return None if factor == 1 else RopeScaling("linear", factor=factor)

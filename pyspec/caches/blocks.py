@@ -11,6 +11,7 @@ stay in full precision until no nearer row can come any more.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from pyspec.caches.dense import KeysAndValues, keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
 from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from pyspec.architectures.rotary import Rope
 
 RECENT = 32  # queries that channels of keys are chosen by
 
@@ -119,7 +123,7 @@ class QuantisedCache(KeysAndValues):
     """
 
     angles = None  # positions begin where their cosines and sines do
-    ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
+    ropes: Sequence[Rope]  # of each layer, for capacity positions at least
 
     def __init__(
         self,

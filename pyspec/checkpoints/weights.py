@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
 from pyspec.checkpoints.plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
+from pyspec.ops.lay_out import StoredMatrix
 
 __all__ = ["read_weights"]
 
@@ -48,6 +49,7 @@ def read_weights(
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
     """
     checkpoint = family.weights.checkpoint(checkpoint)
+    checkpoint = _InModelOrder(checkpoint, family, config)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint, config, path)
     keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
@@ -69,6 +71,29 @@ def read_weights(
         reader.read(layer, config, dtype, f"{weights.LAYERS}{index}.")
     weights.sample = reader.sample.hexdigest()
     return config, weights
+
+
+class _InModelOrder:
+    """A checkpoint whose rows are in the order of the model, see Family.row_order."""
+
+    def __init__(self, checkpoint, family: Family, config):
+        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self.shapes, self.release = checkpoint.shapes, checkpoint.release
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        order = self._order(name)
+        for rows, values in self._checkpoint.blocks(name):
+            yield rows if order is None else order[rows], values
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        stored, order = self._checkpoint.stored(name), self._order(name)
+        if stored is None or order is None:
+            return stored
+        order = order.argsort()
+        return replace(stored, order=order if stored.order is None else stored.order[order])
+
+    def _order(self, name: str) -> Tensor | None:
+        return self._family.row_order(self._config, name, self.shapes[name][0])
 
 
 class _Reader:
