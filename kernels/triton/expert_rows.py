@@ -5,7 +5,6 @@ those that a choice leaves over belong to no expert, and their programs do nothi
 reads all choices, which are few.
 """
 
-
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
@@ -17,17 +16,18 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
-def block_rows(order, experts, choices, rows, ROWS: tl.constexpr, IS_EARLY: tl.constexpr):
-    """A program's rows of out, `rows` where it has none, those of x, and its expert, -1 for none; 0 without experts."""
+def block_rows(order, experts, choices, rows, tiles, ROWS: tl.constexpr, IS_EARLY: tl.constexpr):
+    """A program's rows of out, `rows` where it has none; those of x; its expert; and how many tiles it has."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     x_row = row
-    expert = tl.program_id(0) * 0
+    expert = tl.zeros([], tl.int64)
     if order is not None:
         wait_for_earlier(IS_EARLY)
-        expert = tl.load(experts + tl.program_id(0))
-        row = tl.where(expert >= 0, tl.load(order + row), rows)
+        owner = tl.load(experts + tl.program_id(0))
+        row = tl.where(owner >= 0, tl.load(order + row), rows)
         x_row = tl.minimum(row, rows - 1) // choices
-    return row, x_row, expert
+        expert, tiles = tl.maximum(owner, 0).to(tl.int64), tl.where(owner >= 0, tiles, 0)
+    return row, x_row, expert, tiles
 
 
 @triton.jit

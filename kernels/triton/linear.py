@@ -135,20 +135,19 @@ def float_kernel(
     experts=None,
     choices=None,
 ):
-    row, x_row, expert = block_rows(order, experts, choices, rows, ROWS, IS_EARLY)
+    tiles = tl.cdiv(inputs, INPUTS)
+    row, x_row, expert, tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     if order is not None:
-        weight += tl.maximum(expert, 0).to(tl.int64) * outputs * inputs
+        weight += expert * outputs * inputs
         if bias is not None:
-            bias += tl.maximum(expert, 0).to(tl.int64) * outputs
+            bias += expert * outputs
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     within = tl.arange(0, INPUTS)
     x_rows = x + x_row.to(tl.int64)[:, None] * stride_x
     weight_rows = weight + column.to(tl.int64)[:, None] * inputs
     row_used, column_used = (row < rows)[:, None], (column < outputs)[:, None]
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(inputs, INPUTS))
-    if order is not None:
-        end_tile = tl.where(expert < 0, first_tile, end_tile)
+    end_tile = tl.minimum(first_tile + split_tiles, tiles)
     lines = first_tile * INPUTS + tl.arange(0, LINES // OUTPUTS) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
     first_rows = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs
     prefetch(first_rows + tl.minimum(lines, inputs - 1)[None, :], IS_EARLY)
@@ -221,20 +220,17 @@ def int8_kernel(
     x_rows=None,  # rows of x, which are not filled up
 ):
     BYTES: tl.constexpr = TILE * OUTPUTS * (GROUP + 2)
-    row, x_row, expert = block_rows(order, experts, choices, rows, ROWS, IS_EARLY)
+    row, x_row, expert, own_tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     within, output = tl.arange(0, GROUP)[None, :], tl.arange(0, OUTPUTS)
     padded = tl.num_programs(0) * ROWS
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tiles)
+    end_tile = tl.minimum(first_tile + split_tiles, own_tiles)
+    panel = tl.program_id(1).to(tl.int64) * tiles
     if order is not None:
         padded = x_rows
-        end_tile = tl.where(expert < 0, first_tile, end_tile)
-        first_panel = tl.maximum(expert, 0).to(tl.int64) * tl.num_programs(1)
-        weight += first_panel * tiles * BYTES
-        scales += first_panel * tiles * (BYTES // 8)
+        panel += expert * tl.num_programs(1) * tiles
         if bias is not None:
-            bias += tl.maximum(expert, 0).to(tl.int64) * outputs
-    panel = tl.program_id(1).to(tl.int64) * tiles
+            bias += expert * outputs
     first = weight + (panel + first_tile) * BYTES
     prefetch(first + tl.minimum(tl.arange(0, LINES) * 128, (end_tile - first_tile) * BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)

@@ -181,17 +181,15 @@ def codes_kernel(
     SCALES: tl.constexpr = FLOORS + FACTORS_BYTES
     MINIMUMS: tl.constexpr = SCALES + (4 * OUTPUTS if HAS_SCALES else 0)
     CODES: tl.constexpr = MINIMUMS + (4 * OUTPUTS if HAS_MINIMUMS else 0)
-    row, x_row, expert = block_rows(order, experts, choices, rows, ROWS, IS_EARLY)
+    row, x_row, expert, own_tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     within, output = tl.arange(0, WIDTH)[None, :], tl.arange(0, OUTPUTS)
     x_rows, row_used = x + x_row.to(tl.int64)[:, None] * stride_x, (row < rows)[:, None]
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tiles)
+    end_tile = tl.minimum(first_tile + split_tiles, own_tiles)
     panel = tl.program_id(1).to(tl.int64) * tiles
     if order is not None:
-        end_tile = tl.where(expert < 0, first_tile, end_tile)
-        panel += tl.maximum(expert, 0).to(tl.int64) * tl.num_programs(1) * tiles
-        if bias is not None:
-            bias += tl.maximum(expert, 0).to(tl.int64) * outputs
+        panel += expert * tl.num_programs(1) * tiles
+        bias = bias if bias is None else bias + expert * outputs
     first = weight + (panel + first_tile) * TILE_BYTES
     prefetch(first + tl.minimum(tl.arange(0, LINES) * 128, (end_tile - first_tile) * TILE_BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)
