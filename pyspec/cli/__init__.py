@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (BadInput, ValueError, TypeError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         return fail(error, 2)
-    except ImportError as error:
+    except (ImportError, MemoryError) as error:
         return fail(error, 1)
     except Exception as error:
         code = fail(f"{type(error).__name__}: {error}", 1)

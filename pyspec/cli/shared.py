@@ -67,7 +67,13 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
     prompt_attention = arguments.prompt_attention if source is None else "pyspec"
     source = arguments.model if source is None else source
     with progress_of(console, f"loading {source}") as progress:
-        model = pyspec.load(source, dtype=dtype, prompt_attention=prompt_attention, progress=progress)
+        model = pyspec.load(
+            source,
+            dtype=dtype,
+            prompt_attention=prompt_attention,
+            progress=progress,
+            announce=lambda need: console.print(f"{source}: {need}", highlight=False, markup=False, soft_wrap=True),
+        )
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")
     return model
