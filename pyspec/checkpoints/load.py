@@ -49,7 +49,7 @@ def load(
 
     Returns:
         A pyspec.runners.Runner on our kernels for the families that `pyspec info` lists, TransformersRunner for other
-        causal models.
+        causal models in folders, and in GGUF files of some architectures, dequantised.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -68,10 +68,9 @@ def load(
     own = dtype or _default_dtype(device)
     check_prompt_attention(prompt_attention, torch.bfloat16 if own in (torch.int8, "int4") else own, device)
     path = find_source(source)
-    if not path.is_dir():
-        return _load_gguf(path, dtype, device, prompt_attention, progress, announce)
+    native, foreign = (_load_folder, _load_foreign) if path.is_dir() else (_load_gguf, _load_foreign_gguf)
     try:
-        return _load_folder(path, dtype, device, prompt_attention, progress, announce)
+        return native(path, dtype, device, prompt_attention, progress, announce)
     except Unsupported as reason:
         if dtype in (torch.int8, "int4"):
             name = str(dtype).removeprefix("torch.")
@@ -79,7 +78,7 @@ def load(
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         dtype = dtype or _default_dtype(device, through_torch=True)
-        return fall_back(partial(_load_foreign, path, dtype, device, reason, announce), reason)
+        return fall_back(partial(foreign, path, dtype, device, reason, announce), reason)
 
 
 @as_stored()
@@ -196,6 +195,16 @@ def _by_flash() -> str:
 
 def _families(names: Iterable[str]) -> str:
     return f"the {' or '.join(name.capitalize() for name in names)} family"
+
+
+def _load_foreign_gguf(path: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
+    """A runner for a GGUF file that our kernels do not support, for the reason given; see load_foreign_gguf."""
+    from pyspec.checkpoints.foreign_gguf import load_foreign_gguf
+    from pyspec.checkpoints.gguf import GGUFFile
+    from pyspec.checkpoints.tokenizer import Tokenizer
+
+    file = GGUFFile(path)
+    return load_foreign_gguf(file, Tokenizer.from_gguf(file.metadata, path), dtype, device, announce)
 
 
 def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
