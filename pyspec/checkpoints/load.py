@@ -49,7 +49,7 @@ def load(
 
     Returns:
         A pyspec.runners.Runner on our kernels for the families that `pyspec info` lists, TransformersRunner for other
-        causal models.
+        causal models in folders, and in GGUF files of some architectures, dequantised.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -58,26 +58,24 @@ def load(
         MemoryError: the model does not fit; the message has the figures, and the dtypes in which it would.
         ImportError: a package that the format needs is not installed.
     """
+    from pyspec.checkpoints.converted import load_converted
     from pyspec.checkpoints.sources import find_source
     from pyspec.runners.flash_attn import check_prompt_attention
     from pyspec.runners.foreign_support import fall_back
 
+    if str(source).endswith(".pyspec"):
+        if dtype is not None or torch.device(device or "cpu").type != "cpu" or prompt_attention != "pyspec":
+            raise ValueError(f"{source} is converted: it has its dtype, and runs on a CPU with prompt_attention pyspec")
+        return load_converted(find_source(source), announce)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.int8, "int4"):
         raise ValueError(f'dtype must be float32, float16, bfloat16, int8 or "int4", got {dtype}')
     own = dtype or _default_dtype(device)
     check_prompt_attention(prompt_attention, torch.bfloat16 if own in (torch.int8, "int4") else own, device)
     path = find_source(source)
-    if path.suffix == ".pyspec":
-        if dtype is not None or device.type != "cpu" or prompt_attention != "pyspec":
-            raise ValueError(f"{path} is converted: it has its dtype, and runs on a CPU with prompt_attention pyspec")
-        from pyspec.checkpoints.converted import load_converted
-
-        return load_converted(path, announce)
-    if not path.is_dir():
-        return _load_gguf(path, dtype, device, prompt_attention, progress, announce)
+    native, foreign = (_load_folder, _load_foreign) if path.is_dir() else (_load_gguf, _load_foreign_gguf)
     try:
-        return _load_folder(path, dtype, device, prompt_attention, progress, announce)
+        return native(path, dtype, device, prompt_attention, progress, announce)
     except Unsupported as reason:
         if dtype in (torch.int8, "int4"):
             name = str(dtype).removeprefix("torch.")
@@ -85,7 +83,7 @@ def load(
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         dtype = dtype or _default_dtype(device, through_torch=True)
-        return fall_back(partial(_load_foreign, path, dtype, device, reason, announce), reason)
+        return fall_back(partial(foreign, path, dtype, device, reason, announce), reason)
 
 
 @as_stored()
@@ -202,6 +200,16 @@ def _by_flash() -> str:
 
 def _families(names: Iterable[str]) -> str:
     return f"the {' or '.join(name.capitalize() for name in names)} family"
+
+
+def _load_foreign_gguf(path: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
+    """A runner for a GGUF file that our kernels do not support, for the reason given; see load_foreign_gguf."""
+    from pyspec.checkpoints.foreign_gguf import load_foreign_gguf
+    from pyspec.checkpoints.gguf import GGUFFile
+    from pyspec.checkpoints.tokenizer import Tokenizer
+
+    file = GGUFFile(path)
+    return load_foreign_gguf(file, Tokenizer.from_gguf(file.metadata, path), dtype, device, announce)
 
 
 def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
