@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pyspec.checkpoints.chat_templates import _normalized, render_chat, select_template
+from pyspec.checkpoints.chat_templates import render_chat, select_template
 
 USER = [{"role": "user", "content": "Hi ü\"'<b>"}]
 TURNS = [
