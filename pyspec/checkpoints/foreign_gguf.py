@@ -147,6 +147,9 @@ def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: tor
 
     architecture = _ARCHITECTURES[name]
     model_class = getattr(transformers, architecture.model)
+    rows = file.shapes.get("token_embd.weight", (0,))[0]
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise ValueError(f"{file.path} has {tokenizer.vocab_size} tokens, its embedding only {rows} rows")
     config = _config(file, architecture, model_class.config_class, tokenizer)
     check_supported(model_class, config)
 
