@@ -40,6 +40,12 @@ KINDS = {  # by architecture: the model, its configuration, and what a file stat
         GROUPED | HALF | {"head_dim": 16},
         {"attention.head_count_kv": 2, "rope.dimension_count": 8, "rope.scaling.type": "none"},
     ),
+    "hunyuan-dense": (
+        "HunYuanDenseV1ForCausalLM",
+        GROUPED | {"head_dim": 16, "rms_norm_eps": 1e-3, "rope_parameters": ROPE | {"rope_theta": 777.0}},
+        {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-3, "rope.freq_base": 777.0}
+        | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 128},
+    ),
     "olmo": (
         "OlmoForCausalLM",
         GROUPED | {"clip_qkv": 0.5},
