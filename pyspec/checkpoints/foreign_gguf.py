@@ -29,7 +29,8 @@ _SIZES = {  # entries of configurations by keys of metadata
     "context_length": "max_position_embeddings",
 }
 _OTHERS = {"attention.head_count_kv", "attention.key_length", "attention.value_length", "vocab_size"}
-_OTHERS |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.type", "attention.layer_norm_epsilon"}
+_OTHERS |= {"rope.dimension_count", "rope.freq_base", "rope.scaling.type"}
+_EPSILONS = ("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,12 @@ _ARCHITECTURES = {
     "phi2": _Architecture("PhiForCausalLM", "layer_norm_eps"),
     "falcon": _Architecture("FalconForCausalLM", "layer_norm_epsilon", _falcon, ("tensor_data_layout",), _by_group),
     "nemotron": _Architecture("NemotronForCausalLM", "norm_eps", place=_norms_about_1),
+    "hunyuan-dense": _Architecture(  # its scaling is in the base of its frequencies
+        "HunYuanDenseV1ForCausalLM",
+        "rms_norm_eps",
+        lambda entries, _: {"head_dim": entries.whole("embedding_length") // entries.whole("attention.head_count")},
+        ("rope.scaling.factor", "rope.scaling.original_context_length"),
+    ),
     "olmo": _Architecture(
         "OlmoForCausalLM",
         "",
@@ -147,6 +154,9 @@ def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: tor
 
     architecture = _ARCHITECTURES[name]
     model_class = getattr(transformers, architecture.model)
+    rows = file.shapes.get("token_embd.weight", (0,))[0]
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise ValueError(f"{file.path} has {tokenizer.vocab_size} tokens, its embedding only {rows} rows")
     config = _config(file, architecture, model_class.config_class, tokenizer)
     check_supported(model_class, config)
 
@@ -167,7 +177,7 @@ def load_foreign_gguf(file: GGUFFile, tokenizer, dtype: torch.dtype, device: tor
 def _config(file: GGUFFile, architecture: _Architecture, config_class: type, tokenizer):
     name, shapes = file.metadata["general.architecture"], file.shapes
     entries = Entries(str(file.path), file.metadata, prefix=f"{name}.", noun="metadata ")
-    read = {f"{name}.{key}" for key in (*_SIZES, *_OTHERS, *architecture.keys)}
+    read = {f"{name}.{key}" for key in (*_SIZES, *_OTHERS, *_EPSILONS, *architecture.keys)}
     for key in file.metadata:
         if key.startswith(f"{name}.") and key not in read:
             raise ValueError(f"{file.path} has metadata {key!r}, which is not read for this architecture")
@@ -182,7 +192,8 @@ def _config(file: GGUFFile, architecture: _Architecture, config_class: type, tok
     sizes["num_key_value_heads"] = entries.whole("attention.head_count_kv", heads)
     rope = {"rope_type": "default", "rope_theta": entries.number("rope.freq_base", 10000.0)}
     rope["partial_rotary_factor"] = entries.whole("rope.dimension_count", width) / width
-    epsilon = {architecture.epsilon: entries.number("attention.layer_norm_epsilon")} if architecture.epsilon else {}
+    key = _EPSILONS[_EPSILONS[1] in entries]
+    epsilon = {architecture.epsilon: entries.number(key)} if architecture.epsilon else {}
     ends = sorted(tokenizer.eos_tokens) if tokenizer else None
     return config_class(
         **sizes,

@@ -229,10 +229,15 @@ def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason
     from pyspec.runners.foreign_support import check_supported, supported
 
     description = read_description(folder)
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
+    classes = transformers.models.auto.modeling_auto
+    causal = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    of_images = classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    own = causal.get(description.get("model_type"))
+    architecture = (description.get("architectures") or [own])[0]
+    if architecture in of_images.values() and own is not None:
+        architecture = own  # its text alone, where transformers has that
     model_class = getattr(transformers, str(architecture), None)
-    if model_class is None or architecture not in causal.values():
+    if model_class is None or architecture not in {*causal.values(), *of_images.values()}:
         raise ValueError(f"{architecture} is not supported: transformers has no such causal model; {supported()}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

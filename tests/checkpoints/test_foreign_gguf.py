@@ -40,6 +40,12 @@ KINDS = {  # by architecture: the model, its configuration, and what a file stat
         GROUPED | HALF | {"head_dim": 16},
         {"attention.head_count_kv": 2, "rope.dimension_count": 8, "rope.scaling.type": "none"},
     ),
+    "hunyuan-dense": (
+        "HunYuanDenseV1ForCausalLM",
+        GROUPED | {"head_dim": 16, "rms_norm_eps": 1e-3, "rope_parameters": ROPE | {"rope_theta": 777.0}},
+        {"attention.head_count_kv": 2, "attention.layer_norm_rms_epsilon": 1e-3, "rope.freq_base": 777.0}
+        | {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 128},
+    ),
     "olmo": (
         "OlmoForCausalLM",
         GROUPED | {"clip_qkv": 0.5},
@@ -74,18 +80,24 @@ def as_in_the_file(architecture, name, values, groups):
     return values
 
 
-def write(path, architecture, model, leave_out=(), parts=0, **more):
+def write(path, architecture, model, parts=0, tokens=(), **more):
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=parts)
     sizes = {"context_length": 128, "embedding_length": 64, "block_count": 2, "feed_forward_length": 128}
     sizes |= {"attention.head_count": 4, "attention.layer_norm_epsilon": 1e-5} | KINDS[architecture][2] | more
     for key, value in sizes.items():
         writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    if tokens:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_merges(["a b"])
+        writer.add_eos_token_id(7)
     kind = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(kind, 2)
     groups = getattr(model.config, "num_kv_heads", None)
     for name, tensor in model.state_dict().items():
         stem, _, suffix = name.rpartition(".")
-        if (stem == "lm_head" and model.config.tie_word_embeddings) or name in leave_out:
+        if stem == "lm_head" and model.config.tie_word_embeddings:
             continue
         values = as_in_the_file(architecture, name, tensor.numpy(), groups)
         writer.add_tensor(f"{names.get_name(stem)}.{suffix}", np.ascontiguousarray(values))
@@ -122,6 +134,16 @@ def test_it_is_said_once_with_the_memory_and_speculates(tmp_path):
     expected = expected[: expected.index(95)] if 95 in expected else expected
     found = pyspec.generate(load(part), tokens[0].tolist(), drafter="lookup", max_new_tokens=20).tokens
     assert found[: len(expected)] == expected
+
+
+def test_text_and_its_ends_come_from_the_file(tmp_path):
+    tokens = [*(chr(97 + index) for index in range(20)), "ab", *(f"<{index}>" for index in range(75))]
+    write(tmp_path / "m.gguf", "phi2", tiny("phi2"), tokens=tokens)
+    runner = load(tmp_path / "m.gguf")
+    assert runner.tokenizer.encode("abc") == [20, 2] and runner.eos_tokens == {7}
+    write(tmp_path / "m.gguf", "phi2", tiny("phi2"), tokens=[*tokens, "more"])
+    with pytest.raises(ValueError, match="has 97 tokens, its embedding only 96 rows"):
+        load(tmp_path / "m.gguf")
 
 
 def test_memory_is_said_and_missed_before_it_is_taken(tmp_path, monkeypatch):
