@@ -14,7 +14,7 @@ import torch
 
 from pyspec.caches import QuantisedSettings
 from pyspec.machine import store
-from pyspec.ops import backends
+from pyspec.ops._library import backend_of
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.stats import clock_of
@@ -142,5 +142,5 @@ def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
 
 
 def _key(model: Runner, cache: QuantisedSettings | None) -> str:
-    kernel = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
+    kernel = backend_of("linear", model.device.type)
     return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")

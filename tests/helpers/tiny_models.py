@@ -60,6 +60,12 @@ OTHER_KINDS = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 0.7}
         | {"rms_norm_eps": 0.01},
     ),
+    "granite_moe": (
+        "GraniteMoe",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.05, "logits_scaling": 0.7, "rms_norm_eps": 0.01}
+        | {"hidden_size": 256, "attention_bias": True},
+    ),
     "granite4_dense": (
         "GraniteMoeHybrid",
         {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 144}
@@ -138,6 +144,11 @@ IN_GGUF = {
     "granite": (
         {},
         {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7},
+    ),
+    "granite_moe": (
+        {"attention_bias": False},
+        {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7}
+        | {"expert_count": 5, "expert_used_count": 2},
     ),
     "glm4": ({}, {"rope.dimension_count": 32}),
     "ernie": ({}, {}),
@@ -220,6 +231,7 @@ def _of_gpt_oss(name, values):
 def split_experts(tensors):
     """Names and tensors, with the gates and ups of experts apart, as files of llama.cpp have them."""
     for name, values in tensors.items():
+        name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
         if any(name.endswith("sinks") for name in tensors) and (".experts." in name or name.endswith("sinks")):
             yield from _of_gpt_oss(name, values)
         elif name.endswith("experts.gate_up_proj"):
@@ -259,8 +271,8 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     if rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
-    kind = architecture.upper().replace("-", "_")
-    tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind), config.num_hidden_layers)
+    (known,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    tensors = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, values in split_experts(model.state_dict()):
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
@@ -269,7 +281,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         values = values.float().numpy()
         if architecture.startswith("gemma") and stem.endswith("norm"):
             values = values + 1  # which the models' own files leave out
-        if architecture in ("llama", "smollm3", "granite", "mistral3") and stem.endswith(("q_proj", "k_proj")):
+        if architecture in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and stem.endswith(
+            ("q_proj", "k_proj")
+        ):
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         kind = quantization(name) if callable(quantization) else quantization
