@@ -5,9 +5,10 @@
 
 Plain greedy decoding of a prompt alone says what is expected: its tokens, and all bits of the logits that each was
 drawn from. Then every drafter with every tree budget continues the prompt alone, and in a batch of three with prompts
-of other lengths. In fp32, bf16 and int8, on Spec-Bench prompts of every category. Every run reads its prompts again.
+of other lengths. In fp32, bf16, int8 and int4, and for a random mixture of experts in the last three, on Spec-Bench
+prompts of every category. Every run reads its prompts again.
 
-Three prompts, a dtype and a drafter are one unit of work. Its drafter starts empty, so that a unit can be repeated by
+Three prompts, a model and a drafter are one unit of work. Its drafter starts empty, so that a unit can be repeated by
 itself, and keeps what it learns from run to run, so that there are rounds that accept nothing and rounds that accept
 much. Finished units are kept, as JSON lines, so that an interrupted run goes on where it was; a change of pyspec or
 of the settings starts it over. All combinations are done for three prompts before the next three, so that a run that
@@ -29,6 +30,7 @@ from unittest import mock
 import peers
 import torch
 from command_line import DTYPES, parse, parser_of, positive
+from mixture import random_mixture
 from recording import Text, record
 from resume import Finished, seconds_a_token, work_through
 
@@ -39,6 +41,8 @@ from pyspec.measure import first_difference, prompts
 from pyspec.measure.results import RESULTS
 from pyspec.runners.replay import launch_by_launch
 
+MIXTURE = "mixture in "  # and a dtype: names of models, of which the others are the demo's dtypes
+MODELS = (*DTYPES, "int4", *(f"{MIXTURE}{name}" for name in ("bf16", "int8", "int4")))
 BUDGETS = (4, 16, 48)
 BATCH = 3
 COUNTS = ("tokens", "rows", "token_differences", "logit_differences")
@@ -83,7 +87,7 @@ class Check:
     """Compares texts with plain decoding, which is done once for each model and prompt.
 
     Args:
-        models: runners by the name of their dtype.
+        models: runners by their names.
         prompts: token ids by question id.
         new_tokens: of each text.
     """
@@ -131,7 +135,7 @@ def units(question_ids: list[int]) -> list[dict]:
     for start in range(0, len(question_ids), BATCH):
         alone = question_ids[start : start + BATCH]
         together = [question_ids[(start + place) % len(question_ids)] for place in range(BATCH)]
-        for dtype, drafter in product(DTYPES, peers.DRAFTERS):
+        for dtype, drafter in product(MODELS, peers.DRAFTERS):
             found.append({"dtype": dtype, "drafter": drafter, "alone": alone, "together": together})
     return found
 
@@ -222,6 +226,13 @@ def would_notice(models: dict, token_ids: dict[int, list[int]], console) -> bool
     return noticed
 
 
+def load(name: str) -> pyspec.runners.Runner:
+    """One of MODELS."""
+    dtype = (DTYPES | {"int4": "int4"})[name.removeprefix(MIXTURE)]
+    demo = pyspec.load("demo", dtype=torch.int8 if name.startswith(MIXTURE) else dtype, device="cpu")
+    return random_mixture(demo, dtype) if name.startswith(MIXTURE) else demo
+
+
 def arguments() -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--prompts", type=positive, default=50, help="default: 50")
@@ -240,7 +251,7 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
-        models = {name: pyspec.load("demo", dtype=dtype) for name, dtype in DTYPES.items()}
+        models = {name: load(name) for name in MODELS}
     tokenizing = models["fp32"]
     questions = prompts.across_categories(prompts.spec_bench(), options.prompts)
     token_ids = {question.question_id: question.tokens(tokenizing) for question in questions}

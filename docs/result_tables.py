@@ -104,6 +104,32 @@ TABLES = {
             ],
         )
     ],
+    "models_cpu": [
+        (
+            "Seconds, and how many times as fast as llama.cpp on the same file",
+            "rows",
+            [
+                ("file", "model"),
+                *(
+                    column
+                    for name in ("plain", "verify", "prompt")
+                    for column in ((name, f"seconds/{name}"), ("over llama.cpp", f"faster/{name}"))
+                ),
+                ("verify over plain", "verify_over_plain"),
+                ("plain over its floor", "plain_over_floor"),
+                ("load, s", "load/seconds"),
+                ("memory over the file", "load/over_file"),
+                ("peak", "load/peak_over_file"),
+            ],
+        )
+    ],
+    "perplexity_cpu": [
+        (
+            "",
+            "rows",
+            [("format", "format"), ("perplexity", "pyspec"), ("llama.cpp's", "llama.cpp"), ("change", "change", "%")],
+        )
+    ],
     "attention_implementation_cpu": [
         (
             "",

@@ -41,6 +41,10 @@ class Entries:
         """Whether the entry is there and not None."""
         return self._values.get(self._prefix + key) is not None
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Entries:
+        """The same entries, where others count for those that are absent."""
+        return Entries(self.name, self._values, defaults, self._prefix, self._noun)
+
     def is_null(self, key: str) -> bool:
         """Whether the entry is there and None, which some files mean by it."""
         return self._prefix + key in self._values and key not in self

@@ -32,8 +32,7 @@ class GGUF:
             with its architecture's name. Raises Unsupported for features that the runner does not have.
         tensors: names of tensors in Hugging Face checkpoints by those in GGUF files, both without the layer's number
             and without "weight" or "bias"; * is the number of an expert.
-        row_order: for the configuration, a tensor's name in `tensors` and its number of rows: [rows] int64, which row
-            of the checkpoint each row of the file is; None where they are the same.
+        row_order: as a Family's, for a tensor's name in `tensors`: which row of the checkpoint each row of the file is.
     """
 
     architectures: tuple[str, ...]
@@ -56,6 +55,8 @@ class Family:
         weights: holds the tensors, by the names of Hugging Face.
         runner: made of a configuration, weights, a tokenizer or None, and the tokens that end a text.
         gguf: its GGUF files; None where it has none.
+        row_order: for the configuration, a tensor's name and its number of rows: [rows] int64, which row of the model
+            each row of the checkpoint is; None where they are the same.
     """
 
     architectures: Mapping[str, Mapping[str, Any]]
@@ -63,6 +64,7 @@ class Family:
     weights: type[NativeWeights]
     runner: type
     gguf: GGUF | None = None
+    row_order: Callable[[Any, str, int], Tensor | None] = lambda config, name, rows: None
 
 
 FAMILIES: Registry[Family] = Registry("pyspec.architectures")

@@ -18,7 +18,7 @@ from pyspec.architectures.blocks import feed_forward
 from pyspec.architectures.llama import LayerWeights, LlamaConfig
 from pyspec.architectures.mamba import check_silu
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
-from pyspec.architectures.rotary import rope_entries, rope_table
+from pyspec.architectures.rotary import Rope, rope_entries, rope_table
 from pyspec.architectures.shapes import DEFAULTS, read_heads
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.entries import Entries
@@ -83,9 +83,9 @@ class BambaConfig:
         straight = exponents.new_zeros((self.attention.head_dim - self.rotary_dim) // 2)
         return torch.cat((1.0 / self.attention.rope_base**exponents, straight))
 
-    def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
+    def ropes(self, positions: int, device: torch.device) -> list[Rope]:
         """Cosines and sines of positions for every attention layer, which share them."""
-        return [rope_table(self.rope_frequencies(), positions, device)] * self.attention.layers
+        return [Rope(rope_table(self.rope_frequencies(), positions, device))] * self.attention.layers
 
 
 @dataclass
@@ -203,7 +203,7 @@ class BambaWeights(NativeWeights):
                 delta = layer.mix(config.recurrence, x, cache.layer(index), numbers.round)
             norm = layer.scales.feed_forward if is_attention else layer.feed_forward_norm
             x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
-            delta = feed_forward(x, layer)
+            delta = feed_forward(x, layer.gate_up, layer.down)
         return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyspec.architectures import Unsupported
 from pyspec.architectures.llama import LlamaConfig
-from pyspec.architectures.rotary import rope_frequencies, rope_table
+from pyspec.architectures.rotary import Rope, read_rope, rope_entries, rope_frequencies, rope_table
+from pyspec.architectures.shapes import read_activation, read_shape
+from pyspec.entries import Entries
 
-__all__ = ["AROUND", "BEHIND", "DecoderConfig"]
+__all__ = ["AROUND", "BEHIND", "DecoderConfig", "read_decoder", "read_rope_width"]
 
 # Names of norms where a layer's parts norm what they give, and where they do both.
 BEHIND = {"attention_output": "post_attention_layernorm", "feed_forward_output": "post_feedforward_layernorm"}
@@ -34,6 +37,11 @@ class DecoderConfig(LlamaConfig):
         turns: by layer, which frequencies turn its heads: "global", those of rope_base and rope_scaling; "local", those
             of local_rope_base; "none", they are not turned. Empty for "global" everywhere.
         local_rope_base: see turns.
+        query_scaling: (factor, period): queries at position p are multiplied by 1 + factor log(1 + p // period).
+        centred: whether norms are layer norms, which take the mean off; not those of queries and keys.
+        norm_bias: whether norms have biases.
+        is_parallel: whether attention and feed forward take in the same normed rows.
+        has_sinks: whether each head has a sink, see tree_attention.
     """
 
     activation: str = "silu"
@@ -47,6 +55,11 @@ class DecoderConfig(LlamaConfig):
     rope_width: int | None = None
     turns: tuple[str, ...] = ()
     local_rope_base: float = 10000.0
+    query_scaling: tuple[float, int] | None = None
+    centred: bool = False
+    norm_bias: bool = False
+    is_parallel: bool = False
+    has_sinks: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,14 +74,38 @@ class DecoderConfig(LlamaConfig):
         if self.rope_width is not None and (self.rope_width % 2 or not 0 < self.rope_width <= self.head_dim):
             raise Unsupported(f"rope_width must be even and at most head_dim {self.head_dim}, got {self.rope_width}")
 
-    def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
-        tables = super().rope_tables(positions, device)
-        others = {}
+    def ropes(self, positions: int, device: torch.device) -> list[Rope]:
+        (shared, *_), scales = super().ropes(positions, device), None
+        if self.query_scaling is not None:
+            factor, period = self.query_scaling
+            periods = torch.arange(positions, device="cpu") // period
+            scales = (1 + factor * torch.log(1.0 + periods)).to(device)
+        ropes = {"global": Rope(shared.cos_sin, scales)}
         if "local" in self.turns:
             local = rope_frequencies(self.local_rope_base, self.rope_width or self.head_dim, None)
-            others["local"] = rope_table(local, positions, device)
+            ropes["local"] = Rope(rope_table(local, positions, device), scales)
         if "none" in self.turns:  # one pair of dimensions, by no angle
-            others["none"] = rope_table(torch.zeros(1, device="cpu"), positions, device)
-        return [
-            others.get(turn, table) for turn, table in zip(self.turns or ("global",) * self.layers, tables, strict=True)
-        ]
+            ropes["none"] = Rope(rope_table(torch.zeros(1, device="cpu"), positions, device), scales)
+        return [ropes[turn] for turn in self.turns or ("global",) * self.layers]
+
+
+def read_decoder(
+    source: Path | str,
+    entries: Entries,
+    architecture: str,
+    theta: float = 10000.0,
+    *,
+    in_part: bool = False,
+    epsilon: str = "rms_norm_eps",
+) -> dict[str, Any]:
+    """Fields of a DecoderConfig that many families state alike; see read_shape and read_rope."""
+    shape = read_shape(source, entries, architecture, epsilon=epsilon)
+    shape["rope_base"], shape["rope_scaling"] = read_rope(source, entries, theta, in_part=in_part)
+    has_bias = entries.flag("attention_bias")
+    return shape | {"qkv_bias": has_bias, "output_bias": has_bias, "activation": read_activation(source, entries)}
+
+
+def read_rope_width(entries: Entries, head_dim: int, part: float = 1.0) -> int:
+    """Dimensions of a head that are turned; part of them where a file does not say."""
+    stated = entries.number("partial_rotary_factor", part)
+    return int(head_dim * rope_entries(entries).number("partial_rotary_factor", stated))

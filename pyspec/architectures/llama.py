@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import attention, feed_forward
-from pyspec.architectures.rotary import RopeScaling, read_rope, rope_frequencies, rope_table
+from pyspec.architectures.rotary import Rope, RopeScaling, read_rope, rope_frequencies, rope_table
 from pyspec.architectures.shapes import (
     DEFAULTS,
     GGUF_TENSORS,
@@ -48,6 +48,7 @@ class LlamaConfig:
     norm_offset = 0.0
     embedding_scale = logits_scale = 1.0
     logits_softcap = attention_scale = attention_softcap = rope_width = None
+    centred = norm_bias = is_parallel = has_sinks = False
 
     architecture: str
     vocab_size: int
@@ -84,8 +85,8 @@ class LlamaConfig:
         """Radians per position, fp32, of half the dimensions of a head that are turned."""
         return rope_frequencies(self.rope_base, self.rope_width or self.head_dim, self.rope_scaling)
 
-    def rope_tables(self, positions: int, device: torch.device) -> list[Tensor]:
-        """Each layer's cosines and sines of positions, as rotary_write takes them; some layers share them.
+    def ropes(self, positions: int, device: torch.device) -> list[Rope]:
+        """What each layer's heads are turned by at so many positions; some layers share it.
 
         With a switch (RopeScaling.switch) those of longer texts lie behind those of the others.
         """
@@ -95,7 +96,7 @@ class LlamaConfig:
         if self.rope_switch is not None:
             plain = rope_frequencies(self.rope_base, self.rope_width or self.head_dim, None)
             table = torch.cat((table, rope_table(scaling.scaled_long(plain), positions, device, magnitude)))
-        return [table] * self.layers
+        return [Rope(table)] * self.layers
 
     @property
     def rope_switch(self) -> int | None:
@@ -115,6 +116,7 @@ class LayerWeights(NativeLayer):
     MATRICES = ("qkv", "output", "gate_up", "down")
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
+    norm_biases: dict[str, Tensor]  # by the same names; or none
     head_norms: dict[str, Tensor]  # of queries, q_norm, and of keys, k_norm: [head_dim], or of all heads; or none
     qkv: Matrix  # [(heads + 2 kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None
@@ -122,6 +124,7 @@ class LayerWeights(NativeLayer):
     output_bias: Tensor | None
     gate_up: Matrix  # [2 * intermediate, hidden]
     down: Matrix  # [hidden, intermediate]
+    sinks: Tensor | None  # [heads]
 
     @classmethod
     def empty(cls, config: LlamaConfig, blank: Blank) -> LayerWeights:
@@ -129,6 +132,7 @@ class LayerWeights(NativeLayer):
         normed = {None: (), "head": (1, 1), "row": (config.heads, config.kv_heads)}[config.head_norm]
         return cls(
             norms={name: blank.vector(config.hidden_size) for name in config.norm_names},
+            norm_biases={name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
             head_norms={
                 name: blank.vector(heads * config.head_dim)
                 for name, heads in zip(("q_norm", "k_norm"), normed, strict=bool(normed))
@@ -137,6 +141,7 @@ class LayerWeights(NativeLayer):
             qkv_bias=blank.vector(qkv_rows) if config.qkv_bias else None,
             output=blank.matrix(config.hidden_size, config.heads * config.head_dim),
             output_bias=blank.vector(config.hidden_size) if config.output_bias else None,
+            sinks=blank.vector(config.heads) if config.has_sinks else None,
             **cls.empty_feed_forward(config, blank),
         )
 
@@ -151,6 +156,9 @@ class LayerWeights(NativeLayer):
         kv_rows = config.kv_heads * config.head_dim
         qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
         tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
+        tensors |= {f"{config.norm_names[name]}.bias": bias for name, bias in self.norm_biases.items()}
+        if self.sinks is not None:
+            tensors["self_attn.sinks"] = self.sinks
         tensors["self_attn.o_proj.weight"] = dense(self.output)
         feed_forward = {f"mlp.{name}.weight": tensor for name, tensor in self.named_feed_forward(config).items()}
         tensors |= dict([*feed_forward.items()][:1])  # down: fingerprints of models hang on the order
@@ -180,13 +188,14 @@ class LayerWeights(NativeLayer):
         if hasattr(self, "scales"):  # another runner shares the weights
             return
         self.scales = Scales(**{name: _scale(norm, config) for name, norm in self.norms.items()})
+        self.shifts = Scales(**self.norm_biases)
         self.head_scales = None
         if self.head_norms:
             self.head_scales = _scale(torch.cat(list(self.head_norms.values())), config).view(-1, config.head_dim)
 
 
 class Scales(NamedTuple):
-    """What the norms of a layer multiply by, [hidden] fp32; None for those that it does not have."""
+    """What the norms of a layer multiply by, or add, [hidden] fp32; None for those that it does not have."""
 
     attention: Tensor | None = None
     attention_output: Tensor | None = None
@@ -202,23 +211,48 @@ def _scale(norm: Tensor, config: LlamaConfig) -> Tensor:
 class LlamaWeights(NativeWeights):
     """All weights, by the names of Hugging Face's Llama."""
 
+    norm_bias: Tensor | None = None  # of the last norm, [hidden]
+
+    @classmethod
+    def empty(
+        cls, config: LlamaConfig, dtype: torch.dtype, device: torch.device, matrices: torch.device | None = None
+    ) -> LlamaWeights:
+        weights = super().empty(config, dtype, device, matrices)
+        if config.norm_bias:
+            weights.norm_bias = Blank(dtype, device).vector(config.hidden_size)
+        return weights
+
+    def named_outside(self, config: LlamaConfig) -> dict[str, Tensor]:
+        tensors = super().named_outside(config)
+        return tensors if self.norm_bias is None else tensors | {"model.norm.bias": self.norm_bias}
+
     def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
-        epsilon, delta, delta_scale = config.norm_epsilon, None, None
+        delta = delta_scale = None
+
+        def norm(scale: Tensor | None, bias: Tensor | None) -> Tensor:
+            """Takes in what the last part of a layer gave."""
+            change = {"delta": delta, "delta_weight": delta_scale, "bias": bias, "centred": config.centred}
+            return rms_norm(hidden, scale, config.norm_epsilon, out_dtype=dtype, **change)
+
         for index in range(config.layers) if layers is None else layers:
             layer = self.layers[index]
-            into, out = layer.scales.attention, layer.scales.attention_output
-            x = rms_norm(hidden, into, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
-            delta, delta_scale = attention(x, layer, config, cache, index, numbers), out
-            into, out = layer.scales.feed_forward, layer.scales.feed_forward_output
-            x = rms_norm(hidden, into, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
-            delta, delta_scale = layer.feed_forward(x, config), out
-        return rms_norm(hidden, self.last_scale, epsilon, delta=delta, delta_weight=delta_scale, out_dtype=dtype)
+            scales, shifts = layer.scales, layer.shifts
+            x = norm(scales.attention, shifts.attention)
+            delta, delta_scale = attention(x, layer, config, cache, index, numbers), scales.attention_output
+            if config.is_parallel:
+                rms_norm(hidden, None, config.norm_epsilon, delta=delta)
+            else:
+                x = norm(scales.feed_forward, shifts.feed_forward)
+            delta, delta_scale = layer.feed_forward(x, config), scales.feed_forward_output
+        return norm(self.last_scale, self.last_shift)
 
     def prepare(self, config: LlamaConfig) -> None:
         super().prepare(config)
         if not hasattr(self, "last_scale"):
             scale = _scale(self.norm, config)
             self.last_scale = scale if config.logits_scale == 1 else scale * config.logits_scale
+            shift = self.norm_bias
+            self.last_shift = shift if shift is None or config.logits_scale == 1 else shift * config.logits_scale
 
     def embed(self, config: LlamaConfig, tokens: Tensor) -> Tensor:
         rows = super().embed(config, tokens)
@@ -244,8 +278,6 @@ _QWEN2 |= {"num_key_value_heads": 32, "sliding_window": 4096, "use_sliding_windo
 def _read(source: Path | str, entries: Entries, architecture: str) -> LlamaConfig:
     if read_activation(source, entries) != "silu":
         raise Unsupported(f"{source} has hidden_act {entries.get('hidden_act')!r}, Llama's kernels have silu")
-    if architecture == "Mistral3ForConditionalGeneration" and entries.text("model_type", "mistral") != "mistral":
-        raise Unsupported(f"{source} has text of {entries.get('model_type')}, our kernels have that of mistral")
     shape = read_shape(source, entries, architecture)
     theta, scaling = read_rope(source, entries)
     has_output_bias = architecture == "LlamaForCausalLM" and entries.flag("attention_bias")
@@ -295,7 +327,6 @@ def _row_order(config: LlamaConfig, name: str, rows: int) -> Tensor | None:
 
 
 _ARCHITECTURES = {"LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _MISTRAL, "Qwen2ForCausalLM": _QWEN2}
-_ARCHITECTURES["Mistral3ForConditionalGeneration"] = _MISTRAL | {"tie_word_embeddings": True}
 _GGUF = GGUF(("llama", "mistral", "qwen2"), _read_gguf, GGUF_TENSORS, _row_order)
 _FAMILY = Family(_ARCHITECTURES, _read, LlamaWeights, AttentionRunner, _GGUF)
 FAMILIES.register("llama", _FAMILY, "Llama 2 and 3, SmolLM2, Mistral, Qwen2")

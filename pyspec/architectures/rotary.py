@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LongScaling",
+    "Rope",
     "RopeScaling",
     "YarnScaling",
     "read_gguf_scaling",
@@ -29,6 +30,18 @@ __all__ = [
     "rope_frequencies",
     "rope_table",
 ]
+
+
+class Rope(NamedTuple):
+    """What a layer's queries and keys are turned by, as rotary_write takes it.
+
+    Attributes:
+        cos_sin: [positions, 2, width / 2] fp32, cosines and sines.
+        query_scales: [positions] fp32, what queries are multiplied by; None for 1.
+    """
+
+    cos_sin: Tensor
+    query_scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +133,10 @@ def rope_table(frequencies: Tensor, positions: int, device: torch.device, magnit
     return (table if magnitude == 1 else table * magnitude).to(device)
 
 
-def read_rope(source: Path | str, entries: Entries, theta: float = 10000.0) -> tuple[float, RopeScaling | None]:
-    """The base of rotary frequencies, theta where it is left out, and their scaling.
+def read_rope(
+    source: Path | str, entries: Entries, theta: float = 10000.0, *, in_part: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """The base of rotary frequencies, theta where it is left out, and their scaling; in_part for heads so turned.
 
     Of what a file may say twice, transformers obeys rope_scaling and then forgets rope_parameters, its base too; an
     entry inside of the two before one outside; rope_type before type. The length of the first training is the other
@@ -133,7 +148,7 @@ def read_rope(source: Path | str, entries: Entries, theta: float = 10000.0) -> t
         raise Unsupported(f"{source} has rope parameters for each kind of layers, which this family does not have")
     scaling = read_scaling(source, entries, rope)
     part = rope.number("partial_rotary_factor", entries.number("partial_rotary_factor", 1.0))
-    if scaling is not None and part != 1:
+    if scaling is not None and part != 1 and not in_part:
         raise Unsupported(f"{source} has partial_rotary_factor {part}, this family turns all of a head")
     return theta, scaling
 
@@ -236,27 +251,43 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     kind = entries.text("rope.scaling.type", "linear")
     key = "rope.scaling.factor" if "rope.scaling.factor" in entries else "rope.scale_linear"
     factor = 1.0 if entries.get(key, 0) == 0 else entries.number(key)
-    if kind not in ("none", "linear", "yarn"):
-        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
     if "rope_factors_long.weight" in file.shapes:
         return _read_gguf_long(file, entries, head_dim)
+    if kind not in ("none", "linear", "yarn"):
+        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
+    if kind == "yarn":
+        return _read_gguf_yarn(file, entries, factor)
     if entries.number("rope.scaling.attn_factor", 1.0) != 1:
         raise Unsupported(
             f"{file.path} scales rotated queries and keys (rope.scaling.attn_factor), which is not supported"
         )
-    if kind == "yarn":
-        original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
-        growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        return YarnScaling("yarn", factor=factor, original_context=original, magnitude=growth)
     factor = 1.0 if kind == "none" else factor
     if "rope_freqs.weight" not in file.shapes:
         return None if factor == 1 else RopeScaling("linear", factor=factor)
     return RopeScaling("table", factor=factor, table=_gguf_factors(file, "rope_freqs.weight", head_dim))
 
 
+def _read_gguf_yarn(file: GGUFFile, entries: Entries, factor: float) -> YarnScaling:
+    """YaRN; its magnitude is what yarn_attn_factor states, or else follows from the factor, and attn_factor on top."""
+    if (extrapolation := entries.get("rope.scaling.yarn_ext_factor", 1.0)) != 1:
+        raise Unsupported(f"{file.path} has rope.scaling.yarn_ext_factor {extrapolation}, which is not supported")
+    growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if factor > 1 and entries.get("rope.scaling.yarn_log_multiplier", 0) != 0:
+        growth /= 0.1 * entries.number("rope.scaling.yarn_log_multiplier") * math.log(factor) + 1.0
+    magnitude = entries.number("rope.scaling.yarn_attn_factor", growth)
+    return YarnScaling(
+        "yarn",
+        factor=factor,
+        original_context=entries.whole("rope.scaling.original_context_length", entries.whole("context_length")),
+        fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
+        slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
+        magnitude=magnitude * entries.number("rope.scaling.attn_factor", 1.0),
+    )
+
+
 def _read_gguf_long(file: GGUFFile, entries: Entries, width: int) -> LongScaling:
     tables = [_gguf_factors(file, f"rope_factors_{name}.weight", width) for name in ("short", "long")]
-    original = entries.whole("rope.scaling.original_context_length")
+    original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
     magnitude = entries.number("rope.scaling.attn_factor", 1.0)
     return LongScaling("longrope", original_context=original, table=tables[0], long=tables[1], magnitude=magnitude)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,10 @@ DEFAULTS |= {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def read_shape(source: Path | str, entries: Entries, architecture: str) -> dict[str, Any]:
-    """The sizes of a model, fields of a LlamaConfig that all families state alike."""
+def read_shape(
+    source: Path | str, entries: Entries, architecture: str, *, epsilon: str = "rms_norm_eps"
+) -> dict[str, Any]:
+    """The sizes of a model, fields of a LlamaConfig that all families state alike; epsilon: of norms, its key."""
     if entries.get("mlp_bias"):
         raise Unsupported(f"{source} has mlp_bias, which AttentionRunner does not have")
     heads, kv_heads, head_dim = read_heads(entries)
@@ -52,7 +55,7 @@ def read_shape(source: Path | str, entries: Entries, architecture: str) -> dict[
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "context_length": entries.whole("max_position_embeddings"),
-        "norm_epsilon": entries.number("rms_norm_eps"),
+        "norm_epsilon": entries.number(epsilon),
         "tied_embedding": entries.flag("tie_word_embeddings"),
     }
 
@@ -109,6 +112,7 @@ def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = Fals
     head_dim = entries.whole("attention.key_length", max(1, hidden // heads))
     if entries.whole("attention.value_length", head_dim) != head_dim:
         raise Unsupported(f"{file.path} has values of another width than keys, which is not supported")
+    layer_norm, rms = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
     if not is_mixture and entries.whole("expert_count", 0, least=0):
         raise Unsupported(f"{file.path} is a mixture of experts, which is not supported")
     return {
@@ -121,7 +125,7 @@ def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = Fals
         "kv_heads": _of_all_layers(entries, "attention.head_count_kv", layers, heads),
         "head_dim": head_dim,
         "context_length": entries.whole("context_length"),
-        "norm_epsilon": entries.number("attention.layer_norm_rms_epsilon"),
+        "norm_epsilon": entries.number(layer_norm if layer_norm in entries else rms),
         "rope_base": entries.number("rope.freq_base", 10000.0),
         "rope_scaling": read_gguf_scaling(file, entries, entries.whole("rope.dimension_count", head_dim)),
         "qkv_bias": "blk.0.attn_q.bias" in shapes or "blk.0.attn_qkv.bias" in shapes,
@@ -143,8 +147,12 @@ def _of_all_layers(entries: Entries, key: str, layers: int, default: int | None 
 
 
 def interleaved_rows(config, name: str, rows: int) -> Tensor | None:
-    """The order of rows where llama.cpp rotates neighbours: files have the two halves of each head interleaved."""
-    if name not in ("attn_q", "attn_k"):
+    """The order of rows where neighbours are turned: files have the two halves of each head interleaved.
+
+    Of a GGUF file, where llama.cpp turns neighbours; or as a Family's row_order.
+    """
+    if not re.search(r"attn_[qk]$|self_attn\.[qk]_proj\.", name):
         return None
-    order = torch.arange(rows, device="cpu")
-    return order.view(-1, 2, config.head_dim // 2).transpose(1, 2).flatten()
+    heads, width = torch.arange(rows, device="cpu").view(-1, config.head_dim), config.rope_width or config.head_dim
+    turned = heads[:, :width].unflatten(1, (2, width // 2)).transpose(1, 2).flatten(1)
+    return torch.cat((turned, heads[:, width:]), 1).flatten()

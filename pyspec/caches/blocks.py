@@ -11,6 +11,7 @@ stay in full precision until no nearer row can come any more.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from pyspec.caches.dense import KeysAndValues, keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
 from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from pyspec.architectures.rotary import Rope
 
 RECENT = 32  # queries that channels of keys are chosen by
 
@@ -119,7 +123,7 @@ class QuantisedCache(KeysAndValues):
     """
 
     angles = None  # positions begin where their cosines and sines do
-    ropes: Sequence[Tensor]  # of each layer, [capacity at least, 2, D / 2] fp32: cosines and sines of every position
+    ropes: Sequence[Rope]  # of each layer, for capacity positions at least
 
     def __init__(
         self,
@@ -188,10 +192,11 @@ class QuantisedCache(KeysAndValues):
             self._rows = {sequence: self.rows(sequence, tree) for sequence, tree in trees.items()}
 
     def attend(
-        self, layer: int, q: Tensor, numbers, window: None, scale: float | None = None, softcap: None = None
+        self, layer: int, q: Tensor, numbers, window: int | None, scale: float | None = None, softcap: None = None
     ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         scale = scale or q.shape[-1] ** -0.5
+        window = None if window is None or window >= self.capacity else window
         if layer < len(self.whole):
             quantised, records = self.whole[layer], self.settings.records
         else:
@@ -199,12 +204,12 @@ class QuantisedCache(KeysAndValues):
         k, v = self.keys_values[layer]
         if self.is_recordable:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
-            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, scale, records)
+            options = {"scale": scale, "records": records, "window": window}
+            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, **options)
         parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
+        parts = ((sequence, part, rows.within(window)) for (sequence, rows), part in parts)
         settings = (quantised, records, scale)
-        return torch.cat(
-            [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
-        )
+        return torch.cat([self._attend_tree(layer, *part, *settings) for part in parts])
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
         """The rows of a tree behind a sequence, with what each of its nodes sees."""

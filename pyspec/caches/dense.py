@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from pyspec.caches.names import CACHES
 from pyspec.ops.ragged_attention import ragged_attention
 from pyspec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from pyspec.architectures.rotary import Rope
 
 
 class KeysAndValues:
@@ -59,13 +63,13 @@ class DenseCache(KeysAndValues):
     The allocation is made once and filled in place; on the CPU, slots that were never written cost no memory.
     Slots from a sequence's length on are scratch: a tree's keys are written there, and `commit` keeps some.
     `angles` is where each sequence's positions begin in `ropes`: some models turn long texts otherwise.
-    `keys_values` is that allocation, and `ropes` every layer's cosines and sines of positions, for rotary_write.
+    `keys_values` is that allocation, and `ropes` what every layer's heads are turned by.
 
     Args:
         layers, sequences, kv_heads, capacity, head_dim: the sizes above, all at least 1. `restart` may allow fewer
             slots than there are.
         dtype, device: of the keys and values.
-        ropes: [capacity at least, 2, head_dim / 2] fp32 of each layer, where a forward is to read them.
+        ropes: of each layer, for capacity positions at least, where a forward is to read them.
     """
 
     blocks = None  # that rows see quantised
@@ -80,7 +84,7 @@ class DenseCache(KeysAndValues):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
-        ropes: Sequence[Tensor] = (),
+        ropes: Sequence[Rope] = (),
     ):
         self.capacity = capacity
         self.ropes = ropes
@@ -109,11 +113,12 @@ class DenseCache(KeysAndValues):
         window: int | None,
         scale: float | None = None,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         k, v = self.keys_values[layer]
         trees = (numbers.ancestor_bits, numbers.starts, numbers.prefix_lens)
-        return ragged_attention(q, k, v, *trees, scale=scale, softcap=softcap, window=window)
+        return ragged_attention(q, k, v, *trees, scale=scale, softcap=softcap, window=window, sinks=sinks)
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""

@@ -303,6 +303,19 @@ class _Part:
         self._at += length
         return self._data[self._at - length : self._at].decode()
 
+    def _strings(self, count: int) -> list[str]:
+        """As many strings as a vocabulary has: without a call for each."""
+        found, data, at, end = [], self._data, self._at, len(self._data)
+        length_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            (length,) = length_at(data, at)
+            start, at = at + 8, at + 8 + length
+            if at > end:
+                raise IndexError(f"a string of {length} bytes at byte {start}")
+            found.append(data[start:at].decode())
+        self._at = at
+        return found
+
     def _value(self, kind: int):
         if kind == _STRING:
             return self._string()
@@ -312,6 +325,8 @@ class _Part:
         if kind in (_STRING, _ARRAY):
             if length > len(self._data):
                 raise IndexError(f"an array of {length} values at byte {self._at}")
+            if kind == _STRING:
+                return self._strings(length)
             return [self._value(kind) for _ in range(length)]
         size = struct.calcsize("<" + _SCALARS[kind])
         if self._at + size * length > len(self._data):

@@ -84,7 +84,7 @@ def _architecture(source: Path | str, stated: Entries) -> str | None:
         if kind not in kinds:
             raise ValueError(f"{source} has layers of {kind}, the families are {' and '.join(kinds)}")
         return f"mamba_ssm {kind}"
-    by_type = {name.removesuffix("ForCausalLM").lower(): name for name in supported}
+    by_type = {name.removesuffix("ForCausalLM").lower().replace("_", ""): name for name in supported}
     return by_type.get(model_type.removesuffix("_text").replace("_", ""), model_type or None)
 
 

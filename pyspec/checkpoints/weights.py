@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,16 @@ from torch import Tensor
 
 from pyspec.architectures import Family
 from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
+from pyspec.checkpoints.memory import MemoryNeed, cache_bytes, check_memory
 from pyspec.checkpoints.plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
+from pyspec.ops._checks import FLOATS
+from pyspec.ops.lay_out import StoredMatrix
 
 __all__ = ["read_weights"]
+
+SMALLER = {"int8": torch.int8, "int4": "int4"}  # what is proposed where a model does not fit
 
 
 def read_weights(
@@ -27,6 +32,7 @@ def read_weights(
     dtype: torch.dtype | str | None,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    announce: Callable[[MemoryNeed], None] | None = None,
 ) -> tuple[Any, NativeWeights]:
     """A model's configuration, and its weights, each matrix laid out in its place straight from the checkpoint.
 
@@ -40,35 +46,85 @@ def read_weights(
             that the checkpoint has them in, or in bfloat16.
         device: where the weights will be.
         progress: called with (tensors read, all tensors).
+        announce: called with what they need of memory, before any is taken.
 
     Returns:
         The configuration, without a tie of embedding and head that the checkpoint does not have; and the weights.
 
     Raises:
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
+        MemoryError: they cannot fit.
     """
     checkpoint = family.weights.checkpoint(checkpoint)
+    checkpoint = _InModelOrder(checkpoint, family, config)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint, config, path)
-    keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
-    blank = torch.float32 if dtype in (torch.int8, "int4") else dtype
-    on_cpu = device.type == "cpu"
-    weights = family.weights.empty(config, blank, device, torch.device("meta") if on_cpu else device)
-    plans = plan_matrices(weights, config, checkpoint, dtype, keeps_bits=keeps_bits) if on_cpu else {}
-    if weights.embedding.is_meta and storage_of(weights.embedding) not in plans:
-        kept = checkpoint.stored(weights.EMBEDDING) if keeps_bits or dtype in (torch.int8, "int4") else None
-        floats = blank if kept is None else getattr(torch, kept.kind)
-        weights.embedding = torch.empty_like(weights.embedding, dtype=floats, device=device)
+
+    def need(dtype: torch.dtype | str | None) -> tuple[int, str, int, int]:
+        blank = _blank(family, checkpoint, config, dtype, torch.device("meta"))
+        return *_need(*blank, config), *cache_bytes(config, dtype if dtype in FLOATS else torch.bfloat16)
+
+    check_memory(path, device, need, dtype, SMALLER, announce)
+    weights, plans = _blank(family, checkpoint, config, dtype, device)
     buffer = HugePages([plan.nbytes for plan in plans.values()])
     for plan in plans.values():
         plan.take(buffer)
-    weights.is_together = on_cpu
+    weights.is_together = device.type == "cpu"
+    dtype = dtype or torch.bfloat16
     reader = _Reader(checkpoint, path, plans, len(weights.named(config)), progress)
     reader.read(weights, config, dtype)
     for index, layer in enumerate(weights.layers):
         reader.read(layer, config, dtype, f"{weights.LAYERS}{index}.")
     weights.sample = reader.sample.hexdigest()
     return config, weights
+
+
+def _blank(
+    family: Family, checkpoint, config, dtype: torch.dtype | str | None, device: torch.device
+) -> tuple[NativeWeights, dict[int, MatrixPlan]]:
+    """Weights to be filled, and plans of those that have no memory yet: all matrices, unless they go to a GPU."""
+    keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
+    floats = dtype if dtype in FLOATS else torch.float32
+    if device.type not in ("cpu", "meta"):
+        return family.weights.empty(config, floats, device), {}
+    weights = family.weights.empty(config, floats, device, torch.device("meta"))
+    plans = plan_matrices(weights, config, checkpoint, dtype, keeps_bits=keeps_bits)
+    if storage_of(weights.embedding) not in plans:  # it is only read by rows: in its own dtype where none was named
+        stored = checkpoint.stored(weights.EMBEDDING) if keeps_bits or dtype not in FLOATS else None
+        floats = floats if stored is None else getattr(torch, stored.kind)
+        weights.embedding = torch.empty_like(weights.embedding, dtype=floats, device=device)
+    return weights, plans
+
+
+def _need(weights: NativeWeights, plans: dict[int, MatrixPlan], config) -> tuple[int, str]:
+    """Bytes of weights, and what their matrices are kept in."""
+    others = {storage_of(place): place.untyped_storage().nbytes() for place in weights.named(config).values()}
+    kept = dict.fromkeys(format for plan in plans.values() for format, _ in plan.parts)
+    planned = sum(plan.nbytes for plan in plans.values())
+    return planned + sum(size for key, size in others.items() if key not in plans), ", ".join(kept)
+
+
+class _InModelOrder:
+    """A checkpoint whose rows are in the order of the model, see Family.row_order."""
+
+    def __init__(self, checkpoint, family: Family, config):
+        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self.shapes, self.release = checkpoint.shapes, checkpoint.release
+
+    def blocks(self, name: str) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        order = self._order(name)
+        for rows, values in self._checkpoint.blocks(name):
+            yield rows if order is None else order[rows], values
+
+    def stored(self, name: str) -> StoredMatrix | None:
+        stored, order = self._checkpoint.stored(name), self._order(name)
+        if stored is None or order is None:
+            return stored
+        order = order.argsort()
+        return replace(stored, order=order if stored.order is None else stored.order[order])
+
+    def _order(self, name: str) -> Tensor | None:
+        return self._family.row_order(self._config, name, self.shapes[name][0])
 
 
 class _Reader:

@@ -14,7 +14,7 @@ import torch
 
 from pyspec.caches import QuantisedSettings
 from pyspec.machine import store
-from pyspec.ops import backends
+from pyspec.ops._library import backend_of
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.stats import clock_of
@@ -84,8 +84,8 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
 
     Every tree has other tokens, because a model with experts reads those of all nodes: a token that is repeated would
     read the experts of one. Kernels are compiled and graphs captured before, and every size is called once before it
-    counts: a first call may read weights from a disk. Then each is timed at least twice. A table in which larger trees seem cheaper is measured
-    anew, and one that stays so is not kept.
+    counts: a first call may read weights from a disk. Then each is timed at least twice. A table in which larger trees
+    seem cheaper is measured anew, and one that stays so is not kept.
     """
     context = min(CONTEXT, model.context_length - 2)
     if context < 1:  # no draft ever fits
@@ -142,5 +142,5 @@ def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
 
 
 def _key(model: Runner, cache: QuantisedSettings | None) -> str:
-    kernel = next(row for row in backends() if row["op"] == "linear" and row["device"] == model.device.type)
+    kernel = backend_of("linear", model.device.type)
     return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")

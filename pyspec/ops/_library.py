@@ -237,12 +237,13 @@ def _warn_slow(reason: str) -> None:
 
 def backends() -> list[dict[str, str]]:
     """Which implementation serves each op on each device: op, device, backend and reason."""
-    rows = []
-    for op in _OPS.values():
-        for device in ("cpu", "cuda"):
-            name, reason = op.backend_for(device)
-            rows.append({"op": op.name, "device": device, "backend": name, "reason": reason})
-    return rows
+    return [backend_of(op, device) for op in _OPS for device in ("cpu", "cuda")]
+
+
+def backend_of(op: str, device: str) -> dict[str, str]:
+    """The row of `backends` of one op on one device."""
+    name, reason = _OPS[op].backend_for(device)
+    return {"op": op, "device": device, "backend": name, "reason": reason}
 
 
 def _checked_backend(name: str | None, where: str) -> str | None:

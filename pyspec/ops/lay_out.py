@@ -9,10 +9,12 @@ bits as `lay_out_weight` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,11 +63,17 @@ class StoredMatrix:
         return self.outputs, self.inputs
 
     def rows(self, index: slice) -> StoredMatrix:
-        """Some of its rows, as a copy."""
-        numbers = torch.arange(self.outputs, device="cpu")[index]
-        data = self.data.view(-1, row_bytes(self.kind, self.inputs))
-        data = data[numbers if self.order is None else self.order[numbers]].flatten()
-        return StoredMatrix(self.kind, data, len(numbers), self.inputs)
+        """Some of its rows, where they are."""
+        order = torch.arange(self.outputs, device="cpu") if self.order is None else self.order
+        return replace(self, outputs=len(order[index]), order=order[index])
+
+    def columns(self, step: int) -> Tensor:
+        """Every step-th column, [outputs, n] fp32: by the kernel, in one go, where `values` would take many ops."""
+        _, shape = laid_out_shape("float32", self.outputs, self.inputs)
+        data = torch.from_numpy(np.zeros(4 * math.prod(shape), np.uint8))
+        weight = empty_weight("float32", self.outputs, self.inputs, data)
+        lay_out(weight, 0, self)
+        return weight.data[:, ::step].transpose(1, 2).flatten(0, 1)[: self.outputs]
 
     def ordered(self, order: Tensor) -> StoredMatrix:
         """The matrix of rows order, int64 [outputs], of data."""

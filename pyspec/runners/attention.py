@@ -64,6 +64,8 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
+        if prompt_attention != "pyspec" and config.has_sinks:
+            raise ValueError(f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}")
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
         self._switch = config.rope_switch if (config.rope_switch or 0) < config.context_length else None
@@ -177,12 +179,14 @@ class AttentionRunner(NativeRunner):
             raise ValueError(f"cache must be dense for a model that turns texts of {self._switch} tokens otherwise")
         if config.attention_softcap is not None:
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
+        if config.has_sinks:
+            raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
-        for layer, window in enumerate(self.config.windows):
-            if window is not None and window < self.context_length:
-                raise ValueError(
-                    f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
-                )
+        slides = any(window is not None and window < self.context_length for window in config.windows)
+        if slides and self.device.type != "cpu":
+            raise ValueError(f"cache must be dense for a model with sliding windows on {self.device.type}")
+        if slides and cache.keep < 1:
+            raise ValueError(f"cache must keep all tokens for a model with sliding windows, got keep = {cache.keep}")
 
     def _quantised_cache(self, sequences: int, capacity: int, settings: QuantisedSettings) -> QuantisedCache:
         config = self.config
@@ -218,7 +222,7 @@ class AttentionRunner(NativeRunner):
 
     def _turn(self, cache: DenseCache, slot: int, is_long: bool) -> None:
         """Says which cosines and sines a sequence's positions have: those of long texts lie behind the others."""
-        cache.angles[slot] = len(cache.ropes[0]) // 2 if is_long else 0
+        cache.angles[slot] = len(cache.ropes[0].cos_sin) // 2 if is_long else 0
 
     def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         if self._switch is not None:

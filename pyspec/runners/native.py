@@ -11,6 +11,7 @@ from itertools import accumulate, repeat
 import torch
 from torch import Tensor
 
+from pyspec.architectures.rotary import Rope
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops._checks import FLOATS
@@ -70,7 +71,7 @@ class NativeRunner:
         description = repr(sorted(asdict(config).items())) + vocabulary
         self.fingerprint = fingerprint_of(config.architecture, description, sample)
         self._records_graphs = self.device.type == "cuda"  # few shapes, each a graph, rather than tapes
-        self._rope_tables: list[Tensor] = []
+        self._made_ropes: list[Rope] = []
         self._rope_positions = 0
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
@@ -221,11 +222,11 @@ class NativeRunner:
 
         return Step(self._embed, forward)
 
-    def _ropes(self, positions: int) -> list[Tensor]:
-        """Each layer's cosines and sines of at least so many positions, as rotary_write takes them."""
+    def _ropes(self, positions: int) -> list[Rope]:
+        """What each layer's heads are turned by at so many positions, or more."""
         if positions > self._rope_positions:
-            self._rope_tables, self._rope_positions = self.config.rope_tables(positions, self.device), positions
-        return self._rope_tables
+            self._made_ropes, self._rope_positions = self.config.ropes(positions, self.device), positions
+        return self._made_ropes
 
     def _new_replays(self, cache) -> None:
         record = TapeRecorder()

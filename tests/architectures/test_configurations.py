@@ -48,6 +48,23 @@ SMALL = {
         "logits_scaling": 8.0,
     },
     "Exaone4ForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 7},
+    "GraniteMoeHybridForCausalLM": SIZES
+    | {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 99}
+    | {"position_embedding_type": "rope", "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "GlmForCausalLM": SIZES | {"num_key_value_heads": 4, "head_dim": 64, "partial_rotary_factor": 0.25},
+    "Glm4ForCausalLM": SIZES | {"num_key_value_heads": 4, "attention_bias": False, "rope_theta": 77.0},
+    "HeliumForCausalLM": SIZES | {"num_attention_heads": 20, "num_key_value_heads": 4, "attention_bias": True},
+    "Ernie4_5ForCausalLM": SIZES | {"num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False},
+    "SeedOssForCausalLM": SIZES | {"num_key_value_heads": 4, "attention_bias": False, "attention_out_bias": True},
+    "CohereForCausalLM": SIZES
+    | {"hidden_size": 4096, "num_key_value_heads": 4, "logit_scale": 0.3, "layer_norm_eps": 1e-3},
+    "Cohere2ForCausalLM": SIZES | {"hidden_size": 4096, "num_key_value_heads": 4, "sliding_window": 7, "head_dim": 128},
+    "StableLmForCausalLM": SIZES | {"num_key_value_heads": 4, "use_qkv_bias": True, "partial_rotary_factor": 0.5},
+    "MinistralForCausalLM": SIZES
+    | {"num_key_value_heads": 4, "sliding_window": 7}
+    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "Ministral3ForCausalLM": SIZES
+    | {"num_key_value_heads": 4, "sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}},
     "MambaForCausalLM": {"hidden_size": 64, "num_hidden_layers": 2, "conv_kernel": 3, "time_step_rank": 5, "expand": 4},
     "Mamba2ForCausalLM": {"hidden_size": 4096, "num_hidden_layers": 2, "num_heads": 128, "head_dim": 64, "n_groups": 2},
     "BambaForCausalLM": SIZES | BAMBA,
@@ -74,9 +91,14 @@ def check_same(architecture, description):
 def test_what_is_left_out_is_what_transformers_has(architecture):
     stated = SMALL[architecture]
     check_same(architecture, stated)
-    for left_out in stated.keys() - {"attn_layer_indices"}:  # a Bamba without attention is none of ours
+    needed = {"attn_layer_indices"}  # a Bamba without attention is none of ours
+    if "layer_types" in stated:
+        needed |= {"layer_types", "num_hidden_layers", "num_local_experts"}
+    for left_out in stated.keys() - needed:
         check_same(architecture, {name: value for name, value in stated.items() if name != left_out})
     size = {"num_hidden_layers": 4} | ({"attn_layer_indices": [2]} if architecture.startswith("Bamba") else {})
+    if architecture.startswith("GraniteMoeHybrid"):
+        size |= {"layer_types": ["full_attention"] * 4, "num_local_experts": 0}
     check_same(architecture, size)
     names = {"num_hidden_layers", *family_of(architecture).architectures[architecture]}
     names -= {"attention_bias", "mlp_bias", "hidden_act", "sliding_window_pattern"}

@@ -24,6 +24,10 @@ KINDS = {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": 6},
         "vision_config": VISION | {"model_type": "pixtral", "head_dim": 16},
     },
+    "Mistral3 with Ministral 3": {
+        "text_config": TEXT | {"model_type": "ministral3"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 16},
+    },
     "Qwen3VL": {
         "text_config": TEXT | {"rope_parameters": MROPE},
         "vision_config": {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 96}
@@ -34,7 +38,8 @@ KINDS = {
 
 def tiny(family):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**KINDS[family])
+    config, family = KINDS[family], family.partition(" ")[0]
+    config = getattr(transformers, f"{family}Config")(**config)
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
@@ -68,7 +73,9 @@ def test_either_way_of_naming_is_read(outer, inner, tmp_path):
 def test_text_that_no_family_has_is_named(tmp_path):
     tiny("Mistral3").save_pretrained(tmp_path)
     description = json.loads((tmp_path / "config.json").read_text())
-    description["text_config"]["model_type"] = "ministral3"
+    description["text_config"]["model_type"] = "mistral4"
     (tmp_path / "config.json").write_text(json.dumps(description))
-    with pytest.raises(ValueError, match="has text of ministral3, our kernels have that of mistral"):
+    with pytest.raises(
+        ValueError, match="has text of mistral4, our kernels have that of mistral, ministral, ministral3"
+    ):
         load(str(tmp_path), dtype=torch.float32, device="cpu")

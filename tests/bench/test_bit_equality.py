@@ -7,11 +7,10 @@ from itertools import pairwise
 import bit_equality
 import pytest
 import torch
-from bit_equality import BUDGETS, DTYPES, Check
+from bit_equality import BUDGETS, MODELS, Check
 from peers import DRAFTERS
 from recording import record
 
-from pyspec import load
 from pyspec.drafters import new_drafter
 from pyspec.measure import prompts
 from tests.helpers.fake_runner import EOS, FakeRunner
@@ -112,7 +111,7 @@ def test_logits_count_up_to_a_different_token():
 
 def test_the_work_is_every_combination_for_three_prompts_after_three():
     units = bit_equality.units(list(range(50)))
-    combinations = len(DTYPES) * len(DRAFTERS)
+    combinations = len(MODELS) * len(DRAFTERS)
     assert len(units) == 17 * combinations
     groups = units[::combinations]
     assert [question_id for unit in groups for question_id in unit["alone"]] == list(range(50))
@@ -124,16 +123,16 @@ def test_the_work_is_every_combination_for_three_prompts_after_three():
 
 @pytest.fixture(scope="module")
 def demo():
-    """dtype -> the demo model, loaded when first asked for."""
+    """name -> one of the models, loaded when first asked for."""
     models = {}
 
-    def get(dtype):
-        if dtype not in models:
+    def get(name):
+        if name not in models:
             try:
-                models[dtype] = load("demo", dtype=dtype, device="cpu")
+                models[name] = bit_equality.load(name)
             except FileNotFoundError as missing:
                 pytest.skip(str(missing))
-        return models[dtype]
+        return models[name]
 
     return get
 
@@ -146,24 +145,24 @@ def short_questions(model, count, choose):
     return {question_id: token_ids[question_id] for question_id in choose.sample(short, count)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_sample_of_the_demo_models_texts_has_the_bits_of_plain_decoding(demo, dtype):
-    model = demo(DTYPES[dtype])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sample_of_texts_has_the_bits_of_plain_decoding(demo, name):
+    model = demo(name)
     for seed in (0, secrets.randbits(32)):  # one that is always the same, and one that never was
         choose = random.Random(seed)
         token_ids = short_questions(model, 3, choose)
-        check = Check({dtype: model}, token_ids, 16)
-        name = choose.choice(DRAFTERS)
-        drafter = new_drafter(name, model)
+        check = Check({name: model}, token_ids, 16)
+        drafter_name = choose.choice(DRAFTERS)
+        drafter = new_drafter(drafter_name, model)
         for batch in ([choose.choice(list(token_ids))], list(token_ids)):
-            run = check.run(dtype, drafter, choose.choice(BUDGETS), batch)
+            run = check.run(name, drafter, choose.choice(BUDGETS), batch)
             differences = sum(map(bit_equality.differences, run["texts"]))
-            assert differences == 0, f"seed {seed}, {name}: {run}"
+            assert differences == 0, f"seed {seed}, {drafter_name}: {run}"
 
 
 def test_the_sample_has_teeth(demo):
     """Where a sum's order depends on the number of rows, the same check finds differences."""
-    model = demo(torch.float32)
+    model = demo("fp32")
     token_ids = short_questions(model, 1, random.Random(0))
 
     def differences():

@@ -12,7 +12,7 @@ def fake_model(monkeypatch):
     runner = FakeRunner()
     runner.loads = []
 
-    def load(source, *, dtype=None, prompt_attention="pyspec", progress=None):
+    def load(source, *, dtype=None, prompt_attention="pyspec", progress=None, announce=None):
         runner.loads.append((source, dtype))
         progress(1, 2)
         progress(2, 2)

@@ -28,6 +28,8 @@ KINDS = {
     "mistral": ("Mistral", {"sliding_window": 6}),
 }
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LLAMA4_SCALING = _YARN | {"original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.5, "rope_theta": 100.0}
+_LLAMA4_SCALING |= {"mscale": 1.0, "mscale_all_dim": 0.5}
 _GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -59,6 +61,36 @@ OTHER_KINDS = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 0.7}
         | {"rms_norm_eps": 0.01},
     ),
+    "granite_moe": (
+        "GraniteMoe",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.05, "logits_scaling": 0.7, "rms_norm_eps": 0.01}
+        | {"hidden_size": 256, "attention_bias": True},
+    ),
+    "granite4_dense": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 144}
+        | {"position_embedding_type": "rope", "embedding_multiplier": 3.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.05, "logits_scaling": 0.7, "rms_norm_eps": 0.01, "attention_bias": True}
+        | {"mamba_n_heads": 8},
+    ),
+    "granite4_unturned": (
+        "GraniteMoeHybrid",
+        {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 8},
+    ),
+    "glm": ("Glm", {"rope_parameters": {"rope_theta": 100.0}}),
+    "glm4": ("Glm4", {"rope_parameters": {"rope_theta": 100.0}}),
+    "helium": ("Helium", {"attention_bias": True, "hidden_size": 256}),
+    "ernie": ("Ernie4_5", {"rope_parameters": {"rope_theta": 100.0}}),
+    "seed_oss": ("SeedOss", {}),
+    "cohere": ("Cohere", {"logit_scale": 0.3, "attention_bias": True}),
+    "cohere2": ("Cohere2", {"hidden_size": 256, "num_hidden_layers": 4, "sliding_window": 6, "logit_scale": 0.3}),
+    "stablelm": ("StableLm", {"hidden_size": 256, "use_qkv_bias": True, "rope_parameters": {"rope_theta": 100.0}}),
+    "ministral": (
+        "Ministral",
+        {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_SCALING}),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 6}),
     "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe_some_dense": (
@@ -109,6 +141,22 @@ IN_GGUF = {
         {},
         {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7},
     ),
+    "granite_moe": (
+        {"attention_bias": False},
+        {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7}
+        | {"expert_count": 5, "expert_used_count": 2},
+    ),
+    "glm4": ({}, {"rope.dimension_count": 32}),
+    "ernie": ({}, {}),
+    "seed_oss": ({}, {}),
+    "cohere": ({"attention_bias": False}, {"logit_scale": 0.3}),
+    "cohere2": ({}, {"logit_scale": 0.3, "attention.sliding_window": 6}),
+    "stablelm": ({}, {"rope.dimension_count": 16}),
+    "ministral3": (
+        {"rope_parameters": _LLAMA4_SCALING | {"original_max_position_embeddings": 8}},
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 8}
+        | {"rope.scaling.yarn_log_multiplier": 0.5, "attention.temperature_scale": 0.5},
+    ),
     "exaone4": ({}, {}),
     "mixtral": ({"sliding_window": None}, {"expert_count": 5, "expert_used_count": 2}),
     "qwen3_moe": (
@@ -152,9 +200,14 @@ def tiny_model(kind: str, **changed):
     return model
 
 
+_ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "cohere": "command-r", "ministral3": "mistral3"}
+_ARCHITECTURES |= {"mixtral": "llama"}
+
+
 def split_experts(tensors):
     """Names and tensors, with the gates and ups of experts apart, as files of llama.cpp have them."""
     for name, values in tensors.items():
+        name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
         if name.endswith("experts.gate_up_proj"):
             for part, rows in zip(("gate", "up"), values.chunk(2, 1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}_proj.weight", rows
@@ -169,8 +222,7 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     that gguf cannot make (K, IQ) matrices are random blocks.
     """
     config = model.config
-    names = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mixtral": "llama"}
-    architecture = names.get(config.model_type, config.model_type.replace("_moe", "moe"))
+    architecture = _ARCHITECTURES.get(config.model_type, config.model_type.replace("_moe", "moe"))
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -179,7 +231,10 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(64)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.layer_norm_eps)
     rope = config.rope_parameters
     if "rope.freq_base" not in metadata:
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -191,7 +246,8 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     if rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
-    tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_hidden_layers)
+    (known,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    tensors = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, values in split_experts(model.state_dict()):
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
@@ -200,7 +256,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         values = values.float().numpy()
         if architecture.startswith("gemma") and stem.endswith("norm"):
             values = values + 1  # which the models' own files leave out
-        if architecture in ("llama", "smollm3", "granite") and stem.endswith(("q_proj", "k_proj")):
+        if architecture in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and stem.endswith(
+            ("q_proj", "k_proj")
+        ):
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         kind = quantization(name) if callable(quantization) else quantization
