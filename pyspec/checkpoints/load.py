@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -144,6 +145,7 @@ def _load_gguf(
     path: Path, dtype: torch.dtype | str | None, device: torch.device, prompt_attention: str, progress, announce
 ) -> Runner:
     from pyspec.checkpoints.gguf import GGUFCheckpoint, GGUFFile, read_gguf_config
+    from pyspec.checkpoints.rare_types import RARE_TYPES
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
 
@@ -155,6 +157,15 @@ def _load_gguf(
     tokenizer = Tokenizer.from_gguf(file.metadata, path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
+    if dtype is None and (rare := file.rare):
+        counts = ", ".join(f"{count} of {kind}" for kind, count in rare.items())
+        formats = " and ".join(sorted({RARE_TYPES[kind].format for kind in rare}))
+        warnings.warn(
+            f"{path} has tensors of types that no kernel reads ({counts}): they are kept as {formats}, which takes "
+            "more memory",
+            RuntimeWarning,
+            stacklevel=4,  # who called load, which as_stored wraps
+        )
     checkpoint = GGUFCheckpoint(file, family, config)
     config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress, announce)
     return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from tests.helpers.random_llama import VOCABULARY
+from tests.helpers.weight_formats import gguf_blocks
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -244,7 +245,8 @@ def split_experts(tensors):
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved.
 
-    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type.
+    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type. Of types
+    that gguf cannot make (K, IQ) matrices are random blocks.
     """
     config = model.config
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type.replace("_moe", "moe"))
@@ -288,7 +290,11 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         kind = quantization(name) if callable(quantization) else quantization
         if values.ndim > 1 and kind != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            try:
+                blocks = gguf.quants.quantize(values, kind)
+            except NotImplementedError:  # of which gguf can read only
+                blocks = gguf_blocks(kind, values.shape, values.std(), seed=len(name))
+            writer.add_tensor(name, blocks, raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
     writer.write_header_to_file()
