@@ -164,8 +164,12 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> GptOssConf
     shape = read_decoder(source, entries, architecture, 150000.0) | _ALIKE
     window = None if entries.is_null("sliding_window") else entries.whole("sliding_window")
     is_local = read_kinds(entries, shape["layers"], lambda layer: layer % 2 == 0, has_window=True)
-    choices = {"experts": entries.whole("num_local_experts")} | read_choices(entries)
-    return GptOssConfig(**shape, **choices, expert_size=shape["intermediate_size"], windows=_windows(is_local, window))
+    return GptOssConfig(
+        **shape,
+        **read_choices(entries),
+        expert_size=shape["intermediate_size"],
+        windows=_windows(is_local, window),
+    )
 
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> GptOssConfig:

@@ -83,7 +83,8 @@ class MixtureConfig(DecoderConfig):
 
 def read_choices(entries: Entries) -> dict[str, int]:
     """How many experts there are, and how many a row goes to, by a config.json, where either name may be in use."""
-    stated = [name for name in ("num_experts", "num_local_experts") if name in entries]
+    names = ("num_experts", "num_local_experts")
+    stated = [name for name in names if name in entries] or [name for name in names if entries.get(name) is not None]
     count = entries.whole(stated[0] if stated else "num_experts")
     return {"experts": count, "experts_per_token": entries.whole("num_experts_per_tok", most=count)}
 
