@@ -44,7 +44,7 @@ def attention(problem: Problem, books: torch.Tensor, pre_rope: bool = False):
     rotary = rotary_of_blocks(FREQUENCIES, quantised.shape[2]) if pre_rope else None
 
     def call() -> torch.Tensor:
-        quantised_part = attend_codes(problem.q, quantised, rows.seen, books, scale, rotary)
+        quantised_part = attend_codes(problem.q, quantised, rows, books, scale, rotary)
         return join_exact(quantised_part, problem.q, k, v, rows, scale)[0]
 
     return call

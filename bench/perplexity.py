@@ -74,7 +74,8 @@ def main() -> None:
             requantise(source, file, kind)
         found = perplexities(file, chunks, options.threads)
         rows.append({"format": kind, **found, "change": found["pyspec"] / found["llama.cpp"] - 1})
-        print("{format:7} pyspec {pyspec:.4f} llama.cpp {llama.cpp:.4f} {change:+.3%}".format(**rows[-1]), flush=True)
+        row = rows[-1]
+        print(f"{kind:7} pyspec {row['pyspec']:.4f} llama.cpp {row['llama.cpp']:.4f} {row['change']:+.3%}", flush=True)
     worst = max(abs(row["change"]) for row in rows)
     print(f"{len(tokens)} tokens; at most {worst:.3%} from llama.cpp, goal {GOAL:.1%}")
     if options.formats == FORMATS:

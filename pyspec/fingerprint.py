@@ -26,8 +26,10 @@ class WeightSample:
         """Takes in tensors with their names; their order counts."""
         for name, tensor in named:
             self._digest.update(f"{name} {list(tensor.shape)}".encode())
-            if isinstance(tensor, (StoredMatrix, StoredCodes)):
+            if isinstance(tensor, StoredCodes):
                 tensor = tensor.rows(_sampled_rows(tensor.outputs)).values()
+            elif isinstance(tensor, StoredMatrix):
+                tensor = tensor.rows(_sampled_rows(tensor.outputs)).columns(-(-tensor.inputs // COLUMNS))
             if tensor.numel() and not tensor.is_meta:
                 self._digest.update(_sample(tensor.detach()).numpy().tobytes())
         return self

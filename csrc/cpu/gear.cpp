@@ -47,18 +47,21 @@ Tensor gear_encode(const Tensor& k, const Tensor& v, const Tensor& channels, int
 
 std::tuple<Tensor, Tensor> gear(const Tensor& q, const Tensor& quantised, const Tensor& seen, int64_t bits,
                                 int64_t group, int64_t rank, int64_t outliers, int64_t key_channels,
-                                double scale) {
+                                double scale, const std::optional<Tensor>& oldest) {
   auto p = pyspec::quantised_attention_params<pyspec::GearAttentionParams>(q, quantised);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   pyspec::set_quantised(p, q, quantised, seen, pyspec::gear_record_bytes(p.format, p.head_dim), scale);
-  return pyspec::attend_blocks(p, q, quantised, seen, pyspec_gear_table, pyspec::gear_workspace_floats);
+  return pyspec::attend_blocks(p, q, quantised, seen, oldest, pyspec_gear_table,
+                               pyspec::gear_workspace_floats);
 }
 
 Tensor gear_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,
                    const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
                    const Tensor& prefix_lens, int64_t span, int64_t records, int64_t bits, int64_t group,
-                   int64_t rank, int64_t outliers, int64_t key_channels, double scale) {
-  pyspec::QuantisedRows rows{q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+                   int64_t rank, int64_t outliers, int64_t key_channels, double scale,
+                   std::optional<int64_t> window) {
+  pyspec::QuantisedRows rows{q,      quantised,   k,    v,       ancestor_bits, seen,
+                             starts, prefix_lens, span, records, window};
   auto p = pyspec::quantised_params<pyspec::GearAttentionParams>(rows, scale);
   p.format = format_of(bits, group, rank, outliers, key_channels, p.head_dim);
   pyspec::check_records(quantised, pyspec::gear_record_bytes(p.format, p.head_dim));

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "../quantised.h"
@@ -12,6 +13,8 @@
 #include "tape.h"
 
 namespace pyspec {
+
+constexpr int64_t kQuantisedBlock = 128;  // tokens of a record, of any format
 
 PYSPEC_KERNEL_TABLE(pyspec_tree_attention, TreeAttentionParams);
 PYSPEC_KERNEL_TABLE(pyspec_merge_attention, MergeAttentionParams);
@@ -32,9 +35,13 @@ torch::stable::Tensor encode_blocks(Params& p, const torch::stable::Tensor& k, i
 template <class Params>
 std::tuple<torch::stable::Tensor, torch::stable::Tensor> attend_blocks(
     Params& p, const torch::stable::Tensor& q, const torch::stable::Tensor& quantised,
-    const torch::stable::Tensor& seen, const KernelTable<Params>& table,
-    int64_t (*workspace_of)(const Params&)) {
+    const torch::stable::Tensor& seen, const std::optional<torch::stable::Tensor>& oldest,
+    const KernelTable<Params>& table, int64_t (*workspace_of)(const Params&)) {
   auto counts = torch::stable::contiguous(seen);
+  auto tokens = torch::stable::contiguous(oldest.value_or(seen));
+  if (oldest) p.oldest = int32s_of(tokens, 2, "oldest");
+  STD_TORCH_CHECK(tokens.size(0) == p.batch && tokens.size(1) == p.nodes,
+                  "oldest must be [batch, nodes] like seen");
   p.seen = static_cast<const int32_t*>(counts.data_ptr());
   const int64_t blocks = quantised.size(2);
   for (int64_t row = 0; row < p.batch * p.nodes; ++row) {
@@ -59,6 +66,7 @@ struct QuantisedAttentionParams {
   const int32_t* ancestor_bits;  // [rows, words]
   void* out;                     // [rows, heads, head_dim], contiguous
   int64_t sequences, words, rows, slots, span, records, bytes;
+  int64_t window;  // a row sees the keys less than so many positions before its own; 0: all
 };
 
 template <class Quantised>
@@ -119,10 +127,17 @@ class QuantisedAttention : public Launch {
     Quantised blocks;
     std::vector<TreeAttentionParams> exact;
     MergeAttentionParams merge;
-    std::vector<int32_t> records, parts, lens, bits;
+    std::vector<int32_t> records, oldest, parts, lens, bits;
   };
 
   static int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
+
+  int32_t depth(int64_t row) const {
+    int32_t ancestors = 0;
+    for (int64_t word = 0; word < p_.words; ++word)
+      ancestors += __builtin_popcount(p_.ancestor_bits[row * p_.words + word]);
+    return ancestors - 1;
+  }
 
   void set(Tree& tree, int64_t sequence) {
     const int64_t first = p_.starts[sequence], nodes = p_.starts[sequence + 1] - first;
@@ -136,12 +151,17 @@ class QuantisedAttention : public Launch {
       tree.parts[node] = seen - p_.seen[first];
       most = std::max(most, tree.parts[node]);
     }
+    tree.oldest.clear();
+    const int32_t root = p_.seen[first] * p_.span + p_.prefix_lens[sequence];  // its position
+    for (int64_t node = 0; p_.window && node < nodes; ++node)
+      tree.oldest.push_back(root + depth(first + node) - p_.window + 1);
     const int64_t from = first * p_.exact.heads * p_.exact.head_dim * p_.bytes;
     tree.blocks = p_.blocks;
     Quantised& blocks = tree.blocks;
     blocks.q = static_cast<const char*>(p_.exact.q) + from;
     blocks.quantised += sequence * blocks.quantised_strides[0], blocks.seen = tree.records.data(),
                                                                 blocks.nodes = nodes;
+    blocks.oldest = p_.window ? tree.oldest.data() : nullptr;
     blocks.most_seen = *std::max_element(tree.records.begin(), tree.records.end());
     most_ = std::max(most_, workspace_(blocks));
 
@@ -155,7 +175,7 @@ class QuantisedAttention : public Launch {
       TreeAttentionParams p = p_.exact;
       const int64_t past = part * p_.span, bytes = p_.bytes;
       tree.lens[part] = static_cast<int32_t>(std::max<int64_t>(p_.prefix_lens[sequence] - past, 0));
-      p.q = blocks.q, p.nodes = nodes;
+      p.q = blocks.q, p.nodes = nodes, p.window = p_.window;
       p.k = static_cast<const char*>(p.k) + (sequence * p.k_strides[0] + past * p.k_strides[2]) * bytes;
       p.v = static_cast<const char*>(p.v) + (sequence * p.v_strides[0] + past * p.v_strides[2]) * bytes;
       p.page = p_.slots - past, p.ancestor_bits = tree.bits.data();
@@ -183,6 +203,7 @@ class QuantisedAttention : public Launch {
 struct QuantisedRows {
   const torch::stable::Tensor &q, &quantised, &k, &v, &ancestor_bits, &seen, &starts, &prefix_lens;
   int64_t span, records;
+  std::optional<int64_t> window;
 };
 
 // What every format's params have: sizes and tensors.
@@ -220,7 +241,10 @@ torch::stable::Tensor quantised_attention(Quantised blocks, const QuantisedRows&
                                           int64_t (*workspace)(const Quantised&)) {
   QuantisedAttentionParams<Quantised> p{};
   p.rows = t.q.size(0), p.sequences = t.k.size(0), p.slots = t.k.size(2), p.span = t.span,
-  p.records = t.records;
+  p.records = t.records, p.window = t.window.value_or(0);
+  STD_TORCH_CHECK(!t.window || (p.window > 0 && p.span == p.records * kQuantisedBlock),
+                  "window must be positive, over blocks that keep all their tokens, got ", p.window,
+                  " over blocks of ", p.span, " tokens in ", p.records, " records");
   p.ancestor_bits = int32s_of(t.ancestor_bits, 2, "ancestor_bits"), p.words = t.ancestor_bits.size(1);
   p.seen = int32s_of(t.seen, 1, "seen"), p.starts = int32s_of(t.starts, 1, "starts");
   p.prefix_lens = int32s_of(t.prefix_lens, 1, "prefix_lens");

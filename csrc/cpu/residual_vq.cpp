@@ -22,16 +22,19 @@ Tensor residual_vq_encode(const Tensor& k, const Tensor& v, const Tensor& codebo
 
 std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised, const Tensor& seen,
                                        const Tensor& codebooks, double scale,
-                                       const std::optional<Tensor>& rotary) {
+                                       const std::optional<Tensor>& rotary,
+                                       const std::optional<Tensor>& oldest) {
   auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
-  return pyspec::attend_blocks(p, q, quantised, seen, pyspec_residual_vq_table, pyspec::vq_workspace_floats);
+  return pyspec::attend_blocks(p, q, quantised, seen, oldest, pyspec_residual_vq_table,
+                               pyspec::vq_workspace_floats);
 }
 
 Tensor residual_vq_ragged(const Tensor& q, const Tensor& quantised, const Tensor& k, const Tensor& v,
                           const Tensor& ancestor_bits, const Tensor& seen, const Tensor& starts,
                           const Tensor& prefix_lens, int64_t span, int64_t records, const Tensor& codebooks,
-                          double scale, const std::optional<Tensor>& rotary) {
-  pyspec::QuantisedRows rows{q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records};
+                          double scale, const std::optional<Tensor>& rotary, std::optional<int64_t> window) {
+  pyspec::QuantisedRows rows{q,      quantised,   k,    v,       ancestor_bits, seen,
+                             starts, prefix_lens, span, records, window};
   auto p = pyspec::quantised_params<pyspec::VqAttentionParams>(rows, scale);
   pyspec::set_codebooks(p, quantised, codebooks, rotary);
   pyspec::check_records(quantised, pyspec::vq_record_bytes(p.format, p.head_dim));

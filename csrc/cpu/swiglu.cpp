@@ -12,7 +12,8 @@ Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype, in
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.scalar_type() == torch::headeronly::ScalarType::Float &&
                       gate_up.size(1) % 2 == 0,
                   "gate_up must be float32 [rows, 2 * size]");
-  STD_TORCH_CHECK(activation == 0 || activation == 1, "activation must be 0 (silu) or 1 (gelu_tanh)");
+  STD_TORCH_CHECK(activation >= 0 && activation <= 2,
+                  "activation must be 0 (silu), 1 (gelu_tanh) or 2 (clamped)");
   Tensor values = pyspec::contiguous(gate_up, "gate_up");
   pyspec::SwigluParams p{};
   p.rows = values.size(0), p.size = values.size(1) / 2;

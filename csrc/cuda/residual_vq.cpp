@@ -11,7 +11,9 @@ using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised, const Tensor& seen,
                                        const Tensor& codebooks, double scale,
-                                       const std::optional<Tensor>& rotary) {
+                                       const std::optional<Tensor>& rotary,
+                                       const std::optional<Tensor>& oldest) {
+  STD_TORCH_CHECK(!oldest, "oldest must be None on a GPU");
   auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
   STD_TORCH_CHECK(
       quantised.stride(2) % 4 == 0 && quantised.stride(1) % 4 == 0 && quantised.stride(0) % 4 == 0,

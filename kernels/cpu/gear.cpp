@@ -64,7 +64,7 @@ PYSPEC_INLINE void store_factors(char* to, F16 values) {
 template <class Storage, bool kPairs>
 struct Kernel : GearRecords<Storage, kPairs> {
   using Records = GearRecords<Storage, kPairs>;
-  using Records::d, Records::p, Records::row_count, Records::seen, Records::kTokens;
+  using Records::d, Records::p, Records::row_count, Records::seen, Records::oldest, Records::kTokens;
   using Records::keys, Records::values, Records::key_dim, Records::group, Records::width, Records::rank,
       Records::outliers;
   static constexpr int64_t kFactorBytes = kPairs ? 2 : 4;
@@ -94,6 +94,13 @@ struct Kernel : GearRecords<Storage, kPairs> {
       most = row > most ? row : most;
     }
     return most;
+  }
+  // The first block that a row of a set sees something of.
+  int64_t first_seen(int64_t b, int64_t set) const {
+    int64_t row = set * kGearRows, end = row + kGearRows < row_count ? row + kGearRows : row_count;
+    int64_t least = oldest(b, row);
+    for (; row < end; ++row) least = oldest(b, row) < least ? oldest(b, row) : least;
+    return least / kBlock;
   }
   float* query(int64_t sequence_head, int64_t row) const {
     return queries + (sequence_head * sets * kGearRows + row) * d;
@@ -190,6 +197,15 @@ struct Kernel : GearRecords<Storage, kPairs> {
       for (; row + kManyRows <= count; row += kManyRows)
         score_pass<kManyRows, kLeastGroup / 16>(s, row, token);
       for (; row < count; row += kPassRows) score_pass<kPassRows, kLeastGroup / 16>(s, row, token);
+    }
+  }
+
+  // What a row sees of a block: nothing behind its last, and nothing older than its oldest token.
+  void hide(Scratch& s, int64_t b, int64_t set, int64_t count, int64_t block) const {
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t row = set * kGearRows + r, hidden = oldest(b, row) - block * kBlock;
+      s.visible[r] = block < seen(b, row) && hidden < kBlock;
+      for (int64_t token = 0; s.visible[r] && token < hidden; ++token) s.weights[r][token] = -kInfinity;
     }
   }
 
@@ -311,7 +327,9 @@ struct Kernel : GearRecords<Storage, kPairs> {
     for (int64_t set = 0; set < sets; ++set) {
       int64_t most = most_seen(b, set), end = pyspec::gear_first_block(chunk + 1), count = rows(set);
       end = end < most ? end : most;
-      int64_t block = pyspec::gear_first_block(chunk);
+      int64_t block = pyspec::gear_first_block(chunk), first = first_seen(b, set);
+      block =
+          first > block ? first : block;  // a block that no row sees changes no bit of a row that sees others
       if (block >= end) continue;
       float* out = state(sequence_head, chunk, set * kGearRows);
       std::memset(out, 0, count * state_floats * sizeof(float));
@@ -321,8 +339,8 @@ struct Kernel : GearRecords<Storage, kPairs> {
       const float* query = this->query(sequence_head, set * kGearRows);
       for (; block < end; ++block) {
         const uint8_t* record = first_record + block * p.quantised_strides[2];
-        for (int64_t r = 0; r < count; ++r) s.visible[r] = block < seen(b, set * kGearRows + r);
         score(s, record, query, count);
+        hide(s, b, set, count, block);
         weigh(s, count);
         add_values(s, record + keys.bytes, out, count);
       }
@@ -344,7 +362,9 @@ struct Kernel : GearRecords<Storage, kPairs> {
     int64_t set = item % sets, sequence_head = item / sets;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
     for (int64_t row = set * kGearRows; row < (set + 1) * kGearRows && row < row_count; ++row) {
-      this->merge_chunks(b, h, row, pyspec::gear_chunks(seen(b, row)),
+      int64_t block = oldest(b, row) / kBlock, most = seen(b, row);
+      int64_t end = block < most ? pyspec::gear_chunks(most) : 0;
+      this->merge_chunks(b, h, row, end ? pyspec::gear_chunks(block + 1) - 1 : 0, end,
                          [&](int64_t chunk) { return state(sequence_head, chunk, row); });
     }
   }

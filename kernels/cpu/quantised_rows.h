@@ -27,6 +27,12 @@ struct PackedRows {
     return row < row_count ? p.seen[b * p.nodes + row / heads_a_group] : 0;
   }
 
+  // The first token that a row sees.
+  int64_t oldest(int64_t b, int64_t row) const {
+    int64_t token = p.oldest && row < row_count ? p.oldest[b * p.nodes + row / heads_a_group] : 0;
+    return token > 0 ? token : 0;
+  }
+
   // The query of a row that is there, in fp32.
   void read_query(int64_t b, int64_t kv_head, int64_t row, float* to) const {
     const Storage* from = static_cast<const Storage*>(p.q) + b * p.q_strides[0] +
@@ -35,14 +41,15 @@ struct PackedRows {
     convert_row(from, to, d);
   }
 
-  // The result of a row from its chunks, in order: state(chunk) has d sums of values, the largest score
-  // (times log2 e) and the sum of weights.
+  // The result of a row from its chunks begin .. end - 1, in order: state(chunk) has d sums of values, the
+  // largest score (times log2 e) and the sum of weights.
   template <class State>
-  void merge_chunks(int64_t b, int64_t kv_head, int64_t row, int64_t chunks, const State& state) const {
+  void merge_chunks(int64_t b, int64_t kv_head, int64_t row, int64_t begin, int64_t end,
+                    const State& state) const {
     alignas(64) float merged[kMostHeadDim];
     float max = -kInfinity, sum = 0.0f;
     for (int64_t i = 0; i < d; ++i) merged[i] = 0.0f;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
       const float* from = state(chunk);
       float largest = from[d] > max ? from[d] : max, safe = largest == -kInfinity ? 0.0f : largest;
       F16 weight = exp2(set1(max - safe)), other = exp2(set1(from[d] - safe));

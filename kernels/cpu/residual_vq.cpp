@@ -62,7 +62,7 @@ Scratch& scratch() {
 template <class Storage, int kRows>
 struct Kernel : PackedRows<Storage, VqAttentionParams> {
   using Rows = PackedRows<Storage, VqAttentionParams>;
-  using Rows::d, Rows::p, Rows::row_count, Rows::seen;
+  using Rows::d, Rows::p, Rows::row_count, Rows::seen, Rows::oldest;
   using Lanes = typename LanesOf<kRows>::Lanes;
   static constexpr int kLevels = kRows == 4 ? 4 : 1;  // of a pass
 
@@ -260,9 +260,10 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     }
   }
 
-  // Scores times scales, -inf where a row does not see the block; the largest of each row.
+  // Scores times scales, -inf where a row does not see the token; the largest of each row. Rows see the first
+  // `visible` blocks but for the first `hidden` tokens.
   void scale_scores(Scratch& s, const uint8_t* first, int64_t blocks, const int64_t (&visible)[kRows],
-                    float (&largest)[kRows]) const {
+                    const int64_t (&hidden)[kRows], float (&largest)[kRows]) const {
     Lanes most = {}, minus_infinity = most - kInfinity;
     most = minus_infinity;
     float factor = p.scale * kLog2E;
@@ -271,13 +272,14 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
                   kVqBlock);
       float* scores = s.scores + block * kVqBlock * kRows;
       bool is_seen = true;
-      for (int r = 0; r < kRows; ++r) is_seen &= block < visible[r];
+      for (int r = 0; r < kRows; ++r) is_seen &= block < visible[r] && hidden[r] <= block * kVqBlock;
       for (int64_t token = 0; token < kVqBlock; ++token) {
         Lanes& score = *reinterpret_cast<Lanes*>(scores + token * kRows);
         score *= s.scales[token] * factor;
         if (!is_seen) {
           for (int r = 0; r < kRows; ++r)
-            if (block >= visible[r]) scores[token * kRows + r] = -kInfinity;
+            if (block >= visible[r] || block * kVqBlock + token < hidden[r])
+              scores[token * kRows + r] = -kInfinity;
         }
         most = score > most ? score : most;
       }
@@ -311,24 +313,29 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     int64_t chunk = item % chunks, set_item = item / chunks, set = set_item % sets;
     int64_t b = set_item / sets / p.kv_heads, h = set_item / sets % p.kv_heads;
     Scratch& s = scratch();
-    int64_t visible[kRows], blocks = 0;
+    int64_t visible[kRows], hidden[kRows], blocks = 0, begin = oldest(b, set * kRows) / kVqBlock;
+    for (int r = 0; r < kRows && set * kRows + r < row_count; ++r) {
+      int64_t block = oldest(b, set * kRows + r) / kVqBlock;
+      begin = block < begin ? block : begin;
+    }
+    begin = begin > chunk * kVqChunkBlocks ? begin : chunk * kVqChunkBlocks;  // no row sees those before
     for (int r = 0; r < kRows; ++r) {
-      visible[r] = seen(b, set * kRows + r) - chunk * kVqChunkBlocks;
-      visible[r] = visible[r] < kVqChunkBlocks ? visible[r] : kVqChunkBlocks;
+      int64_t row = set * kRows + r, end = seen(b, row);
+      end = end < (chunk + 1) * kVqChunkBlocks ? end : (chunk + 1) * kVqChunkBlocks;
+      visible[r] = end - begin, hidden[r] = oldest(b, row) - begin * kVqBlock;
       blocks = visible[r] > blocks ? visible[r] : blocks;
+      if (row >= row_count) visible[r] = kVqChunkBlocks;  // it is masked by its own result only
     }
     if (blocks == 0) return;
-    for (int r = 0; r < kRows; ++r)  // a row that is not there is masked by its own result only
-      if (set * kRows + r >= row_count) visible[r] = kVqChunkBlocks;
     const uint8_t* first = p.quantised + b * p.quantised_strides[0] + h * p.quantised_strides[1] +
-                           chunk * kVqChunkBlocks * p.quantised_strides[2];
+                           begin * p.quantised_strides[2];
     if (p.rotary) {
-      score_turned(s, set_item, first, chunk * kVqChunkBlocks, blocks);
+      score_turned(s, set_item, first, begin, blocks);
     } else {
       score_by_tables(s, set_item, first, blocks);
     }
     float largest[kRows], total[kRows];
-    scale_scores(s, first, blocks, visible, largest);
+    scale_scores(s, first, blocks, visible, hidden, largest);
     weigh(s, first, blocks, largest, total);
     std::memset(s.out, 0, kRows * d * sizeof(float));
     for (int64_t group = 0; group < groups; ++group) {
@@ -352,7 +359,9 @@ struct Kernel : PackedRows<Storage, VqAttentionParams> {
     int64_t set = set_item % sets, b = set_item / sets / p.kv_heads, h = set_item / sets % p.kv_heads;
     for (int64_t r = 0; r < kRows && set * kRows + r < row_count; ++r) {
       int64_t row = set * kRows + r;
-      this->merge_chunks(b, h, row, pyspec::vq_chunks(seen(b, row)),
+      int64_t block = oldest(b, row) / kVqBlock, most = seen(b, row);
+      int64_t end = block < most ? pyspec::vq_chunks(most) : 0;
+      this->merge_chunks(b, h, row, block / kVqChunkBlocks, end,
                          [&](int64_t chunk) { return state(set_item, chunk, r); });
     }
   }

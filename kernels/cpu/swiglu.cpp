@@ -1,6 +1,7 @@
 // swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
-// 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Bound by exp2; an
-// item is a piece of a row, so that a single row keeps all threads busy.
+// 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Clamped, the gate
+// is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. Bound by exp2; an item is a
+// piece of a row, so that a single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"
@@ -12,11 +13,16 @@ using pyspec::SwigluParams;
 
 constexpr int64_t kPiece = 512;
 
+// What is NaN stays so: min and max give their second argument then.
 template <Activation kActivation>
-PYSPEC_INLINE F16 activated(F16 gate) {
-  if (kActivation == Activation::kSilu) return silu(gate);
+PYSPEC_INLINE F16 product(F16 gate, F16 up) {
+  if (kActivation == Activation::kSilu) return mul(silu(gate), up);
+  if (kActivation == Activation::kClamped) {
+    gate = min(set1(7.0f), gate), up = min(set1(7.0f), max(set1(-7.0f), up));
+    return mul(sigmoid_product(gate, mul(gate, set1(1.702f))), add(up, set1(1.0f)));
+  }
   F16 cubic = mul(fma(mul(gate, gate), set1(0.044715f), set1(1.0f)), gate);
-  return sigmoid_product(gate, mul(cubic, set1(1.59576912f)));
+  return mul(sigmoid_product(gate, mul(cubic, set1(1.59576912f))), up);
 }
 
 template <class Out, Activation kActivation>
@@ -24,12 +30,12 @@ void piece(const SwigluParams& p, int64_t row, int64_t first) {
   const float *gate = p.gate_up + row * 2 * p.size, *up = gate + p.size;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   int64_t end = first + kPiece < p.size ? first + kPiece : p.size, i = first;
-  for (; i + 16 <= end; i += 16) store_as(out + i, mul(activated<kActivation>(load(gate + i)), load(up + i)));
+  for (; i + 16 <= end; i += 16) store_as(out + i, product<kActivation>(load(gate + i), load(up + i)));
   if (i == end) return;
   float gates[16] = {}, ups[16] = {};
   std::memcpy(gates, gate + i, (end - i) * sizeof(float));
   std::memcpy(ups, up + i, (end - i) * sizeof(float));
-  store(gates, mul(activated<kActivation>(load(gates)), load(ups)));
+  store(gates, product<kActivation>(load(gates), load(ups)));
   for (int64_t j = 0; i + j < end; ++j) from_float(gates[j], out + i + j);
 }
 
@@ -37,6 +43,7 @@ template <class Out>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
   if (p.activation == Activation::kSilu) piece<Out, Activation::kSilu>(p, row, first);
   if (p.activation == Activation::kGeluTanh) piece<Out, Activation::kGeluTanh>(p, row, first);
+  if (p.activation == Activation::kClamped) piece<Out, Activation::kClamped>(p, row, first);
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ struct GearAttentionParams {
   const void* q;             // [batch, heads, nodes, head_dim]
   const uint8_t* quantised;  // [batch, kv_heads, blocks, record], the last dimension contiguous
   const int32_t* seen;       // [batch, nodes], contiguous: the first blocks that a node sees
+  const int32_t* oldest;     // like seen: and of them the tokens from this one on; null for all
   void* out;                 // [batch, heads, nodes, head_dim]
   float* lse;                // [batch, heads, nodes], contiguous, natural log
   float* workspace;          // gear_workspace_floats() of these params, 64-byte aligned

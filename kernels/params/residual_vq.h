@@ -28,6 +28,7 @@ struct VqAttentionParams {
   const void* q;              // [batch, heads, nodes, head_dim]
   const uint8_t* quantised;   // [batch, kv_heads, blocks, record], the last dimension contiguous
   const int32_t* seen;        // [batch, nodes], contiguous: the first blocks that a node sees
+  const int32_t* oldest;      // like seen: and of them the tokens from this one on; null for all
   const uint16_t* codebooks;  // fp16 [2, depth, codes, 32], contiguous
   const float* rotary;  // [kVqBlock + blocks, 2, head_dim / 2], contiguous: see below; null: keys are turned
   void* out;            // [batch, heads, nodes, head_dim]

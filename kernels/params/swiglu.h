@@ -5,7 +5,7 @@
 
 namespace pyspec {
 
-enum class Activation : int64_t { kSilu, kGeluTanh };
+enum class Activation : int64_t { kSilu, kGeluTanh, kClamped };
 
 struct SwigluParams {
   const float* gate_up;  // [rows, 2 * size], contiguous: gates, then ups

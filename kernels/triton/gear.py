@@ -237,11 +237,13 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_plain: bool) -> dict:
     return {"num_warps": 16 if dtype == torch.float32 and head_dim not in (64, 128) else 8, **options}
 
 
-def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale):
+def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, oldest=None):
     """Launches both kernels; arguments and results of torch.ops.pyspec.gear.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
+    if oldest is not None:
+        raise ValueError("oldest must be None on a GPU")
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group_heads = quantised.shape[1], heads // quantised.shape[1]
     out = torch.empty_like(q)

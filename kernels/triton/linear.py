@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
+from pyspec.kernels.expert_rows import block_rows
 
 __all__ = [
     "OPTIONS",
@@ -130,15 +131,23 @@ def float_kernel(
     IS_WHOLE: tl.constexpr,
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
+    order=None,  # of expert_linear, as the next two: see expert_rows.py
+    experts=None,
+    choices=None,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(inputs, INPUTS)
+    row, x_row, expert, tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
+    if order is not None:
+        weight += expert * outputs * inputs
+        if bias is not None:
+            bias += expert * outputs
     column = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     within = tl.arange(0, INPUTS)
-    x_rows = x + row.to(tl.int64)[:, None] * stride_x
+    x_rows = x + x_row.to(tl.int64)[:, None] * stride_x
     weight_rows = weight + column.to(tl.int64)[:, None] * inputs
     row_used, column_used = (row < rows)[:, None], (column < outputs)[:, None]
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tl.cdiv(inputs, INPUTS))
+    end_tile = tl.minimum(first_tile + split_tiles, tiles)
     lines = first_tile * INPUTS + tl.arange(0, LINES // OUTPUTS) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
     first_rows = weight + tl.minimum(column, outputs - 1).to(tl.int64)[:, None] * inputs
     prefetch(first_rows + tl.minimum(lines, inputs - 1)[None, :], IS_EARLY)
@@ -186,7 +195,7 @@ def round_kernel(
     tl.store(scales + place, scale, mask=used)
 
 
-@triton.jit(do_not_specialize=["rows", "split_tiles"])
+@triton.jit(do_not_specialize=["rows", "split_tiles", "x_rows"])
 def int8_kernel(
     x,  # int8 [groups, rows filled up to ROWS, GROUP]: what lies in the rows that fill up is not stored
     x_scales,  # fp32 [groups, rows filled up]
@@ -205,14 +214,23 @@ def int8_kernel(
     STAGES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
+    order=None,  # of expert_linear, as the next three: see expert_rows.py
+    experts=None,
+    choices=None,
+    x_rows=None,  # rows of x, which are not filled up
 ):
     BYTES: tl.constexpr = TILE * OUTPUTS * (GROUP + 2)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, x_row, expert, own_tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     within, output = tl.arange(0, GROUP)[None, :], tl.arange(0, OUTPUTS)
     padded = tl.num_programs(0) * ROWS
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tiles)
+    end_tile = tl.minimum(first_tile + split_tiles, own_tiles)
     panel = tl.program_id(1).to(tl.int64) * tiles
+    if order is not None:
+        padded = x_rows
+        panel += expert * tl.num_programs(1) * tiles
+        if bias is not None:
+            bias += expert * outputs
     first = weight + (panel + first_tile) * BYTES
     prefetch(first + tl.minimum(tl.arange(0, LINES) * 128, (end_tile - first_tile) * BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)
@@ -222,7 +240,7 @@ def int8_kernel(
         four_scales = tl.load(scales + (panel + tile) * (BYTES // 8) + output)
         integers = weight + (panel + tile) * BYTES + TILE * OUTPUTS * 2
         for index in tl.static_range(TILE):
-            place = (tile * TILE + index) * padded + row
+            place = (tile * TILE + index) * padded + x_row
             w = tl.load(integers + (index * OUTPUTS + output[:, None]) * GROUP + within)
             values = tl.load(x + place[:, None] * GROUP + within)
             x_scale = tl.load(x_scales + place)

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
+from pyspec.kernels.expert_rows import block_rows
 from pyspec.kernels.linear import MOST_ROWS, OPTIONS, prefetch
 from pyspec.ops.linear_codes_tiles import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
 from pyspec.ops.weight_formats import WeightFormat
@@ -168,6 +169,9 @@ def codes_kernel(
     SPREAD: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     IS_EARLY: tl.constexpr,
+    order=None,  # of expert_linear, as the next two: see expert_rows.py
+    experts=None,
+    choices=None,
 ):
     INPUTS: tl.constexpr = PLANES * WIDTH
     # A tile's factors of one output are one number, of 64 bits where every group has its own.
@@ -177,12 +181,15 @@ def codes_kernel(
     SCALES: tl.constexpr = FLOORS + FACTORS_BYTES
     MINIMUMS: tl.constexpr = SCALES + (4 * OUTPUTS if HAS_SCALES else 0)
     CODES: tl.constexpr = MINIMUMS + (4 * OUTPUTS if HAS_MINIMUMS else 0)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, x_row, expert, own_tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     within, output = tl.arange(0, WIDTH)[None, :], tl.arange(0, OUTPUTS)
-    x_rows, row_used = x + row.to(tl.int64)[:, None] * stride_x, (row < rows)[:, None]
+    x_rows, row_used = x + x_row.to(tl.int64)[:, None] * stride_x, (row < rows)[:, None]
     first_tile = tl.program_id(2) * split_tiles
-    end_tile = tl.minimum(first_tile + split_tiles, tiles)
+    end_tile = tl.minimum(first_tile + split_tiles, own_tiles)
     panel = tl.program_id(1).to(tl.int64) * tiles
+    if order is not None:
+        panel += expert * tl.num_programs(1) * tiles
+        bias = bias if bias is None else bias + expert * outputs
     first = weight + (panel + first_tile) * TILE_BYTES
     prefetch(first + tl.minimum(tl.arange(0, LINES) * 128, (end_tile - first_tile) * TILE_BYTES - 1), IS_EARLY)
     wait_for_earlier(IS_EARLY)

@@ -1,5 +1,7 @@
 """swiglu on the GPU: activation(gate) * up, in fp32, rounded once; gelu_tanh is gate times a sigmoid, as silu is.
 
+Clamped, gates are at most 7 and ups within -7 and 7.
+
 One program per (row, 1024 columns). Bound by memory.
 """
 
@@ -21,6 +23,7 @@ def swiglu_kernel(
     out,  # [rows, size], written
     size,
     IS_GELU: tl.constexpr,
+    IS_CLAMPED: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     wait_for_earlier(IS_EARLY)
@@ -29,7 +32,12 @@ def swiglu_kernel(
     used = column < size
     gate = tl.load(gate_up + row * 2 * size + column, mask=used, other=0.0)
     up = tl.load(gate_up + (row * 2 + 1) * size + column, mask=used, other=0.0)
+    if IS_CLAMPED:  # what is NaN stays so
+        gate = tl.where(gate > 7.0, 7.0, gate)
+        up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
     turned = gate
+    if IS_CLAMPED:
+        turned = 1.702 * gate
     if IS_GELU:
         turned = 1.59576912 * gate * (1.0 + 0.044715 * gate * gate)
     tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-turned)) * up).to(out.dtype.element_ty), mask=used)
@@ -42,6 +50,11 @@ def swiglu(gate_up, out_dtype, activation=0):
     if out.numel():
         grid = (rows, triton.cdiv(size, BLOCK.value))
         with torch.cuda.device_of(gate_up):
-            options = {"IS_GELU": activation == 1, **OPTIONS, **launch_options(gate_up.device)}
+            options = {
+                "IS_GELU": activation == 1,
+                "IS_CLAMPED": activation == 2,
+                **OPTIONS,
+                **launch_options(gate_up.device),
+            }
             swiglu_kernel[grid](gate_up.contiguous(), out, size, **options)
     return out

@@ -57,10 +57,11 @@ def experts(x: Tensor, layer, config) -> Tensor:
         layer: has the experts' matrices, see architectures.mixture.MixtureLayer.
         config: has how many a row goes to, see architectures.mixture.MixtureConfig.
     """
-    gates, ids = route_experts(_project(x, layer.router), config.experts_per_token, renormalise=config.renormalise)
-    inner = expert_linear(x, ids, layer.gate_up, out_dtype=torch.float32)
+    logits = _project(x, layer.router, layer.router_bias)
+    gates, ids = route_experts(logits, config.experts_per_token, renormalise=config.renormalise)
+    inner = expert_linear(x, ids, layer.gate_up, layer.gate_up_bias, out_dtype=torch.float32)
     inner = swiglu(inner, activation=config.activation, out_dtype=x.dtype)
-    values = expert_linear(inner, ids.view(-1, 1), layer.down, out_dtype=torch.float32)
+    values = expert_linear(inner, ids.view(-1, 1), layer.down, layer.down_bias, out_dtype=torch.float32)
     if not config.shared_size:
         return mix_experts(values, gates)
     shared = feed_forward(x, layer.shared_gate_up, layer.shared_down, config.activation)

@@ -24,7 +24,7 @@ from pyspec.runners.attention import AttentionRunner
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["DenseGranite4Config"]
+__all__ = ["DEFAULTS_3", "DenseGranite4Config", "read_gguf_multipliers", "read_multipliers"]
 
 
 class DenseGranite4Layer(LayerWeights):
@@ -48,10 +48,10 @@ class DenseGranite4Config(DecoderConfig):
         return [DenseGranite4Layer.empty(self, blank) for _ in range(self.layers)]
 
 
-_DEFAULTS = DEFAULTS | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
-_DEFAULTS |= {"rms_norm_eps": 1e-6, "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
-_DEFAULTS |= {"attention_multiplier": 1.0, "logits_scaling": 1.0}
-_FOURTH = _DEFAULTS | {"num_local_experts": 8, "shared_intermediate_size": 1024}
+DEFAULTS_3 = DEFAULTS | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
+DEFAULTS_3 |= {"rms_norm_eps": 1e-6, "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
+DEFAULTS_3 |= {"attention_multiplier": 1.0, "logits_scaling": 1.0}
+_FOURTH = DEFAULTS_3 | {"num_local_experts": 8, "shared_intermediate_size": 1024}
 
 
 def _scaled(embedding: float, residual: float, scores: float, logits: float, epsilon: float) -> dict[str, Any]:
@@ -59,10 +59,21 @@ def _scaled(embedding: float, residual: float, scores: float, logits: float, eps
     return multipliers | {"norm_epsilon": epsilon / residual**2}
 
 
+def read_multipliers(entries: Entries) -> dict[str, Any]:
+    """Fields of a DecoderConfig that say what a config.json's multipliers do."""
+    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling", "rms_norm_eps")
+    return _scaled(*map(entries.number, names))
+
+
+def read_gguf_multipliers(entries: Entries, shape: dict[str, Any]) -> dict[str, Any]:
+    """The same, of a GGUF file and its shape."""
+    names = {"embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": shape["head_dim"] ** -0.5}
+    multipliers = (*(entries.number(*pair) for pair in names.items()), entries.number("logit_scale"))
+    return _scaled(*multipliers, shape["norm_epsilon"])
+
+
 def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderConfig:
-    shape = read_decoder(source, entries, architecture)
-    names = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-    shape |= _scaled(*map(entries.number, names), shape["norm_epsilon"])
+    shape = read_decoder(source, entries, architecture) | read_multipliers(entries)
     if architecture == "GraniteForCausalLM":
         return DecoderConfig(**shape)
     kinds = entries.array("layer_types", str, entries.get("layers_block_type", ["linear_attention"]))
@@ -76,12 +87,10 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderCon
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> DecoderConfig:
     shape = read_gguf_shape(file, entries)
-    names = {"embedding_scale": 1.0, "residual_scale": 1.0, "attention.scale": shape["head_dim"] ** -0.5}
-    multipliers = (*(entries.number(*pair) for pair in names.items()), entries.number("logit_scale"))
-    return DecoderConfig(**shape | _scaled(*multipliers, shape["norm_epsilon"]))
+    return DecoderConfig(**shape | read_gguf_multipliers(entries, shape))
 
 
 _GGUF = GGUF(("granite",), _read_gguf, GGUF_TENSORS, interleaved_rows)
-_ARCHITECTURES = {"GraniteForCausalLM": _DEFAULTS, "GraniteMoeHybridForCausalLM": _FOURTH}
+_ARCHITECTURES = {"GraniteForCausalLM": DEFAULTS_3, "GraniteMoeHybridForCausalLM": _FOURTH}
 _FAMILY = Family(_ARCHITECTURES, _read, LlamaWeights, AttentionRunner, _GGUF)
 FAMILIES.register("granite", _FAMILY, "Granite 3, dense Granite 4")

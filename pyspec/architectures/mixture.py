@@ -21,7 +21,15 @@ from pyspec.entries import Entries
 from pyspec.ops.lay_out import StoredMatrix, stored_floats
 from pyspec.ops.route_experts import MOST_EXPERTS
 
-__all__ = ["GGUF_EXPERTS", "MixtureConfig", "MixtureWeights", "ExpertCheckpoint", "read_choices", "read_gguf_choices"]
+__all__ = [
+    "GGUF_EXPERTS",
+    "ExpertCheckpoint",
+    "MixtureConfig",
+    "MixtureLayer",
+    "MixtureWeights",
+    "read_choices",
+    "read_gguf_choices",
+]
 
 GGUF_EXPERTS = GGUF_TENSORS | {
     "ffn_gate_inp": "mlp.gate",
@@ -75,7 +83,8 @@ class MixtureConfig(DecoderConfig):
 
 def read_choices(entries: Entries) -> dict[str, int]:
     """How many experts there are, and how many a row goes to, by a config.json, where either name may be in use."""
-    stated = [name for name in ("num_experts", "num_local_experts") if name in entries]
+    names = ("num_experts", "num_local_experts")
+    stated = [name for name in names if name in entries] or [name for name in names if entries.get(name) is not None]
     count = entries.whole(stated[0] if stated else "num_experts")
     return {"experts": count, "experts_per_token": entries.whole("num_experts_per_tok", most=count)}
 
@@ -89,6 +98,8 @@ def read_gguf_choices(entries: Entries) -> dict[str, int]:
 @dataclass
 class MixtureLayer(LayerWeights):
     """A layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in fp32."""
+
+    router_bias = gate_up_bias = down_bias = None
 
     router: Matrix  # [experts, hidden]
 

@@ -251,26 +251,15 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     kind = entries.text("rope.scaling.type", "linear")
     key = "rope.scaling.factor" if "rope.scaling.factor" in entries else "rope.scale_linear"
     factor = 1.0 if entries.get(key, 0) == 0 else entries.number(key)
-    if kind not in ("none", "linear", "yarn"):
-        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
     if "rope_factors_long.weight" in file.shapes:
         return _read_gguf_long(file, entries, head_dim)
+    if kind not in ("none", "linear", "yarn"):
+        raise Unsupported(f"{file.path} has rope scaling {kind!r}, supported are linear, llama3 and yarn")
+    if kind == "yarn":
+        return _read_gguf_yarn(file, entries, factor)
     if entries.number("rope.scaling.attn_factor", 1.0) != 1:
         raise Unsupported(
             f"{file.path} scales rotated queries and keys (rope.scaling.attn_factor), which is not supported"
-        )
-    if kind == "yarn":
-        original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
-        growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-        if factor > 1 and "rope.scaling.yarn_log_multiplier" in entries:
-            growth /= 0.1 * entries.number("rope.scaling.yarn_log_multiplier") * math.log(factor) + 1.0
-        return YarnScaling(
-            "yarn",
-            factor=factor,
-            original_context=original,
-            fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
-            slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
-            magnitude=growth,
         )
     factor = 1.0 if kind == "none" else factor
     if "rope_freqs.weight" not in file.shapes:
@@ -278,9 +267,27 @@ def read_gguf_scaling(file: GGUFFile, entries: Entries, head_dim: int) -> RopeSc
     return RopeScaling("table", factor=factor, table=_gguf_factors(file, "rope_freqs.weight", head_dim))
 
 
+def _read_gguf_yarn(file: GGUFFile, entries: Entries, factor: float) -> YarnScaling:
+    """YaRN; its magnitude is what yarn_attn_factor states, or else follows from the factor, and attn_factor on top."""
+    if (extrapolation := entries.get("rope.scaling.yarn_ext_factor", 1.0)) != 1:
+        raise Unsupported(f"{file.path} has rope.scaling.yarn_ext_factor {extrapolation}, which is not supported")
+    growth = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    if factor > 1 and entries.get("rope.scaling.yarn_log_multiplier", 0) != 0:
+        growth /= 0.1 * entries.number("rope.scaling.yarn_log_multiplier") * math.log(factor) + 1.0
+    magnitude = entries.number("rope.scaling.yarn_attn_factor", growth)
+    return YarnScaling(
+        "yarn",
+        factor=factor,
+        original_context=entries.whole("rope.scaling.original_context_length", entries.whole("context_length")),
+        fast=entries.number("rope.scaling.yarn_beta_fast", 32.0),
+        slow=entries.number("rope.scaling.yarn_beta_slow", 1.0),
+        magnitude=magnitude * entries.number("rope.scaling.attn_factor", 1.0),
+    )
+
+
 def _read_gguf_long(file: GGUFFile, entries: Entries, width: int) -> LongScaling:
     tables = [_gguf_factors(file, f"rope_factors_{name}.weight", width) for name in ("short", "long")]
-    original = entries.whole("rope.scaling.original_context_length")
+    original = entries.whole("rope.scaling.original_context_length", entries.whole("context_length"))
     magnitude = entries.number("rope.scaling.attn_factor", 1.0)
     return LongScaling("longrope", original_context=original, table=tables[0], long=tables[1], magnitude=magnitude)
 

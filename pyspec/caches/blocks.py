@@ -192,10 +192,11 @@ class QuantisedCache(KeysAndValues):
             self._rows = {sequence: self.rows(sequence, tree) for sequence, tree in trees.items()}
 
     def attend(
-        self, layer: int, q: Tensor, numbers, window: None, scale: float | None = None, softcap: None = None
+        self, layer: int, q: Tensor, numbers, window: int | None, scale: float | None = None, softcap: None = None
     ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         scale = scale or q.shape[-1] ** -0.5
+        window = None if window is None or window >= self.capacity else window
         if layer < len(self.whole):
             quantised, records = self.whole[layer], self.settings.records
         else:
@@ -203,12 +204,12 @@ class QuantisedCache(KeysAndValues):
         k, v = self.keys_values[layer]
         if self.is_recordable:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
-            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, scale, records)
+            options = {"scale": scale, "records": records, "window": window}
+            return self.settings.attend_ragged(layer, q, quantised, k, v, trees, **options)
         parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
+        parts = ((sequence, part, rows.within(window)) for (sequence, rows), part in parts)
         settings = (quantised, records, scale)
-        return torch.cat(
-            [self._attend_tree(layer, sequence, part, rows, *settings) for (sequence, rows), part in parts]
-        )
+        return torch.cat([self._attend_tree(layer, *part, *settings) for part in parts])
 
     def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
         """The rows of a tree behind a sequence, with what each of its nodes sees."""

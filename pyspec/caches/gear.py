@@ -49,8 +49,8 @@ class GearSettings(GearFormat, QuantisedSettings):
     ) -> tuple[Tensor, Tensor]:
         return attend_tree(q, quantised, k, v, rows, self, scale, records)
 
-    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
-        return gear_ragged(q, quantised, k, v, *numbers, self, span=self.span, records=records, scale=scale)
+    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, **settings) -> Tensor:
+        return gear_ragged(q, quantised, k, v, *numbers, self, span=self.span, **settings)
 
 
 for _name, _fields, _summary in (

@@ -69,11 +69,11 @@ class ResidualVqSettings(QuantisedSettings):
     def attend(
         self, layer: int, q, quantised, k, v, rows: TreeRows, scale: float, records: int
     ) -> tuple[Tensor, Tensor]:
-        quantised_part = attend_codes(q, quantised, rows.seen, self.codebooks.tables[layer], scale, self._rotary)
+        quantised_part = attend_codes(q, quantised, rows, self.codebooks.tables[layer], scale, self._rotary)
         return join_exact(quantised_part, q, k, v, rows, scale)
 
-    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, scale: float, records: int) -> Tensor:
-        settings = {"span": self.span, "records": records, "scale": scale, "rotary": self._rotary}
+    def attend_ragged(self, layer: int, q, quantised, k, v, numbers: tuple, **settings) -> Tensor:
+        settings |= {"span": self.span, "rotary": self._rotary}
         return residual_vq_ragged(q, quantised, k, v, *numbers, self.codebooks.tables[layer], **settings)
 
 

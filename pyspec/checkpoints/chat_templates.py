@@ -67,11 +67,11 @@ def render_chat(template: str, messages: Sequence[dict], variables: Mapping[str,
     for name in ("tools", "documents"):
         _check_dicts(name, variables[name])
     try:
-        try:
-            from transformers.utils import chat_template_utils
-        except ImportError:
+        if not any(map(callable, variables["tools"] or ())):  # importing transformers takes most of a second
             messages = [_normalized(message) for message in messages]
             return _environment().from_string(template).render(messages=messages, **variables)
+        from transformers.utils import chat_template_utils
+
         normalize = getattr(chat_template_utils, "_normalize_chat_messages", list)  # from 5.21 on
         rendered, _ = chat_template_utils.render_jinja_template(
             conversations=[normalize(messages)], chat_template=template, **variables

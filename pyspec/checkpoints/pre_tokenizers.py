@@ -78,7 +78,7 @@ _NAMED = (  # names that share patterns, and these
     ("deepseek-coder", [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CHINESE_TO_KOREAN, r"\p{N}"]),
     ("deepseek-llm", [r"[\r\n]", rf"\s?[{_CASED_LETTERS}]+", "\\s?[!-/:-~！-／：-～‘-‟\u3000-。&&[^\\s]]+", r"\s+$",
                       _CHINESE_TO_KOREAN, r"\p{N}+"]),
-    ("superbpe", [r"\p{N}+", r"(?=(\d{3})+(?!\d))"]),
+    ("superbpe", [r"\p{N}+", r"(?=([0-9]{3})+(?![0-9]))"]),
     ("kimi-k2", [rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+{_CONTRACTIONS}?|"
                  rf"\p{{N}}{{1,3}}|{_MARKS}"]),
     ("falcon", [r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"]),

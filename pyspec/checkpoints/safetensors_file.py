@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pyspec.machine.mapped import map_file, release_pages
 
-__all__ = ["SafetensorsFile"]
+__all__ = ["DTYPES", "SafetensorsFile"]
 
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-_DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {"U8": "uint8"}
-_DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+DTYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {"U8": "uint8"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
 
 
 class SafetensorsFile:
@@ -53,7 +53,7 @@ class SafetensorsFile:
 
     def _place(self, data: int, entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
         """dtype, shape, first byte and bytes of a tensor."""
-        dtype = getattr(torch, _DTYPES[entry["dtype"]])
+        dtype = getattr(torch, DTYPES[entry["dtype"]])
         shape = tuple(entry["shape"])
         start, end = entry["data_offsets"]
         if any(not isinstance(size, int) or size < 0 for size in shape):

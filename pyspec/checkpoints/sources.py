@@ -23,7 +23,7 @@ def find_source(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if path.suffix.lower() not in (".gguf", ".pyspec"):
             hint = "; name its folder, where config.json is" if path.suffix == ".safetensors" else ""
             raise ValueError(f"source must be a .gguf file or a folder, got the file {path}{hint}")
         return path

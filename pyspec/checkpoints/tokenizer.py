@@ -65,6 +65,23 @@ class Tokenizer:
             named -= {_END}
         self.eos_tokens = frozenset(eos) | {special[name] for name in named}
 
+    def to_json(self) -> dict:
+        """All that it is made of, as JSON has it."""
+        return {
+            "backend": self.backend.to_str(),
+            "byte_level": self._byte_level,
+            "bos": self._bos,
+            "eos": sorted(self.eos_tokens),
+            "chat_template": self.chat_template,
+            "named_tokens": self._named_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, parts: dict, path: Path) -> Tokenizer:
+        """The tokenizer that `to_json` was of, out of a file."""
+        backend = _tokenizers().Tokenizer.from_str(parts["backend"])
+        return cls(**parts | {"backend": backend, "source": str(path)})
+
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size()

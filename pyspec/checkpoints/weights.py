@@ -17,7 +17,7 @@ from pyspec.checkpoints.plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
 from pyspec.ops._checks import FLOATS
-from pyspec.ops.lay_out import StoredMatrix
+from pyspec.ops.lay_out import StoredCodes, StoredMatrix
 
 __all__ = ["read_weights"]
 
@@ -116,11 +116,13 @@ class _InModelOrder:
         for rows, values in self._checkpoint.blocks(name):
             yield rows if order is None else order[rows], values
 
-    def stored(self, name: str) -> StoredMatrix | None:
+    def stored(self, name: str) -> StoredMatrix | StoredCodes | None:
         stored, order = self._checkpoint.stored(name), self._order(name)
         if stored is None or order is None:
             return stored
         order = order.argsort()
+        if isinstance(stored, StoredCodes):
+            return replace(stored, read=lambda: stored.codes.rows(order))
         return replace(stored, order=order if stored.order is None else stored.order[order])
 
     def _order(self, name: str) -> Tensor | None:

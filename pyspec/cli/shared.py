@@ -56,14 +56,19 @@ def set_threads(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
 
 
-def load_model(arguments: argparse.Namespace, console, source: str | None = None):
-    """Loads the model as the arguments say, or a draft model, with a progress bar where that takes long."""
+def load_model(arguments: argparse.Namespace, console, source: str | None = None, **options):
+    """Loads the model as the arguments say, or a draft model, with a progress bar where that takes long.
+
+    options are further arguments of pyspec.load.
+    """
     import torch
 
     import pyspec
 
     set_threads(arguments)
-    dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype], DTYPES[arguments.dtype])
+    dtype = None if arguments.dtype is None else DTYPES[arguments.dtype]
+    if dtype not in (None, "int4"):  # torch has an int4 too, which is something else
+        dtype = getattr(torch, dtype)
     prompt_attention = arguments.prompt_attention if source is None else "pyspec"
     source = arguments.model if source is None else source
     with progress_of(console, f"loading {source}") as progress:
@@ -73,6 +78,7 @@ def load_model(arguments: argparse.Namespace, console, source: str | None = None
             prompt_attention=prompt_attention,
             progress=progress,
             announce=lambda need: console.print(f"{source}: {need}", highlight=False, markup=False, soft_wrap=True),
+            **options,
         )
     if model.tokenizer is None:
         raise BadInput(f"{source} has no tokenizer, and the command line works with text")

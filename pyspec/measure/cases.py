@@ -190,7 +190,7 @@ def _residual_vq(a: Attention, device: str) -> Problem:
 
     def attend(q: Tensor, quantised: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
         scale = a.head_dim**-0.5
-        return join_exact(attend_codes(q, quantised, rows.seen, codebooks, scale, None), q, k, v, rows, scale)[0]
+        return join_exact(attend_codes(q, quantised, rows, codebooks, scale), q, k, v, rows, scale)[0]
 
     return _quantised_attention(
         a,

@@ -3,8 +3,8 @@
     out[r * choices + c, n] = sum over k of x[r, k] weight[ids[r, c], n, k] + bias[ids[r, c], n]
 
 Rows are sorted by expert inside the op, so that each expert's weight is read once for all rows that chose it, and those
-of the others not at all: verifying a tree reads the union of its nodes' experts. A row has the bits that `linear` gives
-it with its expert's weight, whatever the others chose.
+of the others not at all: verifying a tree reads the union of its nodes' experts. A row has the bits that it has
+alone, whatever the others chose; on a CPU those that `linear` gives it with its expert's weight.
 """
 
 from __future__ import annotations
@@ -96,6 +96,13 @@ def _check_ids(x, ids, weight, bias, outputs, experts, format, out_dtype) -> Non
     check_places("ids", ids, experts, "there are {} experts")
 
 
+def _triton():
+    from pyspec.kernels.expert_linear import expert_linear as launch
+
+    formats = list(FORMATS.values())
+    return lambda *args: launch(*args[:6], None if args[6] < 0 else formats[args[6]], args[7])
+
+
 _OP = Op(
     "expert_linear",
     "(Tensor x, Tensor ids, Tensor weight, Tensor? bias, int outputs, int experts, int format, ScalarType out_dtype)"
@@ -104,6 +111,7 @@ _OP = Op(
     lambda x, ids, weight, bias, outputs, experts, format, out_dtype: x.new_empty(
         (ids.numel(), outputs), dtype=out_dtype
     ),
+    _triton,
     check=_check_ids,
 )
 

@@ -10,7 +10,7 @@ was committed, so the row rule of tree_attention holds here too: a row has the b
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,10 +42,18 @@ def used_blocks(quantised: Tensor, seen: Tensor) -> Tensor:
     return quantised.masked_fill(~used[:, None, :, None], 0)
 
 
-def attention_to_blocks(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The references' attention to the first seen [B, T] blocks, decoded to k and v [B, Hkv, S, D] fp32."""
+def attention_to_blocks(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, oldest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The references' attention to the first seen [B, T] blocks, decoded to k and v [B, Hkv, S, D] fp32.
+
+    oldest: [B, T], the first token that each row sees; None for all.
+    """
     slots, kv_heads = torch.arange(k.shape[2], device=q.device), k.shape[1]
-    visible = (slots < seen[..., None] * BLOCK)[:, None, None]  # [B, 1, 1, T, S]
+    visible = slots < seen[..., None] * BLOCK
+    if oldest is not None:
+        visible = visible & (slots >= oldest[..., None])
+    visible = visible[:, None, None]  # [B, 1, 1, T, S]
     grouped = q.float().unflatten(1, (kv_heads, q.shape[1] // kv_heads))
     scores = (torch.einsum("bhgtd,bhsd->bhgts", grouped, k) * scale).masked_fill(~visible, -torch.inf)
     weights = torch.where(visible, scores.softmax(-1), 0.0)
@@ -63,11 +71,15 @@ def gear_reference(
     outliers: int,
     key_channels: int,
     scale: float,
+    oldest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
+    """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels.
+
+    oldest: [B, T] int32, the first token that each row sees; None for all.
+    """
     format = GearFormat(bits, group, rank, outliers, False, key_channels)
     k, v = gear_decode(used_blocks(quantised, seen), format, q.shape[3])
-    return attention_to_blocks(q, k, v, seen, scale)
+    return attention_to_blocks(q, k, v, seen, scale, oldest)
 
 
 def check_seen(q: Tensor, quantised: Tensor, seen: Tensor, *rest) -> None:
@@ -75,7 +87,7 @@ def check_seen(q: Tensor, quantised: Tensor, seen: Tensor, *rest) -> None:
     check_places("seen", seen, quantised.shape[2] + 1, f"quantised has {quantised.shape[2]} blocks")
 
 
-def _fake(q, quantised, seen, bits, group, rank, outliers, key_channels, scale) -> tuple[Tensor, Tensor]:
+def _fake(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, oldest=None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -88,7 +100,7 @@ def _triton():
 _OP = Op(
     "gear",
     "(Tensor q, Tensor quantised, Tensor seen, int bits, int group, int rank, int outliers, "
-    "int key_channels, float scale) "
+    "int key_channels, float scale, Tensor? oldest=None) "
     "-> (Tensor, Tensor)",
     gear_reference,
     _fake,
@@ -110,15 +122,29 @@ class TreeRows:
     dense_lens: Tensor  # [B] int32, committed keys behind the root's blocks
     most: int  # blocks that a node sees quantised and its root does not
     span: int = BLOCK  # tokens of a block
+    window: int | None = None  # positions that a node sees, its own included; None for all
+    oldest: Tensor | None = None  # [B, T] int32, the first token that a node sees in its blocks; None for all
 
     @classmethod
     def of(cls, ancestor_bits: Tensor, prefix_lens: Tensor, window: int, span: int = BLOCK) -> TreeRows:
-        nodes = torch.arange(ancestor_bits.shape[1], device=ancestor_bits.device)
-        depths = ((ancestor_bits[..., nodes // 32] >> nodes % 32) & 1).sum(-1) - 1
+        depths = _depths(ancestor_bits)
         seen = blocks_seen(prefix_lens[:, None] + depths, window, span).masked_fill(depths < 0, 0).int()
         first = blocks_seen(prefix_lens, window, span)
         most = int((seen - first[:, None]).max()) if seen.numel() else 0
         return cls(ancestor_bits, seen, first[:, None], prefix_lens - first * span, max(most, 0), span)
+
+    def within(self, window: int | None) -> TreeRows:
+        """The rows where a node sees so many positions, its own included. Blocks have all their tokens then."""
+        if window is None:
+            return self
+        positions = self.first * self.span + self.dense_lens[:, None] + _depths(self.ancestor_bits)
+        return replace(self, window=window, oldest=(positions - window + 1).clamp_min(0).int())
+
+
+def _depths(ancestor_bits: Tensor) -> Tensor:
+    """[B, T] of nodes, -1 of padding, by the bits of their ancestors."""
+    nodes = torch.arange(ancestor_bits.shape[1], device=ancestor_bits.device)
+    return ((ancestor_bits[..., nodes // 32] >> nodes % 32) & 1).sum(-1) - 1
 
 
 def attend_tree(
@@ -132,7 +158,7 @@ def attend_tree(
     records: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """gear_attention for rows worked out before: out like q, lse [B, Hq, T]. A block has `records` records."""
-    part = _OP(q, quantised, rows.seen * records, *format.layout, scale)
+    part = _OP(q, quantised, rows.seen * records, *format.layout, scale, rows.oldest)
     return join_exact(part, q, k, v, rows, scale)
 
 
@@ -140,13 +166,12 @@ def join_exact(
     quantised_part: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention to quantised blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
-    dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, scale=scale, return_lse=True)
+    scores = {"scale": scale, "window": rows.window, "return_lse": True}
+    dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, **scores)
     for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it quantised, unlike the root
         past = more * rows.span
         lens = (rows.dense_lens - past).clamp_min(0)
-        there = tree_attention(
-            q, k[:, :, past:], v[:, :, past:], rows.ancestor_bits, lens, scale=scale, return_lse=True
-        )
+        there = tree_attention(q, k[:, :, past:], v[:, :, past:], rows.ancestor_bits, lens, **scores)
         chosen = (rows.seen - rows.first == more)[:, None]
         dense = torch.where(chosen[..., None], there[0], dense)
         dense_lse = torch.where(chosen, there[1], dense_lse)

@@ -9,10 +9,12 @@ bits as `lay_out_weight` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,11 +63,21 @@ class StoredMatrix:
         return self.outputs, self.inputs
 
     def rows(self, index: slice) -> StoredMatrix:
-        """Some of its rows, as a copy."""
-        numbers = torch.arange(self.outputs, device="cpu")[index]
-        data = self.data.view(-1, row_bytes(self.kind, self.inputs))
-        data = data[numbers if self.order is None else self.order[numbers]].flatten()
-        return StoredMatrix(self.kind, data, len(numbers), self.inputs)
+        """Some of its rows, where they are."""
+        order = torch.arange(self.outputs, device="cpu") if self.order is None else self.order
+        return replace(self, outputs=len(order[index]), order=order[index])
+
+    def columns(self, step: int) -> Tensor:
+        """Every step-th column, [outputs, n] fp32: by the kernel, in one go, where `values` would take many ops."""
+        _, shape = laid_out_shape("float32", self.outputs, self.inputs)
+        data = torch.from_numpy(np.zeros(4 * math.prod(shape), np.uint8))
+        weight = empty_weight("float32", self.outputs, self.inputs, data)
+        lay_out(weight, 0, self)
+        return weight.data[:, ::step].transpose(1, 2).flatten(0, 1)[: self.outputs]
+
+    def ordered(self, order: Tensor) -> StoredMatrix:
+        """The matrix of rows order, int64 [outputs], of data."""
+        return replace(self, order=order)
 
     def codes(self) -> Codes | None:
         """The matrix taken apart; None where it has floats."""
@@ -92,12 +104,14 @@ class StoredCodes:
         outputs: rows of the matrix.
         inputs: its columns.
         read: gives the codes.
+        read_values: gives the matrix, fp32, where codes only come near to it.
     """
 
     kind: str
     outputs: int
     inputs: int
     read: Callable[[], Codes]
+    read_values: Callable[[], Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,6 +124,15 @@ class StoredCodes:
     def rows(self, index: slice) -> Codes:
         """Some of its rows."""
         return self.codes.rows(index)
+
+    def ordered(self, order: Tensor) -> StoredCodes:
+        """The matrix of rows order, int64 [outputs], of this one."""
+        read_values = self.read_values and (lambda: self.read_values()[order])
+        return StoredCodes(self.kind, self.outputs, self.inputs, lambda: self.read().rows(order), read_values)
+
+    def values(self) -> Tensor:
+        """The matrix, fp32."""
+        return self.codes.values() if self.read_values is None else self.read_values()
 
 
 def stored_floats(tensor: Tensor) -> StoredMatrix | None:
@@ -169,8 +192,8 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes
     panels = weight.data.view(torch.uint8).flatten()
     if isinstance(matrix, StoredCodes):
         if matrix.kind == format:
-            return _write_codes(panels, first, matrix.codes)
-        matrix = stored_floats(matrix.codes.values())
+            return _write_codes(panels, first, _checked(matrix.codes))
+        matrix = stored_floats(matrix.values())
     check_are_tensors(data=matrix.data, order=matrix.order, optional=("order",))
     _OP(panels, first, weight.inputs, _NAMES.index(format), matrix.data, _NAMES.index(matrix.kind), matrix.order)
 
@@ -210,10 +233,7 @@ def _write_codes(panels: Tensor, first: int, codes: Codes) -> None:
 def _codes_for(name: str, matrix: StoredMatrix) -> Codes:
     """The rows in a format of FORMATS."""
     if matrix.kind == name:
-        codes = matrix.codes()
-        if not all(part.isfinite().all() for part in (codes.factors, codes.floors) if part is not None):
-            raise BadData("source has values that are NaN or infinite")
-        return codes
+        return _checked(matrix.codes())
     values = matrix.values()
     if not values.isfinite().all():
         raise BadData("source has values that are NaN or infinite")
@@ -223,6 +243,12 @@ def _codes_for(name: str, matrix: StoredMatrix) -> Codes:
         return quantise(values, FORMATS[name])
     except ValueError:
         raise BadData("source has values that are too large for a scale in fp16") from None
+
+
+def _checked(codes: Codes) -> Codes:
+    if not all(part.isfinite().all() for part in (codes.factors, codes.floors) if part is not None):
+        raise BadData("source has values that are NaN or infinite")
+    return codes
 
 
 def _check(panels, first, inputs, format, source, kind, order) -> None:

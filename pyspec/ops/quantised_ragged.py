@@ -12,10 +12,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pyspec.ops._checks import check_are_tensors
+from pyspec.ops._checks import BadData, check_are_tensors
 from pyspec.ops._library import Op
 from pyspec.ops.gear import TreeRows, attend_tree, join_exact
-from pyspec.ops.gear_format import GearFormat
+from pyspec.ops.gear_format import BLOCK, GearFormat
 from pyspec.ops.residual_vq import attend_codes
 
 #: What the arguments of both ops begin with.
@@ -25,11 +25,18 @@ ROWS = (
 )
 
 
-def by_tree(attend: Callable, q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records) -> Tensor:
-    """The references' attention of ragged rows, tree by tree, out like q; all but attend are the ops' ROWS.
+def by_tree(
+    attend: Callable, window: int | None, q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records
+) -> Tensor:
+    """The references' attention of ragged rows, tree by tree, out like q; those after window are the ops' ROWS.
 
     attend: (q [1, Hq, T, D], quantised, k, v, rows, records) of one sequence gives out like q and lse.
     """
+    if window is not None and not (window > 0 and span == records * BLOCK):
+        raise BadData(
+            f"window must be positive, over blocks that keep all their tokens, got {window} over blocks of {span} "
+            f"tokens in {records} records"
+        )
     out, bounds = torch.empty_like(q), starts.tolist()
     for sequence, (first, end) in enumerate(pairwise(bounds)):
         if first == end:
@@ -39,25 +46,25 @@ def by_tree(attend: Callable, q, quantised, k, v, ancestor_bits, seen, starts, p
         most = int((of_tree - of_tree[:, :1]).max())
         rows = TreeRows(bits, of_tree.contiguous(), of_tree[:, :1], prefix_lens[sequence, None], most, span)
         of_sequence = (x[sequence, None] for x in (quantised, k, v))
-        mixed, _ = attend(q[first:end].transpose(0, 1)[None], *of_sequence, rows, records)
+        mixed, _ = attend(q[first:end].transpose(0, 1)[None], *of_sequence, rows.within(window), records)
         out[first:end] = mixed[0].transpose(0, 1)
     return out
 
 
 def gear_ragged_reference(*arguments) -> Tensor:
     """Each tree by attend_tree; arguments as in the schema. The specification of the kernels that run together."""
-    *rows, bits, group, rank, outliers, key_channels, scale = arguments
+    rows, (bits, group, rank, outliers, key_channels, scale, *window) = arguments[:10], arguments[10:]
     format = GearFormat(bits, group, rank, outliers, False, key_channels)
 
     def attend(q, quantised, k, v, tree, records):
         return attend_tree(q, quantised, k, v, tree, format, scale, records)
 
-    return by_tree(attend, *rows)
+    return by_tree(attend, *(window or [None]), *rows)
 
 
 _GEAR = Op(
     "gear_ragged",
-    f"({ROWS}, int bits, int group, int rank, int outliers, int key_channels, float scale) -> Tensor",
+    f"({ROWS}, int bits, int group, int rank, int outliers, int key_channels, float scale, int? window=None) -> Tensor",
     gear_ragged_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: gear_ragged_reference,
@@ -78,6 +85,7 @@ def gear_ragged(
     span: int,
     records: int,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of ragged rows, out like q, to quantised blocks and to the keys behind them, in one call.
 
@@ -92,27 +100,32 @@ def gear_ragged(
         format: of quantised.
         span, records: tokens of a block, and its records.
         scale: of the scores.
+        window: positions that a row sees, its own included; None for all. Blocks must have all their tokens.
+
+    Raises:
+        ValueError: a shape, stride, dtype or number does not fit; the message names the argument.
     """
     check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits)
     check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens)
     numbers = (ancestor_bits, seen, starts, prefix_lens)
-    return _GEAR(q, quantised, k, v, *numbers, span, records, *format.layout, scale)
+    return _GEAR(q, quantised, k, v, *numbers, span, records, *format.layout, scale, window)
 
 
 def residual_vq_ragged_reference(*arguments) -> Tensor:
     """Each tree by attend_codes; arguments as in the schema. The specification of the kernels that run together."""
-    rows, (codebooks, scale, *rotary) = arguments[:10], arguments[10:]
+    rows, (codebooks, scale, *others) = arguments[:10], arguments[10:]
+    rotary, window = (*others, None, None)[:2]
 
     def attend(q, quantised, k, v, tree, records):
-        part = attend_codes(q, quantised, tree.seen * records, codebooks, scale, *rotary)
+        part = attend_codes(q, quantised, tree, codebooks, scale, rotary, records)
         return join_exact(part, q, k, v, tree, scale)
 
-    return by_tree(attend, *rows)
+    return by_tree(attend, window, *rows)
 
 
 _CODES = Op(
     "residual_vq_ragged",
-    f"({ROWS}, Tensor codebooks, float scale, Tensor? rotary=None) -> Tensor",
+    f"({ROWS}, Tensor codebooks, float scale, Tensor? rotary=None, int? window=None) -> Tensor",
     residual_vq_ragged_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: residual_vq_ragged_reference,
@@ -134,6 +147,7 @@ def residual_vq_ragged(
     records: int,
     scale: float,
     rotary: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention of ragged rows, out like q, to coded blocks and to the keys behind them; arguments as for gear_ragged.
 
@@ -143,4 +157,4 @@ def residual_vq_ragged(
     check_are_tensors(q=q, quantised=quantised, k=k, v=v, ancestor_bits=ancestor_bits, codebooks=codebooks)
     check_are_tensors(seen=seen, starts=starts, prefix_lens=prefix_lens, rotary=rotary, optional=("rotary",))
     numbers = (ancestor_bits, seen, starts, prefix_lens)
-    return _CODES(q, quantised, k, v, *numbers, span, records, codebooks, scale, rotary)
+    return _CODES(q, quantised, k, v, *numbers, span, records, codebooks, scale, rotary, window)

@@ -235,11 +235,20 @@ def residual_vq_decode(quantised: Tensor, codebooks: Tensor, head_dim: int) -> t
 
 
 def residual_vq_reference(
-    q: Tensor, quantised: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
+    q: Tensor,
+    quantised: Tensor,
+    seen: Tensor,
+    codebooks: Tensor,
+    scale: float,
+    rotary: Tensor | None = None,
+    oldest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Plain PyTorch, in fp32, on rebuilt keys: out like q and lse [B, Hq, T]. The specification of the kernels."""
+    """Plain PyTorch, in fp32, on rebuilt keys: out like q and lse [B, Hq, T]. The specification of the kernels.
+
+    oldest: [B, T] int32, the first token that each row sees; None for all.
+    """
     k, v = residual_vq_decode(used_blocks(quantised, seen), codebooks, q.shape[3])
-    return attention_to_blocks(q, k if rotary is None else turn_keys(k, rotary), v, seen, scale)
+    return attention_to_blocks(q, k if rotary is None else turn_keys(k, rotary), v, seen, scale, oldest)
 
 
 def _fake_encode(k, v, codebooks) -> Tensor:
@@ -247,7 +256,7 @@ def _fake_encode(k, v, codebooks) -> Tensor:
     return k.new_empty((*k.shape[:2], k.shape[2] // BLOCK, record), dtype=torch.uint8)
 
 
-def _fake_attention(q, quantised, seen, codebooks, scale, rotary=None) -> tuple[Tensor, Tensor]:
+def _fake_attention(q, quantised, seen, codebooks, scale, rotary=None, oldest=None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -259,7 +268,8 @@ _ENCODE = Op(
 )
 _ATTENTION = Op(
     "residual_vq",
-    "(Tensor q, Tensor quantised, Tensor seen, Tensor codebooks, float scale, Tensor? rotary=None) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor quantised, Tensor seen, Tensor codebooks, float scale, Tensor? rotary=None, "
+    "Tensor? oldest=None) -> (Tensor, Tensor)",
     residual_vq_reference,
     _fake_attention,
     cuda=True,
@@ -317,10 +327,16 @@ def encode_codes(k: Tensor, v: Tensor, codebooks: Tensor) -> Tensor:
 
 
 def attend_codes(
-    q: Tensor, quantised: Tensor, seen: Tensor, codebooks: Tensor, scale: float, rotary: Tensor | None = None
+    q: Tensor,
+    quantised: Tensor,
+    rows: TreeRows,
+    codebooks: Tensor,
+    scale: float,
+    rotary: Tensor | None = None,
+    records: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q [B, Hq, T, D] to the first seen [B, T] int32 quantised blocks: out like q and lse [B, Hq, T]."""
-    return _ATTENTION(q, quantised, seen, codebooks, scale, rotary)
+    """Attention of q [B, Hq, T, D] to the quantised blocks that rows see: out like q and lse [B, Hq, T]."""
+    return _ATTENTION(q, quantised, rows.seen * records, codebooks, scale, rotary, rows.oldest)
 
 
 def residual_vq_attention(
@@ -368,6 +384,6 @@ def residual_vq_attention(
     check_tree(q, quantised, k, ancestor_bits, prefix_lens, window, scale)
     rows = TreeRows.of(ancestor_bits, prefix_lens, window)
     scale = 1 / math.sqrt(q.shape[3]) if scale is None else scale
-    quantised_part = attend_codes(q, quantised, rows.seen, codebooks.contiguous(), scale, rotary)
+    quantised_part = attend_codes(q, quantised, rows, codebooks.contiguous(), scale, rotary)
     out, lse = join_exact(quantised_part, q, k, v, rows, scale)
     return (out, lse) if return_lse else out

@@ -48,17 +48,31 @@ def _fake_route(logits, bias, choices, sigmoid, renormalise, scale) -> tuple[Ten
     return gates, gates.new_empty(gates.shape, dtype=torch.int32)
 
 
+def _triton_route():
+    from pyspec.kernels.route_experts import route_experts as launch
+
+    return launch
+
+
+def _triton_mix():
+    from pyspec.kernels.route_experts import mix_experts as launch
+
+    return launch
+
+
 _ROUTE = Op(
     "route_experts",
     "(Tensor logits, Tensor? bias, int choices, bool sigmoid, bool renormalise, float scale) -> (Tensor, Tensor)",
     route_experts_reference,
     _fake_route,
+    _triton_route,
 )
 _MIX = Op(
     "mix_experts",
     "(Tensor values, Tensor gates, Tensor? shared, Tensor? shared_gates) -> Tensor",
     mix_experts_reference,
     lambda values, gates, shared, shared_gates: values.new_empty((len(gates), values.shape[1])),
+    _triton_mix,
 )
 
 

@@ -9,12 +9,15 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating
 from pyspec.ops._library import Op
 
-ACTIVATIONS = ("silu", "gelu_tanh")  # numbered as in kernels/params/swiglu.h
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped")  # numbered as in kernels/params/swiglu.h
 
 
 def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 0) -> Tensor:
     """Plain PyTorch. The specification of the kernels."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if ACTIVATIONS[activation] == "clamped":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(1.702 * gate) * (up + 1)).to(out_dtype)
     gate = F.silu(gate) if ACTIVATIONS[activation] == "silu" else F.gelu(gate, approximate="tanh")
     return (gate * up).to(out_dtype)
 
@@ -39,7 +42,8 @@ def swiglu(gate_up: Tensor, *, activation: str = "silu", out_dtype: torch.dtype 
 
     Args:
         gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them.
-        activation: "silu", or "gelu_tanh": x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+        activation: "silu"; "gelu_tanh", x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); or "clamped", as gpt-oss has
+            it: gate / (1 + e^(-1.702 gate)) (up + 1), with gates of at most 7 and ups from -7 to 7.
         out_dtype: fp32, fp16 or bf16.
 
     Returns:

@@ -182,11 +182,11 @@ class AttentionRunner(NativeRunner):
         if config.has_sinks:
             raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
-        for layer, window in enumerate(self.config.windows):
-            if window is not None and window < self.context_length:
-                raise ValueError(
-                    f"cache must be dense for a model with sliding windows: layer {layer} sees {window} positions"
-                )
+        slides = any(window is not None and window < self.context_length for window in config.windows)
+        if slides and self.device.type != "cpu":
+            raise ValueError(f"cache must be dense for a model with sliding windows on {self.device.type}")
+        if slides and cache.keep < 1:
+            raise ValueError(f"cache must keep all tokens for a model with sliding windows, got keep = {cache.keep}")
 
     def _quantised_cache(self, sequences: int, capacity: int, settings: QuantisedSettings) -> QuantisedCache:
         config = self.config

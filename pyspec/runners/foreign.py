@@ -65,10 +65,10 @@ class TransformersRunner:
         self.fingerprint = fingerprint_of(model.config.model_type, description, sample)
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(type(model))
-        self._switch, self._reads_again = None, False  # as long as it is not known
+        self._switch, self._reads_again, self._counts_slots = None, False, False  # as long as it is not known
         self._clear()
         try:
-            self._switch, self._reads_again = arithmetic_of(self)
+            self._switch, self._reads_again, self._counts_slots = arithmetic_of(self)
         finally:
             self._clear()
 
@@ -141,6 +141,8 @@ class TransformersRunner:
             return {slot: self._verify_across(slot, tree, sides[slot]) for slot, tree in trees.items()}
         for slot in trees:
             self._read_as(slot, long=bool(joined[0]))
+        if self._counts_slots:
+            return {slot: self._forward([slot], [tree])[0] for slot, tree in trees.items()}
         return dict(zip(rows, self._forward(rows, [trees.get(row) for row in rows]), strict=True))
 
     @inference
@@ -269,6 +271,8 @@ class TransformersRunner:
         for row in rows:
             self._starts[row] = start
         self._slots.place(rows, start, start + size + lone, nodes)
+        if self._counts_slots:
+            self._slots.before = (positions[0] - torch.arange(positions.shape[1], device="cpu")).to(self.device)
         keep = {"logits_to_keep": keep + lone} if keep and self._keeps_logits else {}
         logits = self._run_model(
             input_ids=tokens.to(self.device),

@@ -20,10 +20,12 @@ class Arithmetic(NamedTuple):
     Attributes:
         switch: the position behind which all tokens of a call are rotated by other frequencies; None if there is none.
         reads_again: whether transformers reads the text again when it crosses the switch.
+        counts_slots: whether a position is the length of the cache and a place in the call, to some layers.
     """
 
     switch: int | None
     reads_again: bool
+    counts_slots: bool = False
 
 
 def arithmetic_of(runner) -> Arithmetic:
@@ -74,11 +76,23 @@ def _find(runner) -> Arithmetic | str:
         if not (beside_far - path).abs().mean(-1).max() <= allowed:
             return f"{hangs}, or how far it goes"
     runner._slots.ahead = runner.context_length // 2
-    again, runner._slots.ahead = runner.verify(trees)[0].logits[[0, 2, 3]], 0
-    if not (again - path).abs().max() <= 0.01 * path.abs().max():
+    again = runner.verify(trees)[0].logits[[0, 2, 3]]
+    counts_slots = not (again - path).abs().max() <= 0.01 * path.abs().max()
+    if counts_slots and not _reads_by_slots(runner, trees, plain[0][1:], allowed):
         return "its positions cannot be given, they follow from the length of its cache"
+    runner._slots.ahead = 0
     switch = next(iter(switches), None)
-    return Arithmetic(switch, switch is not None and _drops_its_cache(runner, switch))
+    return Arithmetic(switch, switch is not None and _drops_its_cache(runner, switch), counts_slots)
+
+
+def _reads_by_slots(runner, trees: dict[int, DraftTree], path: Tensor, allowed: Tensor) -> bool:
+    """Whether the path root - 2 - 3 of the first tree is read where the cache has a length for each place of a call."""
+    runner._counts_slots = True
+    try:
+        found = runner.verify(trees)[0].logits[[0, 2, 3]]
+    except (ValueError, TypeError, RuntimeError, IndexError):  # whatever becomes of a length that is a tensor
+        return False
+    return bool((found - path).abs().mean(-1).max() <= allowed)
 
 
 def _sees_so_far(runner, text: Tensor, allowed: Tensor) -> bool:

@@ -20,6 +20,7 @@ class Slots:
 
         self.sequences = sequences
         self.ahead = 0  # how much longer the cache says that it is
+        self.before: Tensor | None = None  # [T] instead of that: what is added to 0 .. T - 1 for a call's positions
         self.capacity = capacity
         self.place(range(sequences), 0, 0)
         layer_class = _layer_class()
@@ -65,8 +66,9 @@ def _layer_class() -> type:
                 all_slots[slots.rows, :, slots.written] = states
             return self.keys[slots.rows, :, : slots.end], self.values[slots.rows, :, : slots.end]
 
-        def get_seq_length(self) -> int:
-            return self._slots.start + self._slots.ahead
+        def get_seq_length(self) -> int | Tensor:
+            slots = self._slots
+            return slots.start + slots.ahead if slots.before is None else slots.before
 
         def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
             return self._slots.end, 0

@@ -39,15 +39,16 @@ def fall_back(make: Callable, reason: Unsupported):
         runner = make()
     except ValueError as error:
         raise ValueError(f"{reason}; {error}") from error
-    _say_foreign(str(reason))
+    bytes = sum(parameter.nbytes for parameter in runner.model.parameters())
+    _say_foreign(str(reason), f"{bytes / 1e9:.2g} GB in {str(runner.dtype).removeprefix('torch.')}")
     return runner
 
 
 @functools.cache
-def _say_foreign(reason: str) -> None:
+def _say_foreign(reason: str, weights: str) -> None:
     warnings.warn(
-        f"{reason}: it runs through transformers instead. On a CPU that takes several times as long, and texts follow "
-        "the same law, but at near ties may differ from those of plain decoding.",
+        f"{reason}: it runs through transformers instead, with weights of {weights}. On a CPU that takes several times "
+        "as long, and texts follow the same law, but at near ties may differ from those of plain decoding.",
         RuntimeWarning,
         stacklevel=5,  # who called load or from_transformers, both of which as_stored wraps
     )

@@ -51,6 +51,9 @@ SMALL = {
     "GraniteMoeHybridForCausalLM": SIZES
     | {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 99}
     | {"position_embedding_type": "rope", "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "GptOssForCausalLM": SIZES
+    | {"num_key_value_heads": 4, "sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "attention_bias": False},
     "GlmForCausalLM": SIZES | {"num_key_value_heads": 4, "head_dim": 64, "partial_rotary_factor": 0.25},
     "Glm4ForCausalLM": SIZES | {"num_key_value_heads": 4, "attention_bias": False, "rope_theta": 77.0},
     "HeliumForCausalLM": SIZES | {"num_attention_heads": 20, "num_key_value_heads": 4, "attention_bias": True},

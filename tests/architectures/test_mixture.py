@@ -15,7 +15,7 @@ from tests.helpers.random_llama import random_tokens, random_tree
 from tests.helpers.runner_checks import check_prompt, check_row_rule
 from tests.helpers.tiny_models import IN_GGUF, tiny_model, write_gguf
 
-MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granite_moe"]
 each_mixture = pytest.mark.parametrize("kind", MIXTURES)
 Kinds = gguf.GGMLQuantizationType
 

@@ -1,10 +1,10 @@
-"""Chat templates: our sandbox and transformers' make the same text of one, or both refuse it."""
+"""Chat templates: our sandbox makes the text of one that transformers makes, or both refuse it."""
 
 import sys
 
 import pytest
 
-from pyspec.checkpoints.chat_templates import _normalized, render_chat, select_template
+from pyspec.checkpoints.chat_templates import render_chat, select_template
 
 USER = [{"role": "user", "content": "Hi ü\"'<b>"}]
 TURNS = [
@@ -199,17 +199,6 @@ def outcome(template, messages, variables):
     except ValueError as error:
         assert str(error).startswith("the chat template of FILE refuses the messages: ") and len(str(error)) > 50
         return ValueError
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_our_sandbox_and_that_of_transformers_agree(name, monkeypatch):
-    pytest.importorskip("transformers")
-    # as the newest transformers hands them to templates, which older ones do not
-    conversations = [[_normalized(message) for message in messages] for messages in CONVERSATIONS.values()]
-    cases = [(messages, variables) for messages in conversations for variables in VARIABLES]
-    theirs = [outcome(TEMPLATES[name], *case) for case in cases]
-    hide_transformers(monkeypatch)
-    assert [outcome(TEMPLATES[name], *case) for case in cases] == theirs
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -119,6 +119,42 @@ def test_scaling_is_that_of_llama_cpp(name, tmp_path):
     torch.testing.assert_close(found, plain / factor)
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+YARN_KEYS = {  # what a file states beside these, and what transformers has for the same
+    "nothing": ({}, {}),
+    "turns": (
+        {"rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 2.0},
+        {"beta_fast": 8.0, "beta_slow": 2.0},
+    ),
+    "a multiplier of the logarithm": (
+        {"rope.scaling.yarn_log_multiplier": 0.5},
+        {"mscale": 1.0, "mscale_all_dim": 0.5},
+    ),
+    "a multiplier that says nothing": ({"rope.scaling.yarn_log_multiplier": 0.0}, {}),
+    "attention's factor": ({"rope.scaling.yarn_attn_factor": 1.25}, {"attention_factor": 1.25}),
+    "attention's factor on top": (
+        {"rope.scaling.yarn_attn_factor": 1.25, "rope.scaling.attn_factor": 2.0, "rope.scaling.yarn_ext_factor": 1.0},
+        {"attention_factor": 2.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", YARN_KEYS)
+def test_yarn_is_that_of_transformers(name, tmp_path):
+    metadata, entries = YARN_KEYS[name]
+    rope = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 32} | entries
+    model = tiny_model("llama", rope_parameters=rope)
+    write_gguf(tmp_path / "tiny.gguf", model, **YARN, **metadata)
+    check_last(load_cpu(tmp_path / "tiny.gguf"), model)
+
+
+def test_the_context_of_the_first_training_is_the_context_where_nothing_else_is_stated(tmp_path):
+    scaling = config_of(
+        tmp_path / "tiny.gguf", **{"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    ).rope_scaling
+    assert scaling.original_context == 128
+
+
 def test_factors_of_each_frequency_come_on_top(tmp_path):
     model = tiny_model("llama3_scaling")
     write_gguf(tmp_path / "plain.gguf", model)
@@ -137,6 +173,7 @@ def test_factors_of_each_frequency_come_on_top(tmp_path):
         ),
         ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
         ({"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.2}, "rope.scaling.attn_factor"),
+        (YARN | {"rope.scaling.yarn_ext_factor": 0.5}, "rope.scaling.yarn_ext_factor 0.5, which is not supported"),
         ({"rope.dimension_count": 32}, "rotates only part of each head"),
         ({"attention.value_length": 32}, "values of another width than keys"),
         ({"attention.head_count_kv": [2, 4]}, "layers that differ in attention.head_count_kv"),

@@ -25,9 +25,9 @@ SETTINGS = {
 }
 
 
-def random_codes(pre_rope: bool) -> ResidualVqSettings:
-    """Of random_llama's keys, as they are cached or as they were before rotary embedding."""
-    runner = random_llama()
+def random_codes(pre_rope: bool, **options) -> ResidualVqSettings:
+    """Of the keys of random_llama(**options), as they are cached or as they were before rotary embedding."""
+    runner = random_llama(**options)
     frequencies = runner.config.rope_frequencies() if pre_rope else None
     return ResidualVqSettings(codebooks(8, heads=2, name=runner.fingerprint, frequencies=frequencies))
 

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from tests.helpers.random_llama import VOCABULARY
+from tests.helpers.weight_formats import gguf_blocks
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -60,6 +61,12 @@ OTHER_KINDS = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "attention_multiplier": 0.05, "logits_scaling": 0.7}
         | {"rms_norm_eps": 0.01},
     ),
+    "granite_moe": (
+        "GraniteMoe",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.22}
+        | {"attention_multiplier": 0.05, "logits_scaling": 0.7, "rms_norm_eps": 0.01}
+        | {"hidden_size": 256, "attention_bias": True},
+    ),
     "granite4_dense": (
         "GraniteMoeHybrid",
         {"layer_types": ["full_attention"] * 2, "num_local_experts": 0, "shared_intermediate_size": 144}
@@ -84,6 +91,11 @@ OTHER_KINDS = {
         {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "ministral3": ("Ministral3", {"rope_parameters": _LLAMA4_SCALING}),
+    "gpt_oss": (
+        "GptOss",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6, "num_hidden_layers": 3}
+        | {"rope_parameters": _YARN | {"rope_theta": 100.0, "truncate": False}},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 6}),
     "qwen3_moe": ("Qwen3Moe", _EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe_some_dense": (
@@ -134,6 +146,11 @@ IN_GGUF = {
         {},
         {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7},
     ),
+    "granite_moe": (
+        {"attention_bias": False},
+        {"embedding_scale": 3.0, "residual_scale": 0.22, "attention.scale": 0.05, "logit_scale": 0.7}
+        | {"expert_count": 5, "expert_used_count": 2},
+    ),
     "glm4": ({}, {"rope.dimension_count": 32}),
     "ernie": ({}, {}),
     "seed_oss": ({}, {}),
@@ -146,6 +163,11 @@ IN_GGUF = {
         | {"rope.scaling.yarn_log_multiplier": 0.5, "attention.temperature_scale": 0.5},
     ),
     "exaone4": ({}, {}),
+    "gpt_oss": (
+        {"rope_parameters": _YARN | {"rope_theta": 100.0}},
+        {"expert_count": 5, "expert_used_count": 2, "expert_feed_forward_length": 160, "attention.sliding_window": 6}
+        | {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+    ),
     "mixtral": ({"sliding_window": None}, {"expert_count": 5, "expert_used_count": 2}),
     "qwen3_moe": (
         {"moe_intermediate_size": 64},
@@ -189,13 +211,31 @@ def tiny_model(kind: str, **changed):
 
 
 _ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "cohere": "command-r", "ministral3": "mistral3"}
-_ARCHITECTURES |= {"mixtral": "llama"}
+_ARCHITECTURES |= {"mixtral": "llama", "gpt_oss": "gpt-oss"}
+
+
+def _of_gpt_oss(name, values):
+    """Sinks and experts, whose gates and ups are neighbours, and whose matrices lie on their side."""
+    stem, _, kind = name.partition("_proj")
+    if not kind and name.endswith("sinks"):
+        yield name + ".weight", values
+        return
+    values = values if kind == "_bias" else values.mT
+    suffix = "_proj.bias" if kind == "_bias" else "_proj.weight"
+    if stem.endswith("gate_up"):
+        yield stem.removesuffix("gate_up") + "gate" + suffix, values[:, ::2].contiguous()
+        yield stem.removesuffix("gate_up") + "up" + suffix, values[:, 1::2].contiguous()
+    else:
+        yield stem + suffix, values.contiguous()
 
 
 def split_experts(tensors):
     """Names and tensors, with the gates and ups of experts apart, as files of llama.cpp have them."""
     for name, values in tensors.items():
-        if name.endswith("experts.gate_up_proj"):
+        name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
+        if any(name.endswith("sinks") for name in tensors) and (".experts." in name or name.endswith("sinks")):
+            yield from _of_gpt_oss(name, values)
+        elif name.endswith("experts.gate_up_proj"):
             for part, rows in zip(("gate", "up"), values.chunk(2, 1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}_proj.weight", rows
         else:
@@ -205,7 +245,8 @@ def split_experts(tensors):
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved.
 
-    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type.
+    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type. Of types
+    that gguf cannot make (K, IQ) matrices are random blocks.
     """
     config = model.config
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type.replace("_moe", "moe"))
@@ -232,8 +273,8 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     if rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
-    kind = architecture.upper().replace("-", "_")
-    tensors = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, kind), config.num_hidden_layers)
+    (known,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    tensors = gguf.get_tensor_name_map(known, config.num_hidden_layers)
     for name, values in split_experts(model.state_dict()):
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
@@ -242,12 +283,18 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         values = values.float().numpy()
         if architecture.startswith("gemma") and stem.endswith("norm"):
             values = values + 1  # which the models' own files leave out
-        if architecture in ("llama", "smollm3", "granite", "mistral3") and stem.endswith(("q_proj", "k_proj")):
+        if architecture in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and stem.endswith(
+            ("q_proj", "k_proj")
+        ):
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         kind = quantization(name) if callable(quantization) else quantization
         if values.ndim > 1 and kind != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            try:
+                blocks = gguf.quants.quantize(values, kind)
+            except NotImplementedError:  # of which gguf can read only
+                blocks = gguf_blocks(kind, values.shape, values.std(), seed=len(name))
+            writer.add_tensor(name, blocks, raw_dtype=kind)
         else:
             writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -1,5 +1,6 @@
 """Random weights in every format."""
 
+import gguf
 import numpy as np
 import torch
 
@@ -30,3 +31,35 @@ def random_codes(name: str, outputs: int, inputs: int, seed: int = 0) -> Codes:
         return from_gguf(name, gguf_bytes(name, (outputs, inputs), seed), (outputs, inputs))
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
     return quantise(weight, FORMATS[name])
+
+
+# ==== blocks with values of a given size, of any type that gguf dequantises ====
+
+
+def gguf_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], std: float, seed: int = 0) -> np.ndarray:
+    """Random bytes, uint8 [..., bytes of a row], of a tensor whose values have about this standard deviation."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    numbers = np.random.default_rng(seed)
+    blocks = int(np.prod(shape)) // block
+    data = numbers.integers(0, 256, (blocks, block_bytes), dtype=np.uint8)
+    signs, name = numbers.choice([-1, 1], blocks), kind.name.lower()
+    if name == "mxfp4":
+        data[:, 0] = numbers.integers(0, 3, blocks) + 124 + round(np.log2(std))
+    elif name == "nvfp4":  # a sign and four bits of exponent, 7 of which is 1
+        data[:, :4] = (numbers.integers(0, 3, (blocks, 4)) + 5 + round(np.log2(std))) << 3 | data[:, :4] & 7
+    else:
+        write_factors(data, name, signs.astype(np.float16))
+        ones = gguf.quants.dequantize(data, kind).std()
+        write_factors(data, name, (signs * numbers.uniform(0.5, 1.5, blocks) * std / ones).astype(np.float16))
+    return data.reshape(*shape[:-1], -1)
+
+
+def write_factors(data: np.ndarray, name: str, factors: np.ndarray) -> None:
+    """Puts factors, fp16 [blocks], to their places in blocks."""
+    if name == "iq1_m":  # four bits in each of the last four words
+        words = data[:, 48:56].view(np.uint16)
+        bits = factors.view(np.uint16)[:, None] >> np.arange(0, 16, 4) & 15
+        words[:] = words & 0x0FFF | (bits << 12).astype(np.uint16)
+        return
+    for place in _FACTORS.get(name, {"tq1_0": (52,), "tq2_0": (64,)}.get(name, (0,))):
+        data[:, place : place + 2] = factors[:, None].view(np.uint8)

@@ -116,3 +116,4 @@ def test_rows_and_values_of_a_stored_matrix():
         plain, turned = stored(kind, 4, 256), stored(kind, 4, 256, order=order)
         assert torch.equal(turned.values(), plain.values()[order])
         assert torch.equal(turned.rows(slice(None, None, 2)).values(), plain.values()[order[::2]])
+        assert torch.equal(turned.rows(slice(None, None, 2)).columns(3), plain.values()[order[::2], ::3])

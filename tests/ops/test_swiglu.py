@@ -12,23 +12,38 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 run, kernel = each_backend(swiglu), each_kernel(swiglu)
 
 
+def activated(gate, up, activation):
+    if activation == "clamped":
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+        return gate / (1 + (-1.702 * gate).exp()) * up
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows, size", [(1, 1), (3, 17), (2, 512), (2, 1100), (0, 8)])
 def test_equals_float64(run, rows, size, activation, dtype):
     gate_up = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(size)) * 6
     gate, up = gate_up.double().split(size, 1)
-    expected = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+    expected = activated(gate, up, activation)
     out = run(gate_up, activation=activation, out_dtype=dtype)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_far_gates(run, activation):
     gates = torch.tensor([[-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30, torch.nan]])
     out = run(torch.cat((gates, torch.ones_like(gates)), 1), activation=activation)[0]
     assert out[:3].abs().max() < 1e-6 and torch.equal(out[3:7], gates[0, 3:7]) and out[7].isnan()
+
+
+def test_far_gates_and_ups_are_clamped(run):
+    far = torch.tensor([[-1e30, 1e30, 8.0, torch.nan, 0.0], [-1e30, 1e30, -9.0, 0.0, torch.nan]])
+    out = run(far.flatten()[None], activation="clamped")[0]
+    seven = 7 / (1 + torch.tensor(-7 * 1.702).exp())
+    torch.testing.assert_close(out, torch.stack((out[0] * 0, 8 * seven, -6 * seven, out[3], out[4])), equal_nan=True)
+    assert out[3:].isnan().all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -47,7 +62,7 @@ def test_bad_input_is_named():
         swiglu(torch.zeros(1, 2).half())
     with pytest.raises(ValueError, match=r"gate_up must be \[rows, 2 \* size\], got shape \(1, 3\)"):
         swiglu(torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="activation must be silu or gelu_tanh, got 'relu'"):
+    with pytest.raises(ValueError, match="activation must be silu or gelu_tanh or clamped, got 'relu'"):
         swiglu(torch.zeros(1, 2), activation="relu")
     with pytest.raises(TypeError, match="out_dtype must be"):
         swiglu(torch.zeros(1, 2), out_dtype=torch.float64)

@@ -23,6 +23,7 @@ QUICK = [
     "phi3",
     "deepseek_v3",
     "gpt_oss",
+    "llama4_text",
     "gemma3n_text",
     "granitemoehybrid",
     "qwen3_5_text",

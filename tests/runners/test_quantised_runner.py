@@ -106,6 +106,52 @@ def test_greedy_text_is_that_of_plain_decoding(runner, name, drafter):
     assert generate(runner, prompts[1], drafter=drafter, **settings).tokens == plain.tokens[1]
 
 
+def over_windows(name, windows, dtype=torch.float32):
+    """A runner with windows, and a cache for it."""
+    is_coded = name.startswith("rvq")
+    cache = random_codes("pre" in name, windows=windows) if is_coded else (QUANTISED | SPARSE)[name]
+    return random_llama(windows=windows, dtype=dtype), cache
+
+
+@pytest.mark.parametrize("name", ["gear-2bit", "window of 30", "channels", "rvq", "rvq pre-rope"])
+@pytest.mark.parametrize("length", [190, 319, 700])
+@pytest.mark.parametrize("window", [40, 170])
+def test_windows_have_the_bits_of_plain_decoding(name, length, window):
+    """A layer that sees all and one that does not, over the same blocks."""
+    runner, cache = over_windows(name, (None, window), torch.bfloat16)
+    prompt, tree = random_tokens(length), random_tree(24)
+    runner.prefill([random_tokens(7, 1), prompt], cache=cache)
+    logits = runner.verify({0: random_tree(9), 1: tree})[1].logits
+    for node in (3, 23):
+        runner.prefill([prompt], cache=cache)
+        for step in root_path(tree, node):
+            alone = runner.verify({0: DraftTree.chain([int(tree.tokens[step])])})[0].logits
+            runner.commit({0: [0]})
+        assert torch.equal(alone[0], logits[node])
+
+
+@pytest.mark.parametrize("windows", [(170, None), (None, 40), (40, 170)])
+def test_windows_over_quantised_blocks_are_those_of_the_dense_cache(windows):
+    prompt, tree, found = random_tokens(400), random_tree(20), []
+    limited, cache = over_windows("int8", windows)
+    for runner, options in ((limited, {}), (limited, {"cache": cache}), (random_llama(), {"cache": cache})):
+        runner.prefill([prompt], **options)
+        found.append(runner.verify({0: tree})[0].logits)
+    dense, within, without = found
+    assert (within - dense).abs().mean() < error(cache) * dense.std() / 2
+    assert (without - dense).abs().mean() > 2 * (within - dense).abs().mean()
+
+
+def test_greedy_text_over_windows_is_that_of_plain_decoding():
+    prompts = [random_tokens(20) * 9, random_tokens(11, 3) * 20]
+    for name in ("int4", "rvq"):
+        runner, cache = over_windows(name, (60, None))
+        settings = dict(max_new_tokens=60, cache=cache)
+        plain = generate(runner, prompts, drafter=None, **settings)
+        result = generate(runner, prompts, drafter="merged", budget=16, **settings)
+        assert result.tokens == plain.tokens and result.stats.mean_accepted_length > 1.05
+
+
 def test_sampled_text_is_that_of_plain_decoding(runner):
     settings = dict(max_new_tokens=60, temperature=1.0, seed=3, cache="kivi-2bit")
     plain = generate(runner, random_tokens(20) * 9, drafter=None, **settings)
@@ -154,8 +200,8 @@ def test_bad_input(runner):
     prompt = random_tokens(9)
     windowed = random_llama(windows=(None, 50))
     runner.prefill([prompt])
-    with pytest.raises(ValueError, match="cache must be dense for a model with sliding windows: layer 1 sees 50"):
-        windowed.prefill([prompt], cache=cache_from_name("int4"))
+    with pytest.raises(ValueError, match="cache must keep all tokens for a model with sliding windows, got keep = 0.5"):
+        windowed.prefill([prompt], cache=SPARSE["half"])
     runner.prefill([prompt], cache=GearSettings(window=10))
     with pytest.raises(ValueError, match="at most 11 nodes with GearSettings"):
         runner.verify({0: random_tree(12)})

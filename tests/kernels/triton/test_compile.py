@@ -188,6 +188,7 @@ def compile_linear(kernel, architecture, x_dtype, is_whole=False, aligned=True, 
     is_int8 = kernel is linear.int8_kernel
     constants = {**linear.tile_of(torch.uint8 if is_int8 else x_dtype, rows), "IS_WHOLE": is_whole}
     constants |= {"IS_EARLY": architecture >= 90, "UPCAST": False}
+    constants |= dict.fromkeys(("order", "experts", "choices", "x_rows"))  # of experts
     constants |= {"parts": None, "tickets": None} if is_whole else {}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = {"x": ELEMENT[x_dtype], "weight": ELEMENT[x_dtype], "bias": "*fp32"}
@@ -317,8 +318,8 @@ SMALL = [
     (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "query_scales": None, "WIDTH": 128, "REST": 0,
                                          "IS_WHOLE": False}, rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True}, rotary_write.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": True}, swiglu.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True}, swiglu.OPTIONS),
+    (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False}, swiglu.OPTIONS),
 ]  # fmt: skip
 
 

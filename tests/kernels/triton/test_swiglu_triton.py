@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("activation", [0, 1])
+@pytest.mark.parametrize("activation", [0, 1, 2])
 @pytest.mark.parametrize("rows, size", [(1, 1), (3, 17), (2, 1100), (0, 8)])
 def test_equals_float64(rows, size, activation, dtype):
     gate_up = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(size)) * 6
@@ -26,6 +26,9 @@ def test_equals_float64(rows, size, activation, dtype):
     out = swiglu(gate_up.to(DEVICE), dtype, activation).cpu()
     assert out.dtype == dtype
     expected = (F.gelu(gate, approximate="tanh") if activation else F.silu(gate)) * up
+    if activation == 2:
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
+        expected = gate / (1 + (-1.702 * gate).exp()) * up
     assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
