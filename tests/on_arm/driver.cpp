@@ -18,6 +18,15 @@
 #include "kernels.inc"
 #undef PYSPEC_ENTRY_POINT
 
+// In place of the C library's, which clears whole cache lines by an instruction whose faults the emulator
+// does not restart where they were.
+extern "C" __attribute__((noinline, optimize("no-tree-loop-distribute-patterns"))) void* memset(
+    void* to, int byte, size_t bytes) {
+  char* p = static_cast<char*>(to);
+  for (size_t i = 0; i < bytes; ++i) p[i] = static_cast<char>(byte);
+  return to;
+}
+
 namespace {
 
 using Kernel = void (*)(const void* params);
