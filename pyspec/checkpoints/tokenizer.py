@@ -33,8 +33,8 @@ class Tokenizer:
         backend: a tokenizers.Tokenizer.
         byte_level: its tokens are spelled in GPT-2's alphabet of bytes; otherwise as SentencePiece spells them.
         bos: the token that `encode` puts first, or None.
-        eos: tokens that end a text. Special tokens with usual names for that are added, <|end|> only where the chat
-            template writes it.
+        eos: tokens that end a text. Special tokens with usual names for that are added, `<|end|>` only where the
+            chat template writes it.
         chat_template: Jinja source, or sources by their names, or None.
         named_tokens: bos_token, eos_token and others that a template may use, as text.
         source: where all this comes from, for errors.

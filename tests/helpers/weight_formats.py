@@ -1,10 +1,16 @@
 """Random weights in every format."""
 
-import gguf
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from pyspec.ops.weight_formats import _GGUF, FORMATS, GGUF_KINDS, Codes, from_gguf, quantise
+
+if TYPE_CHECKING:
+    import gguf
 
 # where factors and floors, fp16, lie in a block; the exponent of mxfp4 is its first byte
 _FACTORS = {"q4_1": (0, 2), "q5_1": (0, 2), "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2)}
@@ -38,6 +44,8 @@ def random_codes(name: str, outputs: int, inputs: int, seed: int = 0) -> Codes:
 
 def gguf_blocks(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], std: float, seed: int = 0) -> np.ndarray:
     """Random bytes, uint8 [..., bytes of a row], of a tensor whose values have about this standard deviation."""
+    import gguf  # which the tests of ops do without
+
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     numbers = np.random.default_rng(seed)
     blocks = int(np.prod(shape)) // block
