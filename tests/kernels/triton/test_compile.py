@@ -336,5 +336,5 @@ def test_the_small_ops_compile(kernel, constants, options, tmp_path):
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         used = resources(compiled, tmp_path)
-        assert used["REG"] <= 112 and used["STACK"] <= 16 and used["LOCAL"] == 0  # rows of 8192
+        assert used["REG"] <= 120 and used["STACK"] <= 16 and used["LOCAL"] == 0  # rows of 8192
         check_waits_first(compiled, architecture)
