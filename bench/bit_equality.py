@@ -30,7 +30,7 @@ from unittest import mock
 import peers
 import torch
 from command_line import DTYPES, parse, parser_of, positive
-from mixture import random_mixture
+from random_mixture import random_mixture
 from recording import Text, record
 from resume import Finished, seconds_a_token, work_through
 

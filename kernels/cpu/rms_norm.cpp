@@ -47,7 +47,8 @@ PYSPEC_INLINE F16 centred_squares(const RmsNormParams& p, const float* hidden, F
   return squares;
 }
 
-template <class Out>
+// kLayerNorm: with what only layer norms have, a mean that is taken off and a bias; either may be missing.
+template <class Out, bool kLayerNorm>
 void normalise(const RmsNormParams& p, int64_t row) {
   float* hidden = p.hidden + row * p.size;
   const float* weight = p.weight ? p.weight + row % p.groups * p.size : nullptr;
@@ -72,21 +73,21 @@ void normalise(const RmsNormParams& p, int64_t row) {
       store(values, value);
       std::memcpy(hidden + i, values, (count < 16 ? count : 16) * sizeof(float));
     }
-    if (p.centred) {
-      sums = add(sums, value);
-    } else {
-      squares = fma(value, value, squares);
-    }
+    squares = fma(value, value, squares);
+    if constexpr (kLayerNorm) sums = add(sums, value);
   }
-  F16 mean = set1(mean_of(p, sums));
-  if (p.centred) squares = centred_squares(p, hidden, mean);
+  F16 mean = set1(0.0f);
+  if (kLayerNorm && p.centred) {
+    mean = set1(mean_of(p, sums));
+    squares = centred_squares(p, hidden, mean);
+  }
   F16 scale = scale_of(p, squares);
   for (int64_t i = 0; i < p.size; i += 16) {
     int64_t count = p.size - i;
     F16 value = load_up_to(hidden + i, count);
-    if (p.centred) value = sub(value, mean);
+    if constexpr (kLayerNorm) value = sub(value, mean);
     if (weight) value = mul(mul(value, scale), load_up_to(weight + i, count));
-    if (p.bias) value = add(value, load_up_to(p.bias + i, count));
+    if (kLayerNorm && p.bias) value = add(value, load_up_to(p.bias + i, count));
     if (count >= 16) {
       store_as(out + i, value);
       continue;
@@ -95,6 +96,11 @@ void normalise(const RmsNormParams& p, int64_t row) {
     store(lanes, value);
     for (int64_t j = 0; j < count; ++j) from_float(lanes[j], out + i + j);
   }
+}
+
+template <class Out>
+void normalise(const RmsNormParams& p, int64_t row) {
+  p.centred || p.bias ? normalise<Out, true>(p, row) : normalise<Out, false>(p, row);
 }
 
 }  // namespace

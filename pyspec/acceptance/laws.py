@@ -26,7 +26,7 @@ class LawRule:
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         """The accepted path and the token after it."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each rule has its own
 
     def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
         """Applies judge to the laws of the logits.

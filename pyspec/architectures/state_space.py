@@ -48,7 +48,7 @@ class StateSpaceConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def empty_layer(self, blank: Blank) -> StateSpaceLayer:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each family has its own
 
     def empty_layers(self, blank: Blank) -> list[StateSpaceLayer]:
         return [self.empty_layer(blank) for _ in range(self.layers)]
@@ -80,11 +80,11 @@ class StateSpaceLayer(NativeLayer):
 
     def mix(self, config: StateSpaceConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
         """[R, H] fp32: what the layer adds to normed rows x [R, H]; see architectures.blocks."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each family has its own
 
     def computed(self, config: StateSpaceConfig) -> dict[str, Tensor]:
         """Those of MIXER that are not as in a checkpoint."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each family has its own
 
 
 class StateSpaceWeights(NativeWeights):

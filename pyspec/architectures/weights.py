@@ -53,7 +53,7 @@ class NativeLayer:
 
     def named(self, config, prefix: str) -> dict[str, Tensor]:
         """Views by their Hugging Face name, or copies of what is laid out; names begin with prefix."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each kind of layer has its own
 
     def prepare(self, config) -> None:
         """Works out what a forward passes to ops beside the tensors of a checkpoint, once the matrices are laid out."""
@@ -95,7 +95,7 @@ class NativeWeights:
             dtype: of activations.
             layers: some of the layers, ascending; only where they are all attention.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each family has its own
 
     @staticmethod
     def checkpoint(stored):

@@ -116,11 +116,11 @@ class _OfIntegers:
     """A method of integers: what stands beside them says which format has the matrix."""
 
     def _groups(self, module: Module) -> _Groups:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each method has its own
 
     def _integers(self, module: Module) -> Tensor:
         """uint8 [outputs, inputs]."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each method has its own
 
     def format(self, module: Module) -> str | None:
         format = self._groups(module).format()

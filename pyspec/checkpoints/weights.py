@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pyspec.architectures import Family
 from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
+from pyspec.checkpoints.matrix_plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.checkpoints.memory import MemoryNeed, cache_bytes, check_memory
-from pyspec.checkpoints.plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.fingerprint import WeightSample
 from pyspec.machine.huge_pages import HugePages
 from pyspec.ops._checks import FLOATS

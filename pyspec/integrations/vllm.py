@@ -46,7 +46,7 @@ class Proposer:
 
     def make(self, vocab_size: int) -> Drafter:
         """The drafter that each request starts from."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each proposer has its own
 
     def load_model(self, *args, **kwargs) -> None:
         """There is no model."""

@@ -17,9 +17,7 @@ format that they have, pyspec/ops/weight_formats.py; products with them are in p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +35,7 @@ from pyspec.ops.linear_codes import (
     split_panels,
     take_apart,
 )
-from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, join_codes, quantise
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, quantise
 
 __all__ = [
     "FORMAT_VERSION",
@@ -45,7 +43,6 @@ __all__ = [
     "LinearWeight",
     "linear",
     "linear_reference",
-    "lay_out_parts",
     "lay_out_weight",
 ]
 
@@ -128,17 +125,6 @@ class JoinedWeight(LinearWeight):
         panels = split_panels(self.data, outputs, formats, self.inputs)
         numbers = zip(panels, formats, outputs, strict=True)
         return torch.cat([take_apart(*part, self.inputs).values() for part in numbers])
-
-
-def lay_out_parts(parts: Sequence[Codes]) -> LinearWeight:
-    """Weights of so many inputs one below another as one weight, each in the format that it has."""
-    joined = [join_codes(list(group)) for _, group in groupby(parts, lambda part: part.format.name)]
-    if len(joined) == 1:
-        return lay_out_weight(joined[0])
-    data = torch.cat([lay_out_codes(part).flatten() for part in joined])
-    outputs = sum(part.outputs for part in joined)
-    formats = tuple((part.format, part.outputs) for part in joined)
-    return JoinedWeight(data, outputs, joined[0].inputs, parts=formats)
 
 
 def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = None) -> LinearWeight:

@@ -237,7 +237,7 @@ class NativeRunner:
 
     def _new_cache(self, sequences: int, capacity: int):
         """The empty cache of a new batch, the last one's if it fits, with `_replays` for it."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each kind of runner has its own
 
     def _extend(self, sequence: int, path: Sequence[int], tree: DraftTree) -> None:
         """Makes a path of its verified tree state."""

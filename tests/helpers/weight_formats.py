@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pyspec.ops.weight_formats import _GGUF, FORMATS, GGUF_KINDS, Codes, from_gguf, quantise
+from pyspec.ops.linear import JoinedWeight, LinearWeight, lay_out_weight
+from pyspec.ops.linear_codes import lay_out_codes
+from pyspec.ops.weight_formats import _GGUF, FORMATS, GGUF_KINDS, Codes, from_gguf, join_codes, quantise
 
 if TYPE_CHECKING:
     import gguf
@@ -71,3 +75,14 @@ def write_factors(data: np.ndarray, name: str, factors: np.ndarray) -> None:
         return
     for place in _FACTORS.get(name, {"tq1_0": (52,), "tq2_0": (64,)}.get(name, (0,))):
         data[:, place : place + 2] = factors[:, None].view(np.uint8)
+
+
+def lay_out_parts(parts: Sequence[Codes]) -> LinearWeight:
+    """Weights of so many inputs one below another as one weight, each in the format that it has."""
+    joined = [join_codes(list(group)) for _, group in groupby(parts, lambda part: part.format.name)]
+    if len(joined) == 1:
+        return lay_out_weight(joined[0])
+    data = torch.cat([lay_out_codes(part).flatten() for part in joined])
+    outputs = sum(part.outputs for part in joined)
+    formats = tuple((part.format, part.outputs) for part in joined)
+    return JoinedWeight(data, outputs, joined[0].inputs, parts=formats)

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from pyspec import BlockMask, ops
 from pyspec.ops import GearFormat, Round, _library
 from pyspec.ops.lay_out import lay_out, stored_floats
-from pyspec.ops.linear import LinearWeight, lay_out_parts
+from pyspec.ops.linear import LinearWeight
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
 from pyspec.ops.weight_formats import FORMATS, quantise
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
 from tests.helpers.torch_settings import SETTINGS
+from tests.helpers.weight_formats import lay_out_parts
 from tests.ops import test_ragged_attention
 
 FUZZ = settings(

@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyspec.ops.linear import JoinedWeight, LinearWeight, lay_out_parts, linear
+from pyspec.ops.linear import JoinedWeight, LinearWeight, linear
 from pyspec.ops.linear import lay_out_weight as lay_out_any
 from pyspec.ops.linear_codes import lay_out_codes, take_apart
 from pyspec.ops.weight_formats import FORMATS, Codes
 from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend, same_bits
 from tests.helpers.linear_cases import FLOATS, random
-from tests.helpers.weight_formats import random_codes
+from tests.helpers.weight_formats import lay_out_parts, random_codes
 
 run, kernel = each_backend(linear), each_kernel(linear)
 NAMES = list(FORMATS)

@@ -31,7 +31,7 @@ class StaticTree:
 
     def shape(self, budget: int) -> list[int]:
         """Parents [T] with T <= budget, those of a level ascending; -1 for the root."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each shape has its own
 
     def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
         """A tree below token; where a law has fewer tokens than the shape has children, less than the shape."""

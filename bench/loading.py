@@ -1,6 +1,6 @@
 """What loading takes: seconds, memory after it and at its peak, beside the size of the files.
 
-python bench/bench_load.py MODEL [--dtype int8]
+python bench/loading.py MODEL [--dtype int8]
 
 MODEL is anything that pyspec.load takes. Memory is that of this process, without what it had before: Python, torch and
 pyspec. Run it twice; the first time the files come from the disk.
