@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from command_line import parse, parser_of
@@ -73,24 +71,8 @@ def measure_file(file: Path, threads: int, repeats: int) -> dict:
 
 def loaded(file: Path) -> dict:
     """Seconds and bytes of loading a file in a process of its own."""
-    command = [sys.executable, __file__, "--load", str(file)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def load_here(file: Path) -> dict:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    before, start = resident(), time.perf_counter()
-    model = pyspec.load(file)
-    seconds, after = time.perf_counter() - start, resident()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    model.prefill([[1]], capacity=64)
-    return {
-        "seconds": seconds,
-        "over_file": (after - before) / os.path.getsize(file),
-        "peak_over_file": (peak - before) / os.path.getsize(file),
-    }
+    command = [sys.executable, Path(__file__).parent / "loading.py", file, "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def show(rows: list[dict]) -> None:
@@ -122,11 +104,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=cache, help=f"where made files are kept; default: {cache}")
     parser.add_argument("--file", type=Path, action="append", default=[], help="a GGUF file to measure too")
     parser.add_argument("--only", help="measures files whose names have this in them")
-    parser.add_argument("--load", type=Path, help="loads a file, and prints what that took")
     options = parse(parser)
-    if options.load:
-        print(json.dumps(load_here(options.load)))
-        return
     files = {f"{name} {kind}": (name, kind) for name in SHAPES for kind in FORMATS}
     files |= {file.stem: file for file in (demo_file(), *options.file)}
     rows = []
