@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,7 @@ class LlamaCppModel:
         import llama_cpp
 
         self._library = llama_cpp
-        self._log = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._log, ctypes.c_void_p(0))
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it prints a line for every tensor
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
         if not model:
             raise RuntimeError(f"llama.cpp cannot load {file}")

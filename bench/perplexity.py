@@ -41,11 +41,12 @@ def surprise_here(model, tokens: list[int]) -> float:
 
 
 def perplexities(file: Path, chunks: list[list[int]], threads: int) -> dict[str, float]:
-    """Of both engines."""
-    model, peer = pyspec.load(file), LlamaCppModel(file, threads, CHUNK)
-    sums = {"pyspec": 0.0, "llama.cpp": 0.0}
+    """Of both engines, and of the file's values in fp32, where activations are not rounded."""
+    model, exact, peer = pyspec.load(file), pyspec.load(file, dtype=torch.float32), LlamaCppModel(file, threads, CHUNK)
+    sums = {"pyspec": 0.0, "llama.cpp": 0.0, "fp32": 0.0}
     for tokens in chunks:
         sums["pyspec"] += surprise_here(model, tokens)
+        sums["fp32"] += surprise_here(exact, tokens)
         logits = torch.from_numpy(peer.read(tokens, 0, all_logits=True))
         sums["llama.cpp"] += surprise(logits, tokens)
     peer.close()
@@ -75,7 +76,8 @@ def main() -> None:
         found = perplexities(file, chunks, options.threads)
         rows.append({"format": kind, **found, "change": found["pyspec"] / found["llama.cpp"] - 1})
         row = rows[-1]
-        print(f"{kind:7} pyspec {row['pyspec']:.4f} llama.cpp {row['llama.cpp']:.4f} {row['change']:+.3%}", flush=True)
+        numbers = f"pyspec {row['pyspec']:.4f} llama.cpp {row['llama.cpp']:.4f} {row['change']:+.3%}"
+        print(f"{kind:7} {numbers} values in fp32 {row['fp32']:.4f}", flush=True)
     worst = max(abs(row["change"]) for row in rows)
     print(f"{len(tokens)} tokens; at most {worst:.3%} from llama.cpp, goal {GOAL:.1%}")
     if options.formats == FORMATS:

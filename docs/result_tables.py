@@ -127,7 +127,13 @@ TABLES = {
         (
             "",
             "rows",
-            [("format", "format"), ("perplexity", "pyspec"), ("llama.cpp's", "llama.cpp"), ("change", "change", "%")],
+            [
+                ("format", "format"),
+                ("perplexity", "pyspec"),
+                ("llama.cpp's", "llama.cpp"),
+                ("change", "change", "%"),
+                ("of the values in fp32", "fp32"),
+            ],
         )
     ],
     "attention_implementation_cpu": [
