@@ -21,9 +21,9 @@ Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype, in
   p.gate = static_cast<const float*>(values.data_ptr()), p.up = p.gate + p.size;
   std::optional<Tensor> ups;
   if (up) {
-    STD_TORCH_CHECK(up->dim() == 2 && up->size(0) == p.rows && up->size(1) == p.size &&
-                        up->scalar_type() == float32,
-                    "up must be float32 and have the shape of gate_up");
+    STD_TORCH_CHECK(
+        up->dim() == 2 && up->size(0) == p.rows && up->size(1) == p.size && up->scalar_type() == float32,
+        "up must be float32 and have the shape of gate_up");
     ups = pyspec::contiguous(*up, "up");
     p.up = static_cast<const float*>(ups->data_ptr());
   }

@@ -1,4 +1,5 @@
-// rms_norm on the CPU: hidden = (hidden + delta) * hidden_scale; out = hidden / sqrt(mean(hidden^2) + epsilon) * weight.
+// rms_norm on the CPU: hidden = (hidden + delta) * hidden_scale; out = hidden / sqrt(mean(hidden^2) +
+// epsilon) * weight.
 //
 // A row is read twice, from the first cache the second time, or a third time where its mean is taken off, and
 // is one item; its squares are summed in one order, so the row rule holds. Nothing here is large: it is one

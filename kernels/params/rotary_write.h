@@ -23,7 +23,7 @@ struct RotaryWriteParams {
   int64_t norm_rows;  // 2: each head is normalised by itself; heads + kv_heads: all of a row together
   float epsilon;
   bool norms_values;  // values are divided by their root mean square, each head's by its own
-  Element element;  // of q, k and v
+  Element element;    // of q, k and v
   ParallelFor parallel_for;
 };
 

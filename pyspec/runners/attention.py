@@ -64,7 +64,8 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
-        for feature, is_there in (("heads have sinks", config.has_sinks), ("layers' heads differ", config.layer_heads)):
+        features = {"heads have sinks": config.has_sinks, "layers' heads differ": config.layer_heads is not None}
+        for feature, is_there in (features | {"heads are wider than 256": config.head_dim > 256}).items():
             if prompt_attention != "pyspec" and is_there:
                 raise ValueError(f"prompt_attention must be pyspec where {feature}, got {prompt_attention}")
         self.prompt_attention = prompt_attention
