@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import Unsupported
-from pyspec.architectures.blocks import attention
+from pyspec.architectures.blocks import attention, tap
 from pyspec.architectures.decoder import AROUND, DecoderConfig
 from pyspec.architectures.llama import LayerWeights, LlamaWeights
 from pyspec.architectures.mixture import ExpertCheckpoint
@@ -282,8 +282,11 @@ class Gemma4Weights(LlamaWeights):
         inputs = (context.view(rows, -1, size) + inputs.view(rows, -1, size)) * 2**-0.5
         return torch.cat((hidden.flatten(), inputs.transpose(0, 1).flatten()))
 
-    def forward(self, config: Gemma4Config, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
+    def forward(
+        self, config: Gemma4Config, hidden: Tensor, cache, numbers, dtype, layers=None, taps=()
+    ) -> list[Tensor]:
         rows, delta, delta_scale, scale = len(numbers.tokens), None, None, 1.0
+        tapped = []
         if config.input_size:
             hidden, inputs = hidden.split([rows * config.hidden_size, rows * config.layers * config.input_size])
             hidden, inputs = hidden.view(rows, -1), inputs.view(config.layers, rows, -1)
@@ -297,6 +300,8 @@ class Gemma4Weights(LlamaWeights):
             layer = self.layers[index]
             scales = layer.scales
             x = norm(scales.attention)
+            if index in taps:
+                tapped.append(tap(hidden))
             delta, delta_scale = attention(x, layer, config, cache, index, numbers), scales.attention_output
             scale = 1.0
             x = norm(scales.feed_forward)
@@ -308,7 +313,8 @@ class Gemma4Weights(LlamaWeights):
                 delta = linear(inner, layer.per_layer_projection, out_dtype=torch.float32)
                 delta_scale = layer.per_layer_norm
             scale = layer.scale
-        return norm(self.last_scale)
+        normed = norm(self.last_scale)
+        return [normed, *tapped, *([tap(hidden)] if config.layers in taps else [])]
 
 
 class Gemma4Checkpoint(ExpertCheckpoint):
