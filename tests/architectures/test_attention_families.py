@@ -123,7 +123,7 @@ def test_rounds_as_a_gpu_has_them_have_the_same_bits(models, kind, monkeypatch):
         assert torch.equal(found, logits)
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "phi3", "smollm3", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "phi3", "smollm3", "mixtral", "qwen3_moe"])
 def test_a_gguf_file_keeps_its_bits(kind, tmp_path):
     """Joined matrices, those in another order and of experts, and tied embeddings that are scaled, all in 4 bits."""
     changed, metadata = IN_GGUF[kind]
