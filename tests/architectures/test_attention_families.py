@@ -132,5 +132,5 @@ def test_a_gguf_file_keeps_its_bits(kind, tmp_path):
     assert runner.weight_dtype == "q4_0"
     prompt = random_tokens(40)
     expected, found = exact.prefill([prompt])[0], runner.prefill([prompt])[0]
-    assert (found - expected).abs().mean() < 0.1 * expected.std()
+    assert (found - expected).abs().mean() < (0.2 if runner.config.layers > 2 else 0.1) * expected.std()
     check_row_rule(runner)
