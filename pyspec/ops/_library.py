@@ -35,10 +35,29 @@ def compiled_library() -> tuple[ctypes.CDLL | None, str]:
         "libpyspec_cpu.so", "was not built (no C++ compiler at install, or an isolated build without torch)"
     )
     if library is not None:
-        library.pyspec_isa_name.restype = ctypes.c_char_p
-        library.pyspec_isa_reason.restype = ctypes.c_char_p
-        library.pyspec_isa_available.restype = ctypes.c_char_p
+        for name in ("name", "reason", "available", "compiled", "found"):
+            getattr(library, f"pyspec_isa_{name}").restype = ctypes.c_char_p
     return library, where
+
+
+def instruction_sets() -> dict[str, list[str] | str]:
+    """The instruction sets that CPU kernels were compiled for, those that this processor has, and the one in use.
+
+    Empty where the compiled library is not there.
+
+    Raises:
+        ValueError: PYSPEC_ISA names one that was not compiled or that this processor lacks.
+    """
+    library, _ = compiled_library()
+    if library is None:
+        return {}
+    compiled, found, available = (
+        getattr(library, f"pyspec_isa_{name}")().decode().split(", ") for name in ("compiled", "found", "available")
+    )
+    used = library.pyspec_isa_name().decode()
+    if used not in available:
+        raise ValueError(f"PYSPEC_ISA must be one of {', '.join(available)} on this processor, got {used}")
+    return {"compiled": compiled, "found": found, "used": used, "reason": library.pyspec_isa_reason().decode()}
 
 
 @functools.cache
