@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,7 +78,10 @@ def _load(name: str, missing: str) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         torch.ops.load_library(str(path))
     except OSError as error:  # load_library hides the reason that dlopen gave, CDLL shows it
-        return None, f"{name} does not load: {error}"
+        return None, (
+            f"{name} does not load in torch {torch.__version__} on {platform.machine()}: {error}. It takes torch 2.10 "
+            "or later and the wheel of this processor: pip install --force-reinstall pyspec-kernels 'torch>=2.10'"
+        )
     return library, str(path)
 
 
