@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.dense import DenseCache
+from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.shapes import GrowthPolicy
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.runners import Runner
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
@@ -34,7 +35,8 @@ class Eagle3:
     guesses are scratch, and what was accepted is read again with what the target said of it.
 
     Args:
-        head: a folder with config.json and safetensors (or pytorch_model.bin, read as tensors alone), or an Eagle3Head.
+        head: a folder, or a hub id, with config.json and safetensors (or pytorch_model.bin, read as tensors alone); or
+            an Eagle3Head.
         target: the runner to draft for.
         growth: by default the likeliest paths, which acceptance="exact" fits; growth_for finds what fits another rule.
             A policy that draws makes the drafter "sampled".
@@ -60,12 +62,12 @@ class Eagle3:
         top_p: float = 1.0,
         seed: int = 0,
     ):
-        self.growth = Reranked(TopPaths(width=3, depth=5)) if growth is None else growth
+        self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
         if temperature == 0 and self.proposal == "sampled":
             raise ValueError(f"temperature must be above 0 for {type(self.growth).__name__}, which draws, got 0")
-        self.head = head if isinstance(head, Eagle3Head) else Eagle3Head.load(Path(head), target, weights, taps)
+        self.head = head if isinstance(head, Eagle3Head) else Eagle3Head.load(find_source(head), target, weights, taps)
         self.taps = self.head.config.taps
         self._vocab_size, self._context_length = target.vocab_size, target.context_length
         self._batch: _Batch | None = None

@@ -65,7 +65,9 @@ def test_four_steps_have_the_logits_of_speculators(tmp_path, kind, layers, flags
     (taps,) = observed_taps(target, [text[:-1]], TAPS)
     theirs, logits = their_model(tensors, kind, layers, flags), []
     theirs.lm_head.register_forward_hook(lambda module, args, result: logits.append(result[0, len(prompt) - 2]))
-    theirs(taps.flatten(1)[None], torch.tensor([text[1:]]), torch.zeros(1, len(text) - 1, dtype=torch.int64), ttt_steps=4)
+    theirs(
+        taps.flatten(1)[None], torch.tensor([text[1:]]), torch.zeros(1, len(text) - 1, dtype=torch.int64), ttt_steps=4
+    )
     expected = torch.stack(logits)
     found = said(drafter, target, prompt, guesses).log()
     torch.testing.assert_close(found, expected.double().log_softmax(-1), atol=1e-5, rtol=1e-5)

@@ -87,7 +87,7 @@ def read_config(
     if values.get("speculators_model_type") == "eagle3":
         of_layer, flags = entries.part("transformer_layer_config"), entries
         layer_values, aliases = values.get("transformer_layer_config") or {}, False
-    elif any("eagle3" in name.lower() for name in names):
+    elif "speculators_model_type" not in entries and any("eagle3" in name.lower() for name in names):
         of_layer, flags, aliases = entries, _flat_flags(entries, values), True
         layer_values = values
     else:
