@@ -12,7 +12,9 @@ import torch
 import pyspec
 from pyspec.caches import cache_from_name
 from tests.helpers.command_line import fake_model, pyspec_text, run
+from tests.helpers.eagle3_heads import random_head, write_head
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
+from tests.helpers.random_llama import VOCABULARY, random_llama
 
 ROOT = Path(__file__).parents[1]
 model = pytest.fixture(fake_model)
@@ -155,6 +157,32 @@ def test_generate_with_a_draft_model(model, capsys, monkeypatch):
     code, _, err = run(capsys, "generate", "hello", "--draft-model", "small", "--temperature", 1, "--budget", 9,
                        "--max-new-tokens", 60, "--acceptance", "traversal", "--seed", 3)  # fmt: skip
     assert code == 0 and "as it may with acceptance traversal" in " ".join(err.split())
+
+
+def test_generate_with_a_draft_head(capsys, monkeypatch, tmp_path):
+    target = random_llama(windows=(None,) * 6)
+    target.tokenizer = Letters()
+    monkeypatch.setattr(pyspec, "load", lambda source, **options: target)
+    head = write_head(tmp_path / "head", random_head(VOCABULARY, target.hidden_size), VOCABULARY, taps=(1, 2, 3))
+    call = ("generate", "hello", "--raw", "--json", "--max-new-tokens", 20, "--budget", 5)
+    code, out, _ = run(capsys, *call, "--draft-head", head)
+    report = json.loads(out)
+    assert code == 0 and report["drafter"] == str(head) and report["plain"]["equal"]
+    for wrong, words in ((tmp_path / "none", "there is no model at"), (tmp_path, "there is no draft head at")):
+        code, _, err = run(capsys, *call, "--draft-head", wrong)
+        assert code == 2 and words in " ".join(err.split())
+
+
+class Letters:
+    """A tokenizer of a vocabulary of 97: letters are their codes, less 32."""
+
+    fingerprint, eos_tokens, chat_template = "letters", frozenset(), None
+
+    def encode(self, text, **options):
+        return [(ord(letter) - 32) % VOCABULARY for letter in text]
+
+    def token_bytes(self, token):
+        return bytes([token + 32])
 
 
 @pytest.mark.parametrize("drafter", ["recycling", "suffix", "stand", "aded"])

@@ -15,6 +15,7 @@ from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.by_rule import growth_for
+from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
@@ -46,7 +47,8 @@ class Eagle3:
         seed: of the draws.
 
     Raises:
-        FileNotFoundError, ValueError: see Eagle3Head.load; or for a policy that draws at temperature 0.
+        FileNotFoundError, ValueError: see Eagle3Head.load; or for a target without taps, or a policy that draws at
+            temperature 0.
     """
 
     def __init__(
@@ -67,6 +69,10 @@ class Eagle3:
         self._sampler = Sampler(temperature, top_k, top_p, seed)
         if temperature == 0 and self.proposal == "sampled":
             raise ValueError(f"temperature must be above 0 for {type(self.growth).__name__}, which draws, got 0")
+        if not hasattr(target, "layers"):
+            raise ValueError(
+                f"target must be a runner with taps, such as pyspec.load gives, got {type(target).__name__}"
+            )
         self.head = head if isinstance(head, Eagle3Head) else Eagle3Head.load(find_source(head), target, weights, taps)
         self.taps = self.head.config.taps
         self._vocab_size, self._context_length = target.vocab_size, target.context_length
@@ -114,6 +120,20 @@ class _Laws:
         self._given: dict[int, Tensor] = {}  # by node, the hidden row that guesses below it take in
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
+        rows = self._logits(tokens, parents, nodes)
+        return np.stack([self._sampler.probabilities(row).numpy() for row in rows])
+
+    def likeliest(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int], count: int):
+        """The likeliest tokens and their chances, read in one pass, where the law is a plain softmax."""
+        sampler = self._sampler
+        if (sampler.temperature, sampler.top_k, sampler.top_p) != (1.0, 0, 1.0) or count > TOP:
+            return None
+        found = Verified(self._logits(tokens, parents, nodes)).statistics
+        chances = np.exp(found.top_logits - found.log_sum_exp[:, None])
+        return found.top_tokens[:, :count], chances[:, :count]
+
+    def _logits(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> Tensor:
+        """[len(nodes), draft vocabulary] fp32 after some nodes."""
         kept = sorted({node for asked in nodes for node in _path_to(asked, parents)})
         places = {node: place for place, node in enumerate(kept)}
         of_target = self._batch.head.target_tokens(np.array([tokens[node] for node in kept]))
@@ -122,7 +142,7 @@ class _Laws:
         hidden = [self._given[parents[node]] if node else self._root_hidden for node in kept]
         logits, given = self._batch.guess(self._sequence, tree, hidden)
         self._given |= dict(zip(kept, given, strict=True))
-        return np.stack([self._sampler.probabilities(logits[places[node]]).numpy() for node in nodes])
+        return logits[[places[node] for node in nodes]]
 
 
 class _Batch:

@@ -11,7 +11,7 @@ from pyspec import DraftTree, generate
 from pyspec.acceptance import RULES
 from pyspec.drafters.eagle3 import Eagle3, _Laws
 from pyspec.drafters.shapes.by_rule import growth_for
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.verified import Verified
@@ -129,7 +129,7 @@ def test_what_was_drawn_is_drawn_from_q(target, tmp_path):
 def test_random_acceptance_leaves_the_cache_of_the_text(tmp_path, rounds):
     """Keys of guesses are replaced: what is committed has the bits of a head that has read the text alone."""
     target, random = random_llama(windows=(None,) * 6), Random(7)
-    drafter = Eagle3(a_head(tmp_path, target), target, Reranked(TopPaths(2, 3)))
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(2, 3))
     texts = [random_tokens(length, length) for length in (5, 40)]
     readers = [drafter.start(text) for text in texts]
 
