@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pyspec.machine import cpu_name
+from pyspec.ops import lay_out_weight, linear
 
 LEAST_REPEATS, MOST_REPEATS = 5, 200
 
@@ -95,6 +97,14 @@ def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     return 2 * size**3 / min(seconds.values())
 
 
+def kernel_rate(dtype: torch.dtype) -> float:
+    """Operations a second of `linear` on the CPU, 64 rows times a weight of dtype that caches hold: the best of 40."""
+    rows, size = 64, 1024
+    x = torch.randn(rows, size, dtype=torch.float32 if dtype == torch.int8 else dtype, device="cpu")
+    weight = lay_out_weight(torch.randn(size, size, dtype=x.dtype, device="cpu"), dtype)
+    return 2 * rows * size**2 / min(_seconds(lambda: linear(x, weight)) for _ in range(40))
+
+
 def machine() -> dict[str, str | int]:
     """The machine and software that a result was measured on."""
     info = {
@@ -104,6 +114,8 @@ def machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+    if isa := os.environ.get("PYSPEC_ISA"):
+        info["PYSPEC_ISA"] = isa
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
     return info
