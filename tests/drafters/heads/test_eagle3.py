@@ -244,7 +244,7 @@ def test_heads_that_do_not_fit_are_named(target, tmp_path, case, words):
 
 
 def test_folders_without_a_head_and_pickles(target, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no draft head at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="there is no model at .*nowhere"):
         Eagle3(tmp_path / "nowhere", target)
     tensors = random_head(VOCABULARY, target.hidden_size)
     folder = write_head(tmp_path / "pickled", tensors, VOCABULARY, layout="flat", taps=TAPS, pickled=True)
