@@ -129,16 +129,18 @@ struct Flash {
     for (int64_t i = count; kPairs && i < pyspec::ceil_div(count, 32) * 32; ++i) clear_staged_v(s, i);
     return finish_tile(s, s.k, staged_bytes(), s.v, staged_bytes(), count);
   }
-  // Of whole tiles that need no conversion. Where the first cache may have eight ways, values move all the
-  // same.
+  // Of whole tiles that need no conversion. Where the first cache may have eight ways, 64 rows of values that
+  // are a multiple of 512 bytes apart would fill them, so they move all the same.
   Tile tile_in_place(FoldScratch& s, const Storage* k, int64_t k_stride, const Storage* v,
                      int64_t v_stride) const {
     const char* values = reinterpret_cast<const char*>(v);
     int64_t v_row = v_stride * sizeof(Storage);
 #if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
-    for (int64_t i = 0; i < kTile; ++i)
-      std::memcpy(s.v + i * staged_bytes(), values + i * v_row, d * sizeof(Storage));
-    values = s.v, v_row = staged_bytes();
+    if (v_row % 512 == 0) {
+      for (int64_t i = 0; i < kTile; ++i)
+        std::memcpy(s.v + i * staged_bytes(), values + i * v_row, d * sizeof(Storage));
+      values = s.v, v_row = staged_bytes();
+    }
 #endif
     return finish_tile(s, reinterpret_cast<const char*>(k), k_stride * sizeof(Storage), values, v_row, kTile);
   }
