@@ -26,7 +26,9 @@ int best() {
 const std::string& available() {
   static const std::string names = [] {
     std::string joined;
-    for (int i = 0; i <= best(); ++i) joined += std::string(i ? ", " : "") + kInstructionSets[i];
+    for (int i = 0; i <= best(); ++i) {
+      if (has_instruction_set(i)) joined += std::string(i ? ", " : "") + kInstructionSets[i];
+    }
     return joined;
   }();
   return names;
@@ -43,7 +45,7 @@ int instruction_set() {
   const char* name = requested();
   if (!name) return best();
   for (int i = 0; i <= best(); ++i) {
-    if (!std::strcmp(name, kInstructionSets[i])) return i;
+    if (has_instruction_set(i) && !std::strcmp(name, kInstructionSets[i])) return i;
   }
   STD_TORCH_CHECK(false, "PYSPEC_ISA must be one of ", available(), " on this processor, got ", name);
   return 0;

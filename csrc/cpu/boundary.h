@@ -37,7 +37,7 @@ struct KernelTable {
   void (*entries[kSetCount])(const Params&);
 
   auto operator[](int instruction_set) const {
-    while (!entries[instruction_set]) --instruction_set;
+    while (!entries[instruction_set]) instruction_set = set_below(instruction_set);
     return entries[instruction_set];
   }
 };

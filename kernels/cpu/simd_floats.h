@@ -18,7 +18,10 @@
 #if PYSPEC_ISA_avx512 || PYSPEC_HAS_INT8_DOT
 #define PYSPEC_HAS_AVX512 1
 #endif
-#if PYSPEC_HAS_AVX512 || PYSPEC_ISA_avx2
+#if PYSPEC_ISA_avx_vnni
+#define PYSPEC_HAS_INT8_DOT 1
+#endif
+#if PYSPEC_HAS_AVX512 || PYSPEC_ISA_avx2 || PYSPEC_ISA_avx_vnni
 #include <immintrin.h>
 #define PYSPEC_HAS_X86_VECTORS 1
 #endif

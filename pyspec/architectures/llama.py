@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
-from pyspec.architectures.blocks import attention, feed_forward
+from pyspec.architectures.blocks import attention, feed_forward, tap
 from pyspec.architectures.rotary import Rope, RopeScaling, read_rope, rope_frequencies, rope_table
 from pyspec.architectures.shapes import (
     DEFAULTS,
@@ -226,8 +226,9 @@ class LlamaWeights(NativeWeights):
         tensors = super().named_outside(config)
         return tensors if self.norm_bias is None else tensors | {"model.norm.bias": self.norm_bias}
 
-    def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
+    def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None, taps=()) -> list[Tensor]:
         delta = delta_scale = None
+        tapped = []
 
         def norm(scale: Tensor | None, bias: Tensor | None) -> Tensor:
             """Takes in what the last part of a layer gave."""
@@ -238,13 +239,16 @@ class LlamaWeights(NativeWeights):
             layer = self.layers[index]
             scales, shifts = layer.scales, layer.shifts
             x = norm(scales.attention, shifts.attention)
+            if index in taps:
+                tapped.append(tap(hidden))
             delta, delta_scale = attention(x, layer, config, cache, index, numbers), scales.attention_output
             if config.is_parallel:
                 rms_norm(hidden, None, config.norm_epsilon, delta=delta)
             else:
                 x = norm(scales.feed_forward, shifts.feed_forward)
             delta, delta_scale = layer.feed_forward(x, config), scales.feed_forward_output
-        return norm(self.last_scale, self.last_shift)
+        normed = norm(self.last_scale, self.last_shift)
+        return [normed, *tapped, *([tap(hidden)] if config.layers in taps else [])]
 
     def prepare(self, config: LlamaConfig) -> None:
         super().prepare(config)

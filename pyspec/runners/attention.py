@@ -17,7 +17,7 @@ from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn, native
-from pyspec.runners._checks import check_prompts, check_trees
+from pyspec.runners._checks import check_prompts, check_taps, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
@@ -78,6 +78,7 @@ class AttentionRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
+        taps: Sequence[int] = (),
         cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
@@ -89,17 +90,20 @@ class AttentionRunner(NativeRunner):
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
+            taps: see pyspec.runners.Runner.
             cache: how keys and values are quantised; None keeps them as they are. Quantised, the layers run op by op.
 
         Raises:
-            ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
+            ValueError: a prompt, the capacity, taps or the cache do not fit; the batch before it is then untouched. Or
                 keys or values cannot be quantised: NaN, infinite or too large.
         """
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
+        taps = check_taps(taps, self.config.layers)
         if cache is not None:
             self._check_quantisable(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
+        self._taps = taps
         if cache is not None:
             self._replays = None
             empty = self._quantised_cache(len(tokens), capacity, cache)
@@ -141,7 +145,7 @@ class AttentionRunner(NativeRunner):
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
         cache.check_room(slot, len(tree))
-        rows = self._replays.run(self._step(layers), {slot: tree}, key=tuple(layers))
+        rows = self._replays.run(self._step(layers), {slot: tree})
         return self._logits(rows.of_trees(rows.hidden))
 
     @inference
@@ -166,7 +170,7 @@ class AttentionRunner(NativeRunner):
         cache = load_quantised(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
-        self._verified = None
+        self._verified, self._taps = None, ()
         self._use_quantised(cache)
         self._cache = cache
 
@@ -258,15 +262,15 @@ class AttentionRunner(NativeRunner):
         if self._switch is not None:
             self._texts[sequence] = [*self._texts[sequence], *tree.tokens[list(path)].tolist()]
 
-    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Sequence[Tensor]:
-        """[n, hidden] of each sequence's next piece of its prompt; flash-attn takes one."""
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Rows:
+        """What the layers give for each sequence's next piece of its prompt; flash-attn takes one."""
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
-            return [self._read_by_flash(chain, sequence, cache)]
+            return self._read_by_flash(chain, sequence, cache)
         return super()._read(pieces, cache)
 
-    def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
-        """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
+    def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Rows:
+        """What the layers give for a piece of a prompt, launch by launch, with attention by flash-attn."""
         numbers = Numbers([sequence], len(chain), (len(chain) + 31) // 32, 0, self.device)
         numbers.fill({sequence: chain}, cache.lengths, cache.starts, angles=cache.angles)
         view = cache.view([sequence], cache.lengths[sequence] + len(chain))
@@ -276,4 +280,5 @@ class AttentionRunner(NativeRunner):
             return flash_attn.attention(q, *view.keys_values[layer], window=window, **scores)[0].transpose(0, 1)
 
         view.attend = attend
-        return self._step()(view, numbers)
+        hidden, *taps = self._step(taps=self._taps)(view, numbers)
+        return Rows(hidden, taps=taps)
