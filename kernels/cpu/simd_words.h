@@ -255,10 +255,14 @@ PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
 #elif PYSPEC_HAS_INT8_DOT
   return {_mm512_dpbusd_epi32(sums.v, weights.v, x.v)};
 #elif PYSPEC_HAS_AVX512
-  return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v))};
+  sums.v = _mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v));
+  asm("" : "+v"(sums.v));  // or the compiler forms all products of a loop before it adds any, and spills them
+  return sums;
 #elif PYSPEC_HAS_X86_VECTORS
-  return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, x.lo)),
-          _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, x.hi))};
+  sums.lo = _mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, x.lo));
+  sums.hi = _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, x.hi));
+  asm("" : "+x"(sums.lo), "+x"(sums.hi));  // as above
+  return sums;
 #else
   uint8_t w[64];
   int8_t values[64];
