@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
                                           const Tensor& ancestor_bits, const Tensor& prefix_lens,
                                           double scale, std::optional<double> softcap,
                                           std::optional<int64_t> window, std::optional<Tensor> block_table,
-                                          const std::optional<Tensor>& sinks) {
+                                          const std::optional<Tensor>& sinks, bool chunked) {
   auto int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 dimensions");
   pyspec::TreeAttentionParams p{};
@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   p.kv_heads = k.size(1);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "q, k and v must have one dtype");
-  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= 256,
-                  "q must have a head_dim of at most 256 "
+  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= pyspec::kMaxHeadDim,
+                  "q must have a head_dim of at most 512 "
                   "that is a multiple of 16, got ",
                   p.head_dim);
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k.size(i) == v.size(i), "v must have the shape of k");
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   }
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap.value_or(0.0));
-  p.window = window.value_or(0);
+  p.window = window.value_or(0), p.chunked = chunked && window;
   p.parallel_for = pyspec::parallel_for;
   check_reach(p, k.size(0), slots);
   for (int64_t b = 0; b < p.batch; ++b) {

@@ -81,6 +81,9 @@ struct Visible {
   int64_t stride;
 };
 
+// Lanes that are to be folded; others may hold anything afterwards. A hint: without halves all are.
+enum class Fold { kAllLanes, kFirstHalf, kSecondHalf };
+
 // Compute is what multiplies: float, or BFloat16 in pairs. kAmx: pairs go through tile registers.
 template <class Storage, class Compute, bool kAmx>
 struct Flash {
@@ -227,11 +230,20 @@ struct Flash {
   // every few hundred cycles, but on AMX.
   template <int kBlocks, class Between = Nothing>
   void fold(const Tile& tile, const float* query, State state, const Visible* visible, FoldScratch& s,
-            const Between& between = {}) const {
+            const Between& between = {}, Fold lanes = Fold::kAllLanes) const {
     int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
     float* scores = &s.scores[0][0][0];
     float* weights = &s.weights[0][0][0];
     constexpr int64_t kScoreBlock = kTile * kLanes;
+#if PYSPEC_HAS_HALF_PANEL
+    if (kBlocks == 1 && lanes != Fold::kAllLanes) {
+      int64_t first = lanes == Fold::kFirstHalf ? 0 : kLanes / 2;
+      half_panel(tile.k, tile.count, query + first, steps, scores + first, nullptr, between);
+      F16 alpha = softmax(s.scores[0], s.weights[0], tile.count, state.max, visible ? *visible : Visible{});
+      return half_panel({tile.v.data, 4, tile.v.step}, d, weights + first, tile.count, state.values + first,
+                        first ? &alpha.hi : &alpha.lo, between);
+    }
+#endif
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
       tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,

@@ -8,7 +8,7 @@
 // Registers: rows x blocks sums, the blocks' lanes and one broadcast. With 32 registers of 16 lanes, 8 x 2
 // sums. With 16 of 8 lanes, 6 rows of two: 12 sums are more than the 8 to 10 products that two multipliers
 // have on the way, 2 + 1 registers are left for lanes and broadcast, and 8 loads feed 12 products. Tails of 2
-// rows would wait for their sums, so 7 and 8 rows are two fours.
+// rows would wait for their sums, so 7 and 8 rows are two fours. Of 8 lanes alone there are 12 rows.
 #pragma once
 
 #include "cpu/simd.h"
@@ -82,6 +82,46 @@ PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block
     }
   }
 }
+
+#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
+#define PYSPEC_HAS_HALF_PANEL 1
+// The same for the 8 lanes at b and c alone, of steps of one fp32: half of the work where few rows are lanes.
+template <int kRows>
+PYSPEC_INLINE void half_panel_rows(PanelA a, const float* b, int64_t steps, float* c, const __m256* alpha) {
+  __m256 sum[kRows];
+  for (int m = 0; m < kRows; ++m)
+    sum[m] = alpha ? _mm256_mul_ps(_mm256_loadu_ps(c + m * 16), *alpha) : _mm256_setzero_ps();
+  for (int64_t i = 0; i < steps; ++i) {
+    __m256 lanes = _mm256_loadu_ps(b + i * 16);
+    for (int m = 0; m < kRows; ++m) {
+      const char* value = a.data + m * a.row + i * a.step;
+      sum[m] = _mm256_fmadd_ps(_mm256_broadcast_ss(reinterpret_cast<const float*>(value)), lanes, sum[m]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) _mm256_storeu_ps(c + m * 16, sum[m]);
+}
+
+// rows is rounded up to 4; alpha and between as above.
+template <class Between = Nothing>
+PYSPEC_INLINE void half_panel(PanelA a, int64_t rows, const float* b, int64_t steps, float* c,
+                              const __m256* alpha, const Between& between = {}) {
+  auto take = [&](auto count) PYSPEC_INLINE_LAMBDA {
+    constexpr int kRows = decltype(count)::value;
+    half_panel_rows<kRows>(a, b, steps, c, alpha);
+    a.data += kRows * a.row, c += kRows * 16, rows -= kRows;
+    between();
+  };
+  while (rows > 0) {
+    if (rows >= 12 && rows != 16) {
+      take(std::integral_constant<int, 12>());
+    } else if (rows > 4) {
+      take(std::integral_constant<int, 8>());
+    } else {
+      take(std::integral_constant<int, 4>());
+    }
+  }
+}
+#endif
 
 #if PYSPEC_HAS_AMX
 // The same product by tiles of 16 x 16 sums and 16 pairs a step. Every tile register is 16 rows of 64 bytes.

@@ -20,7 +20,7 @@ using pyspec::first_tile;
 using pyspec::LaneLayout;
 using pyspec::TreeAttentionParams;
 
-constexpr int64_t kSlotsAhead = 3;  // at a call; 33 calls fold a tile of head dimension 128 on AVX2
+constexpr int64_t kSlotsAhead = 4;  // at a call; at least 17 calls fold a tile of head dimension 128
 
 struct Scratch : FoldScratch {
   alignas(64) float states[3][(kMaxHeadDim + 2) * kLanes];
@@ -133,7 +133,9 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   // ==== windows ====
 
   int64_t visible_from(int64_t b, int64_t node_depth) const {
-    return p.window ? p.prefix_lens[b] + node_depth - p.window + 1 : 0;
+    if (!p.window) return 0;
+    int64_t position = p.prefix_lens[b] + node_depth;
+    return p.chunked ? position / p.window * p.window : position - p.window + 1;
   }
   // Lanes that see each key of a tile, from the first visible key of each, relative to the tile.
   Visible from_key(Scratch& s, const float* lowest) const {
@@ -211,8 +213,9 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
         }
       }
       for (; block < layout.blocks; ++block) {
+        Fold lanes = layout.used(block, kLanes / 2, p.nodes) ? Fold::kAllLanes : Fold::kFirstHalf;
         this->template fold<1>(keys, query_block(sequence_head, block),
-                               chunk_state(sequence_head, chunk, block), nullptr, s, ahead);
+                               chunk_state(sequence_head, chunk, block), nullptr, s, ahead, lanes);
       }
     }
   }
@@ -251,6 +254,10 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
       const uint32_t* ancestors = bits(b, node);
       int64_t ancestor = -1;  // index of the ancestor staged last
       int64_t from = visible_from(b, node_depth), keys = prefix + node_depth + 1;
+      auto fold_staged = [&](int64_t count, const Visible* visible) {
+        this->template fold<1>(this->staged_tile(s, count), query_block(sequence_head, block), open, visible,
+                               s, Nothing(), lanes_of(block, node));
+      };
       for (int64_t tile = whole_tiles; tile * kTile < keys; ++tile) {
         if (tile > whole_tiles && tile == first_tile(chunk_of(tile))) {
           closed.merge(open, d, merged);
@@ -271,21 +278,26 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
         }
         staged_tile_index = tile;
         if (from <= first) {
-          this->template fold<1>(this->staged_tile(s, count), query_block(sequence_head, block), open,
-                                 nullptr, s);
+          fold_staged(count, nullptr);
         } else if (from < first + count) {
           alignas(64) float lowest[kLanes];
           store(lowest, set1(static_cast<float>(from - first)));
           Visible visible = from_key(s, lowest);
           for (int64_t j = 0; j < from - first; ++j) this->clear_staged_v(s, j);
           staged_tile_index = -1;
-          this->template fold<1>(this->staged_tile(s, count), query_block(sequence_head, block), open,
-                                 &visible, s);
+          fold_staged(count, &visible);
         }
       }
       closed.merge(open, d, merged);
       write(b, h, block, node, &merged);
     }
+  }
+
+  // The lanes of a node in a block.
+  Fold lanes_of(int64_t block, int64_t node) const {
+    int64_t first = (node - layout.first_node(block)) * layout.group, half = kLanes / 2;
+    if (first >= half) return Fold::kSecondHalf;
+    return first + layout.group <= half ? Fold::kFirstHalf : Fold::kAllLanes;
   }
 
   // The node's lanes of a block to out and lse; no state is a padding row.

@@ -100,7 +100,7 @@ class NativeWeights:
         raise NotImplementedError  # abstract: each family has its own
 
     @staticmethod
-    def checkpoint(stored):
+    def checkpoint(stored, config):
         """A checkpoint whose tensors are those of `named`, of one as it is stored; see checkpoints.weights."""
         return stored
 

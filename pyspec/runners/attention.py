@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
-from pyspec.caches.dense import DenseCache
+from pyspec.caches.dense import DenseCache, MixedCache
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn, native
 from pyspec.runners._checks import check_prompts, check_taps, check_trees
@@ -64,8 +64,14 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
-        if prompt_attention != "pyspec" and config.has_sinks:
-            raise ValueError(f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}")
+        features = {
+            "heads have sinks": config.has_sinks,
+            "layers attend in chunks": config.is_chunked and any(config.windows),
+        }
+        features |= {"layers' heads differ": config.layer_heads is not None}
+        for feature, is_there in (features | {"heads are wider than 256": config.head_dim > 256}).items():
+            if prompt_attention != "pyspec" and is_there:
+                raise ValueError(f"prompt_attention must be pyspec where {feature}, got {prompt_attention}")
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
         self._switch = config.rope_switch if (config.rope_switch or 0) < config.context_length else None
@@ -131,7 +137,8 @@ class AttentionRunner(NativeRunner):
         A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
 
         Args:
-            layers: of the model, ascending; at least one.
+            layers: of the model, ascending; at least one. Of them, those that read the keys of one that is not among
+                them are left out too.
 
         Raises:
             RuntimeError: before any prefill.
@@ -145,6 +152,8 @@ class AttentionRunner(NativeRunner):
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
         cache.check_room(slot, len(tree))
+        if self.config.key_layers is not None:
+            layers = [layer for layer in layers if self.config.key_layers[layer] in layers]
         rows = self._replays.run(self._step(layers), {slot: tree})
         return self._logits(rows.of_trees(rows.hidden))
 
@@ -185,6 +194,10 @@ class AttentionRunner(NativeRunner):
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         if config.has_sinks:
             raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
+        if config.is_chunked and any(config.windows):
+            raise ValueError("cache must be dense for a model that attends in chunks, got a quantised one")
+        if config.layer_heads is not None:
+            raise ValueError("cache must be dense for a model whose layers differ in their heads, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         slides = any(window is not None and window < self.context_length for window in config.windows)
         if slides and self.device.type != "cpu":
@@ -215,9 +228,11 @@ class AttentionRunner(NativeRunner):
             # at least twice as many, so that prompts that grow and grow lose what is recorded a few times only
             slots = max(slots, min(2 * replays.cache.slots, slots_for(self.context_length + BUCKETS[-1])))
         self._replays = replays = None  # makes room
-        config, ropes = self.config, self._ropes(slots)
-        shape = (config.layers, sequences, config.kv_heads, slots, config.head_dim)
-        cache = DenseCache(*shape, self.dtype, self.device, ropes)
+        config, memory = self.config, (self.dtype, self.device, self._ropes(slots))
+        if config.layer_heads is None:
+            cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, *memory)
+        else:
+            cache = MixedCache(config.layer_heads, config.key_layers, sequences, slots, *memory)
         cache.restart(capacity)
         self._new_replays(cache)
         return cache
