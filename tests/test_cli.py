@@ -11,6 +11,7 @@ import torch
 
 import pyspec
 from pyspec.caches import cache_from_name
+from pyspec.ops._library import compiled_library, instruction_sets
 from tests.helpers.command_line import fake_model, pyspec_text, run
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
@@ -315,14 +316,42 @@ def test_a_model_without_a_tokenizer_is_bad_input(model, capsys):
 # ---- info, help
 
 
-def test_info(capsys):
+@pytest.fixture
+def fast_rates(monkeypatch):
+    """Rates that nobody measures."""
+    monkeypatch.setattr("pyspec.measure.read_bandwidth", lambda device: 20e9)
+    monkeypatch.setattr("pyspec.measure.kernel_rate", lambda dtype: dtype.itemsize * 1e11)
+
+
+def test_info(model, fast_rates, capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
     for word in ("torch", torch.__version__, "tree_attention on cpu", "topk on cuda", "extras", "demo", "threads"):
         assert word in out
+    for word in ("20.0 GB/s", "fp32 400, bf16 200, int8 100 GFLOP/s", "Does it pay here?", "pays from", "Measured in"):
+        assert word in out
 
 
-def test_info_json(capsys):
+def test_info_without_a_demo_model(fast_rates, capsys, monkeypatch):
+    def missing():
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr("pyspec.checkpoints.sources.demo_file", missing)
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and "the demo model was not found: no such file" in out and "20.0 GB/s" in out
+
+
+@pytest.mark.skipif(compiled_library()[0] is None, reason="the compiled kernels are not there")
+def test_an_instruction_set_of_another_machine_is_refused_with_the_list(capsys, monkeypatch):
+    monkeypatch.setenv("PYSPEC_ISA", "z80")
+    code, _, err = run(capsys, "info")
+    assert code == 2 and "PYSPEC_ISA must be one of portable" in err and err.endswith("on this processor, got z80\n")
+    monkeypatch.setenv("PYSPEC_ISA", "portable")
+    sets = instruction_sets()
+    assert sets["used"] == "portable" and sets["used"] in sets["compiled"] and sets["used"] in sets["found"]
+
+
+def test_info_json(model, fast_rates, capsys):
     code, out, _ = run(capsys, "info", "--json")
     report = json.loads(out)
     assert code == 0 and report["versions"]["torch"] == torch.__version__
@@ -346,15 +375,14 @@ finally:
     assert "generate" in help_text and imported == "{'pyspec'}\n"
 
 
-def test_info_tells_what_trees_cost(model, capsys):
-    code, out, _ = run(capsys, "info", "--costs", "--json")
-    report = json.loads(out)
+def test_info_tells_what_trees_cost(model, fast_rates, capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    report = json.loads(out)["measured"]
     assert code == 0 and report["costs"][0] == {"nodes": 1, "seconds": 1.0, "plain_steps": 1.0, "chance_to_pay": None}
     last = report["costs"][-1]
     assert last["nodes"] > 1 and last["plain_steps"] == pytest.approx(1 + (last["nodes"] - 1) / 63)
     assert last["chance_to_pay"] == pytest.approx(1 / 63)
-    code, out, _ = run(capsys, "info", "--costs")
-    assert code == 0 and "pays from" in out and "Would it pay?" in out
+    assert report["operations_per_second"] == {"fp32": 4e11, "bf16": 2e11, "int8": 1e11}
 
 
 def test_a_reader_that_leaves_is_no_error():
