@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,9 +52,9 @@ class Costs:
             raise ValueError(f"seconds must not fall with nodes, nor exceed as many plain steps, got {seconds}")
 
     @classmethod
-    def of_medians(cls, medians: Mapping[int, float]) -> Costs:
+    def of_seconds(cls, found: Mapping[int, float]) -> Costs:
         """The table of what was measured: larger trees are never cheaper, nor dearer than node by node."""
-        nodes, seconds = zip(*sorted(medians.items()), strict=True)
+        nodes, seconds = zip(*sorted(found.items()), strict=True)
         rising = np.maximum.accumulate(np.minimum(seconds, np.multiply(nodes, seconds[0])))
         return cls(nodes, tuple(rising.tolist()))
 
@@ -99,19 +98,19 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
         prompt = [draw.randrange(model.vocab_size) for _ in range(context)]
         model.prefill([prompt], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
-            medians = _medians(model, sizes, draw)
-            in_order = [medians[size] for size in sorted(medians)]
+            found = _least(model, sizes, draw)
+            in_order = [found[size] for size in sorted(found)]
             has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
             if not has_hiccup:
                 break
-    costs = Costs.of_medians(medians)
+    costs = Costs.of_seconds(found)
     if not has_hiccup:
         store.keep("costs", _key(model, cache), [costs.nodes, costs.seconds])
     return costs
 
 
-def _medians(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[int, float]:
-    """Seconds of a verify by its number of nodes, for as many of the sizes as there is time for, but two of them."""
+def _least(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[int, float]:
+    """The least seconds of a verify by its nodes, for as many of the sizes as there is time for, but two of them."""
     found: dict[int, list[float]] = {}
     spent = 0.0
     for size in sizes:
@@ -122,11 +121,11 @@ def _medians(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[i
         spent += found[size][0]
     passes = 1
     while passes < 2 or spent < SECONDS:
-        for size, times in found.items():  # in turn, and medians: a busy machine is slower for all sizes
+        for size, times in found.items():  # in turn, and the least: another process may have a processor at any time
             times.append(_seconds(model, size, draw))
             spent += times[-1]
         passes += 1
-    return {size: statistics.median(times) for size, times in found.items()}
+    return {size: min(times) for size, times in found.items()}
 
 
 def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:

@@ -93,6 +93,12 @@ def test_a_hiccup_of_the_machine_is_measured_away():
     assert found.seconds == pytest.approx([0.5 + 0.01 * nodes for nodes in found.nodes])
 
 
+def test_a_neighbour_that_has_the_processor_most_of_the_time_is_measured_away():
+    model = TimedRunner(lambda nodes, calls: (0.05 if calls % 4 else 0.01) + 0.001 * nodes)
+    found = costs_of(model)
+    assert found.seconds == pytest.approx([0.01 + 0.001 * nodes for nodes in found.nodes])
+
+
 def test_costs_that_make_no_sense_are_used_once_and_not_kept(folder):
     found = costs_of(TimedRunner(lambda nodes, calls: 1.0 / nodes))
     assert found.seconds == (1.0,) * len(found.nodes)
