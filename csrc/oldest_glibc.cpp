@@ -47,6 +47,13 @@ void add_reference(void* pointer) {
 
 void release(void* pointer) { destroy_exception(pointer); }
 
+// std::condition_variable::wait, which was there before without a promise that it does not throw.
+#define PYSPEC_WAIT "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE"
+__asm__(".symver first_wait," PYSPEC_WAIT "@GLIBCXX_3.4.11");
+void first_wait(void* condition, void* lock);
+void wait(void* condition, void* lock) PYSPEC_NAMED(PYSPEC_WAIT);
+void wait(void* condition, void* lock) { first_wait(condition, lock); }
+
 void throw_bad_array_new_length() PYSPEC_NAMED("_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length() { throw std::bad_array_new_length(); }
 }

@@ -14,6 +14,8 @@ import pytest
 import setuptools
 import torch
 
+from pyspec.ops import _library
+
 ROOT = Path(__file__).parent.parent
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
 _SETS = re.findall(r"define PYSPEC_EACH_SET((?:.*\\\n)*.*)", (ROOT / "csrc/cpu/instruction_sets.h").read_text())
@@ -71,6 +73,15 @@ def test_wheels_are_for_the_same_machines_whoever_builds_them(monkeypatch):
     assert chosen["linux"]["archs"] == list(wheels.PROCESSORS)
     excluded = re.findall(r"--exclude (\S+)", chosen["linux"]["repair-wheel-command"])
     assert excluded == list(wheels.TORCH_LIBRARIES)
+
+
+@pytest.mark.parametrize("name", ["libpyspec_cpu.so", "libpyspec_cuda.so"])
+def test_a_library_of_another_machine_says_what_to_install(name, monkeypatch, tmp_path):
+    (tmp_path / name).write_bytes(b"\x7fELF" + bytes(60))
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    library, reason = _library._load(name, "was not built")
+    assert library is None and reason.startswith(f"{name} does not load in torch {torch.__version__} on ")
+    assert reason.endswith("the wheel of this processor: pip install --force-reinstall pyspec-kernels 'torch>=2.10'")
 
 
 def configure(build: Path, **options: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""What verifying a tree costs on this machine: measured once for a model, then kept."""
+"""What verifying a tree costs on this machine: found out once for a model, then kept."""
 
 from __future__ import annotations
 
@@ -66,16 +66,27 @@ class Costs:
         return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
 
 
-def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
-    """The costs of a model on this machine, measured once and then kept in the user's cache folder.
+def kept_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs | None:
+    """The costs of a model on this machine that the user's cache folder keeps, if it does.
 
-    The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
+    cache is that of the texts to come, None if dense.
     """
     try:
-        nodes, seconds = store.read("costs", _key(model, cache))
+        nodes, seconds = store.read("costs", key_of(model, cache))
         return Costs(tuple(nodes), tuple(seconds))
     except (TypeError, ValueError):
-        return measure_costs(model, cache)
+        return None
+
+
+def keep_costs(model: Runner, cache: QuantisedSettings | None, costs: Costs) -> None:
+    """Keeps costs in the user's cache folder, in place of those before."""
+    store.keep("costs", key_of(model, cache), [costs.nodes, costs.seconds])
+
+
+def is_rising(found: Mapping[int, float]) -> bool:
+    """Whether no larger tree seems much cheaper than a smaller one, by seconds for numbers of nodes."""
+    in_order = [found[size] for size in sorted(found)]
+    return all(larger >= (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
 
 
 def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
@@ -99,13 +110,11 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
         model.prefill([prompt], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
             found = _least(model, sizes, draw)
-            in_order = [found[size] for size in sorted(found)]
-            has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
-            if not has_hiccup:
+            if is_rising(found):
                 break
     costs = Costs.of_seconds(found)
-    if not has_hiccup:
-        store.keep("costs", _key(model, cache), [costs.nodes, costs.seconds])
+    if is_rising(found):
+        keep_costs(model, cache, costs)
     return costs
 
 
@@ -140,6 +149,7 @@ def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
     return clock() - start
 
 
-def _key(model: Runner, cache: QuantisedSettings | None) -> str:
+def key_of(model: Runner, cache: QuantisedSettings | None) -> str:
+    """Names what costs depend on."""
     kernel = backend_of("linear", model.device.type)
     return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")

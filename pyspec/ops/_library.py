@@ -63,7 +63,9 @@ def instruction_sets() -> dict[str, list[str] | str]:
 @functools.cache
 def cuda_library() -> tuple[ctypes.CDLL | None, str]:
     """The library of CUDA C++ kernels and what it was compiled for, or None and the reason."""
-    library, where = _load("libpyspec_cuda.so", "was not built (no nvcc at install, or a torch without CUDA)")
+    library, where = _load(
+        "libpyspec_cuda.so", "was not built (it is in no wheel: from source, it takes nvcc and a torch with CUDA)"
+    )
     if library is not None:
         library.pyspec_cuda_architectures.restype = ctypes.c_char_p
         where = f"compiled for sm_{library.pyspec_cuda_architectures().decode()}"
