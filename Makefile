@@ -59,8 +59,13 @@ test-arm: $(VENV)/ready-test
 	$(BIN)/python tests/on_arm/run.py
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
-test-engines: $(VENV)/ready-test $(VENV)/ready-integrations $(VENV)/llama-cpp
+test-engines: $(VENV)/ready-test $(VENV)/ready-integrations $(VENV)/llama-cpp build/speculators
 	$(BIN)/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_llama_cpp.py
+	PYTHONPATH=build/speculators:. $(PYTEST) tests/integrations/test_speculators.py
+
+# Beside a newer transformers than it names, so without what it depends on but for what it imports and nobody else has.
+build/speculators: | $(VENV)/ready-integrations
+	$(UNPINNED) --no-deps --target $@ speculators==0.9.0 hs-connectors==0.9.0 loguru openai pydantic-settings sniffio
 
 # Did a CPU kernel grow? Needs valgrind.
 count-instructions: $(VENV)/ready

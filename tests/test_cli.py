@@ -142,36 +142,6 @@ def test_generate_reports_where_plain_decoding_differs(model, capsys, monkeypatc
     assert code == 0 and "plain decoding says something else from token" in err
 
 
-def test_generate_with_a_draft_model(model, capsys, monkeypatch):
-    load = pyspec.load
-    monkeypatch.setattr(pyspec, "load", lambda source, **options: load(source, **options) and FakeRunner())
-    call = ("generate", "hello", "--draft-model", "small", "--json", "--max-new-tokens", 30, "--budget", 9)
-    for acceptance in ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical"):
-        code, out, _ = run(capsys, *call, "--acceptance", acceptance)
-        report = json.loads(out)
-        assert code == 0 and (report["drafter"], report["acceptance"]) == ("small", acceptance)
-        assert report["text"] == pyspec_text(model, "user: hello\n", 30) and report["plain"]["equal"]
-        assert report["stats"]["mean_accepted_length"] > 1.3
-    assert model.loads[-2:] == [("demo", None), ("small", None)]
-    code, _, err = run(capsys, "generate", "hello", "--draft-model", "small", "--temperature", 1, "--budget", 9,
-                       "--max-new-tokens", 60, "--acceptance", "traversal", "--seed", 3)  # fmt: skip
-    assert code == 0 and "as it may with acceptance traversal" in " ".join(err.split())
-
-
-@pytest.mark.parametrize("drafter", ["recycling", "suffix", "stand", "aded"])
-def test_generate_keeps_what_the_drafter_learned(drafter, model, capsys, tmp_path):
-    state = tmp_path / "state.npz"
-    arguments = ("generate", "hello", "--drafter", drafter, "--drafter-state", state, "--json", "--no-compare")
-    reports = [json.loads(run(capsys, *arguments)[1]) for _ in range(2)]
-    assert state.exists() and reports[0]["tokens"] == reports[1]["tokens"]
-    assert reports[1]["stats"]["rounds"] < reports[0]["stats"]["rounds"]
-
-    model.fingerprint = "another"
-    del model._drafters  # a runner keeps its drafters; this stands for another runner
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and out == "" and "fingerprint" in err and "another" in err
-
-
 def test_generate_computes_what_a_drafter_needs(model, capsys):
     code, out, _ = run(capsys, "generate", "hello", "--drafter", "ngrammys", "--json", "--max-new-tokens", 30)
     report = json.loads(out)
