@@ -215,7 +215,7 @@ PYSPEC_INLINE int32x4_t dot_bytes(int32x4_t total, int8x16_t weights, int8x16_t 
   return vdotq_s32(total, weights, x);
 #else
   int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(x)), high = vmull_high_s8(weights, x);
-  return vaddq_s32(total, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+  return vpadalq_s16(total, vpaddq_s16(low, high));  // two products are at most 2 * 128 * 127: they fit
 #endif
 }
 
