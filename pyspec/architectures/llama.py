@@ -217,6 +217,7 @@ def _scale(norm: Tensor, config: LlamaConfig) -> Tensor:
     return norm + config.norm_offset if config.norm_offset else norm
 
 
+@dataclass
 class LlamaWeights(NativeWeights):
     """All weights, by the names of Hugging Face's Llama."""
 

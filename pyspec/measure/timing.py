@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pyspec.machine import cpu_name
+from pyspec.ops import lay_out_weight, linear
 
 LEAST_REPEATS, MOST_REPEATS = 5, 200
 
@@ -87,13 +88,25 @@ def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large matrix product in dtype, or in fp32 where that is faster."""
     size = 8192 if device == "cuda" else 2048
 
-    def call(dtype: torch.dtype) -> Callable:
+    def call(dtype: torch.dtype, size: int) -> Callable:
         a = torch.randn(size, size, device=device).to(dtype)
         product = torch._int_mm if dtype == torch.int8 else torch.mm
         return lambda: product(a, a)
 
-    seconds = in_turn({str(dtype): call(dtype) for dtype in {dtype, torch.float32}}, repeats=9)
+    dtypes = {dtype, torch.float32}
+    if device == "cpu":  # without instructions for a dtype a large product takes minutes, a small one tells
+        small = in_turn({dtype: call(dtype, 512) for dtype in dtypes}, repeats=5)
+        dtypes = {min(small, key=small.get)}
+    seconds = in_turn({dtype: call(dtype, size) for dtype in dtypes}, repeats=9)
     return 2 * size**3 / min(seconds.values())
+
+
+def kernel_rate(dtype: torch.dtype) -> float:
+    """Operations a second of `linear` on the CPU, 64 rows times a weight of dtype that caches hold: the best of 40."""
+    rows, size = 64, 1024
+    x = torch.randn(rows, size, dtype=torch.float32 if dtype == torch.int8 else dtype, device="cpu")
+    weight = lay_out_weight(torch.randn(size, size, dtype=x.dtype, device="cpu"), dtype)
+    return 2 * rows * size**2 / min(_seconds(lambda: linear(x, weight)) for _ in range(40))
 
 
 def machine() -> dict[str, str | int]:
