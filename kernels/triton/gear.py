@@ -9,8 +9,9 @@ An outlier's place, 16 * block + j, is one-hot in two parts: two multiply-adds f
 Low rank never meets the tile: scores get (q . b) a, and outputs (weights . a) b.
 Bound by instructions, as many for outliers as for all else; records are read once.
 A second kernel merges the chunks of a row, many at a time.
-Row rule: a tile is folded alike for any number of rows; a row that does not see a record gets weights of 0 from it,
-which change no bit. Chunks are cut at positions. The layout of a record is in kernels/params/gear.h.
+Row rule: a tile is folded alike for any number of rows; a row that does not see a record, or a token before its oldest,
+gets weights of 0 from it, which change no bit. Chunks are cut at positions. kernels/params/gear.h has the layout of a
+record.
 """
 
 import torch
@@ -61,6 +62,7 @@ def fold_kernel(
     q,  # [B, Hq, T, D], turned where the keys are
     quantised,  # [B, Hkv, blocks, record] uint8
     seen,  # [B, T]
+    oldest,  # [B, T], the first token that a node sees, or None
     chunk_largest,  # [B, Hkv, chunks, T * heads of a group], written
     chunk_total,  # [B, Hkv, chunks, T * heads of a group], written
     chunk_weighted,  # [B, Hkv, chunks, T * heads of a group, D], written
@@ -100,6 +102,9 @@ def fold_kernel(
     row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
     first = first_block(chunk)
     end = tl.minimum(first_block(chunk + 1), tl.max(row_seen, 0))
+    if oldest is not None:
+        row_oldest = tl.load(oldest + batch * nodes + node, mask=row_seen > 0, other=2**31 - 1)
+        first = tl.maximum(first, tl.min(row_oldest, 0) // BLOCK)
     if first >= end:
         return  # no row reads this chunk
 
@@ -131,6 +136,9 @@ def fold_kernel(
                 along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * factor[None, :]
                 scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
             scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
+            if oldest is not None:
+                token = block * BLOCK + part * TILE + tl.arange(0, TILE)
+                scores = tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
 
             now = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
@@ -158,6 +166,7 @@ def fold_kernel(
 def merge_kernel(
     # Pointers
     seen,  # [B, T]
+    oldest,  # [B, T] or None
     chunk_largest,  # [B, Hkv, chunks, T * heads of a group]
     chunk_total,  # [B, Hkv, chunks, T * heads of a group]
     chunk_weighted,  # [B, Hkv, chunks, T * heads of a group, D]
@@ -183,13 +192,21 @@ def merge_kernel(
     row_seen = tl.load(seen + batch * nodes + node)
     end = tl.minimum(row_seen, SHORT_CHUNKS)
     end += (tl.maximum(row_seen - SHORT_CHUNKS, 0) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    start = 0
+    if oldest is not None:  # no program need have folded the chunks before it
+        block = tl.maximum(tl.load(oldest + batch * nodes + node), 0) // BLOCK
+        begin = tl.minimum(block, SHORT_CHUNKS) + tl.maximum(block - SHORT_CHUNKS, 0) // CHUNK_BLOCKS
+        begin = tl.where(block < row_seen, begin, end)
+        start = begin // MERGED * MERGED
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     weighted = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, end, MERGED):
+    for first in range(start, end, MERGED):
         chunk = first + tl.arange(0, MERGED)
         there = chunk < end
+        if oldest is not None:
+            there = there & (chunk >= begin)
         states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + row
         chunk_max = tl.load(chunk_largest + states, mask=there, other=float("-inf"))
         chunk_sum = tl.load(chunk_total + states, mask=there, other=0.0)
@@ -242,8 +259,6 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
-    if oldest is not None:
-        raise ValueError("oldest must be None on a GPU")
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group_heads = quantised.shape[1], heads // quantised.shape[1]
     out = torch.empty_like(q)
@@ -254,7 +269,7 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
     chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
-    seen = seen.contiguous()
+    seen, oldest = seen.contiguous(), None if oldest is None else oldest.contiguous()
     constants = compile_options(head_dim, q.dtype, is_plain=not rank and not outliers)
     constants |= {"KV_HEADS": kv_heads, "GROUP_HEADS": group_heads}
     constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
@@ -262,10 +277,10 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
         if chunks:
             strides = (*q.stride()[:3], *quantised.stride()[:3])
             fold_kernel[triton.cdiv(nodes * group_heads, ROWS.value), chunks, batch * kv_heads](
-                *(q, quantised, seen, *chunk_state, nodes, chunks, scale, *strides),
+                *(q, quantised, seen, oldest, *chunk_state, nodes, chunks, scale, *strides),
                 **fold_constants(head_dim, q.dtype, bits, group, rank, outliers, key_channels),
                 **constants,
             )
-        inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
+        inputs = (seen, oldest, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
         merge_kernel[nodes * group_heads, batch * kv_heads](*inputs, **constants)
     return out, lse
