@@ -31,6 +31,7 @@ test: $(VENV)/ready-test
 # Every instruction set, every grid, every architecture: what CI runs.
 test-all: $(VENV)/ready-test
 	$(PYTEST)
+	$(BIN)/python tests/on_arm/run.py
 
 # What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
 test-transformers: $(VENV)/ready-test
@@ -52,7 +53,8 @@ record-kernels: $(VENV)/ready-test build/triton-3.6
 	PYTHONPATH=build/triton-3.6:. $(BIN)/python bench/compiled_kernels.py --write
 	$(BIN)/python bench/compiled_kernels.py --write
 
-# The kernels of Arm processors on any machine: cross-compiled, and run by an emulator under the tests of the ops.
+# The kernels of Arm processors on any machine: cross-compiled, and run by an emulator under the tests of the ops. Says
+# so where the compiler or the emulator is not installed.
 test-arm: $(VENV)/ready-test
 	$(BIN)/python tests/on_arm/run.py
 

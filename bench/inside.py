@@ -64,7 +64,7 @@ def record_prompt(runner, tokens: int) -> None:
     replays = runner._replays
     runner.prefill([[0]], capacity=tokens)
     for end in range(GRAPH_CHUNK, tokens + 1, GRAPH_CHUNK):
-        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays._slots(end + 1)), None)
+        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays._slots(end + 1)))
 
 
 @torch.inference_mode()
@@ -73,9 +73,9 @@ def seconds_of_recording(runner, tree: DraftTree) -> float:
     replays, step = runner._replays, runner._step()
     filled = {"plan": replays._plan({0: tree}, ()), "blocks": replays.cache.blocks, "advances": ()}
     shape = replays._shape({0: tree})
-    replays._replays.pop((shape, None), None)
+    replays._replays.pop((shape, step.key), None)
     start = time.perf_counter()
-    replays._replay(step, shape, None, {0: tree}, filled)
+    replays._replay(step, shape, {0: tree}, filled)
     return time.perf_counter() - start
 
 
@@ -91,7 +91,7 @@ def attend_step(runner, token: int, place: int, attend: Callable[[int, Tensor, T
     cache, numbers = runner.cache.view([0], place + 1), Numbers([0], 1, 1, 0, runner.device)
     numbers.fill({0: DraftTree.chain([token])}, [place], [0])
     cache.attend = lambda layer, q, *rest, **settings: attend(layer, q[0], *cache.keys_values[layer, :, 0])[None]
-    hidden = runner.weights.forward(runner.config, runner._embed(numbers.tokens), cache, numbers, runner.dtype)
+    hidden, *_ = runner.weights.forward(runner.config, runner._embed(numbers.tokens), cache, numbers, runner.dtype)
     return runner._logits(hidden)[0]
 
 

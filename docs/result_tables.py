@@ -163,6 +163,8 @@ TABLES = {
                 *TIMES,
                 ("over SDPA with a float mask", "ms/sdpa, float mask", "ms/pyspec"),
                 ("floor ms", "floor_ms"),
+                ("of the rate", "share_of_rate", "%"),
+                ("of the bandwidth", "share_of_bandwidth", "%"),
             ],
         )
     ],

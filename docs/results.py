@@ -45,7 +45,8 @@ def tables(name: str) -> str:
     """Where a run was measured, and its tables, as Markdown."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     parts = [f"{where(result)} All of it: [{name}.json](../bench/results/{name}.json)."]
-    for caption, path, columns in TABLES.get(name) or TABLES.get(name.replace("_cuda", "_cpu")) or everything(result):
+    like = re.sub("_(cuda|cpu_[a-z0-9_]+)$", "_cpu", name)  # a run on a GPU, or of another instruction set
+    for caption, path, columns in TABLES.get(name) or TABLES.get(like) or everything(result):
         rows = rows_of(at(result, path))
         if rows:
             parts += [f"{caption}:"] * bool(caption) + [table(rows, columns)]

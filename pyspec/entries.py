@@ -45,6 +45,11 @@ class Entries:
         """The same entries, where others count for those that are absent."""
         return Entries(self.name, self._values, defaults, self._prefix, self._noun)
 
+    def with_own(self, values: Mapping[str, Any]) -> Entries:
+        """The same entries, with others in the place of some."""
+        own = {self._prefix + key: value for key, value in values.items()}
+        return Entries(self.name, {**self._values, **own}, self._defaults, self._prefix, self._noun)
+
     def is_null(self, key: str) -> bool:
         """Whether the entry is there and None, which some files mean by it."""
         return self._prefix + key in self._values and key not in self

@@ -46,11 +46,12 @@ def _prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> N
     with stats.timed("prefill"):
         for sequence in sequences:
             sequence.start_drafting()
+        asked = {"cache": cache, "taps": getattr(sequences[0].drafter, "taps", None)}  # which only some runners take
         after_prompts = model.prefill(
             [sequence.context for sequence in sequences],
             capacity=max(sequence.limit for sequence in sequences) + largest,
             observe=None if sequences[0].drafter is None else observe,
-            **({} if cache is None else {"cache": cache}),  # an argument that only some runners have
+            **{name: value for name, value in asked.items() if value is not None},
         )
     for sequence, logits in zip(sequences, after_prompts, strict=True):
         last = DraftTree.chain(sequence.context[-1:])

@@ -19,7 +19,10 @@ _SETS = re.findall(r"define PYSPEC_EACH_SET((?:.*\\\n)*.*)", (ROOT / "csrc/cpu/i
 SETS, ARM_SETS = (re.findall(r"X\((\w+), __VA_ARGS__\)", listed) for listed in _SETS[:2])
 KERNELS = sorted(path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp"))
 ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
-FLAGS = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16"
+FLAGS = (
+    "-mavx2 -mfma -mf16c -mavxvnni -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 "
+    "-mamx-tile -mamx-bf16"
+)
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -109,6 +112,20 @@ def test_a_build_for_this_machine_has_what_it_can_run(everything, tmp_path):
     assert f"PYSPEC_BEST_BUILT={best}" in (tmp_path / "build.ninja").read_text()
 
 
+@pytest.mark.skipif(not is_x86() or COMPILER is None, reason="takes a C++ compiler for x86")
+def test_no_set_builds_on_avx_vnni(tmp_path):
+    """Processors with AVX-512 may lack it."""
+    source = tmp_path / "below.cpp"
+    source.write_text(
+        '#include "instruction_sets.h"\nusing namespace pyspec;\n'
+        "static_assert(set_below(kSet_avx_vnni) == kSet_avx2 && set_below(kSet_avx512) == kSet_avx2);\n"
+        "static_assert(set_below(kSet_avx512_vnni) == kSet_avx512 && set_below(kSet_avx2) == kSet_portable);\n"
+    )
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-fsyntax-only", "-DPYSPEC_X86", f"-I{ROOT / 'csrc/cpu'}", source], check=True
+    )
+
+
 def test_an_unknown_choice_is_named(tmp_path):
     status, said = configure(tmp_path, PYSPEC_ISAS="avx2")
     assert status != 0 and "PYSPEC_ISAS must be all or native, got avx2" in said
@@ -150,7 +167,8 @@ def check_sets(kernel: str, sets: list[str], everything: dict[str, set[str]], co
 @pytest.mark.skipif(not is_x86() or COMPILER is None, reason="takes a C++ compiler for x86")
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_kernel_is_compiled_for_the_sets_that_change_its_code(kernel, everything):
-    check_sets(kernel, SETS, everything, COMPILER, FLAGS)
+    check_sets(kernel, [name for name in SETS if name != "avx_vnni"], everything, COMPILER, FLAGS)
+    check_sets(kernel, SETS[: SETS.index("avx_vnni") + 1], everything, COMPILER, FLAGS)  # no other builds on it
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -8,6 +9,8 @@ from pyspec.generate import generate
 from pyspec.tree import DraftTree
 from tests.helpers.fake_drafters import AlwaysWrong, Drafts, Oracle, OracleTrees, RandomTrees
 from tests.helpers.fake_runner import EOS, FakeRunner, ScriptedRunner
+from tests.helpers.random_llama import random_llama, random_tokens
+from tests.helpers.runner_checks import observed_taps
 
 PROMPT = list(b"once upon a time")
 SAMPLED = dict(temperature=0.9, seed=11)
@@ -88,6 +91,39 @@ def test_drafters_read_the_prompt_and_every_round():
     rounds = drafter.observed[4:]
     assert len(rounds) == result.stats.rounds == 4
     assert all(path == [0, 1, 2, 3, 4] for _, path in rounds)
+
+
+@torch.inference_mode()
+def test_drafters_get_the_taps_that_they_ask_for():
+    """Those of a text's own prefill, and the text is the one without them."""
+    model, prompts = random_llama(), [random_tokens(9), random_tokens(30, 1)]
+    plain = generate(model, prompts, drafter=None, max_new_tokens=20)
+    kept = {}
+
+    class Tapping(Drafts):
+        """One node is wrong, two are right, where the text is known."""
+
+        taps = (1, 3)
+
+        def start(self, prompt):
+            started = copy.copy(self)
+            started.text = [*prompt, *plain.tokens[prompts.index(prompt)]]
+            kept[len(prompt)] = started.rows = []
+            return started
+
+        def propose(self, context, budget):
+            right = self.text[len(context) : len(context) + 2]
+            tree = DraftTree([context[-1], 5, *right], [-1, 0, *(0, 2)[: len(right)]])
+            return tree.first(min(budget, len(tree)))
+
+        def observe(self, tree, verified, path):
+            self.rows += verified.taps[list(path)]
+
+    assert generate(model, prompts, drafter=Tapping(), budget=6, max_new_tokens=20).tokens == plain.tokens
+    for prompt, tokens in zip(prompts, plain.tokens, strict=True):
+        expected = observed_taps(model, [[*prompt, *tokens]], (1, 3))[0]
+        rows = torch.stack(kept[len(prompt)])
+        assert len(rows) >= len(prompt) + 15 and torch.equal(rows, expected[: len(rows)])
 
 
 @pytest.mark.parametrize(

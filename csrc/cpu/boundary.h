@@ -37,7 +37,7 @@ struct KernelTable {
   void (*entries[kSetCount])(const Params&);
 
   auto operator[](int instruction_set) const {
-    while (!entries[instruction_set]) --instruction_set;
+    while (!entries[instruction_set]) instruction_set = set_below(instruction_set);
     return entries[instruction_set];
   }
 };
@@ -46,12 +46,12 @@ struct KernelTable {
 // variable PYSPEC_ISA names. Throws where that is not to be had.
 int instruction_set();
 
-// Runs on torch's own threads; each takes the next item when it is done with one.
+// Shares the items among as many threads as torch has (threads.h).
 void parallel_for(int64_t items, ParallelBody body, void* context);
 
-// Runs a program of kernels on all of torch's threads at once, which saves waking them for every kernel. The
-// kernels' parallel_for is then team_parallel_for: the threads meet there, by spinning. A thread that comes
-// late, or never, holds nobody up. most_loops bounds how many parallel loops the program runs.
+// Runs a program of kernels on as many threads at once, which saves waking them for every kernel. The
+// kernels' parallel_for is then team_parallel_for, where the threads meet. A thread that comes late, or
+// never, holds nobody up. most_loops bounds how many parallel loops the program runs.
 void run_team(int64_t most_loops, void (*program)(void* context), void* context);
 void team_parallel_for(int64_t items, ParallelBody body, void* context);
 

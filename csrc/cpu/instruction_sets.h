@@ -14,11 +14,13 @@
 #include <sys/sysctl.h>
 #endif
 
-// Each set has all that those before it have. X is called with a set's name and what else it is given.
+// Each set has all that those before it have, but for avx_vnni, which processors with AVX-512 may lack
+// (set_below). X is called with a set's name and what else it is given.
 #if PYSPEC_X86
 #define PYSPEC_EACH_SET(X, ...) \
   X(portable, __VA_ARGS__)      \
   X(avx2, __VA_ARGS__)          \
+  X(avx_vnni, __VA_ARGS__)      \
   X(avx512, __VA_ARGS__)        \
   X(avx512_vnni, __VA_ARGS__)   \
   X(avx512_bf16, __VA_ARGS__)   \
@@ -40,7 +42,20 @@ constexpr const char* kInstructionSets[] = {PYSPEC_EACH_SET(PYSPEC_NAME)};
 #undef PYSPEC_NAME
 constexpr int kSetCount = sizeof(kInstructionSets) / sizeof(*kInstructionSets);
 
+// Indices into kInstructionSets.
+#define PYSPEC_INDEX(set, ...) kSet_##set,
+enum { PYSPEC_EACH_SET(PYSPEC_INDEX) };
+#undef PYSPEC_INDEX
+
 #if PYSPEC_X86
+// The best of the sets that all processors with this one have.
+constexpr int set_below(int set) { return set == kSet_avx512 ? kSet_avx2 : set - 1; }
+
+inline bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
 inline bool amx_granted() {
 #ifdef __linux__
   unsigned a, b, c, d;
@@ -53,16 +68,19 @@ inline bool amx_granted() {
 #endif
 }
 
-// An index into kInstructionSets.
+// The best set, an index into kInstructionSets.
 inline int processor_instruction_set() {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kSet_portable;
   bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!avx512) return 1;
-  if (!__builtin_cpu_supports("avx512vnni")) return 2;
-  if (!__builtin_cpu_supports("avx512bf16")) return 3;
-  return amx_granted() ? 5 : 4;
+  if (!avx512) return has_avx_vnni() ? kSet_avx_vnni : kSet_avx2;
+  if (!__builtin_cpu_supports("avx512vnni")) return kSet_avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return kSet_avx512_vnni;
+  return amx_granted() ? kSet_amx_bf16 : kSet_avx512_bf16;
 }
+
+// Whether this processor runs a set that is not above its best.
+inline bool has_instruction_set(int set) { return set != kSet_avx_vnni || has_avx_vnni(); }
 #elif PYSPEC_ARM && defined(__aarch64__)
 struct ArmFeatures {
   bool dotprod, i8mm, bf16;
@@ -90,6 +108,11 @@ inline int processor_instruction_set() {
 }
 #else  // one set, or those of a processor that is emulated
 inline int processor_instruction_set() { return kSetCount - 1; }
+#endif
+
+#if !PYSPEC_X86
+constexpr int set_below(int set) { return set - 1; }
+inline bool has_instruction_set(int) { return true; }
 #endif
 
 }  // namespace pyspec

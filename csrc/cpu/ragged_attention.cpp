@@ -163,9 +163,9 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   all.batch = 1, all.nodes = q.size(0), all.heads = q.size(1), all.head_dim = q.size(2),
   all.kv_heads = k.size(1);
   p.sequences = k.size(0), p.slots = k.size(2), p.bytes = pyspec::bytes_of(all.element);
-  STD_TORCH_CHECK(
-      all.head_dim % 16 == 0 && all.head_dim > 0 && all.head_dim <= 256 && k.size(3) == all.head_dim,
-      "q must have the head_dim of k, a multiple of 16 of at most 256, got ", all.head_dim);
+  STD_TORCH_CHECK(all.head_dim % 16 == 0 && all.head_dim > 0 && all.head_dim <= pyspec::kMaxHeadDim &&
+                      k.size(3) == all.head_dim,
+                  "q must have the head_dim of k, a multiple of 16 of at most 512, got ", all.head_dim);
   STD_TORCH_CHECK(all.kv_heads > 0 && all.heads % all.kv_heads == 0,
                   "k must have a number of heads that divides q's");
   STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);

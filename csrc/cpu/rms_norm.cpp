@@ -10,7 +10,8 @@ PYSPEC_KERNEL_TABLE(pyspec_rms_norm, pyspec::RmsNormParams);
 
 Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::optional<Tensor>& weight,
                 double epsilon, torch::headeronly::ScalarType out_dtype,
-                const std::optional<Tensor>& delta_weight, const std::optional<Tensor>& bias, bool centred) {
+                const std::optional<Tensor>& delta_weight, const std::optional<Tensor>& bias, bool centred,
+                double hidden_scale) {
   auto float32 = torch::headeronly::ScalarType::Float;
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
                   "hidden must be float32 [rows, size] and contiguous");
@@ -47,6 +48,8 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::op
     deltas = pyspec::contiguous(*delta, "delta");
     p.delta = static_cast<const float*>(deltas->data_ptr());
   }
+  STD_TORCH_CHECK(delta || hidden_scale == 1, "hidden_scale must be 1 where there is no delta");
+  p.hidden_scale = static_cast<float>(hidden_scale);
   Tensor out = pyspec::new_tensor({p.rows, p.size}, out_dtype);
   p.out_element = pyspec::element_of(out, "out");
   p.hidden = static_cast<float*>(hidden.data_ptr()), p.out = out.data_ptr();

@@ -23,7 +23,7 @@ void check_places(const pyspec::RotaryWriteParams& p, int64_t table, int64_t bat
 Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& positions,
                     const Tensor& sequences, const Tensor& slots, Tensor keys, Tensor values, int64_t heads,
                     const std::optional<Tensor>& norm, double epsilon,
-                    const std::optional<Tensor>& query_scales) {
+                    const std::optional<Tensor>& query_scales, bool norm_values) {
   auto float32 = torch::headeronly::ScalarType::Float, int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && keys.scalar_type() == values.scalar_type(),
                   "keys and values must be [batch, kv_heads, slots, head_dim] of one dtype");
@@ -34,8 +34,8 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
   pyspec::RotaryWriteParams p{};
   p.element = pyspec::element_of(keys, "keys");
   p.heads = heads, p.kv_heads = keys.size(1), p.head_dim = keys.size(3);
-  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim <= 256 && heads > 0,
-                  "head_dim must be a multiple of 16 up to 256");
+  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim <= 512 && heads > 0,
+                  "head_dim must be a multiple of 16 up to 512");
   STD_TORCH_CHECK(
       qkv.dim() == 2 && qkv.scalar_type() == float32 && qkv.size(1) == (heads + 2 * p.kv_heads) * p.head_dim,
       "qkv must be float32 [rows, (heads + 2 kv_heads) * head_dim]");
@@ -51,8 +51,8 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
                     "norm must be float32 [2 or heads + kv_heads, head_dim]");
     norms = pyspec::contiguous(*norm, "norm");
     p.norm = static_cast<const float*>(norms->data_ptr()), p.norm_rows = norm->size(0);
-    p.epsilon = static_cast<float>(epsilon);
   }
+  p.epsilon = static_cast<float>(epsilon), p.norms_values = norm_values;
   if (query_scales) {
     STD_TORCH_CHECK(query_scales->dim() == 1 && query_scales->size(0) == cos_sin.size(0) &&
                         query_scales->scalar_type() == float32 && query_scales->is_contiguous(),

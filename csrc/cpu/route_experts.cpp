@@ -17,8 +17,17 @@ const float* floats_of(const Tensor& tensor, const char* name, int64_t rows, int
   return static_cast<const float*>(tensor.data_ptr());
 }
 
+const float* floats_of_experts(const std::optional<Tensor>& tensor, const char* name, int64_t experts) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                      tensor->dim() == 1 && tensor->size(0) == experts,
+                  name, " must be float32 [experts] and contiguous");
+  return static_cast<const float*>(tensor->data_ptr());
+}
+
 std::tuple<Tensor, Tensor> route_experts(const Tensor& logits, const std::optional<Tensor>& bias,
-                                         int64_t choices, bool sigmoid, bool renormalise, double scale) {
+                                         int64_t choices, bool sigmoid, bool renormalise, double scale,
+                                         const std::optional<Tensor>& scales) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [rows, experts]");
   pyspec::RouteExpertsParams p{};
   p.rows = logits.size(0), p.experts = logits.size(1), p.choices = choices;
@@ -27,12 +36,8 @@ std::tuple<Tensor, Tensor> route_experts(const Tensor& logits, const std::option
                   " experts, got ", p.experts);
   STD_TORCH_CHECK(choices > 0 && choices <= p.experts, "choices must be in [1, ", p.experts, "], got ",
                   choices);
-  if (bias) {
-    STD_TORCH_CHECK(bias->scalar_type() == ScalarType::Float && bias->is_contiguous() && bias->dim() == 1 &&
-                        bias->size(0) == p.experts,
-                    "bias must be float32 [experts] and contiguous");
-    p.bias = static_cast<const float*>(bias->data_ptr());
-  }
+  p.bias = floats_of_experts(bias, "bias", p.experts);
+  p.scales = floats_of_experts(scales, "scales", p.experts);
   Tensor gates = pyspec::new_tensor({p.rows, choices}, ScalarType::Float);
   Tensor ids = pyspec::new_tensor({p.rows, choices}, ScalarType::Int);
   p.gates = static_cast<float*>(gates.data_ptr()), p.ids = static_cast<int32_t*>(ids.data_ptr());

@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   p.kv_heads = k.size(1);
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "q, k and v must have one dtype");
-  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= 256,
-                  "q must have a head_dim of at most 256 "
+  STD_TORCH_CHECK(p.head_dim % 16 == 0 && p.head_dim > 0 && p.head_dim <= pyspec::kMaxHeadDim,
+                  "q must have a head_dim of at most 512 "
                   "that is a multiple of 16, got ",
                   p.head_dim);
   for (int i = 0; i < 4; ++i) STD_TORCH_CHECK(k.size(i) == v.size(i), "v must have the shape of k");

@@ -22,8 +22,6 @@ using pyspec::state_floats;
 constexpr int64_t kMaxBlocks = 16;  // of lanes, in an item
 
 struct Scratch : FoldScratch {
-  alignas(64) float k[kTile][kMaxHeadDim];  // staged rows, fp32 or bf16
-  alignas(64) float v[kTile][kMaxHeadDim];
   alignas(64) float rows[kLanes][kMaxHeadDim + 16];
   alignas(64) float queries[kMaxBlocks * kLanes * kMaxHeadDim];
   alignas(64) float states[kMaxBlocks * kLanes * (kMaxHeadDim + 2)];  // of the chunk that is folded
@@ -89,7 +87,7 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
       if (kDirect && this->steps % kLanes == 0) {
         rows[lane] = reinterpret_cast<const float*>(from);
       } else {
-        copy_row(from, reinterpret_cast<Compute*>(s.rows[lane]));
+        this->copy_row(from, reinterpret_cast<Compute*>(s.rows[lane]));
       }
     }
     for (int64_t step = 0; step < this->steps; step += kLanes) {
@@ -124,16 +122,6 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
 
   // ==== tiles ====
 
-  void copy_row(const Storage* from, Compute* to) const {
-    if constexpr (kDirect) {
-      std::memcpy(static_cast<void*>(to), from, d * sizeof(Compute));
-    } else {
-      convert_row(from, to, d);
-    }
-  }
-  Compute* staged_k(Scratch& s, int64_t i) const { return reinterpret_cast<Compute*>(s.k) + i * d; }
-  Compute* staged_v(Scratch& s, int64_t i) const { return reinterpret_cast<Compute*>(s.v) + i * d; }
-
   const Storage* key_row(const void* base, const int64_t* strides, const Item& item, int64_t place) const {
     int64_t slot = item.key_order ? item.key_order[place] : place;
     return static_cast<const Storage*>(base) + item.b * strides[0] + item.kv_head * strides[1] +
@@ -150,23 +138,14 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   Tile read_tile(const Item& item, int64_t tile, Scratch& s) const {
     int64_t first = tile * kTile, count = p.keys - first < kTile ? p.keys - first : kTile;
     if (kDirect && count == kTile && is_one_run(item, first, count)) {
-      return this->finish_tile(s, reinterpret_cast<const char*>(key_row(p.k, p.k_strides, item, first)),
-                               p.k_strides[2] * sizeof(Storage),
-                               reinterpret_cast<const char*>(key_row(p.v, p.v_strides, item, first)),
-                               p.v_strides[2] * sizeof(Storage), count);
+      return this->tile_in_place(s, key_row(p.k, p.k_strides, item, first), p.k_strides[2],
+                                 key_row(p.v, p.v_strides, item, first), p.v_strides[2]);
     }
     for (int64_t i = 0; i < count; ++i) {
-      copy_row(key_row(p.k, p.k_strides, item, first + i), staged_k(s, i));
-      copy_row(key_row(p.v, p.v_strides, item, first + i), staged_v(s, i));
+      this->stage(s, i, key_row(p.k, p.k_strides, item, first + i),
+                  key_row(p.v, p.v_strides, item, first + i));
     }
-    return staged_tile(count, s);
-  }
-  Tile staged_tile(int64_t count, Scratch& s) const {
-    for (int64_t i = count; kPairs && i < ceil_div(count, 32) * 32; ++i)
-      std::memset(static_cast<void*>(staged_v(s, i)), 0, d * sizeof(Compute));
-    int64_t bytes = d * sizeof(Compute);
-    return this->finish_tile(s, reinterpret_cast<char*>(s.k), bytes, reinterpret_cast<char*>(s.v), bytes,
-                             count);
+    return this->staged_tile(s, count);
   }
 
   // A weight of 0 does not hide a value that is NaN or infinite. Keys of a partial tile with such values, bit
@@ -187,13 +166,12 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   Tile without(const Item& item, int64_t tile, int64_t count, uint64_t keys, Scratch& s) const {
     for (int64_t i = 0; i < count; ++i) {
       const Storage* value = key_row(p.v, p.v_strides, item, tile * kTile + i);
-      copy_row(key_row(p.k, p.k_strides, item, tile * kTile + i), staged_k(s, i));
-      copy_row(value, staged_v(s, i));
+      this->stage(s, i, key_row(p.k, p.k_strides, item, tile * kTile + i), value);
       if (!(keys >> i & 1)) continue;
       for (int64_t c = 0; c < d; ++c)
-        if (!is_finite(to_float(value[c]))) staged_v(s, i)[c] = Compute{};
+        if (!is_finite(to_float(value[c]))) this->staged_v(s, i)[c] = Compute{};
     }
-    return staged_tile(count, s);
+    return this->staged_tile(s, count);
   }
   // Those values, given to the lanes that see them.
   void add_not_finite(const Item& item, int64_t tile, uint64_t keys, Visible visible, State state) const {

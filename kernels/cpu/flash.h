@@ -13,6 +13,9 @@ using pyspec::kMaxHeadDim;
 using pyspec::kTile;
 
 constexpr float kLn2 = 0.693147181f;
+// Of a staged row at most: a line of the cache apart from the next one. The products with values walk down
+// the 64 rows of a tile, which at powers of two apart would share a few sets of the first cache.
+constexpr int64_t kStagedBytes = kMaxHeadDim * 4 + 64;
 
 // Online softmax of 16 rows. Scores are in units of log2, so that exp2 serves.
 struct State {
@@ -66,6 +69,7 @@ struct Tile {
 
 // What folding one tile needs beside it.
 struct FoldScratch {
+  alignas(64) char k[kTile * kStagedBytes], v[kTile * kStagedBytes];  // staged rows, fp32 or bf16
   alignas(64) float scores[2][kTile][kLanes];
   alignas(64) float weights[2][kTile][kLanes];  // fp32, or bf16 pairs in the first 32 rows
   alignas(64) uint32_t v_pairs[kTile / 2 * kMaxHeadDim];
@@ -76,6 +80,9 @@ struct Visible {
   const uint16_t* words;
   int64_t stride;
 };
+
+// Lanes that are to be folded; others may hold anything afterwards. A hint: without halves all are.
+enum class Fold { kAllLanes, kFirstHalf, kSecondHalf };
 
 // Compute is what multiplies: float, or BFloat16 in pairs. kAmx: pairs go through tile registers.
 template <class Storage, class Compute, bool kAmx>
@@ -93,6 +100,48 @@ struct Flash {
         scale(scale),
         softcap(softcap),
         score_factor(softcap > 0 ? kLog2E : scale * kLog2E) {}
+
+  // ==== tiles ====
+
+  int64_t staged_bytes() const { return d * sizeof(Compute) + 64; }
+  Compute* staged_k(FoldScratch& s, int64_t i) const {
+    return reinterpret_cast<Compute*>(s.k + i * staged_bytes());
+  }
+  Compute* staged_v(FoldScratch& s, int64_t i) const {
+    return reinterpret_cast<Compute*>(s.v + i * staged_bytes());
+  }
+  void copy_row(const Storage* from, Compute* to) const {
+    if constexpr (kDirect) {
+      std::memcpy(static_cast<void*>(to), from, d * sizeof(Compute));
+    } else {
+      convert_row(from, to, d);
+    }
+  }
+  void stage(FoldScratch& s, int64_t i, const Storage* k, const Storage* v) const {
+    copy_row(k, staged_k(s, i));
+    copy_row(v, staged_v(s, i));
+  }
+  void clear_staged_v(FoldScratch& s, int64_t i) const {
+    std::memset(static_cast<void*>(staged_v(s, i)), 0, d * sizeof(Compute));
+  }
+  // Of the first count staged rows.
+  Tile staged_tile(FoldScratch& s, int64_t count) const {
+    for (int64_t i = count; kPairs && i < pyspec::ceil_div(count, 32) * 32; ++i) clear_staged_v(s, i);
+    return finish_tile(s, s.k, staged_bytes(), s.v, staged_bytes(), count);
+  }
+  // Of whole tiles that need no conversion. Where the first cache may have eight ways, values move all the
+  // same.
+  Tile tile_in_place(FoldScratch& s, const Storage* k, int64_t k_stride, const Storage* v,
+                     int64_t v_stride) const {
+    const char* values = reinterpret_cast<const char*>(v);
+    int64_t v_row = v_stride * sizeof(Storage);
+#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
+    for (int64_t i = 0; i < kTile; ++i)
+      std::memcpy(s.v + i * staged_bytes(), values + i * v_row, d * sizeof(Storage));
+    values = s.v, v_row = staged_bytes();
+#endif
+    return finish_tile(s, reinterpret_cast<const char*>(k), k_stride * sizeof(Storage), values, v_row, kTile);
+  }
 
   // Pairs beyond count must hold zeros, not what was there: 0 * NaN is NaN.
   Tile finish_tile(FoldScratch& s, const char* k, int64_t k_row, const char* v, int64_t v_row,
@@ -177,13 +226,24 @@ struct Flash {
     }
   }
 
-  // Into the states of kBlocks blocks, which lie one after another like their queries.
-  template <int kBlocks>
-  void fold(const Tile& tile, const float* query, State state, const Visible* visible, FoldScratch& s) const {
+  // Into the states of kBlocks blocks, which lie one after another like their queries. between is called
+  // every few hundred cycles, but on AMX.
+  template <int kBlocks, class Between = Nothing>
+  void fold(const Tile& tile, const float* query, State state, const Visible* visible, FoldScratch& s,
+            const Between& between = {}, Fold lanes = Fold::kAllLanes) const {
     int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
     float* scores = &s.scores[0][0][0];
     float* weights = &s.weights[0][0][0];
     constexpr int64_t kScoreBlock = kTile * kLanes;
+#if PYSPEC_HAS_HALF_PANEL
+    if (kBlocks == 1 && lanes != Fold::kAllLanes) {
+      int64_t first = lanes == Fold::kFirstHalf ? 0 : kLanes / 2;
+      half_panel(tile.k, tile.count, query + first, steps, scores + first, nullptr, between);
+      F16 alpha = softmax(s.scores[0], s.weights[0], tile.count, state.max, visible ? *visible : Visible{});
+      return half_panel({tile.v.data, 4, tile.v.step}, d, weights + first, tile.count, state.values + first,
+                        first ? &alpha.hi : &alpha.lo, between);
+    }
+#endif
 #if PYSPEC_HAS_AMX
     if constexpr (kAmx) {
       tile_panel_rows<kBlocks>(tile.k, tile.count, query, query_block, steps / 16, scores, kScoreBlock,
@@ -192,7 +252,7 @@ struct Flash {
 #endif
     {
       panel<kPairs, kBlocks>({tile.k.data, tile.k.row, 4}, tile.count, query, query_block, steps, scores,
-                             kScoreBlock, nullptr);
+                             kScoreBlock, nullptr, between);
     }
     F16 alpha[kBlocks];
     for (int j = 0; j < kBlocks; ++j) {
@@ -215,7 +275,7 @@ struct Flash {
     {
       int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
       panel<kPairs, kBlocks>({tile.v.data, 4, tile.v.step}, d, weights, kScoreBlock, count, state.values,
-                             state_block, alpha);
+                             state_block, alpha, between);
     }
   }
 };

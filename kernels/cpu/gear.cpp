@@ -19,47 +19,16 @@
 
 namespace {
 
-// Sums that stay in registers: rows of a pass, and vectors of channels.
+// Sums that stay in registers: rows of a pass, and vectors of tokens or channels. Numbers of a tile are read
+// once for all rows of a pass, so where registers are few, many rows take one vector at a time: of 16
+// registers of 8 lanes, 8 are sums, 2 numbers and 1 a factor.
 #if PYSPEC_HAS_AVX512
-constexpr int kPassRows = 4, kManyRows = 8, kPassVectors = 4;
+constexpr int kPassRows = 4, kPassVectors = 4;
+constexpr int kManyRows = 8, kManyVectors = 2;
 #else
-constexpr int kPassRows = 2, kManyRows = 2, kPassVectors = 2;
+constexpr int kPassRows = 2, kPassVectors = 2;
+constexpr int kManyRows = 4, kManyVectors = 1;
 #endif
-
-// ==== the two products ====
-
-// sums[r][v] += the two numbers of each lane times the row's two factors, which lie side by side.
-template <bool kPairs, int kRows, int kVectors>
-PYSPEC_INLINE void multiply(const float* tile, const char* factors, int64_t row_bytes,
-                            F16 (&sums)[kRows][kVectors]) {
-  constexpr int kParts = kPairs ? 1 : 2;
-  for (int i = 0; i < kParts; ++i) {
-    F16 numbers[kVectors];
-    for (int v = 0; v < kVectors; ++v) numbers[v] = load(tile + v * kVectorFloats<kPairs> + 16 * i);
-    for (int r = 0; r < kRows; ++r) {
-      F16 factor = broadcast(factors + r * row_bytes + 4 * i);
-      for (int v = 0; v < kVectors; ++v) {
-#if PYSPEC_HAS_BF16_DOT
-        if constexpr (kPairs) {
-          sums[r][v] = pair_dot(numbers[v], factor, sums[r][v]);
-          continue;
-        }
-#endif
-        sums[r][v] = fma(numbers[v], factor, sums[r][v]);
-      }
-    }
-  }
-}
-
-template <bool kPairs>
-PYSPEC_INLINE void store_factors(char* to, F16 values) {
-#if PYSPEC_HAS_BF16_DOT
-  if constexpr (kPairs) {
-    return store_as(reinterpret_cast<BFloat16*>(to), values);
-  }
-#endif
-  store(to, values);
-}
 
 template <class Storage, bool kPairs>
 struct Kernel : GearRecords<Storage, kPairs> {
@@ -194,8 +163,10 @@ struct Kernel : GearRecords<Storage, kPairs> {
       if (token % kTokens == 0) this->unpack_part(s, record, false, token / kTokens);
       if (token % group == 0) scale_queries(s, query, count, token / group);
       int64_t row = 0;
-      for (; row + kManyRows <= count; row += kManyRows)
-        score_pass<kManyRows, kLeastGroup / 16>(s, row, token);
+      for (; row + kManyRows <= count; row += kManyRows) {
+        for (int64_t i = 0; i < kLeastGroup; i += 16 * kManyVectors)
+          score_pass<kManyRows, kManyVectors>(s, row, token + i);
+      }
       for (; row < count; row += kPassRows) score_pass<kPassRows, kLeastGroup / 16>(s, row, token);
     }
   }
@@ -260,11 +231,11 @@ struct Kernel : GearRecords<Storage, kPairs> {
     }
   }
 
-  // Into kPassRows rows of kVectors * 16 channels.
-  template <int kVectors>
+  // Into kRows rows of kVectors * 16 channels.
+  template <int kRows, int kVectors>
   PYSPEC_INLINE void value_pass(Scratch& s, float* out, int64_t row, int64_t channel, int64_t part) const {
-    F16 sums[kPassRows][kVectors];
-    for (int r = 0; r < kPassRows; ++r) {
+    F16 sums[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         sums[r][v] = load(out + (row + r) * state_floats + channel + 16 * v);
         if (part == 0) sums[r][v] = mul(sums[r][v], set1(s.alpha[row + r]));
@@ -273,16 +244,22 @@ struct Kernel : GearRecords<Storage, kPairs> {
     const float* tile = s.tile + channel / 16 * kVectorFloats<kPairs>;
     const char* factors = reinterpret_cast<const char*>(s.factors) + row * kTokens * kFactorBytes;
     for (int64_t pair = 0; pair < kTokens / 2; ++pair) {
-      multiply<kPairs, kPassRows, kVectors>(tile + pair * (d / 16) * kVectorFloats<kPairs>,
-                                            factors + pair * 2 * kFactorBytes, kTokens * kFactorBytes, sums);
+      multiply<kPairs, kRows, kVectors>(tile + pair * (d / 16) * kVectorFloats<kPairs>,
+                                        factors + pair * 2 * kFactorBytes, kTokens * kFactorBytes, sums);
     }
-    for (int r = 0; r < kPassRows; ++r)
+    for (int r = 0; r < kRows; ++r)
       for (int v = 0; v < kVectors; ++v) store(out + (row + r) * state_floats + channel + 16 * v, sums[r][v]);
   }
 
   template <int kVectors>
   PYSPEC_INLINE void value_rows(Scratch& s, float* out, int64_t count, int64_t channel, int64_t part) const {
-    for (int64_t row = 0; row < count; row += kPassRows) value_pass<kVectors>(s, out, row, channel, part);
+    int64_t row = 0;
+    if constexpr (kManyVectors == 1) {
+      for (; row + kManyRows <= count; row += kManyRows) {
+        for (int64_t i = 0; i < kVectors; ++i) value_pass<kManyRows, 1>(s, out, row, channel + 16 * i, part);
+      }
+    }
+    for (; row < count; row += kPassRows) value_pass<kPassRows, kVectors>(s, out, row, channel, part);
   }
 
   void add_values(Scratch& s, const uint8_t* side, float* out, int64_t count) const {

@@ -1,5 +1,5 @@
-// Quantised codes to numbers, code - middle, that attention multiplies: fp32, or bf16 in pairs where the
-// instruction set multiplies those. Both are exact. The order of codes is that of params/gear.h.
+// Quantised codes to numbers, code - middle, and what attention multiplies them by: fp32, or bf16 in pairs
+// where the instruction set multiplies those. Both are exact. The order of codes is that of params/gear.h.
 #pragma once
 
 #include "cpu/simd.h"
@@ -157,6 +157,41 @@ __attribute__((noinline)) void unpack(int64_t bits, const uint8_t* codes, int64_
     default:
       return unpack<8, kPairs>(codes, d, values, part, tile);
   }
+}
+
+// ==== products with numbers ====
+
+// sums[r][v] += the two numbers of each lane times the row's two factors, which lie side by side.
+template <bool kPairs, int kRows, int kVectors>
+PYSPEC_INLINE void multiply(const float* tile, const char* factors, int64_t row_bytes,
+                            F16 (&sums)[kRows][kVectors]) {
+  constexpr int kParts = kPairs ? 1 : 2;
+  for (int i = 0; i < kParts; ++i) {
+    F16 numbers[kVectors];
+    for (int v = 0; v < kVectors; ++v) numbers[v] = load(tile + v * kVectorFloats<kPairs> + 16 * i);
+    for (int r = 0; r < kRows; ++r) {
+      F16 factor = broadcast(factors + r * row_bytes + 4 * i);
+      for (int v = 0; v < kVectors; ++v) {
+#if PYSPEC_HAS_BF16_DOT
+        if constexpr (kPairs) {
+          sums[r][v] = pair_dot(numbers[v], factor, sums[r][v]);
+          continue;
+        }
+#endif
+        sums[r][v] = fma(numbers[v], factor, sums[r][v]);
+      }
+    }
+  }
+}
+
+template <bool kPairs>
+PYSPEC_INLINE void store_factors(char* to, F16 values) {
+#if PYSPEC_HAS_BF16_DOT
+  if constexpr (kPairs) {
+    return store_as(reinterpret_cast<BFloat16*>(to), values);
+  }
+#endif
+  store(to, values);
 }
 
 }  // namespace

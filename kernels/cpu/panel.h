@@ -4,6 +4,11 @@
 // (m = channel, step = key). Query rows are the lanes, so keys and values are read where they lie, one
 // broadcast at a time, and no lane's sum depends on how many lanes there are: the row rule holds by
 // construction. A step is one fp32, or a pair of bf16 where the instruction set multiplies pairs.
+//
+// Registers: rows x blocks sums, the blocks' lanes and one broadcast. With 32 registers of 16 lanes, 8 x 2
+// sums. With 16 of 8 lanes, 6 rows of two: 12 sums are more than the 8 to 10 products that two multipliers
+// have on the way, 2 + 1 registers are left for lanes and broadcast, and 8 loads feed 12 products. Tails of 2
+// rows would wait for their sums, so 7 and 8 rows are two fours. Of 8 lanes alone there are 12 rows.
 #pragma once
 
 #include "cpu/simd.h"
@@ -18,7 +23,9 @@ struct PanelA {
 
 #if PYSPEC_HAS_AVX512
 constexpr int kPanelRows = 8, kPanelBlocks = 2;
-#elif PYSPEC_HAS_X86_VECTORS || PYSPEC_HAS_NEON
+#elif PYSPEC_HAS_X86_VECTORS
+constexpr int kPanelRows = 6, kPanelBlocks = 1;
+#elif PYSPEC_HAS_NEON
 constexpr int kPanelRows = 4, kPanelBlocks = 1;
 #else
 constexpr int kPanelRows = 2, kPanelBlocks = 1;
@@ -32,28 +39,89 @@ PYSPEC_INLINE F16 dot_step(F16 a, F16 b, F16 c) {
   return fma(a, b, c);
 }
 
-// rows is rounded up to kPanelRows: C and A must reach that far. alpha null starts C at zero.
-template <bool kPairs, int kBlocks>
-PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
-                         int64_t c_block, const F16* alpha) {
-  for (int64_t first = 0; first < rows; first += kPanelRows) {
-    F16 sum[kPanelRows][kBlocks];
-    for (int m = 0; m < kPanelRows; ++m)
-      for (int j = 0; j < kBlocks; ++j)
-        sum[m][j] = alpha ? mul(load(c + j * c_block + (first + m) * 16), alpha[j]) : set1(0.0f);
-    const char* row = a.data + first * a.row;
-    for (int64_t i = 0; i < steps; ++i) {
-      F16 lanes[kBlocks];
-      for (int j = 0; j < kBlocks; ++j) lanes[j] = load(b + j * b_block + i * 16);
-      for (int m = 0; m < kPanelRows; ++m) {
-        F16 value = broadcast(row + m * a.row + i * a.step);
-        for (int j = 0; j < kBlocks; ++j) sum[m][j] = dot_step<kPairs>(value, lanes[j], sum[m][j]);
-      }
+// kRows rows of C.
+template <bool kPairs, int kRows, int kBlocks>
+PYSPEC_INLINE void panel_rows(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,
+                              int64_t c_block, const F16* alpha) {
+  F16 sum[kRows][kBlocks];
+  for (int m = 0; m < kRows; ++m)
+    for (int j = 0; j < kBlocks; ++j)
+      sum[m][j] = alpha ? mul(load(c + j * c_block + m * 16), alpha[j]) : set1(0.0f);
+  for (int64_t i = 0; i < steps; ++i) {
+    F16 lanes[kBlocks];
+    for (int j = 0; j < kBlocks; ++j) lanes[j] = load(b + j * b_block + i * 16);
+    for (int m = 0; m < kRows; ++m) {
+      F16 value = broadcast(a.data + m * a.row + i * a.step);
+      for (int j = 0; j < kBlocks; ++j) sum[m][j] = dot_step<kPairs>(value, lanes[j], sum[m][j]);
     }
-    for (int m = 0; m < kPanelRows; ++m)
-      for (int j = 0; j < kBlocks; ++j) store(c + j * c_block + (first + m) * 16, sum[m][j]);
+  }
+  for (int m = 0; m < kRows; ++m)
+    for (int j = 0; j < kBlocks; ++j) store(c + j * c_block + m * 16, sum[m][j]);
+}
+
+struct Nothing {
+  void operator()() const {}
+};
+
+// rows is rounded up to kPanelRows, or to 4 where those are 6: C and A must reach that far. alpha null starts
+// C at zero. between is called after every few rows.
+template <bool kPairs, int kBlocks, class Between = Nothing>
+PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block, int64_t steps, float* c,
+                         int64_t c_block, const F16* alpha, const Between& between = {}) {
+  auto take = [&](auto count) PYSPEC_INLINE_LAMBDA {
+    constexpr int kRows = decltype(count)::value;
+    panel_rows<kPairs, kRows, kBlocks>(a, b, b_block, steps, c, c_block, alpha);
+    a.data += kRows * a.row, c += kRows * 16, rows -= kRows;
+    between();
+  };
+  while (rows > 0) {
+    if (kPanelRows == 6 && (rows < 5 || rows == 7 || rows == 8)) {
+      take(std::integral_constant<int, 4>());
+    } else {
+      take(std::integral_constant<int, kPanelRows>());
+    }
   }
 }
+
+#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
+#define PYSPEC_HAS_HALF_PANEL 1
+// The same for the 8 lanes at b and c alone, of steps of one fp32: half of the work where few rows are lanes.
+template <int kRows>
+PYSPEC_INLINE void half_panel_rows(PanelA a, const float* b, int64_t steps, float* c, const __m256* alpha) {
+  __m256 sum[kRows];
+  for (int m = 0; m < kRows; ++m)
+    sum[m] = alpha ? _mm256_mul_ps(_mm256_loadu_ps(c + m * 16), *alpha) : _mm256_setzero_ps();
+  for (int64_t i = 0; i < steps; ++i) {
+    __m256 lanes = _mm256_loadu_ps(b + i * 16);
+    for (int m = 0; m < kRows; ++m) {
+      const char* value = a.data + m * a.row + i * a.step;
+      sum[m] = _mm256_fmadd_ps(_mm256_broadcast_ss(reinterpret_cast<const float*>(value)), lanes, sum[m]);
+    }
+  }
+  for (int m = 0; m < kRows; ++m) _mm256_storeu_ps(c + m * 16, sum[m]);
+}
+
+// rows is rounded up to 4; alpha and between as above.
+template <class Between = Nothing>
+PYSPEC_INLINE void half_panel(PanelA a, int64_t rows, const float* b, int64_t steps, float* c,
+                              const __m256* alpha, const Between& between = {}) {
+  auto take = [&](auto count) PYSPEC_INLINE_LAMBDA {
+    constexpr int kRows = decltype(count)::value;
+    half_panel_rows<kRows>(a, b, steps, c, alpha);
+    a.data += kRows * a.row, c += kRows * 16, rows -= kRows;
+    between();
+  };
+  while (rows > 0) {
+    if (rows >= 12 && rows != 16) {
+      take(std::integral_constant<int, 12>());
+    } else if (rows > 4) {
+      take(std::integral_constant<int, 8>());
+    } else {
+      take(std::integral_constant<int, 4>());
+    }
+  }
+}
+#endif
 
 #if PYSPEC_HAS_AMX
 // The same product by tiles of 16 x 16 sums and 16 pairs a step. Every tile register is 16 rows of 64 bytes.

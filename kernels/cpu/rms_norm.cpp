@@ -1,4 +1,5 @@
-// rms_norm on the CPU: hidden += delta; out = hidden / sqrt(mean(hidden^2) + epsilon) * weight.
+// rms_norm on the CPU: hidden = (hidden + delta) * hidden_scale; out = hidden / sqrt(mean(hidden^2) +
+// epsilon) * weight.
 //
 // A row is read twice, from the first cache the second time, or a third time where its mean is taken off, and
 // is one item; its squares are summed in one order, so the row rule holds. Nothing here is large: it is one
@@ -68,7 +69,7 @@ void normalise(const RmsNormParams& p, int64_t row) {
     if (p.delta) {
       F16 change = load_up_to(delta + i, count);
       if (p.delta_weight) change = mul(mul(change, delta_scale), load_up_to(p.delta_weight + i, count));
-      value = add(value, change);
+      value = mul(add(value, change), set1(p.hidden_scale));
       float values[16];
       store(values, value);
       std::memcpy(hidden + i, values, (count < 16 ? count : 16) * sizeof(float));

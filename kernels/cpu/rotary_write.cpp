@@ -9,7 +9,7 @@ namespace {
 
 using pyspec::RotaryWriteParams;
 
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 template <class Storage>
 PYSPEC_INLINE void store_head(const float* head, Storage* out, int64_t head_dim) {
@@ -65,13 +65,21 @@ void write_row(const RotaryWriteParams& p, int64_t row) {
   const float* cos_sin = p.cos_sin + p.positions[row] * p.width;
   float factor = p.query_scales ? p.query_scales[p.positions[row]] : 1.0f;
   turn(p, head, p.heads, p.norm, cos_sin, factor, static_cast<Storage*>(p.q) + row * p.heads * d, d);
+  if (!p.kv_heads) return;
   head += p.heads * d;
   Storage* k = static_cast<Storage*>(p.k) + p.sequences[row] * p.k_strides[0] + p.slots[row] * p.k_strides[2];
   const float* k_norm = p.norm ? p.norm + (p.norm_rows == 2 ? 1 : p.heads) * d : nullptr;
   turn(p, head, p.kv_heads, k_norm, cos_sin, 1.0f, k, p.k_strides[1]);
   head += p.kv_heads * d;
   Storage* v = static_cast<Storage*>(p.v) + p.sequences[row] * p.v_strides[0] + p.slots[row] * p.v_strides[2];
-  for (int64_t h = 0; h < p.kv_heads; ++h, head += d, v += p.v_strides[1]) store_head(head, v, d);
+  for (int64_t h = 0; h < p.kv_heads; ++h, head += d, v += p.v_strides[1]) {
+    if (!p.norms_values) {
+      store_head(head, v, d);
+      continue;
+    }
+    F16 scale = set1(scale_of(head, d, p.epsilon));
+    for (int64_t i = 0; i < d; i += 16) store_as(v + i, mul(load(head + i), scale));
+  }
 }
 
 }  // namespace

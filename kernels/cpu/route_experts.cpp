@@ -51,7 +51,9 @@ void route(const RouteExpertsParams& p, int64_t row) {
     ids[choice] = static_cast<int32_t>(best), gates[choice] = scores[best];
   }
   if (p.renormalises) total = sum_of(gates, p.choices);
-  for (int64_t choice = 0; choice < p.choices; ++choice) gates[choice] = gates[choice] / total * p.scale;
+  for (int64_t choice = 0; choice < p.choices; ++choice) {
+    gates[choice] = gates[choice] / total * (p.scales ? p.scales[ids[choice]] * p.scale : p.scale);
+  }
 }
 
 void mix(const MixExpertsParams& p, int64_t row, int64_t first) {

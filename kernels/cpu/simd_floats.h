@@ -18,7 +18,10 @@
 #if PYSPEC_ISA_avx512 || PYSPEC_HAS_INT8_DOT
 #define PYSPEC_HAS_AVX512 1
 #endif
-#if PYSPEC_HAS_AVX512 || PYSPEC_ISA_avx2
+#if PYSPEC_ISA_avx_vnni
+#define PYSPEC_HAS_INT8_DOT 1
+#endif
+#if PYSPEC_HAS_AVX512 || PYSPEC_ISA_avx2 || PYSPEC_ISA_avx_vnni
 #include <immintrin.h>
 #define PYSPEC_HAS_X86_VECTORS 1
 #endif
@@ -305,6 +308,23 @@ PYSPEC_INLINE void transpose16(__m512i r[16]) {
 }
 #endif
 
+#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
+// 8 x 8 floats transposed in registers.
+PYSPEC_INLINE void transpose8(__m256 r[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44), t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
+#endif
+
 #if !PYSPEC_HAS_NEON
 // 16 x 16 values: lane i of rows[j] becomes lane j of rows[i]. Bits pass unchanged, whatever they mean.
 PYSPEC_INLINE void transpose(F16* rows) {
@@ -313,6 +333,12 @@ PYSPEC_INLINE void transpose(F16* rows) {
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(rows[i].v);
   transpose16(r);
   for (int i = 0; i < 16; ++i) rows[i].v = _mm512_castsi512_ps(r[i]);
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256 a[8], b[8], c[8], d[8];  // a b above c d becomes a c above b d
+  for (int i = 0; i < 8; ++i)
+    a[i] = rows[i].lo, b[i] = rows[i].hi, c[i] = rows[i + 8].lo, d[i] = rows[i + 8].hi;
+  transpose8(a), transpose8(b), transpose8(c), transpose8(d);
+  for (int i = 0; i < 8; ++i) rows[i] = {a[i], c[i]}, rows[i + 8] = {b[i], d[i]};
 #else
   uint32_t values[16][16], transposed[16][16];
   std::memcpy(values, rows, sizeof values);

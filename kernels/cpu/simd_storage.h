@@ -218,6 +218,10 @@ PYSPEC_INLINE void store_as(Storage* p, F16 a) {
 PYSPEC_INLINE F16 load_as_float(const int8_t* p) {
 #if PYSPEC_HAS_AVX512
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+#elif PYSPEC_HAS_X86_VECTORS
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
 #elif PYSPEC_HAS_NEON
   int16x8_t low = vmovl_s8(vld1_s8(p)), high = vmovl_s8(vld1_s8(p + 8));
   I16 words{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),

@@ -102,7 +102,9 @@ PYSPEC_INLINE I16 load_as_halves(const Byte* p) {
 }
 // sum + the products of the low halves, of 16 bits, and of the high ones.
 PYSPEC_INLINE I16 dot2(I16 a, I16 b, I16 sum) {
-#if PYSPEC_HAS_INT8_DOT
+#if PYSPEC_ISA_avx_vnni
+  return {_mm256_dpwssd_avx_epi32(sum.lo, a.lo, b.lo), _mm256_dpwssd_avx_epi32(sum.hi, a.hi, b.hi)};
+#elif PYSPEC_HAS_INT8_DOT
   return {_mm512_dpwssd_epi32(sum.v, a.v, b.v)};
 #elif PYSPEC_HAS_AVX512
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(a.v, b.v))};
@@ -182,7 +184,7 @@ PYSPEC_INLINE uint32_t equal_bytes(const uint8_t* p, uint8_t mask, uint8_t value
 // x_sum: of the signed bytes that the dot products will take.
 PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
 #if PYSPEC_HAS_INT8_DOT
-  return {_mm512_set1_epi32(-128 * x_sum)};
+  return set1_words(-128 * x_sum);
 #else
   (void)x_sum;
   return I16();
@@ -193,7 +195,12 @@ PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
 PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
   int32_t four;
   std::memcpy(&four, x, 4);
-#if PYSPEC_HAS_INT8_DOT
+#if PYSPEC_ISA_avx_vnni
+  const __m256i* bytes = reinterpret_cast<const __m256i*>(weights);
+  __m256i fours = _mm256_set1_epi32(four);
+  return {_mm256_dpbusd_avx_epi32(sum.lo, _mm256_loadu_si256(bytes), fours),
+          _mm256_dpbusd_avx_epi32(sum.hi, _mm256_loadu_si256(bytes + 1), fours)};
+#elif PYSPEC_HAS_INT8_DOT
   return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(four))};
 #elif PYSPEC_HAS_AVX512
   // |weight| * (x with weight's sign): at most 2 * 128 * 127 a pair, so 16 bits hold it
@@ -242,7 +249,10 @@ constexpr int64_t small_dots(int64_t most) {
 #if !PYSPEC_HAS_NEON
 // sums + the products of 16 times four weights with four signed bytes, which are in every word of x.
 PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
-#if PYSPEC_HAS_INT8_DOT
+#if PYSPEC_ISA_avx_vnni
+  return {_mm256_dpbusd_avx_epi32(sums.lo, weights.lo, x.lo),
+          _mm256_dpbusd_avx_epi32(sums.hi, weights.hi, x.hi)};
+#elif PYSPEC_HAS_INT8_DOT
   return {_mm512_dpbusd_epi32(sums.v, weights.v, x.v)};
 #elif PYSPEC_HAS_AVX512
   return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v))};

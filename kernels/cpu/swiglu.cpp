@@ -27,7 +27,7 @@ PYSPEC_INLINE F16 product(F16 gate, F16 up) {
 
 template <class Out, Activation kActivation>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
-  const float *gate = p.gate_up + row * 2 * p.size, *up = gate + p.size;
+  const float *gate = p.gate + row * p.stride, *up = p.up + row * p.stride;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   int64_t end = first + kPiece < p.size ? first + kPiece : p.size, i = first;
   for (; i + 16 <= end; i += 16) store_as(out + i, product<kActivation>(load(gate + i), load(up + i)));

@@ -68,6 +68,12 @@ struct Row {
     const __m512i counted = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first)), counted);
     append(list, lanes, _mm512_castps_si512(values.v), index);
+#elif PYSPEC_HAS_X86_VECTORS
+    __m256i index = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(first)),
+                                     _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    append(list, lanes & 255, _mm256_castps_si256(values.lo), index);
+    index = _mm256_add_epi32(index, _mm256_set1_epi32(8));
+    append(list, lanes >> 8, _mm256_castps_si256(values.hi), index);
 #else
     int32_t bits[16];
     store(bits, values);

@@ -1,7 +1,8 @@
 // Lists of topk's candidates, and how one is cut down to its k best.
 //
 // Keys are numbers as integers in the order of what is best. The k-th of n keys is found by halving the range
-// of keys: counting is as fast as reading them.
+// of keys: counting is as fast as reading them. What is taken of a vector moves together by one instruction,
+// or by a table of how lanes move.
 #pragma once
 
 #include <new>
@@ -94,6 +95,29 @@ PYSPEC_INLINE void append(List& list, uint32_t lanes, __m512i keys, __m512i inde
   _mm512_storeu_si512(list.index + list.count, _mm512_maskz_compress_epi32(mask, index));
   list.count += __builtin_popcount(lanes);
 }
+#elif PYSPEC_HAS_X86_VECTORS
+// For every set of 8 lanes: its lanes one after another, then any.
+struct LaneOrders {
+  uint8_t lanes[256][8];
+
+  constexpr LaneOrders() : lanes() {
+    for (int set = 0; set < 256; ++set) {
+      int count = 0;
+      for (int lane = 0; lane < 8; ++lane)
+        if (set >> lane & 1) lanes[set][count++] = static_cast<uint8_t>(lane);
+    }
+  }
+};
+constexpr LaneOrders kLaneOrders;
+
+PYSPEC_INLINE void append(List& list, uint32_t lanes, __m256i keys, __m256i index) {
+  __m256i order = _mm256_cvtepu8_epi32(_mm_loadu_si64(kLaneOrders.lanes[lanes]));
+  __m256i* to_keys = reinterpret_cast<__m256i*>(list.keys + list.count);
+  __m256i* to_index = reinterpret_cast<__m256i*>(list.index + list.count);
+  _mm256_storeu_si256(to_keys, _mm256_permutevar8x32_epi32(keys, order));
+  _mm256_storeu_si256(to_index, _mm256_permutevar8x32_epi32(index, order));
+  list.count += __builtin_popcount(lanes);
+}
 #endif
 
 // Leaves what passes the cut, in its order.
@@ -106,6 +130,17 @@ void keep(List& list, Cut cut) {
     uint32_t lanes = _mm512_cmpgt_epi32_mask(keys, above) |
                      (_mm512_cmpeq_epi32_mask(keys, above) & _mm512_cmple_epi32_mask(index, last));
     if (list.count - i < 16) lanes &= (1u << (list.count - i)) - 1;
+    append(kept, lanes, keys, index);
+  }
+#elif PYSPEC_HAS_X86_VECTORS
+  __m256i above = _mm256_set1_epi32(cut.above), last = _mm256_set1_epi32(cut.last);
+  for (int64_t i = 0; i < list.count; i += 8) {
+    __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(list.keys + i));
+    __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(list.index + i));
+    __m256i equal = _mm256_andnot_si256(_mm256_cmpgt_epi32(index, last), _mm256_cmpeq_epi32(keys, above));
+    __m256i taken = _mm256_or_si256(_mm256_cmpgt_epi32(keys, above), equal);
+    uint32_t lanes = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(taken)));
+    if (list.count - i < 8) lanes &= (1u << (list.count - i)) - 1;
     append(kept, lanes, keys, index);
   }
 #else

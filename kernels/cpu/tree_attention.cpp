@@ -5,6 +5,8 @@
 // share them. Tail: one item per (sequence, KV head, 16 rows) merges the chunks in order, then for each node
 // gathers the rest of the prefix and the node's ancestors by depth, so that a row sees the tiles of plain
 // decoding, bit for bit. Few rows are bound by reading K and V; many rows by multiply-adds (AMX: by exp2).
+// Rows of keys lie too far apart for the processor to foresee them, so while a tile is folded the next is
+// asked for.
 #include "params/tree_attention.h"
 
 #include <new>
@@ -18,9 +20,9 @@ using pyspec::first_tile;
 using pyspec::LaneLayout;
 using pyspec::TreeAttentionParams;
 
+constexpr int64_t kSlotsAhead = 4;  // at a call; at least 17 calls fold a tile of head dimension 128
+
 struct Scratch : FoldScratch {
-  alignas(64) float k[kTile][kMaxHeadDim];  // staged rows, fp32 or bf16
-  alignas(64) float v[kTile][kMaxHeadDim];
   alignas(64) float states[3][(kMaxHeadDim + 2) * kLanes];
   alignas(64) uint16_t in_window[kTile];
 };
@@ -58,14 +60,13 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     return chunk_states +
            ((sequence_head * max_chunks + chunk) * layout.blocks + block) * pyspec::state_floats(d);
   }
-  const char* row(const void* base, const int64_t* strides, int64_t b, int64_t h, int64_t slot) const {
+  const Storage* row(const void* base, const int64_t* strides, int64_t b, int64_t h, int64_t slot) const {
     int64_t page = b, within = slot;
     if (p.block_table) {
       page = p.block_table[b * p.block_table_stride + slot / p.page];
       within = slot % p.page;
     }
-    return static_cast<const char*>(base) +
-           sizeof(Storage) * (page * strides[0] + h * strides[1] + within * strides[2]);
+    return static_cast<const Storage*>(base) + page * strides[0] + h * strides[1] + within * strides[2];
   }
   const uint32_t* bits(int64_t b, int64_t node) const {
     int64_t words = (p.nodes + 31) / 32;
@@ -107,19 +108,8 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
 
   // ==== tiles ====
 
-  Compute* staged_k(Scratch& s, int64_t i) const { return reinterpret_cast<Compute*>(s.k) + i * d; }
-  Compute* staged_v(Scratch& s, int64_t i) const { return reinterpret_cast<Compute*>(s.v) + i * d; }
-
   void stage(Scratch& s, int64_t b, int64_t h, int64_t i, int64_t slot) const {
-    const Storage* k = reinterpret_cast<const Storage*>(row(p.k, p.k_strides, b, h, slot));
-    const Storage* v = reinterpret_cast<const Storage*>(row(p.v, p.v_strides, b, h, slot));
-    if constexpr (kDirect) {
-      std::memcpy(staged_k(s, i), k, d * sizeof(Compute));
-      std::memcpy(staged_v(s, i), v, d * sizeof(Compute));
-    } else {
-      convert_row(k, staged_k(s, i), d);
-      convert_row(v, staged_v(s, i), d);
-    }
+    Base::stage(s, i, row(p.k, p.k_strides, b, h, slot), row(p.v, p.v_strides, b, h, slot));
   }
 
   bool one_page(int64_t first, int64_t last) const {
@@ -130,23 +120,14 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   Tile prefix_tile(Scratch& s, int64_t b, int64_t h, int64_t tile, int64_t visible_from) const {
     int64_t first = tile * kTile, last = first + kTile - 1;
     if (kDirect && one_page(first, last) && visible_from <= first) {
-      return this->finish_tile(s, row(p.k, p.k_strides, b, h, first), p.k_strides[2] * sizeof(Storage),
-                               row(p.v, p.v_strides, b, h, first), p.v_strides[2] * sizeof(Storage), kTile);
+      return this->tile_in_place(s, row(p.k, p.k_strides, b, h, first), p.k_strides[2],
+                                 row(p.v, p.v_strides, b, h, first), p.v_strides[2]);
     }
     for (int64_t i = 0; i < kTile; ++i) {
       stage(s, b, h, i, first + i);
-      if (first + i < visible_from) std::memset(static_cast<void*>(staged_v(s, i)), 0, d * sizeof(Compute));
+      if (first + i < visible_from) this->clear_staged_v(s, i);
     }
-    return staged_tile(s, kTile);
-  }
-
-  Tile staged_tile(Scratch& s, int64_t count) const {
-    for (int64_t i = count; kPairs && i < pyspec::ceil_div(count, 32) * 32; ++i) {
-      std::memset(static_cast<void*>(staged_v(s, i)), 0, d * sizeof(Compute));
-    }
-    int64_t bytes = d * sizeof(Compute);
-    return this->finish_tile(s, reinterpret_cast<char*>(s.k), bytes, reinterpret_cast<char*>(s.v), bytes,
-                             count);
+    return this->staged_tile(s, kTile);
   }
 
   // ==== windows ====
@@ -179,6 +160,23 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
 
   // ==== phase 1: whole prefix tiles ====
 
+  // Asks for the keys and values of slots up to end, a few at a call: while a tile is multiplied, the next
+  // one comes from memory.
+  struct Ahead {
+    const Kernel& kernel;
+    int64_t b, h, *slot, end;
+
+    PYSPEC_INLINE void operator()() const {
+      for (int64_t i = 0; i < kSlotsAhead && *slot < end; ++i, ++*slot) {
+        ask(kernel.row(kernel.p.k, kernel.p.k_strides, b, h, *slot));
+        ask(kernel.row(kernel.p.v, kernel.p.v_strides, b, h, *slot));
+      }
+    }
+    PYSPEC_INLINE void ask(const Storage* row) const {
+      for (int64_t i = 0; i < kernel.d; i += 64 / sizeof(Storage)) __builtin_prefetch(row + i, 0, 2);
+    }
+  };
+
   void fold_chunk(int64_t item) const {
     int64_t chunk = item % max_chunks, sequence_head = item / max_chunks;
     int64_t b = sequence_head / p.kv_heads, h = sequence_head % p.kv_heads;
@@ -204,16 +202,18 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
         }
         continue;
       }
-      int64_t block = 0;
+      int64_t block = 0, next = (tile + 1) * kTile;
+      Ahead ahead{*this, b, h, &next, tile + 1 < end ? next + kTile : next};
       if constexpr (kAmx || kPanelBlocks == 2) {
         for (; block + 1 < layout.blocks; block += 2) {
           this->template fold<2>(keys, query_block(sequence_head, block),
-                                 chunk_state(sequence_head, chunk, block), nullptr, s);
+                                 chunk_state(sequence_head, chunk, block), nullptr, s, ahead);
         }
       }
       for (; block < layout.blocks; ++block) {
+        Fold lanes = layout.used(block, kLanes / 2, p.nodes) ? Fold::kAllLanes : Fold::kFirstHalf;
         this->template fold<1>(keys, query_block(sequence_head, block),
-                               chunk_state(sequence_head, chunk, block), nullptr, s);
+                               chunk_state(sequence_head, chunk, block), nullptr, s, ahead, lanes);
       }
     }
   }
@@ -252,6 +252,10 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
       const uint32_t* ancestors = bits(b, node);
       int64_t ancestor = -1;  // index of the ancestor staged last
       int64_t from = visible_from(b, node_depth), keys = prefix + node_depth + 1;
+      auto fold_staged = [&](int64_t count, const Visible* visible) {
+        this->template fold<1>(this->staged_tile(s, count), query_block(sequence_head, block), open, visible,
+                               s, Nothing(), lanes_of(block, node));
+      };
       for (int64_t tile = whole_tiles; tile * kTile < keys; ++tile) {
         if (tile > whole_tiles && tile == first_tile(chunk_of(tile))) {
           closed.merge(open, d, merged);
@@ -272,21 +276,26 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
         }
         staged_tile_index = tile;
         if (from <= first) {
-          this->template fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, nullptr, s);
+          fold_staged(count, nullptr);
         } else if (from < first + count) {
           alignas(64) float lowest[kLanes];
           store(lowest, set1(static_cast<float>(from - first)));
           Visible visible = from_key(s, lowest);
-          for (int64_t j = 0; j < from - first; ++j) {
-            std::memset(static_cast<void*>(staged_v(s, j)), 0, d * sizeof(Compute));
-          }
+          for (int64_t j = 0; j < from - first; ++j) this->clear_staged_v(s, j);
           staged_tile_index = -1;
-          this->template fold<1>(staged_tile(s, count), query_block(sequence_head, block), open, &visible, s);
+          fold_staged(count, &visible);
         }
       }
       closed.merge(open, d, merged);
       write(b, h, block, node, &merged);
     }
+  }
+
+  // The lanes of a node in a block.
+  Fold lanes_of(int64_t block, int64_t node) const {
+    int64_t first = (node - layout.first_node(block)) * layout.group, half = kLanes / 2;
+    if (first >= half) return Fold::kSecondHalf;
+    return first + layout.group <= half ? Fold::kFirstHalf : Fold::kAllLanes;
   }
 
   // The node's lanes of a block to out and lse; no state is a padding row.

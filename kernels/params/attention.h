@@ -9,7 +9,7 @@ namespace {  // compiled once per instruction set, so never shared between objec
 
 constexpr int64_t kTile = 64;   // keys
 constexpr int64_t kLanes = 16;  // query rows, worked on together
-constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kMaxHeadDim = 512;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -13,8 +13,8 @@ struct RmsNormParams {
   const float* bias;    // [size], added to what has been scaled; or null
   void* out;            // [rows, size], contiguous
   int64_t rows, size, groups;
-  float epsilon;
-  bool centred;  // whether the mean of a row is taken off first, which makes it a layer norm
+  float epsilon, hidden_scale;  // hidden_scale: of the sum, which is kept so; only with a delta
+  bool centred;                 // whether the mean of a row is taken off first, which makes it a layer norm
   Element out_element;
   ParallelFor parallel_for;
 };

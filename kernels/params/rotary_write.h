@@ -22,7 +22,8 @@ struct RotaryWriteParams {
   int64_t width;      // of a head's dimensions, the first that are turned
   int64_t norm_rows;  // 2: each head is normalised by itself; heads + kv_heads: all of a row together
   float epsilon;
-  Element element;  // of q, k and v
+  bool norms_values;  // values are divided by their root mean square, each head's by its own
+  Element element;    // of q, k and v
   ParallelFor parallel_for;
 };
 

@@ -10,6 +10,7 @@ constexpr int64_t kMostExperts = 1024;
 struct RouteExpertsParams {
   const float* logits;  // [rows, experts], contiguous
   const float* bias;    // [experts] or null: added to scores where experts are chosen, and nowhere else
+  const float* scales;  // [experts] or null: of an expert's gate, after all else
   float* gates;         // [rows, choices]
   int32_t* ids;         // [rows, choices], the best first
   int64_t rows, experts, choices;

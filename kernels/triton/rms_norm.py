@@ -27,6 +27,7 @@ def rms_norm_kernel(
     size,
     groups,
     epsilon,
+    hidden_scale,  # of the sum with delta
     # Constants
     BLOCK: tl.constexpr,  # a power of two, at least size
     CENTRED: tl.constexpr,  # whether the mean of a row is taken off first
@@ -49,7 +50,7 @@ def rms_norm_kernel(
         if delta_weight is not None:
             change *= 1.0 / tl.sqrt(tl.sum(change * change, 0) / size + epsilon)
             change *= delta_weights
-        x += change
+        x = (x + change) * hidden_scale
         tl.store(hidden + start + column, x, mask=used)
     if CENTRED:
         x = tl.where(used, x - tl.sum(x, 0) / size, 0.0)
@@ -66,7 +67,7 @@ def compile_options(block: int) -> dict:
     return {"num_warps": max(1, min(16, block // 256)), "enable_fp_fusion": False}
 
 
-def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None, bias=None, centred=False):
+def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None, bias=None, centred=False, hidden_scale=1.0):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
     groups = weight.shape[0] if weight is not None and weight.dim() == 2 else 1
@@ -76,5 +77,6 @@ def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None, bias=
         block = triton.next_power_of_2(size)
         options = {"CENTRED": centred, **compile_options(block), **launch_options(hidden.device)}
         with torch.cuda.device_of(hidden):
-            rms_norm_kernel[(rows,)](hidden, *given, out, size, groups, epsilon, BLOCK=block, **options)
+            sizes = (size, groups, epsilon, float(hidden_scale))
+            rms_norm_kernel[(rows,)](hidden, *given, out, *sizes, BLOCK=block, **options)
     return out

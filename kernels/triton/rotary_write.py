@@ -58,6 +58,7 @@ def rotary_write_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,  # of a head's dimensions, the first that are turned
     IS_WHOLE: tl.constexpr,  # whether the heads of a row are normalised together
+    NORMS_VALUES: tl.constexpr,
     BLOCK: tl.constexpr,  # a power of two, at least half of WIDTH
     REST: tl.constexpr,  # a power of two, at least HEAD_DIM - WIDTH; 0 where they are the same
     IS_EARLY: tl.constexpr,
@@ -87,6 +88,13 @@ def rotary_write_kernel(
             y *= scale * tl.load(weight + HALF + dims, mask=used)
             if REST:
                 rest *= scale * tl.load(weight + WIDTH + behind, mask=is_behind)
+    if NORMS_VALUES:
+        if head >= HEADS + KV_HEADS:
+            scale = _scale_of(qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM, HEAD_DIM, epsilon)
+            x *= scale
+            y *= scale
+            if REST:
+                rest *= scale
     if head < HEADS + KV_HEADS:
         angles = cos_sin + tl.load(positions + row).to(tl.int64) * WIDTH + dims
         cos, sin = tl.load(angles, mask=used), tl.load(angles + HALF, mask=used)
@@ -114,7 +122,18 @@ def rotary_write_kernel(
 
 
 def rotary_write(
-    qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm=None, epsilon=0.0, query_scales=None
+    qkv,
+    cos_sin,
+    positions,
+    sequences,
+    slots,
+    keys,
+    values,
+    heads,
+    norm=None,
+    epsilon=0.0,
+    query_scales=None,
+    norm_values=False,
 ):
     """Launches the kernel; arguments and result of torch.ops.pyspec.rotary_write.
 
@@ -129,6 +148,7 @@ def rotary_write(
         strides = (*keys.stride()[:3], *values.stride()[:3])
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
         constants |= {"WIDTH": width, "IS_WHOLE": norm is not None and len(norm) > 2}
+        constants["NORMS_VALUES"] = norm_values
         constants["BLOCK"] = triton.next_power_of_2(width // 2)
         constants["REST"] = triton.next_power_of_2(head_dim - width) if width < head_dim else 0
         with torch.cuda.device_of(qkv):

@@ -20,6 +20,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 def route_kernel(
     logits,  # [rows, experts]
     bias,  # [experts] or None
+    scales,  # [experts] or None: of an expert's gate, after all else
     gates,  # [rows, choices], written
     ids,  # [rows, choices], written
     experts,
@@ -54,6 +55,8 @@ def route_kernel(
         total += score
     if RENORMALISES:
         chosen = chosen / total
+    if scales is not None:
+        chosen *= tl.load(scales + found, mask=place < choices, other=1.0)
     tl.store(gates + row * choices + place, chosen * scale, mask=place < choices)
     tl.store(ids + row * choices + place, found, mask=place < choices)
 
@@ -85,7 +88,7 @@ def mix_kernel(
     tl.store(out + row * size + column, total, mask=used)
 
 
-def route_experts(logits, bias, choices, sigmoid, renormalise, scale):
+def route_experts(logits, bias, choices, sigmoid, renormalise, scale, scales=None):
     """Launches the kernel; arguments and results of torch.ops.pyspec.route_experts."""
     rows, experts = logits.shape
     gates = logits.new_empty((rows, choices))
@@ -95,7 +98,7 @@ def route_experts(logits, bias, choices, sigmoid, renormalise, scale):
         most["MOST_CHOICES"] = max(2, triton.next_power_of_2(choices))
         how = {"IS_SIGMOID": sigmoid, "RENORMALISES": renormalise, **OPTIONS, **launch_options(logits.device)}
         with torch.cuda.device_of(logits):
-            route_kernel[(rows,)](logits, bias, gates, ids, experts, choices, float(scale), **most, **how)
+            route_kernel[(rows,)](logits, bias, scales, gates, ids, experts, choices, float(scale), **most, **how)
     return gates, ids
 
 

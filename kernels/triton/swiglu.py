@@ -19,9 +19,11 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 @triton.jit
 def swiglu_kernel(
-    gate_up,  # [rows, 2 * size]
+    gates,  # [rows, size]
+    ups,  # [rows, size]
     out,  # [rows, size], written
     size,
+    stride,  # of rows of gates and of ups
     IS_GELU: tl.constexpr,
     IS_CLAMPED: tl.constexpr,
     IS_EARLY: tl.constexpr,
@@ -30,8 +32,8 @@ def swiglu_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     used = column < size
-    gate = tl.load(gate_up + row * 2 * size + column, mask=used, other=0.0)
-    up = tl.load(gate_up + (row * 2 + 1) * size + column, mask=used, other=0.0)
+    gate = tl.load(gates + row * stride + column, mask=used, other=0.0)
+    up = tl.load(ups + row * stride + column, mask=used, other=0.0)
     if IS_CLAMPED:  # what is NaN stays so
         gate = tl.where(gate > 7.0, 7.0, gate)
         up = tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0
@@ -43,9 +45,11 @@ def swiglu_kernel(
     tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-turned)) * up).to(out.dtype.element_ty), mask=used)
 
 
-def swiglu(gate_up, out_dtype, activation=0):
+def swiglu(gate_up, out_dtype, activation=0, up=None):
     """Launches the kernel; arguments and result of torch.ops.pyspec.swiglu."""
-    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    gate_up = gate_up.contiguous()
+    rows, size = gate_up.shape[0], gate_up.shape[1] // (2 if up is None else 1)
+    up = gate_up[:, size:] if up is None else up.contiguous()
     out = gate_up.new_empty((rows, size), dtype=out_dtype)
     if out.numel():
         grid = (rows, triton.cdiv(size, BLOCK.value))
@@ -56,5 +60,5 @@ def swiglu(gate_up, out_dtype, activation=0):
                 **OPTIONS,
                 **launch_options(gate_up.device),
             }
-            swiglu_kernel[grid](gate_up.contiguous(), out, size, **options)
+            swiglu_kernel[grid](gate_up, up, out, size, gate_up.shape[1], **options)
     return out

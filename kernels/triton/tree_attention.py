@@ -305,6 +305,8 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
     batch, heads, nodes, head_dim = q.shape
+    if head_dim > 256 and q.dtype.itemsize > 2 and q.is_cuda:  # two tiles of these are more than shared memory
+        raise ValueError(f"q must be float16 or bfloat16 for a head_dim of {head_dim} on a GPU, got {q.dtype}")
     kv_heads, group = k.shape[1], heads // k.shape[1]
     slots = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
     chunks = chunks_of(slots // TILE.value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import attention as attention_block
-from pyspec.architectures.blocks import feed_forward
+from pyspec.architectures.blocks import feed_forward, tap
 from pyspec.architectures.llama import LayerWeights, LlamaConfig
 from pyspec.architectures.mamba import check_silu
 from pyspec.architectures.mamba2 import Mamba2Config, Mamba2Layer, check_no_limit
@@ -190,13 +190,15 @@ class BambaWeights(NativeWeights):
 
     NORM = "model.final_layernorm.weight"
 
-    def forward(self, config: BambaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
-        epsilon, delta = config.attention.norm_epsilon, None
+    def forward(self, config: BambaConfig, hidden: Tensor, cache, numbers, dtype, layers=None, taps=()) -> list[Tensor]:
+        epsilon, delta, tapped = config.attention.norm_epsilon, None, []
         counts = {True: iter(range(config.layers)), False: iter(range(config.layers))}  # each kind has a cache
-        for is_attention, layer in zip(config.is_attention, self.layers, strict=True):
+        for number, (is_attention, layer) in enumerate(zip(config.is_attention, self.layers, strict=True)):
             index = next(counts[is_attention])
             norm = layer.scales.attention if is_attention else layer.norm
             x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
+            if number in taps:
+                tapped.append(tap(hidden))
             if is_attention:
                 delta = attention_block(x, layer, config.attention, cache, index, numbers)
             else:
@@ -204,7 +206,8 @@ class BambaWeights(NativeWeights):
             norm = layer.scales.feed_forward if is_attention else layer.feed_forward_norm
             x = rms_norm(hidden, norm, epsilon, delta=delta, out_dtype=dtype)
             delta = feed_forward(x, layer.gate_up, layer.down)
-        return rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
+        normed = rms_norm(hidden, self.norm, epsilon, delta=delta, out_dtype=dtype)
+        return [normed, *tapped, *([tap(hidden)] if len(self.layers) in taps else [])]
 
 
 # ==== config.json ====

@@ -19,25 +19,32 @@ from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "experts", "feed_forward", "mamba", "mamba2"]
+__all__ = ["attention", "experts", "feed_forward", "mamba", "mamba2", "tap"]
+
+
+def tap(hidden: Tensor) -> Tensor:
+    """A copy of the residual stream [R, H] fp32 as it is now, for the norms of layers change it in place."""
+    return rms_norm(hidden, None, 0.0)
 
 
 def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
     """Attention over the keys of a cache's layer `index`, where those of the rows are written.
 
     Args:
-        layer: has qkv, output, their biases, head_scales and sinks, see architectures.llama.LayerWeights.
+        layer: has qkv, output, their biases, head_scales, sinks and has_keys, see architectures.llama.LayerWeights.
         config: has the heads, windows and scale and softcap of scores, see architectures.llama.LlamaConfig.
         cache: with keys and values, such as a DenseCache.
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
     """
     projected = _project(x, layer.qkv, layer.qkv_bias)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
-    options = {} if layer.head_scales is None else {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
-    q = rotary_write(
-        projected, rope.cos_sin, *places, k, v, heads=config.heads, query_scales=rope.query_scales, **options
-    )
+    if not layer.has_keys:
+        k, v = k[:, :0], v[:, :0]
+    options = {"heads": config.heads, "query_scales": rope.query_scales, "norm_values": config.norms_values}
+    if layer.head_scales is not None or config.norms_values:
+        options |= {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
+    q = rotary_write(projected, rope.cos_sin, *places, k, v, **options)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
     if layer.sinks is not None:
         scores["sinks"] = layer.sinks

@@ -68,7 +68,7 @@ class GptOssWeights(LlamaWeights):
     """All weights, by the names of Hugging Face's Qwen3 MoE; biases of experts are together."""
 
     @staticmethod
-    def checkpoint(stored) -> GptOssCheckpoint:
+    def checkpoint(stored, config) -> GptOssCheckpoint:
         return GptOssCheckpoint(stored)
 
 

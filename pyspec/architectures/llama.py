@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
-from pyspec.architectures.blocks import attention, feed_forward
+from pyspec.architectures.blocks import attention, feed_forward, tap
 from pyspec.architectures.rotary import Rope, RopeScaling, read_rope, rope_frequencies, rope_table
 from pyspec.architectures.shapes import (
     DEFAULTS,
@@ -24,7 +24,7 @@ from pyspec.architectures.shapes import (
 from pyspec.architectures.weights import Blank, Matrix, NativeLayer, NativeWeights, dense
 from pyspec.entries import Entries
 from pyspec.ops.rms_norm import rms_norm
-from pyspec.ops.tree_attention import HEAD_DIMS
+from pyspec.ops.tree_attention import TREE_HEAD_DIMS
 from pyspec.runners.attention import AttentionRunner
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ class LlamaConfig:
     norm_offset = 0.0
     embedding_scale = logits_scale = 1.0
     logits_softcap = attention_scale = attention_softcap = rope_width = None
-    centred = norm_bias = is_parallel = has_sinks = False
+    centred = norm_bias = is_parallel = has_sinks = norms_values = False
+    layer_heads = None  # of each layer, key heads and their width, where layers differ
+    key_layers = None  # of each layer, the one whose keys it reads, where that is not always its own
 
     architecture: str
     vocab_size: int
@@ -73,8 +75,8 @@ class LlamaConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.head_dim not in HEAD_DIMS:
-            raise Unsupported(f"head_dim {self.head_dim} of {self.architecture}: supported are {HEAD_DIMS}")
+        if self.head_dim not in TREE_HEAD_DIMS:
+            raise Unsupported(f"head_dim {self.head_dim} of {self.architecture}: supported are {TREE_HEAD_DIMS}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
@@ -114,6 +116,7 @@ class LayerWeights(NativeLayer):
     """
 
     MATRICES = ("qkv", "output", "gate_up", "down")
+    has_keys = True  # else a layer reads those of another, and qkv is of queries alone
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     norm_biases: dict[str, Tensor]  # by the same names; or none
@@ -128,14 +131,14 @@ class LayerWeights(NativeLayer):
 
     @classmethod
     def empty(cls, config: LlamaConfig, blank: Blank) -> LayerWeights:
-        qkv_rows = (config.heads + 2 * config.kv_heads) * config.head_dim
+        qkv_rows = (config.heads + 2 * config.kv_heads * cls.has_keys) * config.head_dim
         normed = {None: (), "head": (1, 1), "row": (config.heads, config.kv_heads)}[config.head_norm]
         return cls(
             norms={name: blank.vector(config.hidden_size) for name in config.norm_names},
             norm_biases={name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
             head_norms={
                 name: blank.vector(heads * config.head_dim)
-                for name, heads in zip(("q_norm", "k_norm"), normed, strict=bool(normed))
+                for name, heads in zip(("q_norm", "k_norm")[: 1 + cls.has_keys], normed, strict=False)
             },
             qkv=blank.matrix(qkv_rows, config.hidden_size),
             qkv_bias=blank.vector(qkv_rows) if config.qkv_bias else None,
@@ -163,6 +166,8 @@ class LayerWeights(NativeLayer):
         feed_forward = {f"mlp.{name}.weight": tensor for name, tensor in self.named_feed_forward(config).items()}
         tensors |= dict([*feed_forward.items()][:1])  # down: fingerprints of models hang on the order
         joined, parts = (("qkv",), [sum(qkv_rows)]) if "qkv" in config.fused else ("qkv", qkv_rows)
+        if not self.has_keys:
+            joined, parts = "q", qkv_rows[:1]
         for name, part in zip(joined, dense(self.qkv).split(parts), strict=True):
             tensors[f"self_attn.{name}_proj.weight"] = part
         if self.qkv_bias is not None:
@@ -191,7 +196,10 @@ class LayerWeights(NativeLayer):
         self.shifts = Scales(**self.norm_biases)
         self.head_scales = None
         if self.head_norms:
-            self.head_scales = _scale(torch.cat(list(self.head_norms.values())), config).view(-1, config.head_dim)
+            norms = list(self.head_norms.values())  # a key that there is none of has its norm too
+            self.head_scales = _scale(torch.cat(norms if self.has_keys else 2 * norms), config).view(
+                -1, config.head_dim
+            )
 
 
 class Scales(NamedTuple):
@@ -226,8 +234,9 @@ class LlamaWeights(NativeWeights):
         tensors = super().named_outside(config)
         return tensors if self.norm_bias is None else tensors | {"model.norm.bias": self.norm_bias}
 
-    def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
+    def forward(self, config: LlamaConfig, hidden: Tensor, cache, numbers, dtype, layers=None, taps=()) -> list[Tensor]:
         delta = delta_scale = None
+        tapped = []
 
         def norm(scale: Tensor | None, bias: Tensor | None) -> Tensor:
             """Takes in what the last part of a layer gave."""
@@ -238,13 +247,16 @@ class LlamaWeights(NativeWeights):
             layer = self.layers[index]
             scales, shifts = layer.scales, layer.shifts
             x = norm(scales.attention, shifts.attention)
+            if index in taps:
+                tapped.append(tap(hidden))
             delta, delta_scale = attention(x, layer, config, cache, index, numbers), scales.attention_output
             if config.is_parallel:
                 rms_norm(hidden, None, config.norm_epsilon, delta=delta)
             else:
                 x = norm(scales.feed_forward, shifts.feed_forward)
             delta, delta_scale = layer.feed_forward(x, config), scales.feed_forward_output
-        return norm(self.last_scale, self.last_shift)
+        normed = norm(self.last_scale, self.last_shift)
+        return [normed, *tapped, *([tap(hidden)] if config.layers in taps else [])]
 
     def prepare(self, config: LlamaConfig) -> None:
         super().prepare(config)

@@ -160,7 +160,7 @@ class MixtureWeights(LlamaWeights):
     """All weights, by the names of Hugging Face's Qwen3 MoE."""
 
     @staticmethod
-    def checkpoint(stored) -> ExpertCheckpoint:
+    def checkpoint(stored, config) -> ExpertCheckpoint:
         return ExpertCheckpoint(stored)
 
 
@@ -186,26 +186,30 @@ class ExpertCheckpoint:
     of transformers.
     """
 
+    NAMES = _NAMES
+
     def __init__(self, stored):
         self._stored = stored
         self._places: dict[str, tuple[str, tuple[int, slice] | None]] = {}  # a stored tensor, and where in it
         self.shapes: dict[str, tuple[int, ...]] = {}
         for original, shape in stored.shapes.items():
             name = original
-            for pattern, replacement in _NAMES:
+            for pattern, replacement in self.NAMES:
                 name = re.sub(pattern, replacement, name)
             match = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name)
             if match is None or len(shape) != 3:
                 self._places[name], self.shapes[name] = (original, None), shape
                 continue
-            parts = {"down": slice(None)}
-            if match[2] == "gate_up":
-                parts = {"gate": slice(shape[1] // 2), "up": slice(shape[1] // 2, None)}
-            for number, (part, rows) in product(range(shape[0]), parts.items()):
+            for number, (part, rows) in product(range(shape[0]), self._parts(match[2], shape[1]).items()):
                 name = f"{match[1]}.{number}.{part}_proj.weight"
                 self._places[name] = original, (number, rows)
                 self.shapes[name] = (len(range(shape[1])[rows]), shape[2])
         self._left = Counter(original for original, _ in self._places.values())
+
+    def _parts(self, kind: str, outputs: int) -> dict[str, slice]:
+        """The tensors that a stored one is of, and their rows."""
+        halves = {"gate": slice(outputs // 2), "up": slice(outputs // 2, None)}
+        return halves if kind == "gate_up" else {kind: slice(None)}
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor | slice, Tensor]]:
         """Row numbers and the values of these rows."""

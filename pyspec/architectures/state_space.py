@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyspec.architectures.blocks import tap
 from pyspec.architectures.weights import Blank, NativeLayer, NativeWeights, dense
 from pyspec.ops.rms_norm import rms_norm
 
@@ -94,9 +95,14 @@ class StateSpaceWeights(NativeWeights):
     EMBEDDING = "backbone.embeddings.weight"
     NORM = "backbone.norm_f.weight"
 
-    def forward(self, config: StateSpaceConfig, hidden: Tensor, cache, numbers, dtype, layers=None) -> Tensor:
-        delta = None
+    def forward(
+        self, config: StateSpaceConfig, hidden: Tensor, cache, numbers, dtype, layers=None, taps=()
+    ) -> list[Tensor]:
+        delta, tapped = None, []
         for index, layer in enumerate(self.layers):
             x = rms_norm(hidden, layer.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
+            if index in taps:
+                tapped.append(tap(hidden))
             delta = layer.mix(config, x, cache.layer(index), numbers.round)
-        return rms_norm(hidden, self.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
+        normed = rms_norm(hidden, self.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
+        return [normed, *tapped, *([tap(hidden)] if config.layers in taps else [])]

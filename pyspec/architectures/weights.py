@@ -83,8 +83,8 @@ class NativeWeights:
     is_together: bool = field(default=False, repr=False)  # see move_together
     sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
 
-    def forward(self, config, hidden: Tensor, cache, numbers, dtype: torch.dtype, layers=None) -> Tensor:
-        """[R, H] of dtype, after the last norm: all layers, or those named, for the rows of a round.
+    def forward(self, config, hidden: Tensor, cache, numbers, dtype: torch.dtype, layers=None, taps=()) -> list[Tensor]:
+        """[R, H] of dtype, after the last norm: all layers, or those named, for the rows of a round; then the taps.
 
         A straight line of ops, because it is recorded; see architectures.blocks.
 
@@ -94,11 +94,13 @@ class NativeWeights:
             numbers: the round, a pyspec.runners.numbers.Numbers.
             dtype: of activations.
             layers: some of the layers, ascending; only where they are all attention.
+            taps: layers whose residual stream is to come back too, [R, H] fp32 each, ascending: what a layer takes in
+                before it norms it, and by the number of layers what the last norm takes in.
         """
         raise NotImplementedError  # abstract: each family has its own
 
     @staticmethod
-    def checkpoint(stored):
+    def checkpoint(stored, config):
         """A checkpoint whose tensors are those of `named`, of one as it is stored; see checkpoints.weights."""
         return stored
 

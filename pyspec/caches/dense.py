@@ -98,7 +98,11 @@ class DenseCache(KeysAndValues):
         self.capacity = capacity
         self.ropes = ropes
         self.lengths, self.angles = [0] * sequences, [0] * sequences
-        self.keys_values = torch.empty(layers, 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+        shape = (layers, 2, sequences, kv_heads, capacity, head_dim)
+        self._hold([torch.empty(shape, dtype=dtype, device=device)])
+
+    def _hold(self, parts: list[Tensor]) -> None:
+        self._parts, self.keys_values = parts, parts[0]
 
     @property
     def starts(self) -> list[int]:
@@ -126,7 +130,7 @@ class DenseCache(KeysAndValues):
     def view(self, sequences: Sequence[int], extent: int | None) -> DenseCache:
         """The same memory, as a cache of neighbouring sequences and of their first slots, or of all."""
         view = copy.copy(self)
-        view.keys_values = self.keys_values[:, :, sequences[0] : sequences[-1] + 1, :, :extent]
+        view._hold([part[:, :, sequences[0] : sequences[-1] + 1, :, :extent] for part in self._parts])
         return view
 
     def plan(self, trees, advances) -> None:
@@ -154,14 +158,73 @@ class DenseCache(KeysAndValues):
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Makes the first count slots of a sequence, in all layers, those of another, and all it has."""
-        self.keys_values[:, :, target, :, :count] = self.keys_values[:, :, source, :, :count]
+        for part in self._parts:
+            part[:, :, target, :, :count] = part[:, :, source, :, :count]
         self.lengths[target] = count
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots length + path[j], in this order, in all layers; path ascends."""
         if path[-1] >= len(path):  # else it lies there already
-            keep_path(self.keys_values[:, :, sequence, :, self.lengths[sequence] :], path)
+            for part in self._parts:
+                keep_path(part[:, :, sequence, :, self.lengths[sequence] :], path)
         self.lengths[sequence] += len(path)
+
+
+class MixedCache(DenseCache):
+    """A DenseCache of layers that differ in their key heads, or read the keys of others.
+
+    `keys_values` is a list of each layer's [2, B, Hkv, capacity, D]. Layers of one shape lie in one allocation.
+
+    Args:
+        layer_heads: of each layer, its key heads and their width.
+        key_layers: of each layer, the one whose keys it reads: itself, or one of the same heads.
+        sequences, capacity, dtype, device, ropes: see DenseCache.
+    """
+
+    def __init__(
+        self,
+        layer_heads: Sequence[tuple[int, int]],
+        key_layers: Sequence[int],
+        sequences: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ropes: Sequence[Rope] = (),
+    ):
+        self.capacity, self.ropes = capacity, ropes
+        self.lengths, self.angles = [0] * sequences, [0] * sequences
+        writers: dict[tuple[int, int], list[int]] = {}  # layers, by their heads
+        for layer in sorted(set(key_layers)):
+            writers.setdefault(layer_heads[layer], []).append(layer)
+        shapes = list(writers)
+        heads = [layer_heads[layer] for layer in key_layers]
+        self._places = [
+            (shapes.index(shape), writers[shape].index(layer)) for shape, layer in zip(heads, key_layers, strict=True)
+        ]
+        self._hold(
+            [
+                torch.empty(len(layers), 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
+                for (kv_heads, head_dim), layers in writers.items()
+            ]
+        )
+
+    def _hold(self, parts: list[Tensor]) -> None:
+        self._parts = parts
+        self.keys_values = [parts[part][layer] for part, layer in self._places]
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts[0].device
+
+    @property
+    def memory(self) -> int:
+        """The address that tells apart where the cache lies."""
+        return self._parts[0].data_ptr()
+
+    @property
+    def slots(self) -> int:
+        """Slots that are allocated for a sequence."""
+        return self._parts[0].shape[4]
 
 
 def keep_path(slots: torch.Tensor, path: Sequence[int]) -> None:

@@ -173,9 +173,12 @@ class TensorCheckpoint:
 def _hugging_face_name(name: str) -> str | None:
     """The name that transformers gives a tensor of mamba_ssm's or Codestral's, or of a text model among others.
 
-    None for what reads images.
+    None for what reads images or sound.
     """
-    if re.match(r"(model\.)?(vision_tower|multi_modal_projector|visual)\.", name):
+    if re.match(
+        r"(model\.)?(vision_tower|vision_model|audio_tower|embed_vision|embed_audio|multi_modal_projector|visual)\.",
+        name,
+    ):
         return None
     name = re.sub(r"^model\.language_model\.", "model.", re.sub(r"^language_model\.(?=model\.|lm_head\.)", "", name))
     name = re.sub(r"^model\.(?=backbone\.|lm_head\.)", "", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,11 @@ def cache_bytes(config, dtype: torch.dtype, rows: int = ROWS) -> tuple[int, int]
     """Bytes of a dense cache of keys and values and of what a step computes, and the tokens that it is for."""
     attention = getattr(config, "attention", config)  # a hybrid has a configuration for each kind of layer
     tokens = min(TOKENS, getattr(attention, "context_length", TOKENS))
-    heads = getattr(attention, "kv_heads", 0) * getattr(attention, "head_dim", 0)
+    heads = attention.layers * getattr(attention, "kv_heads", 0) * getattr(attention, "head_dim", 0)
+    if getattr(attention, "layer_heads", None):
+        heads = sum(math.prod(attention.layer_heads[layer]) for layer in set(attention.key_layers))
     step = rows * (config.vocab_size + 16 * config.hidden_size) * 4
-    return 2 * attention.layers * heads * dtype.itemsize * tokens + step, tokens
+    return 2 * heads * dtype.itemsize * tokens + step, tokens
 
 
 def _gigabytes(size: int) -> str:

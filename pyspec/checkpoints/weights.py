@@ -55,7 +55,7 @@ def read_weights(
         ValueError: tensors are missing, unknown or of another shape than config says, or hold NaN or infinity.
         MemoryError: they cannot fit.
     """
-    checkpoint = family.weights.checkpoint(checkpoint)
+    checkpoint = family.weights.checkpoint(checkpoint, config)
     checkpoint = _InModelOrder(checkpoint, family, config)
     config = _tied_as_stored(checkpoint, config, family.weights.EMBEDDING)
     _check_tensors(family.weights, checkpoint, config, path)

@@ -23,6 +23,7 @@ INSTRUCTION_SETS = (
     "avx2",
     "fma",
     "f16c",
+    "avx_vnni",
     "avx512f",
     "avx512bw",
     "avx512vl",

@@ -25,6 +25,8 @@ class Drafter(Protocol):
     tree.q holds, and decides to draw it, and to keep it, before it knows the draw; it also has `siblings`, a
     pyspec.tree.Siblings. Calling chosen drafts sampled biases the text: rules that trust q are told so by this.
 
+    A drafter may have `taps`, layers whose residual stream it reads of all that it observes: see Runner.prefill.
+
     A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
     the noise of a draw is known before the draw, and a guess may look at it.
     """

@@ -11,9 +11,12 @@ RESULTS = Path(os.environ.get("PYSPEC_RESULTS") or BENCH / "results")
 
 
 def save(name: str, result: dict) -> Path:
-    """Writes <name>.json into bench/results of a clone, or into the folder PYSPEC_RESULTS."""
+    """Writes <name>.json into bench/results of a clone, or into the folder PYSPEC_RESULTS.
+
+    Where PYSPEC_ISA asks for an instruction set, the file is <name>_<set>.json: it stands for another machine.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{'_'.join(filter(None, (name, os.environ.get('PYSPEC_ISA'))))}.json"
     write(path, result)
     return path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -104,6 +105,8 @@ def machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+    if isa := os.environ.get("PYSPEC_ISA"):
+        info["PYSPEC_ISA"] = isa
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
     return info

@@ -1,8 +1,9 @@
 """rms_norm: the residual stream takes a layer's output in and is normalised, in one walk.
 
-hidden += delta;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded once. With a weight
-[groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups. Some models norm a layer's
-output too, delta by a weight of its own, before it is added; and some do only that: without a weight, out = hidden.
+hidden = (hidden + delta) * hidden_scale;  out = hidden / sqrt(mean(hidden^2) + epsilon) * weight, in fp32, rounded
+once. With a weight [groups, H] the rows are groups of a longer vector: row r is scaled by weight r % groups. Some
+models norm a layer's output too, delta by a weight of its own, before it is added; and some do only that: without a
+weight, out = hidden.
 Centred, the mean of a row is taken off before it is normalised, and a bias may be added at last: a layer norm.
 """
 
@@ -24,10 +25,12 @@ def rms_norm_reference(
     delta_weight: Tensor | None = None,
     bias: Tensor | None = None,
     centred: bool = False,
+    hidden_scale: float = 1.0,
 ) -> Tensor:
     """Plain PyTorch; hidden is changed in place. The specification of the kernels."""
     if delta is not None:
         hidden += delta if delta_weight is None else _normed(delta, delta_weight, epsilon)
+        hidden *= hidden_scale
     if weight is None:
         return hidden.to(out_dtype, copy=True)
     if weight.dim() == 2:
@@ -54,7 +57,8 @@ def _triton():
 _OP = Op(
     "rms_norm",
     "(Tensor(a!) hidden, Tensor? delta, Tensor? weight, float epsilon, ScalarType out_dtype, "
-    "Tensor? delta_weight=None, Tensor? bias=None, bool centred=False) -> Tensor",
+    "Tensor? delta_weight=None, Tensor? bias=None, bool centred=False, "
+    "float hidden_scale=1.0) -> Tensor",
     rms_norm_reference,
     _fake,
     _triton,
@@ -70,6 +74,7 @@ def rms_norm(
     delta_weight: Tensor | None = None,
     bias: Tensor | None = None,
     centred: bool = False,
+    hidden_scale: float = 1.0,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Adds delta to hidden in place and returns the root-mean-square norm, or the layer norm, of the sum.
@@ -82,6 +87,7 @@ def rms_norm(
         delta_weight: [H] fp32: delta's own norm is added, scaled by this; None adds delta as it is.
         bias: [H] fp32, added to what has been scaled by weight; None for none.
         centred: whether the mean of a row is taken off before it is normalised; it is kept in hidden.
+        hidden_scale: what the sum of hidden and delta is multiplied by before it is kept and normalised.
         out_dtype: fp32, fp16 or bf16.
 
     Returns:
@@ -100,6 +106,8 @@ def rms_norm(
         raise ValueError("weight must be there for a bias and where rows are centred, got None")
     if centred and delta_weight is not None:
         raise ValueError("delta_weight must be None where rows are centred")
+    if delta is None and hidden_scale != 1:
+        raise ValueError(f"hidden_scale must be 1 where there is no delta, got {hidden_scale}")
     has_groups = weight is not None and weight.dim() == 2
     check_tensors(
         "hidden",
@@ -113,4 +121,4 @@ def rms_norm(
     if has_groups and (not len(weight) or len(hidden) % len(weight)):
         raise ValueError(f"hidden must have a multiple of weight's {len(weight)} groups as rows, got {len(hidden)}")
     check_floating("out_dtype", out_dtype)
-    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight, bias, centred)
+    return _OP(hidden, delta, weight, epsilon, out_dtype, delta_weight, bias, centred, hidden_scale)

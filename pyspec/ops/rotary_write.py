@@ -2,7 +2,8 @@
 
 A head's first half x and second half y at position p become x cos - y sin and y cos + x sin, with the angles of p;
 where there are fewer angles, that is so of the head's first dimensions, and the others stay. Some models norm queries
-and keys before, by their root mean square, and some scale queries by their position. The projection is read once, in
+and keys before, by their root mean square, and values too, and some scale queries by their position. Where there are no
+key heads, only queries are turned: some layers read the keys of others. The projection is read once, in
 fp32, and rounded once, to the cache's dtype.
 """
 
@@ -27,6 +28,7 @@ def rotary_write_reference(
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     query_scales: Tensor | None = None,
+    norm_values: bool = False,
 ) -> Tensor:
     """Plain PyTorch; keys and values are changed in place. The specification of the kernels."""
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
@@ -42,6 +44,8 @@ def rotary_write_reference(
     turned = torch.cat((x * cos - y * sin, y * cos + x * sin, rest), -1)
     if query_scales is not None:
         turned[:, :heads] *= query_scales[positions.long(), None, None]
+    if norm_values:
+        straight = straight * torch.rsqrt(straight.square().mean(-1, keepdim=True) + epsilon)
     turned = turned.to(keys.dtype)
     places = sequences.long(), slice(None), slots.long()
     keys[places] = turned[:, heads:]
@@ -69,7 +73,7 @@ _OP = Op(
     "rotary_write",
     "(Tensor qkv, Tensor cos_sin, Tensor positions, Tensor sequences, Tensor slots, Tensor(a!) keys, "
     "Tensor(b!) values, int heads, Tensor? norm=None, float epsilon=0.0, "
-    "Tensor? query_scales=None) -> Tensor",
+    "Tensor? query_scales=None, bool norm_values=False) -> Tensor",
     rotary_write_reference,
     _fake,
     _triton,
@@ -90,6 +94,7 @@ def rotary_write(
     norm: Tensor | None = None,
     epsilon: float = 0.0,
     query_scales: Tensor | None = None,
+    norm_values: bool = False,
 ) -> Tensor:
     """Turns queries and keys and writes keys and values to a cache.
 
@@ -99,12 +104,14 @@ def rotary_write(
             head, an even number up to D.
         positions: [R] int32 in [0, P).
         sequences, slots: [R] int32, where each row's key and value go.
-        keys, values: [B, kv_heads, S, D] fp32, fp16 or bf16 with a contiguous last dimension; changed in place.
+        keys, values: [B, kv_heads, S, D] fp32, fp16 or bf16 with a contiguous last dimension; changed in place. With
+            kv_heads = 0 nothing is written.
         heads: of the queries.
         norm: None, or weights of queries' and keys' root mean square norms, in this order: [2, D] fp32 for each head by
             itself; [heads + kv_heads, D] for all query heads of a row together, and all its key heads.
         epsilon: added to the mean of squares.
         query_scales: [P] fp32 and contiguous, what turned queries are multiplied by at each position; None for 1.
+        norm_values: whether each head's values are divided by their root mean square, with the same epsilon.
 
     Returns:
         The turned queries, [R, heads, D] of the keys' dtype.
@@ -125,8 +132,8 @@ def rotary_write(
         if tensor.dtype not in FLOATS or tensor.dtype != keys.dtype:
             raise TypeError(f"{name} must be float32, float16 or bfloat16 and like keys, got {tensor.dtype}")
     kv_heads, head_dim = keys.shape[1], keys.shape[3]
-    if head_dim % 16 or not 0 < head_dim <= 256:
-        raise ValueError(f"keys must have a head_dim that is a multiple of 16 up to 256, got {head_dim}")
+    if head_dim % 16 or not 0 < head_dim <= 512:
+        raise ValueError(f"keys must have a head_dim that is a multiple of 16 up to 512, got {head_dim}")
     rows, width = qkv.shape[0], 2 * cos_sin.shape[-1]
     if not 0 < width <= head_dim:
         raise ValueError(
@@ -148,4 +155,4 @@ def rotary_write(
         ("slots", slots, torch.int32, (rows,)),
     )
     check_contiguous(cos_sin=cos_sin, query_scales=query_scales)
-    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon, query_scales)
+    return _OP(qkv, cos_sin, positions, sequences, slots, keys, values, heads, norm, epsilon, query_scales, norm_values)

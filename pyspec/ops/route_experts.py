@@ -2,7 +2,8 @@
 
     score[r, e] = softmax over e of logits[r, e], or sigmoid(logits[r, e])
     ids[r] = the choices best of score[r, e] + bias[e], the best first, of equals the lower number
-    gates[r, c] = scale * score[r, ids[r, c]], divided by the sum over c where they are renormalised
+    gates[r, c] = scale * score[r, ids[r, c]], divided by the sum over c where they are renormalised,
+                  and times scales[ids[r, c]] where experts have scales of their own
     out[r] = sum over c of gates[r, c] values[r * choices + c] + shared_gates[r] shared[r]
 
 A renormalised softmax is that over the chosen alone. Sums are in fp32, in the order of a row's own ranking, so that
@@ -23,7 +24,13 @@ MOST_EXPERTS = 1024  # as in kernels/params/route_experts.h
 
 
 def route_experts_reference(
-    logits: Tensor, bias: Tensor | None, choices: int, sigmoid: bool, renormalise: bool, scale: float
+    logits: Tensor,
+    bias: Tensor | None,
+    choices: int,
+    sigmoid: bool,
+    renormalise: bool,
+    scale: float,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch. The specification of the kernels."""
     scores = logits.sigmoid() if sigmoid else logits.softmax(-1)
@@ -32,7 +39,7 @@ def route_experts_reference(
     gates = scores.gather(1, ids)
     if renormalise:
         gates = gates / gates.sum(-1, keepdim=True)
-    return gates * scale, ids.int()
+    return gates * (scale if scales is None else scale * scales[ids]), ids.int()
 
 
 def mix_experts_reference(values: Tensor, gates: Tensor, shared: Tensor | None, shared_gates: Tensor | None) -> Tensor:
@@ -43,7 +50,7 @@ def mix_experts_reference(values: Tensor, gates: Tensor, shared: Tensor | None, 
     return out
 
 
-def _fake_route(logits, bias, choices, sigmoid, renormalise, scale) -> tuple[Tensor, Tensor]:
+def _fake_route(logits, bias, choices, *rest) -> tuple[Tensor, Tensor]:
     gates = logits.new_empty((len(logits), choices))
     return gates, gates.new_empty(gates.shape, dtype=torch.int32)
 
@@ -62,7 +69,8 @@ def _triton_mix():
 
 _ROUTE = Op(
     "route_experts",
-    "(Tensor logits, Tensor? bias, int choices, bool sigmoid, bool renormalise, float scale) -> (Tensor, Tensor)",
+    "(Tensor logits, Tensor? bias, int choices, bool sigmoid, bool renormalise, float scale, Tensor? scales=None) "
+    "-> (Tensor, Tensor)",
     route_experts_reference,
     _fake_route,
     _triton_route,
@@ -84,6 +92,7 @@ def route_experts(
     sigmoid: bool = False,
     renormalise: bool = False,
     scale: float = 1.0,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best experts of each row, and how much each of them counts.
 
@@ -94,6 +103,7 @@ def route_experts(
         sigmoid: scores are sigmoids of logits instead of a softmax over all.
         renormalise: the gates of a row sum to `scale`.
         scale: of the gates.
+        scales: [E] fp32, contiguous: of each expert's gate, beside scale and after renormalising; None for 1.
 
     Returns:
         Gates [R, choices] fp32, and ids [R, choices] int32, the best expert first, of equals the lower number. ids are
@@ -102,16 +112,17 @@ def route_experts(
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument.
     """
-    check_are_tensors(logits=logits, bias=bias, optional=("bias",))
+    check_are_tensors(logits=logits, bias=bias, scales=scales, optional=("bias", "scales"))
     _check_matrix("logits", logits)
     experts = logits.shape[1]
     if not 0 < experts <= MOST_EXPERTS:
         raise ValueError(f"logits must be of 1 to {MOST_EXPERTS} experts, got {experts}")
     if not 0 < choices <= experts:
         raise ValueError(f"choices must be in [1, {experts}], got {choices}")
-    check_tensors("logits", logits, ("bias", bias, torch.float32, (experts,)))
-    check_contiguous(logits=logits, bias=bias)
-    return _ROUTE(logits, bias, choices, sigmoid, renormalise, float(scale))
+    of_experts = ((name, tensor, torch.float32, (experts,)) for name, tensor in (("bias", bias), ("scales", scales)))
+    check_tensors("logits", logits, *of_experts)
+    check_contiguous(logits=logits, bias=bias, scales=scales)
+    return _ROUTE(logits, bias, choices, sigmoid, renormalise, float(scale), scales)
 
 
 def mix_experts(

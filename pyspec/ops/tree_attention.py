@@ -25,6 +25,7 @@ from pyspec.ops._checks import FLOATS, BadData, check_are_tensors, check_contigu
 from pyspec.ops._library import Op
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
+TREE_HEAD_DIMS = (*HEAD_DIMS, 512)  # of this op and ragged_attention
 
 
 def tree_attention_reference(
@@ -144,8 +145,8 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device} like q, got {tensor.device}")
     heads, head_dim = q.shape[1], q.shape[3]
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"q must have a head_dim of {HEAD_DIMS}, got {head_dim}")
+    if head_dim not in TREE_HEAD_DIMS:
+        raise ValueError(f"q must have a head_dim of {TREE_HEAD_DIMS}, got {head_dim}")
     if v.shape != k.shape:
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
     if k.shape[3] != head_dim:
@@ -198,7 +199,7 @@ def tree_attention(
     """Attention of a draft tree's nodes to the committed prefix and to their own ancestors.
 
     Args:
-        q: [B, Hq, T, D] fp32, fp16 or bf16; D in HEAD_DIMS; any strides with a contiguous last dimension.
+        q: [B, Hq, T, D] fp32, fp16 or bf16; D in TREE_HEAD_DIMS; any strides with a contiguous last dimension.
         k, v: [B, Hkv, S, D] with the tree's keys at slots n .. n + T - 1, or pages [P, Hkv, page, D] with a
             block_table. Hq % Hkv == 0.
         ancestor_bits: [B, T, ceil(T / 32)] int32; bit j of row i is set iff j is i or an ancestor of i

@@ -38,11 +38,15 @@ class Runner(Protocol):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
+        taps: Sequence[int] = (),
     ) -> list[torch.Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
         capacity is the number of cache slots a sequence will need (prompt, new tokens and one tree).
         observe is called with (slot, chain of prompt tokens, what is verified of it) as chunks are read.
+        taps are layers, ascending, whose residual stream is to be in `taps` of all that is verified of this batch: what
+        layer i takes in, before it norms it; by the number of layers, what the last norm takes in; and by the next
+        number what it gives. The logits have the same bits with them and without.
         """
         ...
 
@@ -68,8 +72,6 @@ class Runner(Protocol):
 
 class ExtendedRunner(Runner, Protocol):
     """What a runner may do beside; whoever needs one of these asks whether the runner has it.
-
-    Runners on our own kernels have verify(trees, hidden=True), which also gives the rows before the head.
 
     Attributes:
         takes_quantised_cache: whether prefill also takes cache, settings of a quantised one or None for a dense one;

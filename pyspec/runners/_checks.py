@@ -33,6 +33,16 @@ def check_prompts(tokens, vocab_size: int, context_length: int, capacity: int | 
     return prompts
 
 
+def check_taps(taps: Sequence[int], layers: int) -> tuple[int, ...]:
+    """Taps of a batch of a model with so many layers, see Runner.prefill; raises ValueError unless they fit it."""
+    if not isinstance(taps, Sequence) or isinstance(taps, str):
+        raise TypeError(f"taps must be a list of layers, got {described(taps)}")
+    taps = tuple(read_integer("taps", tap, "layers") for tap in taps)
+    if list(taps) != sorted(set(taps)) or not set(taps) <= set(range(layers + 2)):
+        raise ValueError(f"taps must ascend and be in [0, {layers + 1}] for {layers} layers, got {list(taps)}")
+    return taps
+
+
 def check_trees(trees: Mapping[int, DraftTree], slots: int | None, vocab_size: int) -> None:
     """Raises unless a batch was started and trees are by its slots. slots: of the batch, None without one."""
     if slots is None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
-from pyspec.caches.dense import DenseCache, slots_for
+from pyspec.caches.dense import DenseCache, MixedCache, slots_for
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn, native
-from pyspec.runners._checks import check_prompts, check_trees
+from pyspec.runners._checks import check_prompts, check_taps, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
@@ -64,8 +64,10 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
-        if prompt_attention != "pyspec" and config.has_sinks:
-            raise ValueError(f"prompt_attention must be pyspec where heads have sinks, got {prompt_attention}")
+        features = {"heads have sinks": config.has_sinks, "layers' heads differ": config.layer_heads is not None}
+        for feature, is_there in (features | {"heads are wider than 256": config.head_dim > 256}).items():
+            if prompt_attention != "pyspec" and is_there:
+                raise ValueError(f"prompt_attention must be pyspec where {feature}, got {prompt_attention}")
         self.prompt_attention = prompt_attention
         self._frequencies = config.rope_frequencies()
         self._switch = config.rope_switch if (config.rope_switch or 0) < config.context_length else None
@@ -78,6 +80,7 @@ class AttentionRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
+        taps: Sequence[int] = (),
         cache: QuantisedSettings | None = None,
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
@@ -89,18 +92,20 @@ class AttentionRunner(NativeRunner):
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
+            taps: see pyspec.runners.Runner.
             cache: how keys and values are quantised; None keeps them as they are.
 
         Raises:
-            ValueError: a prompt, the capacity or the cache does not fit; the batch before it is then untouched. Or
+            ValueError: a prompt, the capacity, taps or the cache do not fit; the batch before it is then untouched. Or
                 keys or values cannot be quantised: NaN, infinite or too large.
         """
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
+        taps = check_taps(taps, self.config.layers)
         if cache is not None:
             self._check_quantisable(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
-        at_once = 1 if self._records_graphs else None
+        self._taps, at_once = taps, 1 if self._records_graphs else None
         if cache is not None:
             empty, chunk = self._quantised_cache(len(tokens), capacity, cache), min(native.CHUNK, cache.largest_tree)
             if self._records_graphs:
@@ -129,7 +134,8 @@ class AttentionRunner(NativeRunner):
         A cheap guess at what verify says, with the same weights and keys. The committed state is read, not changed.
 
         Args:
-            layers: of the model, ascending; at least one.
+            layers: of the model, ascending; at least one. Of them, those that read the keys of one that is not among
+                them are left out too.
 
         Raises:
             RuntimeError: before any prefill.
@@ -143,7 +149,9 @@ class AttentionRunner(NativeRunner):
         if not (len(layers) and ascending and layers[0] >= 0 and layers[-1] < self.config.layers):
             raise ValueError(f"layers must ascend and be in [0, {self.config.layers}), got {list(layers)}")
         cache.check_room(slot, len(tree))
-        rows = self._replays.run(self._step(layers), {slot: tree}, key=tuple(layers))
+        if self.config.key_layers is not None:
+            layers = [layer for layer in layers if self.config.key_layers[layer] in layers]
+        rows = self._replays.run(self._step(layers), {slot: tree})
         return self._logits(rows.of_trees(rows.hidden))
 
     @inference
@@ -168,7 +176,7 @@ class AttentionRunner(NativeRunner):
         cache = load_quantised(path, self.fingerprint, capacity=capacity, device=self.device)
         if cache.keys_values.dtype != self.dtype:
             raise ValueError(f"{path} is a cache in {cache.keys_values.dtype}, the model runs in {self.dtype}")
-        self._verified = None
+        self._verified, self._taps = None, ()
         self._use_quantised(cache)
         self._cache = cache
 
@@ -183,6 +191,8 @@ class AttentionRunner(NativeRunner):
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         if config.has_sinks:
             raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
+        if config.layer_heads is not None:
+            raise ValueError("cache must be dense for a model whose layers differ in their heads, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         slides = any(window is not None and window < self.context_length for window in config.windows)
         if slides and cache.keep < 1:
@@ -219,9 +229,11 @@ class AttentionRunner(NativeRunner):
             # at least twice as many, so that prompts that grow and grow lose what is recorded a few times only
             slots = max(slots, min(2 * replays.cache.slots, slots_for(self.context_length + BUCKETS[-1])))
         self._replays = replays = None  # makes room
-        config, ropes = self.config, self._ropes(slots)
-        shape = (config.layers, sequences, config.kv_heads, slots, config.head_dim)
-        cache = DenseCache(*shape, self.dtype, self.device, ropes)
+        config, memory = self.config, (self.dtype, self.device, self._ropes(slots))
+        if config.layer_heads is None:
+            cache = DenseCache(config.layers, sequences, config.kv_heads, slots, config.head_dim, *memory)
+        else:
+            cache = MixedCache(config.layer_heads, config.key_layers, sequences, slots, *memory)
         cache.restart(capacity)
         self._new_replays(cache)
         return cache
@@ -266,15 +278,15 @@ class AttentionRunner(NativeRunner):
         if self._switch is not None:
             self._texts[sequence] = [*self._texts[sequence], *tree.tokens[list(path)].tolist()]
 
-    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Sequence[Tensor]:
-        """[n, hidden] of each sequence's next piece of its prompt; flash-attn takes one."""
+    def _read(self, pieces: dict[int, DraftTree], cache: DenseCache | QuantisedCache) -> Rows:
+        """What the layers give for each sequence's next piece of its prompt; flash-attn takes one."""
         if self.prompt_attention == "flash-attn":
             ((sequence, chain),) = pieces.items()
-            return [self._read_by_flash(chain, sequence, cache)]
+            return self._read_by_flash(chain, sequence, cache)
         return super()._read(pieces, cache)
 
-    def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Tensor:
-        """[n, hidden] of a piece of a prompt, launch by launch, with attention by flash-attn."""
+    def _read_by_flash(self, chain: DraftTree, sequence: int, cache: DenseCache) -> Rows:
+        """What the layers give for a piece of a prompt, launch by launch, with attention by flash-attn."""
         numbers = Numbers([sequence], len(chain), (len(chain) + 31) // 32, 0, self.device)
         numbers.fill({sequence: chain}, cache.lengths, cache.starts, angles=cache.angles)
         view = cache.view([sequence], cache.lengths[sequence] + len(chain))
@@ -284,4 +296,5 @@ class AttentionRunner(NativeRunner):
             return flash_attn.attention(q, *view.keys_values[layer], window=window, **scores)[0].transpose(0, 1)
 
         view.attend = attend
-        return self._step()(view, numbers)
+        hidden, *taps = self._step(taps=self._taps)(view, numbers)
+        return Rows(hidden, taps=taps)

@@ -22,6 +22,7 @@ from pyspec.runners.foreign_arithmetic import arithmetic_of
 from pyspec.runners.foreign_masks import masks_of
 from pyspec.runners.foreign_slots import Slots
 from pyspec.runners.foreign_support import cache_argument, check_supported, context_of
+from pyspec.runners.foreign_taps import Taps
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -90,6 +91,7 @@ class TransformersRunner:
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
+        taps: Sequence[int] = (),
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -97,14 +99,17 @@ class TransformersRunner:
             tokens: B prompts, none empty nor longer than the context.
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
+            taps: see pyspec.runners.Runner.
 
         Raises:
-            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+            ValueError: a prompt, the capacity or taps do not fit, or the model's code does not say where its layers
+                are; the batch before it is then untouched.
         """
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        taps = Taps(self.model, taps) if taps else None
         capacity = self.context_length if capacity is None else capacity
         self._clear()  # the old batch makes room for the new one
-        self._slots = Slots(len(tokens), capacity)
+        self._slots, self._taps = Slots(len(tokens), capacity), taps
         self._lengths, self._starts = [0] * len(tokens), [0] * len(tokens)
         self._texts = [list(prompt) for prompt in tokens]
         self._are_long = [self._switch is not None and len(prompt) > self._switch for prompt in tokens]
@@ -126,12 +131,12 @@ class TransformersRunner:
                 raise ValueError(
                     f"trees[{slot}] reaches position {deepest}, the model's context is {self.context_length}"
                 )
-        logits = self._verify(trees) if trees else {}
+        verified = self._verify(trees) if trees else {}
         self._verified = trees
-        return {slot: Verified(logits[slot]) for slot in trees}
+        return {slot: verified[slot] for slot in trees}
 
-    def _verify(self, trees: dict[int, DraftTree]) -> dict[int, Tensor]:
-        """Logits [T, V] of trees by slot, at least one."""
+    def _verify(self, trees: dict[int, DraftTree]) -> dict[int, Verified]:
+        """What is verified of trees by slot, at least one."""
         rows = range(min(trees), max(trees) + 1)
         self._check_room(rows, trees)
         self._verified = None
@@ -167,6 +172,7 @@ class TransformersRunner:
         self._texts: list[list[int]] = []  # what is committed
         self._are_long: list[bool | None] = []  # whether keys were rotated as those behind the switch; None for neither
         self._verified: dict[int, DraftTree] | None = None
+        self._taps: Taps | None = None
 
     # ==== the switch ====
 
@@ -181,11 +187,11 @@ class TransformersRunner:
         self._lengths[sequence], text = 0, self._texts[sequence]
         for start in range(0, len(text), PREFILL_CHUNK):
             chunk = DraftTree.chain(text[start : start + PREFILL_CHUNK])
-            logits = self._forward([sequence], [chunk], 0 if observe else 1, is_long=self._are_long[sequence])[0]
+            (read,) = self._forward([sequence], [chunk], 0 if observe else 1, is_long=self._are_long[sequence])
             self._lengths[sequence] += len(chunk)
             if observe is not None:
-                observe(sequence, chunk, Verified(logits))
-        return logits[-1]
+                observe(sequence, chunk, read)
+        return read.logits[-1]
 
     def _read_as(self, sequence: int, long: bool) -> None:
         """Reads a text again if its keys must be those of the other side of the switch now."""
@@ -200,8 +206,8 @@ class TransformersRunner:
         finally:
             self._lengths[sequence] = len(self._texts[sequence])
 
-    def _verify_across(self, sequence: int, tree: DraftTree, behind: Tensor) -> Tensor:
-        """Logits [T, V] of a tree, each node in a call with nodes of its side of the switch only."""
+    def _verify_across(self, sequence: int, tree: DraftTree, behind: Tensor) -> Verified:
+        """What is verified of a tree, each node in a call with nodes of its side of the switch only."""
         parts, order = [], []
         for long in (False, True):
             nodes = (behind == long).nonzero()[:, 0]
@@ -209,11 +215,11 @@ class TransformersRunner:
                 continue
             self._read_as(sequence, long)
             if long and self._reads_again:  # all nodes before these are read as these are
-                parts.append(self._forward([sequence], [tree])[0][nodes.to(self.device)])
+                parts.append(_joined(self._forward([sequence], [tree]), nodes.to(self.device)))
             else:
-                parts.append(self._forward([sequence], [tree], nodes=nodes)[0])
+                parts += self._forward([sequence], [tree], nodes=nodes)
             order.append(nodes)
-        return torch.cat(parts)[torch.cat(order).argsort().to(self.device)]
+        return _joined(parts, torch.cat(order).argsort().to(self.device))
 
     # ==== one call ====
 
@@ -234,8 +240,8 @@ class TransformersRunner:
         nodes: Tensor | None = None,
         is_long: bool = False,
         beyond: int = 0,
-    ) -> list[Tensor | None]:
-        """Logits [T, V] fp32 for the trees of neighbouring rows.
+    ) -> list[Verified | None]:
+        """What is verified of the trees of neighbouring rows, with logits in fp32.
 
         Args:
             keep: the last nodes whose logits are needed; 0 for all.
@@ -274,23 +280,40 @@ class TransformersRunner:
         if self._counts_slots:
             self._slots.before = (positions[0] - torch.arange(positions.shape[1], device="cpu")).to(self.device)
         keep = {"logits_to_keep": keep + lone} if keep and self._keeps_logits else {}
-        logits = self._run_model(
+        logits, taps = self._run_model(
             input_ids=tokens.to(self.device),
             attention_mask=masks_of(self._sights, visible, positions, of_keys, self.dtype, self.device),
             position_ids=positions.to(self.device),
             use_cache=True,
             **{self._cache_argument: self._slots.cache},
             **keep,
-        ).logits.float()
+        )
         logits = logits[:, : logits.shape[1] - lone]
-        return [None if tree is None else logits[row, : len(tree)] for row, tree in enumerate(trees)]
+        return [
+            None
+            if tree is None
+            else Verified(logits[row, : len(tree)], taps=None if taps is None else taps[row, : len(tree)])
+            for row, tree in enumerate(trees)
+        ]
 
-    def _run_model(self, **inputs):
-        """The model's forward, one at a time: forks share the model, and some models change in a call."""
+    def _run_model(self, **inputs) -> tuple[Tensor, Tensor | None]:
+        """Logits [rows, T, V] fp32 and the taps of the model's forward.
+
+        One at a time: forks share the model, and some models change in a call.
+        """
         # tensors that a model makes without naming a device shall not lie on the caller's default one
         others = torch.get_default_device().type not in ("cpu", self.device.type)
         with lock_of(self.model), torch.device(self.device) if others else contextlib.nullcontext():
-            return self.model(**inputs)
+            if self._taps is None:
+                return self.model(**inputs).logits.float(), None
+            with self._taps.kept() as kept:
+                return self.model(**inputs).logits.float(), torch.stack(kept(), 2)
+
+
+def _joined(parts: Sequence[Verified], order: Tensor) -> Verified:
+    """The rows of all parts, in this order."""
+    logits, taps = (torch.cat([part.logits for part in parts])[order], [part.taps for part in parts])
+    return Verified(logits, taps=None if None in taps else torch.cat(taps)[order])
 
 
 def eos_tokens_of(model, tokenizer) -> frozenset[int]:

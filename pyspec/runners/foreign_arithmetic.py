@@ -72,8 +72,8 @@ def _find(runner) -> Arithmetic | str:
     if not (torch.cat([torch.stack(before), path]) - plain[0]).abs().mean(-1).max() <= allowed:
         return f"it does not attend as its attention mask and position_ids tell, or {hangs}"
     if not switches:
-        beside_far = runner._forward(range(2), [tree, crowd], beyond=max(0, runner.context_length - 8))[0][[0, 2, 3]]
-        if not (beside_far - path).abs().mean(-1).max() <= allowed:
+        far = runner._forward(range(2), [tree, crowd], beyond=max(0, runner.context_length - 8))[0]
+        if not (far.logits[[0, 2, 3]] - path).abs().mean(-1).max() <= allowed:
             return f"{hangs}, or how far it goes"
     runner._slots.ahead = runner.context_length // 2
     again = runner.verify(trees)[0].logits[[0, 2, 3]]

@@ -20,7 +20,7 @@ from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.prompts import PromptPlan
 from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, Rows, Step, TapeRecorder
-from pyspec.runners.verified import SentStatistics, Verified, pack_statistics
+from pyspec.runners.verified import ALL, SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
 CHUNK = 128  # tokens of prompts in a call on a CPU
@@ -76,6 +76,7 @@ class NativeRunner:
         self._cache = None
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: dict[int, DraftTree] | None = None
+        self._taps: tuple[int, ...] = ()  # of the batch
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -125,8 +126,8 @@ class NativeRunner:
         self._cache = self._verified = None
 
     @inference
-    def verify(self, trees: Mapping[int, DraftTree], *, hidden: bool = False) -> dict[int, Verified]:
-        """What the model says after every node of the trees, by slot; with hidden, also the rows before its head.
+    def verify(self, trees: Mapping[int, DraftTree]) -> dict[int, Verified]:
+        """What the model says after every node of the trees, by slot.
 
         Raises:
             RuntimeError: before any prefill, or after a verify that was interrupted and lost the state.
@@ -139,22 +140,19 @@ class NativeRunner:
         self._verified = None
         verified: dict[int, Verified] = {}
         if trees:
-            rows = self._run_layers(trees)
+            rows, sizes = self._run_layers(trees), [len(tree) for tree in trees.values()]
+            tapped = self._tapped(rows, sizes)
             if rows.logits is None:
                 of_nodes = rows.of_trees(rows.hidden)
                 logits = self._logits(of_nodes)
                 rows = Rows(of_nodes, logits, pack_statistics(logits) if logits.is_cuda else None)
-            parts = rows.of_trees(rows.logits).split([len(tree) for tree in trees.values()])
+            parts = rows.of_trees(rows.logits).split(sizes)
             if rows.statistics is None:
-                verified = dict(zip(trees, map(Verified, parts), strict=True))
+                verified = dict(zip(trees, map(Verified, parts, repeat(None), repeat(ALL), tapped), strict=True))
             else:
                 sent, ends = SentStatistics(rows.statistics), accumulate(map(len, parts))
                 places = rows.places or [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
-                verified = dict(zip(trees, map(Verified, parts, repeat(sent), places), strict=True))
-            if hidden:
-                of_nodes = rows.of_trees(rows.hidden).clone()  # the next round's may come to lie there
-                for slot, part in zip(trees, of_nodes.split([len(tree) for tree in trees.values()]), strict=True):
-                    verified[slot].hidden = part
+                verified = dict(zip(trees, map(Verified, parts, repeat(sent), places, tapped), strict=True))
         self._verified = trees
         return verified
 
@@ -191,11 +189,14 @@ class NativeRunner:
         plan, chunk = PromptPlan(prompts, share=share), chunk or (GRAPH_CHUNK if self._records_graphs else CHUNK)
         last_logits: dict[int, Tensor] = {}
         while pieces := plan.next_pieces(cache.lengths, chunk, at_once or len(prompts)):
-            for (sequence, chain), hidden in zip(pieces.items(), self._read(pieces, cache), strict=True):
+            rows, sizes = self._read(pieces, cache), [len(chain) for chain in pieces.values()]
+            parts = zip(pieces.items(), rows.of_trees(rows.hidden).split(sizes), self._tapped(rows, sizes), strict=True)
+            for (sequence, chain), hidden, tapped in parts:
                 if observe is not None:
                     logits = self._logits(hidden)
                     for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
-                        observe(reader, chain.first(count), Verified(logits[:count]))
+                        of_reader = None if tapped is None else tapped[:count]
+                        observe(reader, chain.first(count), Verified(logits[:count], taps=of_reader))
                 cache.advance(sequence, len(chain))
                 if cache.lengths[sequence] == len(prompts[sequence]):
                     last_logits[sequence] = self._logits(hidden[-1:])[0]
@@ -205,22 +206,29 @@ class NativeRunner:
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(prompts))]
 
-    def _read(self, pieces: dict[int, DraftTree], cache) -> Sequence[Tensor]:
-        """[n, hidden] of each sequence's next piece of its prompt."""
-        rows = self._replays.run(self._step(), pieces, advances=pieces)
-        return rows.of_trees(rows.hidden).split([len(chain) for chain in pieces.values()])
+    def _read(self, pieces: dict[int, DraftTree], cache) -> Rows:
+        """What the layers give for each sequence's next piece of its prompt."""
+        return self._replays.run(self._step(taps=self._taps), pieces, advances=pieces)
+
+    def _tapped(self, rows: Rows, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+        """[T, taps, hidden] fp32 of each tree, copies: the next round's may come to lie there; None if none."""
+        if not self._taps:
+            return [None] * len(sizes)
+        taps = [*rows.taps, rows.hidden.float()] if self._taps[-1] > len(self.weights.layers) else rows.taps
+        return torch.stack([rows.of_trees(tap) for tap in taps], 1).split(sizes)
 
     def _run_layers(self, trees: dict[int, DraftTree]) -> Rows:
         """What the layers give for all nodes of the trees by slot, in ascending order of the slots."""
-        return self._replays.run(self._step(), trees)
+        return self._replays.run(self._step(taps=self._taps), trees)
 
-    def _step(self, layers: Sequence[int] | None = None) -> Step:
+    def _step(self, layers: Sequence[int] | None = None, taps: Sequence[int] = ()) -> Step:
         """A forward through all layers, or some."""
+        taps = tuple(tap for tap in taps if tap <= len(self.weights.layers))  # what lies behind them comes anyway
 
-        def forward(hidden: Tensor, cache, numbers: Numbers) -> Tensor:
-            return self.weights.forward(self.config, hidden, cache, numbers, self.dtype, layers)
+        def forward(hidden: Tensor, cache, numbers: Numbers) -> list[Tensor]:
+            return self.weights.forward(self.config, hidden, cache, numbers, self.dtype, layers, taps)
 
-        return Step(self._embed, forward)
+        return Step(self._embed, forward, (layers and tuple(layers), taps))
 
     def _ropes(self, positions: int) -> list[Rope]:
         """What each layer's heads are turned by at so many positions, or more."""

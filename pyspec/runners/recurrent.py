@@ -14,7 +14,7 @@ from torch import Tensor
 from pyspec.caches.dense import DenseCache, slots_for
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
-from pyspec.runners._checks import check_prompts
+from pyspec.runners._checks import check_prompts, check_taps
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.replay import Rows
@@ -48,6 +48,7 @@ class RecurrentRunner(NativeRunner):
         *,
         capacity: int | None = None,
         observe: Callable[[int, DraftTree, Verified], None] | None = None,
+        taps: Sequence[int] = (),
     ) -> list[Tensor]:
         """Starts a new batch from its prompts; returns the [V] fp32 logits after each prompt.
 
@@ -58,11 +59,13 @@ class RecurrentRunner(NativeRunner):
             capacity: slots of a sequence for keys, where the model has attention layers: prompt, new tokens and one
                 tree, the context length by default. States need none.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
+            taps: see pyspec.runners.Runner.
 
         Raises:
-            ValueError: a prompt or the capacity does not fit; the batch before it is then untouched.
+            ValueError: a prompt, the capacity or taps do not fit; the batch before it is then untouched.
         """
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
+        self._taps = check_taps(taps, self.config.layers)
         self._cache = self._verified = None  # the old batch makes room for the new one
         capacity = self.context_length if capacity is None else capacity
         return self._prefill(tokens, self._new_cache(len(tokens), capacity), observe)

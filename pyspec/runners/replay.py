@@ -64,6 +64,7 @@ class Rows(NamedTuple):
     logits: Tensor | None = None  # [rows, V] fp32, where the head is in the graph
     statistics: Tensor | None = None  # of logits, see pyspec.runners.verified.pack_statistics
     places: Sequence[slice] | None = None  # of the trees' rows, ascending; None if there are no others
+    taps: Sequence[Tensor] = ()  # [rows, hidden] fp32 each
 
     def of_trees(self, values: Tensor) -> Tensor:
         """The trees' rows of hidden or logits, tree after tree; a copy if there are others."""
@@ -76,12 +77,13 @@ class Rows(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A forward over the trees of a round: embedded [rows, H] fp32 are used up, and normed [rows, H] come back."""
+    """A forward over a round's trees: embedded [rows, H] fp32 are used up; normed [rows, H] come back, then taps."""
 
     embed: Callable[[Tensor], Tensor]
-    layers: Callable[[Tensor, object, Numbers], Tensor]  # of embedded rows, a cache and the round's numbers
+    layers: Callable[[Tensor, object, Numbers], list[Tensor]]  # of embedded rows, a cache and the round's numbers
+    key: tuple = ()  # tells steps apart that share a cache
 
-    def __call__(self, cache, numbers: Numbers) -> Tensor:
+    def __call__(self, cache, numbers: Numbers) -> list[Tensor]:
         return self.layers(self.embed(numbers.tokens), cache, numbers)
 
 
@@ -124,24 +126,23 @@ class Replays:
         """
         self._plan({0: DraftTree.chain([0] * BUCKETS[-1])}, ())  # which makes the room
         for shape in self._all_shapes(capacity):
-            self._replay(step, shape, None)
+            self._replay(step, shape)
 
-    def run(self, step: Step, trees: Mapping[int, DraftTree], advances: Collection[int] = (), key=None) -> Rows:
+    def run(self, step: Step, trees: Mapping[int, DraftTree], advances: Collection[int] = ()) -> Rows:
         """What the layers give for the nodes of all trees, at least one, by sequence in ascending order.
 
         Args:
             advances: the sequences whose tree is a chain that is accepted as a whole, such as a piece of a prompt.
-            key: tells steps apart that share a cache.
         """
         cache, plan = self.cache, self._plan(trees, advances)
         shape, filled = (
             self._shape(trees),
             {"plan": plan, "blocks": cache.blocks, "angles": cache.angles, "advances": advances},
         )
-        if self._is_launched(shape, key, advances):
+        if self._is_launched(shape, step.key, advances):
             rows = self._by_launch(step, trees, filled)
         else:
-            numbers, replay = self._replay(step, shape, key, trees, filled)
+            numbers, replay = self._replay(step, shape, trees, filled)
             numbers.fill(trees, cache.lengths, cache.starts, padded=shape.padded, **filled)
             rows = replay()._replace(places=_places(trees, cache, shape.padded) if self._record.is_graph else None)
         cache.done(trees, advances)
@@ -171,21 +172,22 @@ class Replays:
         if not (self._record.is_graph and cache.has_keys):
             numbers = self._numbers(range(self._sequences), sum(map(len, trees.values())))
             numbers.fill(trees, cache.lengths, cache.starts, **filled)
-            return Rows(step(cache, numbers))
+            return _rows(step(cache, numbers))
         parts = []  # one by one: with a size for all, one large tree would be padding for the others
         for sequence, tree in trees.items():
             padded = _bucket_of(len(tree))
             numbers = self._numbers([sequence], padded)
             numbers.fill({sequence: tree}, cache.lengths, cache.starts, padded=padded, **filled)
             view = cache.view([sequence], cache.extent([sequence], trees))
-            parts.append(step(view, numbers)[: len(tree)])
-        return Rows(torch.cat(parts))
+            parts.append([found[: len(tree)] for found in step(view, numbers)])
+        return _rows([torch.cat(part) for part in zip(*parts, strict=True)])
 
-    def _replay(self, step: Step, shape: Shape, key, trees=(), filled=None) -> tuple[Numbers, Callable[[], Rows]]:
-        if (shape, key) in self._replays:
+    def _replay(self, step: Step, shape: Shape, trees=(), filled=None) -> tuple[Numbers, Callable[[], Rows]]:
+        key = (shape, step.key)
+        if key in self._replays:
             if not self._record.is_graph:
-                self._replays.move_to_end((shape, key))
-            return self._replays[shape, key]
+                self._replays.move_to_end(key)
+            return self._replays[key]
         cache = self.cache
         numbers = self._numbers(range(self._sequences), shape.rows)
         if self._record.is_graph:  # which runs the step too: with nobody in it, or a path would be replayed twice
@@ -195,8 +197,8 @@ class Replays:
             if len(self._replays) == MOST_TAPES:
                 self._replays.popitem(last=False)
         view = cache.view(range(self._sequences), shape.extent)
-        self._replays[shape, key] = numbers, self._record(step, view, numbers)
-        return self._replays[shape, key]
+        self._replays[key] = numbers, self._record(step, view, numbers)
+        return self._replays[key]
 
     @property
     def _sequences(self) -> int:
@@ -240,7 +242,7 @@ class TapeRecorder:
 
         def replay() -> Rows:
             hidden.copy_(step.embed(numbers.tokens))
-            return Rows(tape.run())
+            return _rows(tape.run())
 
         return replay
 
@@ -266,13 +268,13 @@ class GraphRecorder:
         callers = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(callers)
         with torch.cuda.stream(self._stream):
-            self._head(step(cache, numbers))
+            self._head(*step(cache, numbers))
         callers.wait_stream(self._stream)
         if not self._graphs:  # a pool dies with the last of its graphs, and takes no others then
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = self._head(step(cache, numbers))
+            result = self._head(*step(cache, numbers))
         self._graphs.add(graph)
 
         def replay() -> Rows:
@@ -293,12 +295,17 @@ class _GraphedHead:
         self._logits_of = logits
         self._logits = torch.empty(BUCKETS[-1], vocab_size, dtype=torch.float32, device=device)
 
-    def __call__(self, hidden: Tensor) -> Rows:
+    def __call__(self, hidden: Tensor, *taps: Tensor) -> Rows:
         if len(hidden) > len(self._logits):
-            return Rows(hidden)
+            return Rows(hidden, taps=taps)
         logits = self._logits_of(hidden)
         statistics = pack_statistics(logits)
-        return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics)
+        return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics, taps=taps)
+
+
+def _rows(found: Sequence[Tensor]) -> Rows:
+    """What a step gave."""
+    return Rows(found[0], taps=found[1:])
 
 
 def _bucket_of(nodes: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -51,16 +51,16 @@ class Tape:
     """What the ops in `program` launch, to be run again and again.
 
     Args:
-        program: calls ops on tensors that outlive the tape, and returns one of their results. What changes between
+        program: calls ops on tensors that outlive the tape, and returns some of their results. What changes between
             runs it reads from tensors on the CPU, whose shapes stay the same.
         arena: for the tensors in between.
 
     Attributes:
-        result: where each run leaves what program returned.
+        results: where each run leaves what program returned.
         nbytes: that the tensors in between take of the arena.
     """
 
-    def __init__(self, program: Callable[[], Tensor], arena: Arena):
+    def __init__(self, program: Callable[[], Sequence[Tensor]], arena: Arena):
         library = _library()
         if library.pyspec_tape_is_recording():
             raise RuntimeError("a tape cannot be recorded here: this thread records one already")
@@ -70,9 +70,12 @@ class Tape:
                 raise RuntimeError("a tape cannot be recorded here: there are no addresses left")
             self._free = weakref.finalize(self, library.pyspec_tape_free, self._handle)
             found = program()
-            self.result = torch.empty(found.shape, dtype=found.dtype, device="cpu")
-            words = [(ctypes.c_void_p * 1)(address) for address in (found.data_ptr(), self.result.data_ptr())]
-            error = library.pyspec_tape_end(self._handle, 1, *words)
+            self.results = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in found]
+            words = [
+                (ctypes.c_void_p * len(found))(*(tensor.data_ptr() for tensor in tensors))
+                for tensors in (found, self.results)
+            ]
+            error = library.pyspec_tape_end(self._handle, len(found), *words)
         finally:
             library.pyspec_tape_stop()
         if error:
@@ -82,11 +85,11 @@ class Tape:
         arena.reserve(self.nbytes)
         self._run = library.pyspec_tape_run
 
-    def run(self) -> Tensor:
-        """Runs the launches on all of torch's threads and returns `result`."""
+    def run(self) -> list[Tensor]:
+        """Runs the launches on all of torch's threads and returns `results`."""
         if error := self._run(self._handle, self._arena.address):
             raise RuntimeError(error.decode())
-        return self.result
+        return self.results
 
 
 def can_record() -> bool:

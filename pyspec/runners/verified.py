@@ -29,21 +29,21 @@ class HostStatistics(NamedTuple):
 class Verified:
     """The rows of a verified tree: logits after every node, and their statistics.
 
-    Attributes:
-        hidden: [T, hidden] after the last norm, what the head makes logits of; None unless verify was asked for it.
-
     Args:
         logits: [T, V] floating point, on the model's device; not to be written to.
         sent: statistics of these rows and perhaps of others, on their way to the host; None to compute them when they
             are asked for.
         rows: those of the T nodes among the rows that were sent.
+        taps: [T, taps, hidden] fp32 of the layers that the batch was asked for, see Runner.prefill; None if of none.
     """
 
-    __slots__ = ("logits", "hidden", "_sent", "_rows", "_statistics")
+    __slots__ = ("logits", "taps", "_sent", "_rows", "_statistics")
 
-    def __init__(self, logits: Tensor, sent: SentStatistics | None = None, rows: slice = ALL):
+    def __init__(
+        self, logits: Tensor, sent: SentStatistics | None = None, rows: slice = ALL, taps: Tensor | None = None
+    ):
         self.logits = logits
-        self.hidden: Tensor | None = None
+        self.taps = taps
         self._sent, self._rows = sent, rows
         self._statistics: HostStatistics | None = None
 

@@ -105,7 +105,7 @@ def test_quantised_caches_are_refused_where_scores_are_capped(models):
         runner.prefill([[1, 2, 3]], cache=cache_from_name("int8"))
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "olmo3", "exaone4_with_windows"])
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gemma4", "gemma4_with_experts", "olmo3", "exaone4_with_windows"])
 def test_rounds_as_a_gpu_has_them_have_the_same_bits(models, kind, monkeypatch):
     _, runner = models(kind)
     prompts, trees = [random_tokens(20), random_tokens(9, 1)], {0: random_tree(7), 1: random_tree(12, 1)}

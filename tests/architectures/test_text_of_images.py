@@ -20,6 +20,11 @@ VISION |= {"image_size": 28, "patch_size": 14}
 MROPE = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [16, 8, 8], "mrope_interleaved": True}
 KINDS = {
     "Gemma3": {"text_config": TEXT | {"sliding_window": 6}, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "Gemma4": {
+        "text_config": TEXT | {"sliding_window": 6, "hidden_size_per_layer_input": 0, "layer_types": None},
+        "vision_config": VISION,
+        "audio_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 32},
+    },
     "Mistral3": {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": 6},
         "vision_config": VISION | {"model_type": "pixtral", "head_dim": 16},

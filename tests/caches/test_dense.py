@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from pyspec.caches import DenseCache
+from pyspec.caches.dense import MixedCache
 
 
 def filled_cache(length, written, sequences=3):
@@ -37,3 +38,29 @@ def test_room_is_checked_against_the_capacity():
     cache.check_room(0, 8)
     with pytest.raises(ValueError, match="sequence 2 has 4 of 12 slots committed and needs 9 more"):
         cache.check_room(2, 9)
+
+
+def test_layers_may_differ_in_heads_and_share_keys():
+    """Of five layers two write narrow keys and one wide ones, which the last two read."""
+    cache = MixedCache(
+        [(4, 8), (1, 16), (4, 8), (1, 16), (4, 8)], [0, 1, 2, 1, 2], 2, 12, torch.float32, torch.device("cpu")
+    )
+    assert [tuple(part.shape) for part in cache.keys_values[:2]] == [(2, 2, 4, 12, 8), (2, 2, 1, 12, 16)]
+    assert cache.slots == 12 and cache.device == torch.device("cpu")
+    for layer, owner in enumerate([0, 1, 2, 1, 2]):
+        assert cache.keys_values[layer].data_ptr() == cache.keys_values[owner].data_ptr()
+    for layer in range(3):
+        cache.keys_values[layer][:] = 100.0 * layer + torch.arange(12)[:, None]
+    view = cache.view([1], 6)
+    assert [tuple(part.shape) for part in view.keys_values[:2]] == [(2, 1, 4, 6, 8), (2, 1, 1, 6, 16)]
+    view.keys_values[1][:] *= 2  # of the second sequence alone
+    cache.lengths[1] = 2
+    cache.commit(1, [0, 2])
+    cache.copy_prefix(1, 0, 4)
+    assert cache.lengths == [4, 4]
+    for layer in range(5):
+        owner = (0, 1, 2, 1, 2)[layer]
+        expected = (100.0 * owner + torch.tensor([0, 1, 2, 4])) * (1 + (owner == 1))
+        for sequence in range(2):
+            keys = cache.keys_values[layer][:, sequence, :, :4]
+            assert torch.equal(keys, expected[:, None].expand_as(keys))

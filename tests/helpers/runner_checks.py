@@ -143,16 +143,48 @@ def check_batches(runner, new_tokens):
         assert generate(runner, prompts, drafter="merged", budget=6, **settings).tokens == alone
 
 
-def check_hidden(runner, sizes=(7, 12)):
-    """The head makes the logits of the hidden rows, which outlive the next round; unasked there are none."""
-    runner.prefill([random_tokens(5), random_tokens(9, 1)], capacity=80)
+@torch.inference_mode()
+def check_taps(runner, sizes=(7, 12)):
+    """Taps of prompts and trees outlive the next round, have the bits of their texts, and leave the logits as they are.
+
+    The head makes the logits of what the last norm gives.
+    """
+    layers, prompts = len(runner.weights.layers), [random_tokens(5), random_tokens(9, 1)]
     trees = {slot: random_tree(size, slot) for slot, size in enumerate(sizes)}
-    verified = runner.verify(trees, hidden=True)
-    assert all(rows.hidden is None for rows in runner.verify({0: random_tree(9, 2)}).values())
-    for slot, tree in trees.items():
-        assert len(verified[slot].hidden) == len(tree)
-        with torch.inference_mode():
-            assert torch.equal(runner._logits(verified[slot].hidden), verified[slot].logits)
+    runner.prefill(prompts, capacity=80)
+    plain = runner.verify(trees)
+    assert all(verified.taps is None for verified in plain.values())
+    for taps in ([0, layers], [1, layers + 1], [layers + 1]):
+        pieces = observed_taps(runner, prompts, taps)
+        verified = runner.verify(trees)
+        runner.verify({0: random_tree(9, 2)})
+        for slot, tree in trees.items():
+            rows = verified[slot].taps
+            assert rows.shape == (len(tree), len(taps), runner.weights.norm.numel()) and rows.dtype == torch.float32
+            assert torch.equal(verified[slot].logits, plain[slot].logits)
+            if taps[-1] > layers:
+                assert torch.equal(runner._logits(rows[:, -1].to(runner.dtype)), plain[slot].logits)
+            (again,) = observed_taps(runner, [prompts[slot] + path_tokens(tree, len(tree) - 1)], taps)
+            assert torch.equal(again[-1], rows[-1])
+            assert torch.equal(again[: len(prompts[slot])], pieces[slot])
+
+
+@torch.inference_mode()
+def check_taps_of(runner, model, first=0, tolerance=1e-4):
+    """Taps are the hidden states of transformers' own forward, which has all but one from the first on."""
+    prompt, layers = random_tokens(30), model.config.num_hidden_layers
+    (taps,) = observed_taps(runner, [prompt], range(layers + 2))
+    found = model(torch.tensor([prompt]), use_cache=False, output_hidden_states=True).hidden_states
+    for tap, expected in zip([*taps.unbind(1)[first : layers + first], taps[:, -1]], found, strict=True):
+        assert expected.std() > 0.01
+        torch.testing.assert_close(tap, expected[0].float(), atol=tolerance * float(expected.std()), rtol=tolerance)
+
+
+def observed_taps(runner, prompts, taps):
+    """[n, taps, hidden] of each prompt."""
+    pieces = [[] for _ in prompts]
+    runner.prefill(prompts, capacity=80, taps=taps, observe=lambda slot, chain, read: pieces[slot].append(read.taps))
+    return [torch.cat(rows) for rows in pieces]
 
 
 # ==== what does not fit ====
@@ -167,6 +199,8 @@ def check_prompts_refused(runner, *others):
         ([[1, VOCABULARY]], {}, rf"tokens\[0\] must hold token ids in \[0, {VOCABULARY}\), got {VOCABULARY}"),
         ([[1], [5, -1]], {}, r"tokens\[1\].* got -1"),
         ([[1, 2, 3]], {"capacity": 2}, "capacity must be at least .* 3 tokens, got 2"),
+        ([[1]], {"taps": [2, 1]}, r"taps must ascend and be in \[0, .*\] for .* layers, got \[2, 1\]"),
+        ([[1]], {"taps": [99]}, r"taps must .* got \[99\]"),
         *others,
     ):
         with pytest.raises(ValueError, match=message):

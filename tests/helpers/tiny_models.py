@@ -34,6 +34,15 @@ _GEMMA3_ROPES = {
     "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+_GEMMA4_LAYERS = ["sliding_attention", "full_attention"] * 3
+_GEMMA4 = {"sliding_window": 6, "tie_word_embeddings": True, "hidden_size_per_layer_input": 0, "eos_token_id": 3}
+_GEMMA4 |= {"final_logit_softcapping": 30.0}
+_GEMMA4 |= {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 50.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 OTHER_KINDS = {
     "qwen3": ("Qwen3", {}),
@@ -48,6 +57,29 @@ OTHER_KINDS = {
         {"sliding_window": 6, "num_hidden_layers": 3, "query_pre_attn_scalar": 40, "rope_parameters": _GEMMA3_ROPES}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "gemma4": (
+        "Gemma4",
+        _GEMMA4
+        | {"global_head_dim": 128, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "num_hidden_layers": 6}
+        | {
+            "layer_types": _GEMMA4_LAYERS[:6],
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": VOCABULARY,
+        },
+    ),
+    "gemma4_with_experts": (
+        "Gemma4",
+        _GEMMA4
+        | {"global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True}
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": _GEMMA4_LAYERS[:2] + _GEMMA4_LAYERS[1:2],
+            "num_experts": 6,
+            "top_k_experts": 3,
+        }
+        | {"moe_intermediate_size": 40},
+    ),
+    "gemma4_wide": ("Gemma4", _GEMMA4 | {"layer_types": _GEMMA4_LAYERS[:2]}),
     "phi3": ("Phi3", {"sliding_window": 6, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.75}}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False, "attention_bias": True}),
     "smollm3_with_windows": ("SmolLM3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6}),
@@ -115,6 +147,9 @@ OTHER_KINDS = {
 LONGROPE = {"rope_type": "longrope", "rope_theta": 100.0, "partial_rotary_factor": 0.75}
 LONGROPE |= {"short_factor": [1.0 + 0.01 * i for i in range(24)], "long_factor": [2.0 + 0.1 * i for i in range(24)]}
 LONGROPE_KIND = ("Phi3", {"hidden_size": 256, "rope_parameters": LONGROPE, "original_max_position_embeddings": 24})
+_GEMMA4_METADATA = {"attention.sliding_window": 6, "attention.key_length": 128, "attention.key_length_swa": 64}
+_GEMMA4_METADATA |= {"rope.freq_base": 50.0, "rope.freq_base_swa": 100.0, "final_logit_softcapping": 30.0}
+_GEMMA4_METADATA |= {"rope.dimension_count": 128}
 # What files of llama.cpp state beside sizes, for models whose scores are scaled as it scales those of all such files.
 IN_GGUF = {
     "qwen3": ({}, {}),
@@ -127,6 +162,18 @@ IN_GGUF = {
         {"query_pre_attn_scalar": 64, "num_hidden_layers": 6, "layer_types": None},
         {"attention.sliding_window": 6, "rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
         | {"rope.freq_base": 5000.0, "rope.freq_base_swa": 100.0},
+    ),
+    "gemma4": (
+        {},
+        _GEMMA4_METADATA
+        | {"attention.shared_kv_layers": 3, "feed_forward_length": [160] * 3 + [320] * 3}
+        | {"attention.sliding_window_pattern": [True, False] * 3, "embedding_length_per_layer_input": 32},
+    ),
+    "gemma4_with_experts": (
+        {},
+        _GEMMA4_METADATA
+        | {"attention.head_count_kv": [2, 1, 1], "attention.sliding_window_pattern": [True, False, False]}
+        | {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 40},
     ),
     "phi3": ({"sliding_window": None}, {"rope.dimension_count": 48}),
     "smollm3": ({}, {}),
@@ -202,15 +249,24 @@ def tiny_model(kind: str, **changed):
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    config = f"{family}TextConfig" if family == "Gemma3" else f"{family}Config"
+    config = f"{family}TextConfig" if family in ("Gemma3", "Gemma4") else f"{family}Config"
     config = getattr(transformers, config)(**(shape | options | changed))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    for layer in model.model.layers:
+        if hasattr(layer, "layer_scalar"):
+            torch.nn.init.normal_(layer.layer_scalar, 0.8, 0.2)
     return model
 
 
-_ARCHITECTURES = {"gemma3_text": "gemma3", "olmo3": "olmo2", "cohere": "command-r", "ministral3": "mistral3"}
+_ARCHITECTURES = {
+    "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+    "olmo3": "olmo2",
+    "cohere": "command-r",
+    "ministral3": "mistral3",
+}
 _ARCHITECTURES |= {"mixtral": "llama", "gpt_oss": "gpt-oss"}
 
 
@@ -227,6 +283,15 @@ def _of_gpt_oss(name, values):
         yield stem.removesuffix("gate_up") + "up" + suffix, values[:, 1::2].contiguous()
     else:
         yield stem + suffix, values.contiguous()
+
+
+def _of_gemma4(tensors):
+    """Names and tensors, with "weight" behind names that lack it, and scales beside what they are for."""
+    for name, values in tensors.items():
+        if name.endswith(("layer_scalar", "experts.gate_up_proj", "experts.down_proj")):
+            name += ".weight"
+        name = name.replace("router.scale", "router.proj.scale")
+        yield name.replace("router.per_expert_scale", "experts.down_proj.scale"), values
 
 
 def split_experts(tensors):
@@ -251,37 +316,40 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
     config = model.config
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type.replace("_moe", "moe"))
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(64)
-    if hasattr(config, "rms_norm_eps"):
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    else:
-        writer.add_layer_norm_eps(config.layer_norm_eps)
-    rope = config.rope_parameters
-    if "rope.freq_base" not in metadata:
-        writer.add_rope_freq_base(rope["rope_theta"])
-    for key, value in metadata.items():
+    config.allow_global_per_layer_attribute_access = True  # Gemma 4's, whose own are in metadata
+    rope, is_rms = config.rope_parameters, hasattr(config, "rms_norm_eps")
+    stated = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": 64,
+        f"attention.layer_norm_{'rms_' * is_rms}epsilon": config.rms_norm_eps if is_rms else config.layer_norm_eps,
+        "rope.freq_base": rope.get("rope_theta"),
+    }
+    for key, value in (stated | metadata).items():
         writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
     if rope.get("rope_type") == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, 64, 2) / 64)
         writer.add_tensor("rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq).numpy())
+    if architecture == "gemma4":
+        still = [1.0] * 16 + [1e30] * 48  # a quarter of 128 dimensions is turned
+        writer.add_tensor("rope_freqs.weight", np.array(still, np.float32))
     if rope.get("rope_type") == "longrope":
         for name in ("long", "short"):
             writer.add_tensor(f"rope_factors_{name}.weight", np.array(rope[f"{name}_factor"], np.float32))
     (known,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     tensors = gguf.get_tensor_name_map(known, config.num_hidden_layers)
-    for name, values in split_experts(model.state_dict()):
+    state = model.state_dict()
+    for name, values in _of_gemma4(state) if architecture == "gemma4" else split_experts(state):
         stem, _, suffix = name.rpartition(".")
         name = f"{tensors.get_name(stem)}.{suffix}"
         if name in leave_out or (config.tie_word_embeddings and stem == "lm_head"):
             continue
         values = values.float().numpy()
-        if architecture.startswith("gemma") and stem.endswith("norm"):
+        if architecture in ("gemma", "gemma2", "gemma3") and stem.endswith("norm"):
             values = values + 1  # which the models' own files leave out
         if architecture in ("llama", "smollm3", "granite", "granitemoe", "mistral3") and stem.endswith(
             ("q_proj", "k_proj")

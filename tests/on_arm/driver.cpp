@@ -1,10 +1,11 @@
-// Runs kernels for a process on another processor, which sends a kernel's name and its params: pages of that
+// Runs kernels for a process on another processor, which sends a kernel's name and its params: blocks of that
 // process's memory are fetched when the kernel first touches them, and what changed in them is sent back in
 // the end. `kernels.inc` lists the entry points. Called without a wire it exits with the number of the best
 // instruction set here.
 #include <sys/mman.h>
 
 #include <csignal>
+#include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
@@ -27,6 +28,10 @@ extern "C" __attribute__((noinline, optimize("no-tree-loop-distribute-patterns")
   return to;
 }
 
+// Between these counter.c counts.
+extern "C" __attribute__((noinline)) void count_from_here() { asm volatile(""); }
+extern "C" __attribute__((noinline)) void count_to_here() { asm volatile(""); }
+
 namespace {
 
 using Kernel = void (*)(const void* params);
@@ -39,38 +44,41 @@ const std::map<std::string, Kernel> kKernels = {
 constexpr uint64_t kBelow = uint64_t{1} << 46;
 
 int wire;
-struct Page {
+struct Block {
   char *here, *as_it_came;
+  int64_t bytes;
 };
-std::vector<Page> pages;
+std::vector<Block> blocks;
 
 void fetch(int, siginfo_t* info, void*) {
-  uint64_t address = reinterpret_cast<uint64_t>(info->si_addr) / kPage * kPage;
-  Message wants{Message::kWants, address + kBelow, kPage};
+  uint64_t address = reinterpret_cast<uint64_t>(info->si_addr);
+  Message wants{Message::kWants, address + kBelow, 1};
   send(wire, &wants, sizeof(wants));
-  int64_t is_there;
-  if (!receive(wire, &is_there, sizeof(is_there)) || !is_there) _exit(1);  // a pointer into nothing
-  const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS;
-  void* here = mmap(reinterpret_cast<void*>(address), kPage, protection, flags | MAP_FIXED_NOREPLACE, -1, 0);
-  void* copy = mmap(nullptr, kPage, protection, flags, -1, 0);
-  if (here == MAP_FAILED || copy == MAP_FAILED || !receive(wire, here, kPage)) _exit(2);
-  std::memcpy(copy, here, kPage);
-  pages.push_back({static_cast<char*>(here), static_cast<char*>(copy)});
+  int64_t bytes;
+  if (!receive(wire, &bytes, sizeof(bytes)) || !bytes) _exit(1);  // a pointer into nothing
+  const int protection = PROT_READ | PROT_WRITE, flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
+  void* here = mmap(reinterpret_cast<void*>(address / bytes * bytes), bytes, protection, flags, -1, 0);
+  char* copy = static_cast<char*>(std::malloc(bytes));
+  if (here == MAP_FAILED || !copy || !receive(wire, copy, bytes)) _exit(2);
+  std::memcpy(here, copy, bytes);
+  blocks.push_back({static_cast<char*>(here), copy, bytes});
 }
 
-void send_back(const Page& page) {
-  for (int64_t i = 0; i < kPage;) {
-    int64_t first = i;
-    while (i < kPage && page.here[i] != page.as_it_came[i]) ++i;
-    if (i > first) {
-      Message writes{Message::kWrites, reinterpret_cast<uint64_t>(page.here) + kBelow + first, i - first};
+void send_back(const Block& block) {
+  constexpr int64_t kLine = 64;
+  for (int64_t line = 0; line < block.bytes; line += kLine) {
+    if (!std::memcmp(block.here + line, block.as_it_came + line, kLine)) continue;
+    for (int64_t i = line; i < line + kLine; ++i) {
+      int64_t first = i;
+      while (i < line + kLine && block.here[i] != block.as_it_came[i]) ++i;
+      if (i == first) continue;
+      Message writes{Message::kWrites, reinterpret_cast<uint64_t>(block.here) + kBelow + first, i - first};
       send(wire, &writes, sizeof(writes));
-      send(wire, page.here + first, i - first);
+      send(wire, block.here + first, i - first);
     }
-    ++i;
   }
-  munmap(page.here, kPage);
-  munmap(page.as_it_came, kPage);
+  munmap(block.here, block.bytes);
+  std::free(block.as_it_came);
 }
 
 void one_after_another(int64_t items, pyspec::ParallelBody body, void* context) {
@@ -82,7 +90,7 @@ void one_after_another(int64_t items, pyspec::ParallelBody body, void* context) 
 int main(int count, char** arguments) {
   if (count < 2) return pyspec::processor_instruction_set();
   wire = std::atoi(arguments[1]);
-  pages.reserve(1 << 20);
+  const bool counts = std::getenv("PYSPEC_COUNT");
   struct sigaction action{};
   action.sa_sigaction = fetch;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -97,8 +105,14 @@ int main(int count, char** arguments) {
     for (int32_t offset : pointers) params[offset / 8] -= kBelow;
     if (call.parallel_for >= 0) params[call.parallel_for / 8] = reinterpret_cast<int64_t>(&one_after_another);
     kKernels.at(name)(params.data());
-    for (const Page& page : pages) send_back(page);
-    pages.clear();
+    if (counts) {  // once more, with all memory there
+      std::fprintf(stderr, "%s ", name.c_str());
+      count_from_here();
+      kKernels.at(name)(params.data());
+      count_to_here();
+    }
+    for (const Block& block : blocks) send_back(block);
+    blocks.clear();
     Message done{Message::kDone, 0, 0};
     send(wire, &done, sizeof(done));
   }

@@ -5,11 +5,9 @@
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
+#include <sys/uio.h>
 
-#include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -20,17 +18,10 @@
 
 namespace {
 
-// Memory that a pointer may point into: [begin, end) of each mapping that can be read.
-std::vector<std::pair<uint64_t, uint64_t>> mappings() {
-  std::ifstream maps("/proc/self/maps");
-  std::vector<std::pair<uint64_t, uint64_t>> found;
-  for (std::string line; std::getline(maps, line);) {
-    unsigned long begin, end;
-    char may_read;
-    if (std::sscanf(line.c_str(), "%lx-%lx %c", &begin, &end, &may_read) == 3 && may_read == 'r')
-      found.push_back({begin, end});
-  }
-  return found;
+// Copies this process's own memory, if it is there: no mapping has to be looked up, which takes longer.
+bool copied(uint64_t address, char* to, int64_t bytes) {
+  iovec here{to, static_cast<size_t>(bytes)}, there{reinterpret_cast<void*>(address), here.iov_len};
+  return process_vm_readv(getpid(), &here, 1, &there, 1, 0) == bytes;
 }
 
 int start(const char* processor) {
@@ -57,18 +48,14 @@ void emulate(const char* name, const void* params, int64_t bytes) {
   std::memcpy(words.data(), params, bytes);
   Call call{static_cast<int32_t>(std::strlen(name)), static_cast<int32_t>(bytes), 0, -1};
   std::vector<int32_t> pointers;
-  auto readable = mappings();
   for (size_t i = 0; i < words.size(); ++i) {
     if (words[i] == reinterpret_cast<uint64_t>(&pyspec::parallel_for) ||
         words[i] == reinterpret_cast<uint64_t>(&pyspec::team_parallel_for)) {
       call.parallel_for = 8 * i;
       continue;
     }
-    for (auto [begin, end] : readable) {
-      if (words[i] < begin || words[i] > end) continue;
-      pointers.push_back(8 * i);
-      break;
-    }
+    char byte;
+    if (copied(words[i], &byte, 1)) pointers.push_back(8 * i);
   }
   call.pointers = pointers.size();
   send(wire, &call, sizeof(call));
@@ -84,11 +71,11 @@ void emulate(const char* name, const void* params, int64_t bytes) {
       if (!receive(wire, address, message.bytes)) throw std::runtime_error("the emulator died");
       continue;
     }
-    int64_t is_there = std::any_of(readable.begin(), readable.end(), [&](auto mapping) {
-      return message.address >= mapping.first && message.address < mapping.second;
-    });
-    send(wire, &is_there, sizeof(is_there));
-    if (is_there) send(wire, address, kPage);
+    static char block[kMostBytes];
+    int64_t size = kMostBytes;
+    while (size && !copied(message.address / size * size, block, size)) size = size > kPage ? size / 4 : 0;
+    send(wire, &size, sizeof(size));
+    send(wire, block, size);
   }
 }
 

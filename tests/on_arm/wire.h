@@ -1,5 +1,5 @@
 // What the two ends of the wire say to each other. Both processors keep structs alike, so a call's params
-// travel as they are; memory follows page by page, when a kernel touches it.
+// travel as they are; memory follows block by block, when a kernel touches it.
 #pragma once
 
 #include <unistd.h>
@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-constexpr int64_t kPage = 4096;
+// A block is as large as its neighbourhood allows: a fault costs what tens of kilobytes do.
+constexpr int64_t kPage = 4096, kMostBytes = 16 * kPage;
 
 // Begins a call. After it come the kernel's name, the params, and the offsets of their pointers, int32 each.
 struct Call {
@@ -15,7 +16,8 @@ struct Call {
   int32_t parallel_for;  // offset of this pointer, which is the other side's own
 };
 
-// From the kernel's side: wants the page at `address`, has bytes to write there, or is done.
+// From the kernel's side: wants the block around `address`, has bytes to write there, or is done. A block is
+// sent as its size, by which it is aligned, and its bytes; a size of 0 says that nothing is there.
 struct Message {
   enum Kind : int64_t { kWants, kWrites, kDone } kind;
   uint64_t address;

@@ -50,6 +50,20 @@ def test_a_delta_may_be_normed_before_it_is_added(run, size, has_weight):
     assert out.data_ptr() != hidden.data_ptr()
 
 
+@pytest.mark.parametrize("size", [15, 577])
+@pytest.mark.parametrize("is_normed", [False, True])
+def test_the_sum_may_be_scaled(run, size, is_normed):
+    torch.manual_seed(size)
+    hidden, delta, weights = torch.randn(4, size), torch.randn(4, size) * 3, torch.randn(2, size)
+    expected, plain = hidden.clone(), {"delta": delta, "delta_weight": weights[0] if is_normed else None}
+    run(expected, None, 1e-2, **plain)
+    total = expected.double() * 0.3
+    out = run(hidden, weights[1], 1e-2, hidden_scale=0.3, **plain)
+    torch.testing.assert_close(hidden.double(), total, atol=1e-6, rtol=1e-6)
+    normed = total / (total.square().mean(1, keepdim=True) + 1e-2).sqrt() * weights[1].double()
+    torch.testing.assert_close(out.double(), normed, atol=2e-6, rtol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("rows, size", [(1, 1), (3, 15), (5, 16), (4, 577), (0, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -108,6 +122,7 @@ def test_opcheck():
             ValueError,
             r"delta_weight must have shape \(3,\)",
         ),
+        ({"hidden_scale": 2.0}, ValueError, "hidden_scale must be 1 where there is no delta, got 2.0"),
         ({"bias": torch.zeros(2)}, ValueError, r"bias must have shape \(3,\)"),
         ({"bias": torch.zeros(3), "weight": None}, ValueError, "weight must be there for a bias"),
         ({"centred": True, "weight": None}, ValueError, "weight must be there .* where rows are centred"),

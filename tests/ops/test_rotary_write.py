@@ -31,11 +31,12 @@ def arguments(rows=5, head_dim=64, dtype=torch.float32, width=None):
         "norm": None,
         "epsilon": 0.0,
         "query_scales": None,
+        "norm_values": False,
     }
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 512])
 def test_equals_a_complex_rotation(run, head_dim, dtype):
     given = arguments(head_dim=head_dim, dtype=dtype)
     q = run(**given)
@@ -96,9 +97,28 @@ def test_queries_may_be_scaled_by_their_position(run, width):
     assert torch.equal(given["keys"], keys)
 
 
+@pytest.mark.parametrize("head_dim", [64, 80, 512])
+def test_values_may_be_normed(run, head_dim):
+    given = arguments(head_dim=head_dim) | {"epsilon": 0.1}
+    expected, keys = run(**given), given["keys"].clone()
+    assert torch.equal(run(**given | {"norm_values": True}), expected) and torch.equal(given["keys"], keys)
+    values = given["qkv"].double().unflatten(1, (-1, head_dim))[:, HEADS + KV_HEADS :]
+    values = values / (values.square().mean(2, keepdim=True) + 0.1).sqrt()
+    found = given["values"][given["sequences"].long(), :, given["slots"].long()]
+    torch.testing.assert_close(found.double(), values, atol=2e-6, rtol=2e-6)
+
+
+def test_queries_alone_are_those_beside_keys(run):
+    given = arguments() | {"norm": torch.randn(2, 64), "epsilon": 0.1}
+    expected = run(**given)
+    alone = {"qkv": given["qkv"][:, : HEADS * 64], "keys": given["keys"][:, :0], "values": given["values"][:, :0]}
+    assert torch.equal(run(**given | alone | {"norm_values": True}), expected)
+
+
 @pytest.mark.parametrize("norm", [None, torch.randn(2, 64), torch.randn(6, 64)], ids=["plain", "head", "row"])
 def test_a_row_has_the_bits_it_has_alone(kernel, norm):
     given = arguments(rows=9) | {"norm": norm, "epsilon": 1e-6, "query_scales": torch.rand(POSITIONS)}
+    given["norm_values"] = True
     q, keys = kernel(**given), given["keys"].clone()
     for row in range(9):
         one = given | {name: given[name][row : row + 1] for name in ("qkv", "positions", "sequences", "slots")}

@@ -40,6 +40,14 @@ def test_routes_match_float64(route, sigmoid, renormalise):
             torch.testing.assert_close(gates.double(), expected_gates, rtol=1e-5, atol=1e-9)
 
 
+def test_gates_may_have_scales_of_their_experts(route):
+    logits, scales = random(7, 60), random(60, seed=2)
+    plain, ids = route(logits, 4, renormalise=True, scale=1.5)
+    gates, found = route(logits, 4, renormalise=True, scale=1.5, scales=scales)
+    assert torch.equal(found, ids)
+    torch.testing.assert_close(gates, plain * scales[ids.long()])
+
+
 def test_of_equals_the_lower_number_comes_first(route):
     logits = torch.zeros(2, 40)
     logits[1, [7, 30]] = 1.0
@@ -112,6 +120,8 @@ def test_bad_routes(error, message, given):
         route_experts(*given)
     with pytest.raises(ValueError, match=r"bias must have shape \(4,\)"):
         route_experts(torch.zeros(2, 4), 2, bias=torch.zeros(5))
+    with pytest.raises(ValueError, match=r"scales must have shape \(4,\)"):
+        route_experts(torch.zeros(2, 4), 2, scales=torch.zeros(5))
 
 
 def test_bad_mixes():

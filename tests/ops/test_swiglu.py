@@ -31,6 +31,13 @@ def test_equals_float64(run, rows, size, activation, dtype):
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_ups_may_be_apart(run, activation):
+    gate_up = torch.randn(5, 2 * 577)
+    gate, up = gate_up.split(577, 1)
+    assert torch.equal(run(gate, up=up, activation=activation), run(gate_up, activation=activation))
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_far_gates(run, activation):
     gates = torch.tensor([[-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30, torch.nan]])
@@ -62,6 +69,8 @@ def test_bad_input_is_named():
         swiglu(torch.zeros(1, 2).half())
     with pytest.raises(ValueError, match=r"gate_up must be \[rows, 2 \* size\], got shape \(1, 3\)"):
         swiglu(torch.zeros(1, 3))
+    with pytest.raises(ValueError, match=r"up must have shape \(1, 3\), got \(1, 2\)"):
+        swiglu(torch.zeros(1, 3), up=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="activation must be silu or gelu_tanh or clamped, got 'relu'"):
         swiglu(torch.zeros(1, 2), activation="relu")
     with pytest.raises(TypeError, match="out_dtype must be"):

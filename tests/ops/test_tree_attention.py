@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import pyspec
 from pyspec.ops import tree_attention
-from pyspec.ops.tree_attention import HEAD_DIMS, tree_attention_reference
+from pyspec.ops.tree_attention import TREE_HEAD_DIMS, tree_attention_reference
 from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each_kernel, on_backend
 from tests.helpers.tree_cases import Case, make_case, path_to
 
@@ -53,9 +53,10 @@ def check(run, case: Case, tolerance: float | None = None, **options):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", TREE_HEAD_DIMS)
 def test_matches_float64(run, dtype, head_dim):
-    check(run, make_case([70, 0, 135], [5, 9, 3], head_dim=head_dim, dtype=dtype))
+    case = make_case([70, 0, 135], [5, 9, 3], head_dim=head_dim, dtype=dtype)
+    check(run, case, TOLERANCE[dtype] * max(1, head_dim // 256))  # scores are sums over the head
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 63, 64, 65, 1023, 1024, 1025, 2100])

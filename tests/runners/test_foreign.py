@@ -10,6 +10,7 @@ from pyspec.checkpoints.tokenizer import Tokenizer
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.foreign_support import cache_argument
 from tests.helpers.random_llama import by_slot, verify_all
+from tests.helpers.runner_checks import check_taps_of, observed_taps
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("error::FutureWarning", "error::DeprecationWarning:transformers")
@@ -119,6 +120,39 @@ def test_prompts_are_read_in_chunks_and_observed(monkeypatch):
             expected = model(torch.tensor([prompt])).logits[0]
         torch.testing.assert_close(torch.cat(chunks), expected, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(logits, expected[-1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_taps(family, monkeypatch):
+    """Those of a text are the same as a prompt in chunks and as paths of trees in a batch; logits stay as they are."""
+    model = tiny_model(family, SUPPORTED[family])
+    runner, layers = TransformersRunner(model), model.config.num_hidden_layers
+    monkeypatch.setattr("pyspec.runners.foreign.PREFILL_CHUNK", 12)
+    check_taps_of(runner, model)
+    prompts, tree = [[1, 2, 3], [4] * 9], DraftTree([5, 6, 7, 8], [-1, 0, 0, 2])
+    runner.prefill(prompts, capacity=32)
+    plain = runner.verify({0: tree, 1: tree})
+    assert plain[0].taps is None
+    observed_taps(runner, prompts, [1, layers, layers + 1])
+    verified = runner.verify({0: tree, 1: tree})
+    for slot, prompt in enumerate(prompts):
+        assert torch.equal(verified[slot].logits, plain[slot].logits)
+        (again,) = observed_taps(runner.fork(), [[*prompt, 5, 7, 8]], [1, layers, layers + 1])
+        close = {"atol": 1e-4 * float(again.abs().max()), "rtol": 1e-4}
+        torch.testing.assert_close(verified[slot].taps[[0, 2, 3]], again[len(prompt) :], **close)
+
+
+def test_layers_that_cannot_be_found_are_refused(monkeypatch):
+    model = tiny_model("GPT2", SUPPORTED["GPT2"])
+    runner = TransformersRunner(model)
+    runner.prefill([[1, 2, 3]])
+    for taps, error in (([4], ValueError), ([1, 0], ValueError), ("1", TypeError), ([0.5], TypeError)):
+        with pytest.raises(error, match="taps must "):
+            runner.prefill([[1]], taps=taps)
+    monkeypatch.setattr(type(model), "get_decoder", lambda self: self.lm_head)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel is not supported: its code does not say which"):
+        runner.prefill([[1]], taps=[1])
+    assert runner.lengths() == [3]
 
 
 def test_verify_reads_only():

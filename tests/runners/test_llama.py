@@ -12,11 +12,12 @@ from tests.helpers.random_llama import random_tokens, random_tree
 from tests.helpers.runner_checks import (
     alone_and_together,
     check_commits,
-    check_hidden,
     check_nodes,
     check_prompt,
     check_prompts_refused,
     check_row_rule,
+    check_taps,
+    check_taps_of,
     check_trees_and_paths_refused,
     expected_logits,
     path_tokens,
@@ -93,8 +94,10 @@ def test_observing_the_prompt_does_not_change_its_last_logits(models):
     assert torch.equal(runner.prefill([prompt])[0], observed)
 
 
-def test_hidden_rows_are_given_to_who_asks(models):
-    check_hidden(models("llama")[1])
+def test_taps(models):
+    model, runner = models("llama")
+    check_taps(runner)
+    check_taps_of(runner, model)
 
 
 def test_weights_exist_once(models):

@@ -16,11 +16,12 @@ from tests.helpers.runner_checks import (
     check_batches,
     check_commits,
     check_greedy_text,
-    check_hidden,
     check_nodes,
     check_prompt,
     check_prompts_refused,
     check_row_rule,
+    check_taps,
+    check_taps_of,
     check_trees_and_paths_refused,
     path_tokens,
     plain_steps,
@@ -159,8 +160,10 @@ def test_sequences_that_sit_out_are_left_alone(models, kind):
     assert torch.equal(cache.states[:, 1], before[0]) and torch.equal(cache.windows[:, 1], before[1])
 
 
-def test_hidden_rows_are_given_to_who_asks(models):
-    check_hidden(models("mamba2")[1])
+def test_taps(models):
+    check_taps(models("mamba2")[1])
+    model, runner = models("mamba")
+    check_taps_of(runner, model, first=1)  # what comes out of its layers, not what goes in
 
 
 def test_a_new_prompt_starts_from_nothing(models):

@@ -19,7 +19,7 @@ from pyspec.runners.numbers import Numbers
 from pyspec.runners.replay import Replays
 from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
-from tests.helpers.runner_checks import check_hidden
+from tests.helpers.runner_checks import check_taps
 
 
 @pytest.fixture
@@ -264,8 +264,8 @@ def test_graphs_of_more_rows_have_no_head(static_llama):
         assert (rows.logits is not None) == (rows.statistics is not None) == has_head
 
 
-def test_hidden_rows_are_given_to_who_asks(static_llama):
-    check_hidden(static_llama())
+def test_taps(static_llama):
+    check_taps(static_llama())
 
 
 def test_padding_has_slots():

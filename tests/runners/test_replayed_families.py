@@ -23,7 +23,7 @@ from tests.helpers.on_gpu import HAS_GPU, assert_close
 from tests.helpers.quantised_caches import random_codes
 from tests.helpers.random_llama import by_slot, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.random_models import FAMILIES, random_model
-from tests.helpers.runner_checks import check_hidden, plain_steps
+from tests.helpers.runner_checks import check_taps, plain_steps
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 each_family = pytest.mark.parametrize("family", FAMILIES)
@@ -125,12 +125,12 @@ def test_warm_after_smaller_rounds_leaves_nothing_that_knows_old_addresses(model
 
 
 @each_family
-def test_hidden_rows_are_those_of_the_nodes(model, family):
+def test_taps_are_those_of_the_nodes(model, family):
     """In a graph with its head, in one without, and beyond all graphs."""
     runner = model(family)
-    check_hidden(runner)
+    check_taps(runner)
     for size in (40, 70):
-        check_hidden(runner, sizes=(size, size - 3))
+        check_taps(runner, sizes=(size, size - 3))
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="what stands in for graphs keeps the runner")

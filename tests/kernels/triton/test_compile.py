@@ -121,6 +121,14 @@ def test_tree_attention_fits_the_machine(dtype, head_dim, architecture, tmp_path
     )
 
 
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+def test_tree_attention_of_the_widest_heads_fits(architecture, tmp_path):
+    """512 dimensions, in bf16 alone: a tile of keys and one of values lie in shared memory; few registers spill."""
+    for kernel in TREE:
+        compiled = compile_tree(kernel, architecture, torch.bfloat16, 512)
+        assert compiled.metadata.shared <= 163 * 1024 and resources(compiled, tmp_path)["STACK"] <= 96
+
+
 def test_tree_attention_with_pages_and_options_fits(tmp_path):
     check_fold(compile_tree(tree_attention.fold_kernel, 90, torch.bfloat16, 128, 64, True, True), 90, tmp_path)
 
@@ -316,8 +324,11 @@ SMALL = [
     (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None, "CENTRED": True}, rms_norm.compile_options(8192)),
     (rms_norm.rms_norm_kernel, {"BLOCK": 4096, "bias": None, "CENTRED": False}, rms_norm.compile_options(4096)),
     (rotary_write.rotary_write_kernel, {**HEADS, "norm": None, "query_scales": None, "WIDTH": 128, "REST": 0,
-                                         "IS_WHOLE": False}, rotary_write.OPTIONS),
-    (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True}, rotary_write.OPTIONS),
+                                         "IS_WHOLE": False, "NORMS_VALUES": False}, rotary_write.OPTIONS),
+    (rotary_write.rotary_write_kernel, {**HEADS, "WIDTH": 96, "REST": 32, "IS_WHOLE": True, "NORMS_VALUES": True},
+     rotary_write.OPTIONS),
+    (rotary_write.rotary_write_kernel, {**HEADS, "HEAD_DIM": 512, "BLOCK": 256, "WIDTH": 512, "REST": 0,
+                                        "IS_WHOLE": False, "NORMS_VALUES": True}, rotary_write.OPTIONS),
     (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True}, swiglu.OPTIONS),
     (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False}, swiglu.OPTIONS),
 ]  # fmt: skip
@@ -327,9 +338,21 @@ SMALL = [
 def test_the_small_ops_compile(kernel, constants, options, tmp_path):
     types = {name: "*i32" for name in ("positions", "sequences", "slots")}
     types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
-    weights = ("hidden", "delta", "delta_weight", "weight", "bias", "qkv", "cos_sin", "norm", "query_scales", "gate_up")
+    weights = (
+        "hidden",
+        "delta",
+        "delta_weight",
+        "weight",
+        "bias",
+        "qkv",
+        "cos_sin",
+        "norm",
+        "query_scales",
+        "gates",
+        "ups",
+    )
     types |= dict.fromkeys(weights, "*fp32")
-    types |= {"epsilon": "fp32"}
+    types |= dict.fromkeys(("epsilon", "hidden_scale"), "fp32")
     for architecture in ARCHITECTURES:
         constants = {**constants, "IS_EARLY": architecture >= 90}
         signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}

@@ -15,13 +15,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None, bias=None, centred=False):
+def run(hidden, delta, weight, out_dtype=torch.float32, delta_weight=None, bias=None, centred=False, hidden_scale=1.0):
     """The launcher's result and what became of hidden."""
     hidden = hidden.to(DEVICE, copy=True)
     delta, weight, delta_weight, bias = (
         None if tensor is None else tensor.to(DEVICE) for tensor in (delta, weight, delta_weight, bias)
     )
-    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight, bias, centred)
+    out = rms_norm(hidden, delta, weight, 1e-5, out_dtype, delta_weight, bias, centred, hidden_scale)
     return out.cpu(), hidden.cpu()
 
 
@@ -40,13 +40,13 @@ def test_equals_float64(rows, size, dtype, has_delta):
 
 
 @pytest.mark.parametrize("has_weight", [False, True])
-def test_a_delta_may_be_normed_before_it_is_added(has_weight):
+def test_a_delta_may_be_normed_before_it_is_added_and_the_sum_scaled(has_weight):
     torch.manual_seed(0)
     hidden, delta, weight, delta_weight = (torch.randn(*shape) for shape in ((3, 577), (3, 577), (577,), (577,)))
     expected = hidden.clone()
     settings = (weight if has_weight else None, 1e-5, torch.float32)
-    found = rms_norm_reference(expected, delta, *settings, delta_weight)
-    out, changed = run(hidden, delta, settings[0], delta_weight=delta_weight)
+    found = rms_norm_reference(expected, delta, *settings, delta_weight, hidden_scale=0.3)
+    out, changed = run(hidden, delta, settings[0], delta_weight=delta_weight, hidden_scale=0.3)
     assert_close(changed, expected, atol=2e-6, rtol=2e-6)
     assert_close(out, found, atol=2e-6, rtol=2e-6)
 

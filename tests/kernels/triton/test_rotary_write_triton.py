@@ -29,19 +29,23 @@ def arguments(rows, head_dim, heads, kv_heads, dtype, width=None, norm_rows=0):
         "values": cache[1],
         "query_scales": torch.rand(50, generator=generator) + 0.5 if norm_rows else None,
         "norm": torch.rand(norm_rows, head_dim, generator=generator) if norm_rows else None,
+        "norm_values": norm_rows == 2,
     }
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    "rows, head_dim, heads, kv_heads", [(5, 64, 4, 2), (3, 80, 3, 1), (1, 256, 2, 2), (0, 64, 4, 2)]
+    "rows, head_dim, heads, kv_heads", [(5, 64, 4, 2), (3, 80, 3, 1), (1, 512, 2, 2), (2, 64, 2, 0), (0, 64, 4, 2)]
 )
 @pytest.mark.parametrize("width, norm_rows", [(None, 0), (48, 0), (None, 2), (32, 6)])
 def test_matches_the_reference(rows, head_dim, heads, kv_heads, width, norm_rows, dtype):
     if norm_rows == 6:
         norm_rows = heads + kv_heads
     expected = arguments(rows, head_dim, heads, kv_heads, dtype, width, norm_rows)
-    found = {name: tensor if tensor is None else tensor.to(DEVICE, copy=True) for name, tensor in expected.items()}
+    found = {
+        name: tensor.to(DEVICE, copy=True) if isinstance(tensor, torch.Tensor) else tensor
+        for name, tensor in expected.items()
+    }
     options = {"heads": heads, "epsilon": 0.01}
     q = rotary_write(**found, **options)
     assert q.dtype == dtype and q.is_contiguous()
@@ -56,7 +60,7 @@ def test_matches_the_reference(rows, head_dim, heads, kv_heads, width, norm_rows
 @pytest.mark.parametrize("norm_rows", [0, 2, 6])
 def test_a_row_has_the_bits_it_has_alone(norm_rows):
     given = arguments(9, 64, 4, 2, torch.float32, norm_rows=norm_rows)
-    given = {name: tensor if tensor is None else tensor.to(DEVICE) for name, tensor in given.items()}
+    given = {name: tensor.to(DEVICE) if isinstance(tensor, torch.Tensor) else tensor for name, tensor in given.items()}
     options = {"heads": 4, "epsilon": 0.01}
     q, keys = rotary_write(**given, **options), given["keys"].clone()
     for row in range(9):

@@ -18,6 +18,14 @@ def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def test_gates_may_have_scales_of_their_experts():
+    logits, scales = numbers(3, 9), numbers(9, seed=1)
+    expected = route_experts_reference(logits, None, 4, False, True, 1.5, scales)
+    found = route_experts(logits.to(DEVICE), None, 4, False, True, 1.5, scales.to(DEVICE))
+    torch.testing.assert_close(found[0].cpu(), expected[0])
+    assert torch.equal(found[1].cpu(), expected[1])
+
+
 @pytest.mark.parametrize("sigmoid", [False, True])
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_routes_are_those_of_the_reference(sigmoid, renormalise):

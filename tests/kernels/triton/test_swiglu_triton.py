@@ -32,6 +32,12 @@ def test_equals_float64(rows, size, activation, dtype):
     assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
+def test_ups_may_be_apart():
+    gate_up = torch.randn(3, 2 * 577).to(DEVICE)
+    gate, up = gate_up.split(577, 1)
+    assert torch.equal(swiglu(gate, torch.float32, 1, up), swiglu(gate_up, torch.float32, 1))
+
+
 @pytest.mark.parametrize("activation", [0, 1])
 def test_far_gates(activation):
     gates = torch.tensor([[-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30, torch.nan]])
