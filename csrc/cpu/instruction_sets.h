@@ -79,8 +79,12 @@ inline int processor_instruction_set() {
   return amx_granted() ? kSet_amx_bf16 : kSet_avx512_bf16;
 }
 
-// Whether this processor runs a set that is not above its best.
-inline bool has_instruction_set(int set) { return set != kSet_avx_vnni || has_avx_vnni(); }
+// Whether this processor runs a set that is not above its best. Asked once: a virtual machine's cpuid takes
+// microseconds, which every call of an op would pay where PYSPEC_ISA is set.
+inline bool has_instruction_set(int set) {
+  static const bool has_vnni = has_avx_vnni();
+  return set != kSet_avx_vnni || has_vnni;
+}
 #elif PYSPEC_ARM && defined(__aarch64__)
 struct ArmFeatures {
   bool dotprod, i8mm, bf16;

@@ -1,5 +1,5 @@
 // A piece of a prompt as the mask of block_masked_attention: what BlockMask.from_window(rows, prefix + rows,
-// window=window) holds, without torch.
+// window=window) holds, without torch; or the like of windows that do not slide but begin at their multiples.
 #pragma once
 
 #include <algorithm>
@@ -15,24 +15,28 @@ struct PromptTiles {
   std::vector<uint64_t> bits;
 
   // Rows stand at positions prefix, prefix + 1, ... and see the keys up to their own, of them only the last
-  // `window` if that is not 0.
-  PromptTiles(int64_t rows, int64_t prefix, int64_t window) {
+  // `window` if that is not 0, or chunked those from the last multiple of it on.
+  PromptTiles(int64_t rows, int64_t prefix, int64_t window, bool chunked) {
     for (int64_t row = 0; row < rows; row += kTile) {
       full_ranges.push_back(static_cast<int32_t>(full_tiles.size()));
       partial_ranges.push_back(static_cast<int32_t>(partial_tiles.size() / 2));
       const int64_t first = prefix + row, last = prefix + std::min(row + kTile, rows) - 1;
       const int64_t reach = window ? window : prefix + rows;
-      for (int64_t key = std::max(first - reach + 1, int64_t{0}) / kTile * kTile; key <= last; key += kTile) {
+      auto first_seen = [&](int64_t at) {  // by the row there
+        return chunked ? at / reach * reach : std::max(at - reach + 1, int64_t{0});
+      };
+      for (int64_t key = first_seen(first) / kTile * kTile; key <= last; key += kTile) {
         const auto tile = static_cast<int32_t>(key / kTile);
-        if (key + kTile - 1 <= first && key > last - reach) {
+        if (key + kTile - 1 <= first && key >= first_seen(last)) {
           full_tiles.push_back(tile);
           continue;
         }
         partial_tiles.push_back(tile);
         partial_tiles.push_back(static_cast<int32_t>(bits.size() / kTile));
         for (int64_t j = 0; j < kTile; ++j) {
-          // Seen by the rows at key + j and the reach - 1 after it.
-          bits.push_back(from_row(key + j - first) & ~from_row(key + j + reach - first));
+          // Seen by the rows at key + j and the reach - 1 after it, or those of its chunk.
+          const int64_t begin = key + j, end = (chunked ? begin / reach * reach : begin) + reach;
+          bits.push_back(from_row(begin - first) & ~from_row(end - first));
         }
       }
       full_ranges.push_back(static_cast<int32_t>(full_tiles.size()));

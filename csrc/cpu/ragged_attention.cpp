@@ -49,7 +49,7 @@ class RaggedAttention : public pyspec::Launch {
       if (nodes == 0) continue;
       const int32_t* bits = bits_of(first, nodes);
       if (nodes > pyspec::kTile && pyspec::is_chain(bits, nodes)) {
-        tiles_.emplace_back(nodes, prefix, p_.all.window);
+        tiles_.emplace_back(nodes, prefix, p_.all.window, p_.all.chunked);
         BlockMaskedAttentionParams p{};
         set(p, sequence, first);
         p.rows = nodes, p.keys = prefix + nodes;
@@ -58,7 +58,7 @@ class RaggedAttention : public pyspec::Launch {
       } else {
         TreeAttentionParams p{};
         set(p, sequence, first);
-        p.nodes = nodes, p.page = p_.slots, p.window = p_.all.window;
+        p.nodes = nodes, p.page = p_.slots, p.window = p_.all.window, p.chunked = p_.all.chunked;
         p.ancestor_bits = bits, p.prefix_lens = p_.prefix_lens + sequence, p.longest_prefix = prefix;
         most = std::max(most, pyspec::workspace_floats(p));
         trees_.push_back(p);
@@ -150,7 +150,7 @@ void check_trees(const RaggedAttentionParams& p) {
 Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& ancestor_bits,
                         const Tensor& starts, const Tensor& prefix_lens, double scale,
                         std::optional<double> softcap, std::optional<int64_t> window,
-                        const std::optional<Tensor>& sinks) {
+                        const std::optional<Tensor>& sinks, bool chunked) {
   STD_TORCH_CHECK(q.dim() == 3 && q.is_contiguous(), "q must be [rows, heads, head_dim] and contiguous");
   STD_TORCH_CHECK(k.dim() == 4 && v.dim() == 4 && k.stride(3) == 1 && v.stride(3) == 1,
                   "k and v must be [sequences, kv_heads, slots, head_dim] with a contiguous last dimension");
@@ -184,7 +184,7 @@ Tensor ragged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const
   all.q_strides[2] = all.out_strides[2] = all.heads * all.head_dim;
   pyspec::copy_strides(k, all.k_strides), pyspec::copy_strides(v, all.v_strides);
   all.scale = static_cast<float>(scale), all.softcap = static_cast<float>(softcap.value_or(0.0));
-  all.window = window.value_or(0);
+  all.window = window.value_or(0), all.chunked = chunked && window;
   all.parallel_for = pyspec::Tape::recording() ? pyspec::team_parallel_for : pyspec::parallel_for;
   pyspec::launch(std::make_unique<RaggedAttention>(p));
   return out;

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
                                           const Tensor& ancestor_bits, const Tensor& prefix_lens,
                                           double scale, std::optional<double> softcap,
                                           std::optional<int64_t> window, std::optional<Tensor> block_table,
-                                          const std::optional<Tensor>& sinks) {
+                                          const std::optional<Tensor>& sinks, bool chunked) {
   auto int32 = torch::headeronly::ScalarType::Int;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must have 4 dimensions");
   pyspec::TreeAttentionParams p{};
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
   }
   p.scale = static_cast<float>(scale);
   p.softcap = static_cast<float>(softcap.value_or(0.0));
-  p.window = window.value_or(0);
+  p.window = window.value_or(0), p.chunked = chunked && window;
   p.parallel_for = pyspec::parallel_for;
   check_reach(p, k.size(0), slots);
   for (int64_t b = 0; b < p.batch; ++b) {

@@ -133,7 +133,9 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   // ==== windows ====
 
   int64_t visible_from(int64_t b, int64_t node_depth) const {
-    return p.window ? p.prefix_lens[b] + node_depth - p.window + 1 : 0;
+    if (!p.window) return 0;
+    int64_t position = p.prefix_lens[b] + node_depth;
+    return p.chunked ? position / p.window * p.window : position - p.window + 1;
   }
   // Lanes that see each key of a tile, from the first visible key of each, relative to the tile.
   Visible from_key(Scratch& s, const float* lowest) const {

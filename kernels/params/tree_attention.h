@@ -27,6 +27,7 @@ struct TreeAttentionParams {
   float scale;
   float softcap;   // 0: none
   int64_t window;  // 0: none
+  bool chunked;    // windows do not slide: they begin at multiples of their length
   Element element;
   ParallelFor parallel_for;
 };

@@ -46,6 +46,12 @@ def fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D: t
 
 
 @triton.jit
+def lowest_of(position, window, CHUNKED: tl.constexpr):
+    """The first position that a row sees with a window, which slides or begins at a multiple of its length."""
+    return position // window * window if CHUNKED else position - window + 1
+
+
+@triton.jit
 def fold_sink(score, used, largest, total, weighted):
     """One more key into the states of used rows, with a score in units of log2 and no value."""
     most = tl.where(used, tl.maximum(largest, score), 0.0)
@@ -98,6 +104,7 @@ def fold_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE: tl.constexpr,
+    CHUNKED: tl.constexpr,  # whether windows begin at multiples of their length
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -122,7 +129,7 @@ def fold_kernel(
     nearest = prefix + tl.where(is_chain, root, 0)  # no row is before it
     visible_from = 0
     if window is not None:
-        visible_from = tl.maximum(nearest - window + 1, 0)
+        visible_from = tl.maximum(lowest_of(nearest, window, CHUNKED), 0)
     first = tl.maximum(first_tile_of(chunk), visible_from // TILE)
     end = tl.minimum(first_tile_of(chunk + 1), (prefix + deepest) // TILE)
     if first >= end:
@@ -138,7 +145,7 @@ def fold_kernel(
         wanted, visible = None, None
         if window is not None:
             wanted = positions >= visible_from  # no row sees the others, so they may hold anything
-            visible = positions[None, :] > (position - window)[:, None]
+            visible = positions[None, :] >= lowest_of(position, window, CHUNKED)[:, None]
         state = fold_tile(state, query, tokens, positions, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
 
     # Tiles with keys of the tree, which few rounds have: for one node after another, or for a chain at once.
@@ -151,7 +158,7 @@ def fold_kernel(
             wanted = (positions >= visible_from) & (positions <= last)
             visible = positions[None, :] < tl.where(is_chain | (node == member), row_end, 0)[:, None]
             if window is not None:
-                visible &= positions[None, :] > (position - window)[:, None]
+                visible &= positions[None, :] >= lowest_of(position, window, CHUNKED)[:, None]
             state = fold_tile(state, query, tokens, slots, wanted, visible, HEAD_DIM, BLOCK_D, UPCAST)
 
     largest, total, weighted = state
@@ -206,6 +213,7 @@ def finish_kernel(
     BLOCK_D: tl.constexpr,
     WORDS: tl.constexpr,
     PAGE: tl.constexpr,
+    CHUNKED: tl.constexpr,  # whether windows begin at multiples of their length
     UPCAST: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
@@ -241,8 +249,8 @@ def finish_kernel(
     row_first, visible_from = row_tile * TILE, 0
     nearest = prefix + tl.where(is_chain, root, deepest)  # no row is before it
     if window is not None:
-        row_first = tl.maximum(row_first, position - window + 1)
-        visible_from = tl.maximum(nearest - window + 1, 0)
+        row_first = tl.maximum(row_first, lowest_of(position, window, CHUNKED))
+        visible_from = tl.maximum(lowest_of(nearest, window, CHUNKED), 0)
     state = empty_state(FEW, BLOCK_D)
     for tile in range(nearest // TILE, tl.where(deepest < 0, 0, (prefix + deepest) // TILE + 1)):
         positions = tile * TILE + tl.arange(0, TILE)
@@ -255,7 +263,7 @@ def finish_kernel(
     wait_for_earlier(IS_EARLY)
     first_tile, end_chunk = tl.zeros_like(row_tile), tl.where(row_tile > 0, chunk_of(row_tile - 1) + 1, 0)
     if window is not None:
-        first_tile = tl.maximum(position - window + 1, 0) // TILE
+        first_tile = tl.maximum(lowest_of(position, window, CHUNKED), 0) // TILE
     end_chunk = tl.where(used & (first_tile < row_tile), end_chunk, 0)
     states = tl.program_id(1).to(tl.int64) * chunks * nodes * GROUP + node * GROUP + head
     largest, total, weighted = merge_chunks(
@@ -299,7 +307,7 @@ def compile_options(head_dim: int, dtype: torch.dtype, is_paged: bool) -> tuple[
     return {**fold, "enable_fp_fusion": False}, {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 
 
-def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks=None):
+def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks=None, chunked=False):
     """Launches both kernels; arguments and results of torch.ops.pyspec.tree_attention.
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
@@ -327,6 +335,7 @@ def tree_attention(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, 
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "WORDS": ancestor_bits.shape[2],
         "PAGE": None if block_table is None else k.shape[2],
+        "CHUNKED": chunked,
         "UPCAST": not q.is_cuda and q.dtype == torch.bfloat16,  # the interpreter computes on the bits of bf16
         **launch_options(q.device),
     }

@@ -46,6 +46,8 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         options |= {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
     q = rotary_write(projected, rope.cos_sin, *places, k, v, **options)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
+    if config.is_chunked:
+        scores["chunked"] = True
     if layer.sinks is not None:
         scores["sinks"] = layer.sinks
     mixed = cache.attend(index, q, numbers, config.windows[index], **scores)

@@ -226,6 +226,7 @@ class ExpertLayer(Gemma4Layer):
         return both
 
 
+@dataclass
 class Gemma4Weights(LlamaWeights):
     """All weights, by the names of Hugging Face's Gemma 4.
 
@@ -235,7 +236,9 @@ class Gemma4Weights(LlamaWeights):
 
     INPUTS = ("per_layer_embedding", "per_layer_model")
 
-    per_layer_embedding = per_layer_model = per_layer_norm = None
+    per_layer_embedding: Matrix | None = None
+    per_layer_model: Matrix | None = None
+    per_layer_norm: Tensor | None = None  # [input_size], of the mix
 
     @staticmethod
     def checkpoint(stored, config: Gemma4Config) -> Gemma4Checkpoint:

@@ -49,6 +49,7 @@ class LlamaConfig:
     embedding_scale = logits_scale = 1.0
     logits_softcap = attention_scale = attention_softcap = rope_width = None
     centred = norm_bias = is_parallel = has_sinks = norms_values = False
+    is_chunked = False  # whether windows begin at multiples of their length instead of sliding
     layer_heads = None  # of each layer, key heads and their width, where layers differ
     key_layers = None  # of each layer, the one whose keys it reads, where that is not always its own
 
@@ -216,6 +217,7 @@ def _scale(norm: Tensor, config: LlamaConfig) -> Tensor:
     return norm + config.norm_offset if config.norm_offset else norm
 
 
+@dataclass
 class LlamaWeights(NativeWeights):
     """All weights, by the names of Hugging Face's Llama."""
 

@@ -187,6 +187,7 @@ class ExpertCheckpoint:
     """
 
     NAMES = _NAMES
+    IS_TRANSPOSED = False  # whether a stored one is [experts, inputs, outputs]
 
     def __init__(self, stored):
         self._stored = stored
@@ -200,10 +201,11 @@ class ExpertCheckpoint:
             if match is None or len(shape) != 3:
                 self._places[name], self.shapes[name] = (original, None), shape
                 continue
-            for number, (part, rows) in product(range(shape[0]), self._parts(match[2], shape[1]).items()):
+            outputs, inputs = reversed(shape[1:]) if self.IS_TRANSPOSED else shape[1:]
+            for number, (part, rows) in product(range(shape[0]), self._parts(match[2], outputs).items()):
                 name = f"{match[1]}.{number}.{part}_proj.weight"
                 self._places[name] = original, (number, rows)
-                self.shapes[name] = (len(range(shape[1])[rows]), shape[2])
+                self.shapes[name] = (len(range(outputs)[rows]), inputs)
         self._left = Counter(original for original, _ in self._places.values())
 
     def _parts(self, kind: str, outputs: int) -> dict[str, slice]:
@@ -233,4 +235,6 @@ class ExpertCheckpoint:
 
     def _part(self, original: str, place: tuple[int, slice]) -> Tensor:
         ((_, whole),) = self._stored.blocks(original)
-        return whole[place].detach()
+        number, rows = place
+        matrix = whole[number].detach()
+        return matrix.t()[rows].contiguous() if self.IS_TRANSPOSED else matrix[rows]

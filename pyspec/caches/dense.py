@@ -145,11 +145,13 @@ class DenseCache(KeysAndValues):
         scale: float | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        chunked: bool = False,
     ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         k, v = self.keys_values[layer]
         trees = (numbers.ancestor_bits, numbers.starts, numbers.prefix_lens)
-        return ragged_attention(q, k, v, *trees, scale=scale, softcap=softcap, window=window, sinks=sinks)
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks, "chunked": chunked and window is not None}
+        return ragged_attention(q, k, v, *trees, window=window, **options)
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""

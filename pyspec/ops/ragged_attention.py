@@ -28,6 +28,7 @@ def ragged_attention_reference(
     softcap: float | None,
     window: int | None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
 ) -> Tensor:
     """Plain PyTorch, tree by tree. The specification of the kernels."""
     out, bounds = torch.empty_like(q), starts.tolist()
@@ -36,19 +37,19 @@ def ragged_attention_reference(
             continue
         bits = ancestor_bits[None, first:end, : (end - first + 31) // 32].contiguous()
         keys_values = (k[sequence, None], v[sequence, None])
-        settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+        settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "chunked": chunked}
         rows = q[first:end].transpose(0, 1)[None]
         mixed = tree_attention(rows, *keys_values, bits, prefix_lens[sequence, None], **settings)
         out[first:end] = mixed[0].transpose(0, 1)
     return out
 
 
-def _padded(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks=None) -> Tensor:
+def _padded(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks=None, chunked=False) -> Tensor:
     """On a GPU nobody looks at starts: all trees are padded to one number of nodes."""
     sequences, nodes = len(k), len(q) // len(k)
     bits = ancestor_bits.unflatten(0, (sequences, nodes))[..., : (nodes + 31) // 32]
     q = q.unflatten(0, (sequences, nodes)).transpose(1, 2)
-    settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks}
+    settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "chunked": chunked}
     mixed = tree_attention(q, k, v, bits, prefix_lens, **settings)
     return mixed.transpose(1, 2).flatten(0, 1)
 
@@ -62,7 +63,7 @@ def _check_trees(q, k, v, ancestor_bits, starts, prefix_lens, *rest) -> None:
 _OP = Op(
     "ragged_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor ancestor_bits, Tensor starts, Tensor prefix_lens, float scale, "
-    "float? softcap, int? window, Tensor? sinks=None) -> Tensor",
+    "float? softcap, int? window, Tensor? sinks=None, bool chunked=False) -> Tensor",
     ragged_attention_reference,
     lambda q, *rest: torch.empty_like(q),
     lambda: _padded,
@@ -82,6 +83,7 @@ def ragged_attention(
     softcap: float | None = None,
     window: int | None = None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
 ) -> Tensor:
     """Attention of trees' nodes to their sequences' committed keys and to their own ancestors, in one call.
 
@@ -93,7 +95,7 @@ def ragged_attention(
         starts: [B + 1] int32, from 0 to R: tree b has the rows from starts[b] to starts[b + 1], perhaps none. On a GPU
             all trees must have R / B rows, padding included, which is not checked.
         prefix_lens: [B] int32, committed keys of each sequence.
-        scale, softcap, window, sinks: as for tree_attention.
+        scale, softcap, window, sinks, chunked: as for tree_attention.
 
     Returns:
         Like q. Each row has the bits that tree_attention gives it.
@@ -123,5 +125,7 @@ def ragged_attention(
         ("sinks", sinks, torch.float32, q.shape[1:2]),
     )
     check_contiguous(sinks=sinks)
+    if chunked and window is None:
+        raise ValueError("window must be there where keys are seen in chunks, got None")
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
-    return _OP(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks)
+    return _OP(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks, chunked)

@@ -39,6 +39,7 @@ def tree_attention_reference(
     window: int | None,
     block_table: Tensor | None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch, in fp32: out like q and lse [B, Hq, T]. The specification of the kernels."""
     if block_table is not None:  # pages [P, Hkv, page, D] to [B, Hkv, pages * page, D]
@@ -60,7 +61,13 @@ def tree_attention_reference(
     if window is not None:
         node_depth = depth.gather(1, node)
         slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
-        visible &= depth[..., None] - slot_depth[:, None] < window
+        if chunked:
+            chunks = [
+                (places + prefix_lens.view(-1, *[1] * (places.dim() - 1))) // window for places in (depth, slot_depth)
+            ]
+            visible &= chunks[0][..., None] == chunks[1][:, None]
+        else:
+            visible &= depth[..., None] - slot_depth[:, None] < window
 
     return dense_attention(q, k, v, visible[:, None, None], scale, softcap, sinks)
 
@@ -92,7 +99,7 @@ def dense_attention(
     return torch.empty_like(q).copy_(out), lse.flatten(1, 2)
 
 
-def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks=None) -> None:
+def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, *rest) -> None:
     """Raises BadData unless every slot that a row sees is inside of k."""
     nodes, slots = q.shape[2], k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
     for b, n in enumerate(prefix_lens.tolist()):
@@ -122,7 +129,7 @@ def _triton():
 _OP = Op(
     "tree_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor ancestor_bits, Tensor prefix_lens, float scale, float? softcap, "
-    "int? window, Tensor? block_table, Tensor? sinks=None) -> (Tensor, Tensor)",
+    "int? window, Tensor? block_table, Tensor? sinks=None, bool chunked=False) -> (Tensor, Tensor)",
     tree_attention_reference,
     _fake,
     _triton,
@@ -159,7 +166,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, softca
         raise ValueError(f"softcap must be positive, got {softcap}")
 
 
-def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks) -> None:
+def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks, chunked) -> None:
     check_attention(q, k, v, scale, softcap)
     options = {"block_table": block_table, "sinks": sinks}
     check_are_tensors(ancestor_bits=ancestor_bits, prefix_lens=prefix_lens, **options, optional=tuple(options))
@@ -180,6 +187,8 @@ def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_ta
     check_contiguous(sinks=sinks)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if chunked and window is None:
+        raise ValueError("window must be there where keys are seen in chunks, got None")
 
 
 def tree_attention(
@@ -194,6 +203,7 @@ def tree_attention(
     window: int | None = None,
     block_table: Tensor | None = None,
     sinks: Tensor | None = None,
+    chunked: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a draft tree's nodes to the committed prefix and to their own ancestors.
@@ -211,6 +221,7 @@ def tree_attention(
         block_table: [B, pages] int32, the pages of each sequence in order.
         sinks: [Hq] fp32 and contiguous, each head's score of one more key, which has no value: it takes a share of the
             weights, neither scaled nor capped nor outside of a window. Padding does not see it.
+        chunked: windows do not slide: a position p sees keys from window (p // window) on.
         return_lse: also return the natural log-sum-exp of the scores, the sink's among them.
 
     Returns:
@@ -223,8 +234,8 @@ def tree_attention(
             that would wait for the device.
         RuntimeError: an argument requires a gradient.
     """
-    _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks)
+    _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks, chunked)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks)
+    out, lse = _OP(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, sinks, chunked)
     return (out, lse) if return_lse else out

@@ -64,7 +64,11 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
-        features = {"heads have sinks": config.has_sinks, "layers' heads differ": config.layer_heads is not None}
+        features = {
+            "heads have sinks": config.has_sinks,
+            "layers attend in chunks": config.is_chunked and any(config.windows),
+        }
+        features |= {"layers' heads differ": config.layer_heads is not None}
         for feature, is_there in (features | {"heads are wider than 256": config.head_dim > 256}).items():
             if prompt_attention != "pyspec" and is_there:
                 raise ValueError(f"prompt_attention must be pyspec where {feature}, got {prompt_attention}")
@@ -191,6 +195,8 @@ class AttentionRunner(NativeRunner):
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         if config.has_sinks:
             raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
+        if config.is_chunked and any(config.windows):
+            raise ValueError("cache must be dense for a model that attends in chunks, got a quantised one")
         if config.layer_heads is not None:
             raise ValueError("cache must be dense for a model whose layers differ in their heads, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from pyspec import from_transformers
 from pyspec.checkpoints import converted, load
 from pyspec.checkpoints.converted import load_converted, save_converted
 from pyspec.cli import main
@@ -31,6 +32,15 @@ def test_a_converted_model_is_the_same(family, dtype, tmp_path):
     assert type(found) is type(runner) and found.config == runner.config and found.weight_dtype == runner.weight_dtype
     assert found.fingerprint == runner.fingerprint and found.eos_tokens == runner.eos_tokens
     assert torch.equal(torch.stack(list(logits(found))), torch.stack(list(logits(runner))))
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "gpt_oss", "gemma4", "gemma4_with_experts", "llama4"])
+def test_weights_outside_of_layers_and_of_all_kinds_of_layers_are_kept(kind, tmp_path):
+    runner = from_transformers(tiny_model(kind))
+    save_converted(runner, tmp_path / "a.pyspec")
+    found = load_converted(tmp_path / "a.pyspec")
+    assert found.config == runner.config
+    assert torch.equal(logits(found)[0], logits(runner)[0])
 
 
 @pytest.fixture

@@ -80,6 +80,12 @@ OTHER_KINDS = {
         | {"moe_intermediate_size": 40},
     ),
     "gemma4_wide": ("Gemma4", _GEMMA4 | {"layer_types": _GEMMA4_LAYERS[:2]}),
+    "llama4": (
+        "Llama4",
+        {"num_hidden_layers": 4, "attention_chunk_size": 8, "num_local_experts": 5, "floor_scale": 4, "attn_scale": 0.5}
+        | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 144}
+        | {"rope_parameters": {"rope_theta": 100.0}},
+    ),
     "phi3": ("Phi3", {"sliding_window": 6, "rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.75}}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 4, "tie_word_embeddings": False, "attention_bias": True}),
     "smollm3_with_windows": ("SmolLM3", {"no_rope_layers": [0, 1], "use_sliding_window": True, "sliding_window": 6}),
@@ -175,6 +181,11 @@ IN_GGUF = {
         | {"attention.head_count_kv": [2, 1, 1], "attention.sliding_window_pattern": [True, False, False]}
         | {"expert_count": 6, "expert_used_count": 3, "expert_feed_forward_length": 40},
     ),
+    "llama4": (
+        {"no_rope_layer_interval": 4, "attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
+        {"expert_count": 5, "expert_used_count": 1, "expert_feed_forward_length": 160, "feed_forward_length": 144}
+        | {"interleave_moe_layer_step": 2},
+    ),
     "phi3": ({"sliding_window": None}, {"rope.dimension_count": 48}),
     "smollm3": ({}, {}),
     "olmo2": ({}, {}),
@@ -249,7 +260,7 @@ def tiny_model(kind: str, **changed):
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    config = f"{family}TextConfig" if family in ("Gemma3", "Gemma4") else f"{family}Config"
+    config = f"{family}TextConfig" if family in ("Gemma3", "Gemma4", "Llama4") else f"{family}Config"
     config = getattr(transformers, config)(**(shape | options | changed))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
@@ -263,6 +274,7 @@ def tiny_model(kind: str, **changed):
 _ARCHITECTURES = {
     "gemma3_text": "gemma3",
     "gemma4_text": "gemma4",
+    "llama4_text": "llama4",
     "olmo3": "olmo2",
     "cohere": "command-r",
     "ministral3": "mistral3",
@@ -300,6 +312,13 @@ def split_experts(tensors):
         name = name.replace("block_sparse_moe.router", "mlp.gate").replace("block_sparse_moe", "mlp")
         if any(name.endswith("sinks") for name in tensors) and (".experts." in name or name.endswith("sinks")):
             yield from _of_gpt_oss(name, values)
+        elif ".feed_forward.experts." in name:  # of Llama 4, where they lie on their side
+            stem, _, kind = name.removesuffix("_proj").rpartition(".")
+            parts = (
+                zip(("gate", "up"), values.mT.chunk(2, 1), strict=True) if kind == "gate_up" else [("down", values.mT)]
+            )
+            for part, rows in parts:
+                yield f"{stem}.{part}_proj.weight", rows.contiguous()
         elif name.endswith("experts.gate_up_proj"):
             for part, rows in zip(("gate", "up"), values.chunk(2, 1), strict=True):
                 yield f"{name.removesuffix('gate_up_proj')}{part}_proj.weight", rows

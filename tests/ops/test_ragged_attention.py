@@ -57,7 +57,17 @@ def by_tree(given, **settings):
     return out
 
 
-@pytest.mark.parametrize("settings", [{}, {"window": 50, "sinks": SINKS}, {"scale": 0.3, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"window": 50, "sinks": SINKS},
+        {"window": 50, "chunked": True},
+        {"window": 128, "chunked": True},
+        {"scale": 0.3, "softcap": 5.0},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1,), (40,), (3, 0, 33, 1), (130, 7), (0, 65, 129)], ids=str)
 def test_each_tree_has_the_bits_that_it_has_alone(kernel, sizes, dtype, settings):

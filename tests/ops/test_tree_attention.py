@@ -15,7 +15,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 run, kernel = each_backend(tree_attention), each_kernel(tree_attention)
 
 
-def oracle(case: Case, scale=None, softcap=None, window=None, sinks=None):
+def oracle(case: Case, scale=None, softcap=None, window=None, sinks=None, chunked=False):
     """Row by row in float64, straight from the parents."""
     batch, heads, nodes, head_dim = case.q.shape
     group = heads // case.k.shape[1]
@@ -28,7 +28,7 @@ def oracle(case: Case, scale=None, softcap=None, window=None, sinks=None):
             path = path_to(case.parents[b], node)
             slots = list(range(n)) + [n + j for j in path]
             if window is not None:
-                slots = slots[-window:]
+                slots = slots[(len(slots) - 1) // window * window :] if chunked else slots[-window:]
             for head in range(heads):
                 k = case.k[b, head // group, slots].double()
                 scores = k @ case.q[b, head, node].double() * scale
@@ -76,13 +76,21 @@ def test_window_counts_positions(run, window, dtype):
     check(run, make_case([150, 60], [20, 9], dtype=dtype), window=window)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 40, 64, 100, 128, 10_000])
+def test_chunks_begin_at_their_multiples(run, window, dtype):
+    check(run, make_case([150, 60, 126], [20, 9, 12], dtype=dtype), window=window, chunked=True)
+
+
 @pytest.mark.parametrize("softcap", [0.5, 30.0])
 def test_softcap(run, softcap):
     # a score's error is that of tanh times the cap
     check(run, make_case([90], [6]), tolerance=1e-5, softcap=softcap, scale=0.7)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 2.0, "scale": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 3}, {"window": 70, "chunked": True}, {"softcap": 2.0, "scale": 0.7}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sink_takes_a_share_of_the_weights(run, dtype, options):
     case, sinks = make_case([150, 3], [20, 9], dtype=dtype), torch.tensor([-60.0, -1.0, 4.0, 60.0])
@@ -189,7 +197,9 @@ def test_row_rule(data):
     nodes = data.draw(st.lists(st.integers(1, 40), min_size=batch, max_size=batch))
     dtype = data.draw(st.sampled_from(list(TOLERANCE)))
     head_dim = data.draw(st.sampled_from([64, 80, 128]))
-    options = data.draw(st.sampled_from([{}, {"window": 5}, {"window": 100}, {"softcap": 20.0}]))
+    options = data.draw(
+        st.sampled_from([{}, {"window": 5}, {"window": 100}, {"window": 50, "chunked": True}, {"softcap": 20.0}])
+    )
     options |= data.draw(st.sampled_from([{}, {"sinks": torch.linspace(-4, 4, heads)}]))
     case = make_case(lens, nodes, heads, kv_heads, head_dim, dtype, seed=data.draw(st.integers(0, 99)))
     with on_backend(data.draw(st.sampled_from(KERNELS))):
@@ -335,6 +345,7 @@ def bad(case: Case, **changes):
         (TypeError, "sinks", lambda c: {"sinks": torch.zeros(4, dtype=torch.float16)}),
         (ValueError, "softcap", lambda c: {"softcap": 0.0}),
         (ValueError, "window", lambda c: {"window": 0}),
+        (ValueError, "window", lambda c: {"chunked": True}),
         (ValueError, "k", lambda c: {"k": c.k.to("meta"), "v": c.v.to("meta")}),
     ],
 )

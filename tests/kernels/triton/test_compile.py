@@ -59,6 +59,7 @@ def compile_tree(kernel, architecture, dtype, head_dim, nodes=32, is_paged=False
         "WORDS": (nodes + 31) // 32,
         "PAGE": 16 if is_paged else None,
         "UPCAST": False,
+        "CHUNKED": False,
         "IS_EARLY": architecture >= 90,
     }
     if not is_paged:

@@ -62,31 +62,33 @@ def chain(prefix: int, nodes: int, **options) -> Case:
     return case
 
 
-def run(case: Case, scale=None, softcap=None, window=None, block_table=None, k=None, v=None, sinks=None):
+def run(case: Case, scale=None, softcap=None, window=None, block_table=None, k=None, v=None, sinks=None, chunked=False):
     lens = torch.tensor(case.lens, dtype=torch.int32)
     tensors = (case.q, case.k if k is None else k, case.v if v is None else v, case.bits, lens)
     table = None if block_table is None else block_table.to(DEVICE)
     scale = case.q.shape[3] ** -0.5 if scale is None else scale
     sinks = None if sinks is None else sinks.to(DEVICE)
     tensors = [to_device(tensor, DEVICE) for tensor in tensors]
-    out, lse = tree_attention(*tensors, scale, softcap, window, table, sinks)
+    out, lse = tree_attention(*tensors, scale, softcap, window, table, sinks, chunked)
     return out.cpu(), lse.cpu()
 
 
-def visible_slots(case: Case, b: int, node: int, window=None) -> list[int]:
+def visible_slots(case: Case, b: int, node: int, window=None, chunked=False) -> list[int]:
     """The slots that a node sees, in order of position."""
     slots = [*range(case.lens[b]), *(case.lens[b] + j for j in path_to(case.parents[b], node))]
+    if chunked:
+        return slots[(len(slots) - 1) // window * window :]
     return slots if window is None else slots[-window:]
 
 
-def check(case: Case, scale=None, softcap=None, window=None, sinks=None, **options):
-    out, lse = run(case, scale, softcap, window, sinks=sinks, **options)
+def check(case: Case, scale=None, softcap=None, window=None, sinks=None, chunked=False, **options):
+    out, lse = run(case, scale, softcap, window, sinks=sinks, chunked=chunked, **options)
     group, tolerance = case.q.shape[1] // case.k.shape[1], TOLERANCE[case.q.dtype]
     expected = torch.zeros(case.q.shape, dtype=torch.float64)
     expected_lse = torch.full(case.q.shape[:3], -torch.inf, dtype=torch.float64)
     for b, parents in enumerate(case.parents):
         for node in range(len(parents)):
-            slots = visible_slots(case, b, node, window)
+            slots = visible_slots(case, b, node, window, chunked)
             k, v = (cache[b, :, slots].double().repeat_interleave(group, 0) for cache in (case.k, case.v))
             scores = torch.einsum("hd,hsd->hs", case.q[b, :, node].double(), k)
             scores = scores * (case.q.shape[3] ** -0.5 if scale is None else scale)
@@ -127,6 +129,11 @@ def test_groups(heads, kv_heads):
 @pytest.mark.parametrize("window", [slow(1), 3, 64, slow(100), slow(10_000)])
 def test_window_counts_positions(window):
     check(make_case([150], [9], heads=1), window=window)
+
+
+@pytest.mark.parametrize("window", [3, slow(64), 100])
+def test_chunks_begin_at_their_multiples(window):
+    check(make_case([150], [9], heads=1), window=window, chunked=True)
 
 
 def test_window_skips_chunks():
