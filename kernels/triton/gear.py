@@ -39,6 +39,21 @@ def first_block(chunk):
 
 
 @triton.jit
+def begin_of_windows(first, oldest, nodes, row_seen):
+    """The first record, from `first` on, that a row sees, and the first token that each row sees."""
+    if oldest is None:
+        return first, row_seen
+    row_oldest = tl.load(oldest + nodes, mask=row_seen > 0, other=2**31 - 1)
+    return tl.maximum(first, tl.min(row_oldest, 0) // BLOCK), row_oldest
+
+
+@triton.jit
+def within_windows(scores, first_token, row_oldest, TILE: tl.constexpr):
+    token = first_token + tl.arange(0, TILE)
+    return tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
+
+
+@triton.jit
 def scaled(query, scale, NUMBER: tl.constexpr):
     """Queries whose products with PART_OF_X of the keys are scores in units of log2."""
     query = query.to(tl.float32) * (scale * (LOG2_E / PART_OF_X))
@@ -94,17 +109,14 @@ def fold_kernel(
     NUMBER: tl.constexpr,
 ):
     """Folds one chunk of records into the states of 16 rows; row r is node r // heads of a group."""
-    chunk = tl.program_id(1)
-    batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    chunk, batch, kv_head = tl.program_id(1), tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     used = rows < nodes * GROUP_HEADS
     node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
     row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
     first = first_block(chunk)
     end = tl.minimum(first_block(chunk + 1), tl.max(row_seen, 0))
-    if oldest is not None:
-        row_oldest = tl.load(oldest + batch * nodes + node, mask=row_seen > 0, other=2**31 - 1)
-        first = tl.maximum(first, tl.min(row_oldest, 0) // BLOCK)
+    first, row_oldest = begin_of_windows(first, oldest, batch * nodes + node, row_seen)
     if first >= end:
         return  # no row reads this chunk
 
@@ -137,8 +149,7 @@ def fold_kernel(
                 scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
             scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
             if oldest is not None:
-                token = block * BLOCK + part * TILE + tl.arange(0, TILE)
-                scores = tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
+                scores = within_windows(scores, block * BLOCK + part * TILE, row_oldest, TILE)
 
             now = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
