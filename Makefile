@@ -12,7 +12,7 @@ SSM := models/demo-ssm
 SSM_PROMPT ?= import os
 SSM_RECIPE ?= --hidden 256 --layers 10 --batch 4 --steps 2400 --warmup 120 --learning-rate 3e-3
 
-.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton test-arm record-kernels docs test-engines count-instructions build lint format wheel test-wheel bench gpu-kit check-oldest-torch clean
+.PHONY: demo demo-ssm train-ssm test test-all test-transformers test-triton test-arm record-kernels docs test-engines count-instructions build lint format wheel wheels sdist test-wheel test-wheel-arm bench gpu-kit check-oldest-torch clean
 
 demo: $(VENV)/ready
 	$(BIN)/pyspec generate "$(PROMPT)" --max-new-tokens 256
@@ -59,8 +59,13 @@ test-arm: $(VENV)/ready-test
 	$(BIN)/python tests/on_arm/run.py
 
 # The engines that pyspec plugs into are large, so `make test` skips what needs them where they are not installed.
-test-engines: $(VENV)/ready-test $(VENV)/ready-integrations
+test-engines: $(VENV)/ready-test $(VENV)/ready-integrations $(VENV)/llama-cpp build/speculators
 	$(BIN)/python -m pytest tests/integrations/test_lm_eval.py tests/integrations/test_llama_cpp.py
+	PYTHONPATH=build/speculators:. $(PYTEST) tests/integrations/test_speculators.py
+
+# Beside a newer transformers than it names, so without what it depends on but for what it imports and nobody else has.
+build/speculators: | $(VENV)/ready-integrations
+	$(UNPINNED) --no-deps --target $@ speculators==0.9.0 hs-connectors==0.9.0 loguru openai pydantic-settings sniffio
 
 # Did a CPU kernel grow? Needs valgrind.
 count-instructions: $(VENV)/ready
@@ -87,6 +92,11 @@ $(VENV)/ready-%: $(VENV)/ready
 	$(PIP) 'pyspec-kernels[$*]'
 	touch $@
 
+# In no extra: its source is built in isolation alone, and an extra must also install beside --no-build-isolation.
+$(VENV)/llama-cpp: $(VENV)/ready
+	$(PIP) llama-cpp-python
+	touch $@
+
 # Rebuilds the compiled parts after a change of C++.
 build: $(VENV)/ready
 	$(BIN)/python setup.py -q build_ext --inplace
@@ -101,21 +111,36 @@ format: $(VENV)/ready-test
 	$(BIN)/ruff format -q
 	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu')
 
-wheel: $(VENV)/ready
-	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+# For this Python on this machine's processor, in dist: Linux from glibc 2.28 on.
+wheel: $(VENV)/ready-release
+	$(BIN)/python release/wheels.py --here
 
-# The wheel alone, beside nothing but torch, must pass the op tests.
+# For every CPython on PATH, for x86-64 and aarch64.
+wheels: $(VENV)/ready-release
+	$(BIN)/python release/wheels.py
+
+# The sources as a release has them; they must build what the checkout builds.
+sdist: $(VENV)/ready-release
+	$(BIN)/python -m build -q --sdist --no-isolation
+
+# The wheel alone, beside nothing but torch, must pass the op tests: make test-wheel TORCH=torch==2.10.0
+TORCH ?= torch
 test-wheel: wheel
 	rm -rf build/wheel-test && $(PYTHON) -m venv build/wheel-test/env
-	build/wheel-test/env/bin/python -m pip install -q --no-compile -c constraints.txt torch numpy pytest hypothesis
-	build/wheel-test/env/bin/python -m pip install -q --no-deps dist/pyspec_kernels-*.whl
+	build/wheel-test/env/bin/python -m pip install -q --no-compile $(if $(filter torch,$(TORCH)),-c constraints.txt) $(TORCH) \
+	  numpy pytest hypothesis
+	build/wheel-test/env/bin/python -m pip install -q --no-deps --no-index --find-links dist pyspec-kernels
 	mkdir build/wheel-test/tests
 	cp -r tests/ops tests/helpers build/wheel-test/tests && cp pyproject.toml build/wheel-test
 	cd build/wheel-test && env/bin/python -m pytest -p no:cacheprovider -m 'not slow' tests/ops
 	cd build/wheel-test && env/bin/pyspec --help > /dev/null
 
+# The wheel for aarch64 on any machine: an emulator imports it and runs some ops. Needs `dpkg --add-architecture arm64`.
+test-wheel-arm: $(VENV)/ready
+	$(BIN)/python release/try_on_arm.py
+
 # Every op, then whole texts.
-bench: $(VENV)/ready-bench
+bench: $(VENV)/ready-bench $(VENV)/llama-cpp
 	for script in bench/bench_*.py bench/generate.py; do $(BIN)/python $$script || exit 1; done
 
 # The libraries that bench/gpu.sh puts in place on a machine with a Hopper GPU and the same C library, in build/gpu-kit.

@@ -1,11 +1,12 @@
 """Builds the compiled parts with CMake and ninja: the op libraries (CPU, and CUDA where it can) and the host module.
 
 The op libraries need torch's headers. In an isolated build torch is not importable; then only the host
-module is built and the ops run on their references (use --no-build-isolation to get them). Without a C++ compiler
-nothing is built, and host structures run in plain Python too.
+module is built and the ops run on their references (use --no-build-isolation to get them, or PYSPEC_TORCH). Without a
+C++ compiler nothing is built, and host structures run in plain Python too.
 
 Environment variables: MAX_JOBS (compilers at a time), PYSPEC_ISAS (all: kernels for every instruction set, as in a
-wheel; native: for this machine, as in an editable install), PYSPEC_CUDA (1: build the CUDA kernels; 0: do not).
+wheel; native: for this machine, as in an editable install), PYSPEC_CUDA (1: build the CUDA kernels; 0: do not),
+PYSPEC_TORCH (the folder of a torch that this Python need not be able to import).
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from pathlib import Path
 
@@ -36,8 +38,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        # one folder for editable installs, builds in place and wheels, or each would compile everything again
-        work = ROOT.resolve() / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # one folder for editable installs, builds in place and wheels of every Python, or each would compile all again
+        work = ROOT.resolve() / "build" / f"cmake-{self.plat_name}"
         work.mkdir(parents=True, exist_ok=True)
         torch = importlib.util.find_spec("torch")
         # cmake and ninja may be installed beside this Python without being on PATH
@@ -47,8 +49,9 @@ class CMakeBuild(build_ext):
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja", path=environment["PATH"]) or "ninja",  # not an earlier one
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": package,
             "Python_EXECUTABLE": sys.executable,
+            "Python_INCLUDE_DIR": sysconfig.get_path("include"),  # CMake would look for another processor's elsewhere
             "pybind11_DIR": pybind11.get_cmake_dir(),
-            "TORCH_DIR": Path(torch.origin).parent if torch else "",
+            "TORCH_DIR": os.environ.get("PYSPEC_TORCH") or (Path(torch.origin).parent if torch else ""),
             "PYSPEC_ISAS": os.environ.get("PYSPEC_ISAS") or self.isas,
             "PYSPEC_CUDA": os.environ.get("PYSPEC_CUDA", ""),
             "HOST_MODULE_SUFFIX": self.get_ext_filename("x")[1:],

@@ -137,10 +137,11 @@ class TextStream:
     """Turns tokens into text: only whole characters, cut before the first stop string.
 
     A stop string may begin inside a token and span several. `take` never gives out text that a later token
-    may turn into a stop string, so what was shown is always a beginning of the final text.
+    may turn into a stop string, so what was shown is always a beginning of the final text. Where the tokenizer has
+    `channel_marks` (gpt-oss) and the tokens use them, the text is that of the channel `final` alone, without headers.
 
     Args:
-        tokenizer: has `token_bytes(token) -> bytes`.
+        tokenizer: has `token_bytes(token) -> bytes`, and perhaps channel_marks, names by token.
         stop: strings, none empty.
     """
 
@@ -152,10 +153,22 @@ class TextStream:
         self._longest_stop = max(map(len, self._stop), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._taken = 0
+        self._marks = getattr(tokenizer, "channel_marks", {})
+        self._header: bytes | None = None  # of a message, while it is read
+        self._names_channel, self._is_shown = False, True
 
     def push(self, token: int) -> None:
         """Adds a token; sets `stopped` and cuts the text if it completes a stop string."""
-        self._extend(self._decoder.decode(self._tokenizer.token_bytes(token)))
+        if mark := self._marks.get(token):
+            if mark == "<|message|>":
+                named = (self._header or b"").split()
+                self._is_shown = not self._names_channel or named[:1] == [b"final"]
+            self._header = None if mark == "<|message|>" else b""
+            self._names_channel = mark == "<|channel|>"
+        elif self._header is not None:
+            self._header += self._tokenizer.token_bytes(token)
+        elif self._is_shown:
+            self._extend(self._decoder.decode(self._tokenizer.token_bytes(token)))
 
     def finish(self) -> None:
         """No more tokens: an unfinished character becomes U+FFFD, and nothing is held back any longer."""

@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
+
+from pyspec.ops import _library
 
 ROOT = Path(__file__).parent.parent
 CMAKE = (ROOT / "CMakeLists.txt").read_text()
@@ -44,6 +47,41 @@ def test_a_wheel_holds_the_package_and_nothing_else(monkeypatch):
     folders = {path.parent for path in (ROOT / "pyspec").rglob("*.py")}
     wanted = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"pyspec.kernels"}
     assert set(given["packages"]) == wanted
+
+
+def test_a_source_distribution_has_all_that_is_compiled(tmp_path):
+    pytest.importorskip("pybind11", reason="setup.py compiles with it")
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], cwd=ROOT, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("csrc/**/*", "kernels/**/*.[ch]*", "pyspec/**/*.py")
+    wanted = {path.relative_to(ROOT).as_posix() for pattern in folders for path in ROOT.glob(pattern) if path.is_file()}
+    wanted |= {"CMakeLists.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
+    wanted |= {"pyspec/caches/demo_codebooks.safetensors", "kernels/triton/linear.py"}
+    assert wanted <= names, sorted(wanted - names)
+    assert not [name for name in names if name.startswith(("tests/", "build/")) or name.endswith(".so")]
+
+
+def test_wheels_are_for_the_same_machines_whoever_builds_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "release")
+    import wheels
+
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())
+    chosen = project["tool"]["cibuildwheel"]
+    assert project["project"]["requires-python"] == f">={wheels.PYTHONS[0]}"
+    assert chosen["build"] == f"cp31{{{','.join(version[3:] for version in wheels.PYTHONS)}}}-*"
+    assert chosen["linux"]["archs"] == list(wheels.PROCESSORS)
+    excluded = re.findall(r"--exclude (\S+)", chosen["linux"]["repair-wheel-command"])
+    assert excluded == list(wheels.TORCH_LIBRARIES)
+
+
+@pytest.mark.parametrize("name", ["libpyspec_cpu.so", "libpyspec_cuda.so"])
+def test_a_library_of_another_machine_says_what_to_install(name, monkeypatch, tmp_path):
+    (tmp_path / name).write_bytes(b"\x7fELF" + bytes(60))
+    monkeypatch.setattr(_library, "_FOLDER", tmp_path)
+    library, reason = _library._load(name, "was not built")
+    assert library is None and reason.startswith(f"{name} does not load in torch {torch.__version__} on ")
+    assert reason.endswith("the wheel of this processor: pip install --force-reinstall pyspec-kernels 'torch>=2.10'")
 
 
 def configure(build: Path, **options: str) -> tuple[int, str]:

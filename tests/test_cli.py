@@ -11,6 +11,7 @@ import torch
 
 import pyspec
 from pyspec.caches import cache_from_name
+from pyspec.ops._library import compiled_library, instruction_sets
 from tests.helpers.command_line import fake_model, pyspec_text, run
 from tests.helpers.fake_runner import FakeRunner, ScriptedRunner
 
@@ -139,36 +140,6 @@ def test_generate_reports_where_plain_decoding_differs(model, capsys, monkeypatc
     monkeypatch.setattr(model, "verify", lying)
     code, _, err = run(capsys, "generate", "hello", "--max-new-tokens", 40)
     assert code == 0 and "plain decoding says something else from token" in err
-
-
-def test_generate_with_a_draft_model(model, capsys, monkeypatch):
-    load = pyspec.load
-    monkeypatch.setattr(pyspec, "load", lambda source, **options: load(source, **options) and FakeRunner())
-    call = ("generate", "hello", "--draft-model", "small", "--json", "--max-new-tokens", 30, "--budget", 9)
-    for acceptance in ("exact", "with_replacement", "recursive", "k_seq", "block", "traversal", "typical"):
-        code, out, _ = run(capsys, *call, "--acceptance", acceptance)
-        report = json.loads(out)
-        assert code == 0 and (report["drafter"], report["acceptance"]) == ("small", acceptance)
-        assert report["text"] == pyspec_text(model, "user: hello\n", 30) and report["plain"]["equal"]
-        assert report["stats"]["mean_accepted_length"] > 1.3
-    assert model.loads[-2:] == [("demo", None), ("small", None)]
-    code, _, err = run(capsys, "generate", "hello", "--draft-model", "small", "--temperature", 1, "--budget", 9,
-                       "--max-new-tokens", 60, "--acceptance", "traversal", "--seed", 3)  # fmt: skip
-    assert code == 0 and "as it may with acceptance traversal" in " ".join(err.split())
-
-
-@pytest.mark.parametrize("drafter", ["recycling", "suffix", "stand", "aded"])
-def test_generate_keeps_what_the_drafter_learned(drafter, model, capsys, tmp_path):
-    state = tmp_path / "state.npz"
-    arguments = ("generate", "hello", "--drafter", drafter, "--drafter-state", state, "--json", "--no-compare")
-    reports = [json.loads(run(capsys, *arguments)[1]) for _ in range(2)]
-    assert state.exists() and reports[0]["tokens"] == reports[1]["tokens"]
-    assert reports[1]["stats"]["rounds"] < reports[0]["stats"]["rounds"]
-
-    model.fingerprint = "another"
-    del model._drafters  # a runner keeps its drafters; this stands for another runner
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and out == "" and "fingerprint" in err and "another" in err
 
 
 def test_generate_computes_what_a_drafter_needs(model, capsys):
@@ -315,14 +286,42 @@ def test_a_model_without_a_tokenizer_is_bad_input(model, capsys):
 # ---- info, help
 
 
-def test_info(capsys):
+@pytest.fixture
+def fast_rates(monkeypatch):
+    """Rates that nobody measures."""
+    monkeypatch.setattr("pyspec.measure.read_bandwidth", lambda device: 20e9)
+    monkeypatch.setattr("pyspec.measure.kernel_rate", lambda dtype: dtype.itemsize * 1e11)
+
+
+def test_info(model, fast_rates, capsys):
     code, out, _ = run(capsys, "info")
     assert code == 0
     for word in ("torch", torch.__version__, "tree_attention on cpu", "topk on cuda", "extras", "demo", "threads"):
         assert word in out
+    for word in ("20.0 GB/s", "fp32 400, bf16 200, int8 100 GFLOP/s", "Does it pay here?", "pays from", "Measured in"):
+        assert word in out
 
 
-def test_info_json(capsys):
+def test_info_without_a_demo_model(fast_rates, capsys, monkeypatch):
+    def missing():
+        raise FileNotFoundError("no such file")
+
+    monkeypatch.setattr("pyspec.checkpoints.sources.demo_file", missing)
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and "the demo model was not found: no such file" in out and "20.0 GB/s" in out
+
+
+@pytest.mark.skipif(compiled_library()[0] is None, reason="the compiled kernels are not there")
+def test_an_instruction_set_of_another_machine_is_refused_with_the_list(capsys, monkeypatch):
+    monkeypatch.setenv("PYSPEC_ISA", "z80")
+    code, _, err = run(capsys, "info")
+    assert code == 2 and "PYSPEC_ISA must be one of portable" in err and err.endswith("on this processor, got z80\n")
+    monkeypatch.setenv("PYSPEC_ISA", "portable")
+    sets = instruction_sets()
+    assert sets["used"] == "portable" and sets["used"] in sets["compiled"] and sets["used"] in sets["found"]
+
+
+def test_info_json(model, fast_rates, capsys):
     code, out, _ = run(capsys, "info", "--json")
     report = json.loads(out)
     assert code == 0 and report["versions"]["torch"] == torch.__version__
@@ -346,15 +345,14 @@ finally:
     assert "generate" in help_text and imported == "{'pyspec'}\n"
 
 
-def test_info_tells_what_trees_cost(model, capsys):
-    code, out, _ = run(capsys, "info", "--costs", "--json")
-    report = json.loads(out)
+def test_info_tells_what_trees_cost(model, fast_rates, capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    report = json.loads(out)["measured"]
     assert code == 0 and report["costs"][0] == {"nodes": 1, "seconds": 1.0, "plain_steps": 1.0, "chance_to_pay": None}
     last = report["costs"][-1]
     assert last["nodes"] > 1 and last["plain_steps"] == pytest.approx(1 + (last["nodes"] - 1) / 63)
     assert last["chance_to_pay"] == pytest.approx(1 / 63)
-    code, out, _ = run(capsys, "info", "--costs")
-    assert code == 0 and "pays from" in out and "Would it pay?" in out
+    assert report["operations_per_second"] == {"fp32": 4e11, "bf16": 2e11, "int8": 1e11}
 
 
 def test_a_reader_that_leaves_is_no_error():

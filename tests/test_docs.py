@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pyspec
+from tests.helpers.eagle3_heads import random_head, write_head
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -101,6 +102,9 @@ def test_blocks_run(page, monkeypatch, tmp_path):
         from pyspec.caches.codebooks import demo_codebooks
 
         demo_codebooks().save("mine.safetensors")
+    if "Eagle3(" in "".join(PAGES[page]):
+        head = write_head(tmp_path / "head", random_head(49152, 576), 49152, target_hidden_size=576)
+        monkeypatch.setattr("pyspec.drafters.eagle3.find_source", lambda source: head)
     known: dict = {}
     for number, block in enumerate(PAGES[page]):
         engine = next((package for word, package in ENGINES.items() if word in block), None)

@@ -46,6 +46,37 @@ def test_tokens_of_a_stopped_text_end_with_the_stop_string():
         assert generate(model, [65], drafter=Oracle(model), budget=budget, stop="two").tokens == list(b"one two")
 
 
+# ---- channels
+
+MARKS = {1: "<|start|>", 2: "<|channel|>", 3: "<|message|>"}
+
+
+@pytest.mark.parametrize(
+    "script, text",
+    [
+        (b"\2analysis\3Hm, wait.\0\1assistant\2final\3It is 4.", "It is 4."),
+        (b"\2final <json>\3{}", "{}"),
+        (b"\2commentary to=functions.f\3{}\0\1assistant\3Plain.\1assistant\2finally\3no", "Plain."),
+        (b"no marks", "no marks"),
+        (b"behind a head in the prompt\1assistant\2analysis", "behind a head in the prompt"),
+    ],
+)
+def test_the_text_is_that_of_the_final_channel(script, text):
+    class Tokenizer(FakeTokenizer):
+        channel_marks = MARKS
+
+        def token_bytes(self, token):
+            return b"" if token < 4 else super().token_bytes(token)
+
+    model = ScriptedRunner(script)
+    model.tokenizer = Tokenizer()
+    for budget in (1, 8):
+        pieces = []
+        result = generate(model, [65], drafter=Oracle(model), budget=budget, stream=pieces.append)
+        assert result.text == "".join(pieces) == text
+        assert result.tokens[: len(script)] == list(script)
+
+
 # ---- streaming
 
 

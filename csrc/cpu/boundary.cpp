@@ -21,14 +21,18 @@ int best() {
   return index;
 }
 
+// The names of those up to an index that are meant, worst first.
+template <class Meant>
+std::string names_of(int last, Meant meant) {
+  std::string joined;
+  for (int i = 0; i <= last; ++i) {
+    if (meant(i)) joined += std::string(joined.empty() ? "" : ", ") + kInstructionSets[i];
+  }
+  return joined;
+}
+
 const std::string& available() {
-  static const std::string names = [] {
-    std::string joined;
-    for (int i = 0; i <= best(); ++i) {
-      if (has_instruction_set(i)) joined += std::string(i ? ", " : "") + kInstructionSets[i];
-    }
-    return joined;
-  }();
+  static const std::string names = names_of(best(), has_instruction_set);
   return names;
 }
 
@@ -101,6 +105,18 @@ extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_name() 
 // All that PYSPEC_ISA may name, worst first.
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_available() {
   return pyspec::available().c_str();
+}
+
+// Those that were compiled, and those that this processor has.
+extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_compiled() {
+  static const std::string names = pyspec::names_of(PYSPEC_BEST_BUILT, [](int) { return true; });
+  return names.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_found() {
+  static const std::string names =
+      pyspec::names_of(pyspec::processor_instruction_set(), pyspec::has_instruction_set);
+  return names.c_str();
 }
 
 extern "C" __attribute__((visibility("default"))) const char* pyspec_isa_reason() {

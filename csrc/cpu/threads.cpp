@@ -35,9 +35,9 @@ int64_t now() {
 }
 
 void relax() {
-#if PYSPEC_X86
+#if __x86_64__
   __builtin_ia32_pause();
-#elif PYSPEC_ARM
+#elif __aarch64__
   asm volatile("yield");
 #endif
 }

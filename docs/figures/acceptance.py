@@ -15,7 +15,7 @@ from pyspec.acceptance.target_roots import target_roots
 from pyspec.acceptance.traversal import traversal_verification
 from pyspec.acceptance.with_replacement import with_replacement
 from pyspec.drafters.shapes.dyspec import DySpecGreedy
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.drafters.shapes.stochastic_beam import StochasticBeam
 from pyspec.sampling.noise import Noise
@@ -37,7 +37,7 @@ CASES = (
     ("RSD-C 2, 1, 1, 1", FixedBranching(PAIRS), (("C", recursive_rejection), ("F", traversal_verification))),
     ("RSD-S 2 x 4", StochasticBeam(2, 4), (("C", recursive_rejection), ("F", traversal_verification))),
     ("DySpec", DySpecGreedy(), (("C", recursive_rejection), ("F", traversal_verification))),
-    ("re-ranked top paths", Reranked(TopPaths(4, 6)), (("A", exact),)),
+    ("re-ranked top paths", TopPaths(4, 6), (("A", exact),)),
 )
 COLOURS = {
     "A": "0.7",

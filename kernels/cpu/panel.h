@@ -11,6 +11,7 @@
 // rows would wait for their sums, so 7 and 8 rows are two fours. Of 8 lanes alone there are 12 rows.
 #pragma once
 
+#include "cpu/matrix_neon.h"
 #include "cpu/simd.h"
 
 namespace {
@@ -43,6 +44,9 @@ PYSPEC_INLINE F16 dot_step(F16 a, F16 b, F16 c) {
 template <bool kPairs, int kRows, int kBlocks>
 PYSPEC_INLINE void panel_rows(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,
                               int64_t c_block, const F16* alpha) {
+#if PYSPEC_HAS_MATRIX
+  if constexpr (kPairs) return matrix_panel_rows<kRows>(a.data, a.row, a.step, b, steps, c, alpha);
+#endif
   F16 sum[kRows][kBlocks];
   for (int m = 0; m < kRows; ++m)
     for (int j = 0; j < kBlocks; ++j)

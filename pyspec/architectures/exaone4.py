@@ -10,16 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspec.architectures import FAMILIES, GGUF, Family
-from pyspec.architectures.decoder import BEHIND, DecoderConfig
+from pyspec.architectures.decoder import BEHIND, DecoderConfig, read_decoder
 from pyspec.architectures.llama import LlamaWeights
-from pyspec.architectures.rotary import read_rope
 from pyspec.architectures.shapes import (
     DEFAULTS,
     GGUF_TENSORS,
-    read_activation,
     read_gguf_shape,
     read_kinds,
-    read_shape,
 )
 from pyspec.entries import Entries
 from pyspec.runners.attention import AttentionRunner
@@ -49,21 +46,13 @@ def _windowed(window: int | None, is_local: list[bool]) -> dict:
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> Exaone4Config:
-    shape = read_shape(source, entries, architecture)
-    theta, scaling = read_rope(source, entries)
+    shape = read_decoder(source, entries, architecture) | {"qkv_bias": False, "output_bias": False}
     window = None if entries.is_null("sliding_window") else entries.whole("sliding_window")
     period = 1 if window is None or "layer_types" in entries else entries.whole("sliding_window_pattern")
     is_local = read_kinds(
         entries, shape["layers"], lambda layer: (layer + 1) % period != 0, has_window=window is not None
     )
-    return Exaone4Config(
-        **shape,
-        **_windowed(window, is_local),
-        rope_base=theta,
-        rope_scaling=scaling,
-        activation=read_activation(source, entries),
-        head_norm="head",
-    )
+    return Exaone4Config(**shape, **_windowed(window, is_local), head_norm="head")
 
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> Exaone4Config:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspec.architectures import FAMILIES, GGUF, Family
-from pyspec.architectures.decoder import AROUND, DecoderConfig
+from pyspec.architectures.decoder import AROUND, DecoderConfig, read_decoder
 from pyspec.architectures.llama import LlamaWeights
 from pyspec.architectures.rotary import read_local_rope, read_rope
 from pyspec.architectures.shapes import (
@@ -60,10 +60,8 @@ def _shared(source: Path | str, entries: Entries, architecture: str) -> dict:
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderConfig:
-    theta, scaling = read_rope(source, entries)
-    activation = read_activation(source, entries)
-    shape = _shared(source, entries, architecture)
-    return DecoderConfig(**shape, rope_base=theta, rope_scaling=scaling, activation=activation)
+    shape = read_decoder(source, entries, architecture)
+    return DecoderConfig(**shape, norm_offset=1.0, embedding_scale=math.sqrt(shape["hidden_size"]))
 
 
 def _read_windowed(source: Path | str, entries: Entries, architecture: str) -> GemmaConfig:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspec.architectures import FAMILIES, GGUF, Family
-from pyspec.architectures.decoder import BEHIND, DecoderConfig
+from pyspec.architectures.decoder import BEHIND, DecoderConfig, read_decoder
 from pyspec.architectures.llama import LlamaWeights
-from pyspec.architectures.rotary import read_local_rope, read_rope
+from pyspec.architectures.rotary import read_local_rope
 from pyspec.architectures.shapes import (
     DEFAULTS,
     GGUF_TENSORS,
@@ -44,12 +44,11 @@ _PERIOD = 4  # of layers with a window, of which the last has none
 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> OlmoConfig:
+    if architecture == "Olmo2ForCausalLM":
+        return OlmoConfig(**read_decoder(source, entries, architecture), head_norm="row")
     shape = read_shape(source, entries, architecture)
     shape |= {"qkv_bias": entries.flag("attention_bias"), "output_bias": entries.flag("attention_bias")}
     shape |= {"activation": read_activation(source, entries), "head_norm": "row"}
-    if architecture == "Olmo2ForCausalLM":
-        theta, scaling = read_rope(source, entries)
-        return OlmoConfig(**shape, rope_base=theta, rope_scaling=scaling)
     theta, scaling, local_theta = read_local_rope(source, entries, 5e5, 5e5)
     window = None if entries.is_null("sliding_window") else entries.whole("sliding_window", least=0) or None
     is_local = read_kinds(entries, shape["layers"], lambda layer: (layer + 1) % _PERIOD != 0, has_window=True)

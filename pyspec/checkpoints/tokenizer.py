@@ -24,6 +24,7 @@ _END_NAMES = frozenset(
 )
 _END = "<|end|>"  # the end of a turn for some, but of the reasoning alone where there is one of these:
 _ENDS_BEYOND = frozenset("<|return|> <|call|> <|calls|> <|flush|>".split())
+_CHANNEL_MARKS = frozenset("<|start|> <|channel|> <|message|>".split())  # of gpt-oss: a header is between them
 
 
 class Tokenizer:
@@ -64,6 +65,9 @@ class Tokenizer:
         if _END not in str(chat_template):
             named -= {_END}
         self.eos_tokens = frozenset(eos) | {special[name] for name in named}
+        marks = special.keys() & _CHANNEL_MARKS
+        #: Names of the special tokens that head the messages of channels, by token; none where one of them is missing.
+        self.channel_marks = {special[name]: name for name in marks} if len(marks) == len(_CHANNEL_MARKS) else {}
 
     def to_json(self) -> dict:
         """All that it is made of, as JSON has it."""

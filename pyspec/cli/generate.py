@@ -44,6 +44,7 @@ def add_parser(commands) -> None:
     drafter = generate.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
+    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained EAGLE-3 head for this model is the drafter")
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
@@ -122,22 +123,20 @@ def _drafter(arguments: argparse.Namespace, model, console):
     """The drafter that was asked for, or None."""
     from pyspec.drafters import drafter_from_name
 
-    if arguments.draft_model is None:
+    if arguments.draft_model is None and arguments.draft_head is None:
         if arguments.drafter == "none":
             return None
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
+    from pyspec.drafters.eagle3 import Eagle3
     from pyspec.drafters.model import ModelDrafter
     from pyspec.drafters.shapes.by_rule import growth_for
 
-    return ModelDrafter(
-        load_model(arguments, console, arguments.draft_model),
-        model,
-        growth_for(arguments.acceptance),
-        temperature=arguments.temperature or 1.0,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-    )
+    growth = growth_for(arguments.acceptance)
+    laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    if arguments.draft_head is not None:
+        return Eagle3(arguments.draft_head, model, growth, **laws)
+    return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth, **laws)
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -220,13 +219,14 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
 
 
 def _drafter_name(arguments: argparse.Namespace) -> str:
-    return arguments.drafter if arguments.draft_model is None else arguments.draft_model
+    return arguments.draft_model or arguments.draft_head or arguments.drafter
 
 
 def _check_state(arguments: argparse.Namespace) -> None:
     from pyspec.drafters import DRAFTERS
 
-    if arguments.draft_model is not None or arguments.drafter == "none" or not DRAFTERS[arguments.drafter].learns:
-        raise BadInput(f"--drafter-state needs a drafter that learns, got {_drafter_name(arguments)}")
+    name = _drafter_name(arguments)
+    if name not in DRAFTERS or not DRAFTERS[name].learns:
+        raise BadInput(f"--drafter-state needs a drafter that learns, got {name}")
     if not arguments.drafter_state.absolute().parent.is_dir():
         raise BadInput(f"--drafter-state: there is no folder {arguments.drafter_state.absolute().parent}")

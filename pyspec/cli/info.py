@@ -1,15 +1,15 @@
-"""pyspec info: what is in use and why, and what verifying costs."""
+"""pyspec info: what is in use and why, and whether speculation pays here."""
 
 from __future__ import annotations
 
 import argparse
 import platform
+import time
 from collections.abc import Sequence
 from importlib import util
 
 from pyspec.cli.arguments import add_model_arguments
-from pyspec.cli.shared import load_model, make_console, print_json, version_of
-from pyspec.measure import new_table
+from pyspec.cli.shared import load_model, make_console, print_json, set_threads, version_of
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
@@ -18,49 +18,34 @@ EXTRAS = {
     "train": ("transformers", "tokenizers", "safetensors", "rich", "matplotlib"),
     "test": ("pytest", "xdist", "hypothesis", "pytest_benchmark"),
 }
-INSTRUCTION_SETS = (
-    "avx",
-    "avx2",
-    "fma",
-    "f16c",
-    "avx_vnni",
-    "avx512f",
-    "avx512bw",
-    "avx512vl",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "asimd",
-    "bf16",
-    "sve",
-)
 
 
 def add_parser(commands) -> None:
-    info = commands.add_parser("info", help="what is in use and why", description="Versions, backends and reasons.")
-    info.add_argument(
-        "--costs", action="store_true", help="measure what verifying a tree costs, and what a tree must give to pay"
+    info = commands.add_parser(
+        "info",
+        help="what is in use and why, and whether it pays here",
+        description="Versions, backends and reasons; what this machine does in a second and what verifying costs.",
     )
     add_model_arguments(info)
     info.set_defaults(command=_info)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    if arguments.costs:
-        return _info_costs(arguments)
     import torch
 
     from pyspec.architectures import FAMILIES
     from pyspec.machine import cpu_name
     from pyspec.ops import backends
+    from pyspec.ops._library import instruction_sets
 
+    set_threads(arguments)
     report = {
         "versions": {name: version_of(name) for name in ("pyspec-kernels", "torch", "triton", "numpy", "transformers")}
         | {"python": platform.python_version()},
         "platform": platform.platform(),
         "cpu": {
             "name": cpu_name(),
-            "instruction_sets": _instruction_sets(),
+            "instruction_sets": instruction_sets(),
             "torch_sees": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
         },
@@ -71,22 +56,21 @@ def _info(arguments: argparse.Namespace) -> int:
         "families": FAMILIES.summaries,
         "demo_model": _demo_model(),
     }
+    if not arguments.json:
+        _show(report)
+    start = time.perf_counter()
+    measured = _rates() | _costs(arguments)
+    measured["seconds"] = time.perf_counter() - start
     if arguments.json:
-        print_json(report)
-        return 0
+        print_json(report | {"measured": measured})
+    else:
+        _show_measured(report["cpu"]["instruction_sets"], measured)
+    return 0
+
+
+def _show(report: dict) -> None:
     cpu = report["cpu"]
     _section("versions", report["versions"].items())
-    _section(
-        "machine",
-        [
-            ("platform", report["platform"]),
-            ("cpu", cpu["name"]),
-            ("instructions", ", ".join(cpu["instruction_sets"]) or "none that matter here"),
-            ("torch sees", cpu["torch_sees"]),
-            ("threads", cpu["threads"]),
-            ("gpus", ", ".join(report["gpus"]) or "none"),
-        ],
-    )
     _section(
         "ops", [(f"{row['op']} on {row['device']}", f"{row['backend']} ({row['reason']})") for row in report["ops"]]
     )
@@ -96,13 +80,41 @@ def _info(arguments: argparse.Namespace) -> int:
     )
     _section("prompts are read by", report["prompt_attention"].items())
     _section("models", [("demo", report["demo_model"]), *report["families"].items()])
-    return 0
+    _section(
+        "machine",
+        [
+            ("platform", report["platform"]),
+            ("cpu", cpu["name"]),
+            ("torch sees", cpu["torch_sees"]),
+            ("threads", cpu["threads"]),
+            ("gpus", ", ".join(report["gpus"]) or "none"),
+        ],
+    )
 
 
-def _info_costs(arguments: argparse.Namespace) -> int:
-    model = load_model(arguments, make_console())
+def _rates() -> dict:
+    """What the CPU reads, and multiplies and adds in our own kernels, in a second."""
     import torch
 
+    from pyspec.measure import kernel_rate, read_bandwidth
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    return {
+        "bytes_per_second": read_bandwidth("cpu"),
+        "operations_per_second": {name: kernel_rate(dtype) for name, dtype in dtypes.items()},
+    }
+
+
+def _costs(arguments: argparse.Namespace) -> dict:
+    """What verifying trees costs with a model, measured anew and kept; nothing if there is not even a demo model."""
+    from pyspec.checkpoints.sources import demo_file
+
+    try:
+        if arguments.model == "demo":
+            demo_file()
+    except FileNotFoundError as error:
+        return {"costs": [], "why_not": f"the demo model was not found: {error}"}
+    model = load_model(arguments, make_console())
     from pyspec.machine.costs import CONTEXT, measure_costs
 
     costs = measure_costs(model)
@@ -113,27 +125,43 @@ def _info_costs(arguments: argparse.Namespace) -> int:
         chance = None if nodes == 1 else (seconds - before[1]) / (nodes - before[0]) / plain
         rows.append({"nodes": nodes, "seconds": seconds, "plain_steps": seconds / plain, "chance_to_pay": chance})
         before = (nodes, seconds)
-    dtype = str(model.weight_dtype if hasattr(model, "weight_dtype") else model.dtype).removeprefix("torch.")
-    report = {"model": arguments.model, "dtype": dtype, "threads": torch.get_num_threads(), "context": CONTEXT}
-    if arguments.json:
-        print_json(report | {"costs": rows})
-        return 0
-    table = new_table("nodes", "ms", "pays from", "and a draft more from")
-    for row in rows:
-        chance = "" if row["chance_to_pay"] is None else f"a chance of {row['chance_to_pay']:.0%}"
-        tokens = f"{row['plain_steps']:.2f} tokens a round"
-        table.add_row(str(row["nodes"]), f"{row['seconds'] * 1e3:.1f}", tokens, chance)
-    from rich.console import Console
+    dtype = str(model.weight_dtype if hasattr(model, "weight_dtype") else model.dtype).replace("torch.", "")
+    return {"model": arguments.model, "dtype": dtype, "context": CONTEXT, "costs": rows}
 
-    console = Console(highlight=False)
-    console.print(f"verifying trees behind {CONTEXT} tokens: {arguments.model}, {dtype}, {report['threads']} threads")
-    console.print(table)
-    best = max(rows, key=lambda row: row["nodes"] / row["plain_steps"])
-    console.print(
-        f"Would it pay? {best['nodes']} right guesses are {best['nodes'] / best['plain_steps']:.1f}x as fast as plain "
-        "decoding, wrong ones only cost. --budget auto takes the drafts that pay, or none."
+
+def _show_measured(sets: dict, measured: dict) -> None:
+    rates = measured["operations_per_second"].items()
+    rows = [
+        ("reads", f"{measured['bytes_per_second'] / 1e9:.1f} GB/s"),
+        ("multiplies and adds", ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in rates) + " GFLOP/s in `linear`"),
+    ]
+    if sets:
+        rows[:0] = [
+            ("compiled for", ", ".join(sets["compiled"])),
+            ("found here", ", ".join(sets["found"])),
+            ("used", f"{sets['used']} ({sets['reason']})"),
+        ]
+    _section("what this machine does", rows)
+    if "why_not" in measured:
+        print(f"does it pay here? {measured['why_not']}")
+        return
+    title = f"verifying trees behind {measured['context']} tokens: {measured['model']}, {measured['dtype']}"
+    rows = []
+    for row in measured["costs"]:
+        nodes, steps, chance = row["nodes"], row["plain_steps"], row["chance_to_pay"]
+        pays = (
+            "a plain step"
+            if chance is None
+            else (f"pays from {steps:.2f} tokens a round, a draft more from a chance of {chance:.0%}")
+        )
+        rows.append((f"{nodes} {'node' if nodes == 1 else 'nodes'}", f"{row['seconds'] * 1e3:6.1f} ms  {pays}"))
+    _section(title, rows)
+    best = max(measured["costs"], key=lambda row: row["nodes"] / row["plain_steps"])
+    print(
+        f"Does it pay here? {best['nodes']} right guesses are {best['nodes'] / best['plain_steps']:.1f}x as fast as "
+        "plain decoding, wrong ones only cost.\n--budget auto takes the drafts that pay, or none. "
+        f"Measured in {measured['seconds']:.1f} s."
     )
-    return 0
 
 
 def _section(title: str, rows) -> None:
@@ -168,12 +196,3 @@ def _demo_model() -> str:
         return str(demo_file())
     except FileNotFoundError as error:
         return f"not found: {error}"
-
-
-def _instruction_sets() -> list[str]:
-    """The processor's instruction sets, of those that a kernel variant may want."""
-    from pyspec.machine import cpu_fields
-
-    fields = cpu_fields()
-    has = set((fields.get("flags") or fields.get("Features", "")).split())
-    return [name for name in INSTRUCTION_SETS if name in has]

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyspec.caches import QuantisedSettings
-from pyspec.controllers import CONTROLLERS, LARGEST
+from pyspec.controllers import CONTROLLERS, LARGEST, Controller
+from pyspec.controllers.first_rounds import FirstRounds
 from pyspec.drafters import Drafter
-from pyspec.machine.costs import Costs, costs_of
+from pyspec.machine.costs import Costs, kept_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
@@ -171,10 +172,14 @@ class SizingController(PayingController):
         self._accepted[np.array(path[1:], int) - 1] += 1
 
 
-def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> PayingController:
-    """The controller for a drafter, by the measured costs of a model: drawn trees may not be cut, chosen ones may."""
+def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> Controller:
+    """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may.
+
+    Costs that are not known yet are found out in the first rounds.
+    """
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
-    return kind(costs_of(model, cache), largest)
+    costs = kept_costs(model, cache)
+    return FirstRounds(model, cache, kind, largest) if costs is None else kind(costs, largest)
 
 
 CONTROLLERS.register("auto", new_controller, "as many as pay")

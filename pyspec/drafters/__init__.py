@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from pyspec.runners import Runner
     from pyspec.runners.verified import Verified
 
-__all__ = ["DRAFTERS", "Drafter", "NamedDrafter", "drafter_from_name", "new_drafter"]
+__all__ = ["DRAFTERS", "Drafter", "Eagle3", "NamedDrafter", "drafter_from_name", "new_drafter"]
 
 
 class Drafter(Protocol):
@@ -91,3 +92,9 @@ def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter 
 def new_drafter(name: str, runner: Runner) -> Drafter:
     """A drafter of a name that knows nothing yet, but what is computed from the model itself."""
     return DRAFTERS[name].make(runner)
+
+
+def __getattr__(name: str):
+    if name == "Eagle3":  # when it is asked for: it needs runners, which know drafters
+        return importlib.import_module("pyspec.drafters.eagle3").Eagle3
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import torch
 from pyspec.drafters import DRAFTERS, NamedDrafter
 from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.shapes import GrowthPolicy
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.machine import store
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -57,7 +57,7 @@ class LayerSkipDrafter(ModelDrafter):
         _check_model(model)
         skipped = find_skipped_layers(model) if skipped is None else skipped
         self.layers = _others(model, skipped)
-        growth = Reranked(TopPaths(width=3, depth=4)) if growth is None else growth
+        growth = TopPaths(width=3, depth=4) if growth is None else growth
         self._set_up(model, growth, temperature, top_k, top_p, seed)
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:

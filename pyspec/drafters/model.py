@@ -62,7 +62,7 @@ class ModelDrafter:
         if temperature == 0 and self.proposal == "sampled":
             raise ValueError(
                 f"temperature must be above 0 for {type(self.growth).__name__}, which draws: at 0 tokens are chosen. "
-                'Use a deterministic policy (Reranked, or children="top") and acceptance="exact"'
+                'Use a deterministic policy (TopPaths, or children="top") and acceptance="exact"'
             )
         self._draft = draft
         self._batch: _Batch | None = None
@@ -104,7 +104,7 @@ class _Laws:
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
         rows = np.full((len(nodes), self.vocab_size), 1 / self.vocab_size)
-        # Reranked tries deeper nodes than its tree can have: where the draft's context has ended, all is as likely
+        # Reranked asks below deeper nodes than its tree can have: where the draft's context has ended, all is as likely
         room = self._batch.runner.context_length - len(self._context)
         paths = {node: path for node in nodes if len(path := _path_to(node, parents)) - 1 <= room}
         if not paths:

@@ -17,7 +17,7 @@ def compiled() -> ModuleType | None:
     except ImportError as error:
         warnings.warn(
             f"pyspec._host cannot be imported ({error}): drafting runs in plain Python, some 50 times slower. "
-            "Install pyspec with a C++ compiler to get it.",
+            "Install the wheel of this Python and processor to get it, or from source with a C++ compiler.",
             RuntimeWarning,
             stacklevel=2,
         )

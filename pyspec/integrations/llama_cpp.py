@@ -11,7 +11,6 @@ trees, so of each tree the likeliest path is taken, as far as it pays.
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -149,4 +148,4 @@ def _measure_costs(llama, clock: Callable[[], float]) -> Costs:
             found[size].append(clock() - start)
     llama.reset()
     # the first of each warms up
-    return Costs.of_medians({size: statistics.median(times[1:]) for size, times in found.items()})
+    return Costs.of_seconds({size: min(times[1:]) for size, times in found.items()})

@@ -1,11 +1,10 @@
-"""What verifying a tree costs on this machine: measured once for a model, then kept."""
+"""What verifying a tree costs on this machine: found out once for a model, then kept."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -53,9 +52,9 @@ class Costs:
             raise ValueError(f"seconds must not fall with nodes, nor exceed as many plain steps, got {seconds}")
 
     @classmethod
-    def of_medians(cls, medians: Mapping[int, float]) -> Costs:
+    def of_seconds(cls, found: Mapping[int, float]) -> Costs:
         """The table of what was measured: larger trees are never cheaper, nor dearer than node by node."""
-        nodes, seconds = zip(*sorted(medians.items()), strict=True)
+        nodes, seconds = zip(*sorted(found.items()), strict=True)
         rising = np.maximum.accumulate(np.minimum(seconds, np.multiply(nodes, seconds[0])))
         return cls(nodes, tuple(rising.tolist()))
 
@@ -67,16 +66,27 @@ class Costs:
         return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
 
 
-def costs_of(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
-    """The costs of a model on this machine, measured once and then kept in the user's cache folder.
+def kept_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs | None:
+    """The costs of a model on this machine that the user's cache folder keeps, if it does.
 
-    The model's batch is lost when they are measured. cache is that of the texts to come, None if dense.
+    cache is that of the texts to come, None if dense.
     """
     try:
-        nodes, seconds = store.read("costs", _key(model, cache))
+        nodes, seconds = store.read("costs", key_of(model, cache))
         return Costs(tuple(nodes), tuple(seconds))
     except (TypeError, ValueError):
-        return measure_costs(model, cache)
+        return None
+
+
+def keep_costs(model: Runner, cache: QuantisedSettings | None, costs: Costs) -> None:
+    """Keeps costs in the user's cache folder, in place of those before."""
+    store.keep("costs", key_of(model, cache), [costs.nodes, costs.seconds])
+
+
+def is_rising(found: Mapping[int, float]) -> bool:
+    """Whether no larger tree seems much cheaper than a smaller one, by seconds for numbers of nodes."""
+    in_order = [found[size] for size in sorted(found)]
+    return all(larger >= (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
 
 
 def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs:
@@ -99,19 +109,17 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
         prompt = [draw.randrange(model.vocab_size) for _ in range(context)]
         model.prefill([prompt], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
-            medians = _medians(model, sizes, draw)
-            in_order = [medians[size] for size in sorted(medians)]
-            has_hiccup = any(larger < (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
-            if not has_hiccup:
+            found = _least(model, sizes, draw)
+            if is_rising(found):
                 break
-    costs = Costs.of_medians(medians)
-    if not has_hiccup:
-        store.keep("costs", _key(model, cache), [costs.nodes, costs.seconds])
+    costs = Costs.of_seconds(found)
+    if is_rising(found):
+        keep_costs(model, cache, costs)
     return costs
 
 
-def _medians(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[int, float]:
-    """Seconds of a verify by its number of nodes, for as many of the sizes as there is time for, but two of them."""
+def _least(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[int, float]:
+    """The least seconds of a verify by its nodes, for as many of the sizes as there is time for, but two of them."""
     found: dict[int, list[float]] = {}
     spent = 0.0
     for size in sizes:
@@ -122,11 +130,11 @@ def _medians(model: Runner, sizes: Sequence[int], draw: random.Random) -> dict[i
         spent += found[size][0]
     passes = 1
     while passes < 2 or spent < SECONDS:
-        for size, times in found.items():  # in turn, and medians: a busy machine is slower for all sizes
+        for size, times in found.items():  # in turn, and the least: another process may have a processor at any time
             times.append(_seconds(model, size, draw))
             spent += times[-1]
         passes += 1
-    return {size: statistics.median(times) for size, times in found.items()}
+    return {size: min(times) for size, times in found.items()}
 
 
 def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
@@ -141,6 +149,7 @@ def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
     return clock() - start
 
 
-def _key(model: Runner, cache: QuantisedSettings | None) -> str:
+def key_of(model: Runner, cache: QuantisedSettings | None) -> str:
+    """Names what costs depend on."""
     kernel = backend_of("linear", model.device.type)
     return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")

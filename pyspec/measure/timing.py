@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from pyspec.machine import cpu_name
+from pyspec.ops import lay_out_weight, linear
 
 LEAST_REPEATS, MOST_REPEATS = 5, 200
 
@@ -94,6 +95,14 @@ def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
 
     seconds = in_turn({str(dtype): call(dtype) for dtype in {dtype, torch.float32}}, repeats=9)
     return 2 * size**3 / min(seconds.values())
+
+
+def kernel_rate(dtype: torch.dtype) -> float:
+    """Operations a second of `linear` on the CPU, 64 rows times a weight of dtype that caches hold: the best of 40."""
+    rows, size = 64, 1024
+    x = torch.randn(rows, size, dtype=torch.float32 if dtype == torch.int8 else dtype, device="cpu")
+    weight = lay_out_weight(torch.randn(size, size, dtype=x.dtype, device="cpu"), dtype)
+    return 2 * rows * size**2 / min(_seconds(lambda: linear(x, weight)) for _ in range(40))
 
 
 def machine() -> dict[str, str | int]:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import platform
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,16 +35,37 @@ def compiled_library() -> tuple[ctypes.CDLL | None, str]:
         "libpyspec_cpu.so", "was not built (no C++ compiler at install, or an isolated build without torch)"
     )
     if library is not None:
-        library.pyspec_isa_name.restype = ctypes.c_char_p
-        library.pyspec_isa_reason.restype = ctypes.c_char_p
-        library.pyspec_isa_available.restype = ctypes.c_char_p
+        for name in ("name", "reason", "available", "compiled", "found"):
+            getattr(library, f"pyspec_isa_{name}").restype = ctypes.c_char_p
     return library, where
+
+
+def instruction_sets() -> dict[str, list[str] | str]:
+    """The instruction sets that CPU kernels were compiled for, those that this processor has, and the one in use.
+
+    Empty where the compiled library is not there.
+
+    Raises:
+        ValueError: PYSPEC_ISA names one that was not compiled or that this processor lacks.
+    """
+    library, _ = compiled_library()
+    if library is None:
+        return {}
+    compiled, found, available = (
+        getattr(library, f"pyspec_isa_{name}")().decode().split(", ") for name in ("compiled", "found", "available")
+    )
+    used = library.pyspec_isa_name().decode()
+    if used not in available:
+        raise ValueError(f"PYSPEC_ISA must be one of {', '.join(available)} on this processor, got {used}")
+    return {"compiled": compiled, "found": found, "used": used, "reason": library.pyspec_isa_reason().decode()}
 
 
 @functools.cache
 def cuda_library() -> tuple[ctypes.CDLL | None, str]:
     """The library of CUDA C++ kernels and what it was compiled for, or None and the reason."""
-    library, where = _load("libpyspec_cuda.so", "was not built (no nvcc at install, or a torch without CUDA)")
+    library, where = _load(
+        "libpyspec_cuda.so", "was not built (it is in no wheel: from source, it takes nvcc and a torch with CUDA)"
+    )
     if library is not None:
         library.pyspec_cuda_architectures.restype = ctypes.c_char_p
         where = f"compiled for sm_{library.pyspec_cuda_architectures().decode()}"
@@ -58,7 +80,10 @@ def _load(name: str, missing: str) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         torch.ops.load_library(str(path))
     except OSError as error:  # load_library hides the reason that dlopen gave, CDLL shows it
-        return None, f"{name} does not load: {error}"
+        return None, (
+            f"{name} does not load in torch {torch.__version__} on {platform.machine()}: {error}. It takes torch 2.10 "
+            "or later and the wheel of this processor: pip install --force-reinstall pyspec-kernels 'torch>=2.10'"
+        )
     return library, str(path)
 
 

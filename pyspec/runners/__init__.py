@@ -11,6 +11,7 @@ import torch
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
+    from pyspec.ops.linear import LinearWeight
     from pyspec.runners.verified import Verified
 
 __all__ = ["ExtendedRunner", "Runner"]
@@ -77,11 +78,16 @@ class ExtendedRunner(Runner, Protocol):
         takes_quantised_cache: whether prefill also takes cache, settings of a quantised one or None for a dense one;
             save_cache and load_cache come with it.
         weight_dtype: of the weights, or the name of their format, where it is not that of the activations.
+        layers, hidden_size: of the model, which trained draft heads are made for.
+        head: the laid out matrix that makes logits; embed(tokens) gives the [R, H] fp32 that layers take in.
         clock: seconds like those of time.perf_counter, by which calls are timed; a simulated runner's own.
     """
 
     takes_quantised_cache: bool
     weight_dtype: torch.dtype | str
+    layers: int
+    hidden_size: int
+    head: LinearWeight
     clock: Callable[[], float]
 
     def warm(self, capacity: int | None = None, sequences: int = 1) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.fingerprint import WeightSample, fingerprint_of
+from pyspec.ops.linear import LinearWeight, lay_out_weight
 from pyspec.runners._checks import check_paths, check_prompts, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
@@ -76,6 +77,24 @@ class TransformersRunner:
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
         return list(self._lengths)
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[1]
+
+    @property
+    def head(self) -> LinearWeight:
+        """A copy of the model's."""
+        return lay_out_weight(self.model.get_output_embeddings().weight.detach(), self.dtype)
+
+    @inference
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[R, H] fp32: what the layers take in for tokens [R]."""
+        return self.model.get_input_embeddings()(tokens.to(self.device, torch.int64)).float()
 
     def fork(self) -> TransformersRunner:
         """A runner on the same model with a batch, and drafters, of its own. Forwards through the model take turns."""

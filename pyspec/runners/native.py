@@ -15,6 +15,7 @@ from pyspec.architectures.rotary import Rope
 from pyspec.architectures.weights import NativeWeights
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops._checks import FLOATS
+from pyspec.ops.linear import LinearWeight
 from pyspec.runners._checks import check_paths, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
@@ -86,6 +87,23 @@ class NativeRunner:
     def cache(self):
         """The keys and values, or the states, of the batch: for benchmarks and training. None before any prefill."""
         return self._cache
+
+    @property
+    def layers(self) -> int:
+        return len(self.weights.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.weights.norm)
+
+    @property
+    def head(self) -> LinearWeight:
+        return self.weights.head
+
+    @inference
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[R, H] fp32: what the layers take in for tokens [R]."""
+        return self._embed(tokens)
 
     def fork(self):
         """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""

@@ -89,7 +89,10 @@ def test_what_a_new_family_lacks_is_named(toy, tmp_path, monkeypatch):
         load(source, device="cpu", prompt_attention="flash-attn")
 
 
-def test_a_new_family_is_listed(toy, capsys):
+def test_a_new_family_is_listed(toy, capsys, monkeypatch):
+    monkeypatch.setattr("pyspec.cli.info._rates", dict)
+    monkeypatch.setattr("pyspec.cli.info._costs", lambda arguments: {})
+    monkeypatch.setattr("pyspec.cli.info._show_measured", lambda *found: None)
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["families"]["toy"] == "Toy, of the tests"
     assert main(["info"]) == 0

@@ -218,6 +218,16 @@ def test_names_that_end_a_text(texts, ends):
     assert {texts[token] for token in folder.eos_tokens} == set(ends.split())
 
 
+@pytest.mark.parametrize("texts", ["<|start|> <|end|> <|message|> <|channel|>", "<|start|> <|message|> <|end|>"])
+def test_names_that_head_channels(texts):
+    import tokenizers
+
+    backend, texts = tokenizers.Tokenizer(tokenizers.models.BPE()), texts.split()
+    backend.add_special_tokens(texts)
+    expected = {} if "<|channel|>" not in texts else {0: "<|start|>", 2: "<|message|>", 3: "<|channel|>"}
+    assert Tokenizer(backend, byte_level=True).channel_marks == expected
+
+
 @pytest.mark.parametrize(
     ("kind", "pre", "wants"),
     [

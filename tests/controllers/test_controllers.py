@@ -39,7 +39,7 @@ def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, dra
 
 @pytest.mark.parametrize("drafter", [None, TableDrafter([Lookup(10)])])
 def test_no_tree_is_larger_than_a_cache_takes(drafter, monkeypatch):
-    monkeypatch.setattr(pays, "costs_of", lambda *model: Costs((1, 64), (1.0, 1.001)))
+    monkeypatch.setattr(pays, "kept_costs", lambda *model: Costs((1, 64), (1.0, 1.001)))
     cache = cache_from_name("int4")
     monkeypatch.setattr(type(cache), "largest_tree", 3)
     controller = controller_for("auto", None, drafter, cache)

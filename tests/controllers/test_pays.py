@@ -140,7 +140,7 @@ def test_a_batch_is_weighed_as_one():
 
 @pytest.mark.parametrize("seconds", [1.0001, 64.0])
 def test_generation_with_the_automatic_budget_says_what_plain_decoding_says(monkeypatch, seconds):
-    monkeypatch.setattr(pays, "costs_of", lambda *model: Costs((1, 64), (1.0, seconds)))
+    monkeypatch.setattr(pays, "kept_costs", lambda *model: Costs((1, 64), (1.0, seconds)))
     prompts = [list(b"ab"), list(b"the tree"), list(b"q")]
     plain = generate(FakeRunner(), prompts, drafter=None, max_new_tokens=60, seed=3)
     drafted = generate(FakeRunner(), prompts, drafter="merged", budget="auto", max_new_tokens=60, seed=3)

@@ -22,7 +22,8 @@ GROWTH = [
     StochasticBeam(3, 4),
     DySpecGreedy(),
     DySpecThreshold(0.1),
-    Reranked(TopPaths(3, 3)),
+    TopPaths(3, 3),
+    Reranked(FixedBranching((3, 2), "top")),
 ]
 
 
@@ -165,7 +166,7 @@ def test_a_seed_repeats_and_batches_are_separate():
 def test_drafters_may_share_a_draft_model_and_texts_may_outgrow_its_slots(monkeypatch):
     monkeypatch.setattr("pyspec.drafters.model.LEAST_SLOTS", 8)
     draft, model = Draft(), FakeRunner()
-    first, second = (ModelDrafter(draft, model, growth) for growth in (StochasticBeam(2, 3), Reranked(TopPaths(2, 2))))
+    first, second = (ModelDrafter(draft, model, growth) for growth in (StochasticBeam(2, 3), TopPaths(2, 2)))
     plain = generate(model, PROMPT, drafter=None, max_new_tokens=80).tokens
     for drafter in (first, second, first):
         assert generate(model, PROMPT, drafter=drafter, budget=7, max_new_tokens=80).tokens == plain

@@ -14,13 +14,13 @@ VOCABULARY = 97
 def random_llama(
     device="cpu", dtype=torch.float32, *, windows=(None, None), biases=False, context=3000, **options
 ) -> AttentionRunner:
-    """A runner of 2 layers, 4 query heads on 2 key heads; the same weights on every device."""
+    """A runner of a layer for each window, 4 query heads on 2 key heads; the same weights on every device."""
     config = LlamaConfig(
         architecture="llama",
         vocab_size=VOCABULARY,
         hidden_size=96,
         intermediate_size=160,
-        layers=2,
+        layers=len(windows),
         heads=4,
         kv_heads=2,
         head_dim=64,

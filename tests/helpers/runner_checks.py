@@ -183,7 +183,8 @@ def check_taps_of(runner, model, first=0, tolerance=1e-4):
 def observed_taps(runner, prompts, taps):
     """[n, taps, hidden] of each prompt."""
     pieces = [[] for _ in prompts]
-    runner.prefill(prompts, capacity=80, taps=taps, observe=lambda slot, chain, read: pieces[slot].append(read.taps))
+    settings = {"capacity": 80 + max(map(len, prompts)), "taps": taps}
+    runner.prefill(prompts, observe=lambda slot, chain, read: pieces[slot].append(read.taps), **settings)
     return [torch.cat(rows) for rows in pieces]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pyspec import generate
 from pyspec.machine import costs, store
-from pyspec.machine.costs import Costs, costs_of, measure_costs
+from pyspec.machine.costs import Costs, kept_costs, measure_costs
 from tests.helpers.fake_runner import FakeRunner
 
 
@@ -29,6 +29,11 @@ class TimedRunner(FakeRunner):
     def seconds(self, nodes):
         self.calls[nodes] += 1
         return self.law(nodes, self.calls[nodes] - 1)
+
+
+def costs_of(model):
+    """What is kept, or else measured."""
+    return kept_costs(model) or measure_costs(model)
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +96,12 @@ def test_a_hiccup_of_the_machine_is_measured_away():
     model = TimedRunner(lambda nodes, calls: 9.0 if nodes == 1 and calls in (1, 2) else 0.5 + 0.01 * nodes)
     found = costs_of(model)
     assert found.seconds == pytest.approx([0.5 + 0.01 * nodes for nodes in found.nodes])
+
+
+def test_a_neighbour_that_has_the_processor_most_of_the_time_is_measured_away():
+    model = TimedRunner(lambda nodes, calls: (0.05 if calls % 4 else 0.01) + 0.001 * nodes)
+    found = costs_of(model)
+    assert found.seconds == pytest.approx([0.01 + 0.001 * nodes for nodes in found.nodes])
 
 
 def test_costs_that_make_no_sense_are_used_once_and_not_kept(folder):

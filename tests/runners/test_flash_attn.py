@@ -211,5 +211,8 @@ def test_the_command_line_takes_it_and_info_says_what_it_gives_up(fake, monkeypa
     assert asked == ["pyspec", "flash-attn"]
     assert main([*options, "--prompt-attention", "flash-attn", "--cache", "int8"]) == 2
     assert "--cache must be dense with --prompt-attention flash-attn, got int8" in capsys.readouterr().err
+    monkeypatch.setattr("pyspec.cli.info._rates", dict)
+    monkeypatch.setattr("pyspec.cli.info._costs", lambda arguments: {})
+    monkeypatch.setattr("pyspec.cli.info._show_measured", lambda *found: None)
     assert main(["info"]) == 0
     assert "a text has one cache as a prompt, another as an answer\n" in capsys.readouterr().out

@@ -25,7 +25,11 @@ LARGEST_BUDGET = 4096
 
 
 class LawSource(Protocol):
-    """The laws of a drafter below the text so far."""
+    """The laws of a drafter below the text so far.
+
+    It may also have `likeliest(tokens, parents, nodes, count)`: the tokens and chances [len(nodes), count] that are the
+    best of these laws, likeliest first, where it finds them without; else None.
+    """
 
     vocab_size: int
 
@@ -98,12 +102,28 @@ class Sapling:
             self._laws[node] = row / total
         return [self._laws[node] for node in nodes]
 
-    def add(self, parent: int, token: int) -> int:
-        """The new node: a child of parent, whose law is known."""
+    def likeliest(self, nodes: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
+        """The likeliest tokens after some nodes and their chances, likeliest first; fewer than count without mass."""
+        find = getattr(self._source, "likeliest", None)
+        found = find and find(self.tokens, self.parents, nodes, count)
+        if found is not None:
+            return [
+                [(token, chance) for token, chance in zip(*rows, strict=True) if chance > 0]
+                for rows in zip(found[0].tolist(), found[1].tolist(), strict=True)
+            ]
+        return [[(token, float(law[token])) for token in top_tokens(law, count)] for law in self.laws(nodes)]
+
+    def add(self, parent: int, token: int, chance: float | None = None) -> int:
+        """The new node: a child of parent, with this chance or that of parent's law, which is known then."""
         self.tokens.append(token)
         self.parents.append(parent)
-        self.chances.append(self.chances[parent] * float(self._laws[parent][token]))
+        chance = float(self._laws[parent][token]) if chance is None else chance
+        self.chances.append(self.chances[parent] * chance)
         return len(self) - 1
+
+    def best(self, budget: int) -> list[int]:
+        """The budget nodes with the likeliest paths, likeliest first; of equals the earlier, so parents are before."""
+        return np.argsort(-np.array(self.chances), kind="stable")[:budget].tolist()
 
     def chosen(self, kept: Sequence[int] | None = None) -> DraftTree:
         """The tree of some nodes, or all, as a deterministic proposal; parents come before children in kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name
 from pyspec.drafters.shapes import GrowthPolicy
 from pyspec.drafters.shapes.dyspec import DySpecThreshold
-from pyspec.drafters.shapes.reranked import Reranked, TopPaths
+from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 
 
@@ -18,7 +18,7 @@ def growth_for(acceptance: str | AcceptanceRule) -> GrowthPolicy:
     """
     siblings = acceptance_from_name(acceptance).siblings
     if siblings is None:
-        return Reranked(TopPaths(width=4, depth=5))
+        return TopPaths(width=4, depth=5)
     if "without replacement" in siblings:
         return DySpecThreshold(0.05)
     if "with replacement" in siblings:

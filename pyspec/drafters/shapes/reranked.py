@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.drafters.shapes import LARGEST_BUDGET, GrowthPolicy, LawSource, Sapling, top_tokens
+from pyspec.drafters.shapes import LARGEST_BUDGET, GrowthPolicy, LawSource, Sapling
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
 
 class TopPaths:
-    """The `width` likeliest tokens below the `width` likeliest nodes of each level. Deterministic.
+    """The likeliest paths through the `width` likeliest tokens below the `width` likeliest nodes of each level.
+
+    The tree of EAGLE-2, arXiv 2406.16858. A level is asked for only below nodes that are of the tree so far: no other
+    can have a descendant in it. Deterministic.
 
     Args:
         width: at least 1.
@@ -28,28 +31,30 @@ class TopPaths:
         self.depth = depth
 
     def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
-        """A tree below token, level by level until the budget is used."""
+        """The budget likeliest nodes, likeliest first."""
         sapling = Sapling(source, token, budget)
-        level = [0]
+        if budget == 1:
+            return DraftTree.chain([token])
+        level = kept = [0]
         for _ in range(self.depth):
-            if not sapling.room:
-                break
             grown = []
-            for node, law in zip(level, sapling.laws(level), strict=True):
-                tokens = top_tokens(law, self.width)[: sapling.room]
-                grown += [sapling.add(node, child) for child in tokens]
-            level = sorted(sorted(grown, key=lambda node: -sapling.chances[node])[: self.width])
-        return sapling.chosen()
+            for node, found in zip(level, sapling.likeliest(level, self.width), strict=True):
+                grown += [sapling.add(node, child, chance) for child, chance in found]
+            kept = sapling.best(budget)
+            level = sorted(sorted(set(grown) & set(kept), key=lambda node: -sapling.chances[node])[: self.width])
+            if not level:
+                break
+        return sapling.chosen(kept)
 
 
 class Reranked:
-    """Keeps the nodes with the likeliest paths of what another policy grows. EAGLE-2, arXiv 2406.16858.
+    """Keeps the nodes with the likeliest paths of what another policy grows. Re-ranking of EAGLE-2, arXiv 2406.16858.
 
     Only for deterministic policies: a draft that was drawn and then left out for its value makes the others' law
     another one than q.
 
     Args:
-        policy: grows the candidates; TopPaths(10, 7) is EAGLE-2's.
+        policy: grows the candidates.
     """
 
     proposal = "deterministic"

@@ -17,7 +17,7 @@ def test_a_rule_takes_what_grows_for_it(name):
 
 def test_which():
     found = {name: type(growth_for(name)).__name__ for name in RULES}
-    assert found["exact"] == found["typical"] == "Reranked"
+    assert found["exact"] == found["typical"] == "TopPaths"
     assert found["recursive"] == found["traversal"] == "DySpecThreshold"
     assert growth_for("k_seq").branching == growth_for("with_replacement").branching == (3, 2, 1, 1)
     assert growth_for("block").branching == (1,) * 6 and growth_for("block").siblings == "none"

@@ -49,7 +49,7 @@ CHOSEN = {
     "top 2, 2": (FixedBranching((2, 2), "top"), 7),
     "top of more than there are": (FixedBranching((9,), "top"), 16),
     "Sequoia, top": (Sequoia((0.6, 0.2, 0.1), 3, "top"), 6),
-    "re-ranked": (Reranked(TopPaths(3, 3)), 5),
+    "top paths": (TopPaths(3, 3), 5),
     "re-ranked fixed": (Reranked(FixedBranching((3, 3), "top")), 5),
 }
 
