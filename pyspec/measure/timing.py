@@ -88,12 +88,16 @@ def multiply_rate(dtype: torch.dtype, device: str = "cpu") -> float:
     """Operations a second of a large matrix product in dtype, or in fp32 where that is faster."""
     size = 8192 if device == "cuda" else 2048
 
-    def call(dtype: torch.dtype) -> Callable:
+    def call(dtype: torch.dtype, size: int) -> Callable:
         a = torch.randn(size, size, device=device).to(dtype)
         product = torch._int_mm if dtype == torch.int8 else torch.mm
         return lambda: product(a, a)
 
-    seconds = in_turn({str(dtype): call(dtype) for dtype in {dtype, torch.float32}}, repeats=9)
+    dtypes = {dtype, torch.float32}
+    if device == "cpu":  # without instructions for a dtype a large product takes minutes, a small one tells
+        small = in_turn({dtype: call(dtype, 512) for dtype in dtypes}, repeats=5)
+        dtypes = {min(small, key=small.get)}
+    seconds = in_turn({dtype: call(dtype, size) for dtype in dtypes}, repeats=9)
     return 2 * size**3 / min(seconds.values())
 
 
