@@ -41,16 +41,19 @@ def first_block(chunk):
 @triton.jit
 def begin_of_windows(first, oldest, nodes, row_seen):
     """The first record, from `first` on, that a row sees, and the first token that each row sees."""
-    if oldest is None:
-        return first, row_seen
-    row_oldest = tl.load(oldest + nodes, mask=row_seen > 0, other=2**31 - 1)
-    return tl.maximum(first, tl.min(row_oldest, 0) // BLOCK), row_oldest
+    row_oldest = row_seen * 0
+    if oldest is not None:
+        row_oldest = tl.load(oldest + nodes, mask=row_seen > 0, other=2**31 - 1)
+        first = tl.maximum(first, tl.min(row_oldest, 0) // BLOCK)
+    return first, row_oldest
 
 
 @triton.jit
-def within_windows(scores, first_token, row_oldest, TILE: tl.constexpr):
-    token = first_token + tl.arange(0, TILE)
-    return tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
+def within_windows(scores, oldest, row_oldest, first_token, TILE: tl.constexpr):
+    if oldest is not None:
+        token = first_token + tl.arange(0, TILE)
+        scores = tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -120,8 +123,7 @@ def fold_kernel(
     if first >= end:
         return  # no row reads this chunk
 
-    q += batch.to(tl.int64) * stride_q_batch
-    head = kv_head * GROUP_HEADS + rows % GROUP_HEADS
+    q, head = q + batch.to(tl.int64) * stride_q_batch, kv_head * GROUP_HEADS + rows % GROUP_HEADS
     query_rows = head.to(tl.int64) * stride_q_head + node.to(tl.int64) * stride_q_node
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
     query = scaled(query, scale, NUMBER)
@@ -148,8 +150,7 @@ def fold_kernel(
                 along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * factor[None, :]
                 scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
             scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
-            if oldest is not None:
-                scores = within_windows(scores, block * BLOCK + part * TILE, row_oldest, TILE)
+            scores = within_windows(scores, oldest, row_oldest, block * BLOCK + part * TILE, TILE)
 
             now = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
@@ -166,11 +167,11 @@ def fold_kernel(
                 weighted = tl.dot(along.to(NUMBER), b, weighted, input_precision="ieee")
 
     states = (tl.program_id(2).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + rows
-    dims = tl.arange(0, BLOCK_D)
     tl.store(chunk_largest + states, largest, mask=used)
     tl.store(chunk_total + states, total, mask=used)
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted * (1.0 / PART_OF_X), mask=mask)
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    mask = used[:, None] & (dims < HEAD_DIM)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims, weighted * (1.0 / PART_OF_X), mask=mask)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
