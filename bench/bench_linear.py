@@ -3,11 +3,15 @@
     python bench/bench_linear.py                    a table, bench/results/linear_<device>.{json,png}
     pytest bench --benchmark-only                   the kernels alone, to compare before and after a change
 
+For another instruction set set PYSPEC_ISA, and hold torch to it: with ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+MKL_ENABLE_INSTRUCTIONS=AVX2 to AVX2.
+
 One call is every linear of SmolLM2-135M once, each with its own weight, so that weights come from memory as they do
 in a real step. The peer is torch's linear in the same dtype; int8 weights (with fp32 rows) have none, so theirs are
 fp32 and bf16. On a GPU both are replayed as CUDA graphs. The floor is the larger of the bytes that are read over the
 measured read bandwidth and the operations over the measured rate of a large matrix product, in the dtype or in fp32,
-whichever is faster here.
+whichever is faster here. In the end it prints the roofline: the share of the bandwidth at one row, and how many times
+the rate of torch's fp32 product 8, 16 and 32 rows are multiplied at.
 """
 
 from __future__ import annotations
@@ -20,12 +24,14 @@ import torch.nn.functional as F
 from command_line import parse, parser_of
 
 from pyspec import measure
+from pyspec.ops import backends
 from pyspec.ops.linear import lay_out_weight, linear
 
 LAYERS = 30
 LAYER = {"qkv": (960, 576), "output": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}  # outputs, inputs
 HEAD = (49152, 576)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROOFLINE_ROWS = (8, 16, 32)
 FORMATS = {  # of the laid out weight, and the dtypes of torch's linear beside it
     torch.bfloat16: (torch.bfloat16,),
     torch.float32: (torch.float32,),
@@ -96,7 +102,7 @@ def test_linear(benchmark, model, rows):
 
 
 def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device: str = "cpu") -> dict:
-    bandwidth = measure.read_bandwidth(device)
+    bandwidth, fp32_rate = measure.read_bandwidth(device), measure.multiply_rate(torch.float32, device)
     results = []
     for dtype in FORMATS:
         rate = measure.multiply_rate(dtype, device)
@@ -117,6 +123,8 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
                     "ms": ms,
                     "one_row_ms": one_row,
                     "gb_s": model.bytes / ms["pyspec"] / 1e6,
+                    "of_bandwidth": 1e3 * model.bytes / ms["pyspec"] / bandwidth,
+                    "of_fp32_rate": 1e3 * 2 * model.parameters * rows / ms["pyspec"] / fp32_rate,
                     "floor_ms": max(bytes_floor, rate_floor),
                     "floor": "bytes" if bytes_floor > rate_floor else "operations",
                 }
@@ -126,11 +134,17 @@ def run(repeats: int, layers: int = LAYERS, head: tuple[int, int] = HEAD, device
     return {
         "machine": measure.machine(),
         "device": device,
+        "kernels": next(
+            f"{row['backend']}, {row['reason']}"
+            for row in backends()
+            if (row["op"], row["device"]) == ("linear", device)
+        ),
         "layers": layers,
         "layer": LAYER,
         "head": head,
         "repeats": repeats,
         "read_gb_s": bandwidth / 1e9,
+        "fp32_gflop_s": fp32_rate / 1e9,
         "results": results,
     }
 
@@ -144,6 +158,20 @@ def show(row: dict) -> None:
         f"{peers}",
         flush=True,
     )
+
+
+def show_roofline(result: dict) -> None:
+    machine = result["machine"]
+    print(
+        f"{machine['cpu']}, {machine['threads']} threads, {result['kernels']}: {result['read_gb_s']:.1f} GB/s, "
+        f"{result['fp32_gflop_s']:.0f} GFLOP/s in fp32"
+    )
+    for weights in dict.fromkeys(row["weights"] for row in result["results"]):
+        by_rows = {row["rows"]: row for row in result["results"] if row["weights"] == weights}
+        rates = ", ".join(
+            f"{by_rows[rows]['of_fp32_rate']:.2f}x at {rows} rows" for rows in ROOFLINE_ROWS if rows in by_rows
+        )
+        print(f"{weights:>8}  {by_rows[1]['of_bandwidth']:.0%} of the bandwidth at 1 row; of the fp32 rate {rates}")
 
 
 def plot(result: dict, path) -> None:
@@ -172,6 +200,7 @@ def main() -> None:
     parser = parser_of(__doc__, repeats=15, devices=True)
     options = parse(parser)
     result = run(options.repeats, device=options.device)
+    show_roofline(result)
     path = measure.save(f"linear_{options.device}", result)
     plot(result, path.with_suffix(".png"))
     print(f"wrote {path} and {path.with_suffix('.png').name}")

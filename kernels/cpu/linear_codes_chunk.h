@@ -50,35 +50,28 @@ PYSPEC_INLINE F16 load_factors(const char* p) {
   return load_as_float(reinterpret_cast<const Float16*>(p));
 }
 
-// The codes of kBlock inputs for 16 outputs, from a plane of the low bits and one of the others.
+// The codes of four inputs, number `four` of a group of a block, for 16 outputs: from a plane of the low bits
+// and one of the others.
 template <class F>
-PYSPEC_INLINE void unpack_codes(const char* block, int64_t lane, uint8_t (*bytes)[kPanel][4]) {
+PYSPEC_INLINE I16 codes_of(const char* block, int64_t lane, int64_t group, int64_t four) {
   constexpr int kLow = static_cast<int>(pyspec::low_bits(F::kShape)), kHigh = F::kShape.bits - kLow;
-  constexpr int64_t kFours = F::kBlock / 4, kInLow = 8 / kLow;
-  constexpr int64_t kInHigh = kHigh ? 8 / (kHigh ? kHigh : 1) : kInLow;  // fours of a byte; never fewer
+  constexpr int64_t kFours = F::kGroup / 4, kInLow = 8 / kLow;  // fours of a byte
   constexpr int32_t kLowMask = static_cast<int32_t>(0x01010101u * ((1u << kLow) - 1));
   constexpr int32_t kHighMask = static_cast<int32_t>(0x01010101u * ((1u << kHigh) - 1));
   const char* low = block + pyspec::codes_at(F::kShape) + lane * 4;
-  const char* high = block + pyspec::high_bits_at(F::kShape) + lane * 4;
-  for (int64_t first = 0; first < kFours; first += kInHigh) {
-    I16 highs{};
-    if constexpr (kHigh > 0) highs = load_words(high + first / kInHigh * kPanel * 4);
-    PYSPEC_UNROLL
-    for (int64_t i = 0; i < kInHigh; i += kInLow) {
-      I16 lows = load_words(low + (first + i) / kInLow * kPanel * 4);
-      PYSPEC_UNROLL
-      for (int64_t j = 0; j < kInLow; ++j) {
-        I16 codes = bit_field(lows, static_cast<int>(j) * kLow, kLowMask);
-        if constexpr (kHigh > 0) {
-          I16 top = bit_field(highs, static_cast<int>(i + j) * kHigh, kHighMask);
-          codes = join_bits(codes, top, kLow);
-        }
-        if constexpr (F::kShape.levels == Levels::kIq4) codes = look_up(codes, kIq4Bytes);
-        if constexpr (F::kShape.levels == Levels::kFp4) codes = look_up(codes, kFp4Bytes);
-        store_words(bytes[first + i + j][lane], codes);
-      }
-    }
+  int64_t word = group * (kFours / kInLow) + four / kInLow;
+  I16 codes =
+      bit_field(load_words(low + word * kPanel * 4), static_cast<int>(four % kInLow) * kLow, kLowMask);
+  if constexpr (kHigh > 0) {
+    constexpr int64_t kInHigh = 8 / kHigh;
+    const char* high = block + pyspec::high_bits_at(F::kShape) + lane * 4;
+    int64_t place = four + (kFours % kInHigh ? group * kFours % kInHigh : 0);
+    I16 tops = load_words(high + (group * kFours / kInHigh + place / kInHigh) * kPanel * 4);
+    codes = join_bits(codes, bit_field(tops, static_cast<int>(place % kInHigh) * kHigh, kHighMask), kLow);
   }
+  if constexpr (F::kShape.levels == Levels::kIq4) codes = look_up(codes, kIq4Bytes);
+  if constexpr (F::kShape.levels == Levels::kFp4) codes = look_up(codes, kFp4Bytes);
+  return codes;
 }
 
 // Scales and minimums of a block for 16 outputs.
@@ -111,8 +104,9 @@ PYSPEC_INLINE void unpack_scales(const char* block, int64_t lane, int32_t (*scal
   }
 }
 
+// All but the codes.
 template <CodeFormat kFormat>
-void unpack(const char* panel, int64_t blocks, Chunk<Format<kFormat>>& chunk) {
+PYSPEC_INLINE void unpack_factors(const char* panel, int64_t blocks, Chunk<Format<kFormat>>& chunk) {
   using F = Format<kFormat>;
   for (int64_t b = 0; b < blocks; ++b, panel += pyspec::block_bytes(F::kShape)) {
     for (int64_t lane = 0; lane < kPanel; lane += 16) {
@@ -123,7 +117,21 @@ void unpack(const char* panel, int64_t blocks, Chunk<Format<kFormat>>& chunk) {
       if constexpr (F::kShape.has_scales || F::kShape.has_minimums) {
         unpack_scales<F>(panel, lane, chunk.scales + b * F::kGroups, chunk.pairs[b]);
       }
-      unpack_codes<F>(panel, lane, chunk.bytes + b * (F::kBlock / 4));
+    }
+  }
+}
+
+template <class F>
+PYSPEC_INLINE void unpack_codes(const char* panel, int64_t blocks, Chunk<F>& chunk) {
+  for (int64_t b = 0; b < blocks; ++b, panel += pyspec::block_bytes(F::kShape)) {
+    for (int64_t g = 0; g < F::kGroups; ++g) {
+      auto bytes = chunk.bytes + (b * F::kGroups + g) * (F::kGroup / 4);
+      PYSPEC_UNROLL
+      for (int64_t four = 0; four < F::kGroup / 4; ++four) {
+        for (int64_t lane = 0; lane < kPanel; lane += 16) {
+          store_words(bytes[four][lane], codes_of<F>(panel, lane, g, four));
+        }
+      }
     }
   }
 }

@@ -17,23 +17,59 @@ PYSPEC_INLINE void to_floats(pyspec::Element element, const void* x, float* out,
   to_floats<BFloat16>(x, out, n);
 }
 
+// The bits of the largest size among values: sizes are ordered as their bits are, with NaN above all.
+template <int64_t kCount>
+PYSPEC_INLINE uint32_t largest_size(const float* values) {
+  uint32_t largest = 0;
+#if PYSPEC_HAS_X86_VECTORS
+  __m256i most = _mm256_setzero_si256(), without_sign = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t i = 0; i < kCount; i += 8) {
+    __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + i));
+    most = _mm256_max_epu32(most, _mm256_and_si256(bits, without_sign));
+  }
+  __m128i four = _mm_max_epu32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+  four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
+  largest = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+#else
+  uint32_t bits[kCount];
+  std::memcpy(bits, values, sizeof(bits));
+  for (uint32_t signed_bits : bits) {
+    uint32_t size = signed_bits & 0x7fffffffu;
+    largest = size > largest ? size : largest;
+  }
+#endif
+  return largest;
+}
+
+// 32 values times factor, rounded to the nearest integer, of which none is above 127.
+PYSPEC_INLINE void round_32(const float* values, float factor, int8_t* integers) {
+#if PYSPEC_HAS_X86_VECTORS
+  auto round = [&](int64_t i) PYSPEC_INLINE_LAMBDA {
+    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), _mm256_set1_ps(factor)));
+  };
+  __m256i low = _mm256_packs_epi32(round(0), round(8)), high = _mm256_packs_epi32(round(16), round(24));
+  // packing works within halves of 128 bits: fours of values 0, 2, 4, 6, 1, 3, 5, 7
+  __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers), bytes);
+#else
+  for (int64_t i = 0; i < 32; ++i) {
+    integers[i] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(values[i] * factor)));
+  }
+#endif
+}
+
 // Values as integers from -127 to 127 times a scale, which is returned. The scale of values that are not
 // finite is NaN; values too small for a scale with a reciprocal count as 0.
 template <int64_t kCount>
 PYSPEC_INLINE float round_to_bytes(const float (&values)[kCount], int8_t* integers) {
-  uint32_t bits[kCount], largest_bits = 0;  // sizes are ordered as their bits are, with NaN above all
-  std::memcpy(bits, values, sizeof(bits));
-  for (uint32_t signed_bits : bits) {
-    uint32_t size = signed_bits & 0x7fffffffu;
-    largest_bits = size > largest_bits ? size : largest_bits;
-  }
+  uint32_t largest_bits = largest_size<kCount>(values);
   float largest;
   std::memcpy(&largest, &largest_bits, 4);
   float factor = largest > 0 ? 127.0f / largest : 0.0f;
   if (largest < kInfinity && factor < kInfinity) {
-    for (int64_t i = 0; i < kCount; ++i) {
-      integers[i] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(values[i] * factor)));
-    }
+    for (int64_t i = 0; i < kCount; i += 32) round_32(values + i, factor, integers + i);
   } else {
     std::memset(integers, 0, kCount);
   }

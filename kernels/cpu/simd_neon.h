@@ -215,7 +215,7 @@ PYSPEC_INLINE int32x4_t dot_bytes(int32x4_t total, int8x16_t weights, int8x16_t 
   return vdotq_s32(total, weights, x);
 #else
   int16x8_t low = vmull_s8(vget_low_s8(weights), vget_low_s8(x)), high = vmull_high_s8(weights, x);
-  return vaddq_s32(total, vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+  return vpadalq_s16(total, vpaddq_s16(low, high));  // two products are at most 2 * 128 * 127: they fit
 #endif
 }
 
@@ -228,20 +228,18 @@ PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
   return set1_words(0);
 #endif
 }
-// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[i].
-PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sums) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  int8x16_t values = vreinterpretq_s8_s32(vdupq_n_s32(four));
-  auto dot = [&](int32x4_t total, int32x4_t bytes) PYSPEC_INLINE_LAMBDA {
+// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[lane][i].
+PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sums) {
+  auto dot = [](int32x4_t total, int32x4_t bytes, int32x4_t values) PYSPEC_INLINE_LAMBDA {
     uint8x16_t w = vreinterpretq_u8_s32(bytes);
+    int8x16_t signed_values = vreinterpretq_s8_s32(values);
 #if PYSPEC_HAS_INT8_DOT
-    return vusdotq_s32(total, w, values);
+    return vusdotq_s32(total, w, signed_values);
 #else
-    return dot_bytes(total, vreinterpretq_s8_u8(veorq_u8(w, vdupq_n_u8(128))), values);
+    return dot_bytes(total, vreinterpretq_s8_u8(veorq_u8(w, vdupq_n_u8(128))), signed_values);
 #endif
   };
-  return quarters<I16>(dot, sums, load_words(weights));
+  return quarters<I16>(dot, sums, weights, x);
 }
 
 // sums + the products of 16 times four weights, below 64, with four signed bytes, which are in every word of

@@ -143,6 +143,12 @@ PYSPEC_INLINE F16 load_as_float(const Storage* p) {
   __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if constexpr (std::is_same_v<Storage, Float16>) return {_mm512_cvtph_ps(bits)};
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+#elif PYSPEC_HAS_X86_VECTORS
+  const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+  __m128i lo = _mm_loadu_si128(halves), hi = _mm_loadu_si128(halves + 1);
+  if constexpr (std::is_same_v<Storage, Float16>) return {_mm256_cvtph_ps(lo), _mm256_cvtph_ps(hi)};
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(lo), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(hi), 16))};
 #elif PYSPEC_HAS_NEON
   return {four_floats(p), four_floats(p + 4), four_floats(p + 8), four_floats(p + 12)};
 #else

@@ -61,6 +61,12 @@ PYSPEC_INLINE I16 set1_words(int32_t a) {
   return result;
 #endif
 }
+// Four bytes, in every word.
+PYSPEC_INLINE I16 words_at(const char* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return set1_words(four);
+}
 PYSPEC_INLINE I16 add(I16 a, I16 b) {
 #if PYSPEC_HAS_AVX512
   return {_mm512_add_epi32(a.v, b.v)};
@@ -118,6 +124,33 @@ PYSPEC_INLINE I16 dot2(I16 a, I16 b, I16 sum) {
   return sum;
 #endif
 }
+#if PYSPEC_HAS_X86_VECTORS
+// Unsigned bytes as words of two numbers of 16 bits: those of even places, and the others.
+PYSPEC_INLINE void split_bytes(I16 bytes, I16& even, I16& odd) {
+#if PYSPEC_HAS_AVX512
+  even = {_mm512_and_si512(bytes.v, _mm512_set1_epi16(0xff))}, odd = {_mm512_srli_epi16(bytes.v, 8)};
+#else
+  __m256i low = _mm256_set1_epi16(0xff);
+  even = {_mm256_and_si256(bytes.lo, low), _mm256_and_si256(bytes.hi, low)};
+  odd = {_mm256_srli_epi16(bytes.lo, 8), _mm256_srli_epi16(bytes.hi, 8)};
+#endif
+}
+// Between two of these a compiler has sums ready one by one, and no registers full of products to be added.
+PYSPEC_INLINE void keep_in_registers(I16& a) {
+#if PYSPEC_HAS_AVX512
+  asm("" : "+v"(a.v));
+#else
+  asm("" : "+x"(a.lo), "+x"(a.hi));
+#endif
+}
+// 32 signed bytes likewise: those of even places first, then the others.
+PYSPEC_INLINE void split_signed_bytes(const int8_t* bytes, void* halves) {
+  __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+  __m256i* to = static_cast<__m256i*>(halves);
+  _mm256_storeu_si256(to, _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8));
+  _mm256_storeu_si256(to + 1, _mm256_srai_epi16(all, 8));
+}
+#endif
 // Bytes below 16 become those of a table.
 PYSPEC_INLINE I16 look_up(I16 bytes, const uint8_t (&table)[16]) {
 #if PYSPEC_HAS_X86_VECTORS
@@ -191,45 +224,45 @@ PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
 #endif
 }
 
-// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[i].
-PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
+// sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[lane][i].
+PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sum) {
 #if PYSPEC_ISA_avx_vnni
-  const __m256i* bytes = reinterpret_cast<const __m256i*>(weights);
-  __m256i fours = _mm256_set1_epi32(four);
-  return {_mm256_dpbusd_avx_epi32(sum.lo, _mm256_loadu_si256(bytes), fours),
-          _mm256_dpbusd_avx_epi32(sum.hi, _mm256_loadu_si256(bytes + 1), fours)};
+  return {_mm256_dpbusd_avx_epi32(sum.lo, weights.lo, x.lo),
+          _mm256_dpbusd_avx_epi32(sum.hi, weights.hi, x.hi)};
 #elif PYSPEC_HAS_INT8_DOT
-  return {_mm512_dpbusd_epi32(sum.v, _mm512_loadu_si512(weights), _mm512_set1_epi32(four))};
+  return {_mm512_dpbusd_epi32(sum.v, weights.v, x.v)};
 #elif PYSPEC_HAS_AVX512
   // |weight| * (x with weight's sign): at most 2 * 128 * 127 a pair, so 16 bits hold it
-  __m512i w = _mm512_xor_si512(_mm512_loadu_si512(weights), _mm512_set1_epi8(-128));
-  __m512i values = _mm512_set1_epi32(four);
-  values = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(w), _mm512_setzero_si512(), values);
+  __m512i w = _mm512_xor_si512(weights.v, _mm512_set1_epi8(-128));
+  __m512i values = _mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x.v);
   __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), values);
   return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 #elif PYSPEC_HAS_X86_VECTORS
-  const __m256i* halves = reinterpret_cast<const __m256i*>(weights);
-  __m256i values = _mm256_set1_epi32(four), flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
-  __m256i lo = _mm256_xor_si256(_mm256_loadu_si256(halves), flip);
-  __m256i hi = _mm256_xor_si256(_mm256_loadu_si256(halves + 1), flip);
-  __m256i low_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(values, lo));
-  __m256i high_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(values, hi));
+  __m256i flip = _mm256_set1_epi8(-128), ones = _mm256_set1_epi16(1);
+  __m256i lo = _mm256_xor_si256(weights.lo, flip), hi = _mm256_xor_si256(weights.hi, flip);
+  __m256i low_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(lo), _mm256_sign_epi8(x.lo, lo));
+  __m256i high_pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(hi), _mm256_sign_epi8(x.hi, hi));
   return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(low_pairs, ones)),
           _mm256_add_epi32(sum.hi, _mm256_madd_epi16(high_pairs, ones))};
 #else
+  uint8_t w[64];
+  int8_t values[64];
+  std::memcpy(w, weights.v, sizeof w), std::memcpy(values, x.v, sizeof values);
   for (int lane = 0; lane < 16; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      int32_t weight = static_cast<uint8_t>(weights[lane * 4 + i]) - 128;
-      sum.v[lane] += weight * static_cast<int8_t>(x[i]);
-    }
+    for (int i = 0; i < 4; ++i) sum.v[lane] += (w[lane * 4 + i] - 128) * values[lane * 4 + i];
   }
   return sum;
 #endif
 }
 
 #endif  // !PYSPEC_HAS_NEON
+
+// The same for weights in memory, and x of four bytes.
+PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
+  int32_t four;
+  std::memcpy(&four, x, 4);
+  return dot4(load_words(weights), set1_words(four), sum);
+}
 
 // ==== products of small bytes ====
 //
@@ -255,10 +288,14 @@ PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
 #elif PYSPEC_HAS_INT8_DOT
   return {_mm512_dpbusd_epi32(sums.v, weights.v, x.v)};
 #elif PYSPEC_HAS_AVX512
-  return {_mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v))};
+  sums.v = _mm512_add_epi16(sums.v, _mm512_maddubs_epi16(weights.v, x.v));
+  asm("" : "+v"(sums.v));  // or the compiler forms all products of a loop before it adds any, and spills them
+  return sums;
 #elif PYSPEC_HAS_X86_VECTORS
-  return {_mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, x.lo)),
-          _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, x.hi))};
+  sums.lo = _mm256_add_epi16(sums.lo, _mm256_maddubs_epi16(weights.lo, x.lo));
+  sums.hi = _mm256_add_epi16(sums.hi, _mm256_maddubs_epi16(weights.hi, x.hi));
+  asm("" : "+x"(sums.lo), "+x"(sums.hi));  // as above
+  return sums;
 #else
   uint8_t w[64];
   int8_t values[64];

@@ -42,14 +42,16 @@ __global__ void __launch_bounds__(32 * kMergers)
   int64_t row = blockIdx.x, node = row % p.nodes, head = row / p.nodes % p.heads, b = row / p.nodes / p.heads;
   int of_kv_head = static_cast<int>(p.heads / p.kv_heads);
   Row at(p, static_cast<int>(head) / of_kv_head, static_cast<int>(node * of_kv_head + head % of_kv_head));
-  int count = (at.seen(p, b) + kChunkBlocks - 1) / kChunkBlocks;
+  int blocks = at.seen(p, b), count = (blocks + kChunkBlocks - 1) / kChunkBlocks, oldest = at.oldest(p, b);
+  int first = oldest / kVqBlock < blocks ? oldest / kChunk : count;  // no block need have folded those before
   const float* states = at.state(p, b, chunks, 0);
   float largest = -INFINITY, total = 0.0f, values[kMostChannels / 32] = {};
-  for (int chunk = lane; chunk < count; chunk += 32) largest = fmaxf(largest, states[chunk * (d + 2) + d]);
+  for (int chunk = first + lane; chunk < count; chunk += 32)
+    largest = fmaxf(largest, states[chunk * (d + 2) + d]);
   largest = across_warp<true>(largest);
   float safe = largest == -INFINITY ? 0.0f : largest;
 #pragma unroll 2
-  for (int chunk = warp; chunk < count; chunk += kMergers) {
+  for (int chunk = first + warp; chunk < count; chunk += kMergers) {
     const float* state = states + chunk * (d + 2);
     float weight = exp2f(state[d] - safe);
     total += weight * state[d + 1];

@@ -154,6 +154,11 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
       int row = pass * 16 + in_pass;
       float score[kChunkBlocks][4], scale[kChunkBlocks][4], largest = -INFINITY, total = 0.0f;
       int blocks = seen(row) - chunk * kChunkBlocks;
+      uint32_t is_seen = 0;  // of the tokens below, a bit each: one register
+      for (int which = 0; which < kChunkBlocks && which < blocks; ++which) {
+        int before = Base::oldest(row) - chunk * kChunk - which * static_cast<int>(kVqBlock) - 4 * lane;
+        is_seen |= (15u << min(max(before, 0), 4) & 15u) << 4 * which;
+      }
 #pragma unroll
       for (int which = 0; which < kChunkBlocks; ++which) {
         float4 sum = partial(0, in_pass, which * 32 + lane);
@@ -166,11 +171,11 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
         uint2 keys = scales(0, which), values = scales(1, which);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          bool is_seen = which < blocks;
           float key = half_at(i < 2 ? keys.x : keys.y, i % 2),
                 value = half_at(i < 2 ? values.x : values.y, i % 2);
-          score[which][i] = is_seen ? __fmul_rn(sums[i], __fmul_rn(key, factor)) : -INFINITY;
-          scale[which][i] = is_seen ? value : 0.0f;
+          bool counts = is_seen >> (4 * which + i) & 1;
+          score[which][i] = counts ? __fmul_rn(sums[i], __fmul_rn(key, factor)) : -INFINITY;
+          scale[which][i] = counts ? value : 0.0f;
           float size = fmaxf(scale[which][i], 0x1p-24f);
           int exponent = static_cast<int>(__float_as_uint(size) >> 23) - 126;
           largest = fmaxf(largest, score[which][i] + static_cast<float>(exponent));
@@ -269,7 +274,7 @@ struct Fold : VqStages<kSplit, kTiles, kRuns, kSmall, kTurned> {
   }
 
   __device__ void run() const {
-    if (most <= chunk * kChunkBlocks) return;
+    if (!Base::is_seen()) return;
     begin(0);
     if (of.buffers == 2) begin(1);
     Scores scores = {};

@@ -55,6 +55,10 @@ struct Row {
     int count = p.seen[b * p.nodes + node];
     return count < 0 ? 0 : count < p.most_seen ? count : static_cast<int>(p.most_seen);
   }
+  // The first token that it sees: where a window begins, or 0.
+  __device__ int oldest(const VqAttentionParams& p, int64_t b) const {
+    return p.oldest ? max(p.oldest[b * p.nodes + node], 0) : 0;
+  }
   // The values of a chunk, the exponent that they and the sum are over, and the sum of weights.
   __device__ float* state(const VqAttentionParams& p, int64_t b, int64_t chunks, int64_t chunk) const {
     return p.workspace + (((b * p.heads + head) * p.nodes + node) * chunks + chunk) * (p.head_dim + 2);
@@ -113,6 +117,15 @@ struct VqStages {
   // Blocks that a row sees; none where there is no row.
   __device__ int seen(int row) const {
     return first_row + row < of.rows ? Row(p, blockIdx.y, first_row + row).seen(p, blockIdx.z) : 0;
+  }
+  // The first token that a row sees.
+  __device__ int oldest(int row) const { return Row(p, blockIdx.y, first_row + row).oldest(p, blockIdx.z); }
+  // Whether some row sees some of the chunk.
+  __device__ bool is_seen() const {
+    if (most <= chunk * kChunkBlocks) return false;
+    if (!p.oldest) return true;
+    int first = lane < kRows && seen(lane) ? oldest(lane) / static_cast<int>(kVqBlock) : most;
+    return __reduce_min_sync(kAll, first) < (chunk + 1) * kChunkBlocks;
   }
   // Records that no row sees may hold anything, or not be there: the last that is stands in for them.
   __device__ const uint8_t* record(int which) const {

@@ -62,9 +62,10 @@ inline int64_t panel_bytes(WeightFormat format, int64_t inputs) {
 }
 
 // A row of x as the inner loop wants it. Floats need at most 4 bytes an input; int8 needs a scale, the sum of
-// its integers and kGroup bytes for each group.
+// its integers and kGroup of them, of at most 16 bits, for each group.
 inline int64_t prepared_row_bytes(const LinearParams& p) {
-  int64_t bytes = p.format == WeightFormat::kInt8 ? groups(p.inputs) * (8 + kGroup) : (p.inputs + 1) / 2 * 8;
+  int64_t bytes =
+      p.format == WeightFormat::kInt8 ? groups(p.inputs) * (8 + 2 * kGroup) : (p.inputs + 1) / 2 * 8;
   return (bytes + 63) / 64 * 64;
 }
 inline int64_t workspace_bytes(const LinearParams& p) {

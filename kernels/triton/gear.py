@@ -9,8 +9,9 @@ An outlier's place, 16 * block + j, is one-hot in two parts: two multiply-adds f
 Low rank never meets the tile: scores get (q . b) a, and outputs (weights . a) b.
 Bound by instructions, as many for outliers as for all else; records are read once.
 A second kernel merges the chunks of a row, many at a time.
-Row rule: a tile is folded alike for any number of rows; a row that does not see a record gets weights of 0 from it,
-which change no bit. Chunks are cut at positions. The layout of a record is in kernels/params/gear.h.
+Row rule: a tile is folded alike for any number of rows; a row that does not see a record, or a token before its oldest,
+gets weights of 0 from it, which change no bit. Chunks are cut at positions. kernels/params/gear.h has the layout of a
+record.
 """
 
 import torch
@@ -38,6 +39,24 @@ def first_block(chunk):
 
 
 @triton.jit
+def begin_of_windows(first, oldest, nodes, row_seen):
+    """The first record, from `first` on, that a row sees, and the first token that each row sees."""
+    row_oldest = row_seen * 0
+    if oldest is not None:
+        row_oldest = tl.load(oldest + nodes, mask=row_seen > 0, other=2**31 - 1)
+        first = tl.maximum(first, tl.min(row_oldest, 0) // BLOCK)
+    return first, row_oldest
+
+
+@triton.jit
+def within_windows(scores, oldest, row_oldest, first_token, TILE: tl.constexpr):
+    if oldest is not None:
+        token = first_token + tl.arange(0, TILE)
+        scores = tl.where(token[None, :] >= row_oldest[:, None], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def scaled(query, scale, NUMBER: tl.constexpr):
     """Queries whose products with PART_OF_X of the keys are scores in units of log2."""
     query = query.to(tl.float32) * (scale * (LOG2_E / PART_OF_X))
@@ -61,6 +80,7 @@ def fold_kernel(
     q,  # [B, Hq, T, D], turned where the keys are
     quantised,  # [B, Hkv, blocks, record] uint8
     seen,  # [B, T]
+    oldest,  # [B, T], the first token that a node sees, or None
     chunk_largest,  # [B, Hkv, chunks, T * heads of a group], written
     chunk_total,  # [B, Hkv, chunks, T * heads of a group], written
     chunk_weighted,  # [B, Hkv, chunks, T * heads of a group, D], written
@@ -92,19 +112,18 @@ def fold_kernel(
     NUMBER: tl.constexpr,
 ):
     """Folds one chunk of records into the states of 16 rows; row r is node r // heads of a group."""
-    chunk = tl.program_id(1)
-    batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    chunk, batch, kv_head = tl.program_id(1), tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     used = rows < nodes * GROUP_HEADS
     node = tl.minimum(rows // GROUP_HEADS, nodes - 1)
     row_seen = tl.load(seen + batch * nodes + node, mask=used, other=0)
     first = first_block(chunk)
     end = tl.minimum(first_block(chunk + 1), tl.max(row_seen, 0))
+    first, row_oldest = begin_of_windows(first, oldest, batch * nodes + node, row_seen)
     if first >= end:
         return  # no row reads this chunk
 
-    q += batch.to(tl.int64) * stride_q_batch
-    head = kv_head * GROUP_HEADS + rows % GROUP_HEADS
+    q, head = q + batch.to(tl.int64) * stride_q_batch, kv_head * GROUP_HEADS + rows % GROUP_HEADS
     query_rows = head.to(tl.int64) * stride_q_head + node.to(tl.int64) * stride_q_node
     query = load_rows(q, head, node, used, stride_q_head, stride_q_node, HEAD_DIM, BLOCK_D, False)
     query = scaled(query, scale, NUMBER)
@@ -131,6 +150,7 @@ def fold_kernel(
                 along = tl.dot(gathered, tl.trans(b), input_precision="ieee") * factor[None, :]
                 scores = tl.dot(along.to(NUMBER), a, scores, input_precision="ieee")
             scores = tl.where((block < row_seen)[:, None], scores, float("-inf"))
+            scores = within_windows(scores, oldest, row_oldest, block * BLOCK + part * TILE, TILE)
 
             now = tl.maximum(largest, tl.max(scores, 1))
             shift = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen no key yet: all weights 0
@@ -147,17 +167,18 @@ def fold_kernel(
                 weighted = tl.dot(along.to(NUMBER), b, weighted, input_precision="ieee")
 
     states = (tl.program_id(2).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + rows
-    dims = tl.arange(0, BLOCK_D)
     tl.store(chunk_largest + states, largest, mask=used)
     tl.store(chunk_total + states, total, mask=used)
-    mask = used[:, None] & (dims < HEAD_DIM)[None, :]
-    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims[None, :], weighted * (1.0 / PART_OF_X), mask=mask)
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    mask = used[:, None] & (dims < HEAD_DIM)
+    tl.store(chunk_weighted + states[:, None] * HEAD_DIM + dims, weighted * (1.0 / PART_OF_X), mask=mask)
 
 
 @triton.jit(do_not_specialize=["nodes", "chunks"])
 def merge_kernel(
     # Pointers
     seen,  # [B, T]
+    oldest,  # [B, T] or None
     chunk_largest,  # [B, Hkv, chunks, T * heads of a group]
     chunk_total,  # [B, Hkv, chunks, T * heads of a group]
     chunk_weighted,  # [B, Hkv, chunks, T * heads of a group, D]
@@ -183,13 +204,21 @@ def merge_kernel(
     row_seen = tl.load(seen + batch * nodes + node)
     end = tl.minimum(row_seen, SHORT_CHUNKS)
     end += (tl.maximum(row_seen - SHORT_CHUNKS, 0) + CHUNK_BLOCKS - 1) // CHUNK_BLOCKS
+    start = 0
+    if oldest is not None:  # no program need have folded the chunks before it
+        block = tl.maximum(tl.load(oldest + batch * nodes + node), 0) // BLOCK
+        begin = tl.minimum(block, SHORT_CHUNKS) + tl.maximum(block - SHORT_CHUNKS, 0) // CHUNK_BLOCKS
+        begin = tl.where(block < row_seen, begin, end)
+        start = begin // MERGED * MERGED
     dims = tl.arange(0, BLOCK_D)
     largest = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     weighted = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, end, MERGED):
+    for first in range(start, end, MERGED):
         chunk = first + tl.arange(0, MERGED)
         there = chunk < end
+        if oldest is not None:
+            there = there & (chunk >= begin)
         states = (tl.program_id(1).to(tl.int64) * chunks + chunk) * nodes * GROUP_HEADS + row
         chunk_max = tl.load(chunk_largest + states, mask=there, other=float("-inf"))
         chunk_sum = tl.load(chunk_total + states, mask=there, other=0.0)
@@ -242,8 +271,6 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
 
     Nothing waits for the device and grids come from shapes alone, so a CUDA graph can capture the call.
     """
-    if oldest is not None:
-        raise ValueError("oldest must be None on a GPU")
     batch, heads, nodes, head_dim = q.shape
     kv_heads, group_heads = quantised.shape[1], heads // quantised.shape[1]
     out = torch.empty_like(q)
@@ -254,7 +281,7 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
     chunks = min(blocks, short) + triton.cdiv(max(blocks - short, 0), CHUNK_BLOCKS.value)
     states = (batch, kv_heads, chunks, nodes * group_heads)
     chunk_state = [q.new_empty(shape, dtype=torch.float32) for shape in (states, states, (*states, head_dim))]
-    seen = seen.contiguous()
+    seen, oldest = seen.contiguous(), None if oldest is None else oldest.contiguous()
     constants = compile_options(head_dim, q.dtype, is_plain=not rank and not outliers)
     constants |= {"KV_HEADS": kv_heads, "GROUP_HEADS": group_heads}
     constants |= {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
@@ -262,10 +289,10 @@ def gear(q, quantised, seen, bits, group, rank, outliers, key_channels, scale, o
         if chunks:
             strides = (*q.stride()[:3], *quantised.stride()[:3])
             fold_kernel[triton.cdiv(nodes * group_heads, ROWS.value), chunks, batch * kv_heads](
-                *(q, quantised, seen, *chunk_state, nodes, chunks, scale, *strides),
+                *(q, quantised, seen, oldest, *chunk_state, nodes, chunks, scale, *strides),
                 **fold_constants(head_dim, q.dtype, bits, group, rank, outliers, key_channels),
                 **constants,
             )
-        inputs = (seen, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
+        inputs = (seen, oldest, *chunk_state, out, lse, nodes, chunks, *out.stride()[:3])
         merge_kernel[nodes * group_heads, batch * kv_heads](*inputs, **constants)
     return out, lse

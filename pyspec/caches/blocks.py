@@ -10,7 +10,9 @@ stay in full precision until no nearer row can come any more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from pyspec.caches.dense import KeysAndValues, keep_path
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
 from pyspec.ops.gear_encode import LARGEST, find_unquantisable
+from pyspec.ops.quantised_ragged import by_tree
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
@@ -33,15 +36,23 @@ class QuantisedSettings:
     Attributes:
         encode: records [layers, Hkv, S / 128, record] uint8 of checked keys and values [layers, Hkv, S, D] of a block;
             channels [layers, Hkv, S / 128, C] are those that keys keep, None where they keep all.
-        attend: attention of a tree in one layer, out like q and lse [B, Hq, T]; arguments as for attend_tree.
-        attend_ragged: attention of ragged rows in one layer by one op, out like q, arguments as for gear_ragged; None
-            where `attend` alone is there, and layers then run op by op.
+        attend: attention of trees of one size in one layer, out like q and lse [B, Hq, T]; arguments as for
+            attend_tree.
+        attend_ragged: attention of ragged rows in one layer, out like q, arguments as for gear_ragged. Tree by tree
+            unless a format has one op for it, which a tape can have.
     """
 
     keep = 1.0
     whole_layers = 0
-    attend_ragged = None
     key_channels = 0
+
+    def attend_ragged(
+        self, layer: int, q, quantised, k, v, numbers: tuple, *, records: int, scale: float, window: int | None
+    ) -> Tensor:
+        def attend(q, quantised, k, v, rows, records):
+            return self.attend(layer, q, quantised, k, v, rows, scale, records)
+
+        return by_tree(attend, window, q, quantised, k, v, *numbers, self.span, records)
 
     @property
     def span(self) -> int:
@@ -109,9 +120,9 @@ class QuantisedCache(KeysAndValues):
     one record for each block; `whole` [layers, B, Hkv, blocks * span / 128, record] those of the layers before them,
     which keep all. Where all tokens are kept everywhere, `whole` has no layers. `keys_values`
     [layers, 2, B, Hkv, slots, D] are in full precision the tokens from `starts` on, and behind them, as in a
-    DenseCache, scratch for a tree's keys. slots does not grow with the text. Where keys keep some of their channels,
-    `queries` [layers, B, Hkv, RECENT + nodes, D] fp32 are squares, summed over a group's heads, of the last committed
-    tokens' queries and then of a tree's; else it has no layers.
+    DenseCache, scratch for a tree's keys and for those of padding. slots does not grow with the text. Where keys keep
+    some of their channels, `queries` [layers, B, Hkv, RECENT + nodes + 1, D] fp32 are squares, summed over a group's
+    heads, of the last committed tokens' queries, then of a tree's, then of padding; else it has no layers.
 
     Args:
         settings: how blocks are quantised.
@@ -123,6 +134,7 @@ class QuantisedCache(KeysAndValues):
     """
 
     angles = None  # positions begin where their cosines and sines do
+    more: int | None = None  # of a view for padded trees: see `extent`
     ropes: Sequence[Rope]  # of each layer, for capacity positions at least
 
     def __init__(
@@ -138,10 +150,10 @@ class QuantisedCache(KeysAndValues):
     ):
         settings.check_head_dim(head_dim)
         self.settings = settings
-        self.capacity = capacity
+        self.capacity = self.room = capacity  # which a restart may make smaller, and the tokens that fit
         self.lengths = [0] * sequences
         self.span = settings.span
-        slots = min(capacity, settings.window + self.span - 1 + settings.largest_tree)
+        slots = min(capacity, settings.window + self.span - 1 + settings.largest_tree) + 1
         self.keys_values = torch.empty(layers, 2, sequences, kv_heads, slots, head_dim, dtype=dtype, device=device)
         record = settings.record_bytes(head_dim)
         blocks, whole_layers = capacity // self.span, min(settings.whole_layers, layers) if settings.keep < 1 else 0
@@ -150,7 +162,7 @@ class QuantisedCache(KeysAndValues):
             for count, records in ((whole_layers, blocks * settings.records), (layers - whole_layers, blocks))
         )
         query_layers = layers if settings.key_channels else 0
-        shape = (query_layers, sequences, kv_heads, RECENT + settings.largest_tree, head_dim)
+        shape = (query_layers, sequences, kv_heads, RECENT + settings.largest_tree + 1, head_dim)
         self.queries = torch.zeros(shape, dtype=torch.float32, device=device)
 
     @property
@@ -178,59 +190,70 @@ class QuantisedCache(KeysAndValues):
 
     @property
     def is_recordable(self) -> bool:
-        """Whether attention is launches alone: where keys keep some channels, queries are summed up beside it."""
-        is_one_op = self.settings.attend_ragged is not None
-        return self.device.type == "cpu" and is_one_op and not len(self.queries)
+        """Whether a tape can have attention: where keys keep some channels, queries are summed up by PyTorch's ops."""
+        is_one_op = type(self.settings).attend_ragged is not QuantisedSettings.attend_ragged
+        return is_one_op and not len(self.queries)
 
-    def view(self, sequences: Sequence[int], slots: int) -> QuantisedCache:
-        """The cache itself: its slots do not grow with the text."""
-        return self
+    def extent(self, sequences: Sequence[int], trees: Mapping[int, DraftTree]) -> int:
+        """What attention to padded trees is launched for: the most blocks that a node sees and its root does not."""
 
-    def plan(self, trees: Mapping[int, DraftTree], advances: Collection[int]) -> None:
-        """Works out what the nodes of a round's trees see, where attention goes tree by tree."""
-        if not self.is_recordable:
-            self._rows = {sequence: self.rows(sequence, tree) for sequence, tree in trees.items()}
+        def seen(position: int) -> int:
+            return blocks_seen(position, self.settings.window, self.span)
+
+        lengths = ((self.lengths[each], int(trees[each].depths.max())) for each in sequences if each in trees)
+        return max((seen(length + depth) - seen(length) for length, depth in lengths), default=0)
+
+    def view(self, sequences: Sequence[int], extent: int | None) -> QuantisedCache:
+        """The same memory, as a cache of neighbouring sequences, for rows of any trees (None) or of padded ones."""
+        view, some = copy.copy(self), slice(sequences[0], sequences[-1] + 1)
+        view.whole, view.quantised, view.queries = self.whole[:, some], self.quantised[:, some], self.queries[:, some]
+        view.keys_values, view.more = self.keys_values[:, :, some], extent
+        return view
+
+    def restart(self, capacity: int) -> None:
+        """Empties all sequences, which may now have capacity tokens, at most as many as there is room for."""
+        self.lengths = [0] * len(self.lengths)
+        self.capacity = capacity
+        self.queries.zero_()
+
+    def plan(self, trees, advances) -> None:
+        """Nothing is to be done before a round."""
 
     def attend(
         self, layer: int, q: Tensor, numbers, window: int | None, scale: float | None = None, softcap: None = None
     ) -> Tensor:
         """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
         scale = scale or q.shape[-1] ** -0.5
-        window = None if window is None or window >= self.capacity else window
+        window = None if window is None or window >= self.room else window
         if layer < len(self.whole):
             quantised, records = self.whole[layer], self.settings.records
         else:
             quantised, records = self.quantised[layer - len(self.whole)], 1
         k, v = self.keys_values[layer]
-        if self.is_recordable:
+        if len(self.queries):
+            self._note_queries(layer, q, numbers)
+        if self.more is None:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
             options = {"scale": scale, "records": records, "window": window}
             return self.settings.attend_ragged(layer, q, quantised, k, v, trees, **options)
-        parts = zip(self._rows.items(), q.split([rows.seen.shape[1] for rows in self._rows.values()]), strict=True)
-        parts = ((sequence, part, rows.within(window)) for (sequence, rows), part in parts)
-        settings = (quantised, records, scale)
-        return torch.cat([self._attend_tree(layer, *part, *settings) for part in parts])
-
-    def rows(self, sequence: int, tree: DraftTree) -> TreeRows:
-        """The rows of a tree behind a sequence, with what each of its nodes sees."""
-        device = self.keys_values.device
-        length = torch.tensor([self.lengths[sequence]], dtype=torch.int32, device=device)
-        return TreeRows.of(
-            torch.from_numpy(tree.ancestor_bits)[None].to(device), length, self.settings.window, self.span
-        )
-
-    def _attend_tree(
-        self, layer: int, sequence: int, q: Tensor, rows: TreeRows, quantised: Tensor, records: int, scale: float
-    ) -> Tensor:
-        """Attention of a tree's nodes, q [T, heads, D] to [T, heads, D]; their keys lie behind the committed ones."""
-        k, v = self.keys_values[layer, :, sequence, None]
-        if len(self.queries):
-            grouped = q.float().square().unflatten(1, (k.shape[1], -1)).unbind(2)
-            # sum() adds head by head: an order that the number of nodes cannot change
-            self.queries[layer, sequence, :, RECENT : RECENT + len(q)] = sum(grouped[1:], grouped[0]).transpose(0, 1)
-        q, quantised = q.transpose(0, 1)[None], quantised[sequence, None]
+        of_trees = (len(k), len(q) // len(k))
+        bits = numbers.ancestor_bits.unflatten(0, of_trees)[..., : (of_trees[1] + 31) // 32]
+        seen = numbers.seen.unflatten(0, of_trees)
+        rows = TreeRows(bits, seen, seen[:, :1], numbers.prefix_lens, self.more, self.span)
+        if window is not None:
+            oldest = (numbers.positions.unflatten(0, of_trees) - (window - 1)).clamp_min(0)
+            rows = replace(rows, window=window, oldest=oldest)
+        q = q.unflatten(0, of_trees).transpose(1, 2)
         out, _ = self.settings.attend(layer, q, quantised, k, v, rows, scale, records)
-        return out[0].transpose(0, 1)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _note_queries(self, layer: int, q: Tensor, numbers) -> None:
+        """Puts the squares of the nodes' queries behind those of committed tokens."""
+        grouped = q.float().square().unflatten(1, (self.queries.shape[2], -1)).unbind(2)
+        rows = numbers.row_sequences.long()
+        nodes = (numbers.slots - numbers.prefix_lens[rows]).clamp_max(self.settings.largest_tree)
+        # sum() adds head by head: an order that the number of nodes cannot change
+        self.queries[layer][rows, :, RECENT + nodes.long()] = sum(grouped[1:], grouped[0])
 
     def commit(self, sequence: int, path: Sequence[int]) -> None:
         """Keeps the written slots behind the committed ones, path[j] being the j-th, in all layers; path ascends.

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from pyspec.architectures.rotary import Rope
 
 
+FEWEST_SLOTS = 1024  # that attention's grid is made for; doubled until the longest sequence fits
+
+
+def slots_for(capacity: int) -> int:
+    """Slots to allocate for a capacity: padding has one too, and a somewhat longer text should fit as well."""
+    slots = capacity + 1
+    return slots + -slots % FEWEST_SLOTS
+
+
 class KeysAndValues:
     """What caches of keys and values share: `keys_values` [layers, 2, B, Hkv, slots, D], lengths and a capacity."""
 
@@ -100,10 +109,28 @@ class DenseCache(KeysAndValues):
         """The position of each sequence's first slot."""
         return [0] * len(self.lengths)
 
-    def view(self, sequences: Sequence[int], slots: int) -> DenseCache:
-        """The same memory, as a cache of neighbouring sequences and of their first slots."""
+    def extent(self, sequences: Sequence[int], trees: Mapping[int, DraftTree]) -> int:
+        """Slots that attention to padded trees of some sequences is launched for: few sizes, for each is a graph."""
+        ends = (self.lengths[each] + (len(trees[each]) if each in trees else 0) for each in sequences)
+        return self._extent(max(ends) + 1)
+
+    def extents(self, capacity: int) -> list[int]:
+        """Those of all trees in texts up to a capacity, the largest first."""
+        sizes = [self._extent(1)]
+        while sizes[-1] <= capacity:
+            sizes.append(self._extent(sizes[-1] + 1))
+        return sizes[::-1]
+
+    def _extent(self, needed: int) -> int:
+        slots = FEWEST_SLOTS
+        while slots < needed:
+            slots *= 2
+        return min(slots, self.slots)
+
+    def view(self, sequences: Sequence[int], extent: int | None) -> DenseCache:
+        """The same memory, as a cache of neighbouring sequences and of their first slots, or of all."""
         view = copy.copy(self)
-        view._hold([part[:, :, sequences[0] : sequences[-1] + 1, :, :slots] for part in self._parts])
+        view._hold([part[:, :, sequences[0] : sequences[-1] + 1, :, :extent] for part in self._parts])
         return view
 
     def plan(self, trees, advances) -> None:

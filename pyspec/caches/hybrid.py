@@ -17,6 +17,7 @@ class HybridCache:
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense
         self.attend, self.check_room = dense.attend, dense.check_room
+        self.extent, self.extents = dense.extent, dense.extents
         self.layer, self.plan, self.done = state.layer, state.plan, state.done
 
     @property
@@ -32,9 +33,9 @@ class HybridCache:
     longest_path = property(lambda self: self.state.longest_path)
     memory = property(lambda self: (self.state.memory, self.dense.memory))
 
-    def view(self, sequences: Sequence[int], slots: int) -> HybridCache:
+    def view(self, sequences: Sequence[int], extent: int | None) -> HybridCache:
         """The same memory, with some sequences' first slots alone."""
-        return HybridCache(self.state, self.dense.view(sequences, slots))
+        return HybridCache(self.state, self.dense.view(sequences, extent))
 
     def restart(self, capacity: int) -> None:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""

@@ -108,7 +108,7 @@ class StateCache:
         """Nodes of a path that is replayed, at most: each of the record's once."""
         return self.records.shape[3]
 
-    def view(self, sequences: Sequence[int], slots: int) -> StateCache:
+    def view(self, sequences: Sequence[int], extent: None) -> StateCache:
         """Itself: a round names the sequences that it is of."""
         return self
 

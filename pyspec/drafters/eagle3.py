@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.caches.dense import DenseCache
+from pyspec.caches.dense import DenseCache, slots_for
 from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.shapes import GrowthPolicy
@@ -19,7 +19,7 @@ from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners._inference import inference
 from pyspec.runners.exclusive import lock_of
-from pyspec.runners.replay import Replays, Step, TapeRecorder, slots_for
+from pyspec.runners.replay import Replays, Step, TapeRecorder
 from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import Sampler

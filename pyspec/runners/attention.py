@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
-from pyspec.caches.dense import DenseCache, MixedCache
+from pyspec.caches.dense import DenseCache, MixedCache, slots_for
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn, native
 from pyspec.runners._checks import check_prompts, check_taps, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
 from pyspec.runners.numbers import Numbers
-from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, Replays, Rows, TapeRecorder, slots_for
+from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, Rows
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -97,7 +97,7 @@ class AttentionRunner(NativeRunner):
             capacity: cache slots of a sequence: prompt, new tokens and one tree; the context length by default.
             observe: called with (slot, chain, what is verified of it) for each chunk of a prompt.
             taps: see pyspec.runners.Runner.
-            cache: how keys and values are quantised; None keeps them as they are. Quantised, the layers run op by op.
+            cache: how keys and values are quantised; None keeps them as they are.
 
         Raises:
             ValueError: a prompt, the capacity, taps or the cache do not fit; the batch before it is then untouched. Or
@@ -109,11 +109,12 @@ class AttentionRunner(NativeRunner):
         if cache is not None:
             self._check_quantisable(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
-        self._taps = taps
+        self._taps, at_once = taps, 1 if self._records_graphs else None
         if cache is not None:
-            self._replays = None
-            empty = self._quantised_cache(len(tokens), capacity, cache)
-            return self._prefill(tokens, empty, observe, chunk=min(native.CHUNK, cache.largest_tree))
+            empty, chunk = self._quantised_cache(len(tokens), capacity, cache), min(native.CHUNK, cache.largest_tree)
+            if self._records_graphs:
+                chunk = 1 << (chunk.bit_length() - 1)  # nothing of a piece is padding
+            return self._prefill(tokens, empty, observe, chunk=chunk, at_once=at_once)
         empty = self._new_cache(len(tokens), capacity)
         self._texts = tokens
         for slot, prompt in enumerate(tokens):
@@ -121,7 +122,7 @@ class AttentionRunner(NativeRunner):
         share = len(set(empty.angles)) == 1  # or keys of one prompt are none of the other
         if self.prompt_attention == "flash-attn":  # which has other bits in other chunks
             return self._prefill(tokens, empty, observe, chunk=FLASH_CHUNK, at_once=1)
-        return self._prefill(tokens, empty, observe, at_once=1 if self._records_graphs else None, share=share)
+        return self._prefill(tokens, empty, observe, at_once=at_once, share=share)
 
     def room(self, slot: int) -> int:
         """Nodes of the largest tree that fits behind a slot's sequence."""
@@ -200,21 +201,27 @@ class AttentionRunner(NativeRunner):
             raise ValueError("cache must be dense for a model whose layers differ in their heads, got a quantised one")
         cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
         slides = any(window is not None and window < self.context_length for window in config.windows)
-        if slides and self.device.type != "cpu":
-            raise ValueError(f"cache must be dense for a model with sliding windows on {self.device.type}")
         if slides and cache.keep < 1:
             raise ValueError(f"cache must keep all tokens for a model with sliding windows, got keep = {cache.keep}")
 
     def _quantised_cache(self, sequences: int, capacity: int, settings: QuantisedSettings) -> QuantisedCache:
+        room, old = capacity, None if self._replays is None else self._replays.cache
+        if isinstance(old, QuantisedCache) and old.settings == settings and len(old.lengths) == sequences:
+            if old.room >= capacity:
+                old.restart(capacity)
+                return old
+            room = max(capacity, min(2 * old.room, self.context_length + BUCKETS[-1]))  # as for a dense one
+        self._replays = old = None  # makes room
         config = self.config
-        shape = (config.layers, sequences, config.kv_heads, capacity, config.head_dim)
+        shape = (config.layers, sequences, config.kv_heads, room, config.head_dim)
         cache = settings.start(*shape, self.dtype, self.device)
         self._use_quantised(cache)
+        cache.restart(capacity)
         return cache
 
     def _use_quantised(self, cache: QuantisedCache) -> None:
-        cache.ropes = self._ropes(cache.capacity)
-        self._replays = Replays(cache, TapeRecorder())  # on a GPU, where shapes grow with the text, launch by launch
+        cache.ropes = self._ropes(cache.room)
+        self._new_replays(cache)
 
     def _new_cache(self, sequences: int, capacity: int) -> DenseCache:
         replays = self._replays

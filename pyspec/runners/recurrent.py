@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pyspec.caches.dense import DenseCache
+from pyspec.caches.dense import DenseCache, slots_for
 from pyspec.caches.hybrid import HybridCache
 from pyspec.caches.state import StateCache
 from pyspec.runners._checks import check_prompts, check_taps
 from pyspec.runners._inference import inference
 from pyspec.runners.native import NativeRunner
-from pyspec.runners.replay import Rows, slots_for
+from pyspec.runners.replay import Rows
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 

@@ -35,13 +35,11 @@ __all__ = [
     "Rows",
     "TapeRecorder",
     "launch_by_launch",
-    "slots_for",
 ]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # nodes of a tree with a graph; larger trees run launch by launch
 PROMPT_BUCKETS = (128, 256, 512)  # of a piece of a prompt, beside those: `warm` records them for a single sequence
 GRAPH_CHUNK = PROMPT_BUCKETS[-1]  # tokens of a prompt in a call: weights are read once for them
-FEWEST_SLOTS = 1024  # that attention's grid is made for; doubled until the longest sequence fits
 MOST_TAPES = 64  # of one batch: those that were used last
 
 
@@ -102,7 +100,7 @@ class Shape(NamedTuple):
 
     rows: int
     padded: int  # rows of each tree, padding included; 0: rows follow each other
-    slots: int  # of the cache that attention is launched for
+    extent: int | None  # what attention is launched for, where trees are padded: see the caches
 
 
 class Replays:
@@ -180,8 +178,8 @@ class Replays:
             padded = _bucket_of(len(tree))
             numbers = self._numbers([sequence], padded)
             numbers.fill({sequence: tree}, cache.lengths, cache.starts, padded=padded, **filled)
-            slots = self._slots(cache.lengths[sequence] + len(tree) + 1)
-            parts.append([found[: len(tree)] for found in step(cache.view([sequence], slots), numbers)])
+            view = cache.view([sequence], cache.extent([sequence], trees))
+            parts.append([found[: len(tree)] for found in step(view, numbers)])
         return _rows([torch.cat(part) for part in zip(*parts, strict=True)])
 
     def _replay(self, step: Step, shape: Shape, trees=(), filled=None) -> tuple[Numbers, Callable[[], Rows]]:
@@ -198,7 +196,7 @@ class Replays:
             numbers.fill(trees, cache.lengths, cache.starts, **filled)
             if len(self._replays) == MOST_TAPES:
                 self._replays.popitem(last=False)
-        view = cache.view(range(self._sequences), shape.slots)
+        view = cache.view(range(self._sequences), shape.extent)
         self._replays[key] = numbers, self._record(step, view, numbers)
         return self._replays[key]
 
@@ -213,31 +211,21 @@ class Replays:
     def _shape(self, trees: Mapping[int, DraftTree]) -> Shape:
         rows = sum(map(len, trees.values()))
         if not self._record.is_graph:
-            return Shape(rows, 0, self.cache.slots)
+            return Shape(rows, 0, None)
         if not self.cache.has_keys:
-            return Shape(_bucket_of(rows), 0, 0)
-        nodes, lengths = _bucket_of(max(map(len, trees.values()))), self.cache.lengths
-        ends = [length + (len(trees[sequence]) if sequence in trees else 0) for sequence, length in enumerate(lengths)]
-        return Shape(nodes * self._sequences, nodes, self._slots(max(ends) + 1))
+            return Shape(_bucket_of(rows), 0, None)
+        nodes = _bucket_of(max(map(len, trees.values())))
+        return Shape(nodes * self._sequences, nodes, self.cache.extent(range(self._sequences), trees))
 
     def _all_shapes(self, capacity: int) -> list[Shape]:
         """Of graphs, the largest first: the others find room in the memory that it needs."""
         prompts = PROMPT_BUCKETS if self._sequences == 1 or not self.cache.has_keys else ()
         buckets = [*reversed(prompts), *reversed(BUCKETS)]
         if not self.cache.has_keys:
-            return [Shape(rows, 0, 0) for rows in buckets]
-        sizes = [self._slots(1)]
-        while sizes[-1] <= capacity:
-            sizes.append(self._slots(sizes[-1] + 1))
+            return [Shape(rows, 0, None) for rows in buckets]
         fitting = [nodes for nodes in buckets if nodes // 2 < capacity]  # else a smaller one holds any tree that fits
-        return [Shape(nodes * self._sequences, nodes, slots) for nodes in fitting for slots in reversed(sizes)]
-
-    def _slots(self, needed: int) -> int:
-        """Slots that attention is launched for: few sizes, because each is a graph, but not those of a long cache."""
-        slots = FEWEST_SLOTS
-        while slots < needed:
-            slots *= 2
-        return min(slots, self.cache.slots)
+        extents = self.cache.extents(capacity)
+        return [Shape(nodes * self._sequences, nodes, extent) for nodes in fitting for extent in extents]
 
 
 class TapeRecorder:
@@ -318,12 +306,6 @@ class _GraphedHead:
 def _rows(found: Sequence[Tensor]) -> Rows:
     """What a step gave."""
     return Rows(found[0], taps=found[1:])
-
-
-def slots_for(capacity: int) -> int:
-    """Slots to allocate for a capacity: padding has one too, and a somewhat longer text should fit as well."""
-    slots = capacity + 1
-    return slots + -slots % FEWEST_SLOTS
 
 
 def _bucket_of(nodes: int) -> int:

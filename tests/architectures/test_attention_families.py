@@ -74,6 +74,13 @@ def test_rows_do_not_depend_on_what_is_beside_them(models, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("dtype", [torch.int8, "int4"], ids=str)
+def test_rows_in_few_bits_do_not_depend_on_what_is_beside_them(models, kind, dtype):
+    model, _ = models(kind)
+    check_row_rule(from_transformers(model, dtype=dtype))
+
+
+@each_kind
 def test_batches_have_the_texts_of_plain_decoding(models, kind):
     _, runner = models(kind)
     check_batches(runner, 20)

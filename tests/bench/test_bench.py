@@ -153,6 +153,7 @@ def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_linear.measure, "read_bandwidth", lambda device: 1e9)
     monkeypatch.setattr(bench_linear.measure, "multiply_rate", lambda dtype, device: 1e11)
     monkeypatch.setattr(bench_linear, "ROWS", (1, 3, 64))
+    monkeypatch.setattr(bench_linear, "ROOFLINE_ROWS", (3,))
     result = bench_linear.run(repeats=1, layers=1, head=(70, 576))
     assert [(row["weights"], row["rows"]) for row in result["results"]] == [
         (weights, rows) for weights in ("bfloat16", "float32", "int8") for rows in (1, 3, 64)
@@ -164,10 +165,14 @@ def test_linear_counts_what_it_times(monkeypatch, tmp_path, capsys):
         assert row["gb_s"] == pytest.approx(weight_bytes / row["ms"]["pyspec"] / 1e6)
         floors = {"bytes": weight_bytes / 1e6, "operations": 2 * row["rows"] * (parameters + 576 * 70) / 1e8}
         assert row["floor_ms"] == pytest.approx(max(floors.values())) == pytest.approx(floors[row["floor"]])
+        assert row["of_bandwidth"] == pytest.approx(floors["bytes"] / row["ms"]["pyspec"])
+        assert row["of_fp32_rate"] == pytest.approx(floors["operations"] / row["ms"]["pyspec"])
     one, three, _ = result["results"][:3]
     assert three["one_row_ms"] == one["ms"]["pyspec"]
     assert set(result["results"][-1]["ms"]) == {"pyspec", "torch float32", "torch bfloat16"}
     assert "of one row" in capsys.readouterr().out
+    bench_linear.show_roofline(result)
+    assert f"fp32 rate {three['of_fp32_rate']:.2f}x at 3 rows" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     bench_linear.plot(result, tmp_path / "linear.png")
     assert (tmp_path / "linear.png").stat().st_size > 0

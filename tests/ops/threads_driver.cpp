@@ -3,7 +3,7 @@
 // hand:
 //
 //   g++ -std=c++17 -g -pthread -fsanitize=thread -Ikernels -Icsrc/cpu csrc/cpu/threads.cpp
-//       tests/ops/threads_driver.cpp -o driver && ./driver items loops failures together region
+//       tests/ops/threads_driver.cpp -o driver && ./driver region items loops failures together
 #include <dirent.h>
 #include <signal.h>
 #include <sys/syscall.h>

@@ -42,7 +42,7 @@ def no_waiting():
 @pytest.mark.parametrize("sequences", [1, 3])
 def test_graphs_give_the_bits_of_launches(options, sequences, monkeypatch):
     """Over random trees and batches, while the texts grow from one size of the cache to the next."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 128)
     runner = random_llama("cuda", **options)
     generator = random.Random(sequences)
     prompts = [random_tokens(generator.choice((1, 100, 300)), seed) for seed in range(sequences)]

@@ -1,5 +1,6 @@
 """The Llama runner over quantised caches: plain decoding's bits, in any chunks, and generate's texts."""
 
+import random
 from contextlib import nullcontext
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 import pyspec.runners.native
 from pyspec import DraftTree, generate, load
 from pyspec.caches import CACHES, GearSettings, QuantisedCache, cache_from_name
+from pyspec.caches.blocks import RECENT
 from pyspec.caches.codebooks import DEMO_FILE
 from pyspec.ops.gear import BLOCK
 from pyspec.runners.replay import launch_by_launch
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.quantised_caches import random_codes
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path
 
@@ -194,6 +197,38 @@ def test_a_tape_has_the_bits_of_launches(name):
                 runner.commit({slot: root_path(tree, len(tree) - 1) for slot, tree in trees.items()})
         found.append(torch.cat([row.flatten() for row in rows]))
     assert runner._replays._replays and torch.equal(*found)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("name", ["gear-2bit", "window of 30", "rvq", "half", "channels", "channels and windows"])
+def test_rounds_of_fixed_shape_have_the_bits_of_any_shape(name, sequences, monkeypatch):
+    """As on a GPU: padding, sequences that sit out, trees beyond the largest bucket, both sides of a block's end."""
+    monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
+    windows, generator = (None, 40 if "windows" in name else None), random.Random(sequences)
+    own, cache = over_windows(name.split(" and ")[0], windows, torch.bfloat16)
+    padded = with_graphs(random_llama(windows=windows, dtype=torch.bfloat16))
+    prompts = [random_tokens(length, length) for length in (305, 1, 150)[:sequences]]
+    for _ in range(2):  # the second time in the first one's cache
+        for ours, theirs in zip(
+            *(each.prefill(prompts, capacity=900, cache=cache) for each in (padded, own)), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+        for seed in range(14):
+            sizes = [generator.choice((1, 2, 3, 8, 13, 31, 64, 65)) for _ in range(sequences)]
+            trees = {
+                slot: random_tree(min(size, cache.largest_tree), 10 * seed + slot) for slot, size in enumerate(sizes)
+            }
+            if seed == 0:
+                trees[0] = DraftTree.chain(random_tokens(30))  # from position 305 to 334
+            if sequences > 1 and seed % 3:
+                del trees[generator.randrange(sequences)]
+            found, expected = padded.verify(trees), own.verify(trees)
+            assert all(torch.equal(found[slot].logits, expected[slot].logits) for slot in trees)
+            for each in (padded, own):
+                each.commit({slot: root_path(tree, int(tree.depths.argmax())) for slot, tree in trees.items()})
+            assert torch.equal(padded._cache.queries[:, :, :, :RECENT], own._cache.queries[:, :, :, :RECENT])
+    shapes = [shape for shape, _ in padded._replays._replays]
+    assert {shape.extent for shape in shapes} == {0, 1} and len(shapes) < 14
 
 
 def test_bad_input(runner):

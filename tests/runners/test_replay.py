@@ -11,12 +11,12 @@ import torch
 
 import pyspec.runners.attention
 import pyspec.runners.native
-import pyspec.runners.replay as replay
 from pyspec import DraftTree, generate
+from pyspec.caches.dense import slots_for
 from pyspec.caches.state import Plan
 from pyspec.machine.costs import measure_costs
 from pyspec.runners.numbers import Numbers
-from pyspec.runners.replay import Replays, slots_for
+from pyspec.runners.replay import Replays
 from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import by_slot, random_llama, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import check_taps
@@ -50,7 +50,7 @@ def static_llama(monkeypatch):
 )
 def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, monkeypatch):
     """Over random batches: padding, sequences that sit out, trees beyond the largest bucket, several slot sizes."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 64)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 64)
     static, dynamic = static_llama(**options), random_llama(**options)
     generator = random.Random(sequences)
     prompts = [random_tokens(generator.choice((1, 20, 130)), seed) for seed in range(sequences)]
@@ -77,7 +77,7 @@ def test_has_the_bits_of_the_runners_own_path(static_llama, options, sequences, 
 
 
 def test_one_recording_for_each_shape(static_llama, monkeypatch):
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 128)
     runner = static_llama()
 
     def recordings(size):
@@ -106,7 +106,7 @@ def test_one_recording_for_each_shape(static_llama, monkeypatch):
 @pytest.mark.parametrize("capacity", [1, 5, 127, 128, 300])
 def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch, sequences, capacity):
     """Prompts, and trees of every size up to 64, from the first slot to the last."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 128)
     runner = static_llama()
     runner.warm(capacity, sequences)
     assert runner.lengths() == []
@@ -133,7 +133,7 @@ def test_what_warm_records_is_what_later_calls_replay(static_llama, monkeypatch,
 
 def test_warm_after_a_long_text_writes_only_to_slots_that_there_are(static_llama, monkeypatch):
     """A runner that has read without it records what is missing, for fewer slots than the text before had."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 128)
     runner = static_llama()
     runner.prefill([random_tokens(200)], capacity=300)
     before = runner.verify({0: random_tree(8)})[0].logits
@@ -183,7 +183,7 @@ def test_costs_are_measured_without_recording(static_llama):
 
 def test_longer_and_longer_prompts_lose_the_graphs_a_few_times_only(static_llama, monkeypatch):
     """However slowly they grow; the first cache, or the one that warm asks for, has no more slots than it needs."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 16)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 16)
     runner, sizes = static_llama(context=1000), []
     for capacity in range(20, 1064, 7):
         runner.prefill([[1]], capacity=capacity)

@@ -60,7 +60,7 @@ def random_trees(generator, sequences, sizes, seed):
 @each_model
 def test_a_replay_has_the_bits_of_launches(model, what, sequences, monkeypatch):
     """While texts and records grow, so that what was recorded is dropped and recorded again elsewhere."""
-    monkeypatch.setattr(replay, "FEWEST_SLOTS", 128)
+    monkeypatch.setattr(pyspec.caches.dense, "FEWEST_SLOTS", 128)
     runner, generator = model(*what), random.Random(sequences)
     runner.prefill([random_tokens(generator.choice((1, 100, 140)), seed) for seed in range(sequences)], capacity=900)
     for seed in range(16):

@@ -24,10 +24,10 @@ def kernel():
         return op_on_host("residual_vq")[0]
     assert _ATTENTION.backend_for("cuda")[0] == "cuda", _ATTENTION.backend_for("cuda")[1]
 
-    def call(q, quantised, seen, books, scale, rotary=None):
-        rotary = None if rotary is None else rotary.cuda()
+    def call(q, quantised, seen, books, scale, rotary=None, oldest=None):
+        rotary, oldest = (None if tensor is None else tensor.cuda() for tensor in (rotary, oldest))
         tensors = (to_device(tensor, "cuda") for tensor in (q, quantised, seen, books))
-        found = _ATTENTION.overload(*tensors, scale, rotary)
+        found = _ATTENTION.overload(*tensors, scale, rotary, oldest)
         return tuple(part.cpu() for part in found)
 
     return call
@@ -150,6 +150,24 @@ def test_bits_do_not_hang_on_shared_memory(kernel, device, depth, head_dim, dtyp
             assert torch.equal(found, part)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("codes", [256, 2048])
+def test_windows(kernel, codes, turned):
+    """That begin before the first token, within a record and at its end, behind all, and where a row sees no record."""
+    case = case_of([[9, 8, 10, 7, 0, 3, 10]], codes=codes, depth=2)
+    *case, rotary = pre_rope(case) if turned else (*case, None)
+    oldest = torch.tensor([[0, 700, 5 * 128, 7 * 128 + 5, 3, 10**7, -5]], dtype=torch.int32)
+    found = kernel(*case, rotary, oldest)
+    for ours, expected in zip(found, residual_vq_reference(*case, rotary, oldest), strict=True):
+        assert_close(ours, expected, atol=TOLERANCE[torch.float32], rtol=TOLERANCE[torch.float32])
+    q, quantised, seen, *rest = case
+    for node in (1, 2, 3, 5):
+        broken = quantised.clone()
+        broken[:, :, : oldest[0, node] // 128] = 255  # nothing before a row's own records counts
+        alone = kernel(q[:, :, node, None], broken, seen[:, node, None], *rest, rotary, oldest[:, node, None])
+        assert all(torch.equal(part[:, :, 0], all_[:, :, node]) for part, all_ in zip(alone, found, strict=True))
+
+
 @pytest.mark.parametrize("sizes", [(1e-4, 0.0), (1.0, 2.5), (3e4, 0.1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_values_of_any_size(kernel, dtype, sizes):
@@ -209,6 +227,7 @@ def test_what_does_not_fit_is_refused(kernel):
         (q, quantised, seen, books[:, :, :100].contiguous(), scale),
         (q, quantised, seen, books, -1.0),
         (q, quantised, seen, books, scale, torch.zeros(128, 2, 32)),
+        (q, quantised, seen, books, scale, None, seen.long()),
     ):
         with pytest.raises(RuntimeError):
             kernel(*change)

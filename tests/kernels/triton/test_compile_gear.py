@@ -39,13 +39,21 @@ GEAR_INSTRUCTIONS = {"gear": 2750, "gear-l": 1450, "int4": 1120, "int8": 1350}
 GEAR_STACK_LIMIT = 40  # bytes of registers that are parked so that three programs fit, or four
 
 
-def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True):
+def compile_gear(kernel, architecture, dtype, head_dim, name="gear", aligned=True, window=False):
     """As the launcher compiles it. aligned: strides of 16s."""
     rank, outliers = GEAR[name][2:4]
     constants = {"KV_HEADS": 8, "GROUP_HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     constants |= gear.fold_constants(head_dim, dtype, *GEAR[name])
+    constants |= {} if window else {"oldest": None}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    types = {"q": ELEMENT[dtype], "out": ELEMENT[dtype], "quantised": "*u8", "seen": "*i32", "scale": "fp32"}
+    types = {
+        "q": ELEMENT[dtype],
+        "out": ELEMENT[dtype],
+        "quantised": "*u8",
+        "seen": "*i32",
+        "oldest": "*i32",
+        "scale": "fp32",
+    }
     types |= dict.fromkeys(("chunk_largest", "chunk_total", "chunk_weighted", "lse"), "*fp32")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     divisible = {
@@ -91,6 +99,17 @@ def test_other_formats_of_gear_fit(name, dtype, head_dim, tmp_path):
     used = resources(compiled, tmp_path)
     assert used["STACK"] <= (3 if name == "channels" else 1) * GEAR_STACK_LIMIT and used["LOCAL"] == 0
     assert compiled.metadata.shared <= SHARED_LIMIT
+
+
+@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
+@pytest.mark.parametrize("name", ["int4", slow("gear")])
+def test_windows_take_no_program_away(name, architecture, tmp_path):
+    compiled = compile_gear(gear.fold_kernel, architecture, torch.bfloat16, 128, name, window=True)
+    used = resources(compiled, tmp_path)
+    assert programs_at_a_time(compiled, used) >= (3 if "gear" in name else 4)
+    assert used["STACK"] <= GEAR_STACK_LIMIT and used["LOCAL"] == 0
+    used = resources(compile_gear(gear.merge_kernel, architecture, torch.bfloat16, 128, window=True), tmp_path)
+    assert used["REG"] <= 96 and used["STACK"] == used["LOCAL"] == 0
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)

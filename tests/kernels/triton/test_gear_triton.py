@@ -44,7 +44,9 @@ def make_case(format, head_dim, seen, heads=2, kv_heads=1, blocks=6, dtype=torch
 
 
 def run(q, quantised, seen, *rest):
+    *rest, oldest = rest if len(rest) > 6 else (*rest, None)
     tensors = (to_device(tensor, DEVICE) for tensor in (q, quantised, seen))
+    rest.append(None if oldest is None else to_device(oldest, DEVICE))
     return [out.cpu() for out in gear(*tensors, *rest)]
 
 
@@ -90,6 +92,31 @@ def test_what_no_row_sees_may_hold_anything():
     assert (out == 0).all() and (lse == -torch.inf).all()
     out, lse = run(q, quantised[:, :, :0], counts * 0, *rest)
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("name", ["gear", slow("channels")])
+def test_a_window_has_the_bits_that_it_has_alone(name):
+    """Of rows that begin before the first token, within a record, at its end, behind all, and see no record at all."""
+    q, quantised, seen, *rest = make_case(*FORMATS[name], [[5, 4, 6, 6, 0, 2]])
+    oldest = torch.tensor([[0, 300, 129, 767, 5, 10**7]], dtype=torch.int32)
+    found = run(q, quantised, seen, *rest, oldest)
+    for ours, expected in zip(found, gear_reference(q, quantised, seen, *rest, oldest), strict=True):
+        assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    for node in (1, 2, 3, 5):
+        broken = quantised.clone()
+        broken[:, :, : oldest[0, node] // BLOCK] = 255  # nothing before a row's own records counts
+        alone = run(q[:, :, node, None], broken, seen[:, node, None], *rest, oldest[:, node, None])
+        assert all(torch.equal(part[:, :, 0], all_[:, :, node]) for part, all_ in zip(alone, found, strict=True))
+
+
+@pytest.mark.slow
+def test_windows_behind_the_short_chunks():
+    q, quantised, seen, *rest = make_case(GearFormat(4, 128), 64, [[40, 37, 36, 40, 33]], blocks=40)
+    oldest = torch.tensor([[34 * 128 + 5, 31 * 128, 36 * 128 - 1, -70000, 33 * 128 + 5]], dtype=torch.int32)
+    for nodes in (slice(0, 5), slice(4, 5)):  # the last sees nothing, and nobody reads its chunk for it
+        case = (q[:, :, nodes], quantised, seen[:, nodes], *rest, oldest[:, nodes])
+        for found, expected in zip(run(*case), gear_reference(*case), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
