@@ -2,6 +2,7 @@
 // later, those that are in use are defined here, hidden, by what was there before. `make wheels` says when
 // another is needed.
 #include <exception>
+#include <ios>
 #include <new>
 
 #ifdef __GLIBC__
@@ -29,7 +30,8 @@ int first_pthread_once(pthread_once_t* once, void (*call)());
 double exp(double x) noexcept { return first_exp(x); }
 double log(double x) noexcept { return first_log(x); }
 // Moved from libpthread into libc.
-int pthread_once(pthread_once_t* once, void (*call)()) { return first_pthread_once(once, call); }
+int once(pthread_once_t* flag, void (*call)()) PYSPEC_NAMED("pthread_once");
+int once(pthread_once_t* flag, void (*call)()) { return first_pthread_once(flag, call); }
 // Whether counters of references may do without atomic instructions: never.
 char __libc_single_threaded = 0;
 
@@ -53,6 +55,17 @@ __asm__(".symver first_wait," PYSPEC_WAIT "@GLIBCXX_3.4.11");
 void first_wait(void* condition, void* lock);
 void wait(void* condition, void* lock) PYSPEC_NAMED(PYSPEC_WAIT);
 void wait(void* condition, void* lock) { first_wait(condition, lock); }
+
+// Streams of strings that are made without an argument, by the constructors that are told what for.
+#define PYSPEC_STREAM(name) "_ZNSt7__cxx11" name "IcSt11char_traitsIcESaIcEEC1E"
+void make_stream(void* made, std::ios_base::openmode mode) __asm__(
+    PYSPEC_STREAM("18basic_stringstream") "St13_Ios_Openmode");
+void make_output(void* made, std::ios_base::openmode mode) __asm__(
+    PYSPEC_STREAM("19basic_ostringstream") "St13_Ios_Openmode");
+void make_default_stream(void* made) PYSPEC_NAMED(PYSPEC_STREAM("18basic_stringstream") "v");
+void make_default_stream(void* made) { make_stream(made, std::ios_base::in | std::ios_base::out); }
+void make_default_output(void* made) PYSPEC_NAMED(PYSPEC_STREAM("19basic_ostringstream") "v");
+void make_default_output(void* made) { make_output(made, std::ios_base::out); }
 
 void throw_bad_array_new_length() PYSPEC_NAMED("_ZSt28__throw_bad_array_new_lengthv");
 void throw_bad_array_new_length() { throw std::bad_array_new_length(); }

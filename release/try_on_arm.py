@@ -30,7 +30,6 @@ torch.manual_seed(0)
 q, k, v = torch.randn(1, 4, 2, 64), *torch.randn(2, 1, 2, 40, 64)
 calls = {
     "linear": (torch.randn(3, 64), torch.randn(48, 64)),
-    "topk": (torch.randn(4, 300), 8),
     "tree_attention": (q, k, v, torch.tensor([[[1], [3]]], dtype=torch.int32), torch.tensor([38], dtype=torch.int32)),
 }
 for name, arguments in calls.items():
