@@ -1,10 +1,9 @@
 // Products of Arm's matrix instructions, which multiply two rows of x with the weights of two lanes at a
-// time: half the instructions of those that multiply one row (BFDOT, USDOT).
+// time: half the instructions of BFDOT, which multiplies one.
 //
 // A vector of sums is [lane][row], of two each, so 16 lanes of two rows take 8 vectors, and so do their
 // weights of two steps, [lane][step], woven out of the two vectors that lie in memory. BFMMLA adds its first
 // pair of products and then its second, rounding as BFDOT does twice: a row has the bits that it has alone.
-// Products of bytes are exact.
 #pragma once
 
 #include "cpu/simd.h"
@@ -34,12 +33,6 @@ PYSPEC_INLINE void unweave(const Woven<float32x4_t>& w, F16& x, F16& y) {
   y = {vuzp2q_f32(w.v[0], w.v[1]), vuzp2q_f32(w.v[2], w.v[3]), vuzp2q_f32(w.v[4], w.v[5]),
        vuzp2q_f32(w.v[6], w.v[7])};
 }
-PYSPEC_INLINE void unweave(const Woven<int32x4_t>& w, I16& x, I16& y) {
-  x = {vuzp1q_s32(w.v[0], w.v[1]), vuzp1q_s32(w.v[2], w.v[3]), vuzp1q_s32(w.v[4], w.v[5]),
-       vuzp1q_s32(w.v[6], w.v[7])};
-  y = {vuzp2q_s32(w.v[0], w.v[1]), vuzp2q_s32(w.v[2], w.v[3]), vuzp2q_s32(w.v[4], w.v[5]),
-       vuzp2q_s32(w.v[6], w.v[7])};
-}
 
 // Two steps, 8 bytes, of each of two rows.
 PYSPEC_INLINE int32x4_t two_rows(const char* x, const char* y) {
@@ -52,32 +45,6 @@ PYSPEC_INLINE void add_products(const Woven<int32x4_t>& lanes, int32x4_t rows, W
   for (int i = 0; i < 8; ++i) {
     sums.v[i] = vbfmmlaq_f32(sums.v[i], vreinterpretq_bf16_s32(lanes.v[i]), vreinterpretq_bf16_s32(rows));
   }
-}
-// Steps of four bytes, unsigned ones in the lanes.
-PYSPEC_INLINE void add_products(const Woven<int32x4_t>& lanes, int32x4_t rows, Woven<int32x4_t>& sums) {
-  for (int i = 0; i < 8; ++i) {
-    sums.v[i] = vusmmlaq_s32(sums.v[i], vreinterpretq_u8_s32(lanes.v[i]), vreinterpretq_s8_s32(rows));
-  }
-}
-
-// Goes on with the sums of kRows rows, for 16 lanes, over pairs of steps. Weights of a step begin step_bytes
-// after those of the one before; `ahead` is called for each step. For an odd number of rows the last counts
-// twice.
-template <class Vector, int kRows, class Sixteen, class Ahead>
-PYSPEC_INLINE void add_products(const char* weights, int64_t step_bytes, const char* x, int64_t x_bytes,
-                                int64_t step_pairs, const Ahead& ahead, Sixteen (&sums)[kRows][1]) {
-  constexpr int kPairs = (kRows + 1) / 2;
-  auto second = [](int pair) PYSPEC_INLINE_LAMBDA { return 2 * pair + (2 * pair + 1 < kRows); };
-  Woven<Vector> woven[kPairs];
-  for (int p = 0; p < kPairs; ++p) woven[p] = weave(sums[2 * p][0], sums[second(p)][0]);
-  for (int64_t i = 0; i < step_pairs; ++i, weights += 2 * step_bytes, x += 8) {
-    ahead(), ahead();
-    Woven<int32x4_t> lanes = weave(load_words(weights), load_words(weights + step_bytes));
-    for (int p = 0; p < kPairs; ++p) {
-      add_products(lanes, two_rows(x + 2 * p * x_bytes, x + second(p) * x_bytes), woven[p]);
-    }
-  }
-  for (int p = 0; p < kPairs; ++p) unweave(woven[p], sums[2 * p][0], sums[second(p)][0]);
 }
 
 // What panel.h's panel_rows does, for steps of two bf16: C[m][lane] = C[m][lane] * alpha[lane] + A . B.
