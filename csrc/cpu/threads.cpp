@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
 constexpr int64_t kSpin = 50 * kMicrosecond;          // that a thread waits for another without sleeping
 constexpr int64_t kNap = 50 * kMicrosecond;           // that it sleeps then, again and again
-constexpr int64_t kAwake = 100 * kMicrosecond;        // that a helper waits for work before it sleeps
+constexpr int64_t kAwake = 200 * kMicrosecond;        // that a helper waits for work before it sleeps
 constexpr int64_t kSlice = kMillisecond;              // that a helper computes before it steps aside
 constexpr int64_t kStall = kMillisecond;              // that torch's threads may come late
 constexpr int64_t kAfterProgram = 10 * kMillisecond;  // that the pool stays in use behind a program
