@@ -24,7 +24,7 @@ from pyspec.runners.replay import BUCKETS, GRAPH_CHUNK, GraphRecorder, Replays, 
 from pyspec.runners.verified import ALL, SentStatistics, Verified, pack_statistics
 from pyspec.tree import DraftTree
 
-CHUNK = 128  # tokens of prompts in a call on a CPU
+CHUNK = 256  # tokens of prompts in a call on a CPU: within 2% of the best by bench/prompt_chunks.py
 WARM_PROMPTS = (512, 256, 128, 96, 64, 32, 1)  # every number of words that the ancestor bits of a piece may have
 
 
