@@ -51,6 +51,7 @@ def test_every_prompt_has_the_bits_that_it_has_alone(options, prompts, chunk, mo
 
 
 def test_a_shared_prefix_is_read_once_and_verify_goes_on_from_it(monkeypatch):
+    monkeypatch.setattr(pyspec.runners.native, "CHUNK", 128)
     runner = random_llama()
     prompts = [LONG[:140] + random_tokens(5, seed) for seed in range(4)]
     trees = [random_tree(9, seed) for seed in range(4)]
