@@ -31,7 +31,6 @@ test: $(VENV)/ready-test
 # Every instruction set, every grid, every architecture: what CI runs.
 test-all: $(VENV)/ready-test
 	$(PYTEST)
-	$(BIN)/python tests/on_arm/run.py
 
 # What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
 test-transformers: $(VENV)/ready-test
