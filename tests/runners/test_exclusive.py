@@ -185,6 +185,7 @@ def stress(runners, shared, requests: int, threads: int = 8) -> None:
     """Random requests on random runners, a third of them cancelled somewhere; what is said is what is said alone."""
     seeds = range(12)
     alone = {seed: text_of(shared, seed, drafter=None) for seed in seeds}
+    text_of(shared, 0, drafter="suffix")  # imports what a thread that is cancelled would leave locked for all
 
     def serve(number: int) -> int:
         choose, said = random.Random(number), 0
