@@ -77,8 +77,9 @@ class FirstRounds:
 
     def _costs(self) -> Costs:
         _timings.pop(key_of(self._model, self._cache), None)  # other calls at the same time share them
-        least = {size: min(times[1:]) for size, times in self._found.items() if len(times) > 1}
-        if not {1, max(self._sizes)} <= set(least):
+        ends = (1, max(self._sizes))  # other sizes that came once or twice tell more of chance than of the machine
+        least = {size: min(times[1:]) for size, times in self._found.items() if len(times) > (1 if size in ends else 2)}
+        if not set(ends) <= set(least):
             return ASSUMED
         try:
             costs = Costs.of_seconds(least)
