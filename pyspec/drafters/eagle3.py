@@ -13,7 +13,7 @@ from torch import Tensor
 from pyspec.caches.dense import DenseCache, slots_for
 from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
-from pyspec.drafters.shapes import GrowthPolicy
+from pyspec.drafters.shapes import GrowthPolicy, check_temperature, path_to
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
@@ -67,8 +67,7 @@ class Eagle3:
         self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
-        if temperature == 0 and self.proposal == "sampled":
-            raise ValueError(f"temperature must be above 0 for {type(self.growth).__name__}, which draws, got 0")
+        check_temperature(self.growth, temperature)
         if not hasattr(target, "layers"):
             raise ValueError(
                 f"target must be a runner with taps, such as pyspec.load gives, got {type(target).__name__}"
@@ -134,7 +133,7 @@ class _Laws:
 
     def _logits(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> Tensor:
         """[len(nodes), draft vocabulary] fp32 after some nodes."""
-        kept = sorted({node for asked in nodes for node in _path_to(asked, parents)})
+        kept = sorted({node for asked in nodes for node in path_to(asked, parents)})
         places = {node: place for place, node in enumerate(kept)}
         of_target = self._batch.head.target_tokens(np.array([tokens[node] for node in kept]))
         of_target[0] = self._root
@@ -213,10 +212,3 @@ class _Batch:
             cache.keys_values[..., : old.slots, :] = old.keys_values
             cache.lengths = list(old.lengths)
         self._cache, self._replays = cache, Replays(cache, TapeRecorder())  # on a GPU, launch by launch
-
-
-def _path_to(node: int, parents: Sequence[int]) -> list[int]:
-    path = [node]
-    while path[-1]:
-        path.append(parents[path[-1]])
-    return path

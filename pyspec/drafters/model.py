@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 
-from pyspec.drafters.shapes import GrowthPolicy
+from pyspec.drafters.shapes import GrowthPolicy, check_temperature, path_to
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
@@ -59,11 +59,7 @@ class ModelDrafter:
         self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
-        if temperature == 0 and self.proposal == "sampled":
-            raise ValueError(
-                f"temperature must be above 0 for {type(self.growth).__name__}, which draws: at 0 tokens are chosen. "
-                'Use a deterministic policy (TopPaths, or children="top") and acceptance="exact"'
-            )
+        check_temperature(self.growth, temperature)
         self._draft = draft
         self._batch: _Batch | None = None
         self._sequence = -1
@@ -106,7 +102,7 @@ class _Laws:
         rows = np.full((len(nodes), self.vocab_size), 1 / self.vocab_size)
         # Reranked asks below deeper nodes than its tree can have: where the draft's context has ended, all is as likely
         room = self._batch.runner.context_length - len(self._context)
-        paths = {node: path for node in nodes if len(path := _path_to(node, parents)) - 1 <= room}
+        paths = {node: path for node in nodes if len(path := path_to(node, parents)) - 1 <= room}
         if not paths:
             return rows
         kept = sorted({node for path in paths.values() for node in path})
@@ -124,13 +120,6 @@ class _Laws:
             except InvalidLogits as error:
                 raise ValueError(f"the draft model's logits after token {tokens[node]} are {error}") from error
         return rows
-
-
-def _path_to(node: int, parents: Sequence[int]) -> list[int]:
-    path = [node]
-    while path[-1]:
-        path.append(parents[path[-1]])
-    return path
 
 
 # whose texts a draft model has in its state; the batch holds the model, so that nothing here may hold the batch

@@ -16,7 +16,7 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import largest
 from pyspec.tree import DraftTree, Siblings
 
-__all__ = ["Children", "GrowthPolicy", "LawSource", "Sapling", "top_tokens"]
+__all__ = ["Children", "GrowthPolicy", "LawSource", "Sapling", "check_temperature", "path_to", "top_tokens"]
 
 #: How a node's children come from its law. The likeliest tokens; independent draws; draws of tokens not drawn before.
 Children = Literal["top", "with replacement", "without replacement"]
@@ -153,3 +153,20 @@ def top_tokens(law: np.ndarray, count: int) -> list[int]:
     count = min(count, np.count_nonzero(law))
     kept = largest(law, count, np.partition(law, -count)[-count])
     return kept[np.argsort(-law[kept], kind="stable")].tolist()
+
+
+def path_to(node: int, parents: Sequence[int]) -> list[int]:
+    """The nodes from one up to the root, both included."""
+    path = [node]
+    while path[-1]:
+        path.append(parents[path[-1]])
+    return path
+
+
+def check_temperature(growth: GrowthPolicy, temperature: float) -> None:
+    """Raises ValueError where a policy would draw at temperature 0."""
+    if temperature == 0 and growth.proposal == "sampled":
+        raise ValueError(
+            f"temperature must be above 0 for {type(growth).__name__}, which draws: at 0 tokens are chosen. "
+            'Use a deterministic policy (TopPaths, or children="top") and acceptance="exact"'
+        )
