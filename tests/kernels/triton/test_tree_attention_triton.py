@@ -306,6 +306,16 @@ def test_row_rule_on_a_large_tree():
 # ==== slots that a row may not see ====
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}], ids=str)
+def test_rows_may_be_the_later_nodes_of_a_tree(options):
+    case = make_case([62], [40], heads=3)
+    whole = run(case, **options)
+    for first, end in ((1, 2), (30, 33), (36, 40)):
+        later = Case(case.q[:, :, first:end], case.k, case.v, case.bits[:, first:end], case.lens, case.parents)
+        for found, expected in zip(run(later, **options), whole, strict=True):
+            assert torch.equal(found, expected[:, :, first:end])
+
+
 def test_other_branches_may_be_nan():
     case = make_case([70], [4])
     case.parents = [[-1, 0, 0, 2]]
