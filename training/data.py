@@ -195,7 +195,7 @@ def _text(prompt: list[int], answer: list[int], features: Tensor) -> Text:
     return Text(tokens, len(prompt), features)
 
 
-def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet: Path | None = WORDNET) -> int:
+def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet: Path = WORDNET) -> int:
     """Makes shards until a folder has so many tokens, prompts included, going on where it stopped; how many it has.
 
     Args:
@@ -213,7 +213,7 @@ def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet
 
     if model.tokenizer is None:
         raise ValueError("model must have a tokenizer to make texts, got one without")
-    words = words_of_wordnet(wordnet) if wordnet is not None and (wordnet / "data.noun").is_file() else []
+    words = words_of_wordnet(wordnet) if (wordnet / "data.noun").is_file() else []
     settings = {
         **{"model": name, "fingerprint": model.fingerprint, "dtype": str(model.weight_dtype).removeprefix("torch.")},
         **{"taps": list(taps_of(model.layers)), "hidden": model.hidden_size, "vocabulary": model.vocab_size},

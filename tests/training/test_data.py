@@ -128,16 +128,16 @@ def test_the_models_own_prompts_differ(runner):
 
 def test_it_goes_on_where_it_was_killed(runner, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = make(runner, whole, RECIPE, 400, name="tiny", wordnet=None)
+    done = make(runner, whole, RECIPE, 700, name="tiny", wordnet=tmp_path)
     expected = contents(whole)
-    assert done >= 400 > done - len(load_file(shard_path(whole, len(expected) - 2))["tokens"]) and len(expected) > 3
-    make(runner, killed, RECIPE, 1, name="tiny", wordnet=None)
+    assert done >= 700 > done - len(load_file(shard_path(whole, len(expected) - 2))["tokens"]) and len(expected) > 3
+    make(runner, killed, RECIPE, 1, name="tiny", wordnet=tmp_path)
     assert len(contents(killed)) == 2  # a shard and the settings
     (killed / "shard-00001.part").write_bytes(b"half of it")
-    assert make(runner, killed, RECIPE, 400, name="tiny", wordnet=None) == done
+    assert make(runner, killed, RECIPE, 700, name="tiny", wordnet=tmp_path) == done
     assert contents(killed) == expected
     shard_path(killed, 1).unlink()
-    make(runner, killed, RECIPE, 1, name="tiny", wordnet=None)  # has enough, so nothing is made
+    make(runner, killed, RECIPE, 1, name="tiny", wordnet=tmp_path)  # has enough, so nothing is made
     assert not shard_path(killed, 1).is_file()
 
 
@@ -158,13 +158,13 @@ def test_other_settings_are_refused(runner, tmp_path, capsys):
     make(runner, tmp_path, RECIPE, 1, name="tiny", wordnet=tmp_path / "none")
     assert "There is no WordNet in" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"settings.json must have answer 11 to go on, got 10"):
-        make(runner, tmp_path, Recipe(each=6, answer=11), 1, name="tiny")
+        make(runner, tmp_path, Recipe(each=6, answer=11), 1, name="tiny", wordnet=tmp_path)
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["taps"] == [2, 5] and settings["fingerprint"] == runner.fingerprint
     mute = runner.fork()
     mute.tokenizer = None
     with pytest.raises(ValueError, match="model must have a tokenizer"):
-        make(mute, tmp_path / "other", RECIPE, 1, name="tiny")
+        make(mute, tmp_path / "other", RECIPE, 1, name="tiny", wordnet=tmp_path)
     assert not (tmp_path / "other").exists()
 
 
