@@ -1,8 +1,7 @@
 """What the training of every draft head shares: the target, the loss, and the loop with its checkpoints and its curve.
 
 A head learns the target's laws, not its texts: the law after a token is made anew from the target's last hidden row,
-over those tokens alone that the head can guess. The logits of a batch are never there as a whole: `distil` makes them a
-chunk at a time, and their gradient at once.
+over those tokens alone that the head can guess.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.data_files import Batch, DraftData
+from training.losses import CHUNK, Laws, distil
 
 __all__ = [
     "Head",
@@ -37,7 +37,6 @@ __all__ = [
 
 CHECKPOINT = "checkpoint.pt"
 MEASURED = 8  # batches of held-out texts at a point of the curve
-CHUNK = 128  # rows of logits at a time: 8,192 tokens of them stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Recipe:
         noise: standard deviation of what is added to a feature, by the feature's root mean square.
         frozen: share of the steps before the matrix of logits learns too.
         every: steps between two checkpoints, which are also the points of the curve.
-        hybrid: share of the steps before the loss becomes the likelihood-based hybrid, arXiv 2602.23881.
+        divergence: of guesses from laws, see training.losses.
+        hybrid: share of the steps before it becomes the likelihood-based hybrid; 1 for never.
     """
 
     steps: int = 2000
@@ -63,6 +63,7 @@ class Recipe:
     share: float = 0.3
     noise: float = 0.05
     frozen: float = 2 / 3
+    divergence: str = "kl"
     hybrid: float = 0.8
     warmup: int = 50
     learning_rate: float = 2e-3
@@ -77,19 +78,6 @@ class Recipe:
             return self.learning_rate * (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.last_rate + (self.learning_rate - self.last_rate) * (1 + math.cos(math.pi * done)) / 2
-
-
-@dataclass(frozen=True)
-class Laws:
-    """Laws of the target over the tokens that a head can guess.
-
-    Attributes:
-        shares: [L, Vd], in the dtype that products are made in.
-        entropies: [L] fp32, in nats.
-    """
-
-    shares: Tensor
-    entropies: Tensor
 
 
 class Target:
@@ -187,74 +175,16 @@ def chains_of(batch: Batch) -> tuple[Tensor, Tensor]:
     return is_learned, has_guess
 
 
-# ==== the loss ====
-
-
-class _Distilled(torch.autograd.Function):
-    """Makes the gradient along with the loss: rows of logits are never kept."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, is_hybrid: bool) -> Tensor:
-        shares, entropies = laws.shares, laws.entropies
-        dtype, learns = shares.dtype, weight.requires_grad
-        matrix, x, loss = weight.to(dtype), rows.to(dtype), rows.new_zeros((), dtype=torch.float32)
-        to_rows, to_weight = torch.empty_like(rows), torch.zeros_like(weight) if learns else None
-        for first in range(0, len(rows), CHUNK):
-            part = slice(first, first + CHUNK)
-            logits, law = F.linear(x[part], matrix).float(), shares[index[part]].float()
-            guess = logits.softmax(-1)
-            gradient = guess - law
-            # log q without a second pass of exp: the logits less their logarithm of a sum
-            highest, at = logits.max(-1, keepdim=True)
-            log_sum = highest - guess.gather(-1, at).log()
-            divergence = log_sum[:, 0] - (law * logits).sum(-1) - entropies[index[part]]
-            if is_hybrid:
-                shared = torch.minimum(guess, law).sum(-1)
-                weight_of_kl = torch.exp(-3 * shared)[:, None]
-                below = guess * (guess < law)
-                to_shared = below - guess * below.sum(-1, keepdim=True)
-                gradient = weight_of_kl * gradient - (1 - weight_of_kl) * to_shared
-                divergence = weight_of_kl[:, 0] * divergence + (1 - weight_of_kl[:, 0]) * (1 - shared)
-            loss += divergence.sum()
-            gradient = gradient.to(dtype)
-            to_rows[part] = (gradient @ matrix).to(rows.dtype)
-            if learns:
-                to_weight += gradient.T @ x[part]
-        ctx.save_for_backward(to_rows, to_weight)
-        return loss
-
-    @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple:
-        to_rows, to_weight = ctx.saved_tensors
-        return to_rows * scale, None if to_weight is None else to_weight * scale, None, None, None
-
-
-def distil(rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, is_hybrid: bool = False) -> Tensor:
-    """The sum over rows of how far their guesses are from the target's laws.
-
-    The Kullback-Leibler divergence of the guess from the law; or, for the hybrid, w times it and 1 - w times their
-    total variation, where w is exp(-3 a) of what law and guess share, a, and is taken as given (arXiv 2602.23881).
-
-    Args:
-        rows: [R, H] that give logits.
-        weight: [Vd, H] that makes them.
-        laws: of the target.
-        index: [R] int64, the law of each row.
-        is_hybrid: which of the two.
-    """
-    return _Distilled.apply(rows, weight, laws, index, is_hybrid)
-
-
 def loss_of(head: Head, target: Target, batch: Batch, recipe: Recipe, step: int, dtype: torch.dtype) -> Tensor:
     """What a batch's guesses lose: the mean over those of a depth, by depth 1, 0.8, 0.64, ... of it."""
     is_learned, has_guess = chains_of(batch)
     rows = is_learned.nonzero()[:, 0]
     laws, places = target.laws(batch.features[rows, -1], dtype), is_learned.cumsum(0) - 1
     head.logits.weight.requires_grad_(step >= recipe.frozen * recipe.steps)
-    loss, is_hybrid = torch.zeros(()), step >= recipe.hybrid * recipe.steps
+    loss, divergence = torch.zeros(()), recipe.divergence if step < recipe.hybrid * recipe.steps else "hybrid"
     chains = has_guess.nonzero()[:, 0]
     for depth, (kept, guess) in enumerate(head.guesses(batch, chains, recipe.depth, recipe.share, recipe.noise)):
-        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], is_hybrid)
+        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], divergence)
         loss = loss + 0.8**depth * found / max(1, len(kept))
     return loss
 
