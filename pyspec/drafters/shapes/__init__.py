@@ -1,9 +1,9 @@
 """Growth policies: which nodes a drafter with a law of its own spends its budget on.
 
-A policy knows no model. It asks a Sapling for the laws after some nodes, chooses or draws children, and asks on. It says
-beforehand which nodes it is about to ask for, so that the trees of a batch can grow in step (`grow_together`). What
-makes a drawn tree exact is one rule that all of these policies keep: whether to draw another child, and where, may
-depend on everything drawn before, but not on that draw itself; and what was drawn stays.
+A policy knows no model. It asks a Sapling for the laws after some nodes, chooses or draws children, and asks on.
+It says beforehand which nodes it is about to ask for, so that the trees of a batch can grow in step. What makes a drawn
+tree exact is one rule that all of these policies keep: whether to draw another child, and where, may depend on
+everything drawn before, but not on that draw itself; and what was drawn stays.
 """
 
 from __future__ import annotations
