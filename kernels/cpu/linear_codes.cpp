@@ -23,7 +23,13 @@ using pyspec::LinearCodesParams;
 
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kVectors = kVectorRegisters == 32 ? 2 : 1;  // of 16 outputs, at a time
-constexpr int64_t kMostRows = 4;  // of a pass: their sums of a group stay in registers
+// Rows of a pass: their sums of a group stay in registers. Those of plain loops do not, and compilers take
+// long over each.
+#if PYSPEC_HAS_X86_VECTORS || PYSPEC_HAS_NEON
+constexpr int64_t kMostRows = 4;
+#else
+constexpr int64_t kMostRows = 2;
+#endif
 // How far ahead of its use the weight is asked for: across the page that the processor's own prefetching
 // stops at.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -160,7 +166,8 @@ PYSPEC_INLINE void add_chunk(Chunk<F>& chunk, const char* block, int64_t blocks,
 template <class F, int kMost, Pass kPass>
 void add_rows(int64_t rows, Chunk<F>& chunk, const char* panel, int64_t blocks, const Rows& x, Ahead ahead,
               float* sums) {
-  if constexpr (kMost > 1) {
+  constexpr int kLeast = kPass == Pass::kOnly ? 1 : (kMostRows + 1) / 2;  // passes share rows evenly
+  if constexpr (kMost > kLeast) {
     if (rows < kMost) return add_rows<F, kMost - 1, kPass>(rows, chunk, panel, blocks, x, ahead, sums);
   }
   for (int64_t lane = 0; lane < kPanel; lane += 16 * kVectors) {
