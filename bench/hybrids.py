@@ -100,6 +100,7 @@ class Rounds:
         return call
 
     def recompute(self, nodes: int) -> Callable[[], None]:
+        @torch.inference_mode()
         def call() -> None:
             for spare, values in zip(self._spare, self._state, strict=True):
                 spare.copy_(values)
