@@ -112,12 +112,11 @@ def unpack(words, highs, minimums, x, LESS: tl.constexpr, HAS_ZEROS: tl.constexp
         less_of(minimums, words, 2, LESS, HAS_ZEROS),
         less_of(minimums, words, 3, LESS, HAS_ZEROS),
     )
-    kinds = (kind, kind, kind, kind)
-    if highs is None:
-        arguments = [words, less[0], less[1], less[2], less[3]]
-        return tl.inline_asm_elementwise(UNPACK, "=r,=r,=r,=r,r,r,r,r,r", arguments, kinds, is_pure=True, pack=2)
-    arguments = [words, less[0], less[1], less[2], less[3], highs.to(tl.int16)]
-    return tl.inline_asm_elementwise(UNPACK, "=r,=r,=r,=r,r,r,r,r,r,r", arguments, kinds, is_pure=True, pack=2)
+    arguments = [words, less[0], less[1], less[2], less[3]]
+    constraints: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r" if highs is None else "=r,=r,=r,=r,r,r,r,r,r,r"
+    if highs is not None:
+        arguments = [words, less[0], less[1], less[2], less[3], highs.to(tl.int16)]
+    return tl.inline_asm_elementwise(UNPACK, constraints, arguments, (kind, kind, kind, kind), is_pure=True, pack=2)
 
 
 @triton.jit

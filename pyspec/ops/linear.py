@@ -147,8 +147,7 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16; or codes
-            are on a GPU and have neither 4 nor 8 bits.
+        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16.
         RuntimeError: weight requires a gradient, which int8 and int4 would lose.
     """
     if isinstance(weight, Codes):

@@ -143,7 +143,7 @@ def read_tiles(data: Tensor, format: WeightFormat, inputs: int, index: Tensor) -
     words = take(2 * width).unflatten(2, (width, 2))  # [n, T, G, low and high]
     codes = torch.stack((words & 15, words >> 4), -1).flatten(3)
     if format.bits > 4:
-        shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=data.device)
-        codes = codes | (take(width)[..., None] >> shifts & 3) << 4
+        highs = take(width)
+        codes = codes | torch.stack([highs >> shift & 3 for shift in (0, 2, 4, 6)], -1) << 4
     codes = codes.transpose(2, 3).flatten(1)
     return Codes(format, len(index), inputs, codes, factors, scales, floors, minimums)

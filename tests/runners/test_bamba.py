@@ -23,7 +23,7 @@ from tests.helpers.runner_checks import (
 from tests.helpers.tiny_mambas import Knows
 
 transformers = pytest.importorskip("transformers")
-DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8, "int4"]
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
