@@ -129,13 +129,15 @@ def spread_minimums(minimums, words, x, SPREAD: tl.constexpr):
 
 
 @triton.jit
-def table_levels(words, highs, INDEX: tl.constexpr, LEVELS: tl.constexpr):
+def table_levels(words, highs, minimums, INDEX: tl.constexpr, LEVELS: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """Levels of the codes of one group, looked up: the interpreter's way. Those of more than 16 ascend."""
     levels = tl.zeros(words.shape, tl.float32)
     for code in tl.static_range(16):
         levels = tl.where((words >> (4 * INDEX)) & 15 == code, float(LEVELS[code]), levels)
     if highs is not None:
         levels += ((highs >> (2 * INDEX)) & 3).to(tl.float32) * 16
+    if HAS_ZEROS:
+        levels -= byte(minimums, INDEX).to(tl.float32)[:, None]
     return levels
 
 
@@ -210,9 +212,7 @@ def codes_kernel(
         scales = load_at(weight, place + SCALES, output, tl.int32) if HAS_SCALES else factors
         minimums = load_at(weight, place + MINIMUMS, output, tl.int32) if HAS_MINIMUMS else factors
         words = load_at(weight, place + CODES, output[:, None] * WIDTH + within, tl.int16)
-        highs = None
-        if HAS_HIGHS:
-            highs = load_at(weight, place + HIGHS, output[:, None] * WIDTH + within, tl.int8)
+        highs = load_at(weight, place + HIGHS, output[:, None] * WIDTH + within, tl.int8) if HAS_HIGHS else None
         if UNPACK is not None:
             planes = unpack(words, highs, minimums, x, LESS, HAS_ZEROS, UNPACK)
             if HAS_FLOORS and HAS_MINIMUMS:
@@ -224,9 +224,7 @@ def codes_kernel(
             if UNPACK is not None:
                 w = planes[index].to(values.dtype)
             else:
-                w, values = table_levels(words, highs, index, LEVELS), values.to(tl.float32)
-                if HAS_ZEROS:
-                    w -= byte(minimums, index).to(tl.float32)[:, None]
+                w, values = table_levels(words, highs, minimums, index, LEVELS, HAS_ZEROS), values.to(tl.float32)
             scale = half(factors, index * WIDTH // BLOCK, FACTOR)
             if HAS_SCALES:
                 scale *= (byte(scales, index) | SHIFT_BITS).to(tl.float32, bitcast=True) - SCALE_SHIFT

@@ -114,7 +114,8 @@ class QuantisedCheckpoint:
             self._has_warned = True
             warnings.warn(
                 f"{self._path}: {name}, and maybe others, has values that none of our formats in few bits has (8-bit "
-                "floats, 8 bits with zero points, or scales out of fp16's range): it becomes floats",
+                "floats, 8 bits with zero points, groups of fewer than 32, or scales out of fp16's range): it becomes "
+                "floats",
                 RuntimeWarning,
                 stacklevel=2,
             )
