@@ -11,6 +11,9 @@
 #include "params/linear.h"
 
 #include "cpu/expert_linear.h"
+#include "cpu/linear_blocks.h"
+#include "cpu/linear_neon.h"
+#include "cpu/linear_neon_bytes.h"
 #include "cpu/linear_rows.h"
 
 namespace {
@@ -20,8 +23,6 @@ using pyspec::kPanel;
 using pyspec::LinearParams;
 using pyspec::WeightFormat;
 
-// Inputs whose weights stay in the first cache while all rows pass over them. A multiple of kGroup.
-constexpr int64_t kBlock = 128;
 constexpr int64_t kTileRows = 64;
 
 // How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
@@ -34,22 +35,6 @@ constexpr int64_t kPrefetchBytes = 4096;
 constexpr bool kFewRegisters = kVectorRegisters == 16;
 constexpr int kPassVectors = kFewRegisters ? 1 : 2;
 
-// Weights that will be wanted: every step of the inner loop asks for some lines and goes on by `step` bytes.
-struct Ahead {
-  const char* next;
-  int64_t step;
-  template <int kLines>
-  PYSPEC_INLINE void prefetch() {
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + 64 * line);
-    next += step;
-  }
-};
-
-// The inputs of one block, out of all of them.
-struct Range {
-  int64_t first, last, inputs;
-};
-
 // ==== one struct per format: how a row is prepared, and a panel times kRows prepared rows ====
 //
 // kStreamRows: of a pass over all inputs of both vectors. More rows take the panel block by block, in passes
@@ -58,6 +43,9 @@ struct Range {
 // fp32 and fp16: a step is one input.
 template <class Storage>
 struct FloatWeight {
+#if PYSPEC_HAS_NEON
+  using Tile = FloatTile<Storage>;
+#endif
   static constexpr int kStreamRows = kFewRegisters ? 3 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
   static int64_t offset(int64_t input) { return input * kStepBytes; }
@@ -91,6 +79,9 @@ struct FloatWeight {
 
 // bf16: a step is two inputs, multiplied together where there is an instruction for it.
 struct BFloat16Weight {
+#if PYSPEC_HAS_NEON
+  using Tile = BFloat16Tile;
+#endif
   static constexpr int kStreamRows = kFewRegisters ? 2 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kStepBytes = kPanel * 4;
   static int64_t offset(int64_t input) { return (input + 1) / 2 * kStepBytes; }
@@ -151,9 +142,12 @@ constexpr bool kHalves = true;
 constexpr bool kHalves = false;
 #endif
 
-// int8: a step is four inputs. A prepared row: a scale and the sum of the integers for each group, then the
+// int8: a step is four inputs. A prepared row: a scale and what its sums begin with for each group, then the
 // integers.
 struct Int8Weight {
+#if PYSPEC_HAS_NEON
+  using Tile = Int8Tile;
+#endif
   static constexpr int kStreamRows = !kFewRegisters ? 4 : kHalves ? 2 : 1;
   static constexpr int kPassRows = kFewRegisters && !kHalves ? 6 : 4;
   static constexpr int64_t kGroupBytes = kPanel * (2 + kGroup);
@@ -172,8 +166,8 @@ struct Int8Weight {
   static void prepare(const LinearParams& p, const void* x, char* row) {
     int64_t groups = pyspec::groups(p.inputs);
     float* scales = reinterpret_cast<float*>(row);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
-    char* to = reinterpret_cast<char*>(sums + groups);
+    int32_t* starts = reinterpret_cast<int32_t*>(scales + groups);
+    char* to = reinterpret_cast<char*>(starts + groups);
     int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
     for (int64_t g = 0; g < groups; ++g, to += kGroup * kXBytes) {
       float values[kGroup] = {};
@@ -183,7 +177,7 @@ struct Int8Weight {
       scales[g] = round_to_bytes(values, integers);
       int32_t sum = 0;
       for (int64_t i = 0; i < kGroup; ++i) sum += integers[i];
-      sums[g] = sum;
+      starts[g] = (kHalves ? -128 : kDotStart) * sum;
 #if PYSPEC_HALVES
       split_signed_bytes(integers, to);
 #else
@@ -218,9 +212,7 @@ struct Int8Weight {
     for (int64_t g = range.first / kGroup; g * kGroup < range.last; ++g, block += kGroupBytes) {
       I16 dots[kRows][kVectors];
       for (int r = 0; r < kRows; ++r) {
-        int32_t integers;
-        std::memcpy(&integers, x + r * x_bytes + (groups + g) * 4, 4);
-        I16 start = kHalves ? set1_words(-128 * integers) : start_dot(integers);
+        I16 start = words_at(x + r * x_bytes + (groups + g) * 4);
         for (int v = 0; v < kVectors; ++v) dots[r][v] = start;
       }
       const char* values = x + groups * 8 + g * kGroup * kXBytes;
@@ -243,6 +235,15 @@ struct Int8Weight {
 
 // ==== the loops ====
 
+// How many rows a pass takes: of the instruction set's own tiles, or those above.
+#if PYSPEC_HAS_NEON
+template <class Weight>
+using PassOf = typename Weight::Tile;
+#else
+template <class Weight>
+using PassOf = Weight;
+#endif
+
 // One block of inputs for kRows rows and kVectors vectors of the panel from lane on: goes on with their sums,
 // [kRows][kPanel].
 template <class Weight, int kVectors, int kMost>
@@ -263,6 +264,22 @@ PYSPEC_INLINE void add_block(int64_t rows, const char* block, int64_t lane, cons
   }
 }
 
+// The rows of a pass and all lanes of a block; asks for a share, ahead_bytes, of what comes after it.
+template <class Weight, int kMost>
+PYSPEC_INLINE void add_pass(int64_t rows, const char* block, const char* x, int64_t x_bytes, Range range,
+                            Ahead ahead, int64_t ahead_bytes, float* sums) {
+#if PYSPEC_HAS_NEON
+  add_tiles<typename Weight::Tile, kMost>(rows, block, x, x_bytes, range, ahead, ahead_bytes, sums);
+#else
+  constexpr int kVectors = kMost == Weight::kStreamRows ? 2 : kPassVectors;
+  ahead.step = ahead.step * kVectors / 2;
+  for (int64_t lane = 0; lane < kPanel; lane += 16 * kVectors) {
+    add_block<Weight, kVectors, kMost>(rows, block, lane, x, x_bytes, range, ahead, sums);
+    ahead.next += ahead_bytes * kVectors / 2;
+  }
+#endif
+}
+
 // A panel times up to kTileRows rows. Rows that need more than one pass take the panel block by block, and
 // each pass over a block asks for its share of the next, so that memory and arithmetic never wait for each
 // other.
@@ -273,24 +290,23 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   std::memset(sums, 0, rows * kPanel * sizeof(float));
   int64_t x_bytes = pyspec::prepared_row_bytes(p);
   const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
-  if (rows <= Weight::kStreamRows) {
+  if (rows <= PassOf<Weight>::kStreamRows) {
     Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
-    add_block<Weight, 2, Weight::kStreamRows>(rows, panel, 0, x, x_bytes, {0, p.inputs, p.inputs}, ahead,
-                                              sums);
+    add_pass<Weight, PassOf<Weight>::kStreamRows>(rows, panel, x, x_bytes, {0, p.inputs, p.inputs}, ahead, 0,
+                                                  sums);
     return store_rows(sums, p, first_row, rows, first_output);
   }
-  int64_t passes = (rows + Weight::kPassRows - 1) / Weight::kPassRows, sweeps = passes * 2 / kPassVectors;
+  constexpr int kPassRows = PassOf<Weight>::kPassRows;
+  int64_t passes = (rows + kPassRows - 1) / kPassRows;
   for (int64_t first = 0; first < p.inputs; first += kBlock) {
     Range range = {first, first + kBlock < p.inputs ? first + kBlock : p.inputs, p.inputs};
     const char *block = panel + Weight::offset(first), *end = panel + Weight::offset(range.last);
-    Ahead ahead = {end, Weight::kStepBytes / sweeps};
+    int64_t share = (end - block) / passes;
     for (int64_t pass = 0; pass < passes; ++pass) {
       int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
-      for (int64_t lane = 0; lane < kPanel; lane += 16 * kPassVectors) {
-        add_block<Weight, kPassVectors, Weight::kPassRows>(count, block, lane, x + row * x_bytes, x_bytes,
-                                                           range, ahead, sums + row * kPanel);
-        ahead.next += (end - block) / sweeps;
-      }
+      Ahead ahead = {end + pass * share, Weight::kStepBytes / passes};
+      add_pass<Weight, kPassRows>(count, block, x + row * x_bytes, x_bytes, range, ahead, share,
+                                  sums + row * kPanel);
     }
   }
   store_rows(sums, p, first_row, rows, first_output);
