@@ -7,11 +7,13 @@ pass to an op outlives the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyspec.ops.causal_conv import causal_conv
-from pyspec.ops.expert_linear import expert_linear
+from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts, expert_linear
 from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
@@ -19,7 +21,7 @@ from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "experts", "feed_forward", "mamba", "mamba2", "tap"]
+__all__ = ["attention", "expert_gates", "experts", "feed_forward", "mamba", "mamba2", "tap"]
 
 
 def tap(hidden: Tensor) -> Tensor:
@@ -68,14 +70,31 @@ def experts(x: Tensor, layer, config) -> Tensor:
     """
     logits = _project(x, layer.router, layer.router_bias)
     gates, ids = route_experts(logits, config.experts_per_token, renormalise=config.renormalise)
-    inner = expert_linear(x, ids, layer.gate_up, layer.gate_up_bias, out_dtype=torch.float32)
-    inner = swiglu(inner, activation=config.activation, out_dtype=x.dtype)
+    gate, up = expert_gates(x, ids, layer.gate_up, layer.gate_up_biases)
+    inner = swiglu(gate, up=up, activation=config.activation, out_dtype=x.dtype)
     values = expert_linear(inner, ids.view(-1, 1), layer.down, layer.down_bias, out_dtype=torch.float32)
     if not config.shared_size:
         return mix_experts(values, gates)
     shared = feed_forward(x, layer.shared_gate_up, layer.shared_down, config.activation)
     shared_gates, _ = route_experts(_project(x, layer.shared_router), 1, sigmoid=True)
     return mix_experts(values, gates, shared, shared_gates)
+
+
+def expert_gates(
+    x: Tensor, ids: Tensor, gate_up: ExpertWeight | JoinedExperts, bias: Tensor | Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gates and ups of the experts that rows chose, as swiglu takes them: joined and None, or apart.
+
+    They are apart where their formats differ; so are their biases then.
+    """
+    if not isinstance(gate_up, JoinedExperts):
+        return expert_linear(x, ids, gate_up, bias, out_dtype=torch.float32), None
+    biases = (None, None) if bias is None else bias
+    gate, up = (
+        expert_linear(x, ids, weight, own, out_dtype=torch.float32)
+        for weight, own in zip(gate_up.split(), biases, strict=True)
+    )
+    return gate, up
 
 
 def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:

@@ -99,7 +99,7 @@ def read_gguf_choices(entries: Entries) -> dict[str, int]:
 class MixtureLayer(LayerWeights):
     """A layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in fp32."""
 
-    router_bias = gate_up_bias = down_bias = None
+    router_bias = gate_up_bias = gate_up_biases = down_bias = None  # gate_up_biases: as expert_gates takes them
 
     router: Matrix  # [experts, hidden]
 
