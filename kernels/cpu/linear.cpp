@@ -23,11 +23,8 @@ using pyspec::kPanel;
 using pyspec::LinearParams;
 using pyspec::WeightFormat;
 
-constexpr int64_t kTileRows = 64;
-
-// How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
-// processor's own prefetching stops at.
-constexpr int64_t kPrefetchBytes = 4096;
+// Inputs whose weights stay in the first cache while all rows pass over them. A multiple of kGroup.
+constexpr int64_t kBlock = 128;
 
 // With 16 registers of eight floats a vector takes two, and multiply-adds of a latency of 4, two a cycle,
 // need 8 sums: a pass over a block has half of the panel, 4 to 6 rows of it, and 2 registers of weights a
@@ -235,15 +232,7 @@ struct Int8Weight {
 
 // ==== the loops ====
 
-// How many rows a pass takes: of the instruction set's own tiles, or those above.
-#if PYSPEC_HAS_NEON
-template <class Weight>
-using PassOf = typename Weight::Tile;
-#else
-template <class Weight>
-using PassOf = Weight;
-#endif
-
+#if !PYSPEC_HAS_NEON  // which has them in linear_neon.h
 // One block of inputs for kRows rows and kVectors vectors of the panel from lane on: goes on with their sums,
 // [kRows][kPanel].
 template <class Weight, int kVectors, int kMost>
@@ -264,22 +253,6 @@ PYSPEC_INLINE void add_block(int64_t rows, const char* block, int64_t lane, cons
   }
 }
 
-// The rows of a pass and all lanes of a block; asks for a share, ahead_bytes, of what comes after it.
-template <class Weight, int kMost>
-PYSPEC_INLINE void add_pass(int64_t rows, const char* block, const char* x, int64_t x_bytes, Range range,
-                            Ahead ahead, int64_t ahead_bytes, float* sums) {
-#if PYSPEC_HAS_NEON
-  add_tiles<typename Weight::Tile, kMost>(rows, block, x, x_bytes, range, ahead, ahead_bytes, sums);
-#else
-  constexpr int kVectors = kMost == Weight::kStreamRows ? 2 : kPassVectors;
-  ahead.step = ahead.step * kVectors / 2;
-  for (int64_t lane = 0; lane < kPanel; lane += 16 * kVectors) {
-    add_block<Weight, kVectors, kMost>(rows, block, lane, x, x_bytes, range, ahead, sums);
-    ahead.next += ahead_bytes * kVectors / 2;
-  }
-#endif
-}
-
 // A panel times up to kTileRows rows. Rows that need more than one pass take the panel block by block, and
 // each pass over a block asks for its share of the next, so that memory and arithmetic never wait for each
 // other.
@@ -290,27 +263,29 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   std::memset(sums, 0, rows * kPanel * sizeof(float));
   int64_t x_bytes = pyspec::prepared_row_bytes(p);
   const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
-  if (rows <= PassOf<Weight>::kStreamRows) {
+  if (rows <= Weight::kStreamRows) {
     Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
-    add_pass<Weight, PassOf<Weight>::kStreamRows>(rows, panel, x, x_bytes, {0, p.inputs, p.inputs}, ahead, 0,
-                                                  sums);
+    add_block<Weight, 2, Weight::kStreamRows>(rows, panel, 0, x, x_bytes, {0, p.inputs, p.inputs}, ahead,
+                                              sums);
     return store_rows(sums, p, first_row, rows, first_output);
   }
-  constexpr int kPassRows = PassOf<Weight>::kPassRows;
-  int64_t passes = (rows + kPassRows - 1) / kPassRows;
+  int64_t passes = (rows + Weight::kPassRows - 1) / Weight::kPassRows, sweeps = passes * 2 / kPassVectors;
   for (int64_t first = 0; first < p.inputs; first += kBlock) {
     Range range = {first, first + kBlock < p.inputs ? first + kBlock : p.inputs, p.inputs};
     const char *block = panel + Weight::offset(first), *end = panel + Weight::offset(range.last);
-    int64_t share = (end - block) / passes;
+    Ahead ahead = {end, Weight::kStepBytes / sweeps};
     for (int64_t pass = 0; pass < passes; ++pass) {
       int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
-      Ahead ahead = {end + pass * share, Weight::kStepBytes / passes};
-      add_pass<Weight, kPassRows>(count, block, x + row * x_bytes, x_bytes, range, ahead, share,
-                                  sums + row * kPanel);
+      for (int64_t lane = 0; lane < kPanel; lane += 16 * kPassVectors) {
+        add_block<Weight, kPassVectors, Weight::kPassRows>(count, block, lane, x + row * x_bytes, x_bytes,
+                                                           range, ahead, sums + row * kPanel);
+        ahead.next += (end - block) / sweeps;
+      }
     }
   }
   store_rows(sums, p, first_row, rows, first_output);
 }
+#endif
 
 template <class Weight>
 void linear(const LinearParams& p) {

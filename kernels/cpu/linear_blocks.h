@@ -6,8 +6,11 @@
 
 namespace {
 
-// Inputs whose weights stay in the first cache while all rows pass over them. A multiple of kGroup.
-constexpr int64_t kBlock = 128;
+constexpr int64_t kTileRows = 64;
+
+// How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
+// processor's own prefetching stops at.
+constexpr int64_t kPrefetchBytes = 4096;
 
 // Weights that will be wanted: every step of the inner loop asks for some lines and goes on by `step` bytes.
 struct Ahead {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/linear_blocks.h"
+#include "cpu/linear_rows.h"
 
 #if PYSPEC_HAS_NEON
 
@@ -234,8 +235,9 @@ struct BFloat16Tile {
 };
 #endif
 
-// ==== a block, all lanes of it ====
+// ==== the loops ====
 
+// The rows of a pass and all lanes of a block; asks for a share, ahead_bytes, of what comes after it.
 template <class Tile, int kMost>
 PYSPEC_INLINE void add_tiles(int64_t rows, const char* block, const char* x, int64_t x_bytes, Range range,
                              Ahead ahead, int64_t ahead_bytes, float* sums) {
@@ -250,6 +252,37 @@ PYSPEC_INLINE void add_tiles(int64_t rows, const char* block, const char* x, int
     Tile::template multiply<kMost, kVectors>(block, lane, x, x_bytes, range, ahead, sums + lane);
     ahead.next += ahead_bytes * kVectors / 8;
   }
+}
+
+// A panel times up to kTileRows rows: few as one stream, more in passes over blocks that stay in the first
+// cache, of which each asks for its share of the next block.
+template <class Weight>
+void multiply_tile(const pyspec::LinearParams& p, const char* panel, int64_t first_row, int64_t rows,
+                   int64_t first_output) {
+  using Tile = typename Weight::Tile;
+  constexpr int64_t kInputs = 128;  // of a block
+  alignas(64) float sums[kTileRows * pyspec::kPanel];
+  std::memset(sums, 0, rows * pyspec::kPanel * sizeof(float));
+  int64_t x_bytes = pyspec::prepared_row_bytes(p);
+  const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
+  if (rows <= Tile::kStreamRows) {
+    Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
+    add_tiles<Tile, Tile::kStreamRows>(rows, panel, x, x_bytes, {0, p.inputs, p.inputs}, ahead, 0, sums);
+    return store_rows(sums, p, first_row, rows, first_output);
+  }
+  int64_t passes = (rows + Tile::kPassRows - 1) / Tile::kPassRows;
+  for (int64_t first = 0; first < p.inputs; first += kInputs) {
+    Range range = {first, first + kInputs < p.inputs ? first + kInputs : p.inputs, p.inputs};
+    const char *block = panel + Weight::offset(first), *end = panel + Weight::offset(range.last);
+    int64_t share = (end - block) / passes;
+    for (int64_t pass = 0; pass < passes; ++pass) {
+      int64_t row = rows * pass / passes, count = rows * (pass + 1) / passes - row;
+      Ahead ahead = {end + pass * share, Weight::kStepBytes / passes};
+      add_tiles<Tile, Tile::kPassRows>(count, block, x + row * x_bytes, x_bytes, range, ahead, share,
+                                       sums + row * pyspec::kPanel);
+    }
+  }
+  store_rows(sums, p, first_row, rows, first_output);
 }
 
 }  // namespace
