@@ -77,9 +77,7 @@ PYSPEC_INLINE void add_group(Chunk<F>& chunk, const char* block, int64_t b, int6
     Sums sums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       Sums start{};
-      if constexpr (!F::kIsSmall) {
-        start = set1_words(kDotStart * sum_of(x.sums + r * x.stride + group * 2));
-      }
+      if constexpr (!F::kIsSmall) start = start_dot(sum_of(x.sums + r * x.stride + group * 2));
       for (int v = 0; v < kVectors; ++v) sums[r][v] = start;
     }
     PYSPEC_UNROLL

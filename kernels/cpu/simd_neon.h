@@ -219,6 +219,15 @@ PYSPEC_INLINE int32x4_t dot_bytes(int32x4_t total, int8x16_t weights, int8x16_t 
 #endif
 }
 
+// x_sum: of the signed bytes that the dot products will take. See simd_words.h.
+PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
+#if PYSPEC_HAS_INT8_DOT
+  return set1_words(-128 * x_sum);
+#else
+  (void)x_sum;
+  return set1_words(0);
+#endif
+}
 // sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[lane][i].
 PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sums) {
   auto dot = [](int32x4_t total, int32x4_t bytes, int32x4_t values) PYSPEC_INLINE_LAMBDA {

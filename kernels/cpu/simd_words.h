@@ -5,13 +5,6 @@
 
 namespace {
 
-// A sum that dot4 makes must begin with this times the sum of the signed bytes that it will take.
-#if PYSPEC_HAS_INT8_DOT
-constexpr int32_t kDotStart = -128;
-#else
-constexpr int32_t kDotStart = 0;
-#endif
-
 #if !PYSPEC_HAS_NEON  // which has all of it in simd_neon.h
 
 #if PYSPEC_HAS_AVX512
@@ -213,7 +206,17 @@ PYSPEC_INLINE uint32_t equal_bytes(const uint8_t* p, uint8_t mask, uint8_t value
 // ==== products of bytes ====
 //
 // Weights are stored as unsigned bytes, weight + 128, because the instruction that sums four products wants
-// one unsigned factor. Without that instruction they are made signed.
+// one unsigned factor. start_dot takes away what the 128 adds; without that instruction weights are signed.
+
+// x_sum: of the signed bytes that the dot products will take.
+PYSPEC_INLINE I16 start_dot(int32_t x_sum) {
+#if PYSPEC_HAS_INT8_DOT
+  return set1_words(-128 * x_sum);
+#else
+  (void)x_sum;
+  return I16();
+#endif
+}
 
 // sum[lane] + sum over i < 4 of (weights[lane][i] - 128) * x[lane][i].
 PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sum) {
