@@ -10,6 +10,7 @@ block_masked_attention = ops.block_masked_attention
 block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
 expert_linear = ops.expert_linear
+gated_delta = ops.gated_delta
 gear = ops.gear
 gear_encode = ops.gear_encode
 gear_ragged = ops.gear_ragged
@@ -39,6 +40,7 @@ __all__ = [
     "block_masked_attention_backward",
     "causal_conv",
     "expert_linear",
+    "gated_delta",
     "gear",
     "gear_encode",
     "gear_ragged",
