@@ -4,6 +4,7 @@ from pyspec.ops._library import backend, backends
 from pyspec.ops.block_masked_attention import block_masked_attention
 from pyspec.ops.causal_conv import causal_conv
 from pyspec.ops.expert_linear import ExpertWeight, expert_linear, lay_out_experts
+from pyspec.ops.gated_delta import gated_delta
 from pyspec.ops.gear import gear_attention
 from pyspec.ops.gear_encode import gear_encode
 from pyspec.ops.gear_format import GearFormat, gear_decode

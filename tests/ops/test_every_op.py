@@ -12,6 +12,7 @@ from pyspec.ops.lay_out import lay_out, stored_floats
 from pyspec.ops.linear import LinearWeight
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
+from pyspec.ops.take_columns import take_columns
 from pyspec.ops.weight_formats import FORMATS, quantise
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
@@ -73,7 +74,12 @@ def selective_case() -> dict:
     }
 
 
-#: Every public op, with arguments that are made anew, because some are changed in place.
+def delta_case() -> dict:
+    given = {"state": to_panels(floats(2, 64, 16)), "record": floats(2, 2, 9, 16 + 64 + 2), "q": floats(5, 16)}
+    given |= {"k": floats(5, 16, seed=1), "v": floats(5, 64), "decay": floats(5, 2), "beta": floats(5, 2, seed=1)}
+    return given | {"A": -floats(2).abs(), "round": round_of_tree(), "dt_bias": floats(2)}
+
+
 def quantised_rows(format=None) -> dict:
     """Two nodes of one tree behind a block."""
     blocks = floats(1, 2, 128, 64), floats(1, 2, 128, 64, seed=1)
@@ -87,6 +93,7 @@ def quantised_rows(format=None) -> dict:
     return given | {"span": 128, "records": 1, "scale": 0.125}
 
 
+#: Every public op, with arguments that are made anew, because some are changed in place.
 CALLS = {
     "tree_attention": lambda: (ops.tree_attention, tree_case() | {"ancestor_bits": BITS, "prefix_lens": ints([9])}),
     "block_masked_attention": lambda: (
@@ -115,6 +122,7 @@ CALLS = {
         {"hidden": floats(3, 8), "weight": floats(8), "epsilon": 1e-5, "delta": floats(3, 8)},
     ),
     "swiglu": lambda: (ops.swiglu, {"gate_up": floats(3, 8)}),
+    "take_columns": lambda: (take_columns, {"x": floats(3, 4), "order": ints([3, 0, 2, 1])}),
     "topk": lambda: (ops.topk, {"x": floats(3, 50), "k": 4}),
     "row_statistics": lambda: (ops.row_statistics, {"logits": floats(3, 50)}),
     "sparse_attention": lambda: (
@@ -129,6 +137,7 @@ CALLS = {
         | {"values": floats(2, 2, 5, 64)},
     ),
     "selective_state": lambda: (ops.selective_state, selective_case()),
+    "gated_delta": lambda: (ops.gated_delta, delta_case()),
     "causal_conv": lambda: (
         ops.causal_conv,
         {"window": floats(2, 3, 32), "record": floats(2, 2, 9, 32), "x": floats(5, 32), "weight": floats(4, 32)}
@@ -328,7 +337,7 @@ def test_prefixes_that_are_too_long_are_refused_by_name(backend):
     function, given = CALLS["tree_attention"]()
     with on_backend(backend):
         function(**given | {"prefix_lens": ints([15])})
-        for lens, message in ((16, "16 and the tree has 5 nodes, but k has only 20 slots"), (-1, "negative, got -1")):
+        for lens, message in ((16, "16 and ancestor_bits name node 4, but k has only 20"), (-1, "negative, got -1")):
             with pytest.raises(ValueError, match=rf"prefix_lens\[0\] .*{message}"):
                 function(**given | {"prefix_lens": ints([lens])})
         with pytest.raises(TypeError, match="prefix_lens must be int32, got torch.int64"):
@@ -364,6 +373,7 @@ def test_rounds(sequence, start, parent, path, half, advance):
     parents[2] = parent
     round = Round(ints([sequence]), ints([start, 5]), parents, ints(path).view(1, -1), ints([half]), ints([advance]))
     agree(ops.selective_state, selective_case() | {"round": round}, changed=("state", "record"))
+    agree(ops.gated_delta, delta_case() | {"round": round}, changed=("state", "record"))
     agree(ops.causal_conv, CALLS["causal_conv"]()[1] | {"round": round}, changed=("window", "record"))
 
 

@@ -10,6 +10,7 @@ block_masked_attention = ops.block_masked_attention
 block_masked_attention_backward = ops.block_masked_attention_backward
 causal_conv = ops.causal_conv
 expert_linear = ops.expert_linear
+gated_delta = ops.gated_delta
 gear = ops.gear
 gear_encode = ops.gear_encode
 gear_ragged = ops.gear_ragged
@@ -31,6 +32,7 @@ route_experts = ops.route_experts
 row_statistics = ops.row_statistics
 selective_state = ops.selective_state
 swiglu = ops.swiglu
+take_columns = ops.take_columns
 topk = ops.topk
 tree_attention = ops.tree_attention
 
@@ -39,6 +41,7 @@ __all__ = [
     "block_masked_attention_backward",
     "causal_conv",
     "expert_linear",
+    "gated_delta",
     "gear",
     "gear_encode",
     "gear_ragged",
@@ -60,6 +63,7 @@ __all__ = [
     "row_statistics",
     "selective_state",
     "swiglu",
+    "take_columns",
     "topk",
     "tree_attention",
 ]
