@@ -119,25 +119,7 @@ PYSPEC_INLINE I16 dot2(I16 a, I16 b, I16 sum) {
 #endif
 }
 #if PYSPEC_HAS_X86_VECTORS
-// Unsigned bytes as words of two numbers of 16 bits: those of even places, and the others.
-PYSPEC_INLINE void split_bytes(I16 bytes, I16& even, I16& odd) {
-#if PYSPEC_HAS_AVX512
-  even = {_mm512_and_si512(bytes.v, _mm512_set1_epi16(0xff))}, odd = {_mm512_srli_epi16(bytes.v, 8)};
-#else
-  __m256i low = _mm256_set1_epi16(0xff);
-  even = {_mm256_and_si256(bytes.lo, low), _mm256_and_si256(bytes.hi, low)};
-  odd = {_mm256_srli_epi16(bytes.lo, 8), _mm256_srli_epi16(bytes.hi, 8)};
-#endif
-}
-// Between two of these a compiler has sums ready one by one, and no registers full of products to be added.
-PYSPEC_INLINE void keep_in_registers(I16& a) {
-#if PYSPEC_HAS_AVX512
-  asm("" : "+v"(a.v));
-#else
-  asm("" : "+x"(a.lo), "+x"(a.hi));
-#endif
-}
-// 32 signed bytes likewise: those of even places first, then the others.
+// 32 signed bytes as numbers of 16 bits: those of even places first, then the others.
 PYSPEC_INLINE void split_signed_bytes(const int8_t* bytes, void* halves) {
   __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
   __m256i* to = static_cast<__m256i*>(halves);
