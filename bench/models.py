@@ -1,6 +1,7 @@
 """Models in the bits of their files: steps, verifies, prompts and loading, beside llama.cpp on the same file.
 
-    python bench/models.py              tables, bench/results/models_cpu.json; about 15 minutes
+    python bench/models.py              tables, bench/results/models_cpu.json; about 8 minutes
+    python bench/models.py --only NAME  some of the files, about a minute each; their rows in the results are replaced
 
 Random weights in the shapes of real models, quantised by llama.cpp, the demo model, and files that --file names. Both
 run in one process, in turn. The floor is the bytes of all weights that a step reads over the read bandwidth.
@@ -23,6 +24,7 @@ from model_files import FORMATS, SHAPES, random_file
 import pyspec
 from pyspec import measure
 from pyspec.checkpoints.sources import demo_file
+from pyspec.measure.results import RESULTS
 from pyspec.tree import DraftTree
 
 CONTEXT = 100  # tokens before a step
@@ -30,6 +32,7 @@ NODES = 8
 PROMPT = 512  # tokens
 PROMPT_SHARE = 4  # one prompt for so many steps
 GOALS = {"plain": 1.2, "verify": 1.7, "prompt": 1.0}  # llama.cpp's time over ours, at least
+RESULT = RESULTS / "models_cpu.json"
 MOST_SECONDS, MOST_OVER_FLOOR, MOST_OVER_PLAIN = 4.0, 1.2, 1.6  # of loading, of a step, of a verify with VNNI
 
 
@@ -117,9 +120,11 @@ def main() -> None:
         rows.append(row)
         show(rows[-1:])
     show(rows)
-    if not options.only:
-        result = {"machine": measure.machine(), "context": CONTEXT, "nodes": NODES, "prompt": PROMPT, "rows": rows}
-        print(measure.save("models_cpu", result))
+    if options.only:
+        new = {row["model"]: row for row in rows}
+        rows = [new.pop(row["model"], row) for row in json.loads(RESULT.read_text())["rows"]] + list(new.values())
+    result = {"machine": measure.machine(), "context": CONTEXT, "nodes": NODES, "prompt": PROMPT, "rows": rows}
+    print(measure.save("models_cpu", result))
 
 
 if __name__ == "__main__":

@@ -57,9 +57,8 @@ struct PromptTiles {
   }
 };
 
-// Whether every node's ancestors are all nodes before it.
-inline bool is_chain(const int32_t* ancestor_bits, int64_t nodes) {
-  const int64_t words = ceil_div(nodes, 32);
+// Whether every node's ancestors, by bits [nodes, words], are all nodes before it.
+inline bool is_chain(const int32_t* ancestor_bits, int64_t nodes, int64_t words) {
   for (int64_t node = 0; node < nodes; ++node) {
     for (int64_t word = 0; word < words; ++word) {
       const int64_t count = std::clamp<int64_t>(node + 1 - 32 * word, 0, 32);

@@ -127,7 +127,7 @@ class QuantisedAttention : public Launch {
     Quantised blocks;
     std::vector<TreeAttentionParams> exact;
     MergeAttentionParams merge;
-    std::vector<int32_t> records, oldest, parts, lens, bits;
+    std::vector<int32_t> records, oldest, parts, lens;
   };
 
   static int64_t aligned(int64_t floats) { return ceil_div(floats, 16) * 16; }
@@ -165,10 +165,6 @@ class QuantisedAttention : public Launch {
     blocks.most_seen = *std::max_element(tree.records.begin(), tree.records.end());
     most_ = std::max(most_, workspace_(blocks));
 
-    const int64_t words = ceil_div(nodes, 32);
-    tree.bits.resize(nodes * words);
-    for (int64_t node = 0; node < nodes; ++node)
-      std::copy_n(p_.ancestor_bits + (first + node) * p_.words, words, &tree.bits[node * words]);
     tree.lens.resize(most + 1);
     most_parts_ = std::max<int64_t>(most_parts_, most + 1);
     for (int32_t part = 0; part <= most; ++part) {
@@ -178,7 +174,7 @@ class QuantisedAttention : public Launch {
       p.q = blocks.q, p.nodes = nodes, p.window = p_.window;
       p.k = static_cast<const char*>(p.k) + (sequence * p.k_strides[0] + past * p.k_strides[2]) * bytes;
       p.v = static_cast<const char*>(p.v) + (sequence * p.v_strides[0] + past * p.v_strides[2]) * bytes;
-      p.page = p_.slots - past, p.ancestor_bits = tree.bits.data();
+      p.page = p_.slots - past, p.ancestor_bits = p_.ancestor_bits + first * p_.words, p.words = p_.words;
       p.prefix_lens = &tree.lens[part], p.longest_prefix = tree.lens[part];
       most_ = std::max(most_, workspace_floats(p));
       tree.exact.push_back(p);

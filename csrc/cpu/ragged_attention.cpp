@@ -1,8 +1,5 @@
 // Attention of ragged rows: each sequence's tree by tree_attention, a long piece of a prompt by
 // block_masked_attention, where its rows share tiles. Both give a row the same bits.
-#include <cstring>
-#include <deque>
-
 #include "params/tree_attention.h"
 #include "prompt_tiles.h"
 #include "tape.h"
@@ -41,14 +38,14 @@ class RaggedAttention : public pyspec::Launch {
   }
 
   int64_t prepare() override {
-    trees_.clear(), prompts_.clear(), tiles_.clear(), bits_.clear();
+    trees_.clear(), prompts_.clear(), tiles_.clear();
     int64_t most = 0;
     for (int64_t sequence = 0; sequence < p_.sequences; ++sequence) {
       const int64_t first = p_.starts[sequence], nodes = p_.starts[sequence + 1] - first;
       const int64_t prefix = p_.prefix_lens[sequence];
       if (nodes == 0) continue;
-      const int32_t* bits = bits_of(first, nodes);
-      if (nodes > pyspec::kTile && pyspec::is_chain(bits, nodes)) {
+      const int32_t* bits = p_.ancestor_bits + first * p_.words;
+      if (nodes > pyspec::kTile && pyspec::is_chain(bits, nodes, p_.words)) {
         tiles_.emplace_back(nodes, prefix, p_.all.window, p_.all.chunked);
         BlockMaskedAttentionParams p{};
         set(p, sequence, first);
@@ -59,7 +56,8 @@ class RaggedAttention : public pyspec::Launch {
         TreeAttentionParams p{};
         set(p, sequence, first);
         p.nodes = nodes, p.page = p_.slots, p.window = p_.all.window, p.chunked = p_.all.chunked;
-        p.ancestor_bits = bits, p.prefix_lens = p_.prefix_lens + sequence, p.longest_prefix = prefix;
+        p.ancestor_bits = bits, p.words = p_.words, p.prefix_lens = p_.prefix_lens + sequence,
+        p.longest_prefix = prefix;
         most = std::max(most, pyspec::workspace_floats(p));
         trees_.push_back(p);
       }
@@ -100,24 +98,12 @@ class RaggedAttention : public pyspec::Launch {
 
   int64_t lse_floats() const { return pyspec::ceil_div(p_.all.nodes * p_.all.heads, 16) * 16; }
 
-  // [nodes, ceil(nodes / 32)] of a tree, contiguous.
-  const int32_t* bits_of(int64_t first, int64_t nodes) {
-    const int32_t* rows = p_.ancestor_bits + first * p_.words;
-    const int64_t words = pyspec::ceil_div(nodes, 32);
-    if (words == p_.words) return rows;
-    auto& copy = bits_.emplace_back(nodes * words);
-    for (int64_t node = 0; node < nodes; ++node)
-      std::memcpy(&copy[node * words], rows + node * p_.words, words * sizeof(int32_t));
-    return copy.data();
-  }
-
   RaggedAttentionParams p_;
   void (*by_tree_)(const TreeAttentionParams&);
   void (*by_tile_)(const BlockMaskedAttentionParams&);
   std::vector<TreeAttentionParams> trees_;
   std::vector<BlockMaskedAttentionParams> prompts_;
   std::vector<pyspec::PromptTiles> tiles_;
-  std::deque<std::vector<int32_t>> bits_;
 };
 
 // What the lengths and bits name must be inside of the cache and of the trees: checked here because they are
@@ -140,10 +126,8 @@ void check_trees(const RaggedAttentionParams& p) {
         if (bits[word]) reach = std::max<int64_t>(reach, word * 32 + 32 - __builtin_clz(bits[word]));
       }
     }
-    STD_TORCH_CHECK(reach <= nodes, "ancestor_bits of tree ", sequence, " name node ", reach - 1, " of ",
-                    nodes);
     STD_TORCH_CHECK(prefix >= 0 && prefix + reach <= p.slots, "prefix_lens[", sequence, "] is ", prefix,
-                    " and the tree has ", reach, " nodes, but k has only ", p.slots, " slots");
+                    " and ancestor_bits name node ", reach - 1, ", but k has only ", p.slots, " slots");
   }
 }
 

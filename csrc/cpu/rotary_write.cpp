@@ -64,10 +64,11 @@ Tensor rotary_write(const Tensor& qkv, const Tensor& cos_sin, const Tensor& posi
                       positions.scalar_type() == int32 && sequences.scalar_type() == int32 &&
                       slots.scalar_type() == int32,
                   "positions, sequences and slots must be int32 [rows]");
-  Tensor rows = pyspec::contiguous(qkv, "qkv"), at = pyspec::contiguous(positions, "positions");
+  Tensor rows = qkv.stride(1) == 1 ? qkv : pyspec::contiguous(qkv, "qkv");
+  Tensor at = pyspec::contiguous(positions, "positions");
   Tensor of = pyspec::contiguous(sequences, "sequences"), to = pyspec::contiguous(slots, "slots");
   Tensor q = pyspec::new_tensor({p.rows, heads, p.head_dim}, keys.scalar_type());
-  p.qkv = static_cast<const float*>(rows.data_ptr()),
+  p.qkv = static_cast<const float*>(rows.data_ptr()), p.qkv_stride = rows.stride(0);
   p.cos_sin = static_cast<const float*>(cos_sin.data_ptr());
   p.positions = static_cast<const int32_t*>(at.data_ptr());
   p.sequences = static_cast<const int32_t*>(of.data_ptr()),

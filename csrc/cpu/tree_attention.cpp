@@ -10,7 +10,7 @@ PYSPEC_KERNEL_TABLE(pyspec_tree_attention, pyspec::TreeAttentionParams);
 
 // Every slot that the kernel will read must be inside k: checked here because the lengths are data.
 void check_reach(const pyspec::TreeAttentionParams& p, int64_t pages, int64_t slots) {
-  int64_t words = (p.nodes + 31) / 32;
+  const int64_t words = p.words;
   for (int64_t b = 0; b < p.batch; ++b) {
     const int32_t* bits = p.ancestor_bits + b * p.nodes * words;
     int64_t reach = 0;  // 1 + the largest node that any row names
@@ -21,9 +21,8 @@ void check_reach(const pyspec::TreeAttentionParams& p, int64_t pages, int64_t sl
     }
     int64_t n = p.prefix_lens[b];
     STD_TORCH_CHECK(n >= 0, "prefix_lens[", b, "] must not be negative, got ", n);
-    STD_TORCH_CHECK(reach <= p.nodes, "ancestor_bits[", b, "] names node ", reach - 1, " of ", p.nodes);
-    STD_TORCH_CHECK(n + reach <= slots, "prefix_lens[", b, "] is ", n, " and the tree has ", reach,
-                    " nodes, but k has only ", slots, " slots");
+    STD_TORCH_CHECK(n + reach <= slots, "prefix_lens[", b, "] is ", n, " and ancestor_bits name node ",
+                    reach - 1, ", but k has only ", slots, " slots");
     if (!p.block_table) continue;
     for (int64_t page = 0; page * p.page < n + reach; ++page) {
       int64_t index = p.block_table[b * p.block_table_stride + page];
@@ -58,8 +57,9 @@ std::tuple<Tensor, Tensor> tree_attention(const Tensor& q, const Tensor& k, cons
                   "q, k and v must have a contiguous last dimension");
   STD_TORCH_CHECK(ancestor_bits.scalar_type() == int32 && ancestor_bits.dim() == 3 &&
                       ancestor_bits.size(0) == p.batch && ancestor_bits.size(1) == p.nodes &&
-                      ancestor_bits.size(2) == (p.nodes + 31) / 32,
-                  "ancestor_bits must be int32 [batch, nodes, ceil(nodes / 32)]");
+                      ancestor_bits.size(2) >= (p.nodes + 31) / 32,
+                  "ancestor_bits must be int32 [batch, nodes, at least ceil(nodes / 32)]");
+  p.words = ancestor_bits.size(2);
   STD_TORCH_CHECK(
       prefix_lens.scalar_type() == int32 && prefix_lens.dim() == 1 && prefix_lens.size(0) == p.batch,
       "prefix_lens must be int32 [batch]");

@@ -51,6 +51,7 @@ int main() {
   p.q = q.data(), p.k = k.data(), p.v = v.data(), p.out = out.data(), p.lse = lse.data();
   p.ancestor_bits = ancestor_bits, p.prefix_lens = prefix_lens;
   p.batch = 1, p.heads = kHeads, p.kv_heads = kKvHeads, p.nodes = kNodes, p.head_dim = kHeadDim;
+  p.words = 1;
   const int64_t rows[3] = {kHeads * kNodes * kHeadDim, kNodes * kHeadDim, kHeadDim};
   const int64_t keys[3] = {kKvHeads * kSlots * kHeadDim, kSlots * kHeadDim, kHeadDim};
   for (int i = 0; i < 3; ++i) {

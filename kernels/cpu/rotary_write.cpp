@@ -61,7 +61,7 @@ void turn(const RotaryWriteParams& p, const float* head, int64_t count, const fl
 template <class Storage>
 void write_row(const RotaryWriteParams& p, int64_t row) {
   int64_t d = p.head_dim;
-  const float* head = p.qkv + row * (p.heads + 2 * p.kv_heads) * d;
+  const float* head = p.qkv + row * p.qkv_stride;
   const float* cos_sin = p.cos_sin + p.positions[row] * p.width;
   float factor = p.query_scales ? p.query_scales[p.positions[row]] : 1.0f;
   turn(p, head, p.heads, p.norm, cos_sin, factor, static_cast<Storage*>(p.q) + row * p.heads * d, d);

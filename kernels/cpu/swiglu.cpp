@@ -1,7 +1,7 @@
 // swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
 // 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Clamped, the gate
-// is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. Bound by exp2; an item is a
-// piece of a row, so that a single row keeps all threads busy.
+// is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. For sigmoid 1 is in the place
+// of the gate. Bound by exp2; an item is a piece of a row, so that a single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"
@@ -9,6 +9,7 @@
 namespace {
 
 using pyspec::Activation;
+using pyspec::Element;
 using pyspec::SwigluParams;
 
 constexpr int64_t kPiece = 512;
@@ -17,6 +18,7 @@ constexpr int64_t kPiece = 512;
 template <Activation kActivation>
 PYSPEC_INLINE F16 product(F16 gate, F16 up) {
   if (kActivation == Activation::kSilu) return mul(silu(gate), up);
+  if (kActivation == Activation::kSigmoid) return sigmoid_product(up, gate);
   if (kActivation == Activation::kClamped) {
     gate = min(set1(7.0f), gate), up = min(set1(7.0f), max(set1(-7.0f), up));
     return mul(sigmoid_product(gate, mul(gate, set1(1.702f))), add(up, set1(1.0f)));
@@ -25,25 +27,36 @@ PYSPEC_INLINE F16 product(F16 gate, F16 up) {
   return mul(sigmoid_product(gate, mul(cubic, set1(1.59576912f))), up);
 }
 
-template <class Out, Activation kActivation>
+template <class Up, class Out, Activation kActivation>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
-  const float *gate = p.gate + row * p.stride, *up = p.up + row * p.stride;
+  const float* gate = p.gate + row * p.gate_stride;
+  const Up* up = static_cast<const Up*>(p.up) + row * p.up_stride;
   Out* out = static_cast<Out*>(p.out) + row * p.size;
   int64_t end = first + kPiece < p.size ? first + kPiece : p.size, i = first;
-  for (; i + 16 <= end; i += 16) store_as(out + i, product<kActivation>(load(gate + i), load(up + i)));
+  for (; i + 16 <= end; i += 16)
+    store_as(out + i, product<kActivation>(load(gate + i), load_as_float(up + i)));
   if (i == end) return;
-  float gates[16] = {}, ups[16] = {};
+  float gates[16] = {};
+  Up ups[16] = {};
   std::memcpy(gates, gate + i, (end - i) * sizeof(float));
-  std::memcpy(ups, up + i, (end - i) * sizeof(float));
-  store(gates, product<kActivation>(load(gates), load(ups)));
+  std::memcpy(ups, up + i, (end - i) * sizeof(Up));
+  store(gates, product<kActivation>(load(gates), load_as_float(ups)));
   for (int64_t j = 0; i + j < end; ++j) from_float(gates[j], out + i + j);
 }
 
-template <class Out>
+template <class Up, class Out>
 void piece(const SwigluParams& p, int64_t row, int64_t first) {
-  if (p.activation == Activation::kSilu) piece<Out, Activation::kSilu>(p, row, first);
-  if (p.activation == Activation::kGeluTanh) piece<Out, Activation::kGeluTanh>(p, row, first);
-  if (p.activation == Activation::kClamped) piece<Out, Activation::kClamped>(p, row, first);
+  if (p.activation == Activation::kSilu) piece<Up, Out, Activation::kSilu>(p, row, first);
+  if (p.activation == Activation::kGeluTanh) piece<Up, Out, Activation::kGeluTanh>(p, row, first);
+  if (p.activation == Activation::kClamped) piece<Up, Out, Activation::kClamped>(p, row, first);
+  if (p.activation == Activation::kSigmoid) piece<Up, Out, Activation::kSigmoid>(p, row, first);
+}
+
+template <class Up>
+void piece(const SwigluParams& p, int64_t row, int64_t first) {
+  if (p.out_element == Element::kFloat32) piece<Up, float>(p, row, first);
+  if (p.out_element == Element::kFloat16) piece<Up, Float16>(p, row, first);
+  if (p.out_element == Element::kBFloat16) piece<Up, BFloat16>(p, row, first);
 }
 
 }  // namespace
@@ -52,9 +65,9 @@ extern "C" void PYSPEC_ENTRY(pyspec_swiglu)(const SwigluParams& p) {
   int64_t pieces = (p.size + kPiece - 1) / kPiece;
   auto item = [&](int64_t index) {
     int64_t row = index / pieces, first = index % pieces * kPiece;
-    if (p.out_element == pyspec::Element::kFloat32) piece<float>(p, row, first);
-    if (p.out_element == pyspec::Element::kFloat16) piece<Float16>(p, row, first);
-    if (p.out_element == pyspec::Element::kBFloat16) piece<BFloat16>(p, row, first);
+    if (p.up_element == Element::kFloat32) piece<float>(p, row, first);
+    if (p.up_element == Element::kFloat16) piece<Float16>(p, row, first);
+    if (p.up_element == Element::kBFloat16) piece<BFloat16>(p, row, first);
   };
   pyspec::parallel(p.parallel_for, p.rows * pieces, item);
 }

@@ -69,12 +69,11 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     return static_cast<const Storage*>(base) + page * strides[0] + h * strides[1] + within * strides[2];
   }
   const uint32_t* bits(int64_t b, int64_t node) const {
-    int64_t words = (p.nodes + 31) / 32;
-    return reinterpret_cast<const uint32_t*>(p.ancestor_bits) + (b * p.nodes + node) * words;
+    return reinterpret_cast<const uint32_t*>(p.ancestor_bits) + (b * p.nodes + node) * p.words;
   }
   int64_t depth(int64_t b, int64_t node) const {  // -1 for padding
     int64_t ancestors = 0;
-    for (int64_t w = 0; w < (p.nodes + 31) / 32; ++w) ancestors += __builtin_popcount(bits(b, node)[w]);
+    for (int64_t w = 0; w < p.words; ++w) ancestors += __builtin_popcount(bits(b, node)[w]);
     return ancestors - 1;
   }
 
@@ -194,8 +193,8 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     for (int64_t tile = first; tile < end; ++tile) {
       if ((tile + 1) * kTile <= earliest) continue;
       Tile keys = prefix_tile(s, b, h, tile, earliest);
-      // Every depth is below the number of nodes, so a tile past that is inside every window.
-      if (p.window && visible_from(b, p.nodes) > tile * kTile) {
+      // Every depth is below the number of bits, so a tile past that is inside every window.
+      if (p.window && visible_from(b, 32 * p.words) > tile * kTile) {
         for (int64_t block = 0; block < layout.blocks; ++block) {
           Visible visible = lane_windows(s, b, block, tile);
           if (!visible.words) continue;

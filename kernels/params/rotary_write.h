@@ -6,7 +6,7 @@
 namespace pyspec {
 
 struct RotaryWriteParams {
-  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim], contiguous: queries, keys, values
+  const float* qkv;      // [rows, (heads + 2 kv_heads) * head_dim]: queries, keys, values
   const float* cos_sin;  // [positions, 2, width / 2], contiguous: cosines, then sines
   const float* norm;  // [norm_rows, head_dim], contiguous, or null: weights of queries' norms, then of keys'
   const float* query_scales;  // [positions], contiguous, or null: what turned queries are multiplied by
@@ -17,7 +17,7 @@ struct RotaryWriteParams {
   void* k;                    // [batch, kv_heads, slots, head_dim]
   void* v;                    // like k
 
-  int64_t k_strides[3], v_strides[3];  // in elements; the last dimension is contiguous
+  int64_t qkv_stride, k_strides[3], v_strides[3];  // in elements; the last dimension is contiguous
   int64_t rows, heads, kv_heads, head_dim;
   int64_t width;      // of a head's dimensions, the first that are turned
   int64_t norm_rows;  // 2: each head is normalised by itself; heads + kv_heads: all of a row together

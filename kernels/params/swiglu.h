@@ -5,16 +5,16 @@
 
 namespace pyspec {
 
-enum class Activation : int64_t { kSilu, kGeluTanh, kClamped };
+enum class Activation : int64_t { kSilu, kGeluTanh, kClamped, kSigmoid };
 
 struct SwigluParams {
   const float* gate;  // [rows, size]
-  const float* up;    // [rows, size]
+  const void* up;     // [rows, size]
   void* out;          // [rows, size], contiguous
   int64_t rows, size;
-  int64_t stride;  // of rows of gate and of up, in elements
+  int64_t gate_stride, up_stride;  // of rows, in elements
   Activation activation;
-  Element out_element;
+  Element up_element, out_element;
   ParallelFor parallel_for;
 };
 

@@ -9,7 +9,7 @@ struct TreeAttentionParams {
   const void* q;  // [batch, heads, nodes, head_dim]
   const void* k;  // [batch, kv_heads, slots, head_dim], or pages [pages, kv_heads, page, head_dim]
   const void* v;  // like k
-  const int32_t* ancestor_bits;  // [batch, nodes, ceil(nodes / 32)], contiguous
+  const int32_t* ancestor_bits;  // [batch, nodes, words], contiguous; may name nodes that are not among these
   const int32_t* prefix_lens;    // [batch]
   const int32_t* block_table;    // [batch, pages of a sequence], contiguous, or null
   const float* sinks;            // [heads], scores of a key without a value, or null
@@ -20,6 +20,7 @@ struct TreeAttentionParams {
   // In elements; the last dimension is contiguous.
   int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
   int64_t batch, heads, kv_heads, nodes, head_dim;
+  int64_t words;               // of a node's ancestor bits
   int64_t page;                // slots of a page; without a block table, all slots
   int64_t block_table_stride;  // pages of a sequence
   int64_t longest_prefix;      // largest of prefix_lens

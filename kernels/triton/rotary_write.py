@@ -33,7 +33,7 @@ def _scale_of(first, count, epsilon):
 @triton.jit
 def rotary_write_kernel(
     # Pointers
-    qkv,  # [rows, HEADS + 2 KV_HEADS, HEAD_DIM]
+    qkv,  # [rows, (HEADS + 2 KV_HEADS) * HEAD_DIM]
     cos_sin,  # [positions, 2, WIDTH / 2]
     norm,  # [2 or HEADS + KV_HEADS, HEAD_DIM], weights of queries' norms, then of keys'; or None
     query_scales,  # [positions] or None: what turned queries are multiplied by
@@ -44,6 +44,7 @@ def rotary_write_kernel(
     keys,  # [sequences, KV_HEADS, slots, HEAD_DIM], written
     values,  # like keys, written
     # Strides
+    stride_qkv,
     stride_k_sequence,
     stride_k_head,
     stride_k_slot,
@@ -68,13 +69,13 @@ def rotary_write_kernel(
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     used = dims < HALF
-    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + dims
+    source = qkv + row * stride_qkv + head * HEAD_DIM + dims
     x = tl.load(source, mask=used)
     y = tl.load(source + HALF, mask=used)
     if REST:
         behind = tl.arange(0, REST)
         is_behind = behind < HEAD_DIM - WIDTH
-        rest_source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM + WIDTH + behind
+        rest_source = qkv + row * stride_qkv + head * HEAD_DIM + WIDTH + behind
         rest = tl.load(rest_source, mask=is_behind)
     if norm is not None:
         if head < HEADS + KV_HEADS:
@@ -83,14 +84,14 @@ def rotary_write_kernel(
             if IS_WHOLE:
                 first, count = tl.where(is_query, 0, HEADS), tl.where(is_query, HEADS, KV_HEADS)
                 weight = norm + head * HEAD_DIM
-            scale = _scale_of(qkv + (row * (HEADS + 2 * KV_HEADS) + first) * HEAD_DIM, count * HEAD_DIM, epsilon)
+            scale = _scale_of(qkv + row * stride_qkv + first * HEAD_DIM, count * HEAD_DIM, epsilon)
             x *= scale * tl.load(weight + dims, mask=used)
             y *= scale * tl.load(weight + HALF + dims, mask=used)
             if REST:
                 rest *= scale * tl.load(weight + WIDTH + behind, mask=is_behind)
     if NORMS_VALUES:
         if head >= HEADS + KV_HEADS:
-            scale = _scale_of(qkv + (row * (HEADS + 2 * KV_HEADS) + head) * HEAD_DIM, HEAD_DIM, epsilon)
+            scale = _scale_of(qkv + row * stride_qkv + head * HEAD_DIM, HEAD_DIM, epsilon)
             x *= scale
             y *= scale
             if REST:
@@ -143,9 +144,10 @@ def rotary_write(
     q = keys.new_empty((rows, heads, head_dim))
     if rows:
         width, norm = 2 * cos_sin.shape[2], None if norm is None else norm.contiguous()
-        inputs = [qkv.contiguous(), cos_sin, norm, query_scales]
+        qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
+        inputs = [qkv, cos_sin, norm, query_scales]
         inputs += [*(tensor.contiguous() for tensor in (positions, sequences, slots))]
-        strides = (*keys.stride()[:3], *values.stride()[:3])
+        strides = (qkv.stride(0), *keys.stride()[:3], *values.stride()[:3])
         constants = {"HEADS": heads, "KV_HEADS": kv_heads, "HEAD_DIM": head_dim}
         constants |= {"WIDTH": width, "IS_WHOLE": norm is not None and len(norm) > 2}
         constants["NORMS_VALUES"] = norm_values

@@ -7,11 +7,14 @@ pass to an op outlives the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pyspec.ops.causal_conv import causal_conv
-from pyspec.ops.expert_linear import expert_linear
+from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts, expert_linear
+from pyspec.ops.gated_delta import gated_delta
 from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.ops.rotary_write import rotary_write
@@ -19,7 +22,7 @@ from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "experts", "feed_forward", "mamba", "mamba2", "tap"]
+__all__ = ["attention", "expert_gates", "experts", "feed_forward", "gated_delta_net", "mamba", "mamba2", "tap"]
 
 
 def tap(hidden: Tensor) -> Tensor:
@@ -37,6 +40,8 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
     """
     projected = _project(x, layer.qkv, layer.qkv_bias)
+    if config.is_gated:
+        gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
     if not layer.has_keys:
@@ -50,8 +55,10 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         scores["chunked"] = True
     if layer.sinks is not None:
         scores["sinks"] = layer.sinks
-    mixed = cache.attend(index, q, numbers, config.windows[index], **scores)
-    return _project(mixed.flatten(1), layer.output, layer.output_bias)
+    mixed = cache.attend(index, q, numbers, config.windows[index], **scores).flatten(1)
+    if config.is_gated:
+        mixed = swiglu(gates, up=mixed, activation="sigmoid", out_dtype=x.dtype)
+    return _project(mixed, layer.output, layer.output_bias)
 
 
 def feed_forward(x: Tensor, gate_up: LinearWeight, down: LinearWeight, activation: str = "silu") -> Tensor:
@@ -68,14 +75,31 @@ def experts(x: Tensor, layer, config) -> Tensor:
     """
     logits = _project(x, layer.router, layer.router_bias)
     gates, ids = route_experts(logits, config.experts_per_token, renormalise=config.renormalise)
-    inner = expert_linear(x, ids, layer.gate_up, layer.gate_up_bias, out_dtype=torch.float32)
-    inner = swiglu(inner, activation=config.activation, out_dtype=x.dtype)
+    gate, up = expert_gates(x, ids, layer.gate_up, layer.gate_up_biases)
+    inner = swiglu(gate, up=up, activation=config.activation, out_dtype=x.dtype)
     values = expert_linear(inner, ids.view(-1, 1), layer.down, layer.down_bias, out_dtype=torch.float32)
     if not config.shared_size:
         return mix_experts(values, gates)
     shared = feed_forward(x, layer.shared_gate_up, layer.shared_down, config.activation)
     shared_gates, _ = route_experts(_project(x, layer.shared_router), 1, sigmoid=True)
     return mix_experts(values, gates, shared, shared_gates)
+
+
+def expert_gates(
+    x: Tensor, ids: Tensor, gate_up: ExpertWeight | JoinedExperts, bias: Tensor | Sequence[Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gates and ups of the experts that rows chose, as swiglu takes them: joined and None, or apart.
+
+    They are apart where their formats differ; so are their biases then.
+    """
+    if not isinstance(gate_up, JoinedExperts):
+        return expert_linear(x, ids, gate_up, bias, out_dtype=torch.float32), None
+    biases = (None, None) if bias is None else bias
+    gate, up = (
+        expert_linear(x, ids, weight, own, out_dtype=torch.float32)
+        for weight, own in zip(gate_up.split(), biases, strict=True)
+    )
+    return gate, up
 
 
 def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:
@@ -100,6 +124,29 @@ def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: fl
     group = mixer["gate_norm"].shape[1]
     y = rms_norm(y.view(-1, group), mixer["gate_norm"], epsilon, out_dtype=x.dtype).view(-1, channels)
     return _project(y, mixer["out_proj"], mixer["out_bias"])
+
+
+def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) -> Tensor:
+    """A gated delta net, whose state is changed in place:
+
+        q|k|v, z, beta, decay = in_proj(x);  q|k|v = conv(q|k|v);  out_proj(head norm(recurrence(q, k, v)) silu(z))
+
+    Args:
+        layer: see architectures.delta_net.DeltaLayer.
+        config: has the recurrence's shape, an architectures.delta_net.DeltaShape, as `recurrence`.
+        state: of the layer, see StateCache.layer.
+        round: the trees, a pyspec.ops.selective_state.Round.
+    """
+    memory, window, record, conv_record = state
+    shape = config.recurrence
+    parts = [shape.conv_channels, shape.channels, shape.heads, shape.heads]
+    inner, z, beta, decay = _project(x, layer.in_proj).split(parts, 1)
+    inner = causal_conv(window, conv_record, inner, layer.conv_weight, None, round)
+    q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
+    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength}
+    y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
+    y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, config.norm_epsilon)
+    return _project(swiglu(z, up=y.view(-1, shape.channels), out_dtype=x.dtype), layer.out_proj)
 
 
 def mamba(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round) -> Tensor:

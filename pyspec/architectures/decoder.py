@@ -42,6 +42,7 @@ class DecoderConfig(LlamaConfig):
         norm_bias: whether norms have biases.
         is_parallel: whether attention and feed forward take in the same normed rows.
         has_sinks: whether each head has a sink, see tree_attention.
+        is_gated: whether what attention gives is multiplied by sigmoids of gates, which the rows of queries bring.
     """
 
     activation: str = "silu"
@@ -60,6 +61,7 @@ class DecoderConfig(LlamaConfig):
     norm_bias: bool = False
     is_parallel: bool = False
     has_sinks: bool = False
+    is_gated: bool = False
 
     def __post_init__(self):
         super().__post_init__()

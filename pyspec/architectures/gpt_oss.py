@@ -23,6 +23,7 @@ from pyspec.architectures.mixture import GGUF_EXPERTS, MixtureConfig, MixtureLay
 from pyspec.architectures.shapes import DEFAULTS, read_gguf_shape, read_kinds
 from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
+from pyspec.ops.expert_linear import JoinedExperts
 from pyspec.ops.lay_out import StoredCodes, StoredMatrix, stored_floats
 from pyspec.runners.attention import AttentionRunner
 
@@ -55,6 +56,12 @@ class GptOssLayer(MixtureLayer):
             "gate_up_bias": blank.vector(config.experts, 2 * config.expert_size),
             "down_bias": blank.vector(config.experts, config.hidden_size),
         }
+
+    def prepare(self, config: GptOssConfig) -> None:
+        super().prepare(config)
+        self.gate_up_biases = self.gate_up_bias
+        if isinstance(self.gate_up, JoinedExperts):
+            self.gate_up_biases = [half.contiguous() for half in self.gate_up_bias.split(config.expert_size, 1)]
 
     def named(self, config: GptOssConfig, prefix: str) -> dict[str, Tensor]:
         gate, up = self.gate_up_bias.split(config.expert_size, 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ from pyspec.runners.attention import AttentionRunner
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["LayerWeights", "LlamaConfig", "LlamaWeights", "read_qwen_windows"]
+__all__ = ["DecoderLayer", "LayerWeights", "LlamaConfig", "LlamaWeights", "Scales", "read_qwen_windows", "scale_of"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LlamaConfig:
     norm_offset = 0.0
     embedding_scale = logits_scale = 1.0
     logits_softcap = attention_scale = attention_softcap = rope_width = None
-    centred = norm_bias = is_parallel = has_sinks = norms_values = False
+    centred = norm_bias = is_parallel = has_sinks = norms_values = is_gated = False
     is_chunked = False  # whether windows begin at multiples of their length instead of sliding
     layer_heads = None  # of each layer, key heads and their width, where layers differ
     key_layers = None  # of each layer, the one whose keys it reads, where that is not always its own
@@ -81,7 +82,12 @@ class LlamaConfig:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
-    def empty_layers(self, blank: Blank) -> list[LayerWeights]:
+    @property
+    def places(self) -> Sequence[int]:
+        """Of each layer, its place among those that have the same kind of cache."""
+        return range(self.layers)
+
+    def empty_layers(self, blank: Blank) -> list[DecoderLayer]:
         return [LayerWeights.empty(self, blank) for _ in range(self.layers)]
 
     def rope_frequencies(self) -> Tensor:
@@ -108,35 +114,88 @@ class LlamaConfig:
 
 
 @dataclass
-class LayerWeights(NativeLayer):
-    """One layer. Queries, keys and values are one matrix, and so are gate and up; `lay_out` lays out the matrices.
+class DecoderLayer(NativeLayer):
+    """What all layers have beside what mixes rows, which is `mix`: norms and a feed-forward part, whose gate and up are
+    one matrix.
 
     A part of a layer, attention or feed_forward, may norm what it takes in, what it gives (attention_output,
     feed_forward_output), or both. After `prepare`, `scales` has what rms_norm multiplies by, None where there is no
-    such norm, and `head_scales` what rotary_write does.
+    such norm.
     """
 
-    MATRICES = ("qkv", "output", "gate_up", "down")
-    has_keys = True  # else a layer reads those of another, and qkv is of queries alone
+    MATRICES = ("gate_up", "down")
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     norm_biases: dict[str, Tensor]  # by the same names; or none
+    gate_up: Matrix  # [2 * intermediate, hidden]
+    down: Matrix  # [hidden, intermediate]
+
+    @classmethod
+    def empty_parts(cls, config: LlamaConfig, blank: Blank) -> dict[str, Any]:
+        """The fields that all layers have."""
+        return {
+            "norms": {name: blank.vector(config.hidden_size) for name in config.norm_names},
+            "norm_biases": {name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
+        } | cls.empty_feed_forward(config, blank)
+
+    @classmethod
+    def empty_feed_forward(cls, config: LlamaConfig, blank: Blank) -> dict[str, Tensor]:
+        return {
+            "gate_up": blank.matrix(2 * config.intermediate_size, config.hidden_size),
+            "down": blank.matrix(config.hidden_size, config.intermediate_size),
+        }
+
+    def named_norms(self, config: LlamaConfig) -> dict[str, Tensor]:
+        tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
+        return tensors | {f"{config.norm_names[name]}.bias": bias for name, bias in self.norm_biases.items()}
+
+    def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
+        tensors = {"down_proj": dense(self.down)}
+        if "gate_up" in config.fused:
+            return tensors | {"gate_up_proj": dense(self.gate_up)}
+        gate, up = dense(self.gate_up).split(config.intermediate_size)
+        return tensors | {"gate_proj": gate, "up_proj": up}
+
+    def mix(self, x: Tensor, config: LlamaConfig, cache, place: int, numbers) -> Tensor:
+        """[R, H] fp32: what the layer adds to normed rows x [R, H]; place: see LlamaConfig.places."""
+        raise NotImplementedError  # abstract: attention, or a recurrence
+
+    def feed_forward(self, x: Tensor, config: LlamaConfig) -> Tensor:
+        return feed_forward(x, self.gate_up, self.down, config.activation)
+
+    def prepare(self, config: LlamaConfig) -> None:
+        if hasattr(self, "scales"):  # another runner shares the weights
+            return
+        self.scales = Scales(**{name: scale_of(norm, config) for name, norm in self.norms.items()})
+        self.shifts = Scales(**self.norm_biases)
+        self.compute(config)
+
+    def compute(self, config: LlamaConfig) -> None:
+        """What `prepare` works out beside norms."""
+
+
+@dataclass
+class LayerWeights(DecoderLayer):
+    """A layer with attention. Queries, keys and values are one matrix, in which gates come before them where the
+    config is gated. After `prepare`, `head_scales` has what rotary_write multiplies by.
+    """
+
+    MATRICES = ("qkv", "output", *DecoderLayer.MATRICES)
+    has_keys = True  # else a layer reads those of another, and qkv is of queries alone
+
     head_norms: dict[str, Tensor]  # of queries, q_norm, and of keys, k_norm: [head_dim], or of all heads; or none
-    qkv: Matrix  # [(heads + 2 kv_heads) * head_dim, hidden]
+    qkv: Matrix  # [(gates, as many as heads, + heads + 2 kv_heads) * head_dim, hidden]
     qkv_bias: Tensor | None
     output: Matrix  # [hidden, heads * head_dim]
     output_bias: Tensor | None
-    gate_up: Matrix  # [2 * intermediate, hidden]
-    down: Matrix  # [hidden, intermediate]
     sinks: Tensor | None  # [heads]
 
     @classmethod
     def empty(cls, config: LlamaConfig, blank: Blank) -> LayerWeights:
-        qkv_rows = (config.heads + 2 * config.kv_heads * cls.has_keys) * config.head_dim
+        heads = config.heads * (1 + config.is_gated) + 2 * config.kv_heads * cls.has_keys
+        qkv_rows = heads * config.head_dim
         normed = {None: (), "head": (1, 1), "row": (config.heads, config.kv_heads)}[config.head_norm]
         return cls(
-            norms={name: blank.vector(config.hidden_size) for name in config.norm_names},
-            norm_biases={name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
             head_norms={
                 name: blank.vector(heads * config.head_dim)
                 for name, heads in zip(("q_norm", "k_norm")[: 1 + cls.has_keys], normed, strict=False)
@@ -146,21 +205,13 @@ class LayerWeights(NativeLayer):
             output=blank.matrix(config.hidden_size, config.heads * config.head_dim),
             output_bias=blank.vector(config.hidden_size) if config.output_bias else None,
             sinks=blank.vector(config.heads) if config.has_sinks else None,
-            **cls.empty_feed_forward(config, blank),
+            **cls.empty_parts(config, blank),
         )
-
-    @classmethod
-    def empty_feed_forward(cls, config: LlamaConfig, blank: Blank) -> dict[str, Tensor]:
-        return {
-            "gate_up": blank.matrix(2 * config.intermediate_size, config.hidden_size),
-            "down": blank.matrix(config.hidden_size, config.intermediate_size),
-        }
 
     def named(self, config: LlamaConfig, prefix: str) -> dict[str, Tensor]:
         kv_rows = config.kv_heads * config.head_dim
-        qkv_rows = [config.heads * config.head_dim, kv_rows, kv_rows]
-        tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        tensors |= {f"{config.norm_names[name]}.bias": bias for name, bias in self.norm_biases.items()}
+        qkv_rows = [config.heads * (1 + config.is_gated) * config.head_dim, kv_rows, kv_rows]
+        tensors = self.named_norms(config)
         if self.sinks is not None:
             tensors["self_attn.sinks"] = self.sinks
         tensors["self_attn.o_proj.weight"] = dense(self.output)
@@ -180,27 +231,15 @@ class LayerWeights(NativeLayer):
         tensors |= {f"self_attn.{name}.weight": norm for name, norm in self.head_norms.items()}
         return {prefix + name: tensor for name, tensor in tensors.items()}
 
-    def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
-        tensors = {"down_proj": dense(self.down)}
-        if "gate_up" in config.fused:
-            return tensors | {"gate_up_proj": dense(self.gate_up)}
-        gate, up = dense(self.gate_up).split(config.intermediate_size)
-        return tensors | {"gate_proj": gate, "up_proj": up}
+    def mix(self, x: Tensor, config: LlamaConfig, cache, place: int, numbers) -> Tensor:
+        return attention(x, self, config, cache, place, numbers)
 
-    def feed_forward(self, x: Tensor, config: LlamaConfig) -> Tensor:
-        return feed_forward(x, self.gate_up, self.down, config.activation)
-
-    def prepare(self, config: LlamaConfig) -> None:
-        if hasattr(self, "scales"):  # another runner shares the weights
-            return
-        self.scales = Scales(**{name: _scale(norm, config) for name, norm in self.norms.items()})
-        self.shifts = Scales(**self.norm_biases)
+    def compute(self, config: LlamaConfig) -> None:
         self.head_scales = None
         if self.head_norms:
             norms = list(self.head_norms.values())  # a key that there is none of has its norm too
-            self.head_scales = _scale(torch.cat(norms if self.has_keys else 2 * norms), config).view(
-                -1, config.head_dim
-            )
+            scales = scale_of(torch.cat(norms if self.has_keys else 2 * norms), config)
+            self.head_scales = scales.view(-1, config.head_dim)
 
 
 class Scales(NamedTuple):
@@ -212,7 +251,7 @@ class Scales(NamedTuple):
     feed_forward_output: Tensor | None = None
 
 
-def _scale(norm: Tensor, config: LlamaConfig) -> Tensor:
+def scale_of(norm: Tensor, config: LlamaConfig) -> Tensor:
     """What a norm multiplies by, where checkpoints may have that less an offset."""
     return norm + config.norm_offset if config.norm_offset else norm
 
@@ -251,7 +290,7 @@ class LlamaWeights(NativeWeights):
             x = norm(scales.attention, shifts.attention)
             if index in taps:
                 tapped.append(tap(hidden))
-            delta, delta_scale = attention(x, layer, config, cache, index, numbers), scales.attention_output
+            delta, delta_scale = layer.mix(x, config, cache, config.places[index], numbers), scales.attention_output
             if config.is_parallel:
                 rms_norm(hidden, None, config.norm_epsilon, delta=delta)
             else:
@@ -263,7 +302,7 @@ class LlamaWeights(NativeWeights):
     def prepare(self, config: LlamaConfig) -> None:
         super().prepare(config)
         if not hasattr(self, "last_scale"):
-            scale = _scale(self.norm, config)
+            scale = scale_of(self.norm, config)
             self.last_scale = scale if config.logits_scale == 1 else scale * config.logits_scale
             shift = self.norm_bias
             self.last_shift = shift if shift is None or config.logits_scale == 1 else shift * config.logits_scale

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
-from pyspec.architectures.blocks import feed_forward
+from pyspec.architectures.blocks import expert_gates, feed_forward
 from pyspec.architectures.decoder import read_decoder
 from pyspec.architectures.llama import LayerWeights, LlamaWeights
 from pyspec.architectures.mixture import (
@@ -120,8 +120,8 @@ class Llama4ExpertLayer(Llama4Layer, MixtureLayer):
 
     def feed_forward(self, x: Tensor, config: Llama4Config) -> Tensor:
         gates, ids = route_experts(linear(x, self.router, out_dtype=torch.float32), 1, sigmoid=True)
-        inner = expert_linear(x, ids, self.gate_up, out_dtype=torch.float32)
-        inner = swiglu(mix_experts(inner, gates), activation=config.activation, out_dtype=x.dtype)
+        gate, up = (part if part is None else mix_experts(part, gates) for part in expert_gates(x, ids, self.gate_up))
+        inner = swiglu(gate, up=up, activation=config.activation, out_dtype=x.dtype)
         values = expert_linear(inner, ids, self.down, out_dtype=torch.float32)
         shared = feed_forward(x, self.shared_gate_up, self.shared_down, config.activation)
         return rms_norm(shared, None, 0.0, delta=values)

@@ -101,8 +101,8 @@ class MambaLayer(StateSpaceLayer):
     def computed(self, config: MambaConfig) -> dict[str, Tensor]:
         return {"A": to_panels(-self.A_log.exp())}
 
-    def mix(self, config: MambaConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
-        return mamba(x, self.mixer, state, round)
+    def mix(self, x: Tensor, config: MambaConfig, cache, place: int, numbers) -> Tensor:
+        return mamba(x, self.mixer, cache.layer(place), numbers.round)
 
 
 # ==== config.json ====

@@ -113,8 +113,8 @@ class Mamba2Layer(StateSpaceLayer):
             "gate_norm": self.gate_norm.view(config.groups, -1),
         }
 
-    def mix(self, config: Mamba2Config, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
-        return mamba2(x, self.mixer, state, round, config.norm_epsilon)
+    def mix(self, x: Tensor, config: Mamba2Config, cache, place: int, numbers) -> Tensor:
+        return mamba2(x, self.mixer, cache.layer(place), numbers.round, config.norm_epsilon)
 
 
 # ==== config.json ====

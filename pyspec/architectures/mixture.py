@@ -14,7 +14,7 @@ from torch import Tensor
 from pyspec.architectures import Unsupported
 from pyspec.architectures.blocks import experts
 from pyspec.architectures.decoder import DecoderConfig
-from pyspec.architectures.llama import LayerWeights, LlamaWeights
+from pyspec.architectures.llama import DecoderLayer, LayerWeights, LlamaWeights
 from pyspec.architectures.shapes import GGUF_TENSORS
 from pyspec.architectures.weights import Blank, Matrix, dense, laid_out
 from pyspec.entries import Entries
@@ -27,6 +27,8 @@ __all__ = [
     "MixtureConfig",
     "MixtureLayer",
     "MixtureWeights",
+    "SharedExpertPart",
+    "SharedMixtureLayer",
     "read_choices",
     "read_gguf_choices",
 ]
@@ -96,10 +98,11 @@ def read_gguf_choices(entries: Entries) -> dict[str, int]:
 
 
 @dataclass
-class MixtureLayer(LayerWeights):
-    """A layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in fp32."""
+class ExpertPart(DecoderLayer):
+    """The feed-forward part of a layer with experts, whose matrices are [experts, outputs, inputs]; the router's is in
+    fp32."""
 
-    router_bias = gate_up_bias = down_bias = None
+    router_bias = gate_up_bias = gate_up_biases = down_bias = None  # gate_up_biases: as expert_gates takes them
 
     router: Matrix  # [experts, hidden]
 
@@ -128,10 +131,15 @@ class MixtureLayer(LayerWeights):
 
 
 @dataclass
-class SharedMixtureLayer(MixtureLayer):
-    """A layer with experts and one more, of all rows."""
+class MixtureLayer(ExpertPart, LayerWeights):
+    """A layer with attention and experts."""
 
-    MATRICES = (*LayerWeights.MATRICES, "shared_gate_up", "shared_down")
+
+@dataclass
+class SharedExpertPart(ExpertPart):
+    """The feed-forward part of a layer with experts and one more, of all rows."""
+
+    SHARED = ("shared_gate_up", "shared_down")  # matrices
 
     shared_gate_up: Matrix  # [2 * shared_size, hidden]
     shared_down: Matrix  # [hidden, shared_size]
@@ -154,6 +162,13 @@ class SharedMixtureLayer(MixtureLayer):
     def lay_out(self, dtype: torch.dtype | str) -> None:
         super().lay_out(dtype)
         self.shared_router = laid_out(self.shared_router, torch.float32)
+
+
+@dataclass
+class SharedMixtureLayer(SharedExpertPart, LayerWeights):
+    """A layer with attention, experts and one more."""
+
+    MATRICES = (*LayerWeights.MATRICES, *SharedExpertPart.SHARED)
 
 
 class MixtureWeights(LlamaWeights):

@@ -79,8 +79,8 @@ class StateSpaceLayer(NativeLayer):
         #: MIXER of this layer; what it lacks is None.
         self.mixer = {name: own[name] if name in own else getattr(self, name, None) for name in MIXER}
 
-    def mix(self, config: StateSpaceConfig, x: Tensor, state: tuple[Tensor, ...], round) -> Tensor:
-        """[R, H] fp32: what the layer adds to normed rows x [R, H]; see architectures.blocks."""
+    def mix(self, x: Tensor, config: StateSpaceConfig, cache, place: int, numbers) -> Tensor:
+        """[R, H] fp32: what the layer adds to normed rows x [R, H]; place: of the layer in the cache."""
         raise NotImplementedError  # abstract: each family has its own
 
     def computed(self, config: StateSpaceConfig) -> dict[str, Tensor]:
@@ -103,6 +103,6 @@ class StateSpaceWeights(NativeWeights):
             x = rms_norm(hidden, layer.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
             if index in taps:
                 tapped.append(tap(hidden))
-            delta = layer.mix(config, x, cache.layer(index), numbers.round)
+            delta = layer.mix(x, config, cache, index, numbers)
         normed = rms_norm(hidden, self.norm, config.norm_epsilon, delta=delta, out_dtype=dtype)
         return [normed, *tapped, *([tap(hidden)] if config.layers in taps else [])]

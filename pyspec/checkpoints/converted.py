@@ -21,7 +21,7 @@ from pyspec.architectures.weights import NativeLayer, NativeWeights
 from pyspec.checkpoints.memory import MemoryNeed, cache_bytes
 from pyspec.checkpoints.safetensors_file import DTYPES, SafetensorsFile
 from pyspec.machine.memory import available_memory
-from pyspec.ops.expert_linear import ExpertWeight
+from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts
 from pyspec.ops.linear import FORMAT_VERSION as LINEAR
 from pyspec.ops.linear import JoinedWeight, LinearWeight
 from pyspec.ops.linear_codes import FORMAT_VERSION as CODES
@@ -33,7 +33,7 @@ __all__ = ["load_converted", "save_converted"]
 
 ALIGNMENT = 64
 _CONFIGURATIONS = "pyspec.architectures."
-_WEIGHTS = {kind.__name__: kind for kind in (LinearWeight, JoinedWeight, ExpertWeight)}
+_WEIGHTS = {kind.__name__: kind for kind in (LinearWeight, JoinedWeight, ExpertWeight, JoinedExperts)}
 
 
 def _version() -> str:

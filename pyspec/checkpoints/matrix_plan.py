@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyspec.architectures.weights import NativeLayer, NativeWeights
 from pyspec.machine.huge_pages import HugePages
-from pyspec.ops.expert_linear import ExpertWeight
+from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts
 from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, laid_out_shape, lay_out
 from pyspec.ops.linear import JoinedWeight, LinearWeight
 from pyspec.ops.weight_formats import FORMATS
@@ -27,37 +27,47 @@ class MatrixPlan:
         owner: what has it: a layer, or the weights.
         name: of the attribute.
         inputs: its columns.
-        parts: format, as laid_out_shape takes it, and outputs of its parts, one below another.
-        is_stacked: whether it is [experts, outputs, inputs], and its parts are theirs.
+        parts: format, as laid_out_shape takes it, and outputs of its parts, one below another; of each expert.
+        experts: how many there are where it is [experts, outputs, inputs], else None.
         tensors: of the checkpoint, by name: their first outputs. Empty where they are not whole rows, in order: such a
             matrix is filled in dense and laid out then.
+        loses_bits: whether one of them had fewer bits, which were to be kept.
     """
 
     owner: NativeLayer | NativeWeights
     name: str
     inputs: int
     parts: list[tuple[str, int]]
-    is_stacked: bool
+    experts: int | None
     tensors: dict[str, int]
-    _weights: list[LinearWeight] = field(default_factory=list)  # of the parts
+    loses_bits: bool = False
+    _places: list[list[LinearWeight]] = field(default_factory=list)  # of each expert the parts
     weight: LinearWeight | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(map(self._bytes, self.parts))
+        return (self.experts or 1) * sum(map(self._bytes, self.parts))
 
     def take(self, buffer: HugePages) -> None:
         """Takes memory; `weight` is then to be filled by `write`."""
         data = buffer.take(self.nbytes)
-        for part, piece in zip(self.parts, data.split([self._bytes(part) for part in self.parts]), strict=True):
-            self._weights.append(empty_weight(*part, self.inputs, piece))
-        self.weight = first = self._weights[0]
-        if self.is_stacked:
+        experts, sizes = self.experts or 1, [self._bytes(part) for part in self.parts]
+        pieces = [piece.chunk(experts) for piece in data.split([experts * size for size in sizes])]
+        self._places = [
+            [empty_weight(*part, self.inputs, piece) for part, piece in zip(self.parts, own, strict=True)]
+            for own in zip(*pieces, strict=True)
+        ]
+        first, several = self._places[0][0], {}
+        outputs = sum(outputs for _, outputs in self.parts)
+        if len(self.parts) > 1:
+            several = {"parts": tuple((FORMATS[format], outputs) for format, outputs in self.parts)}
+        if self.experts is None:
+            self.weight = JoinedWeight(data, outputs, self.inputs, **several) if several else first
+        elif several:
+            self.weight = JoinedExperts(data, outputs, self.inputs, **several, experts=experts)
+        else:
             stacked = data.view(first.data.dtype).view(-1, *first.data.shape[1:])
-            self.weight = ExpertWeight(stacked, first.outputs, self.inputs, first.format, len(self.parts))
-        elif len(self.parts) > 1:
-            formats = tuple((FORMATS[format], outputs) for format, outputs in self.parts)
-            self.weight = JoinedWeight(data, sum(outputs for _, outputs in formats), self.inputs, parts=formats)
+            self.weight = ExpertWeight(stacked, outputs, self.inputs, first.format, experts)
 
     def write(self, tensor: str, matrix: StoredMatrix | StoredCodes) -> None:
         """Lays out a tensor of the checkpoint.
@@ -65,8 +75,8 @@ class MatrixPlan:
         Raises:
             ValueError: a value is NaN, infinite or too large for the format.
         """
-        first = self.tensors[tensor]
-        for weight in self._weights:
+        expert, first = divmod(self.tensors[tensor], sum(outputs for _, outputs in self.parts))
+        for weight in self._places[expert]:
             if first < weight.outputs:
                 return lay_out(weight, first, matrix)
             first -= weight.outputs
@@ -103,19 +113,30 @@ def plan_matrices(
         stored = {tensor: checkpoint.stored(tensor) for tensor in tensors}
         if None in stored.values():
             tensors = {}
-        parts = [(format, outputs)] * math.prod(experts)
+        parts = [(format, outputs)]
         is_kept = keeps_bits or name == "embedding" and weights.embedding is not weights.head
-        if tensors and is_kept and all(found.kind in FORMATS for found in stored.values()):
-            kinds = groupby(stored.values(), lambda found: found.kind)
-            in_kinds = [(kind, sum(found.outputs for found in group)) for kind, group in kinds]
-            if not experts:
-                parts = in_kinds
-            elif len(in_kinds) == 1:  # experts have one format
-                parts = [(in_kinds[0][0], outputs)] * len(parts)
+        has_bits = [found.kind in FORMATS for found in stored.values()] if tensors else []
+        if is_kept and has_bits and all(has_bits) and (own := _parts(stored, tensors, outputs)) is not None:
+            parts, has_bits = own, []
         elif name == "embedding" and weights.embedding is not weights.head:
             continue  # it is read by rows alone, as it is
-        plans[key] = MatrixPlan(owner, name, inputs, parts, bool(experts), tensors)
+        count, loses_bits = experts[0] if experts else None, is_kept and any(has_bits)
+        plans[key] = MatrixPlan(owner, name, inputs, parts, count, tensors, loses_bits)
     return plans
+
+
+def _parts(
+    stored: dict[str, StoredMatrix | StoredCodes], firsts: dict[str, int], outputs: int
+) -> list[tuple[str, int]] | None:
+    """Formats and outputs of a matrix, or of each of several experts; None where these differ."""
+    experts: dict[int, list[StoredMatrix | StoredCodes]] = {}
+    for tensor, found in stored.items():
+        experts.setdefault(firsts[tensor] // outputs, []).append(found)
+    parts = [
+        [(kind, sum(found.outputs for found in group)) for kind, group in groupby(own, lambda found: found.kind)]
+        for own in experts.values()
+    ]
+    return parts[0] if all(own == parts[0] for own in parts) else None
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -66,6 +67,13 @@ def read_weights(
 
     check_memory(path, device, need, dtype, SMALLER, announce)
     weights, plans = _blank(family, checkpoint, config, dtype, device)
+    if lost := next((plan for plan in plans.values() if plan.loses_bits), None):
+        warnings.warn(
+            f"{path}: {next(iter(lost.tensors))} is one matrix with tensors of other types, which no kernel reads "
+            f"together: it, and maybe others, becomes {lost.parts[0][0]}",
+            RuntimeWarning,
+            stacklevel=5,  # who called load, which as_stored wraps
+        )
     buffer = HugePages([plan.nbytes for plan in plans.values()])
     for plan in plans.values():
         plan.take(buffer)

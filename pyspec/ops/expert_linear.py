@@ -9,6 +9,7 @@ alone, whatever the others chose; on a CPU those that `linear` gives it with its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors, check_contiguous, check_floating, check_places, check_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.linear import LinearWeight, lay_out_weight, linear_reference
-from pyspec.ops.linear_codes import linear_codes_reference
+from pyspec.ops.linear import PANEL, JoinedWeight, LinearWeight, lay_out_weight, linear_reference
+from pyspec.ops.linear_codes import block_bytes, linear_codes_reference
 from pyspec.ops.weight_formats import FORMATS, Codes
 
-__all__ = ["ExpertWeight", "expert_linear", "expert_linear_reference", "lay_out_experts"]
+__all__ = ["ExpertWeight", "JoinedExperts", "expert_linear", "expert_linear_reference", "lay_out_experts"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,44 @@ class ExpertWeight(LinearWeight):
         """The weights as they were, [experts, outputs, inputs] fp32."""
         parts = self.data.unflatten(0, (self.experts, -1)).unbind()
         return torch.stack([LinearWeight(part, self.outputs, self.inputs, self.format).unpack() for part in parts])
+
+
+@dataclass(frozen=True)
+class JoinedExperts(JoinedWeight):
+    """The weights of experts whose outputs are in several formats, the same in all experts; on the CPU.
+
+    `expert_linear` reads one of `split` at a time.
+
+    Attributes:
+        data: uint8, flat: the first part of all experts, then the second.
+        outputs: of one expert.
+        parts: format and outputs of each part of an expert.
+        experts: how many there are.
+    """
+
+    experts: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.experts, self.outputs, self.inputs
+
+    def split(self) -> list[ExpertWeight]:
+        """The parts, where they are."""
+        shapes = [
+            (self.experts * -(-outputs // PANEL), -(-self.inputs // format.block), block_bytes(format))
+            for format, outputs in self.parts
+        ]
+        pieces = self.data.split([math.prod(shape) for shape in shapes])
+        return [
+            ExpertWeight(
+                piece.view(shape), outputs, self.inputs, None if format.name == "q8_0" else format, self.experts
+            )
+            for piece, shape, (format, outputs) in zip(pieces, shapes, self.parts, strict=True)
+        ]
+
+    def unpack(self) -> Tensor:
+        """The weights as they were, [experts, outputs, inputs] fp32."""
+        return torch.cat([part.unpack() for part in self.split()], 1)
 
 
 def lay_out_experts(weight: Tensor | Sequence[Codes], dtype: torch.dtype | str | None = None) -> ExpertWeight:

@@ -35,7 +35,7 @@ def ragged_attention_reference(
     for sequence, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if end == first:
             continue
-        bits = ancestor_bits[None, first:end, : (end - first + 31) // 32].contiguous()
+        bits = ancestor_bits[None, first:end]
         keys_values = (k[sequence, None], v[sequence, None])
         settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "chunked": chunked}
         rows = q[first:end].transpose(0, 1)[None]
@@ -47,7 +47,7 @@ def ragged_attention_reference(
 def _padded(q, k, v, ancestor_bits, starts, prefix_lens, scale, softcap, window, sinks=None, chunked=False) -> Tensor:
     """On a GPU nobody looks at starts: all trees are padded to one number of nodes."""
     sequences, nodes = len(k), len(q) // len(k)
-    bits = ancestor_bits.unflatten(0, (sequences, nodes))[..., : (nodes + 31) // 32]
+    bits = ancestor_bits.unflatten(0, (sequences, nodes))
     q = q.unflatten(0, (sequences, nodes)).transpose(1, 2)
     settings = {"scale": scale, "softcap": softcap, "window": window, "sinks": sinks, "chunked": chunked}
     mixed = tree_attention(q, k, v, bits, prefix_lens, **settings)
@@ -91,7 +91,8 @@ def ragged_attention(
         q: [R, Hq, D] fp32, fp16 or bf16, contiguous: the rows of all trees, tree after tree.
         k, v: [B, Hkv, S, D] like q; the keys of a tree's nodes lie behind the committed ones, see tree_attention.
         ancestor_bits: [R, W] int32, 32 W at least the nodes of the largest tree: row r has bit j set where node j of
-            its own tree is r's node or an ancestor of it; none in padding, which sees nothing.
+            its own tree is r's node or an ancestor of it, perhaps one of an earlier call, see tree_attention; none in
+            padding, which sees nothing.
         starts: [B + 1] int32, from 0 to R: tree b has the rows from starts[b] to starts[b + 1], perhaps none. On a GPU
             all trees must have R / B rows, padding included, which is not checked.
         prefix_lens: [B] int32, committed keys of each sequence.

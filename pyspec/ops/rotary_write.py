@@ -99,7 +99,7 @@ def rotary_write(
     """Turns queries and keys and writes keys and values to a cache.
 
     Args:
-        qkv: [R, (heads + 2 kv_heads) * D] fp32: queries, keys and values of R rows.
+        qkv: [R, (heads + 2 kv_heads) * D] fp32: queries, keys and values of R rows, which may be a part of longer ones.
         cos_sin: [P, 2, W / 2] fp32 and contiguous: cosines and sines of every position, for the first W dimensions of a
             head, an even number up to D.
         positions: [R] int32 in [0, P).

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 
-ACTIVATIONS = ("silu", "gelu_tanh", "clamped")  # numbered as in kernels/params/swiglu.h
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped", "sigmoid")  # numbered as in kernels/params/swiglu.h
 
 
 def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 0, up: Tensor | None = None) -> Tensor:
@@ -18,8 +20,8 @@ def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 
     if ACTIVATIONS[activation] == "clamped":
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         return (gate * torch.sigmoid(1.702 * gate) * (up + 1)).to(out_dtype)
-    gate = F.silu(gate) if ACTIVATIONS[activation] == "silu" else F.gelu(gate, approximate="tanh")
-    return (gate * up).to(out_dtype)
+    activate = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "sigmoid": torch.sigmoid}
+    return (activate[ACTIVATIONS[activation]](gate) * up).to(out_dtype)
 
 
 def _fake(gate_up, out_dtype, activation=0, up=None) -> Tensor:
@@ -52,10 +54,10 @@ def swiglu(
 
     Args:
         gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them; beside `up`, [R, size]: gates.
-        activation: "silu"; "gelu_tanh", x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); or "clamped", as gpt-oss has
-            it: gate / (1 + e^(-1.702 gate)) (up + 1), with gates of at most 7 and ups from -7 to 7.
+        activation: "silu"; "gelu_tanh", x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); "sigmoid"; or "clamped", as
+            gpt-oss has it: gate / (1 + e^(-1.702 gate)) (up + 1), with gates of at most 7 and ups from -7 to 7.
         out_dtype: fp32, fp16 or bf16.
-        up: [R, size] fp32, where ups are apart.
+        up: [R, size] fp32, fp16 or bf16, where ups are apart.
 
     Returns:
         [R, size] of out_dtype.
@@ -68,7 +70,9 @@ def swiglu(
         raise TypeError(f"gate_up must be float32, got {gate_up.dtype}")
     if gate_up.dim() != 2 or (up is None and gate_up.shape[1] % 2):
         raise ValueError(f"gate_up must be [rows, 2 * size], got shape {tuple(gate_up.shape)}")
-    check_tensors("gate_up", gate_up, ("up", up, torch.float32, gate_up.shape))
+    if up is not None:
+        check_floating("up", up.dtype)
+        check_tensors("gate_up", gate_up, ("up", up, up.dtype, gate_up.shape))
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be {' or '.join(ACTIVATIONS)}, got {activation!r}")
     check_floating("out_dtype", out_dtype)

@@ -4,8 +4,9 @@ For node t of a sequence with n committed keys, with A(t) its ancestors and itse
 
     out[t] = sum over j in prefix + A(t) of softmax(scale * q[t] . k[j]) v[j].
 
-The tree's keys lie at slots n .. n + T - 1 in node order; their positions are n + depth. A sliding window
-counts positions, so two siblings see equally far back.
+The tree's keys lie at slots n, n + 1, ... in node order; their positions are n + depth. A sliding window
+counts positions, so two siblings see equally far back. The rows may be some nodes of a tree that grows, one after
+another: the bits name those before them too, whose keys are there since an earlier call.
 
 The kernels obey the row rule: out[t] has the same bits as plain decoding (T = 1) of the path to t. A key at
 position p always falls in tile p // 64; tiles that the prefix fills are shared by all rows, later ones are
@@ -47,27 +48,27 @@ def tree_attention_reference(
         k, v = (x[pages].transpose(1, 2).flatten(2, 3) for x in (k, v))
     nodes, slots = q.shape[2], k.shape[2]
 
-    index = torch.arange(nodes, device=q.device)
-    is_ancestor = (ancestor_bits[:, :, index // 32] >> (index % 32)) & 1 == 1  # [B, T, T]
-    depth = is_ancestor.sum(-1) - 1  # [B, T]; -1 for padding
+    named = 32 * ancestor_bits.shape[2]
+    index = torch.arange(named, device=q.device)
+    is_ancestor = (ancestor_bits[:, :, index // 32] >> (index % 32)) & 1 == 1  # [B, T, named]
+    depths = is_ancestor.cumsum(-1) - 1  # of the named nodes as each row counts them
+    depth = depths[..., -1]  # [B, T], of the rows' own nodes; -1 for padding
     prefix_lens = prefix_lens.long()
 
     node_of_slot = torch.arange(slots, device=q.device) - prefix_lens[:, None]  # [B, S]; negative in the prefix
-    in_tree = (node_of_slot >= 0) & (node_of_slot < nodes)
-    node = node_of_slot.clamp(0, nodes - 1)
-    is_node_visible = is_ancestor.gather(2, node[:, None].expand(-1, nodes, -1)) & in_tree[:, None]
+    in_tree = (node_of_slot >= 0) & (node_of_slot < named)
+    node = node_of_slot.clamp(0, named - 1)[:, None].expand(-1, nodes, -1)
+    is_node_visible = is_ancestor.gather(2, node) & in_tree[:, None]
     is_prefix_visible = (node_of_slot < 0)[:, None] & (depth >= 0)[..., None]
     visible = is_prefix_visible | is_node_visible  # [B, T, S]
     if window is not None:
-        node_depth = depth.gather(1, node)
-        slot_depth = torch.where(in_tree, node_depth, node_of_slot)  # position - n, in prefix and tree alike
+        # position - n, in prefix and tree alike
+        slot_depth = torch.where(in_tree[:, None], depths.gather(2, node), node_of_slot[:, None])
         if chunked:
-            chunks = [
-                (places + prefix_lens.view(-1, *[1] * (places.dim() - 1))) // window for places in (depth, slot_depth)
-            ]
-            visible &= chunks[0][..., None] == chunks[1][:, None]
+            row_chunk, slot_chunk = ((x + prefix_lens[:, None, None]) // window for x in (depth[..., None], slot_depth))
+            visible &= row_chunk == slot_chunk
         else:
-            visible &= depth[..., None] - slot_depth[:, None] < window
+            visible &= depth[..., None] - slot_depth < window
 
     return dense_attention(q, k, v, visible[:, None, None], scale, softcap, sinks)
 
@@ -101,16 +102,16 @@ def dense_attention(
 
 def _check_reach(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_table, *rest) -> None:
     """Raises BadData unless every slot that a row sees is inside of k."""
-    nodes, slots = q.shape[2], k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
+    slots = k.shape[2] if block_table is None else block_table.shape[1] * k.shape[2]
     for b, n in enumerate(prefix_lens.tolist()):
         named = np.bitwise_or.reduce(ancestor_bits[b].cpu().numpy().astype("<i4"), 0)
         reach = int.from_bytes(named.tobytes(), "little").bit_length()
         if n < 0:
             raise BadData(f"prefix_lens[{b}] must not be negative, got {n}")
-        if reach > nodes:
-            raise BadData(f"ancestor_bits[{b}] names node {reach - 1} of {nodes}")
         if n + reach > slots:
-            raise BadData(f"prefix_lens[{b}] is {n} and the tree has {reach} nodes, but k has only {slots} slots")
+            raise BadData(
+                f"prefix_lens[{b}] is {n} and ancestor_bits name node {reach - 1}, but k has only {slots} slots"
+            )
         if block_table is not None:
             pages = block_table[b, : -(-(n + reach) // k.shape[2])]
             check_places(f"block_table[{b}]", pages, len(k), "k has {} pages")
@@ -176,10 +177,11 @@ def _check(q, k, v, ancestor_bits, prefix_lens, scale, softcap, window, block_ta
     if block_table is None and k.shape[0] != batch:
         raise ValueError(f"k must have batch {batch} like q, got shape {tuple(k.shape)}")
     pages = () if block_table is None else block_table.shape[-1:]
+    words = max([(nodes + 31) // 32, *ancestor_bits.shape[2:]])
     check_tensors(
         "q",
         q,
-        ("ancestor_bits", ancestor_bits, torch.int32, (batch, nodes, (nodes + 31) // 32)),
+        ("ancestor_bits", ancestor_bits, torch.int32, (batch, nodes, words)),
         ("prefix_lens", prefix_lens, torch.int32, (batch,)),
         ("block_table", block_table, torch.int32, (batch, *pages)),
         ("sinks", sinks, torch.float32, (q.shape[1],)),
@@ -210,10 +212,11 @@ def tree_attention(
 
     Args:
         q: [B, Hq, T, D] fp32, fp16 or bf16; D in TREE_HEAD_DIMS; any strides with a contiguous last dimension.
-        k, v: [B, Hkv, S, D] with the tree's keys at slots n .. n + T - 1, or pages [P, Hkv, page, D] with a
+        k, v: [B, Hkv, S, D] with the key of the tree's node j at slot n + j, or pages [P, Hkv, page, D] with a
             block_table. Hq % Hkv == 0.
-        ancestor_bits: [B, T, ceil(T / 32)] int32; bit j of row i is set iff j is i or an ancestor of i
-            (DraftTree.ancestor_bits). A smaller tree is padded with zero rows, which give 0 and lse -inf.
+        ancestor_bits: [B, T, W] int32, W at least ceil(T / 32); bit j of a row is set iff node j is the row's own or
+            an ancestor of it (DraftTree.ancestor_bits). The rows are consecutive nodes of a tree, of which those before
+            them need only keys. A smaller tree is padded with zero rows, which give 0 and lse -inf.
         prefix_lens: [B] int32, committed keys n of each sequence.
         scale: factor of the scores, positive; 1 / sqrt(D) by default.
         softcap: scores become softcap * tanh(scores / softcap).

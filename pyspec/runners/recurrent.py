@@ -90,7 +90,7 @@ class HybridRunner(RecurrentRunner):
     """A model with recurrent states in some layers and keys and values in the others; see RecurrentRunner."""
 
     def _context_length_of(self, config) -> int:
-        return config.attention.context_length
+        return config.context_length
 
     def _new_cache(self, sequences: int, capacity: int) -> HybridCache:
         replays = self._replays
@@ -98,10 +98,10 @@ class HybridRunner(RecurrentRunner):
             replays.cache.restart(capacity)
             return replays.cache
         self._replays = replays = None  # makes room
-        attention, slots = self.config.attention, slots_for(capacity)
-        shape = (attention.layers, sequences, attention.kv_heads, slots, attention.head_dim)
+        config, slots = self.config, slots_for(capacity)
+        shape = (config.attention_layers, sequences, config.kv_heads, slots, config.head_dim)
         dense = DenseCache(*shape, self.dtype, self.device, self._ropes(slots))
-        cache = HybridCache(StateCache.of(self.config.recurrence, sequences, self.device), dense)
+        cache = HybridCache(StateCache.of(config.recurrence, sequences, self.device), dense)
         cache.dense.restart(capacity)
         self._new_replays(cache)
         return cache

@@ -10,14 +10,30 @@ from safetensors.torch import load_file, save_file
 
 from pyspec import from_transformers, load
 from pyspec.architectures.mixture import ExpertCheckpoint, MixtureConfig
+from pyspec.checkpoints.converted import save_converted
 from pyspec.checkpoints.huggingface import TensorCheckpoint
 from tests.helpers.random_llama import random_tokens, random_tree
-from tests.helpers.runner_checks import check_prompt, check_row_rule
+from tests.helpers.runner_checks import check_batches, check_prompt, check_row_rule
 from tests.helpers.tiny_models import IN_GGUF, tiny_model, write_gguf
 
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granite_moe"]
 each_mixture = pytest.mark.parametrize("kind", MIXTURES)
 Kinds = gguf.GGMLQuantizationType
+
+
+def file_of(tmp_path, kinds, kind="mixtral", other=Kinds.Q4_0, **sizes):
+    """A model in the bits of its file, and in floats; its tensors have the type in `kinds` by their name, or other."""
+    changed, metadata = IN_GGUF[kind]
+    if "moe_intermediate_size" in sizes:
+        metadata = metadata | {"expert_feed_forward_length": sizes["moe_intermediate_size"]}
+
+    def kind_of(name):
+        own = [found for part, found in kinds.items() if f".{part}" in name]
+        return Kinds.F32 if "gate_inp" in name else own[0] if own else other
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_model(kind, **changed | sizes), kind_of, **metadata)
+    return [load(str(path), dtype=dtype, device="cpu") for dtype in (None, torch.float32)]
 
 
 @each_mixture
@@ -59,26 +75,53 @@ def test_rows_do_not_depend_on_what_is_beside_them(kind, dtype):
     assert runner.verify({0: tree})[0].logits.std() > 0.1
 
 
-@pytest.mark.parametrize("up_kind", [Kinds.Q4_0, Kinds.Q5_1])
-def test_gates_and_ups_of_several_types(up_kind, tmp_path):
-    """Of one type they stay as they are, of two they become bfloat16."""
-    changed, metadata = IN_GGUF["mixtral"]
-
-    def kind_of(name):
-        return up_kind if "ffn_up" in name else Kinds.F32 if "gate_inp" in name else Kinds.Q4_0
-
-    write_gguf(tmp_path / "tiny.gguf", tiny_model("mixtral", **changed), kind_of, **metadata)
-    exact, runner = (load(str(tmp_path / "tiny.gguf"), dtype=dtype, device="cpu") for dtype in (torch.float32, None))
+@pytest.mark.parametrize("up_kind", [Kinds.Q4_0, Kinds.Q5_1, Kinds.Q8_0])
+def test_gates_and_ups_keep_their_bits(up_kind, tmp_path):
+    """Of one type or of two, and downs have another."""
+    runner, exact = file_of(tmp_path, {"ffn_up": up_kind, "ffn_down": Kinds.Q5_0})
     layer, expected = runner.weights.layers[0], exact.weights.layers[0]
-    if up_kind == Kinds.Q4_0:
-        assert layer.gate_up.dtype == layer.down.dtype == "q4_0"
-        assert torch.equal(layer.gate_up.unpack(), expected.gate_up.unpack())
-    else:
-        assert layer.gate_up.dtype == torch.bfloat16
-        torch.testing.assert_close(layer.gate_up.unpack(), expected.gate_up.unpack(), rtol=2**-8, atol=1e-6)
-    assert layer.router.dtype == torch.float32
+    kinds = dict.fromkeys(("q4_0", up_kind.name.lower()))
+    assert layer.gate_up.dtype == ", ".join(kinds) and layer.down.dtype == "q5_0"
+    assert (
+        layer.gate_up.shape == layer.gate_up.unpack().shape and layer.gate_up.nbytes < layer.gate_up.unpack().nbytes / 3
+    )
+    for name in ("gate_up", "down"):
+        assert torch.equal(getattr(layer, name).unpack(), getattr(expected, name).unpack())
+    assert layer.router.dtype == torch.float32 and runner.fingerprint == exact.fingerprint
     prompt = random_tokens(20)
     assert (runner.prefill([prompt])[0] - exact.prefill([prompt])[0]).abs().mean() < 0.1
+    check_row_rule(runner)
+
+
+@pytest.mark.parametrize("up_kind", [Kinds.Q4_K, Kinds.Q5_K])
+def test_what_llama_cpp_calls_a_mixture_keeps_its_bits(up_kind, tmp_path):
+    """Q4_K_M has larger downs and values; other mixtures have larger ups too. Batches and trees are plain decoding."""
+    kinds = {"ffn_up": up_kind, "ffn_down": Kinds.Q6_K, "attn_v": Kinds.Q6_K}
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256}
+    runner, exact = file_of(tmp_path, kinds, "qwen3_moe", Kinds.Q4_K, **sizes)
+    layer, expected = runner.weights.layers[0], exact.weights.layers[0]
+    assert (layer.qkv.dtype, layer.down.dtype) == ("q4_k, q6_k", "q6_k")
+    assert layer.gate_up.dtype == ", ".join(dict.fromkeys(("q4_k", up_kind.name.lower())))
+    for name in ("qkv", "gate_up", "down"):
+        assert torch.equal(getattr(layer, name).unpack(), getattr(expected, name).unpack())
+    check_row_rule(runner)
+    check_batches(runner, 8)
+
+
+def test_gates_and_ups_of_two_types_are_converted(tmp_path):
+    runner, _ = file_of(tmp_path, {"ffn_up": Kinds.Q5_1})
+    save_converted(runner, tmp_path / "tiny.pyspec")
+    found, prompt = load(str(tmp_path / "tiny.pyspec")), random_tokens(20)
+    assert torch.equal(found.prefill([prompt])[0], runner.prefill([prompt])[0])
+
+
+def test_experts_of_several_types_become_floats(tmp_path):
+    """As in the first files of Mixtral, where a tensor is of one expert; a warning says so."""
+    with pytest.warns(RuntimeWarning, match="tiny.gguf: model.layers.0.mlp.experts.0.down_proj.weight is one matrix"):
+        runner, exact = file_of(tmp_path, {"ffn_down": [Kinds.Q4_0, *[Kinds.Q8_0] * 4]})
+    layer, expected = runner.weights.layers[0], exact.weights.layers[0]
+    assert layer.down.dtype == torch.bfloat16 and layer.gate_up.dtype == "q4_0"
+    torch.testing.assert_close(layer.down.unpack(), expected.down.unpack(), rtol=2**-8, atol=0)
 
 
 # ==== what does not fit ====

@@ -5,7 +5,7 @@ import torch
 from pyspec.architectures.bamba import BambaConfig, BambaWeights
 from pyspec.architectures.decoder import DecoderConfig
 from pyspec.architectures.gemma import GemmaConfig
-from pyspec.architectures.llama import LlamaConfig, LlamaWeights
+from pyspec.architectures.llama import LlamaWeights
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
 from pyspec.architectures.mixture import MixtureConfig, MixtureWeights
@@ -24,7 +24,7 @@ _GEMMA |= {"attention_scale": 0.1, "tied_embedding": True}
 _GEMMA2 = GemmaConfig("gemma2", **_GEMMA, logits_softcap=30.0, attention_softcap=20.0)
 _GEMMA3 = GemmaConfig("gemma3", **_GEMMA, head_norm="head", turns=("local", "global"))
 _EXPERTS = {"experts": 6, "experts_per_token": 3, "expert_size": 40, "renormalise": True}
-_ATTENTION = LlamaConfig("bamba", **_SHAPE)
+_HYBRID = _SHAPE | {"layers": 4, "is_attention": (False, True, False, True), "rope_width": 32}
 _MODELS = {
     "qwen3": (AttentionRunner, LlamaWeights, DecoderConfig("qwen3", **_SHAPE, head_norm="head")),
     "gemma2": (AttentionRunner, LlamaWeights, _GEMMA2),
@@ -45,7 +45,7 @@ _MODELS = {
         MambaConfig(**_SHARED, **_STATES, channels=96, state_size=16, dt_rank=16),
     ),
     "mamba2": (RecurrentRunner, StateSpaceWeights, _MAMBA2),
-    "bamba": (HybridRunner, BambaWeights, BambaConfig(_ATTENTION, _MAMBA2, (False, True, False, True), rotary_dim=32)),
+    "bamba": (HybridRunner, BambaWeights, BambaConfig("bamba", **_HYBRID, recurrence=_MAMBA2)),
 }
 FAMILIES = ("llama", *_MODELS)
 

@@ -326,11 +326,23 @@ def split_experts(tensors):
             yield name + ".weight" * name.endswith("experts.down_proj"), values
 
 
+def _add_tensor(writer, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
+    if values.ndim < 2 or kind == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor(name, values)
+        return
+    try:
+        blocks = gguf.quants.quantize(values, kind)
+    except NotImplementedError:  # of which gguf can read only
+        blocks = gguf_blocks(kind, values.shape, values.std(), seed=len(name))
+    writer.add_tensor(name, blocks, raw_dtype=kind)
+
+
 def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_out=(), **metadata) -> None:
     """Writes a tiny model as llama.cpp's converter does: other names, and heads of llama interleaved.
 
-    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type. Of types
-    that gguf cannot make (K, IQ) matrices are random blocks.
+    quantization is a type for all matrices, or a function of a tensor's name in the file that gives its type, or a list
+    of types, one for each expert, which have a tensor each then. Of types that gguf cannot make (K, IQ) matrices are
+    random blocks.
     """
     config = model.config
     architecture = _ARCHITECTURES.get(config.model_type, config.model_type.replace("_moe", "moe"))
@@ -376,14 +388,11 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
             halves = values.reshape(-1, 2, 32, *values.shape[1:])
             values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
         kind = quantization(name) if callable(quantization) else quantization
-        if values.ndim > 1 and kind != gguf.GGMLQuantizationType.F32:
-            try:
-                blocks = gguf.quants.quantize(values, kind)
-            except NotImplementedError:  # of which gguf can read only
-                blocks = gguf_blocks(kind, values.shape, values.std(), seed=len(name))
-            writer.add_tensor(name, blocks, raw_dtype=kind)
+        if isinstance(kind, list):
+            for number, own in enumerate(kind):
+                _add_tensor(writer, name.replace("_exps", f".{number}"), values[number], own)
         else:
-            writer.add_tensor(name, values)
+            _add_tensor(writer, name, values, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

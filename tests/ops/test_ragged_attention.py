@@ -93,20 +93,37 @@ def test_rows_are_those_of_float64(op):
                 torch.testing.assert_close(found[row, head].double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"window": 70, "chunked": True}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_be_the_later_nodes_of_a_tree(op, dtype, options):
+    """The keys of those before them are there: each row has the bits that it has among all of its tree."""
+    sizes, firsts, ends = (9, 80, 6), (4, 33, 0), (9, 70, 0)
+    given = case(sizes, dtype)
+    trees = itertools.pairwise(given["starts"].tolist())
+    rows = [range(first + a, first + b) for (first, _), a, b in zip(trees, firsts, ends, strict=True)]
+    kept = list(itertools.chain(*rows))
+    starts = torch.tensor([0, *itertools.accumulate(map(len, rows))], dtype=torch.int32)
+    later = given | {"starts": starts} | {name: given[name][kept].contiguous() for name in ("q", "ancestor_bits")}
+    whole, found = op(**given, **options)[kept], op(**later, **options)
+    if op is ragged_attention:
+        assert torch.equal(found, whole)
+    torch.testing.assert_close(found, whole, atol=1e-6, rtol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
 def test_what_does_not_fit():
     given = case((3, 2))
     for name, value, message in (
         ("starts", [0, 4, 3], "starts"),
         ("starts", [1, 3, 5], "starts must"),
-        ("prefix_lens", [0, 399], r"prefix_lens\[1\] is 399 and the tree has 2 nodes, but k has only 400 slots"),
+        ("prefix_lens", [0, 399], r"prefix_lens\[1\] is 399 and ancestor_bits name node 1, but k has only 400 slots"),
         ("prefix_lens", [-1, 0], r"prefix_lens\[0\] is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             ragged_attention(**given | {name: torch.tensor(value, dtype=torch.int32)})
     bits = given["ancestor_bits"].clone()
-    bits[0, 0] = 8
-    with pytest.raises(ValueError, match="ancestor_bits of tree 0 name node 3 of 3"):
-        ragged_attention(**given | {"ancestor_bits": bits})
+    bits[0, 0] |= 1 << 30
+    with pytest.raises(ValueError, match=r"prefix_lens\[0\] is 390 and ancestor_bits name node 30, but k has only 400"):
+        ragged_attention(**given | {"ancestor_bits": bits, "prefix_lens": torch.tensor([390, 0], dtype=torch.int32)})
     with pytest.raises(ValueError, match="q must be .rows, heads, head_dim. and contiguous"):
         ragged_attention(**given | {"q": given["q"].transpose(0, 1)})
     with pytest.raises(ValueError, match="k must have shape"):

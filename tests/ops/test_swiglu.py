@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from pyspec.ops import swiglu
 from pyspec.ops.swiglu import ACTIVATIONS
-from tests.helpers.every_backend import each_backend, each_kernel
+from tests.helpers.every_backend import assert_same, each_backend, each_kernel
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 run, kernel = each_backend(swiglu), each_kernel(swiglu)
@@ -16,6 +16,8 @@ def activated(gate, up, activation):
     if activation == "clamped":
         gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
         return gate / (1 + (-1.702 * gate).exp()) * up
+    if activation == "sigmoid":
+        return up / (1 + (-gate).exp())
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
@@ -36,6 +38,15 @@ def test_ups_may_be_apart(run, activation):
     gate_up = torch.randn(5, 2 * 577)
     gate, up = gate_up.split(577, 1)
     assert torch.equal(run(gate, up=up, activation=activation), run(gate_up, activation=activation))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_may_be_parts_of_longer_ones(run, dtype):
+    """Gates behind other columns, and ups of another dtype than fp32."""
+    wide, ups = torch.randn(5, 600), torch.randn(5, 90).to(dtype)
+    expected = run(wide[:, 7:84].contiguous(), up=ups[:, 3:80].float(), activation="sigmoid")
+    assert_same(run(wide[:, 7:84], up=ups[:, 3:80], activation="sigmoid"), expected)
+    assert_same(run(wide[:, 1:21]), run(wide[:, 1:21].contiguous()))
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -71,7 +82,9 @@ def test_bad_input_is_named():
         swiglu(torch.zeros(1, 3))
     with pytest.raises(ValueError, match=r"up must have shape \(1, 3\), got \(1, 2\)"):
         swiglu(torch.zeros(1, 3), up=torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="activation must be silu or gelu_tanh or clamped, got 'relu'"):
+    with pytest.raises(TypeError, match="up must be float32, float16 or bfloat16"):
+        swiglu(torch.zeros(1, 2), up=torch.zeros(1, 2).double())
+    with pytest.raises(ValueError, match="activation must be silu or gelu_tanh or clamped or sigmoid, got 'relu'"):
         swiglu(torch.zeros(1, 2), activation="relu")
     with pytest.raises(TypeError, match="out_dtype must be"):
         swiglu(torch.zeros(1, 2), out_dtype=torch.float64)

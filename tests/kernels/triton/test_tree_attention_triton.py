@@ -306,6 +306,17 @@ def test_row_rule_on_a_large_tree():
 # ==== slots that a row may not see ====
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_may_be_the_later_nodes_of_a_tree(window):
+    case = make_case([62], [40], heads=3)
+    whole = run(case, window=window)
+    for first, end in ((1, 2), (30, 33), (36, 40)):
+        rows = (case.q[:, :, first:end], case.k, case.v, case.bits[:, first:end], torch.tensor([62], dtype=torch.int32))
+        later = tree_attention(*(to_device(each, DEVICE) for each in rows), 0.125, None, window, None)
+        for found, expected in zip(later, whole, strict=True):
+            assert torch.equal(found.cpu(), expected[:, :, first:end])
+
+
 def test_other_branches_may_be_nan():
     case = make_case([70], [4])
     case.parents = [[-1, 0, 0, 2]]
