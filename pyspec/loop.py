@@ -7,7 +7,7 @@ from pyspec.controllers import Controller
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
 from pyspec.runners.verified import Verified
-from pyspec.sequence import Sequence
+from pyspec.sequence import Sequence, propose
 from pyspec.stats import Stats
 from pyspec.tree import DraftTree
 
@@ -67,9 +67,8 @@ def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
     with stats.timed("draft"):
         nodes = controller.nodes  # decided once for all
         room = getattr(model, "room", None)  # which few have
-        proposed = [
-            sequence.propose(nodes if room is None else min(nodes, room(slot))) for slot, sequence in going.items()
-        ]
+        budgets = [nodes if room is None else min(nodes, room(slot)) for slot in going]
+        proposed = propose(list(going.values()), budgets)
         trees = dict(zip(going, controller.cut(proposed), strict=True))
 
     with stats.timed("verify"):

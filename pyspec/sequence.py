@@ -55,18 +55,8 @@ class Sequence:
         if self.drafter is not None:
             self.drafter = self.drafter.start(self.context)
 
-    def propose(self, budget: int) -> DraftTree:
-        """The next tree to verify, of at most budget nodes; the root alone in plain decoding.
-
-        Raises:
-            ValueError: the drafter proposed a larger tree, one below another token, or one with tokens outside of the
-                vocabulary.
-        """
-        # a tree of as many nodes as tokens are left is never too deep for the limit or the context
-        budget = min(budget, self.limit - len(self.context))
-        if self.drafter is None or budget == 1:
-            return DraftTree.chain(self.context[-1:])
-        tree = self.drafter.propose(self.context, budget)
+    def check(self, tree: DraftTree, budget: int) -> None:
+        """Raises ValueError where a proposed tree is too large, or has tokens that the text or the target has not."""
         if len(tree) > budget or tree.tokens[0] != self.context[-1]:
             raise ValueError(
                 f"drafter must propose at most {budget} nodes below token {self.context[-1]}, "
@@ -75,7 +65,6 @@ class Sequence:
         lowest, highest = tree.token_range
         if lowest < 0 or highest >= self.model.vocab_size:
             raise ValueError(f"drafter proposed tokens outside of [0, {self.model.vocab_size}): {tree.tokens.tolist()}")
-        return tree
 
     def accept(self, tree: DraftTree, verified: Verified, rule: AcceptanceRule) -> Accepted:
         """What a rule accepts of a verified tree. Where it comes to logits that are no law, there is no next token."""
@@ -131,6 +120,35 @@ class Sequence:
             f"the logits of node {node} (depth {depth}, position {len(self.context) - 1 + depth}, "
             f"token {token}{spelled}) are {invalid}"
         )
+
+
+def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
+    """The next tree of each sequence, of at most so many nodes; the root alone in plain decoding.
+
+    Raises:
+        ValueError: a drafter proposed a larger tree, one below another token, or one with tokens outside of the
+            vocabulary.
+    """
+    trees: list[DraftTree] = [DraftTree.chain(sequence.context[-1:]) for sequence in sequences]
+    # a tree of as many nodes as tokens are left is never too deep for the limit or the context
+    budgets = [
+        min(budget, sequence.limit - len(sequence.context)) for budget, sequence in zip(budgets, sequences, strict=True)
+    ]
+    asked = [place for place, each in enumerate(sequences) if each.drafter is not None and budgets[place] > 1]
+    if not asked:
+        return trees
+    drafters, contexts = ([getattr(sequences[place], name) for place in asked] for name in ("drafter", "context"))
+    together = getattr(drafters[0], "propose_together", None)
+    if together is None:
+        found = [
+            each.propose(context, budgets[at]) for each, context, at in zip(drafters, contexts, asked, strict=True)
+        ]
+    else:
+        found = together(drafters, contexts, [budgets[place] for place in asked])
+    for place, tree in zip(asked, found, strict=True):
+        sequences[place].check(tree, budgets[place])
+        trees[place] = tree
+    return trees
 
 
 class TextStream:

@@ -38,6 +38,8 @@ class DraftTree:
 
     __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits", "_token_range")
 
+    earlier = 0  # nodes before these whose keys are cached: none, for a tree is whole
+
     tokens: np.ndarray
     parents: np.ndarray
     q: np.ndarray | None

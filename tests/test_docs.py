@@ -63,6 +63,16 @@ def with_demo():
     }
 
 
+def with_texts():
+    from training.data_files import SETTINGS, Text, shard_path, write_shard
+
+    folder = Path("texts")
+    folder.mkdir()
+    (folder / SETTINGS).write_text('{"taps": [1, 2]}')
+    write_shard(shard_path(folder, 0), [Text(torch.arange(5, dtype=torch.int32), 2, torch.zeros(5, 2, 8))] * 3)
+    return {"epoch": 0, "done": 0}
+
+
 # What the blocks of a page know before they begin, by the number of the block that needs it.
 GIVEN = {
     "docs/acceptance.md": {0: with_demo},
@@ -81,6 +91,7 @@ GIVEN = {
         0: lambda: heads(1, 300) | {"q": torch.randn(1, 4, 64), "lengths": torch.tensor([300], dtype=torch.int32)}
     },
     "docs/topk.md": {0: lambda: {"x": torch.randn(4, 4096)}},
+    "docs/training.md": {0: with_texts},
     "docs/tree_attention.md": {
         0: lambda: heads(4, 104) | {"prefix_lens": torch.tensor([100], dtype=torch.int32)}
     },

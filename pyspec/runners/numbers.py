@@ -80,7 +80,7 @@ class Numbers:
         """Describes the trees of some sequences; the others sit out. Does not wait for the device.
 
         Args:
-            trees: by sequence.
+            trees: by sequence; or the later nodes of one, whose ancestor_bits name the `earlier` ones too.
             lengths: committed tokens of every sequence of the batch.
             starts: the position of each sequence's first slot.
             padded: rows of every sequence, padding included; 0 puts the trees' rows one after another.
@@ -99,7 +99,8 @@ class Numbers:
                 rows = slice(first, first + padded)
                 host["row_sequences"][rows] = index
                 count = 0 if tree is None else len(tree)
-                np.add(np.minimum(self._each[:padded], count), length - starts[sequence], out=host["slots"][rows])
+                begin = length - starts[sequence] + (0 if tree is None else tree.earlier)
+                np.add(np.minimum(self._each[:padded], count), begin, out=host["slots"][rows])
             if tree is not None:
                 nodes, words = tree.ancestor_bits.shape
                 rows = slice(first, first + nodes)
@@ -115,7 +116,7 @@ class Numbers:
                     host["positions"][rows] += angles[sequence]
                 if not padded:
                     host["row_sequences"][rows] = index
-                    np.add(self._each[:nodes], length - starts[sequence], out=host["slots"][rows])
+                    np.add(self._each[:nodes], length - starts[sequence] + tree.earlier, out=host["slots"][rows])
                 if plan is not None:
                     path = plan.paths[sequence]
                     host["paths"][index, : len(path)] = path

@@ -100,6 +100,7 @@ class Shape(NamedTuple):
 
     rows: int
     padded: int  # rows of each tree, padding included; 0: rows follow each other
+    words: int  # of a row's ancestor bits
     extent: int | None  # what attention is launched for, where trees are padded: see the caches
 
 
@@ -140,7 +141,7 @@ class Replays:
             {"plan": plan, "blocks": cache.blocks, "angles": cache.angles, "advances": advances},
         )
         if self._is_launched(shape, step.key, advances):
-            rows = self._by_launch(step, trees, filled)
+            rows = self._by_launch(step, trees, shape, filled)
         else:
             numbers, replay = self._replay(step, shape, trees, filled)
             numbers.fill(trees, cache.lengths, cache.starts, padded=shape.padded, **filled)
@@ -167,16 +168,18 @@ class Replays:
         is_large = shape.padded > BUCKETS[-1] if shape.padded else shape.rows > GRAPH_CHUNK
         return (shape, key) not in self._replays and (is_large or bool(advances))
 
-    def _by_launch(self, step: Step, trees: Mapping[int, DraftTree], filled: dict) -> Rows:
+    def _by_launch(self, step: Step, trees: Mapping[int, DraftTree], shape: Shape, filled: dict) -> Rows:
         cache = self.cache
         if not (self._record.is_graph and cache.has_keys):
-            numbers = self._numbers(range(self._sequences), sum(map(len, trees.values())))
-            numbers.fill(trees, cache.lengths, cache.starts, **filled)
-            return _rows(step(cache, numbers))
+            rows = shape.rows if shape.padded else sum(map(len, trees.values()))
+            numbers = self._numbers(range(self._sequences), rows, shape.words)
+            numbers.fill(trees, cache.lengths, cache.starts, padded=shape.padded, **filled)
+            places = _places(trees, cache, shape.padded) if shape.padded else None
+            return _rows(step(cache, numbers))._replace(places=places)
         parts = []  # one by one: with a size for all, one large tree would be padding for the others
         for sequence, tree in trees.items():
             padded = _bucket_of(len(tree))
-            numbers = self._numbers([sequence], padded)
+            numbers = self._numbers([sequence], padded, (padded + 31) // 32)
             numbers.fill({sequence: tree}, cache.lengths, cache.starts, padded=padded, **filled)
             view = cache.view([sequence], cache.extent([sequence], trees))
             parts.append([found[: len(tree)] for found in step(view, numbers)])
@@ -189,7 +192,7 @@ class Replays:
                 self._replays.move_to_end(key)
             return self._replays[key]
         cache = self.cache
-        numbers = self._numbers(range(self._sequences), shape.rows)
+        numbers = self._numbers(range(self._sequences), shape.rows, shape.words)
         if self._record.is_graph:  # which runs the step too: with nobody in it, or a path would be replayed twice
             numbers.fill({}, cache.lengths, cache.starts, padded=shape.padded)
         else:
@@ -204,28 +207,30 @@ class Replays:
     def _sequences(self) -> int:
         return len(self.cache.lengths)
 
-    def _numbers(self, sequences: Sequence[int], rows: int) -> Numbers:
-        each = rows // len(sequences) if self._record.is_graph and self.cache.has_keys else rows
-        return Numbers(sequences, rows, (each + 31) // 32, self.cache.longest_path, self.cache.device)
+    def _numbers(self, sequences: Sequence[int], rows: int, words: int) -> Numbers:
+        return Numbers(sequences, rows, words, self.cache.longest_path, self.cache.device)
 
     def _shape(self, trees: Mapping[int, DraftTree]) -> Shape:
-        rows = sum(map(len, trees.values()))
-        if not self._record.is_graph:
-            return Shape(rows, 0, None)
+        rows, words = sum(map(len, trees.values())), max(tree.ancestor_bits.shape[1] for tree in trees.values())
+        if not self._record.is_graph and not (self.cache.has_keys and self.cache.device.type == "cuda"):
+            return Shape(rows, 0, max(words, (rows + 31) // 32), None)
         if not self.cache.has_keys:
-            return Shape(_bucket_of(rows), 0, None)
+            return Shape(_bucket_of(rows), 0, max(words, (_bucket_of(rows) + 31) // 32), None)
         nodes = _bucket_of(max(map(len, trees.values())))
-        return Shape(nodes * self._sequences, nodes, self.cache.extent(range(self._sequences), trees))
+        extent = self.cache.extent(range(self._sequences), trees) if self._record.is_graph else None
+        return Shape(nodes * self._sequences, nodes, max(words, (nodes + 31) // 32), extent)
 
     def _all_shapes(self, capacity: int) -> list[Shape]:
         """Of graphs, the largest first: the others find room in the memory that it needs."""
         prompts = PROMPT_BUCKETS if self._sequences == 1 or not self.cache.has_keys else ()
         buckets = [*reversed(prompts), *reversed(BUCKETS)]
         if not self.cache.has_keys:
-            return [Shape(rows, 0, None) for rows in buckets]
+            return [Shape(rows, 0, (rows + 31) // 32, None) for rows in buckets]
         fitting = [nodes for nodes in buckets if nodes // 2 < capacity]  # else a smaller one holds any tree that fits
         extents = self.cache.extents(capacity)
-        return [Shape(nodes * self._sequences, nodes, extent) for nodes in fitting for extent in extents]
+        return [
+            Shape(nodes * self._sequences, nodes, (nodes + 31) // 32, extent) for nodes in fitting for extent in extents
+        ]
 
 
 class TapeRecorder:

@@ -1,13 +1,14 @@
 """Growth policies: which nodes a drafter with a law of its own spends its budget on.
 
-A policy knows no model. It asks a LawSource for the law after some nodes, chooses or draws children, and asks on. What
-makes a drawn tree exact is one rule that all of these policies keep: whether to draw another child, and where, may
-depend on everything drawn before, but not on that draw itself; and what was drawn stays.
+A policy knows no model. It asks a Sapling for the laws after some nodes, chooses or draws children, and asks on.
+It says beforehand which nodes it is about to ask for, so that the trees of a batch can grow in step. What makes a drawn
+tree exact is one rule that all of these policies keep: whether to draw another child, and where, may depend on
+everything drawn before, but not on that draw itself; and what was drawn stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,12 +17,25 @@ from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import largest
 from pyspec.tree import DraftTree, Siblings
 
-__all__ = ["Children", "GrowthPolicy", "LawSource", "Sapling", "check_temperature", "path_to", "top_tokens"]
+__all__ = [
+    "Children",
+    "Growing",
+    "GrowthPolicy",
+    "LawSource",
+    "Sapling",
+    "check_temperature",
+    "grow_together",
+    "path_to",
+    "top_tokens",
+]
 
 #: How a node's children come from its law. The likeliest tokens; independent draws; draws of tokens not drawn before.
 Children = Literal["top", "with replacement", "without replacement"]
 
 LARGEST_BUDGET = 4096
+
+#: Yields nodes, see GrowthPolicy.growing, and returns a tree.
+Growing = Generator[Sequence[int], None, DraftTree]
 
 
 class LawSource(Protocol):
@@ -41,15 +55,46 @@ class LawSource(Protocol):
         ...
 
 
-class GrowthPolicy(Protocol):
-    """Grows trees; `proposal` and `siblings` as in a Drafter, and "deterministic" has siblings "none"."""
+class GrowthPolicy:
+    """The base of policies; `proposal` and `siblings` as in a Drafter, and "deterministic" has siblings "none"."""
 
     proposal: Literal["deterministic", "sampled"]
     siblings: Siblings
 
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
+        """Grows a sapling to at most its budget: yields the nodes whose laws it asks for next, returns the tree."""
+        raise NotImplementedError  # abstract: each policy has its own
+
     def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
         """A tree of at most budget nodes, root included, below token."""
-        ...
+        return grow_together(self, {0: Sapling(source, token, budget)}, {0: noise})[0]
+
+
+def grow_together(
+    policy: GrowthPolicy,
+    saplings: Mapping[int, Sapling],
+    noises: Mapping[int, Noise],
+    prepare: Callable[[Mapping[int, Sequence[int]]], None] = lambda asked: None,
+) -> dict[int, DraftTree]:
+    """The trees that a policy makes of some saplings, which grow in step.
+
+    Args:
+        saplings, noises: of each tree, by the caller's numbers.
+        prepare: called with the nodes, by number, whose laws their saplings are asked for next, before they are.
+    """
+    growing = {number: policy.growing(sapling, noises[number]) for number, sapling in saplings.items()}
+    trees, asked = {}, {}
+    while growing:
+        for number, steps in list(growing.items()):
+            try:
+                asked[number] = next(steps)
+            except StopIteration as end:
+                trees[number] = end.value
+                del growing[number]
+        if asked:
+            prepare(asked)
+            asked = {}
+    return trees
 
 
 class Sapling:

@@ -6,9 +6,8 @@ import heapq
 
 import numpy as np
 
-from pyspec.drafters.shapes import LawSource, Sapling
+from pyspec.drafters.shapes import Growing, GrowthPolicy, Sapling
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
 
 
 class _Slots:
@@ -33,6 +32,11 @@ class _Slots:
         """The chance of the best slot, 0 if there is none."""
         return -self._heap[0][0] if self._heap else 0.0
 
+    @property
+    def unknown(self) -> list[int]:
+        """The node of the best slot, if its law was not asked for yet."""
+        return [node for _, node in self._heap[:1] if node not in self._left]
+
     def ask(self, nodes: list[int]) -> None:
         """Asks for the laws of nodes at once."""
         for node, law in zip(nodes, self._sapling.laws(nodes), strict=True):
@@ -41,8 +45,6 @@ class _Slots:
     def draw(self) -> tuple[int, float]:
         """Draws at the best slot and opens its sibling's: the child, and the chance of a first child of it."""
         negated, node = heapq.heappop(self._heap)
-        if node not in self._left:
-            self.ask([node])
         left = self._left[node]
         total = left.sum()
         token = self._noise.draw(left)
@@ -53,7 +55,7 @@ class _Slots:
         return self._sapling.add(node, token), -negated * share
 
 
-class DySpecGreedy:
+class DySpecGreedy(GrowthPolicy):
     """Draws at the best slot until the budget is used; asks for one law at a time.
 
     Xiong et al., "DySpec", arXiv 2410.11744. The decision to draw is made by the chance of the slot, which was known
@@ -63,17 +65,18 @@ class DySpecGreedy:
     proposal = "sampled"
     siblings = "without replacement"
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
-        """A tree of budget nodes below token."""
-        sapling = Sapling(source, token, budget)
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
         slots = _Slots(sapling, noise)
         slots.open(0, 1.0)
         while sapling.room and slots.best > 0:
+            if slots.unknown:
+                yield slots.unknown
+                slots.ask(slots.unknown)
             slots.open(*slots.draw())
         return sapling.drawn()
 
 
-class DySpecThreshold:
+class DySpecThreshold(GrowthPolicy):
     """Draws level by level at all slots with a chance of at least `threshold`; asks for the laws of a level at once.
 
     Of more nodes than the budget, those with the best slots stay: what DySpecGreedy would draw down to the threshold.
@@ -90,9 +93,8 @@ class DySpecThreshold:
             raise ValueError(f"threshold must be in (0, 1], got {threshold}")
         self.threshold = threshold
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
-        """A tree of at most budget nodes below token."""
-        sapling = Sapling(source, token, budget)
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
+        budget = sapling.budget
         chances = [1.0]  # of the slot that each node was drawn at; the root comes first
 
         def pays(chance: float) -> bool:
@@ -101,7 +103,9 @@ class DySpecThreshold:
         level = [(0, 1.0)] if budget > 1 else []
         while level:
             slots = _Slots(sapling, noise)
-            slots.ask([node for node, _ in level])
+            asked = [node for node, _ in level]
+            yield asked
+            slots.ask(asked)
             for slot in level:
                 slots.open(*slot)
             grown = []

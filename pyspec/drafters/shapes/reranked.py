@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pyspec.drafters.shapes import LARGEST_BUDGET, GrowthPolicy, LawSource, Sapling
+from pyspec.drafters.shapes import LARGEST_BUDGET, Growing, GrowthPolicy, Sapling
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
 
-class TopPaths:
+class TopPaths(GrowthPolicy):
     """The likeliest paths through the `width` likeliest tokens below the `width` likeliest nodes of each level.
 
     The tree of EAGLE-2, arXiv 2406.16858. A level is asked for only below nodes that are of the tree so far: no other
@@ -30,24 +30,22 @@ class TopPaths:
         self.width = width
         self.depth = depth
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
         """The budget likeliest nodes, likeliest first."""
-        sapling = Sapling(source, token, budget)
-        if budget == 1:
-            return DraftTree.chain([token])
         level = kept = [0]
-        for _ in range(self.depth):
+        for _ in range(self.depth if sapling.room else 0):
+            yield level
             grown = []
             for node, found in zip(level, sapling.likeliest(level, self.width), strict=True):
                 grown += [sapling.add(node, child, chance) for child, chance in found]
-            kept = sapling.best(budget)
+            kept = sapling.best(sapling.budget)
             level = sorted(sorted(set(grown) & set(kept), key=lambda node: -sapling.chances[node])[: self.width])
             if not level:
                 break
         return sapling.chosen(kept)
 
 
-class Reranked:
+class Reranked(GrowthPolicy):
     """Keeps the nodes with the likeliest paths of what another policy grows. Re-ranking of EAGLE-2, arXiv 2406.16858.
 
     Only for deterministic policies: a draft that was drawn and then left out for its value makes the others' law
@@ -68,12 +66,10 @@ class Reranked:
             )
         self.policy = policy
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
         """The budget likeliest nodes, likeliest first."""
-        Sapling(source, token, budget)
-        if budget == 1:
-            return DraftTree.chain([token])
-        candidates = self.policy.grow(source, token, LARGEST_BUDGET, noise)
+        budget, sapling.budget = sapling.budget, LARGEST_BUDGET if sapling.room else 1
+        candidates = yield from self.policy.growing(sapling, noise)
         # stable: of a parent and a child that is sure, the parent stays before
         kept = np.argsort(-candidates.chances, kind="stable")[:budget].tolist()
         places = {node: place for place, node in enumerate(kept)}

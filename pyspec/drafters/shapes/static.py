@@ -7,14 +7,14 @@ from functools import cache
 
 import numpy as np
 
-from pyspec.drafters.shapes import Children, LawSource, Sapling, top_tokens
+from pyspec.drafters.shapes import Children, Growing, GrowthPolicy, Sapling, top_tokens
 from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 
 LARGEST_PLAN = 256  # nodes that Sequoia plans for: the tables are quadratic in them
 
 
-class StaticTree:
+class StaticTree(GrowthPolicy):
     """Base of the policies with a fixed shape: `shape(budget)` gives parents, level by level.
 
     Args:
@@ -33,16 +33,17 @@ class StaticTree:
         """Parents [T] with T <= budget, those of a level ascending; -1 for the root."""
         raise NotImplementedError  # abstract: each shape has its own
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
-        """A tree below token; where a law has fewer tokens than the shape has children, less than the shape."""
-        sapling = Sapling(source, token, budget)
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
+        """Where a law has fewer tokens than the shape has children, less than the shape."""
+        budget = sapling.budget
         children: list[list[int]] = [[] for _ in range(budget)]
         for place, parent in enumerate(self.shape(budget)[1:], start=1):
             children[parent].append(place)
         level = [(0, 0)] if children[0] else []  # (place in the shape, node)
         while level:
-            grown = []
-            for (place, node), law in zip(level, sapling.laws([node for _, node in level]), strict=True):
+            grown, asked = [], [node for _, node in level]
+            yield asked
+            for (place, node), law in zip(level, sapling.laws(asked), strict=True):
                 tokens = self._children(law, len(children[place]), noise)
                 places = children[place][: len(tokens)]
                 grown += [(child, sapling.add(node, token)) for child, token in zip(places, tokens, strict=True)]

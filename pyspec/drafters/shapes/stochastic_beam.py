@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import heapq
 
-from pyspec.drafters.shapes import LawSource, Sapling
+from pyspec.drafters.shapes import Growing, GrowthPolicy, Sapling
 from pyspec.sampling.noise import Noise
-from pyspec.tree import DraftTree
 
 
-class StochasticBeam:
+class StochasticBeam(GrowthPolicy):
     """Draws `width` different paths of each length from the drafter's law, without replacement.
 
     The paths of a length are drawn as by a race: path x arrives at a time with rate q(x), and the first ones are taken.
@@ -34,14 +33,15 @@ class StochasticBeam:
         self.depth = depth
         self.siblings = "none" if width == 1 else "without replacement"
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
-        """A tree below token; when the budget is used up, the last level has the first of its paths."""
-        sapling = Sapling(source, token, budget)
+    def growing(self, sapling: Sapling, noise: Noise) -> Growing:
+        """When the budget is used up, the last level has the first of its paths."""
         beams = [(0.0, 0)]  # (arrival, node)
         for _ in range(self.depth):
             if not sapling.room:
                 break
-            laws = sapling.laws([node for _, node in beams])
+            asked = [node for _, node in beams]
+            yield asked
+            laws = sapling.laws(asked)
             # of each beam, when its next child arrives, and what its law has left
             race = [(arrival, node, law.copy()) for (arrival, node), law in zip(beams, laws, strict=True)]
             beams = []

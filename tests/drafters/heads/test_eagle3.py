@@ -9,7 +9,8 @@ import torch
 
 from pyspec import DraftTree, generate
 from pyspec.acceptance import RULES
-from pyspec.drafters.eagle3 import Eagle3, _Laws
+from pyspec.drafters.eagle3 import Eagle3
+from pyspec.drafters.heads.eagle3_batch import HeadLaws
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
@@ -50,7 +51,8 @@ def reading(drafter, target, prompt):
 def said(drafter, target, prompt, guesses):
     """[1 + len(guesses), draft] of the head's laws along a chain of its own tokens below a text."""
     reader = reading(drafter, target, prompt)
-    laws = _Laws(reader._batch, reader._sequence, prompt, Sampler(1.0))
+    reader._batch.read({reader._sequence: prompt})
+    laws = HeadLaws(reader._batch, reader._sequence, Sampler(1.0))
     found, tokens, parents = [], [0], [-1]
     for guess in [*guesses, 0]:
         found.append(laws.laws(tokens, parents, [len(tokens) - 1])[0])
@@ -152,8 +154,8 @@ def test_random_acceptance_leaves_the_cache_of_the_text(tmp_path, rounds):
         pieces = observed_taps_of(target, context[:-1])
         fresh.observe(DraftTree.chain(context[:-1]), Verified(pieces[:, 0], taps=pieces), range(len(pieces)))
         for each in (reader, fresh):
-            each._batch.read(each._sequence, context)
-        length = len(context) - 2
+            each._batch.read({each._sequence: context})
+        length = len(context) - 1
         kept = [each._batch._cache.keys_values[:, :, each._sequence, :, :length] for each in (reader, fresh)]
         assert fresh._batch._cache.lengths[fresh._sequence] == length > 60 and torch.equal(*kept)
 
