@@ -24,9 +24,10 @@ constexpr int kSlices = kWarp / kValues;  // of the keys
 // What the host decides.
 struct DeltaPlan {
   int64_t rows;
-  int panels;  // of a head
-  int tile;    // steps
-  int kept;    // nodes that there is shared memory for, at least one
+  int panels;          // of a head
+  int tile;            // steps
+  int kept;            // nodes that there is shared memory for, at least one
+  float inverse_root;  // 1 / sqrt(keys)
 };
 
 // Of a block, in shared memory.
@@ -63,8 +64,7 @@ struct DeltaSteps {
   bool first_of_head, first_of_key_head;
   int begin;  // the first step of the tile
   DeltaTile tile;
-  float rate, inverse_root;  // A log2(e), and 1 / sqrt(keys)
-  float bias[kDecayLoads];
+  float rate;            // A log2(e)
   float state[kStates];  // of keys 32 j + 4 slice + 0..3
 
   __device__ DeltaSteps(const GatedDeltaParams& params, const DeltaPlan& of, const RoundTree& at, int panel)
@@ -83,13 +83,7 @@ struct DeltaSteps {
     tile.beta = tile.qk + plan.tile;
     tile.parent = reinterpret_cast<int*>(tile.beta + plan.tile), tile.last = tile.parent + plan.tile;
     decays = kPerKey ? keys : 1;
-    rate = __fmul_rn(p.a[head], kLog2E), inverse_root = 1.0f / sqrtf(static_cast<float>(keys));
-#pragma unroll
-    for (int i = 0; i < kDecayLoads; ++i) {
-      int key = lane + i * kWarp;
-      bool is_there = p.dt_bias && (!kPerKey || key < keys);
-      bias[i] = is_there ? p.dt_bias[kPerKey ? int64_t{head} * keys + key : head] : 0.0f;
-    }
+    rate = __fmul_rn(p.a[head], kLog2E);
   }
 
   // ==== where things are ====
@@ -129,6 +123,9 @@ struct DeltaSteps {
   }
   __device__ float decay_of(float raw, float bias) const {
     return exp2f(__fmul_rn(softplus(__fadd_rn(raw, bias)), rate));
+  }
+  __device__ float bias_of(int key) const {
+    return p.dt_bias && key < decays ? p.dt_bias[int64_t{head} * decays + key] : 0.0f;
   }
   // As they lie in memory, zero where there are none; what they mean is computed when all is on its way.
   __device__ void load_keys(const void* from, int64_t at, Element element, uint32_t (&to)[kLoads]) const {
@@ -175,7 +172,7 @@ struct DeltaSteps {
 #pragma unroll
     for (int i = 0; i < kDecayLoads; ++i) {
       int key = lane + i * kWarp;
-      float d = decay_of(of.d[i], bias[i]);
+      float d = decay_of(of.d[i], bias_of(key));
       if (key < kDecays) tile.d[at * kDecays + key] = d;
       if (records && first_of_head && key < decays) record[d_offset() + key] = d;
     }
@@ -184,7 +181,7 @@ struct DeltaSteps {
     int at = step - begin, node = step - accepted;
     bool is_new = node >= 0;
     if (is_new) {
-      float k_scale = inverse_length(of.k), q_scale = inverse_length(of.q) * inverse_root;
+      float k_scale = inverse_length(of.k), q_scale = inverse_length(of.q) * plan.inverse_root;
       float qk = dot(of.q, of.k) * k_scale * q_scale;
       if (lane == 0) tile.qk[at] = qk, tile.beta[at] = p.strength / (1.0f + expf(-of.beta));
 #pragma unroll
