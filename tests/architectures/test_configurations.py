@@ -14,9 +14,9 @@ from pyspec.architectures import FAMILIES, Unsupported, family_of
 from pyspec.checkpoints.huggingface import read_config
 from tests.helpers.random_llama import VOCABULARY
 from tests.helpers.runner_checks import check_last
+from tests.helpers.tiny_hybrids import tiny_hybrid
 from tests.helpers.tiny_mambas import tiny_mamba
 from tests.helpers.tiny_models import tiny_model
-from tests.runners.test_bamba import tiny_bamba
 
 transformers = pytest.importorskip("transformers")
 SIZES = {"hidden_size": 2048, "num_hidden_layers": 3, "num_attention_heads": 32, "max_position_embeddings": 256}
@@ -269,7 +269,7 @@ def test_other_models_are_found_by_their_type_too(tmp_path):
     [
         lambda: tiny_model("llama_tied_with_biases"),
         lambda: tiny_mamba("mamba"),
-        lambda: tiny_bamba("bamba_tied_with_biases"),
+        lambda: tiny_hybrid("bamba_tied_with_biases"),
     ],
     ids=["llama", "mamba", "bamba"],
 )

@@ -24,9 +24,9 @@ def source(name: str):
     """What a runner is made of: a transformers model, made before any setting is."""
     pytest.importorskip("transformers")
     if name == "bamba":
-        from tests.runners.test_bamba import tiny_bamba
+        from tests.helpers.tiny_hybrids import tiny_hybrid
 
-        return tiny_bamba("bamba")
+        return tiny_hybrid("bamba")
     if name.startswith("mamba"):
         from tests.helpers.tiny_mambas import tiny_mamba
 

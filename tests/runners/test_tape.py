@@ -11,8 +11,8 @@ from pyspec.ops import lay_out_weight, linear, rms_norm, swiglu
 from pyspec.runners import replay
 from pyspec.runners.tape import Arena, Tape, can_record
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path, verify_all
+from tests.helpers.tiny_hybrids import tiny_hybrid
 from tests.helpers.tiny_mambas import tiny_mamba
-from tests.runners.test_bamba import tiny_bamba
 
 pytestmark = pytest.mark.skipif(not can_record(), reason="the compiled kernels are not there")
 
@@ -106,7 +106,7 @@ def runners():
     yield random_llama(dtype=torch.int8)
     yield from_transformers(tiny_mamba("mamba"))
     yield from_transformers(tiny_mamba("mamba2"), dtype=torch.bfloat16)
-    yield from_transformers(tiny_bamba("bamba"))
+    yield from_transformers(tiny_hybrid("bamba"))
 
 
 @torch.inference_mode()

@@ -1,0 +1,60 @@
+"""Tiny random hybrids of attention and a recurrence, as transformers has them."""
+
+import torch
+
+from tests.helpers.random_llama import VOCABULARY
+
+_SHARED = {
+    "vocab_size": VOCABULARY,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 700,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_BAMBA = _SHARED | {"hidden_size": 128, "attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 32}
+_BAMBA |= {"mamba_d_state": 16, "mamba_chunk_size": 8}
+_QWEN = _SHARED | {"hidden_size": 96, "head_dim": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 32}
+_QWEN |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_EXPERTS |= {"shared_expert_intermediate_size": 48}
+_LINEAR, _FULL = "linear_attention", "full_attention"
+
+#: The names of a configuration and a model in transformers, and what the configuration says.
+KINDS = {
+    "bamba": ("BambaConfig", "BambaForCausalLM", _BAMBA),
+    "bamba_tied_with_biases": (
+        "BambaConfig",
+        "BambaForCausalLM",
+        _BAMBA
+        | {"attn_layer_indices": [0], "num_hidden_layers": 3, "mamba_n_groups": 2, "num_key_value_heads": 2}
+        | {"attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False, "tie_word_embeddings": True},
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _QWEN),
+    "qwen3_5_tied_with_biases": (
+        "Qwen3_5TextConfig",
+        "Qwen3_5ForCausalLM",
+        _QWEN
+        | {"layer_types": [_FULL, _LINEAR, _LINEAR], "num_hidden_layers": 3, "tie_word_embeddings": True}
+        | {"linear_num_key_heads": 4, "attention_bias": True, "partial_rotary_factor": 0.5},
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", "Qwen3_5MoeForCausalLM", _QWEN | _EXPERTS),
+    "qwen3_next": ("Qwen3NextConfig", "Qwen3NextForCausalLM", _QWEN | _EXPERTS | {"mlp_only_layers": [1]}),
+}
+
+
+def tiny_hybrid(kind: str, **changed):
+    """A transformers model in fp32 that forgets slowly."""
+    import transformers
+
+    config, model, shape = KINDS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, model)(getattr(transformers, config)(**shape | changed)).float().eval()
+    for name, parameter in model.named_parameters():
+        mean, deviation = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.2)
+        if "dt_bias" in name or "A_log" in name:
+            mean, deviation = -2.0, 1.0
+        torch.nn.init.normal_(parameter, mean, deviation)
+    return model
