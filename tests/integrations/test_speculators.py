@@ -9,6 +9,8 @@ from tests.helpers import eagle3_heads
 from tests.helpers.eagle3_heads import random_head, write_head
 from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens
 from tests.helpers.runner_checks import observed_taps
+from training import eagle3 as training_eagle3
+from training.drafts import Target
 
 pytest.importorskip("speculators")
 transformers = pytest.importorskip("transformers")
@@ -71,3 +73,28 @@ def test_four_steps_have_the_logits_of_speculators(tmp_path, kind, layers, flags
     expected = torch.stack(logits)
     found = said(drafter, target, prompt, guesses).log()
     torch.testing.assert_close(found, expected.double().log_softmax(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_trained_head_loads_in_speculators(tmp_path):
+    """training.eagle3 writes what their from_pretrained reads, with nothing missing and nothing left over."""
+    target = random_llama(windows=(None,) * 6)
+    head = training_eagle3.Eagle3(Target(target, torch.arange(0, 80, 2)), TAPS)
+    shape = target.config
+    verifier = transformers.LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+    )
+    transformers.LlamaForCausalLM(verifier).save_pretrained(tmp_path / "target")
+    head.write(tmp_path, str(tmp_path / "target"))
+    theirs = Eagle3DraftModel.from_pretrained(tmp_path)
+    tensors = theirs.state_dict()
+    for name, values in head.state_dict().items():
+        torch.testing.assert_close(tensors[name].float(), values.bfloat16().float(), atol=0, rtol=0)
+    assert theirs.config.eagle_aux_hidden_state_layer_ids == list(TAPS) and theirs.config.norm_output
+    assert theirs.config.transformer_layer_config.rope_parameters["rope_theta"] == target.config.rope_base
+    assert (tensors["d2t"] + torch.arange(40)).tolist() == list(range(0, 80, 2))
