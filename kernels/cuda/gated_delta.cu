@@ -16,8 +16,6 @@
 // walked again or read as a prompt, so all of them have the same bits. Bound by memory for large batches, by
 // latency for small ones: of two loads that wait for each other, and of 40 multiply-adds and three shuffles
 // for each step.
-#include <cmath>
-
 #include "cuda/gated_delta_steps.h"
 
 namespace {
@@ -215,7 +213,7 @@ cudaError_t launch(const GatedDeltaParams& p, int64_t rows, cudaStream_t stream)
   plan.tile = min(Of::kMostTile, max(1, nodes + static_cast<int>(p.round.longest_path)));
   int room = (kShared / 4 - again - plan.tile * Of::kStep) / Of::kPanel;
   plan.kept = max(1, min(min(kMostKept, room), nodes / 2));
-  plan.inverse_root = 1.0f / std::sqrt(static_cast<float>(p.keys));
+  plan.inverse_root = 1.0f / sqrtf(static_cast<float>(p.keys));
   dim3 grid(static_cast<unsigned>(p.round.trees), static_cast<unsigned>(panels));
   int64_t shared = 4 * (again + plan.tile * Of::kStep + plan.kept * Of::kPanel);
   return pyspec::launch({grid, kThreads, shared, stream}, gated_delta_kernel<kPerKey, kStates>, p, plan);
