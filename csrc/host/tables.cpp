@@ -4,6 +4,7 @@
 
 #include "arrays.h"
 #include "bigrams.h"
+#include "guessed_tree.h"
 #include "ngram_memory.h"
 #include "suffix_automaton.h"
 #include "trigrams.h"
@@ -116,6 +117,16 @@ Bigrams bigrams(const Array<int32_t>& successors, const std::vector<int32_t>& co
   return {std::vector<int32_t>(successors.data(), successors.data() + successors.size()), common};
 }
 
+void hold(GuessedTree& guesses, const Array<int64_t>& tokens, const Array<int32_t>& parents,
+          const Array<float>& chances, int64_t length) {
+  const py::ssize_t nodes = tokens.size();
+  if (parents.size() != nodes || chances.size() != nodes) {
+    throw std::invalid_argument("tokens, parents and chances must be equally many");
+  }
+  guesses.hold({tokens.data(), tokens.data() + nodes}, {parents.data(), parents.data() + nodes},
+               {chances.data(), chances.data() + nodes}, length);
+}
+
 }  // namespace
 
 void add_tables(py::module_& module) {
@@ -134,6 +145,9 @@ void add_tables(py::module_& module) {
       .def("load", &load_trigrams, py::arg("keys"), py::arg("totals"), py::arg("tokens"), py::arg("counts"),
            py::arg("bonuses"))
       .def("__len__", [](const Trigrams& trigrams) { return trigrams.rows.size(); });
+  py::class_<GuessedTree, Source>(module, "GuessedTree")
+      .def(py::init<>())
+      .def("hold", &hold, py::arg("tokens"), py::arg("parents"), py::arg("chances"), py::arg("length"));
   py::class_<Bigrams, Source>(module, "Bigrams")
       .def(py::init(&bigrams), py::arg("successors"), py::arg("common"));
   py::class_<SuffixLookup::Cursor>(module, "Cursor").def(py::init<>());

@@ -12,15 +12,14 @@ Drafting takes time too: while rounds with it lose against plain decoding, it is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from pyspec.caches import QuantisedSettings
 from pyspec.controllers import CONTROLLERS, LARGEST, Controller
-from pyspec.controllers.first_rounds import FirstRounds
 from pyspec.drafters import Drafter
-from pyspec.machine.costs import Costs, kept_costs
+from pyspec.machine.running_costs import RunningCosts, running_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
@@ -40,21 +39,24 @@ class PayingController(ABC):
     rounds follow each of them as keep the loss at about TRIALS of the time.
 
     Args:
-        costs: seconds of a verification by its nodes.
+        costs: gives what a verification costs now.
         largest: nodes of a tree, at most.
     """
 
-    def __init__(self, costs: Costs, largest: int = LARGEST):
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
         self.largest = largest
         self._costs = costs
-        self._seconds: list[float] = []  # by number of nodes, as far as they were asked for
+        self._called: set[int] = set()  # numbers of nodes: a first call may be recorded, which takes longer
+        self._trial: int | None = None  # nodes of the next round, for the sake of what they cost
         self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
         self._resting = 0  # plain rounds that are left
 
     @property
     def nodes(self) -> int:
         """Nodes that a drafter should propose; 1 while drafting rests."""
-        return 1 if self._resting else min(self._wanted(), self.largest)
+        if self._resting:
+            return 1
+        return min(self._wanted(), self.largest) if self._trial is None else min(self._trial, self.largest)
 
     def learn(
         self,
@@ -66,21 +68,24 @@ class PayingController(ABC):
         """Learns how much of a round's trees was accepted, and what proposing and verifying them took."""
         for tree, path in zip(trees, paths, strict=True):
             self._learn(tree, path)
+        nodes, costs = sum(map(len, trees)), self._costs()
+        trial, self._trial = self._trial, None
+        if len(trees) == 1:  # the nodes of several texts cost something else
+            if nodes in self._called:
+                costs.learn(nodes, verify_seconds)
+            self._called.add(nodes)
+            if not self._resting:
+                self._trial = costs.size_to_try()
         if self._resting:
             self._resting -= 1
             return
-        # both times were taken on the machine as it is now, the costs when it was perhaps less busy
-        nodes = sum(map(len, trees))
-        costs = self._costs_up_to(nodes)
-        plain_rounds = costs[nodes] / costs[len(trees)] * (1 + draft_seconds / verify_seconds)
+        if trial is not None:
+            return
+        seconds = costs.up_to(nodes)
+        plain_rounds = seconds[nodes] / seconds[len(trees)] * (1 + draft_seconds / verify_seconds)
         lost = plain_rounds - sum(map(len, paths)) / len(trees)
         self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
         self._resting = max(0, int((self._lost - LEARNING) / TRIALS))
-
-    def _costs_up_to(self, nodes: int) -> list[float]:
-        if len(self._seconds) <= nodes:
-            self._seconds = self._costs(np.arange(2 * nodes + 1)).tolist()
-        return self._seconds
 
     @abstractmethod
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
@@ -100,7 +105,7 @@ class CuttingController(PayingController):
     accepted of it lately.
     """
 
-    def __init__(self, costs: Costs, largest: int = LARGEST):
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
         super().__init__(costs, largest)
         self._promised = self._accepted = 0.0
         self._largest_kept = largest
@@ -111,6 +116,8 @@ class CuttingController(PayingController):
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Keeps the first nodes of each tree, and all of a tree that has no chances."""
+        if self._trial is not None and len(trees) == 1:
+            return list(trees)
         scale = (self._accepted + TRUST) / (self._promised + TRUST)
         drafts = []  # (chance, tree) of all that may be left out
         for index, tree in enumerate(trees):
@@ -121,7 +128,7 @@ class CuttingController(PayingController):
         if len(trees) > 1:
             drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
         nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
-        seconds = self._costs_up_to(nodes + len(drafts))
+        seconds = self._costs().up_to(nodes + len(drafts))
         tokens = float(len(trees))
         best, most = 0, tokens / seconds[nodes]
         for taken, (chance, _) in enumerate(drafts, start=1):
@@ -146,7 +153,7 @@ class SizingController(PayingController):
     How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
     """
 
-    def __init__(self, costs: Costs, largest: int = LARGEST):
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
         super().__init__(costs, largest)
         # until more is known, a tree of m nodes gives about log(m) + 1 tokens
         self._promised = 1 / (1 + np.arange(1, LARGEST))
@@ -158,7 +165,8 @@ class SizingController(PayingController):
         scale = (self._accepted.sum() + TRUST) / (tried + TRUST)
         chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
         tokens = 1 + np.concatenate(([0.0], np.cumsum(chances)))
-        return 1 + int(np.argmax(tokens / self._costs(self._trees * np.arange(1, LARGEST + 1))))
+        seconds = self._costs().up_to(LARGEST * self._trees)
+        return 1 + int(np.argmax(tokens / seconds[self._trees : (LARGEST + 1) * self._trees : self._trees]))
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Keeps the trees whole."""
@@ -173,13 +181,9 @@ class SizingController(PayingController):
 
 
 def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> Controller:
-    """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may.
-
-    Costs that are not known yet are found out in the first rounds.
-    """
+    """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may."""
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
-    costs = kept_costs(model, cache)
-    return FirstRounds(model, cache, kind, largest) if costs is None else kind(costs, largest)
+    return kind(running_costs(model, cache), largest)
 
 
 CONTROLLERS.register("auto", new_controller, "as many as pay")

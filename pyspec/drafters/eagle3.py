@@ -14,6 +14,10 @@ from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
 from pyspec.drafters.shapes import GrowthPolicy, Sapling, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
+from pyspec.drafters.table_drafter import Table, TableDrafter
+from pyspec.drafters.tables.guesses import Guesses
+from pyspec.drafters.tables.lookup import Lookup
+from pyspec.drafters.tables.recycling import Recycling
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.verified import Verified
@@ -34,14 +38,16 @@ class Eagle3:
         target: the runner to draft for.
         growth: by default the likeliest paths, which acceptance="exact" fits; growth_for finds what fits another rule.
             A policy that draws makes the drafter "sampled".
+        tables: what grows in one tree with the head's guesses, learned rates deciding between them; () for the head
+            alone. By default Lookup and Recycling where growth is deterministic, else none: others may not be cut.
         weights: dtype of the head's matrices; by default int8 on a CPU, bfloat16 elsewhere.
         taps: the target's layers that it reads, where its config.json is known to name others.
         temperature, top_k, top_p: of the head's laws, see Sampler; a drafter that draws needs a temperature above 0.
         seed: of the draws.
 
     Raises:
-        FileNotFoundError, ValueError: see Eagle3Head.load; or for a target without taps, or a policy that draws at
-            temperature 0.
+        FileNotFoundError, ValueError: see Eagle3Head.load; or for a target without taps, a policy that draws at
+            temperature 0, or tables beside one that draws.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Eagle3:
         target: Runner,
         growth: GrowthPolicy | None = None,
         *,
+        tables: Sequence[Table] | None = None,
         weights: torch.dtype | str | None = None,
         taps: Sequence[int] | None = None,
         temperature: float = 1.0,
@@ -68,6 +75,12 @@ class Eagle3:
         self.head = head if isinstance(head, Eagle3Head) else Eagle3Head.load(find_source(head), target, weights, taps)
         self.taps = self.head.config.taps
         self._vocab_size, self._context_length = target.vocab_size, target.context_length
+        if tables and self.proposal == "sampled":
+            raise ValueError(f"tables must be () beside {type(self.growth).__name__}, which draws, got {len(tables)}")
+        if tables is None:
+            tables = () if self.proposal == "sampled" else [kind(target.vocab_size) for kind in (Lookup, Recycling)]
+        merged = [*tables, Guesses(target.vocab_size)] if tables else []
+        self._merged = TableDrafter(merged, target.fingerprint) if merged else None
         self._batch: HeadBatch | None = None
         self._sequence = -1
 
@@ -78,6 +91,15 @@ class Eagle3:
             if self._batch is None or self._batch.has_begun:
                 self._batch = HeadBatch(self.head)
             drafter._batch, drafter._sequence = self._batch, self._batch.add()
+        if self._merged is not None:
+            drafter._merged = self._merged.start(prompt)
+        return drafter
+
+    def coupled_to(self, sampler: Sampler) -> Eagle3:
+        """This drafter for texts that a sampler draws, see TableDrafter; the head's guesses use its noise too."""
+        drafter = copy.copy(self)
+        if self._merged is not None:
+            drafter._merged = self._merged.coupled_to(sampler)
         return drafter
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
@@ -106,11 +128,20 @@ class Eagle3:
             )
             for sequence, tree in grown.items():
                 trees[places[sequence]] = tree
-        return trees
+        return [drafter._with_tables(*each) for drafter, *each in zip(drafters, trees, contexts, rooms, strict=True)]
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
-        """Keeps what the target's layers said of the accepted path."""
+        """Keeps what the target's layers said of the accepted path; tables learn from all nodes."""
         self._batch.take(self._sequence, verified.taps[list(path)])
+        if self._merged is not None:
+            self._merged.observe(tree, verified, path)
+
+    def _with_tables(self, tree: DraftTree, context: Sequence[int], budget: int) -> DraftTree:
+        """The tree of at most budget nodes that grows from the head's and the tables' guesses."""
+        if self._merged is None or budget <= 1:
+            return tree
+        self._merged.tables[-1].hold(tree, context)
+        return self._merged.propose(context, budget)
 
     def _grow(
         self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int]

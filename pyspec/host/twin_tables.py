@@ -70,6 +70,43 @@ def ranked(draw: Draw, tokens: Sequence[int], shares: Sequence[float]) -> tuple[
     return sorted(range(len(tokens)), key=lambda place: -weights[place]), weights
 
 
+class GuessedTree:
+    """A tree that somebody else has guessed below the text; see csrc/host/guessed_tree.h."""
+
+    RANKS = 3
+
+    def __init__(self):
+        self._children: list[list[tuple[int, int, float]]] = []  # of each node: node, token, share
+        self._length = 0
+
+    def priors(self) -> list[float]:
+        return [0.0, *SHARES * (2 * self.RANKS)]
+
+    def hold(self, tokens: np.ndarray, parents: np.ndarray, chances: np.ndarray, length: int) -> None:
+        if not len(tokens) == len(parents) == len(chances):
+            raise ValueError("tokens, parents and chances must be equally many")
+        self._children, self._length = [[] for _ in tokens], length
+        chances = chances.tolist()
+        for node, (token, parent) in enumerate(zip(tokens.tolist(), parents.tolist(), strict=True)):
+            if node:
+                self._children[parent].append((node, token, chances[node] / chances[parent]))
+
+    def offer(self, recent: Sequence[int], draw: Draw) -> list[tuple[int, int]]:
+        node = 0
+        for wanted in recent[self._length :]:
+            node = next((child for child, token, _ in self._of(node) if token == wanted), -1)
+        tokens, shares = [token for _, token, _ in self._of(node)], [share for *_, share in self._of(node)]
+        order, weights = ranked(draw, tokens, shares)
+        kinds = [min(rank, self.RANKS - 1) + (self.RANKS if node else 0) for rank in range(len(order))]
+        return [
+            (tokens[place], 1 + kind * len(SHARES) + level_of(weights[place]))
+            for place, kind in zip(order, kinds, strict=True)
+        ]
+
+    def _of(self, node: int) -> list[tuple[int, int, float]]:
+        return self._children[node] if 0 <= node < len(self._children) else []
+
+
 class Generations:
     """At most `capacity` rows by key, in two halves, the older of which is forgotten as a whole."""
 

@@ -15,6 +15,7 @@ from pyspec.host.twin_tables import (  # noqa: F401  (host() takes all structure
     Bigrams,
     Cursor,
     Draw,
+    GuessedTree,
     NgramMemory,
     SamplerNoise,
     SuffixLookup,

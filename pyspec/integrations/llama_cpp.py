@@ -26,6 +26,7 @@ from pyspec.controllers.pays import CuttingController
 from pyspec.drafters import DRAFTERS, Drafter, drafter_from_name
 from pyspec.integrations import require
 from pyspec.machine.costs import Costs
+from pyspec.machine.running_costs import RunningCosts
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
@@ -79,7 +80,8 @@ class DraftModel(LlamaDraftModel):
             raise ValueError(f"drafter must be one that chooses its drafts, got {drafter!r}")
         check_laws(self._shared, ExactAcceptance())
         self.costs = _measure_costs(llama, self.clock)
-        self._controller = CuttingController(self.costs)
+        running = RunningCosts(self.costs)
+        self._controller = CuttingController(lambda: running)
         self._drafter: Drafter | None = None
         self._context: list[int] = []
         self._proposed: DraftTree | None = None

@@ -66,24 +66,21 @@ class Costs:
         return np.interp(nodes, (*self.nodes, beyond), (*self.seconds, end))
 
 
-def kept_costs(model: Runner, cache: QuantisedSettings | None = None) -> Costs | None:
-    """The costs of a model on this machine that the user's cache folder keeps, if it does.
-
-    cache is that of the texts to come, None if dense.
-    """
+def kept_costs(key: str) -> Costs | None:
+    """The costs that the user's cache folder keeps by a key of `key_of`, if it does."""
     try:
-        nodes, seconds = store.read("costs", key_of(model, cache))
+        nodes, seconds = store.read("costs", key)
         return Costs(tuple(nodes), tuple(seconds))
     except (TypeError, ValueError):
         return None
 
 
-def keep_costs(model: Runner, cache: QuantisedSettings | None, costs: Costs) -> None:
+def keep_costs(key: str, costs: Costs) -> None:
     """Keeps costs in the user's cache folder, in place of those before."""
-    store.keep("costs", key_of(model, cache), [costs.nodes, costs.seconds])
+    store.keep("costs", key, [costs.nodes, costs.seconds])
 
 
-def is_rising(found: Mapping[int, float]) -> bool:
+def _is_rising(found: Mapping[int, float]) -> bool:
     """Whether no larger tree seems much cheaper than a smaller one, by seconds for numbers of nodes."""
     in_order = [found[size] for size in sorted(found)]
     return all(larger >= (1 - HICCUP) * smaller for smaller, larger in itertools.pairwise(in_order))
@@ -110,11 +107,11 @@ def measure_costs(model: Runner, cache: QuantisedSettings | None = None) -> Cost
         model.prefill([prompt], capacity=capacity, **({} if cache is None else {"cache": cache}))
         for _ in range(ATTEMPTS):
             found = _least(model, sizes, draw)
-            if is_rising(found):
+            if _is_rising(found):
                 break
     costs = Costs.of_seconds(found)
-    if is_rising(found):
-        keep_costs(model, cache, costs)
+    if _is_rising(found):
+        keep_costs(key_of(model, cache), costs)
     return costs
 
 
@@ -149,7 +146,13 @@ def _seconds(model: Runner, nodes: int, draw: random.Random) -> float:
     return clock() - start
 
 
-def key_of(model: Runner, cache: QuantisedSettings | None) -> str:
-    """Names what costs depend on."""
+def key_of(model: Runner, cache: QuantisedSettings | None, shortest: int = 0) -> str:
+    """Names what costs depend on.
+
+    Args:
+        cache: of the texts, None if dense.
+        shortest: tokens before the trees, at least.
+    """
     kernel = backend_of("linear", model.device.type)
-    return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn")
+    behind = {"behind": shortest} if shortest else {}
+    return store.key(model, kernel, cache="dense" if cache is None else cache, tokens="drawn", **behind)

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 from pyspec.caches import cache_from_name
-from pyspec.controllers import CONTROLLERS, LARGEST, controller_for, pays
+from pyspec.controllers import CONTROLLERS, LARGEST, controller_for
 from pyspec.controllers.fixed import FixedController
 from pyspec.controllers.pays import CuttingController, SizingController
 from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.lookup import Lookup
-from pyspec.machine.costs import Costs
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.newcomers import registered_by
@@ -39,10 +38,9 @@ def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, dra
 
 @pytest.mark.parametrize("drafter", [None, TableDrafter([Lookup(10)])])
 def test_no_tree_is_larger_than_a_cache_takes(drafter, monkeypatch):
-    monkeypatch.setattr(pays, "kept_costs", lambda *model: Costs((1, 64), (1.0, 1.001)))
     cache = cache_from_name("int4")
     monkeypatch.setattr(type(cache), "largest_tree", 3)
-    controller = controller_for("auto", None, drafter, cache)
+    controller = controller_for("auto", FakeRunner(), drafter, cache)
     assert controller.nodes == controller.largest == 3
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pyspec import controllers, generate
 from pyspec.controllers import pays
 from pyspec.controllers.pays import CuttingController, PayingController, SizingController
-from pyspec.machine.costs import Costs
+from pyspec.machine.costs import Costs, keep_costs, key_of
+from pyspec.machine.running_costs import RunningCosts
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import FakeRunner
 
@@ -22,9 +23,16 @@ def tree_of(chances) -> DraftTree:
     return DraftTree(range(nodes), range(-1, nodes - 1), chances=torch.tensor([1.0, *chances]))
 
 
+def by(*table, kind=CuttingController) -> PayingController:
+    """A controller by numbers of nodes and their seconds."""
+    running = RunningCosts(Costs(*table))
+    return kind(lambda: running)
+
+
 def learn(controller: PayingController, tree: DraftTree, path, drafting: float = 0.0) -> None:
-    """A round of one sequence, drafting taking so much of a verification."""
-    controller.learn([tree], [path], drafting, 1.0)
+    """A round of one sequence that takes as long as it should, drafting taking so much of a verification."""
+    seconds = controller._costs().up_to(len(tree))[len(tree)]
+    controller.learn([tree], [path], drafting * seconds, seconds)
 
 
 def rest(controller: PayingController) -> int:
@@ -41,8 +49,9 @@ falling = st.lists(st.floats(0, 1, width=32), max_size=6).map(lambda chances: so
 
 @given(st.lists(falling, min_size=1, max_size=3), st.lists(st.floats(0, 0.5), min_size=20, max_size=20))
 def test_the_cut_is_the_best_of_all_cuts(chances, steps):
-    table = Costs(tuple(range(1, 21)), tuple(np.cumsum([1.0, *steps[:19]]).tolist()))
-    kept = CuttingController(table).cut([tree_of(of_tree) for of_tree in chances])
+    controller = by(tuple(range(1, 21)), tuple(np.cumsum([1.0, *steps[:19]]).tolist()))
+    table = controller._costs().costs
+    kept = controller.cut([tree_of(of_tree) for of_tree in chances])
 
     def rate(counts):
         tokens = sum(1 + sum(of_tree[: count - 1]) for of_tree, count in zip(chances, counts, strict=True))
@@ -54,19 +63,17 @@ def test_the_cut_is_the_best_of_all_cuts(chances, steps):
 
 def test_a_free_tree_is_kept_whole_and_a_dear_one_is_left_out():
     tree = tree_of([0.9, 0.5, 0.1])
-    assert CuttingController(Costs((1, 64), (1.0, 1.0001))).cut([tree]) == [tree]
-    assert len(CuttingController(Costs((1, 64), (1.0, 64.0))).cut([tree])[0]) == 1
+    assert by((1, 64), (1.0, 1.0001)).cut([tree]) == [tree]
+    assert len(by((1, 64), (1.0, 64.0)).cut([tree])[0]) == 1
 
 
 def test_a_tree_without_chances_is_kept_whole():
     tree = DraftTree.chain([1, 2, 3])
-    assert CuttingController(Costs((1, 64), (1.0, 64.0))).cut([tree, tree_of([0.1])])[0] is tree
+    assert by((1, 64), (1.0, 64.0)).cut([tree, tree_of([0.1])])[0] is tree
 
 
 def test_a_drafter_that_promises_too_much_is_believed_less_and_can_earn_it_back():
-    controller = CuttingController(
-        Costs((1, 64), (1.0, 14.0))
-    )  # a draft is worth it from a chance of 0.21 on, and less
+    controller = by((1, 64), (1.0, 14.0))  # a draft is worth it from a chance of 0.21 on, and less
     tree = tree_of([0.6, 0.5])
     assert len(controller.cut([tree])[0]) == 3
     for _ in range(40):
@@ -78,7 +85,7 @@ def test_a_drafter_that_promises_too_much_is_believed_less_and_can_earn_it_back(
 
 
 def test_the_next_tree_is_asked_for_about_as_large_as_was_worth_it():
-    controller = CuttingController(Costs((1, 64), (1.0, 64.0)))
+    controller = by((1, 64), (1.0, 64.0))
     assert controller.nodes == controllers.LARGEST
     controller.cut([tree_of([0.1] * 20)])
     assert controller.nodes == pays.FEWEST
@@ -87,21 +94,21 @@ def test_the_next_tree_is_asked_for_about_as_large_as_was_worth_it():
 def test_drawn_trees_get_the_size_that_paid_before():
     chain = DraftTree.chain(range(9))
     for accepted, fewest, most in [(8, 9, 64), (2, 2, 9), (0, 1, 2)]:
-        drawn = SizingController(Costs((1, 64), (1.0, 8.0)))
+        drawn = by((1, 64), (1.0, 8.0), kind=SizingController)
         assert drawn.cut([chain]) == [chain]
         for _ in range(100):
             learn(drawn, chain, range(1 + accepted))
-        assert fewest <= drawn.nodes <= most
+        assert fewest <= drawn._wanted() <= most
         for _ in range(300):  # without trials, what was held against them fades
             learn(drawn, chain.first(1), [0])
-        assert 1 < drawn.nodes < 64
-    assert SizingController(Costs((1, 64), (1.0, 64.0))).nodes == 1
-    assert SizingController(Costs((1, 64), (1.0, 1.001))).nodes > 1
+        assert 1 < drawn._wanted() < 64
+    assert by((1, 64), (1.0, 64.0), kind=SizingController).nodes == 1
+    assert by((1, 64), (1.0, 1.001), kind=SizingController).nodes > 1
 
 
 @pytest.mark.parametrize("kind", [CuttingController, SizingController])
 def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(kind):
-    controller, tree = kind(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    controller, tree = by((1, 64), (1.0, 1.01), kind=kind), DraftTree.chain([1, 2, 3])
     tried = rounds = 0
     while rounds < 3000:  # a round with drafts takes as long as two and a half plain ones and gives two tokens
         learn(controller, tree, [0, 1], drafting=1.5)
@@ -115,19 +122,19 @@ def test_drafting_that_costs_more_than_it_brings_rests_most_of_the_time(kind):
 
 
 def test_drafting_that_pays_never_rests_and_a_hanging_machine_is_soon_forgotten():
-    controller, tree = CuttingController(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    controller, tree = by((1, 64), (1.0, 1.01)), DraftTree.chain([1, 2, 3])
     for _ in range(100):
         learn(controller, tree, [0, 1], drafting=0.5)
         assert controller.nodes > 1
     learn(controller, tree, [0], drafting=1000.0)
     assert controller.nodes > 1
-    fresh = CuttingController(Costs((1, 64), (1.0, 1.01)))
+    fresh = by((1, 64), (1.0, 1.01))
     learn(fresh, tree, [0], drafting=1000.0)
     assert 0 < rest(fresh) <= 10
 
 
 def test_a_batch_is_weighed_as_one():
-    controller, tree = CuttingController(Costs((1, 64), (1.0, 1.01))), DraftTree.chain([1, 2, 3])
+    controller, tree = by((1, 64), (1.0, 1.01)), DraftTree.chain([1, 2, 3])
     for _ in range(100):  # one sequence pays for both
         controller.learn([tree, tree], [[0, 1, 2], [0]], 0.8, 1.0)
         assert controller.nodes > 1
@@ -139,11 +146,44 @@ def test_a_batch_is_weighed_as_one():
 
 
 @pytest.mark.parametrize("seconds", [1.0001, 64.0])
-def test_generation_with_the_automatic_budget_says_what_plain_decoding_says(monkeypatch, seconds):
-    monkeypatch.setattr(pays, "kept_costs", lambda *model: Costs((1, 64), (1.0, seconds)))
+def test_generation_with_the_automatic_budget_says_what_plain_decoding_says(monkeypatch, tmp_path, seconds):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    keep_costs(key_of(FakeRunner(), None), Costs((1, 64), (1.0, seconds)))
     prompts = [list(b"ab"), list(b"the tree"), list(b"q")]
     plain = generate(FakeRunner(), prompts, drafter=None, max_new_tokens=60, seed=3)
     drafted = generate(FakeRunner(), prompts, drafter="merged", budget="auto", max_new_tokens=60, seed=3)
     assert drafted.tokens == plain.tokens
     nodes = drafted.stats.nodes / sum(drafted.stats.accepted_lengths)
     assert nodes == 1 if seconds == 64.0 else nodes > 4
+
+
+@pytest.mark.parametrize("kind", [CuttingController, SizingController])
+def test_sizes_in_doubt_are_tried_whatever_they_give_and_do_not_count_as_lost(kind):
+    running = RunningCosts(Costs((1, 64), (1.0, 64.0)), found=False)
+    controller, found = kind(lambda: running), []
+    while not found or controller._trial is not None:
+        nodes = controller.nodes
+        (tree,) = controller.cut([tree_of([0.01] * (nodes - 1))])
+        found.append(len(tree))
+        learn(controller, tree, [0])
+    assert found[1:5] == [8, 8, 1, 8] or found[1:5] == [8, 8, 1, 1], found
+    assert not controller._resting
+
+
+def test_the_first_call_of_a_size_does_not_count():
+    """It may be recorded, for each call of generate."""
+    running = RunningCosts(Costs((1, 64), (1.0, 2.0)))
+    before = running.costs
+    for _ in range(3):
+        controller = CuttingController(lambda: running)
+        for nodes in (1, 8, 32, 5, 3, 2, 7):
+            controller.learn([DraftTree.chain(range(nodes))], [[0]], 0.0, 10.0 * nodes)
+    assert running.costs == before
+
+
+def test_several_texts_teach_nothing_about_one():
+    controller, chain = by((1, 64), (1.0, 2.0)), DraftTree.chain(range(8))
+    before = controller._costs().costs
+    for number in range(200):
+        controller.learn([chain, chain], [[0], [0, 1]], 0.0, 100.0 if number % 2 else 1.0)
+    assert controller._costs().costs == before and controller._trial is None

@@ -44,6 +44,7 @@ class FakeRunner:
     def __init__(self, tokenizer=True):
         self.tokenizer = FakeTokenizer() if tokenizer else None
         self.trees = None
+        self.committed = []
         self.verified = 0
 
     def logits(self, context):

@@ -39,11 +39,25 @@ def sources_of(module, capacity, successors):
         "trigrams": module.Trigrams(capacity),
         "bigrams": module.Bigrams(successors, [3, 1]),
         "suffixes": module.SuffixLookup(capacity),
+        "guesses": module.GuessedTree(),
     }
 
 
+def random_guesses(random, text):
+    """What a GuessedTree holds: siblings have different tokens, and the likelier come first."""
+    parents, taken, tokens = random_parents(random, int(random.integers(1, 12))), set(), [text[-1]]
+    chances = [1.0]
+    for parent in parents[1:].tolist():
+        tokens.append(next(token for token in random.permutation(VOCAB).tolist() if (parent, token) not in taken))
+        taken.add((parent, tokens[-1]))
+        chances.append(min(chances[-1], chances[parent]) * random.uniform(0.3, 1))
+    return np.array(tokens), parents, np.array(chances, np.float32), min(len(text), 32)
+
+
 @given(
-    kinds=st.sets(st.sampled_from(["index", "pairs", "memory", "trigrams", "bigrams", "suffixes"]), min_size=1),
+    kinds=st.sets(
+        st.sampled_from(["index", "pairs", "memory", "trigrams", "bigrams", "suffixes", "guesses"]), min_size=1
+    ),
     capacity=st.sampled_from([1, 2, 7, 40, 100_000]),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 50.0]),
     rounds=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), min_size=1, max_size=6),
@@ -64,8 +78,9 @@ def test_the_same_trees_from_the_same_history(kinds, capacity, temperature, roun
     text = random.integers(0, VOCAB, int(random.integers(1, 30))).tolist()
     fresh, read = text, 0
     for budget, steps in rounds:
-        trees = []
+        trees, guesses = [], random_guesses(random, text)
         for module, made, sources, estimates, noise, cursor in sides:
+            made["guesses"].hold(*guesses)
             made["index"].extend(fresh)
             made["trigrams"].extend(text, read)
             made["trigrams"].reward(text)

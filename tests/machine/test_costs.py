@@ -8,7 +8,7 @@ import pytest
 
 from pyspec import generate
 from pyspec.machine import costs, store
-from pyspec.machine.costs import Costs, kept_costs, measure_costs
+from pyspec.machine.costs import Costs, kept_costs, key_of, measure_costs
 from tests.helpers.fake_runner import FakeRunner
 
 
@@ -33,7 +33,7 @@ class TimedRunner(FakeRunner):
 
 def costs_of(model):
     """What is kept, or else measured."""
-    return kept_costs(model) or measure_costs(model)
+    return kept_costs(key_of(model, None)) or measure_costs(model)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,11 @@ import torch
 from pyspec import DraftTree, generate
 from pyspec.acceptance import RULES
 from pyspec.drafters.eagle3 import Eagle3
-from pyspec.drafters.heads.eagle3_batch import HeadLaws
+from pyspec.drafters.heads.eagle3_batch import HeadBatch, HeadLaws
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
+from pyspec.drafters.tables.lookup import Lookup
 from pyspec.runners.foreign import TransformersRunner
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
@@ -101,6 +102,58 @@ def test_texts_are_those_of_plain_decoding(tmp_path, name, settings):
     assert sum(drafted.stats.accepted_lengths[2:])  # some guesses are right
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("tables", [None, ()], ids=["merged", "alone"])
+def test_sequences_of_a_batch_are_drafted_together(tmp_path, monkeypatch, tables, settings):
+    """Each level of all trees is one call; what each sequence gets proposed is what it gets by itself."""
+    target, calls, trees = random_llama(windows=(None,) * 6), [], []
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(2, 3), tables=tables)
+    guess, together = HeadBatch.guess, Eagle3.propose_together
+
+    def counted(self, asked):
+        calls.append(len(asked))
+        return guess(self, asked)
+
+    def compared(drafters, contexts, budgets):
+        trees.append(together(drafters, contexts, budgets))
+        for each, context, budget, tree in zip(drafters, contexts, budgets, trees[-1], strict=True):
+            (alone,) = together([each], [context], [budget])
+            assert alone.tokens.tolist() == tree.tokens.tolist() and alone.parents.tolist() == tree.parents.tolist()
+        return trees[-1]
+
+    prompts = [random_tokens(length, length) for length in (150, 2, 20)]
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadBatch, "guess", counted)
+        generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12, **settings)
+    assert calls[:3] == [3, 3, 3]
+    if tables is None:
+        return  # rates are learned from tree to tree
+    monkeypatch.setattr(Eagle3, "propose_together", staticmethod(compared))
+    generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12, **settings)
+    assert {len(tree) for round_trees in trees for tree in round_trees} & {8, 9}
+
+
+@torch.inference_mode()
+def test_a_tree_grows_from_the_head_and_from_tables(tmp_path):
+    """Where the head is wrong again and again, what tables know comes first; and guesses of both are in one tree."""
+    target = random_llama(windows=(None,) * 6)
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(2, 3), tables=[Lookup(VOCABULARY)])
+    prompt = [*random_tokens(12), *[7, 8, 9, 10, 11] * 3, 7]
+    reader = reading(drafter, target, prompt)
+    alone = Eagle3(drafter.head, target, TopPaths(2, 3), tables=())
+    guessed = reading(alone, target, prompt).propose(prompt, 9)
+    first = reader.propose(prompt, 20)
+    children = {int(first.tokens[node]) for node in first.children(0)}
+    assert children >= {8, int(guessed.tokens[1])} and guessed.tokens[1] != 8
+    for _ in range(30):
+        tree = reader.propose(prompt, 20)
+        said = torch.tensor([7 + (token - 6) % 5 for token in tree.tokens.tolist()])
+        reader._merged.observe(tree, Verified(torch.nn.functional.one_hot(said, VOCABULARY).float()), [0])
+    assert reader.propose(prompt, 2).tokens.tolist() == [7, 8]
+    with pytest.raises(ValueError, match="tables must be .. beside FixedBranching, which draws, got 1"):
+        Eagle3(drafter.head, target, FixedBranching((2,)), tables=[Lookup(VOCABULARY)])
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_drawn_trees_go_with_the_rules_that_take_them(tmp_path, rule):
     """Greedily every rule gives the plain text; a drawn tree's q is the head's law over the target's tokens."""
@@ -131,7 +184,7 @@ def test_what_was_drawn_is_drawn_from_q(target, tmp_path):
 def test_random_acceptance_leaves_the_cache_of_the_text(tmp_path, rounds):
     """Keys of guesses are replaced: what is committed has the bits of a head that has read the text alone."""
     target, random = random_llama(windows=(None,) * 6), Random(7)
-    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(2, 3))
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(2, 3), tables=())
     texts = [random_tokens(length, length) for length in (5, 40)]
     readers = [drafter.start(text) for text in texts]
 
