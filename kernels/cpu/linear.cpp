@@ -11,6 +11,7 @@
 #include "params/linear.h"
 
 #include "cpu/expert_linear.h"
+#include "cpu/linear_products.h"
 #include "cpu/linear_rows.h"
 
 namespace {
@@ -20,8 +21,6 @@ using pyspec::kPanel;
 using pyspec::LinearParams;
 using pyspec::WeightFormat;
 
-// Inputs whose weights stay in the first cache while all rows pass over them. A multiple of kGroup.
-constexpr int64_t kBlock = 128;
 constexpr int64_t kTileRows = 64;
 
 // How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
@@ -53,12 +52,14 @@ struct Range {
 // ==== one struct per format: how a row is prepared, and a panel times kRows prepared rows ====
 //
 // kStreamRows: of a pass over all inputs of both vectors. More rows take the panel block by block, in passes
-// of at most kPassRows over kPassVectors.
+// of at most kPassRows over kPassVectors. kBlock: inputs whose weights stay in the first cache while all rows
+// pass over them, a multiple of kGroup.
 
 // fp32 and fp16: a step is one input.
 template <class Storage>
 struct FloatWeight {
   static constexpr int kStreamRows = kFewRegisters ? 3 : 12, kPassRows = kFewRegisters ? 6 : 12;
+  static constexpr int64_t kBlock = 128;
   static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
   static int64_t offset(int64_t input) { return input * kStepBytes; }
 
@@ -92,6 +93,7 @@ struct FloatWeight {
 // bf16: a step is two inputs, multiplied together where there is an instruction for it.
 struct BFloat16Weight {
   static constexpr int kStreamRows = kFewRegisters ? 2 : 12, kPassRows = kFewRegisters ? 6 : 12;
+  static constexpr int64_t kBlock = 128;
   static constexpr int64_t kStepBytes = kPanel * 4;
   static int64_t offset(int64_t input) { return (input + 1) / 2 * kStepBytes; }
 
@@ -112,6 +114,18 @@ struct BFloat16Weight {
 #endif
   }
 
+  // One input of each pair. With few registers there is no room for the weights of both.
+  template <bool kSecond, int kRows, int kVectors>
+  PYSPEC_INLINE static void add_inputs(const char* w, const char* x, int64_t x_bytes,
+                                       F16 (&sum)[kRows][kVectors]) {
+    F16 weights[kVectors];
+    for (int v = 0; v < kVectors; ++v) weights[v] = load_of_pairs<kSecond>(w + 64 * v);
+    for (int r = 0; r < kRows; ++r) {
+      F16 value = broadcast(x + r * x_bytes);
+      for (int v = 0; v < kVectors; ++v) add_product(weights[v], value, sum[r][v]);
+    }
+  }
+
   template <int kRows, int kVectors>
   PYSPEC_INLINE static void multiply(const char* block, int64_t lane, const char* x, int64_t x_bytes,
                                      Range range, Ahead ahead, F16 (&sum)[kRows][kVectors]) {
@@ -126,36 +140,19 @@ struct BFloat16Weight {
         for (int v = 0; v < kVectors; ++v) sum[r][v] = pair_dot(pairs[v], values, sum[r][v]);
       }
 #else
-      F16 even[kVectors], odd[kVectors];
-      for (int v = 0; v < kVectors; ++v) load_pairs(w + 64 * v, even[v], odd[v]);
-      for (int r = 0; r < kRows; ++r) {
-        F16 value = broadcast(x + r * x_bytes + i * 4);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(even[v], value, sum[r][v]);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        F16 value = broadcast(x + r * x_bytes + i * 4 + 4);
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(odd[v], value, sum[r][v]);
-      }
+      add_inputs<false>(w, x + i * 4, x_bytes, sum);
+      add_inputs<true>(w, x + i * 4 + 4, x_bytes, sum);
 #endif
     }
   }
 };
 
-// Without an instruction for four products of bytes they are multiplied as pairs of 16 bits, which cannot
-// overflow: bytes 0 and 2 of each four, and 1 and 3, as a mask and a shift take the weights' apart. A group
-// of x has the former of all its fours first.
-#if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512 && !PYSPEC_HAS_INT8_DOT
-#define PYSPEC_HALVES 1
-constexpr bool kHalves = true;
-#else
-constexpr bool kHalves = false;
-#endif
-
-// int8: a step is four inputs. A prepared row: a scale and the sum of the integers for each group, then the
-// integers.
+// int8: a step is four inputs. A prepared row: a scale and what its sums begin with for each group, then the
+// integers; as halves, those of bytes 0 and 2 of all fours of a group come first.
 struct Int8Weight {
   static constexpr int kStreamRows = !kFewRegisters ? 4 : kHalves ? 2 : 1;
-  static constexpr int kPassRows = kFewRegisters && !kHalves ? 6 : 4;
+  static constexpr int kPassRows = kFewRegisters ? 6 : 4;
+  static constexpr int64_t kBlock = 256;
   static constexpr int64_t kGroupBytes = kPanel * (2 + kGroup);
   static constexpr int64_t kStepBytes = kGroupBytes / (kGroup / 4);
   static constexpr int64_t kXBytes = kHalves ? 2 : 1;  // of an integer
@@ -172,8 +169,8 @@ struct Int8Weight {
   static void prepare(const LinearParams& p, const void* x, char* row) {
     int64_t groups = pyspec::groups(p.inputs);
     float* scales = reinterpret_cast<float*>(row);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + groups);
-    char* to = reinterpret_cast<char*>(sums + groups);
+    int32_t* starts = reinterpret_cast<int32_t*>(scales + groups);
+    char* to = reinterpret_cast<char*>(starts + groups);
     int64_t x_bytes = p.x_element == pyspec::Element::kFloat32 ? 4 : 2;
     for (int64_t g = 0; g < groups; ++g, to += kGroup * kXBytes) {
       float values[kGroup] = {};
@@ -183,7 +180,7 @@ struct Int8Weight {
       scales[g] = round_to_bytes(values, integers);
       int32_t sum = 0;
       for (int64_t i = 0; i < kGroup; ++i) sum += integers[i];
-      sums[g] = sum;
+      starts[g] = kFloatStart + kProductStart * sum;
 #if PYSPEC_HALVES
       split_signed_bytes(integers, to);
 #else
@@ -197,14 +194,10 @@ struct Int8Weight {
                                      I16 (&dots)[kRows][kVectors]) {
     for (int v = 0; v < kVectors; ++v) {
 #if PYSPEC_HALVES
-      I16 halves[2];
-      split_bytes(load_words(w + 64 * v), halves[0], halves[1]);
-      for (int half = 0; half < 2; ++half) {
-        for (int r = 0; r < kRows; ++r) {
-          dots[r][v] = dot2(halves[half], words_at(x + r * x_bytes + half * kGroup), dots[r][v]);
-          keep_in_registers(dots[r][v]);
-        }
-      }
+      I16 even = load_bytes_of<false>(w + 64 * v);
+      for (int r = 0; r < kRows; ++r) add_dot2(even, words_at(x + r * x_bytes), dots[r][v]);
+      I16 odd = load_bytes_of<true>(w + 64 * v);
+      for (int r = 0; r < kRows; ++r) add_dot2(odd, words_at(x + r * x_bytes + kGroup), dots[r][v]);
 #else
       for (int r = 0; r < kRows; ++r) dots[r][v] = dot4(w + 64 * v, x + r * x_bytes, dots[r][v]);
 #endif
@@ -218,9 +211,7 @@ struct Int8Weight {
     for (int64_t g = range.first / kGroup; g * kGroup < range.last; ++g, block += kGroupBytes) {
       I16 dots[kRows][kVectors];
       for (int r = 0; r < kRows; ++r) {
-        int32_t integers;
-        std::memcpy(&integers, x + r * x_bytes + (groups + g) * 4, 4);
-        I16 start = kHalves ? set1_words(-128 * integers) : start_dot(integers);
+        I16 start = words_at(x + r * x_bytes + (groups + g) * 4);
         for (int v = 0; v < kVectors; ++v) dots[r][v] = start;
       }
       const char* values = x + groups * 8 + g * kGroup * kXBytes;
@@ -229,12 +220,14 @@ struct Int8Weight {
         add_four<kRows, kVectors>(block + kPanel * (2 + i * 4) + lane * 4, values, x_bytes, dots);
       }
       const Float16* scales = reinterpret_cast<const Float16*>(block) + lane;
-      F16 scale[kVectors];
-      for (int v = 0; v < kVectors; ++v) scale[v] = load_as_float(scales + 16 * v);
+      F16 scale[kVectors], start[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        scale[v] = load_as_float(scales + 16 * v), start[v] = float_start(scale[v]);
+      }
       for (int r = 0; r < kRows; ++r) {
         F16 x_scale = broadcast(x + r * x_bytes + g * 4);
         for (int v = 0; v < kVectors; ++v) {
-          sum[r][v] = fma(mul(to_float(dots[r][v]), scale[v]), x_scale, sum[r][v]);
+          sum[r][v] = fma(times(dots[r][v], scale[v], start[v]), x_scale, sum[r][v]);
         }
       }
     }
@@ -280,8 +273,8 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
     return store_rows(sums, p, first_row, rows, first_output);
   }
   int64_t passes = (rows + Weight::kPassRows - 1) / Weight::kPassRows, sweeps = passes * 2 / kPassVectors;
-  for (int64_t first = 0; first < p.inputs; first += kBlock) {
-    Range range = {first, first + kBlock < p.inputs ? first + kBlock : p.inputs, p.inputs};
+  for (int64_t first = 0; first < p.inputs; first += Weight::kBlock) {
+    Range range = {first, first + Weight::kBlock < p.inputs ? first + Weight::kBlock : p.inputs, p.inputs};
     const char *block = panel + Weight::offset(first), *end = panel + Weight::offset(range.last);
     Ahead ahead = {end, Weight::kStepBytes / sweeps};
     for (int64_t pass = 0; pass < passes; ++pass) {

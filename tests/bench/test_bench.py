@@ -182,10 +182,10 @@ def test_linear_times_no_wrong_result(monkeypatch):
     import bench_linear
 
     model = bench_linear.Model(torch.float32, layers=1, head=(70, 576))
-    model.check(3)
+    model.check()
     monkeypatch.setattr(bench_linear, "linear", lambda x, weight: x @ weight.unpack().T + len(x) * 1e-3)
     with pytest.raises(AssertionError):
-        model.check(3)
+        model.check()
 
 
 def test_verify_times_every_size(monkeypatch, capsys):
