@@ -78,11 +78,11 @@ def project_codes(name, rows, outputs, inputs):
     format = FORMATS[name]
 
     def run():
-        tiles = -(-outputs // linear_codes_tiles.OUTPUTS), -(-inputs // linear_codes_tiles.INPUTS)
+        tiles = -(-outputs // linear_codes_tiles.OUTPUTS), -(-inputs // linear_codes_tiles.tile_inputs(format))
         weight = new(*tiles, linear_codes_tiles.tile_bytes(format), dtype=BYTES)
         return linear_codes(new(rows, inputs), weight, None, outputs, format, FP32)
 
-    return Call(run, {"codes_kernel": outputs * inputs / (128 * 128)})
+    return Call(run, {"codes_kernel": outputs * inputs / (128 * linear_codes_tiles.tile_inputs(format))})
 
 
 def read_statistics(rows, vocab):

@@ -298,6 +298,22 @@ TABLES = {
             ],
         ),
     ],
+    "hybrids_cpu": [
+        (
+            "A round of six drafts, all accepted, over a plain step",
+            "results",
+            [
+                ("model", "model"),
+                ("weights", "weights"),
+                ("batch", "batch"),
+                *((way, f"over_plain/{way} 6") for way in ("replay", "snapshots", "recompute")),
+                ("16 drafts", "over_plain/replay 16"),
+                ("plain step, s", "seconds/replay 1"),
+                ("over its floor", "plain_over_floor"),
+                ("transformers' step over ours", "over_plain/transformers 1"),
+            ],
+        ),
+    ],
     "verify_cuda": [
         (
             "Seconds of a verify of so many nodes, behind 512 tokens, random weights",

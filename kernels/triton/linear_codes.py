@@ -1,4 +1,4 @@
-"""linear on the GPU for weights in 4 bits: codes become levels in registers, on their way to the tensor cores.
+"""linear on the GPU for weights in 2 to 6 bits: codes become levels in registers, on their way to the tensor cores.
 
     out[r, n] = sum over groups g of factor scale[n, g] sum over k in g of level[n, k] x[r, k]
                                      - floor minimum[n, g] sum over k in g of x[r, k]
@@ -11,7 +11,9 @@ Minimums are small integers too: with each standing in the place of all codes of
 whose dot over all groups that share a floor is subtracted at once.
 Bound by reading 4.5 bits a weight, behind which the unpacking has to hide: about three instructions a weight. A word of
 16 bits has the codes of four groups, so that a register, two words, is turned into four operands of tensor cores by
-shifts and masks alone; nothing is moved between threads.
+shifts and masks alone; nothing is moved between threads. Where codes have 5 or 6 bits, those above the fourth are a
+byte beside each word. Groups have 32 inputs, or 16 where a format has a scale for each 16: then one step of the tensor
+cores is a group.
 Row rule: tiles and splits come from the weight alone. How many rows are multiplied at once does not: an element of a
 product on the tensor cores is made of its own row and column, in one order, whatever is beside them.
 """
@@ -25,13 +27,12 @@ import triton.language as tl
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.expert_rows import block_rows
 from pyspec.kernels.linear import MOST_ROWS, OPTIONS, prefetch
-from pyspec.ops.linear_codes_tiles import GROUP, INPUTS, OUTPUTS, has_zero_points, tile_bytes
+from pyspec.ops.linear_codes_tiles import GROUPS, OUTPUTS, group_inputs, has_zero_points, tile_bytes, tile_inputs
 from pyspec.ops.weight_formats import WeightFormat
 
 __all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "split", "tile_rows"]
 
-PLANES = tl.constexpr(INPUTS // GROUP)  # codes of a word
-WIDTH = tl.constexpr(GROUP)
+PLANES = tl.constexpr(GROUPS)  # codes of a word
 LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; 256 took a tenth longer
 SUM_BLOCK = tl.constexpr(256)
 IN_FLIGHT = 32768  # outputs of all programs together; twice as many took a tenth longer
@@ -95,24 +96,26 @@ def byte(words, INDEX: tl.constexpr):
 
 
 @triton.jit
-def less_of(minimums, INDEX: tl.constexpr, LESS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+def less_of(minimums, words, INDEX: tl.constexpr, LESS: tl.constexpr, HAS_ZEROS: tl.constexpr):
     """What is added to a code's bits in its base to make it a level, as bits: of one group, by output."""
     less = (byte(minimums, INDEX) | LESS) if HAS_ZEROS else tl.full(minimums.shape, LESS, tl.int32)
-    return tl.broadcast_to(less.to(tl.int16)[:, None], [minimums.shape[0], WIDTH])
+    return tl.broadcast_to(less.to(tl.int16)[:, None], words.shape)
 
 
 @triton.jit
-def unpack(words, minimums, x, LESS: tl.constexpr, HAS_ZEROS: tl.constexpr, UNPACK: tl.constexpr):
+def unpack(words, highs, minimums, x, LESS: tl.constexpr, HAS_ZEROS: tl.constexpr, UNPACK: tl.constexpr):
     """The levels of four groups out of words: of x's type, or bf16 where that is fp32."""
     kind = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
     less = (
-        less_of(minimums, 0, LESS, HAS_ZEROS),
-        less_of(minimums, 1, LESS, HAS_ZEROS),
-        less_of(minimums, 2, LESS, HAS_ZEROS),
-        less_of(minimums, 3, LESS, HAS_ZEROS),
+        less_of(minimums, words, 0, LESS, HAS_ZEROS),
+        less_of(minimums, words, 1, LESS, HAS_ZEROS),
+        less_of(minimums, words, 2, LESS, HAS_ZEROS),
+        less_of(minimums, words, 3, LESS, HAS_ZEROS),
     )
     arguments = [words, less[0], less[1], less[2], less[3]]
-    constraints: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r"
+    constraints: tl.constexpr = "=r,=r,=r,=r,r,r,r,r,r" if highs is None else "=r,=r,=r,=r,r,r,r,r,r,r"
+    if highs is not None:
+        arguments = [words, less[0], less[1], less[2], less[3], highs.to(tl.int16)]
     return tl.inline_asm_elementwise(UNPACK, constraints, arguments, (kind, kind, kind, kind), is_pure=True, pack=2)
 
 
@@ -126,17 +129,21 @@ def spread_minimums(minimums, words, x, SPREAD: tl.constexpr):
 
 
 @triton.jit
-def table_levels(words, INDEX: tl.constexpr, LEVELS: tl.constexpr):
-    """Levels of the codes of one group, looked up: the interpreter's way."""
+def table_levels(words, highs, minimums, INDEX: tl.constexpr, LEVELS: tl.constexpr, HAS_ZEROS: tl.constexpr):
+    """Levels of the codes of one group, looked up: the interpreter's way. Those of more than 16 ascend."""
     levels = tl.zeros(words.shape, tl.float32)
     for code in tl.static_range(16):
         levels = tl.where((words >> (4 * INDEX)) & 15 == code, float(LEVELS[code]), levels)
+    if highs is not None:
+        levels += ((highs >> (2 * INDEX)) & 3).to(tl.float32) * 16
+    if HAS_ZEROS:
+        levels -= byte(minimums, INDEX).to(tl.float32)[:, None]
     return levels
 
 
 @triton.jit
 def dot(w, values, sums):
-    """w [OUTPUTS, WIDTH] times values [ROWS, WIDTH] transposed, plus sums."""
+    """w [OUTPUTS, inputs of a group] times values [ROWS, inputs] transposed, plus sums."""
     if w.dtype == tl.float32:
         return tl.dot(w, tl.trans(values), sums, input_precision="tf32x3")
     return tl.dot(w, tl.trans(values), sums)
@@ -157,12 +164,14 @@ def codes_kernel(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     TILE_BYTES: tl.constexpr,
+    WIDTH: tl.constexpr,  # inputs of a group
     BLOCK: tl.constexpr,  # inputs that share a factor, at most those of a tile
     FACTOR: tl.constexpr,  # the factors' type
     HAS_SCALES: tl.constexpr,
     HAS_FLOORS: tl.constexpr,
     HAS_MINIMUMS: tl.constexpr,
     HAS_ZEROS: tl.constexpr,  # minimums are taken off the levels
+    HAS_HIGHS: tl.constexpr,  # codes have more than 4 bits
     LESS: tl.constexpr,  # see less_of
     LEVELS: tl.constexpr,
     UNPACK: tl.constexpr,  # PTX; for the interpreter None
@@ -181,6 +190,7 @@ def codes_kernel(
     SCALES: tl.constexpr = FLOORS + FACTORS_BYTES
     MINIMUMS: tl.constexpr = SCALES + (4 * OUTPUTS if HAS_SCALES else 0)
     CODES: tl.constexpr = MINIMUMS + (4 * OUTPUTS if HAS_MINIMUMS else 0)
+    HIGHS: tl.constexpr = CODES + 2 * OUTPUTS * WIDTH
     row, x_row, expert, own_tiles = block_rows(order, experts, choices, rows, tiles, ROWS, IS_EARLY)
     within, output = tl.arange(0, WIDTH)[None, :], tl.arange(0, OUTPUTS)
     x_rows, row_used = x + x_row.to(tl.int64)[:, None] * stride_x, (row < rows)[:, None]
@@ -202,8 +212,9 @@ def codes_kernel(
         scales = load_at(weight, place + SCALES, output, tl.int32) if HAS_SCALES else factors
         minimums = load_at(weight, place + MINIMUMS, output, tl.int32) if HAS_MINIMUMS else factors
         words = load_at(weight, place + CODES, output[:, None] * WIDTH + within, tl.int16)
+        highs = load_at(weight, place + HIGHS, output[:, None] * WIDTH + within, tl.int8) if HAS_HIGHS else None
         if UNPACK is not None:
-            planes = unpack(words, minimums, x, LESS, HAS_ZEROS, UNPACK)
+            planes = unpack(words, highs, minimums, x, LESS, HAS_ZEROS, UNPACK)
             if HAS_FLOORS and HAS_MINIMUMS:
                 spread = spread_minimums(minimums, words, x, SPREAD)
         below = nothing
@@ -213,9 +224,7 @@ def codes_kernel(
             if UNPACK is not None:
                 w = planes[index].to(values.dtype)
             else:
-                w, values = table_levels(words, index, LEVELS), values.to(tl.float32)
-                if HAS_ZEROS:
-                    w -= byte(minimums, index).to(tl.float32)[:, None]
+                w, values = table_levels(words, highs, minimums, index, LEVELS, HAS_ZEROS), values.to(tl.float32)
             scale = half(factors, index * WIDTH // BLOCK, FACTOR)
             if HAS_SCALES:
                 scale *= (byte(scales, index) | SHIFT_BITS).to(tl.float32, bitcast=True) - SCALE_SHIFT
@@ -250,14 +259,20 @@ def bits(number: int, dtype: torch.dtype) -> int:
 
 
 def unpack_asm(levels: tuple[int, ...], dtype: torch.dtype) -> str:
-    """PTX for the levels of the four codes in each of two words $4: of their first codes $0, of the second $1..."""
-    if levels != tuple(range(levels[0], levels[0] + 16)):
+    """PTX for the levels of the four codes in each of two words $4: of their first codes $0, of the second $1...
+
+    Codes of more than 16 levels have higher bits in two words $9.
+    """
+    if levels != tuple(range(levels[0], levels[0] + len(levels))):
         return look_up_asm(levels, dtype)
     base, kind = numbers_of(dtype)
-    lines = [".reg .b32 code, one;", f"mov.b32 one, {bits(1, dtype):#x};"]
+    lines = [".reg .b32 code, high, one;", f"mov.b32 one, {bits(1, dtype):#x};"]
     for plane in range(4):
         lines += [f"shr.u32 code, $4, {4 * plane};"]
         lines += [f"lop3.b32 code, code, 0x000f000f, {bits(base, dtype):#x}, 0xea;"]  # and, or
+        if len(levels) > 16:
+            lines += [f"shl.b32 high, $9, {4 - 2 * plane};" if plane < 2 else f"shr.u32 high, $9, {2 * plane - 4};"]
+            lines += ["lop3.b32 code, high, 0x00300030, code, 0xea;"]
         lines += [f"fma.rn.{kind} ${plane}, code, one, ${5 + plane};"]
     return "{ " + " ".join(lines) + " }"
 
@@ -300,14 +315,16 @@ def constants_of(format: WeightFormat, dtype: torch.dtype, is_cuda: bool) -> dic
     return {
         "OUTPUTS": OUTPUTS,
         "TILE_BYTES": tile_bytes(format),
-        "BLOCK": min(format.block, INPUTS),
+        "WIDTH": group_inputs(format),
+        "BLOCK": min(format.block, tile_inputs(format)),
         "FACTOR": tl.bfloat16 if format.factor_dtype == torch.bfloat16 else tl.float16,
         "HAS_SCALES": format.has_scales,
         "HAS_FLOORS": format.has_floors and not has_zeros,
         "HAS_MINIMUMS": format.has_minimums,
         "HAS_ZEROS": has_zeros,
-        "LESS": bits(max(format.levels[0], -16) - numbers_of(dtype)[0], dtype) & 0xFFFF,
-        "LEVELS": None if is_cuda else format.levels,
+        "HAS_HIGHS": format.bits > 4,
+        "LESS": bits(format.levels[0] - numbers_of(dtype)[0], dtype) & 0xFFFF,
+        "LEVELS": None if is_cuda else (format.levels + 12 * (0,))[:16],
         "UNPACK": unpack_asm(format.levels, dtype) if is_cuda else None,
         "SPREAD": spread_asm(dtype) if is_cuda else None,
     }
@@ -332,9 +349,8 @@ def compile_options(rows: int) -> dict:
     return {**OPTIONS, "num_warps": 8, "maxnreg": 128} if rows == 64 else {**OPTIONS, "maxnreg": None}
 
 
-def split(outputs: int, inputs: int) -> tuple[int, int]:
+def split(outputs: int, tiles: int) -> tuple[int, int]:
     """Splits of the inputs, and the tiles of each: a function of the weight's shape, never of the rows."""
-    tiles = triton.cdiv(inputs, INPUTS)
     split_tiles = triton.cdiv(tiles, max(1, min(IN_FLIGHT // outputs, MOST_SPLITS)))
     return triton.cdiv(tiles, split_tiles), split_tiles
 
@@ -345,7 +361,7 @@ def linear_codes(x, weight, bias, outputs, format, out_dtype):
     out = x.new_empty((rows, outputs), dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
     panels, tiles = weight.shape[:2]
-    splits, split_tiles = split(outputs, inputs)
+    splits, split_tiles = split(outputs, tiles)
     early = launch_options(x.device)
     architecture = 10 * torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 90
     constants = constants_of(format, x.dtype, x.is_cuda)

@@ -58,8 +58,12 @@ def save_converted(runner: Runner, path: Path) -> None:
             continue
         if isinstance(value, LinearWeight):
             layouts[name] = {"kind": type(value).__name__} | {
-                field.name: _plain(getattr(value, field.name)) for field in fields(value) if field.name != "data"
+                field.name: _plain(getattr(value, field.name))
+                for field in fields(value)
+                if field.name not in ("data", "order")
             }
+            if value.order is not None:
+                tensors[f"{name}.order"] = value.order
             value = value.data
         tensors[name] = value
     description = {
@@ -163,6 +167,8 @@ def _weight(file: SafetensorsFile, name: str, layout: dict | None, blank: Tensor
         values["format"] = FORMATS[values["format"]]
     if "parts" in values:
         values["parts"] = tuple((FORMATS[format], outputs) for format, outputs in values["parts"])
+    if (order := f"{name}.order") in file.shapes:
+        values["order"] = file.tensor(order)
     weight = kind(data, **values)
     if weight.shape != blank.shape:
         raise RuntimeError(f"{name} must have shape {tuple(blank.shape)}, got {tuple(weight.shape)}")

@@ -30,6 +30,8 @@ BLOCK_ELEMENTS = 2**22  # dequantised at a time, so that the fp32 values of a la
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Tensors that are no weights of a text model: frequencies, and what reads images and sound in files of Ollama.
+_NOT_READ = re.compile(r"rope_f|blk\.\d+\.attn_rot_embd\.|(v|a|mm)\.")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class GGUFCheckpoint:
 
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
-        self._names = {self._hugging_face_name(name): name for name in file.shapes if not name.startswith("rope_f")}
+        self._names = {self._hugging_face_name(name): name for name in file.shapes if not _NOT_READ.match(name)}
         self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,10 @@ def read_config(source: Path | str, description: dict) -> tuple[Family, Any]:
 def _architecture(source: Path | str, stated: Entries) -> str | None:
     """The classes of a live model are what it is. A file may name none, and then its type tells, or its other names."""
     names, model_type = stated.array("architectures", str, []), stated.text("model_type", "")
-    if names:
-        return names[0]
     supported = supported_architectures()
+    if names:  # a model that was saved without its head names that class
+        whole = f"{names[0].removesuffix('Model')}ForCausalLM"
+        return whole if names[0].endswith("Model") and whole in supported else names[0]
     if not model_type and ("d_model" in stated or "dim" in stated):  # of mamba_ssm, and Codestral's
         kind = "Mamba2" if "dim" in stated else stated.part("ssm_cfg").text("layer", "Mamba1")
         kinds = [name.removeprefix("mamba_ssm ") for name in supported if name.startswith("mamba_ssm ")]
@@ -131,7 +132,7 @@ class SafetensorsCheckpoint:
             raise ValueError(
                 f"{files[0].parent / places[missing[0]]} has no tensor {missing[0]}, which the index names"
             )
-        self._names = {ours: name for name in self._shards if (ours := _hugging_face_name(name)) is not None}
+        self._names = _hugging_face_names(self._shards)
         self.shapes = {ours: self._shards[name].shapes[name] for ours, name in self._names.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -154,8 +155,7 @@ class TensorCheckpoint:
     """Tensors by name: `shapes` of all; `blocks` of one, or what is `stored`."""
 
     def __init__(self, tensors: dict[str, Tensor]):
-        named = ((_hugging_face_name(name), tensor) for name, tensor in tensors.items())
-        self._tensors = {name: tensor for name, tensor in named if name is not None}
+        self._tensors = {ours: tensors[name] for ours, name in _hugging_face_names(tensors).items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -168,6 +168,18 @@ class TensorCheckpoint:
 
     def release(self, name: str) -> None:
         """Nothing: who gave the tensors has them."""
+
+
+def _hugging_face_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors by what _hugging_face_name makes of them.
+
+    A model that was saved without its head has them without "model." or "backbone.", which are put there.
+    """
+    found = {ours: name for name in names if (ours := _hugging_face_name(name)) is not None}
+    if not any(name.startswith("layers.") for name in found):
+        return found
+    prefix = "backbone." if "embeddings.weight" in found else "model."
+    return {name if name.startswith("lm_head.") else prefix + name: original for name, original in found.items()}
 
 
 def _hugging_face_name(name: str) -> str | None:

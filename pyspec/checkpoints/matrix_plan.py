@@ -12,7 +12,7 @@ from torch import Tensor
 from pyspec.architectures.weights import NativeLayer, NativeWeights
 from pyspec.machine.huge_pages import HugePages
 from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts
-from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, laid_out_shape, lay_out
+from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, is_same_order, laid_out_shape, lay_out
 from pyspec.ops.linear import JoinedWeight, LinearWeight
 from pyspec.ops.weight_formats import FORMATS
 
@@ -32,6 +32,7 @@ class MatrixPlan:
         tensors: of the checkpoint, by name: their first outputs. Empty where they are not whole rows, in order: such a
             matrix is filled in dense and laid out then.
         loses_bits: whether one of them had fewer bits, which were to be kept.
+        column_order: of the weight, see LinearWeight.order.
     """
 
     owner: NativeLayer | NativeWeights
@@ -41,6 +42,7 @@ class MatrixPlan:
     experts: int | None
     tensors: dict[str, int]
     loses_bits: bool = False
+    column_order: Tensor | None = None
     _places: list[list[LinearWeight]] = field(default_factory=list)  # of each expert the parts
     weight: LinearWeight | None = None
 
@@ -54,7 +56,10 @@ class MatrixPlan:
         experts, sizes = self.experts or 1, [self._bytes(part) for part in self.parts]
         pieces = [piece.chunk(experts) for piece in data.split([experts * size for size in sizes])]
         self._places = [
-            [empty_weight(*part, self.inputs, piece) for part, piece in zip(self.parts, own, strict=True)]
+            [
+                empty_weight(*part, self.inputs, piece, self.column_order)
+                for part, piece in zip(self.parts, own, strict=True)
+            ]
             for own in zip(*pieces, strict=True)
         ]
         first, several = self._places[0][0], {}
@@ -62,12 +67,14 @@ class MatrixPlan:
         if len(self.parts) > 1:
             several = {"parts": tuple((FORMATS[format], outputs) for format, outputs in self.parts)}
         if self.experts is None:
-            self.weight = JoinedWeight(data, outputs, self.inputs, **several) if several else first
+            self.weight = first
+            if several:
+                self.weight = JoinedWeight(data, outputs, self.inputs, order=self.column_order, **several)
         elif several:
             self.weight = JoinedExperts(data, outputs, self.inputs, **several, experts=experts)
         else:
             stacked = data.view(first.data.dtype).view(-1, *first.data.shape[1:])
-            self.weight = ExpertWeight(stacked, outputs, self.inputs, first.format, experts)
+            self.weight = ExpertWeight(stacked, outputs, self.inputs, first.format, experts=experts)
 
     def write(self, tensor: str, matrix: StoredMatrix | StoredCodes) -> None:
         """Lays out a tensor of the checkpoint.
@@ -116,19 +123,27 @@ def plan_matrices(
         parts = [(format, outputs)]
         is_kept = keeps_bits or name == "embedding" and weights.embedding is not weights.head
         has_bits = [found.kind in FORMATS for found in stored.values()] if tensors else []
-        if is_kept and has_bits and all(has_bits) and (own := _parts(stored, tensors, outputs)) is not None:
-            parts, has_bits = own, []
+        column_order = None
+        if is_kept and has_bits and all(has_bits):
+            if (kept := _kept(stored, tensors, outputs, bool(experts))) is not None:
+                (parts, column_order), has_bits = kept, []
         elif name == "embedding" and weights.embedding is not weights.head:
             continue  # it is read by rows alone, as it is
         count, loses_bits = experts[0] if experts else None, is_kept and any(has_bits)
-        plans[key] = MatrixPlan(owner, name, inputs, parts, count, tensors, loses_bits)
+        plans[key] = MatrixPlan(owner, name, inputs, parts, count, tensors, loses_bits, column_order)
     return plans
 
 
-def _parts(
-    stored: dict[str, StoredMatrix | StoredCodes], firsts: dict[str, int], outputs: int
-) -> list[tuple[str, int]] | None:
-    """Formats and outputs of a matrix, or of each of several experts; None where these differ."""
+def _kept(
+    stored: dict[str, StoredMatrix | StoredCodes], firsts: dict[str, int], outputs: int, is_stacked: bool
+) -> tuple[list[tuple[str, int]], Tensor | None] | None:
+    """Formats and outputs of a matrix, or of each of several experts, and the order of its columns.
+
+    None where experts differ, or parts of one matrix have their columns in several orders.
+    """
+    orders = [getattr(found, "column_order", None) for found in stored.values()]
+    if not all(is_same_order(order, None if is_stacked else orders[0]) for order in orders):
+        return None
     experts: dict[int, list[StoredMatrix | StoredCodes]] = {}
     for tensor, found in stored.items():
         experts.setdefault(firsts[tensor] // outputs, []).append(found)
@@ -136,7 +151,7 @@ def _parts(
         [(kind, sum(found.outputs for found in group)) for kind, group in groupby(own, lambda found: found.kind)]
         for own in experts.values()
     ]
-    return parts[0] if all(own == parts[0] for own in parts) else None
+    return (parts[0], orders[0]) if all(own == parts[0] for own in parts) else None
 
 
 def storage_of(tensor: Tensor) -> int:

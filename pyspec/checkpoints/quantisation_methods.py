@@ -48,31 +48,39 @@ class _Groups:
     group: Tensor
     bits: int
 
-    def format(self) -> WeightFormat | None:
-        """The format that has every value of the matrix; None where none has."""
+    def format(self) -> tuple[WeightFormat | None, Tensor | None]:
+        """The format that has every value of the matrix, and the order of its columns, see Codes; None without one.
+
+        Columns are put in order, by their groups, only where a block would have inputs of several.
+        """
         is_exact = torch.equal(self.scales.half().float(), self.scales.float())
         if not is_exact or self.bits > 4 and not (self.zeros == 128).all():
-            return None
+            return None, None
         names = ("int4_128", "int4_64", "int4_32") if self.bits <= 4 else ("q8_0",)
-        formats = (FORMATS[name] for name in names)
-        return next((format for format in formats if self._of_blocks(format) is not None), None)
+        for order in (None, self.group.argsort(stable=True).int()):
+            for format in (FORMATS[name] for name in names):
+                if self._of_blocks(format, order) is not None:
+                    return format, order
+        return None, None
 
-    def _of_blocks(self, format: WeightFormat) -> Tensor | None:
+    def _of_blocks(self, format: WeightFormat, order: Tensor | None) -> Tensor | None:
         """The group of each block of a format; None where a block has inputs of several."""
-        fill = -len(self.group) % format.block
-        group = torch.cat((self.group, self.group[-1:].expand(fill))).view(-1, format.block)
+        group, fill = self.group if order is None else self.group[order], -len(self.group) % format.block
+        group = torch.cat((group, group[-1:].expand(fill))).view(-1, format.block)
         return group[:, 0] if torch.equal(group, group[:, :1].expand_as(group)) else None
 
     def read(self, integers: Tensor) -> Codes | Tensor:
         """The matrix whose integers are these, uint8 [outputs, inputs]: codes, or fp32 where no format has it."""
-        if (format := self.format()) is None:
+        format, order = self.format()
+        if format is None:
             values = integers.float().sub_(self.zeros.float()[:, self.group])
             return values.mul_(self.scales.float()[:, self.group])
         outputs, inputs = integers.shape
-        group = self._of_blocks(format)
+        group = self._of_blocks(format, order)
+        integers = integers if order is None else integers[:, order]
         factors, codes = self.scales.half()[:, group], F.pad(integers, (0, -inputs % format.block))
         floors = {"floors": factors, "minimums": self.zeros[:, group]} if format.has_floors else {}
-        return Codes(format, outputs, inputs, codes, factors, **floors)
+        return Codes(format, outputs, inputs, codes, factors, **floors, order=order)
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
@@ -93,20 +101,23 @@ class Method(Protocol):
     """How a method keeps a matrix X.
 
     Attributes:
-        mark: what the name of one of its tensors ends in.
+        marks: what the name of one of its tensors ends in: one of these.
         matrix: what takes the mark's place in the matrix's own name.
         parts: what the names of all its tensors end in.
     """
 
-    mark: str
+    marks: tuple[str, ...]
     matrix: str
     parts: tuple[str, ...]
 
     def shape(self, module: Module) -> tuple[int, ...]:
         """The matrix's shape; raises ValueError where its parts do not fit each other."""
 
-    def format(self, module: Module) -> str | None:
-        """The name of the format that has every value of the matrix, known from its small parts; None without one."""
+    def format(self, module: Module) -> tuple[str | None, Tensor | None]:
+        """The name of the format that has every value of the matrix, and the order of its columns, see Codes.
+
+        Both are known from its small parts; None without one.
+        """
 
     def read(self, module: Module) -> Codes | Tensor:
         """The matrix, [outputs, inputs]: in its format, or fp32."""
@@ -122,9 +133,9 @@ class _OfIntegers:
         """uint8 [outputs, inputs]."""
         raise NotImplementedError  # abstract: each method has its own
 
-    def format(self, module: Module) -> str | None:
-        format = self._groups(module).format()
-        return format and format.name
+    def format(self, module: Module) -> tuple[str | None, Tensor | None]:
+        format, order = self._groups(module).format()
+        return format and format.name, order
 
     def read(self, module: Module) -> Codes | Tensor:
         return self._groups(module).read(self._integers(module))
@@ -133,7 +144,7 @@ class _OfIntegers:
 class GPTQ(_OfIntegers):
     """Integers of 2, 3, 4 or 8 bits; g_idx has the group of each input, in any order where it was made by desc_act."""
 
-    mark, matrix = ".qweight", ".weight"
+    marks, matrix = (".qweight",), ".weight"
     parts = (".qweight", ".qzeros", ".scales", ".g_idx")
 
     def __init__(self, source: Path | str, entries: Entries):
@@ -171,7 +182,7 @@ class GPTQ(_OfIntegers):
 class AWQ(_OfIntegers):
     """Integers of 4 bits, eight outputs in a word (gemm), or eight inputs (gemv)."""
 
-    mark, matrix = ".qweight", ".weight"
+    marks, matrix = (".qweight",), ".weight"
     parts = (".qweight", ".qzeros", ".scales", ".g_idx")
     _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # in a word of gemm, of eight outputs
 
@@ -225,7 +236,7 @@ class AWQ(_OfIntegers):
 class CompressedTensors(_OfIntegers):
     """Integers of 4 or 8 bits in words, of 8 bits as they are, 8-bit floats, or MXFP4's; with scales of any groups."""
 
-    mark, matrix = ".weight_scale", ".weight"
+    marks, matrix = (".weight_scale",), ".weight"
     parts = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx")
     _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mxfp4-pack-quantized")
 
@@ -252,9 +263,11 @@ class CompressedTensors(_OfIntegers):
             raise module.wrong(".weight_packed", f"have integers of 4 or 8 bits for {shape}", (outputs, words))
         return shape
 
-    def format(self, module: Module) -> str | None:
+    def format(self, module: Module) -> tuple[str | None, Tensor | None]:
         weight = self._weight(module)
-        return "mxfp4" if weight.dtype == torch.uint8 else None if weight.dtype in _FP8 else super().format(module)
+        if weight.dtype in (torch.uint8, *_FP8):
+            return "mxfp4" if weight.dtype == torch.uint8 else None, None
+        return super().format(module)
 
     def read(self, module: Module) -> Codes | Tensor:
         weight = self._weight(module)
@@ -300,10 +313,10 @@ class CompressedTensors(_OfIntegers):
 
 
 class FP8:
-    """8-bit floats, with a scale for every square block of them, or one for all."""
+    """8-bit floats, with a scale for every square block of them, or one for all; either name is of what multiplies."""
 
-    mark, matrix = ".weight_scale_inv", ".weight"
-    parts = (".weight_scale_inv",)
+    marks, matrix = (".weight_scale_inv", ".weight_scale"), ".weight"
+    parts = marks
 
     def __init__(self, source: Path | str, entries: Entries):
         self._block = entries.array("weight_block_size", int, [128, 128])
@@ -313,12 +326,12 @@ class FP8:
     def shape(self, module: Module) -> tuple[int, int]:
         return module.shape(".weight")
 
-    def format(self, module: Module) -> None:
-        return None
+    def format(self, module: Module) -> tuple[None, None]:
+        return None, None
 
     def read(self, module: Module) -> Tensor:
-        weight, scale = module.tensor(".weight", *_FP8), module.tensor(".weight_scale_inv", *_FLOATS)
-        return _scaled(module, weight, scale, ".weight_scale_inv", self._block)
+        part = self.marks[0] if self.marks[0] in module else self.marks[1]
+        return _scaled(module, module.tensor(".weight", *_FP8), module.tensor(part, *_FLOATS), part, self._block)
 
 
 def _scaled(module: Module, weight: Tensor, scale: Tensor, part: str = ".weight_scale", block=(1, 1)) -> Tensor:
@@ -335,7 +348,7 @@ def _scaled(module: Module, weight: Tensor, scale: Tensor, part: str = ".weight_
 class MXFP4:
     """Experts [experts, outputs, inputs / 32, 16 bytes], where two inputs are a byte, and an exponent for each 32."""
 
-    mark, matrix = "_blocks", ""
+    marks, matrix = ("_blocks",), ""
     parts = ("_blocks", "_scales")
 
     def __init__(self, source: Path | str, entries: Entries):
@@ -347,8 +360,8 @@ class MXFP4:
         module.expect("_scales", (*outer, blocks))
         return *outer, 32 * blocks
 
-    def format(self, module: Module) -> str:
-        return "mxfp4"
+    def format(self, module: Module) -> tuple[str, None]:
+        return "mxfp4", None
 
     def read(self, module: Module) -> Codes:
         """The outputs of all experts, one expert's below another's."""
@@ -357,4 +370,14 @@ class MXFP4:
         return from_microscaling(blocks.flatten(2).flatten(0, 1), scales.flatten(0, 1))
 
 
+def _auto_round(source: Path | str, entries: Entries) -> Method:
+    """AutoRound's own settings, of matrices that are laid out as GPTQ's or AWQ's; early files call this a backend."""
+    kind = entries.text("packing_format", entries.text("backend", "auto_round:auto_gptq"))
+    for name, method in (("gptq", GPTQ), ("awq", AWQ)):
+        if name in kind and "gptq_v2" not in kind:
+            return method(source, entries)
+    raise Unsupported(f"{source} has AutoRound's packing_format {kind}, supported are auto_gptq and auto_awq")
+
+
 METHODS = {"gptq": GPTQ, "awq": AWQ, "compressed-tensors": CompressedTensors, "fp8": FP8, "mxfp4": MXFP4}
+METHODS |= {"auto-round": _auto_round, "intel/auto-round": _auto_round}

@@ -24,6 +24,17 @@ from pyspec.ops.weight_formats import Codes
 
 __all__ = ["Module", "QuantisedCheckpoint", "quantisation_of"]
 
+# Scales of what is computed, and of caches, which are not rounded here.
+_OF_ACTIVATIONS = (
+    ".input_scale",
+    ".activation_scale",
+    ".output_scale",
+    ".q_scale",
+    ".k_scale",
+    ".v_scale",
+    ".kv_scale",
+)
+
 
 def quantisation_of(source: Path | str, description: dict) -> Method | None:
     """The method that a config.json, or the quantize_config.json of early GPTQ folders, says; None without one.
@@ -34,8 +45,9 @@ def quantisation_of(source: Path | str, description: dict) -> Method | None:
     """
     text = description.get("text_config")
     for place in (description, text if isinstance(text, dict) else {}):
-        if place.get("quantization_config"):
-            return _method(source, Entries(f"{source}: config.json", place).part("quantization_config"))
+        for key in ("quantization_config", "compression_config"):  # compressed-tensors' first name for it
+            if place.get(key):
+                return _method(source, Entries(f"{source}: config.json", place).part(key))
     if (file := Path(source) / "quantize_config.json").is_file():
         return _method(source, Entries(str(file), read_json(file), {"quant_method": "gptq"}))
     return None
@@ -67,14 +79,14 @@ class QuantisedCheckpoint:
         self._checkpoint, self._method, self._path, self._has_warned = checkpoint, method, path, False
         self._modules = {}
         for name in checkpoint.shapes:
-            if name.endswith(method.mark):
-                module = Module(checkpoint, name.removesuffix(method.mark), path)
+            if mark := next((mark for mark in method.marks if name.endswith(mark)), None):
+                module = Module(checkpoint, name.removesuffix(mark), path)
                 self._modules[module.name + method.matrix] = module
         parts = {module.name + part for module in self._modules.values() for part in method.parts}
         self.shapes = {
             name: shape
             for name, shape in checkpoint.shapes.items()
-            if name not in parts and not name.endswith((".k_scale", ".v_scale", ".input_scale"))  # of caches in fp8
+            if name not in parts and not name.endswith(_OF_ACTIVATIONS)
         }
         self.shapes |= {name: method.shape(module) for name, module in self._modules.items()}
 
@@ -94,13 +106,16 @@ class QuantisedCheckpoint:
         if name not in self._modules:
             return self._checkpoint.stored(name)
         module, shape = self._modules[name], self.shapes[name]
-        if (kind := self._method.format(module)) is not None:
-            return StoredCodes(kind, math.prod(shape[:-1]), shape[-1], partial(self._method.read, module))
+        kind, order = self._method.format(module)
+        if kind is not None:
+            read = partial(self._method.read, module)
+            return StoredCodes(kind, math.prod(shape[:-1]), shape[-1], read, column_order=order)
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"{self._path}: {name}, and maybe others, has values that none of our formats in few bits has (8-bit "
-                "floats, groups in no order as of desc_act, or scales out of fp16's range): it becomes floats",
+                "floats, 8 bits with zero points, groups of fewer than 32, or scales out of fp16's range): it becomes "
+                "floats",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -69,8 +69,8 @@ def read_weights(
     weights, plans = _blank(family, checkpoint, config, dtype, device)
     if lost := next((plan for plan in plans.values() if plan.loses_bits), None):
         warnings.warn(
-            f"{path}: {next(iter(lost.tensors))} is one matrix with tensors of other types, which no kernel reads "
-            f"together: it, and maybe others, becomes {lost.parts[0][0]}",
+            f"{path}: {next(iter(lost.tensors))} is one matrix with tensors of other types, or in another "
+            f"order of groups, which no kernel reads together: it, and maybe others, becomes {lost.parts[0][0]}",
             RuntimeWarning,
             stacklevel=5,  # who called load, which as_stored wraps
         )

@@ -75,7 +75,7 @@ class JoinedExperts(JoinedWeight):
         pieces = self.data.split([math.prod(shape) for shape in shapes])
         return [
             ExpertWeight(
-                piece.view(shape), outputs, self.inputs, None if format.name == "q8_0" else format, self.experts
+                piece.view(shape), outputs, self.inputs, None if format.name == "q8_0" else format, experts=self.experts
             )
             for piece, shape, (format, outputs) in zip(pieces, shapes, self.parts, strict=True)
         ]
@@ -95,14 +95,17 @@ def lay_out_experts(weight: Tensor | Sequence[Codes], dtype: torch.dtype | str |
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lay_out_weight` does for the weight of an expert.
+        ValueError: codes have their columns in an order.
     """
     if isinstance(weight, Tensor) and (weight.dim() != 3 or not weight.numel()):
         raise ValueError(f"weight must be [experts, outputs, inputs] and not empty, got shape {tuple(weight.shape)}")
     first = lay_out_weight(weight[0], dtype)
+    if first.order is not None:
+        raise ValueError("weight must be codes whose columns are in no order of their own, for experts")
     data = first.data.new_empty((len(weight), *first.data.shape))
     for place, part in zip(data, weight, strict=True):
         place.copy_(lay_out_weight(part, dtype).data)
-    return ExpertWeight(data.flatten(0, 1), first.outputs, first.inputs, first.format, len(weight))
+    return ExpertWeight(data.flatten(0, 1), first.outputs, first.inputs, first.format, experts=len(weight))
 
 
 def expert_linear_reference(

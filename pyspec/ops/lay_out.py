@@ -29,6 +29,7 @@ __all__ = [
     "StoredCodes",
     "StoredMatrix",
     "empty_weight",
+    "is_same_order",
     "lay_out",
     "lay_out_reference",
     "laid_out_shape",
@@ -105,6 +106,7 @@ class StoredCodes:
         inputs: its columns.
         read: gives the codes.
         read_values: gives the matrix, fp32, where codes only come near to it.
+        column_order: the order of the codes, see Codes.
     """
 
     kind: str
@@ -112,6 +114,7 @@ class StoredCodes:
     inputs: int
     read: Callable[[], Codes]
     read_values: Callable[[], Tensor] | None = None
+    column_order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -128,7 +131,7 @@ class StoredCodes:
     def ordered(self, order: Tensor) -> StoredCodes:
         """The matrix of rows order, int64 [outputs], of this one."""
         read_values = self.read_values and (lambda: self.read_values()[order])
-        return StoredCodes(self.kind, self.outputs, self.inputs, lambda: self.read().rows(order), read_values)
+        return replace(self, read=lambda: self.read().rows(order), read_values=read_values)
 
     def values(self) -> Tensor:
         """The matrix, fp32."""
@@ -163,11 +166,16 @@ def laid_out_shape(format: str, outputs: int, inputs: int) -> tuple[torch.dtype,
     return torch.uint8, (panels, -(-inputs // shape.block), block_bytes(shape))
 
 
-def empty_weight(format: str, outputs: int, inputs: int, data: Tensor) -> LinearWeight:
-    """A LinearWeight of a format, see laid_out_shape, in data, uint8: zeros, as many as it takes."""
+def empty_weight(
+    format: str, outputs: int, inputs: int, data: Tensor, column_order: Tensor | None = None
+) -> LinearWeight:
+    """A LinearWeight of a format, see laid_out_shape, in data, uint8: zeros, as many as it takes.
+
+    column_order is what LinearWeight has as order.
+    """
     dtype, shape = laid_out_shape(format, outputs, inputs)
     kept = None if format in (*_FLOATS, "int8", "q8_0") else FORMATS[format]
-    return LinearWeight(data.view(dtype).view(shape), outputs, inputs, kept)
+    return LinearWeight(data.view(dtype).view(shape), outputs, inputs, kept, column_order)
 
 
 def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes) -> None:
@@ -175,7 +183,7 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes
 
     Args:
         weight: of matrix.inputs inputs: laid out, or from `empty_weight`. Its format is the matrix's own, a float
-            dtype, int8 (q8_0) or int4_32.
+            dtype, int8 (q8_0) or int4_32; where it has the matrix's own, it has its order of columns too.
         first: the output that the matrix's first row becomes.
         matrix: the rows.
 
@@ -191,11 +199,18 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes
     format = "q8_0" if weight.dtype == torch.int8 else str(weight.dtype).removeprefix("torch.")
     panels = weight.data.view(torch.uint8).flatten()
     if isinstance(matrix, StoredCodes):
-        if matrix.kind == format:
+        if matrix.kind == format and is_same_order(weight.order, matrix.column_order):
             return _write_codes(panels, first, _checked(matrix.codes))
         matrix = stored_floats(matrix.values())
+    if weight.order is not None:
+        raise ValueError("weight must have its columns in the order of the matrix")
     check_are_tensors(data=matrix.data, order=matrix.order, optional=("order",))
     _OP(panels, first, weight.inputs, _NAMES.index(format), matrix.data, _NAMES.index(matrix.kind), matrix.order)
+
+
+def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two weights have their columns in one order, see LinearWeight."""
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def lay_out_reference(

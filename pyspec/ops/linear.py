@@ -35,7 +35,8 @@ from pyspec.ops.linear_codes import (
     split_panels,
     take_apart,
 )
-from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, quantise
+from pyspec.ops.take_columns import take_columns
+from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat, quantise, restore_columns
 
 __all__ = [
     "FORMAT_VERSION",
@@ -63,12 +64,15 @@ class LinearWeight:
         outputs: rows of the weight.
         inputs: its columns.
         format: of a weight in fewer than 8 bits, else None.
+        order: int32 [inputs], which column of the weight each laid out one is, and so of x; None where that is the
+            same.
     """
 
     data: Tensor
     outputs: int
     inputs: int
     format: WeightFormat | None = None
+    order: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype | str:
@@ -87,6 +91,13 @@ class LinearWeight:
 
     def rows(self, index: Tensor) -> Tensor:
         """Some outputs' weights, [n, inputs] fp32, as an embedding reads them; index [n] integers in [0, outputs)."""
+        return restore_columns(self._rows(index), self.order)
+
+    def unpack(self) -> Tensor:
+        """The weight as a matrix [outputs, inputs] fp32."""
+        return restore_columns(self._unpack(), self.order)
+
+    def _rows(self, index: Tensor) -> Tensor:
         if self.format is not None:
             return linear_codes_rows(index.long(), self.data, self.outputs, self.inputs, self.format)
         if self.data.dim() == 2:
@@ -95,8 +106,7 @@ class LinearWeight:
             return _unpack_tiles(self.data, self.inputs, index)
         return _ROWS(index.long(), self.data, self.outputs, self.inputs)
 
-    def unpack(self) -> Tensor:
-        """The weight as a matrix [outputs, inputs] fp32."""
+    def _unpack(self) -> Tensor:
         if self.format is not None:
             return take_apart(self.data, self.format, self.outputs, self.inputs).values()
         return _unpack(self.data, self.outputs, self.inputs)
@@ -117,10 +127,10 @@ class JoinedWeight(LinearWeight):
     def dtype(self) -> str:
         return ", ".join(format.name for format, _ in self.parts)
 
-    def rows(self, index: Tensor) -> Tensor:
-        return self.unpack()[index]
+    def _rows(self, index: Tensor) -> Tensor:
+        return self._unpack()[index]
 
-    def unpack(self) -> Tensor:
+    def _unpack(self) -> Tensor:
         formats, outputs = zip(*self.parts, strict=True)
         panels = split_panels(self.data, outputs, formats, self.inputs)
         numbers = zip(panels, formats, outputs, strict=True)
@@ -137,8 +147,7 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
 
     Raises:
         TypeError: a dtype is not supported.
-        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16; or codes
-            are on a GPU and have neither 4 nor 8 bits.
+        ValueError: weight is not a matrix, is empty, or (int8, int4) a value is too large for a scale in fp16.
         RuntimeError: weight requires a gradient, which int8 and int4 would lose.
     """
     if isinstance(weight, Codes):
@@ -179,8 +188,9 @@ def _lay_out_codes(codes: Codes) -> LinearWeight:
         if in_panels := codes.codes.device.type == "cpu":
             fill = -len(scales) % PANEL
             scales, integers = F.pad(scales, (0, 0, 0, fill)), F.pad(integers, (0, 0, 0, 0, 0, fill), value=128)
-        return LinearWeight(_join_int8(scales, integers, in_panels), codes.outputs, codes.inputs)
-    return LinearWeight(lay_out_codes(codes), codes.outputs, codes.inputs, codes.format)
+        data = _join_int8(scales, integers, in_panels)
+        return LinearWeight(data, codes.outputs, codes.inputs, order=codes.order)
+    return LinearWeight(lay_out_codes(codes), codes.outputs, codes.inputs, codes.format, codes.order)
 
 
 def _lay_out_int8(weight: Tensor, in_panels: bool) -> Tensor:
@@ -309,6 +319,8 @@ def linear(
     _check(x, weight, bias, out_dtype)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+    if weight.order is not None:
+        rows = take_columns(rows, weight.order)
     if isinstance(weight, JoinedWeight):
         formats, outputs = zip(*weight.parts, strict=True)
         out = linear_joined(rows, weight.data, bias, outputs, formats, out_dtype)

@@ -6,8 +6,7 @@
 
 x is rounded to 8 bits in the format's own blocks, s_x = max |x| / 127, so that A and B are exact integers; blocks are
 added in order in fp32. The layout, kernels/params/linear_codes.h, keeps every bit of a weight that has been taken apart
-(pyspec/ops/weight_formats.py). So does that of a GPU, linear_codes_tiles.py, where x is not rounded and weights have 4
-bits.
+(pyspec/ops/weight_formats.py). So does that of a GPU, linear_codes_tiles.py, where x is not rounded.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _FORMATS = list(FORMATS.values())  # ops know formats by their place
 def lay_out_codes(codes: Codes) -> Tensor:
     """Panels uint8 [ceil(outputs / 32), blocks, bytes of a block] of a weight.
 
-    On a GPU tiles, for formats of 4 bits.
+    On a GPU tiles.
     """
     if codes.codes.device.type != "cpu":
         return lay_out_tiles(codes)

@@ -29,6 +29,7 @@ __all__ = [
     "from_microscaling",
     "join_codes",
     "quantise",
+    "restore_columns",
 ]
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -104,6 +105,7 @@ class Codes:
         scales: int8 [outputs, groups], or None where the format has none.
         floors: format.factor_dtype [outputs, blocks], or None.
         minimums: uint8 [outputs, groups], or None.
+        order: int32 [inputs], which column of the weight each column of codes is; None where that is the same.
     """
 
     format: WeightFormat
@@ -114,6 +116,7 @@ class Codes:
     scales: Tensor | None = None
     floors: Tensor | None = None
     minimums: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -136,19 +139,24 @@ class Codes:
             if self.minimums is not None:
                 floors *= self.minimums
             values -= floors[..., None]
-        return values.flatten(1)[:, : self.inputs]
+        return restore_columns(values.flatten(1)[:, : self.inputs], self.order)
 
     def rows(self, index: Tensor | slice) -> Codes:
         """Some of the outputs: those of index, int64, or of a slice."""
         parts = {name: part[index] for name, part in _tensors(self).items()}
-        return Codes(self.format, len(parts["codes"]), self.inputs, **parts)
+        return Codes(self.format, len(parts["codes"]), self.inputs, **parts, order=self.order)
+
+
+def restore_columns(values: Tensor, order: Tensor | None) -> Tensor:
+    """A matrix whose columns are in an order, see Codes, as it was."""
+    return values if order is None else values[:, order.argsort()]
 
 
 def join_codes(parts: Sequence[Codes]) -> Codes:
-    """Weights of one format and so many inputs, one below another."""
+    """Weights of one format, so many inputs and one order of them, one below another."""
     tensors = [_tensors(part) for part in parts]
     joined = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
-    return Codes(parts[0].format, len(joined["codes"]), parts[0].inputs, **joined)
+    return Codes(parts[0].format, len(joined["codes"]), parts[0].inputs, **joined, order=parts[0].order)
 
 
 def _tensors(codes: Codes) -> dict[str, Tensor]:

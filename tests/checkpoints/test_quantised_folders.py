@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import pyspec
 from pyspec import load
+from pyspec.checkpoints.converted import save_converted
 from pyspec.checkpoints.huggingface import TensorCheckpoint
 from pyspec.checkpoints.quantised_folders import QuantisedCheckpoint, quantisation_of
 from tests.helpers import runner_checks
@@ -35,7 +36,9 @@ METHODS = {  # and the format of a matrix with 128 inputs, and of one with 256
     "gptq_3_bits": (partial(gptq, bits=3), ("int4_128", "int4_128")),
     "gptq_8_bits": (partial(gptq, bits=8, symmetric=True), (torch.int8, torch.int8)),
     "gptq_8_bits_with_zero_points": (partial(gptq, bits=8), None),
-    "gptq_desc_act": (partial(gptq, group_size=32, desc_act=True), None),
+    "gptq_desc_act": (partial(gptq, group_size=32, desc_act=True), ("int4_32", "int4_32")),
+    "gptq_desc_act_in_128s": (partial(gptq, desc_act=True), ("int4_128", "int4_128")),
+    "gptq_desc_act_8_bits": (partial(gptq, bits=8, symmetric=True, desc_act=True), (torch.int8, torch.int8)),
     "awq": (awq, ("int4_128", "int4_128")),
     "awq_in_64s": (partial(awq, group_size=64), ("int4_64", "int4_64")),
     "awq_gemv": (partial(awq, group_size=32, version="gemv"), ("int4_32", "int4_32")),
@@ -45,7 +48,10 @@ METHODS = {  # and the format of a matrix with 128 inputs, and of one with 256
         partial(compressed_tensors, group_size=32, symmetric=False),
         ("int4_32", "int4_32"),
     ),
-    "compressed_tensors_actorder": (partial(compressed_tensors, group_size=32, actorder=True), None),
+    "compressed_tensors_actorder": (
+        partial(compressed_tensors, group_size=64, actorder=True),
+        ("int4_64", "int4_64"),
+    ),
     "compressed_tensors_8_bits": (partial(compressed_tensors, bits=8), (torch.int8, torch.int8)),
     "compressed_tensors_int8": (
         partial(compressed_tensors, bits=8, group_size=-1, packed=False),
@@ -149,9 +155,51 @@ def test_g_idx_that_was_never_set_and_a_settings_file_of_its_own(tmp_path):
 
 
 def test_a_warning_where_bits_cannot_be_kept(tmp_path):
-    folder, _ = folder_of(tmp_path, "gptq_desc_act")
+    folder, _ = folder_of(tmp_path, "gptq_8_bits_with_zero_points")
     with pytest.warns(RuntimeWarning, match=r"model.layers.0.self_attn.[a-z]_proj.weight, and maybe .* becomes floats"):
         load(folder, device="cpu")
+
+
+def test_groups_in_the_order_of_activations(tmp_path):
+    """Rows of a tree, drafts, and a converted file; each matrix has an order of its own."""
+    folder, _ = folder_of(tmp_path, "gptq_desc_act")
+    runner = load(folder, device="cpu")
+    layer = runner.weights.layers[0]
+    assert layer.qkv.order is not None and len(layer.down.order) == 256
+    runner_checks.check_row_rule(runner)
+    runner_checks.check_batches(runner, 8)
+    save_converted(runner, tmp_path / "tiny.pyspec")
+    found, prompt = load(tmp_path / "tiny.pyspec"), random_tokens(20)
+    assert torch.equal(found.prefill([prompt])[0], runner.prefill([prompt])[0])
+
+
+def test_parts_of_a_matrix_in_several_orders_become_floats(tmp_path):
+    """Which no quantiser makes, as the order comes from what the parts share: their inputs."""
+    model = tiny_model("llama", **SHAPE)
+    write_folder(
+        tmp_path, model, lambda name, weight: gptq(weight, group_size=32, desc_act=not name.endswith("k_proj"))
+    )
+    with pytest.warns(
+        RuntimeWarning, match="q_proj.weight is one matrix with tensors of .* in another order of groups"
+    ):
+        runner = load(tmp_path, device="cpu")
+    named = runner.weights.named(runner.config)
+    for name in ("q", "k"):
+        name = f"model.layers.0.self_attn.{name}_proj.weight"
+        assert torch.equal(named[name], model.state_dict()[name].bfloat16().float())
+    assert runner.weights.layers[0].gate_up.dtype == "int4_32"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_in_the_order_of_activations(tied, tmp_path):
+    """And an embedding, whose rows are read by token."""
+    model = tiny_model("llama", **SHAPE, vocab_size=128, tie_word_embeddings=tied)
+    write_folder(tmp_path, model, lambda _, weight: gptq(weight, group_size=32, desc_act=True), leave=())
+    runner, exact = load(tmp_path, device="cpu"), load(tmp_path, dtype=torch.float32, device="cpu")
+    tokens = torch.tensor([5, 0, 70])
+    assert torch.equal(runner.weights.embed(runner.config, tokens), exact.weights.embed(exact.config, tokens))
+    assert torch.equal(runner.weights.head.unpack(), exact.weights.head.unpack())
+    assert runner.weights.head.dtype == "int4_32"
 
 
 def test_experts_in_mxfp4():

@@ -12,6 +12,7 @@ from pyspec.ops.lay_out import lay_out, stored_floats
 from pyspec.ops.linear import LinearWeight
 from pyspec.ops.quantised_ragged import gear_ragged, residual_vq_ragged
 from pyspec.ops.selective_state import to_panels
+from pyspec.ops.take_columns import take_columns
 from pyspec.ops.weight_formats import FORMATS, quantise
 from tests.helpers.every_backend import EACH_BACKEND, KERNELS, on_backend
 from tests.helpers.rounds import random_tree
@@ -121,6 +122,7 @@ CALLS = {
         {"hidden": floats(3, 8), "weight": floats(8), "epsilon": 1e-5, "delta": floats(3, 8)},
     ),
     "swiglu": lambda: (ops.swiglu, {"gate_up": floats(3, 8)}),
+    "take_columns": lambda: (take_columns, {"x": floats(3, 4), "order": ints([3, 0, 2, 1])}),
     "topk": lambda: (ops.topk, {"x": floats(3, 50), "k": 4}),
     "row_statistics": lambda: (ops.row_statistics, {"logits": floats(3, 50)}),
     "sparse_attention": lambda: (

@@ -29,7 +29,7 @@ from tests.helpers.runner_checks import (
 from tests.helpers.tiny_mambas import FAMILIES, KINDS, Knows, step_by_step, tiny_mamba
 
 pytest.importorskip("transformers")
-DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8, "int4"]
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ route_experts = ops.route_experts
 row_statistics = ops.row_statistics
 selective_state = ops.selective_state
 swiglu = ops.swiglu
+take_columns = ops.take_columns
 topk = ops.topk
 tree_attention = ops.tree_attention
 
@@ -62,6 +63,7 @@ __all__ = [
     "row_statistics",
     "selective_state",
     "swiglu",
+    "take_columns",
     "topk",
     "tree_attention",
 ]

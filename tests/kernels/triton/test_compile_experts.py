@@ -12,7 +12,7 @@ from without_gpu import launches  # noqa: E402
 from pyspec.kernels.expert_linear import expert_linear  # noqa: E402
 from pyspec.kernels.route_experts import mix_experts, route_experts  # noqa: E402
 from pyspec.ops.linear import TILE_BYTES  # noqa: E402
-from pyspec.ops.linear_codes_tiles import tile_bytes  # noqa: E402
+from pyspec.ops.linear_codes_tiles import tile_bytes, tile_inputs  # noqa: E402
 from pyspec.ops.weight_formats import FORMATS  # noqa: E402
 from tests.helpers.slow import slow  # noqa: E402
 
@@ -25,12 +25,16 @@ def weight_of(kind) -> torch.Tensor:
     if kind == torch.int8:
         return torch.empty(EXPERTS * OUTPUTS // 64, INPUTS // 128, TILE_BYTES, dtype=torch.uint8)
     if kind in FORMATS:
-        return torch.empty(EXPERTS * OUTPUTS // 128, INPUTS // 128, tile_bytes(FORMATS[kind]), dtype=torch.uint8)
+        format = FORMATS[kind]
+        shape = EXPERTS * OUTPUTS // 128, INPUTS // tile_inputs(format), tile_bytes(format)
+        return torch.empty(shape, dtype=torch.uint8)
     return torch.empty(EXPERTS * OUTPUTS, INPUTS, dtype=kind)
 
 
 @each_architecture
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8, "q4_0", slow("q4_k"), slow(torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "kind", [torch.bfloat16, torch.int8, "q4_0", slow("q4_k"), slow("q6_k"), slow(torch.float32)], ids=str
+)
 def test_products_of_experts_fit_and_have_one_kernel_for_all_rows(kind, architecture):
     format, found = FORMATS.get(kind) if isinstance(kind, str) else None, {}
     with launches(architecture) as made:

@@ -28,17 +28,24 @@ def compiled(name, rows, dtype=torch.bfloat16, architecture=90, outputs=6144):
     """The machine code of the kernel that a launch gets."""
     format = FORMATS[name]
     with launches(architecture) as found:
-        weight = torch.empty(outputs // 128, 32, linear_codes_tiles.tile_bytes(format), dtype=torch.uint8)
+        tiles = 4096 // linear_codes_tiles.tile_inputs(format)
+        weight = torch.empty(outputs // 128, tiles, linear_codes_tiles.tile_bytes(format), dtype=torch.uint8)
         kernels.linear_codes(torch.empty(rows, 4096, dtype=dtype), weight, None, outputs, format, torch.float32)
     return functions(found[0].cubin)["codes_kernel"]
 
 
 @pytest.mark.parametrize("architecture", [slow(80), 90, slow(100)])
 @pytest.mark.parametrize(
-    "name", ["q4_0", "q4_k", *map(slow, ("q4_1", "iq4_nl", "iq4_xs", "mxfp4", "int4_32", "int4_128"))]
+    "name",
+    [
+        "q4_0",
+        "q4_k",
+        "q6_k",
+        *map(slow, ("q5_0", "q5_k", "q3_k", "q2_k", "q4_1", "iq4_nl", "iq4_xs", "mxfp4", "int4_32", "int4_128")),
+    ],
 )
 def test_all_rows_are_summed_by_one_kind_of_product(name, architecture):
-    """The row rule on a GPU, where tiles of rows may differ: in each, a group is two steps of 16 inputs from zero.
+    """The row rule on a GPU, where tiles of rows may differ: in each, a group is steps of 16 inputs from zero.
 
     That Hopper's two kinds of product give the same bits, which Triton 3.6 needs there, was seen on an H200.
     """
@@ -57,7 +64,9 @@ def test_all_rows_are_summed_by_one_kind_of_product(name, architecture):
         adds = re.search(r"\bFADD\S* \w+, (?!-?RZ)", loop)  # what begins at zero turns a sign
         assert not adds or FORMATS[name].has_scales  # products are added by multiply-adds, scales shifted
         most = 600 if IS_3_6 and architecture == 80 and height == 64 else 150
-        assert code.count(r"\bLDGSTS\S*128") >= 2 and code.stack <= most
+        assert code.stack <= most
+        if FORMATS[name].group >= 32:  # tiles of half the width are loaded at once, past shared memory
+            assert code.count(r"\bLDGSTS\S*128") >= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -69,7 +78,7 @@ def test_other_activations_compile(dtype):
 def test_what_is_on_a_gpu_gets_tiles():
     """And the op's launcher knows a format by its place."""
     weight, index = torch.randn(300, 200), torch.tensor([3, 299, 0])
-    values, six_bits = quantise(weight, FORMATS["int4_32"]).values(), random_codes("q6_k", 3, 256)
+    values, six_bits = quantise(weight, FORMATS["int4_32"]).values(), random_codes("q6_k", 300, 256)
     with launches() as found:
         laid_out = lay_out_weight(weight, "int4")
         assert laid_out.data.shape == (3, 2, linear_codes_tiles.tile_bytes(laid_out.format))
@@ -78,5 +87,5 @@ def test_what_is_on_a_gpu_gets_tiles():
         place = list(FORMATS).index("int4_32")
         out = linear_codes._triton()(x, laid_out.data, None, 300, place, torch.float32)
         assert out.shape == (3, 300) and found[0].name == "codes_kernel"
-        with pytest.raises(ValueError, match="4 bits for a GPU, got q6_k"):
-            lay_out_weight(six_bits)
+        laid_out = lay_out_weight(six_bits)
+        assert laid_out.dtype == "q6_k" and torch.equal(laid_out.rows(index), six_bits.values()[index])

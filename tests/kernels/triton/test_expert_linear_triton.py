@@ -18,7 +18,7 @@ from tests.helpers.weight_formats import random_codes  # noqa: E402
 pytestmark = pytest.mark.usefixtures("kernel_device")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, INPUTS = 5, 256
-KINDS = [torch.float32, torch.bfloat16, torch.int8, "q4_0", "q4_k", "int4_32"]
+KINDS = [torch.float32, torch.bfloat16, torch.int8, "q4_0", "q4_k", "q6_k", "int4_32"]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of linear for weights in 4 bits: an oracle in float64, the row rule bit for bit, and its PTX."""
+"""The Triton kernel of linear for weights in 2 to 6 bits: an oracle in float64, the row rule, and its PTX."""
 
 import re
 
@@ -18,8 +18,9 @@ pytestmark = [
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPSILON = {torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7}
-FOUR_BITS = [format for format in FORMATS.values() if format.bits == 4]
-EACH_FORMAT = pytest.mark.parametrize("format", FOUR_BITS, ids=lambda format: format.name)
+EACH_FORMAT = pytest.mark.parametrize(
+    "format", [format for format in FORMATS.values() if format.bits < 8], ids=lambda format: format.name
+)
 
 
 def draw(format, outputs, inputs, seed=0) -> Codes:
@@ -40,7 +41,7 @@ def draw(format, outputs, inputs, seed=0) -> Codes:
         format,
         outputs,
         inputs,
-        integers(0, 16, torch.uint8, blocks * format.block),
+        integers(0, 2**format.bits, torch.uint8, blocks * format.block),
         factors,
         integers(-128, 128, torch.int8) if format.has_scales else None,
         floors,
@@ -109,14 +110,16 @@ def test_integers_are_exact(format, splits, monkeypatch):
 def test_what_is_laid_out_is_read_back(format):
     codes = draw(format, 300, 517)
     data = layout.lay_out_tiles(codes)
-    assert data.shape == (3, -(-codes.codes.shape[1] // 128), layout.tile_bytes(format))
+    assert data.shape == (3, -(-codes.codes.shape[1] // layout.tile_inputs(format)), layout.tile_bytes(format))
+    bits = 8 * layout.tile_bytes(format) / 128 / layout.tile_inputs(format)
+    assert bits <= (4 if format.bits <= 4 else 6) + 1.5
     index = torch.tensor([0, 299, 128, 127, 0])
     assert torch.equal(layout.read_tiles(data, format, 517, index).values(), codes.values()[index])
 
 
 def test_what_cannot_be_laid_out():
-    with pytest.raises(ValueError, match="4 bits for a GPU, got q6_k"):
-        layout.lay_out_tiles(draw(FORMATS["q6_k"], 3, 40))
+    with pytest.raises(ValueError, match="at most 6 bits for the tiles of a GPU, got q8_0"):
+        layout.lay_out_tiles(draw(FORMATS["q8_0"], 3, 40))
     codes = draw(FORMATS["q4_k"], 3, 40)
     codes.minimums[1, 2] = 128
     with pytest.raises(ValueError, match="minimums must be at most 127, got 128"):
@@ -143,7 +146,7 @@ def test_no_rows():
 # ==== the row rule ====
 
 
-@pytest.mark.parametrize("name", ["q4_k", "int4_128", "iq4_xs", "q4_1"])
+@pytest.mark.parametrize("name", ["q4_k", "int4_128", "iq4_xs", "q4_1", "q6_k", "q5_0"])
 @pytest.mark.parametrize("dtype", EPSILON, ids=str)
 def test_a_row_has_the_bits_that_it_has_alone(name, dtype):
     """Whatever tile of rows it falls in: of 8, 16, 32 or 64."""
@@ -160,7 +163,7 @@ def test_a_row_has_the_bits_that_it_has_alone(name, dtype):
 def test_splits_depend_on_the_weight_alone():
     for outputs in range(512, 8193, 512):
         for inputs in (2048, 4096, 5000, 14336):
-            splits, tiles = kernels.split(outputs, inputs)
+            splits, tiles = kernels.split(outputs, -(-inputs // 128))
             assert (splits - 1) * tiles * 128 < inputs <= splits * tiles * 128
             assert splits * -(-outputs // 128) <= 4 * 132  # multiprocessors
 
@@ -168,7 +171,7 @@ def test_splits_depend_on_the_weight_alone():
 # ==== values that must not spread ====
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_what_is_not_finite_stays_in_its_row(name, bad):
     codes, x = draw(FORMATS[name], 40, 300), draw_x(6, 300)
@@ -226,6 +229,7 @@ def and_or(a, b, c, table, dtype):
 OPERATIONS = {
     "mov": lambda a, dtype: a,
     "and": lambda a, b, dtype: a & b,
+    "shl": lambda a, b, dtype: a << b & 0xFFFFFFFF,
     "shr": lambda a, b, dtype: a >> b,
     "lop3": and_or,
     "prmt": permute,
@@ -244,15 +248,22 @@ def test_codes_become_levels(format, dtype):
     """The PTX of a GPU, which takes another way than the interpreter."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(0, 2**16, (40, 2), generator=generator)
+    words &= 0xFFFF if format.bits >= 4 else 0x1111 * (2**format.bits - 1)
     minimums = torch.randint(0, 128, (40, 4), generator=generator) * layout.has_zero_points(format)
     constants = kernels.constants_of(format, dtype, is_cuda=True)
     operands = {"$4": (words[:, 0] | words[:, 1] << 16).tolist()}
+    highs = torch.zeros(40, 2, dtype=torch.int64)
+    if format.bits > 4:
+        highs = torch.randint(0, 2**8, (40, 2), generator=generator) & (0xFF if format.bits == 6 else 0x55)
+        extended = highs | (highs >> 7) * 0xFF00  # as a byte with a sign becomes 16 bits
+        operands["$9"] = (extended[:, 0] | extended[:, 1] << 16).tolist()
     for plane in range(4):
         operands[f"${5 + plane}"] = ((minimums[:, plane] | constants["LESS"]) * 0x10001).tolist()
     found = execute(constants["UNPACK"], operands, dtype)
     levels = torch.tensor(format.levels)
     for plane in range(4):
-        expected = levels[words >> 4 * plane & 15] - minimums[:, plane, None]
+        codes = words >> 4 * plane & 15 | (highs >> 2 * plane & 3) << 4
+        expected = levels[codes] - minimums[:, plane, None]
         assert torch.equal(numbers(found[f"${plane}"], dtype), expected.float())
 
 
