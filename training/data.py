@@ -56,6 +56,11 @@ class Recipe:
     own: float = 0.5
     seed: int = 0
 
+    def __post_init__(self):
+        for name, least, most in (("each", 1, 4096), ("answer", 1, 2**20), ("own", 0, 1)):
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
+
 
 def end_of_circles(tokens: list[int]) -> int:
     """How many tokens to keep: all, or up to the end of the second period of what repeats itself from there on.
@@ -133,7 +138,8 @@ class Maker:
         prompts = self._own_prompts(own, random) if own else []
         while len(prompts) < self.recipe.each:
             prompts.append(self._prompt_of_topic(random))
-        return [prompt[:MOST_OF_PROMPT] for prompt in prompts]
+        most = min(MOST_OF_PROMPT, self.model.context_length // 2)
+        return [prompt[:most] for prompt in prompts]
 
     @property
     def _chats(self) -> bool:

@@ -11,6 +11,9 @@
 #include "params/linear.h"
 
 #include "cpu/expert_linear.h"
+#include "cpu/linear_blocks.h"
+#include "cpu/linear_neon.h"
+#include "cpu/linear_neon_bytes.h"
 #include "cpu/linear_products.h"
 #include "cpu/linear_rows.h"
 
@@ -21,33 +24,11 @@ using pyspec::kPanel;
 using pyspec::LinearParams;
 using pyspec::WeightFormat;
 
-constexpr int64_t kTileRows = 64;
-
-// How far ahead of its use one block of rows asks for the weights: far enough to cross the page that the
-// processor's own prefetching stops at.
-constexpr int64_t kPrefetchBytes = 4096;
-
 // With 16 registers of eight floats a vector takes two, and multiply-adds of a latency of 4, two a cycle,
 // need 8 sums: a pass over a block has half of the panel, 4 to 6 rows of it, and 2 registers of weights a
 // step. One or two rows take the whole panel, as it comes from memory. docs/linear.md has the arithmetic.
 constexpr bool kFewRegisters = kVectorRegisters == 16;
 constexpr int kPassVectors = kFewRegisters ? 1 : 2;
-
-// Weights that will be wanted: every step of the inner loop asks for some lines and goes on by `step` bytes.
-struct Ahead {
-  const char* next;
-  int64_t step;
-  template <int kLines>
-  PYSPEC_INLINE void prefetch() {
-    for (int line = 0; line < kLines; ++line) __builtin_prefetch(next + 64 * line);
-    next += step;
-  }
-};
-
-// The inputs of one block, out of all of them.
-struct Range {
-  int64_t first, last, inputs;
-};
 
 // ==== one struct per format: how a row is prepared, and a panel times kRows prepared rows ====
 //
@@ -58,6 +39,9 @@ struct Range {
 // fp32 and fp16: a step is one input.
 template <class Storage>
 struct FloatWeight {
+#if PYSPEC_HAS_NEON
+  using Tile = FloatTile<Storage>;
+#endif
   static constexpr int kStreamRows = kFewRegisters ? 3 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kBlock = 128;
   static constexpr int64_t kStepBytes = kPanel * sizeof(Storage);
@@ -92,6 +76,9 @@ struct FloatWeight {
 
 // bf16: a step is two inputs, multiplied together where there is an instruction for it.
 struct BFloat16Weight {
+#if PYSPEC_HAS_NEON
+  using Tile = BFloat16Tile;
+#endif
   static constexpr int kStreamRows = kFewRegisters ? 2 : 12, kPassRows = kFewRegisters ? 6 : 12;
   static constexpr int64_t kBlock = 128;
   static constexpr int64_t kStepBytes = kPanel * 4;
@@ -150,6 +137,9 @@ struct BFloat16Weight {
 // int8: a step is four inputs. A prepared row: a scale and what its sums begin with for each group, then the
 // integers; as halves, those of bytes 0 and 2 of all fours of a group come first.
 struct Int8Weight {
+#if PYSPEC_HAS_NEON
+  using Tile = Int8Tile;
+#endif
   static constexpr int kStreamRows = !kFewRegisters ? 4 : kHalves ? 2 : 1;
   static constexpr int kPassRows = kFewRegisters ? 6 : 4;
   static constexpr int64_t kBlock = 256;
@@ -236,6 +226,7 @@ struct Int8Weight {
 
 // ==== the loops ====
 
+#if !PYSPEC_HAS_NEON  // which has them in linear_neon.h
 // One block of inputs for kRows rows and kVectors vectors of the panel from lane on: goes on with their sums,
 // [kRows][kPanel].
 template <class Weight, int kVectors, int kMost>
@@ -288,6 +279,7 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   }
   store_rows(sums, p, first_row, rows, first_output);
 }
+#endif
 
 template <class Weight>
 void linear(const LinearParams& p) {

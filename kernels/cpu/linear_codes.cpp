@@ -23,7 +23,9 @@ using pyspec::LinearCodesParams;
 
 constexpr int64_t kTileRows = 64;
 constexpr int64_t kVectors = kVectorRegisters == 32 ? 2 : 1;  // of 16 outputs, at a time
-constexpr int64_t kMostRows = 4;  // of a pass: their sums of a group stay in registers
+// Of a pass: their sums of a group stay in registers.
+template <class F>
+constexpr int64_t kMostRows = F::kIsSmall && sizeof(SmallSums) > sizeof(I16) ? 2 : 4;
 // How far ahead of its use the weight is asked for: across the page that the processor's own prefetching
 // stops at.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -70,10 +72,11 @@ PYSPEC_INLINE void add_group(Chunk<F>& chunk, const char* block, int64_t b, int6
   constexpr int64_t kRun =
       F::kIsSmall && small_dots(F::kMost) < kFours ? small_dots(F::kMost) / 2 * 2 : kFours;
   static_assert(kFours % kRun == 0);
+  using Sums = std::conditional_t<F::kIsSmall, SmallSums, I16>;
   for (int64_t run = 0; run < kFours; run += kRun) {
-    I16 sums[kRows][kVectors];
+    Sums sums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
-      I16 start = set1_words(0);
+      Sums start{};
       if constexpr (!F::kIsSmall) start = start_dot(sum_of(x.sums + r * x.stride + group * 2));
       for (int v = 0; v < kVectors; ++v) sums[r][v] = start;
     }
@@ -88,8 +91,11 @@ PYSPEC_INLINE void add_group(Chunk<F>& chunk, const char* block, int64_t b, int6
       for (int r = 0; r < kRows; ++r) {
         I16 values = set1_words(four_bytes(x.integers + r * x.stride + group * F::kGroup + (run + i) * 4));
         for (int v = 0; v < kVectors; ++v) {
-          sums[r][v] =
-              F::kIsSmall ? add_small_dot(codes[v], values, sums[r][v]) : dot4(codes[v], values, sums[r][v]);
+          if constexpr (F::kIsSmall) {
+            sums[r][v] = add_small_dot(codes[v], values, sums[r][v]);
+          } else {
+            sums[r][v] = dot4(codes[v], values, sums[r][v]);
+          }
         }
       }
     }
@@ -212,7 +218,7 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
   Chunk<F> chunk;
   pyspec::PreparedRow parts = pyspec::prepared_row(kFormat, p.inputs);
   const char* x = static_cast<const char*>(p.workspace) + first_row * parts.bytes;
-  int64_t passes = (rows + kMostRows - 1) / kMostRows, blocks = pyspec::blocks(F::kShape, p.inputs);
+  int64_t passes = (rows + kMostRows<F> - 1) / kMostRows<F>, blocks = pyspec::blocks(F::kShape, p.inputs);
   for (int64_t first = 0; first < blocks; first += kBlocks, panel += kBlocks * kBytes) {
     int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
     unpack_factors<kFormat>(panel, count, chunk);
@@ -224,9 +230,9 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
                    x + row * parts.bytes + parts.integers + first * F::kBlock, parts.bytes};
       Ahead ahead = {panel + count * kBytes + kPrefetchBytes + pass * share,
                      share / (count * F::kGroups * 2 / kVectors)};
-      auto add = pass > 0     ? add_rows<F, kMostRows, Pass::kLater>
-                 : passes > 1 ? add_rows<F, kMostRows, Pass::kFirst>
-                              : add_rows<F, kMostRows, Pass::kOnly>;
+      auto add = pass > 0     ? add_rows<F, kMostRows<F>, Pass::kLater>
+                 : passes > 1 ? add_rows<F, kMostRows<F>, Pass::kFirst>
+                              : add_rows<F, kMostRows<F>, Pass::kOnly>;
       add(end - row, chunk, panel, count, part, ahead, sums + row * kPanel);
     }
   }

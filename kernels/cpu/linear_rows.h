@@ -31,6 +31,12 @@ PYSPEC_INLINE uint32_t largest_size(const float* values) {
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
   four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1));
   largest = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
+#elif PYSPEC_HAS_NEON
+  uint32x4_t most = vdupq_n_u32(0);
+  for (int64_t i = 0; i < kCount; i += 4) {
+    most = vmaxq_u32(most, vreinterpretq_u32_f32(vabsq_f32(vld1q_f32(values + i))));
+  }
+  largest = vmaxvq_u32(most);
 #else
   uint32_t bits[kCount];
   std::memcpy(bits, values, sizeof(bits));
@@ -53,6 +59,16 @@ PYSPEC_INLINE void round_32(const float* values, float factor, int8_t* integers)
   __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(integers), bytes);
+#elif PYSPEC_HAS_NEON
+  auto round = [&](int64_t i) PYSPEC_INLINE_LAMBDA {
+    int32x4_t low = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(values + i), factor));
+    int32x4_t high = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(values + i + 4), factor));
+    return vuzp1q_s16(vreinterpretq_s16_s32(low), vreinterpretq_s16_s32(high));
+  };
+  for (int64_t i = 0; i < 32; i += 16) {
+    int8x16_t low = vreinterpretq_s8_s16(round(i)), high = vreinterpretq_s8_s16(round(i + 8));
+    vst1q_s8(integers + i, vuzp1q_s8(low, high));
+  }
 #else
   for (int64_t i = 0; i < 32; ++i) {
     integers[i] = static_cast<int8_t>(static_cast<int32_t>(__builtin_rintf(values[i] * factor)));

@@ -242,13 +242,36 @@ PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sums) {
   return quarters<I16>(dot, sums, weights, x);
 }
 
-// sums + the products of 16 times four weights, below 64, with four signed bytes, which are in every word of
-// x.
-PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
+// Sums of products of 16 times four weights, below 64, with four signed bytes, which are in every word of x.
+#if PYSPEC_HAS_NEON_DOT
+using SmallSums = I16;
+PYSPEC_INLINE SmallSums add_small_dot(I16 weights, I16 x, SmallSums sums) {
   auto dot = [](int32x4_t total, int32x4_t w, int32x4_t values) PYSPEC_INLINE_LAMBDA {
     return dot_bytes(total, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(values));
   };
   return quarters<I16>(dot, sums, weights, x);
 }
+PYSPEC_INLINE I16 widen(SmallSums sums) { return sums; }
+#else
+// A product has 16 bits of its own, of two words a vector.
+struct SmallSums {
+  int16x8_t a[2], b[2], c[2], d[2];
+};
+PYSPEC_INLINE SmallSums add_small_dot(I16 weights, I16 x, SmallSums sums) {
+  auto dot = [](int16x8_t(&total)[2], int32x4_t w, int32x4_t values) PYSPEC_INLINE_LAMBDA {
+    int8x16_t u = vreinterpretq_s8_s32(w), v = vreinterpretq_s8_s32(values);
+    total[0] = vmlal_s8(total[0], vget_low_s8(u), vget_low_s8(v));
+    total[1] = vmlal_high_s8(total[1], u, v);
+  };
+  dot(sums.a, weights.a, x.a), dot(sums.b, weights.b, x.b);
+  dot(sums.c, weights.c, x.c), dot(sums.d, weights.d, x.d);
+  return sums;
+}
+PYSPEC_INLINE I16 widen(SmallSums sums) {
+  auto add = [](const int16x8_t(&total)[2])
+                 PYSPEC_INLINE_LAMBDA { return vpaddlq_s16(vpaddq_s16(total[0], total[1])); };
+  return {add(sums.a), add(sums.b), add(sums.c), add(sums.d)};
+}
+#endif
 
 }  // namespace

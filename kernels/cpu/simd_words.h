@@ -61,12 +61,6 @@ PYSPEC_INLINE I16 set1_words(int32_t a) {
   return result;
 #endif
 }
-// Four bytes, in every word.
-PYSPEC_INLINE I16 words_at(const char* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return set1_words(four);
-}
 PYSPEC_INLINE I16 add(I16 a, I16 b) {
 #if PYSPEC_HAS_AVX512
   return {_mm512_add_epi32(a.v, b.v)};
@@ -257,11 +251,16 @@ PYSPEC_INLINE I16 dot4(I16 weights, I16 x, I16 sum) {
 
 #endif  // !PYSPEC_HAS_NEON
 
-// The same for weights in memory, and x of four bytes.
-PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
+// Four bytes, in every word.
+PYSPEC_INLINE I16 words_at(const char* p) {
   int32_t four;
-  std::memcpy(&four, x, 4);
-  return dot4(load_words(weights), set1_words(four), sum);
+  std::memcpy(&four, p, 4);
+  return set1_words(four);
+}
+
+// dot4 for weights in memory, and x of four bytes.
+PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
+  return dot4(load_words(weights), words_at(x), sum);
 }
 
 // ==== products of small bytes ====
@@ -270,18 +269,19 @@ PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
 // for four products, a word holds two such sums until add_scaled widens them, with a multiplication that it
 // would take anyway.
 
-// Fours of inputs whose sums may be added up before they are widened, for weights of at most `most`.
-constexpr int64_t small_dots(int64_t most) {
-#if PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
-  return 1 << 20;
+#if (PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_INT8_DOT) || (PYSPEC_HAS_NEON && !PYSPEC_HAS_NEON_DOT)
+constexpr bool kSumsOf16Bits = true;
 #else
-  return 32767 / (2 * 127 * most);
+constexpr bool kSumsOf16Bits = false;
 #endif
-}
+
+// Fours of inputs whose sums may be added up before they are widened, for weights of at most `most`.
+constexpr int64_t small_dots(int64_t most) { return kSumsOf16Bits ? 32767 / (2 * 127 * most) : 1 << 20; }
 
 #if !PYSPEC_HAS_NEON
+using SmallSums = I16;
 // sums + the products of 16 times four weights with four signed bytes, which are in every word of x.
-PYSPEC_INLINE I16 add_small_dot(I16 weights, I16 x, I16 sums) {
+PYSPEC_INLINE SmallSums add_small_dot(I16 weights, I16 x, SmallSums sums) {
 #if PYSPEC_ISA_avx_vnni
   return {_mm256_dpbusd_avx_epi32(sums.lo, weights.lo, x.lo),
           _mm256_dpbusd_avx_epi32(sums.hi, weights.hi, x.hi)};
@@ -318,8 +318,10 @@ PYSPEC_INLINE I16 small_scale(I16 a) {
 }
 
 // total + scale * sums of add_small_dot.
-PYSPEC_INLINE I16 add_scaled(I16 sums, I16 scale, I16 total) {
-#if PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
+PYSPEC_INLINE I16 add_scaled(SmallSums sums, I16 scale, I16 total) {
+#if PYSPEC_HAS_NEON
+  return add(total, mul(widen(sums), scale));
+#elif PYSPEC_HAS_INT8_DOT || !PYSPEC_HAS_X86_VECTORS
   return add(total, mul(sums, scale));
 #else
   return dot2(sums, scale, total);

@@ -19,7 +19,7 @@ import numpy as np
 from pyspec.caches import QuantisedSettings
 from pyspec.controllers import CONTROLLERS, LARGEST, Controller
 from pyspec.drafters import Drafter
-from pyspec.machine.running_costs import RunningCosts, running_costs
+from pyspec.machine.running_costs import NODES, RunningCosts, running_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
@@ -133,6 +133,8 @@ class CuttingController(PayingController):
         best, most = 0, tokens / seconds[nodes]
         for taken, (chance, _) in enumerate(drafts, start=1):
             tokens += chance
+            if len(trees) == 1 and nodes + taken not in NODES:  # the first round of every other size is recorded
+                continue
             if tokens / seconds[nodes + taken] > most:
                 best, most = taken, tokens / seconds[nodes + taken]
         kept = [len(tree) if tree.chances is None else 1 for tree in trees]

@@ -24,7 +24,10 @@
 extern "C" __attribute__((noinline, optimize("no-tree-loop-distribute-patterns"))) void* memset(
     void* to, int byte, size_t bytes) {
   char* p = static_cast<char*>(to);
-  for (size_t i = 0; i < bytes; ++i) p[i] = static_cast<char>(byte);
+  const uint64_t eight = 0x0101010101010101u * static_cast<unsigned char>(byte);
+  size_t i = 0;
+  for (; i + 8 <= bytes; i += 8) __builtin_memcpy(p + i, &eight, 8);
+  for (; i < bytes; ++i) p[i] = static_cast<char>(byte);
   return to;
 }
 

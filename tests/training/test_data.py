@@ -168,6 +168,19 @@ def test_other_settings_are_refused(runner, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_bad_recipes_are_named():
+    for name, value in (("each", 0), ("answer", 0), ("own", 1.5)):
+        with pytest.raises(ValueError, match=rf"{name} must be in .*, got {value}"):
+            Recipe(**{name: value})
+
+
+def test_a_model_of_a_short_context(runner):
+    short = runner.fork()
+    short.context_length = 30
+    for text in Maker(short, RECIPE, topics()).shard(0):
+        assert text.answer <= 15 and len(text.tokens) <= 30
+
+
 def test_a_model_without_chats_goes_on_from_code(runner, monkeypatch):
     monkeypatch.setattr(Characters, "chat_template", None)
     texts = Maker(runner, RECIPE, topics()).shard(0)
