@@ -231,6 +231,25 @@ def test_models_of_transformers_are_targets_too(tmp_path):
     assert generate(target, prompts, drafter=drafter, budget=6, max_new_tokens=30).tokens == plain.tokens
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("native", [False, True])
+def test_transformers_generate_drafts_with_a_head(tmp_path, native):
+    transformers = pytest.importorskip("transformers")
+    from pyspec.integrations.transformers.generation import generate as custom_generate
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=1, head_dim=64, initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tensors = random_head(VOCABULARY, 64)
+    folder = write_head(tmp_path, tensors, VOCABULARY, taps=TAPS, target_hidden_size=64)
+    drafter, ids = Eagle3(folder, TransformersRunner(model)), torch.tensor([random_tokens(20)])
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    drafted = {"custom_generate": custom_generate, "drafter": drafter, "budget": 6, "native": native}
+    assert torch.equal(model.generate(ids, **drafted, **options), expected)
+
+
 # ==== what is left to the target ====
 
 
