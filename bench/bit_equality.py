@@ -1,6 +1,7 @@
 """Are the tokens, and the logits behind them, those of plain decoding, bit for bit?
 
     python bench/bit_equality.py                    counts, bench/results/bit_equality.json; 1 if anything differs
+    python bench/bit_equality.py --draft-head HEAD  the same of a trained head for the demo model, in its three dtypes
     python bench/bit_equality.py --torch-linear     would it notice? a small run with torch's linear; 1 if it would not
 
 Plain greedy decoding of a prompt alone says what is expected: its tokens, and all bits of the logits that each was
@@ -36,7 +37,7 @@ from resume import Finished, seconds_a_token, work_through
 
 import pyspec
 from pyspec import measure
-from pyspec.drafters import new_drafter
+from pyspec.drafters import Eagle3, new_drafter
 from pyspec.measure import first_difference, prompts
 from pyspec.measure.results import RESULTS
 from pyspec.runners.replay import launch_by_launch
@@ -45,9 +46,9 @@ MIXTURE = "mixture in "  # and a dtype: names of models, of which the others are
 MODELS = (*DTYPES, "int4", *(f"{MIXTURE}{name}" for name in ("bf16", "int8", "int4")))
 BUDGETS = (4, 16, 48)
 BATCH = 3
+HEAD = "draft head"  # the drafter of --draft-head, among names of others
 COUNTS = ("tokens", "rows", "token_differences", "logit_differences")
 TORCH_LINEAR_TOKENS = 8
-FINISHED = RESULTS / "bit_equality.jsonl"
 
 
 @dataclass
@@ -90,17 +91,20 @@ class Check:
         models: runners by their names.
         prompts: token ids by question id.
         new_tokens: of each text.
+        head: the trained head that HEAD stands for.
     """
 
-    def __init__(self, models: dict, prompts: dict[int, list[int]], new_tokens: int):
+    def __init__(self, models: dict, prompts: dict[int, list[int]], new_tokens: int, head: str | None = None):
         self._models = models
         self._prompts = prompts
         self._new_tokens = new_tokens
+        self._head = head
         self._expected: dict[tuple[str, int], Expected] = {}
 
     def unit(self, unit: dict) -> dict:
         """Every budget, with each prompt alone and with the batch."""
-        drafter = new_drafter(unit["drafter"], self._models[unit["dtype"]])
+        model = self._models[unit["dtype"]]
+        drafter = Eagle3(self._head, model) if unit["drafter"] == HEAD else new_drafter(unit["drafter"], model)
         batches = [*([question_id] for question_id in unit["alone"]), unit["together"]]
         return {"runs": [self.run(unit["dtype"], drafter, *setting) for setting in product(BUDGETS, batches)]}
 
@@ -129,13 +133,13 @@ class Check:
         return self._expected[key]
 
 
-def units(question_ids: list[int]) -> list[dict]:
+def units(question_ids: list[int], models=MODELS, drafters=tuple(peers.DRAFTERS)) -> list[dict]:
     """All the work, three prompts after three; the first prompts fill up the last batch."""
     found = []
     for start in range(0, len(question_ids), BATCH):
         alone = question_ids[start : start + BATCH]
         together = [question_ids[(start + place) % len(question_ids)] for place in range(BATCH)]
-        for dtype, drafter in product(MODELS, peers.DRAFTERS):
+        for dtype, drafter in product(models, drafters):
             found.append({"dtype": dtype, "drafter": drafter, "alone": alone, "together": together})
     return found
 
@@ -242,6 +246,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="a small run with torch's linear in place of ours, in which something must differ",
     )
+    parser.add_argument("--draft-head", metavar="HEAD", help="an EAGLE-3 head for the demo model, a folder or a hub id")
     return parse(parser)
 
 
@@ -251,7 +256,7 @@ def main() -> int:
 
     console = Console(stderr=True, highlight=False)
     with console.status("loading the models"):
-        models = {name: load(name) for name in MODELS}
+        models = {name: load(name) for name in (MODELS if options.draft_head is None else DTYPES)}
     tokenizing = models["fp32"]
     questions = prompts.across_categories(prompts.spec_bench(), options.prompts)
     token_ids = {question.question_id: question.tokens(tokenizing) for question in questions}
@@ -265,11 +270,15 @@ def main() -> int:
         texts = ((rates[unit["dtype"]], len(unit["alone"]) + len(unit["together"])) for unit in remaining)
         return len(BUDGETS) * options.tokens * sum(rate * count for rate, count in texts)
 
-    finished = Finished(FINISHED, {"tokens": options.tokens})
+    work, name, made_with = units(list(token_ids)), "bit_equality", {"tokens": options.tokens}
+    if options.draft_head is not None:
+        work, name = units(list(token_ids), DTYPES, [HEAD]), "bit_equality_head"
+        made_with |= {"head": options.draft_head}
+    finished = Finished(RESULTS / f"{name}.jsonl", made_with)
     lines = work_through(
-        units(list(token_ids)),
+        work,
         finished,
-        Check(models, token_ids, options.tokens).unit,
+        Check(models, token_ids, options.tokens, options.draft_head).unit,
         lambda unit: f"{unit['dtype']} {unit['drafter']}",
         expected_seconds,
         console,
@@ -277,7 +286,7 @@ def main() -> int:
     checks = summary(lines)
     counts = total(checks)
     result = {"prompts": options.prompts, "total": counts, "checks": checks}
-    path = measure.save("bit_equality", {"machine": measure.machine(), **finished.made_with, **result})
+    path = measure.save(name, {"machine": measure.machine(), **finished.made_with, **result})
     show(checks, lines)
     print(f"in all {describe(counts)} (wrote {path})")
     return 1 if differences(counts) else 0

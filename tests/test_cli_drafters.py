@@ -43,6 +43,24 @@ def test_generate_with_a_draft_head(capsys, monkeypatch, tmp_path):
         assert code == 2 and words in " ".join(err.split())
 
 
+def test_info_says_what_a_draft_head_is(capsys, monkeypatch, tmp_path):
+    target = random_llama(windows=(None,) * 6)
+    target.tokenizer = Letters()
+    monkeypatch.setattr(pyspec, "load", lambda source, **options: target)
+    tensors = random_head(VOCABULARY, target.hidden_size, norm_before_fc=True)
+    options = {"layout": "flat", "taps": (1, 2, 3), "norm_before_fc": True}
+    head = write_head(tmp_path / "head", tensors, VOCABULARY, **options)
+    code, out, _ = run(capsys, "info", "--draft-head", head, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["layout"] == "flat" and found["flags"] == "norm_before_fc"
+    assert found["taps"].startswith("[2, 3, 4]") and found["embedding"] == found["head"] == "its own"
+    assert found["vocabulary"] == "40 of the target's 97 tokens" and "for the first is 1" in found["choice 1"]
+    code, out, _ = run(capsys, "info", "--draft-head", head)
+    assert code == 0 and "an EAGLE-3 head for demo" in out
+    code, _, err = run(capsys, "info", "--draft-head", tmp_path)
+    assert code == 2 and "there is no draft head at" in " ".join(err.split())
+
+
 class Letters:
     """A tokenizer of a vocabulary of 97: letters are their codes, less 32."""
 

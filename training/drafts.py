@@ -99,10 +99,13 @@ class Target:
         self._logits = named.get("lm_head.weight", named["model.embed_tokens.weight"]).float()
         self.logit_rows = self._logits[tokens]  # [Vd, H]
         self.norm = runner.weights.last_scale.float()  # [H], before the logits
-        prefix = f"model.layers.{self.config.layers - 1}."
-        self.last_layer = {  # tensors by their names in a layer
-            name.removeprefix(prefix): values.float() for name, values in named.items() if name.startswith(prefix)
-        }
+        self._named = named
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The fp32 tensors of a layer by their names in it."""
+        prefix = f"model.layers.{index}."
+        named = {name.removeprefix(prefix): values for name, values in self._named.items() if name.startswith(prefix)}
+        return {name: values.float() for name, values in named.items()}
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[R, H] fp32 of tokens [R]."""
@@ -137,6 +140,9 @@ class Target:
 class Head(Protocol):
     """A draft head in training, an nn.Module."""
 
+    title: str  #: of its card
+    layout: str  #: whose the folder's layout is
+    option: str  #: of pyspec generate
     logits: nn.Linear  #: of guesses, frozen at first
 
     def guesses(self, batch: Batch, chains: Tensor, depth: int, share: float, noise: float) -> Iterator:

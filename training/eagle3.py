@@ -11,10 +11,8 @@ arXiv 2503.01840. Needs the extra `train`: pip install pyspec-kernels[train].
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,14 +20,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import pyspec
 from training.chains import ChainAttention
-from training.data import main as make_texts
-from training.data_files import Batch, DraftData
+from training.command import command
+from training.data_files import Batch
 from training.data_vocabulary import head_vocabulary
-from training.drafts import Recipe, Run, Target, chains_of, learn
+from training.drafts import Recipe, Target, chains_of
 
-__all__ = ["Eagle3", "main", "train"]
+__all__ = ["Eagle3", "main"]
 
 
 QUIET = 0.25  # of the target's last norm: what begins as another layer must not be sure of what it guesses
@@ -44,7 +41,9 @@ class Eagle3(nn.Module):
         norm_before_residual: whether the residual stream begins with the normed hidden row.
     """
 
-    def __init__(self, target: Target, taps: tuple[int, ...], norm_before_residual: bool = True):
+    title, layout, option = "An EAGLE-3.1 head", "the speculators library", "--draft-head"
+
+    def __init__(self, target: Target, taps: Sequence[int], norm_before_residual: bool = True):
         super().__init__()
         shape = target.config
         width, epsilon = shape.hidden_size, shape.norm_epsilon
@@ -74,7 +73,7 @@ class Eagle3(nn.Module):
     def _begin(self) -> None:
         """As the target's last layer above its last tap, as far as the two have the same shapes."""
         layer, width = self.layers[0], self.target.config.hidden_size
-        last = dict(self.target.last_layer)
+        last = self.target.layer(self.target.config.layers - 1)
         if "input_layernorm.weight" in last:
             last["hidden_norm.weight"] = last["input_layernorm.weight"]
         for name, values in layer.named_parameters():
@@ -179,86 +178,8 @@ class Eagle3(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def train(output: Path, data: Path, recipe: Recipe, runner, vocabulary: Callable[[DraftData], Sequence[int]]) -> Run:
-    """Trains a head, or goes on, and writes it.
-
-    Args:
-        output: folder of the head; made if need be.
-        data: folder of texts, see training.data_files.
-        recipe: how.
-        runner: the model, with fp32 weights.
-        vocabulary: the tokens that the head can guess, ascending, of the texts; asked once, and kept beside the head.
-
-    Raises:
-        FileNotFoundError, ValueError: there are no texts, or the output holds a checkpoint of another recipe.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    texts, kept = DraftData(data), output / "tokens.json"
-    if not kept.is_file():
-        kept.write_text(json.dumps([int(token) for token in vocabulary(texts)]))
-    target = Target(runner, torch.tensor(json.loads(kept.read_text())))
-    torch.manual_seed(recipe.seed)
-    run = Run(output, recipe, Eagle3(target, texts.taps[:-1]), target, data)
-    learn(run)
-    run.head.write(output, texts.settings["model"])
-    (output / "README.md").write_text(card(run, texts), encoding="utf-8")
-    return run
-
-
-def card(run: Run, data: DraftData) -> str:
-    """What the weights were made of, in the layout of the Hugging Face hub."""
-    recipe, (_, _, shares), model = run.recipe, run.curve[-1], data.settings["model"]
-    parameters = sum(values.numel() for values in run.head.parameters())
-    guesses = ", ".join(f"{share:.1%}" for share in shares)
-    tokens = 1 + sum(shares)
-    return f"""---
-license: apache-2.0
-library_name: pyspec
-base_model: {model}
----
-# An EAGLE-3.1 head for {model}
-
-{parameters / 1e6:.1f}M parameters in bf16, in the layout of the speculators library:
-
-    pyspec generate --model {model} --draft-head FOLDER "..."
-
-It guesses {recipe.vocabulary} tokens of the model's {run.target.config.vocab_size}.
-
-## Data
-
-{len(data)} texts of the model itself, {data.lengths.sum() / 1e6:.2f}M tokens, made by `python -m training.data`; one of
-50 is held out.
-
-## Training
-
-{recipe.steps} steps of about {recipe.tokens} tokens by `python -m training.eagle3`; AdamW, a learning rate of up to
-{recipe.learning_rate:g}, chains of {recipe.depth} guesses.
-
-Share of held-out chains whose first, first two, ... guesses are the model's own choices: {guesses}. A chain of
-{recipe.depth} guesses so gives **{tokens:.2f} tokens a round**, with the model's own. The curve is in curve.json.
-
-![shares of held-out chains](curve.png)
-"""
-
-
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="the model to draft for, see pyspec.load")
-    parser.add_argument("--data", type=Path, required=True, help="folder of its texts, see training.data")
-    parser.add_argument("--texts", type=int, default=1_500_000, help="tokens of them to have, made first; 0 makes none")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the head; a checkpoint there goes on")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    options = vars(parser.parse_args(arguments))
-    model, data, texts, output = (options.pop(name) for name in ("model", "data", "texts", "output"))
-    try:
-        if texts:
-            make_texts(["--model", model, "--output", str(data), "--tokens", str(texts)])
-        recipe, runner = Recipe(**options), pyspec.load(model, dtype=torch.float32, device="cpu")
-        train(output, data, recipe, runner, lambda found: head_vocabulary(found, runner, recipe.vocabulary))
-    except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; the same command goes on from {output}") from None
-    print(f"wrote {output}")
+    command(arguments, __doc__, Eagle3, head_vocabulary, Recipe())
 
 
 if __name__ == "__main__":

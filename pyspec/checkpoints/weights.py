@@ -22,6 +22,7 @@ from pyspec.ops.lay_out import StoredCodes, StoredMatrix
 
 __all__ = ["read_weights"]
 
+NEXT_TOKENS = "mtp."  # what names of a layer that guesses further tokens begin with, as Qwen3-Next has it
 SMALLER = {"int8": torch.int8, "int4": "int4"}  # what is proposed where a model does not fit
 
 
@@ -250,7 +251,16 @@ def _check_tensors(weights_class: type[NativeWeights], checkpoint, config, path:
         if name in expected:
             if shape != expected[name]:
                 raise ValueError(f"{path}: tensor {name} must have shape {expected[name]}, got {shape}")
-        elif not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):  # computed, or tied to another
+        elif not name.startswith(NEXT_TOKENS) and not name.endswith(
+            ("rotary_emb.inv_freq", "lm_head.weight")
+        ):  # computed, or tied to another
             if name.endswith(".bias") and not any(values.any() for _, values in checkpoint.blocks(name)):
                 continue  # quantisers give one to every matrix
             raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")
+    if count := sum(name.startswith(NEXT_TOKENS) for name in shapes):
+        warnings.warn(
+            f"{path} has a layer that guesses further tokens ({count} tensors {NEXT_TOKENS}*), which nothing drafts "
+            "with yet: it is left out",
+            RuntimeWarning,
+            stacklevel=6,  # who called load
+        )

@@ -27,6 +27,9 @@ def add_parser(commands) -> None:
         description="Versions, backends and reasons; what this machine does in a second and what verifying costs.",
     )
     add_model_arguments(info)
+    info.add_argument(
+        "--draft-head", metavar="HEAD", help="say what this EAGLE-3 head is beside the model, and no more"
+    )
     info.set_defaults(command=_info)
 
 
@@ -39,6 +42,8 @@ def _info(arguments: argparse.Namespace) -> int:
     from pyspec.ops._library import instruction_sets
 
     set_threads(arguments)
+    if arguments.draft_head is not None:
+        return _head(arguments)
     report = {
         "versions": {name: version_of(name) for name in ("pyspec-kernels", "torch", "triton", "numpy", "transformers")}
         | {"python": platform.python_version()},
@@ -65,6 +70,18 @@ def _info(arguments: argparse.Namespace) -> int:
         print_json(report | {"measured": measured})
     else:
         _show_measured(report["cpu"]["instruction_sets"], measured)
+    return 0
+
+
+def _head(arguments: argparse.Namespace) -> int:
+    """Shows what a draft head is."""
+    from pyspec.drafters.eagle3 import Eagle3
+
+    found = Eagle3(arguments.draft_head, load_model(arguments, make_console())).head.described()
+    if arguments.json:
+        print_json({"draft_head": arguments.draft_head} | found)
+    else:
+        _section(f"{arguments.draft_head}, an EAGLE-3 head for {arguments.model}", found.items())
     return 0
 
 

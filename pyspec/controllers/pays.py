@@ -19,6 +19,7 @@ import numpy as np
 from pyspec.caches import QuantisedSettings
 from pyspec.controllers import CONTROLLERS, LARGEST, Controller
 from pyspec.drafters import Drafter
+from pyspec.drafters.pace import Pace
 from pyspec.machine.running_costs import NODES, RunningCosts, running_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
@@ -41,11 +42,12 @@ class PayingController(ABC):
     Args:
         costs: gives what a verification costs now.
         largest: nodes of a tree, at most.
+        pace: of the drafter, which is told what tokens take.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
         self.largest = largest
-        self._costs = costs
+        self._costs, self._pace = costs, pace
         self._called: set[int] = set()  # numbers of nodes: a first call may be recorded, which takes longer
         self._trial: int | None = None  # nodes of the next round, for the sake of what they cost
         self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
@@ -81,6 +83,8 @@ class PayingController(ABC):
             return
         if trial is not None:
             return
+        if self._pace is not None:
+            self._pace.took_token((draft_seconds + verify_seconds) / sum(map(len, paths)))
         seconds = costs.up_to(nodes)
         plain_rounds = seconds[nodes] / seconds[len(trees)] * (1 + draft_seconds / verify_seconds)
         lost = plain_rounds - sum(map(len, paths)) / len(trees)
@@ -105,8 +109,8 @@ class CuttingController(PayingController):
     accepted of it lately.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
-        super().__init__(costs, largest)
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
+        super().__init__(costs, largest, pace)
         self._promised = self._accepted = 0.0
         self._largest_kept = largest
 
@@ -155,8 +159,8 @@ class SizingController(PayingController):
     How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST):
-        super().__init__(costs, largest)
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
+        super().__init__(costs, largest, pace)
         # until more is known, a tree of m nodes gives about log(m) + 1 tokens
         self._promised = 1 / (1 + np.arange(1, LARGEST))
         self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
@@ -185,7 +189,7 @@ class SizingController(PayingController):
 def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> Controller:
     """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may."""
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
-    return kind(running_costs(model, cache), largest)
+    return kind(running_costs(model, cache), largest, getattr(drafter, "pace", None))
 
 
 CONTROLLERS.register("auto", new_controller, "as many as pay")

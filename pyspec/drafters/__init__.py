@@ -31,6 +31,9 @@ class Drafter(Protocol):
     A drafter may have `propose_together(drafters, contexts, budgets)`, what each of some drafters that started from the
     same one proposes: several trees may cost less at once.
 
+    A drafter whose trees grow level by level may have a `pace`, a pyspec.drafters.pace.Pace: a controller tells it what
+    tokens take.
+
     A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
     the noise of a draw is known before the draw, and a guess may look at it.
     """

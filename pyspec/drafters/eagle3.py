@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
+from pyspec.drafters.pace import Pace
 from pyspec.drafters.shapes import GrowthPolicy, Sapling, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.table_drafter import Table, TableDrafter
@@ -81,6 +83,7 @@ class Eagle3:
             tables = () if self.proposal == "sampled" else [kind(target.vocab_size) for kind in (Lookup, Recycling)]
         merged = [*tables, Guesses(target.vocab_size)] if tables else []
         self._merged = TableDrafter(merged, target.fingerprint) if merged else None
+        self.pace = Pace()
         self._batch: HeadBatch | None = None
         self._sequence = -1
 
@@ -149,13 +152,16 @@ class Eagle3:
         """The trees of a batch's sequences, level by level."""
         batch.read(contexts)
         laws = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}
+        least, levels = self.pace.least / len(contexts), 0  # a level is one call for all
         # in the head's tokens, of which the root may be none
-        saplings = {sequence: Sapling(laws[sequence], 0, budget) for sequence, budget in budgets.items()}
+        saplings = {sequence: Sapling(laws[sequence], 0, budget, least) for sequence, budget in budgets.items()}
         noises = {
             sequence: Noise(self._sampler.seed, len(context), Noise.DRAFTS) for sequence, context in contexts.items()
         }
 
         def prepare(asked: Mapping[int, Sequence[int]]) -> None:
+            nonlocal levels
+            levels += 1
             batch.guess(
                 {
                     sequence: (laws[sequence], Asked(saplings[sequence].tokens, saplings[sequence].parents, nodes))
@@ -163,7 +169,9 @@ class Eagle3:
                 }
             )
 
+        start = time.perf_counter()
         grown = grow_together(self.growth, saplings, noises, prepare)
+        self.pace.took_level((time.perf_counter() - start) / levels)
         return {sequence: self._of_target(tree, contexts[sequence][-1]) for sequence, tree in grown.items()}
 
     def _of_target(self, tree: DraftTree, root: int) -> DraftTree:

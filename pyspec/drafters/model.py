@@ -11,6 +11,7 @@ import torch
 
 from pyspec.drafters.shapes import GrowthPolicy, check_temperature, path_to
 from pyspec.drafters.shapes.by_rule import growth_for
+from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.verified import Verified
@@ -100,11 +101,39 @@ class _Laws:
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
         rows = np.full((len(nodes), self.vocab_size), 1 / self.vocab_size)
-        # Reranked asks below deeper nodes than its tree can have: where the draft's context has ended, all is as likely
-        room = self._batch.runner.context_length - len(self._context)
-        paths = {node: path for node in nodes if len(path := path_to(node, parents)) - 1 <= room}
+        paths = self._paths(parents, nodes)
         if not paths:
             return rows
+        logits, places = self._logits(tokens, parents, paths)
+        for row, node in zip(rows, nodes, strict=True):
+            try:
+                if node in paths:
+                    row[:] = self._sampler.probabilities(logits[places[node]]).numpy()
+            except InvalidLogits as error:
+                raise ValueError(f"the draft model's logits after token {tokens[node]} are {error}") from error
+        return rows
+
+    def likeliest(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int], count: int):
+        """The likeliest tokens and their chances, read in one pass, where all laws are plain softmaxes."""
+        sampler, paths = self._sampler, self._paths(parents, nodes)
+        is_plain = (sampler.temperature, sampler.top_k, sampler.top_p) == (1.0, 0, 1.0)
+        if not is_plain or count > TOP or not paths.keys() >= set(nodes):
+            return None
+        logits, places = self._logits(tokens, parents, paths)
+        found, rows = Verified(logits).statistics, [places[node] for node in nodes]
+        if not np.isfinite(found.log_sum_exp[rows]).all():  # laws says where
+            return None
+        chances = np.exp(found.top_logits[rows, :count] - found.log_sum_exp[rows, None])
+        return found.top_tokens[rows, :count], chances
+
+    def _paths(self, parents: Sequence[int], nodes: Sequence[int]) -> dict[int, list[int]]:
+        """The paths to those nodes that the draft's context has room for."""
+        # Reranked asks below deeper nodes than its tree can have: where the draft's context has ended, all is as likely
+        room = self._batch.runner.context_length - len(self._context)
+        return {node: path for node in nodes if len(path := path_to(node, parents)) - 1 <= room}
+
+    def _logits(self, tokens: Sequence[int], parents: Sequence[int], paths: dict[int, list[int]]):
+        """Logits of the nodes on some paths, and the row of each node."""
         kept = sorted({node for path in paths.values() for node in path})
         places = {node: place for place, node in enumerate(kept)}
         logits = self._batch.logits(
@@ -113,13 +142,7 @@ class _Laws:
             [tokens[node] for node in kept],
             [places.get(parents[node], -1) for node in kept],
         )
-        for row, node in zip(rows, nodes, strict=True):
-            try:
-                if node in paths:
-                    row[:] = self._sampler.probabilities(logits[places[node]]).numpy()
-            except InvalidLogits as error:
-                raise ValueError(f"the draft model's logits after token {tokens[node]} are {error}") from error
-        return rows
+        return logits, places
 
 
 # whose texts a draft model has in its state; the batch holds the model, so that nothing here may hold the batch

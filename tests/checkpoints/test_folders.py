@@ -183,6 +183,21 @@ def test_more_layers_than_there_are_tensors_are_named_at_once(whole):
         load_cpu(whole)
 
 
+def test_a_layer_that_guesses_further_tokens_is_left_out_and_said(whole):
+    tensors = load_file(whole / "model.safetensors")
+    save_file(
+        tensors | {"mtp.fc.weight": torch.ones(4, 8), "mtp.norm.weight": torch.ones(4)}, whole / "model.safetensors"
+    )
+    with pytest.warns(RuntimeWarning, match=r"a layer that guesses further tokens \(2 tensors mtp\.\*\).*left out"):
+        found = load_cpu(whole)
+    assert torch.equal(found.prefill([[1, 2, 3]])[0], load_cpu_without(whole, tensors).prefill([[1, 2, 3]])[0])
+
+
+def load_cpu_without(folder, tensors):
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return load_cpu(folder)
+
+
 @pytest.mark.parametrize("stated", ["2", [1, "2"], 2.5, {"a": 1}, True])
 def test_an_end_that_is_no_token_is_named(stated, whole):
     (whole / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))

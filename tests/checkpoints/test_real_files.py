@@ -1,6 +1,7 @@
 """What files have that people made: what is beside a model's weights, names that differ, and one thing said twice."""
 
 import json
+from functools import partial
 
 import gguf
 import numpy as np
@@ -12,7 +13,7 @@ from pyspec import load
 from tests.helpers.quantised_folders import SHAPE, awq, compressed_tensors, fp8, gptq, write_folder
 from tests.helpers.random_llama import random_tokens
 from tests.helpers.runner_checks import check_last, check_row_rule
-from tests.helpers.tiny_models import IN_GGUF, tiny_model, write_gguf
+from tests.helpers.tiny_models import IN_GGUF, split_experts, tiny_model, write_gguf
 
 KIND = gguf.GGMLQuantizationType
 
@@ -234,6 +235,35 @@ def test_compressed_tensors_first_name_for_its_settings(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     check_values(tmp_path, model)
     assert load_cpu(tmp_path, None).weights.layers[0].qkv.dtype == "int4_128"
+
+
+@pytest.mark.parametrize(
+    "method, kept", [(gptq, True), (awq, True), (partial(gptq, group_size=32, desc_act=True), False)]
+)
+@pytest.mark.parametrize("kind, size", [("qwen3_moe", "moe_intermediate_size"), ("mixtral", "intermediate_size")])
+def test_experts_have_tensors_each(kind, size, method, kept, tmp_path, recwarn):
+    """Their groups in the order of activations differ, so they become floats, and a warning says so."""
+    model, tensors, expected, settings = tiny_model(kind, hidden_size=128, **{size: 256}), {}, {}, {}
+    model.save_pretrained(tmp_path)
+    for name, values in split_experts(model.state_dict()):
+        stem = name.removesuffix(".weight")
+        names = [stem.replace(".experts.", f".experts.{number}.") for number in range(len(values))]
+        matrices = dict(zip(names, values, strict=True)) if values.dim() == 3 else {stem: values}
+        for stem, matrix in matrices.items():
+            if not stem.endswith("proj"):
+                tensors[name] = matrix.contiguous()
+                continue
+            parts, rounded, settings = method(matrix.double().numpy())
+            tensors |= {f"{stem}.{part}": tensor.contiguous() for part, tensor in parts.items() if part != "bias"}
+            expected[f"{stem}.weight"] = torch.from_numpy(rounded).float()
+    save_file(tensors, tmp_path / "model.safetensors")
+    change_config(tmp_path, quantization_config=settings)
+    runner = load_cpu(tmp_path, None)
+    named, layer = runner.weights.named(runner.config), runner.weights.layers[0]
+    for name, values in expected.items():
+        assert torch.equal(named[name], values if kept or ".experts." not in name else values.bfloat16().float()), name
+    assert layer.gate_up.dtype == layer.down.dtype == ("int4_128" if kept else torch.bfloat16)
+    assert kept != any("in another order of groups" in str(found.message) for found in recwarn)
 
 
 def test_null_settings_are_none(tmp_path):

@@ -5,6 +5,7 @@ import torch
 
 from pyspec.acceptance import RULES, acceptance_from_name
 from pyspec.drafters.model import ModelDrafter, _Laws
+from pyspec.drafters.shapes import top_tokens
 from pyspec.drafters.shapes.dyspec import DySpecGreedy, DySpecThreshold
 from pyspec.drafters.shapes.reranked import Reranked, TopPaths
 from pyspec.drafters.shapes.static import FixedBranching, Sequoia
@@ -55,6 +56,19 @@ def test_laws_are_the_draft_models_below_the_context():
                 torch.testing.assert_close(torch.from_numpy(row), expected)
         assert draft.committed == [context[:-1]]
         context += said
+
+
+def test_the_likeliest_tokens_are_those_of_the_laws():
+    drafter = ModelDrafter(Draft(), FakeRunner()).start(PROMPT)
+    laws = _Laws(drafter._batch, 0, [*PROMPT, 97], drafter._sampler)
+    tokens, parents, nodes = [97, 105, 106, 107, 108], [-1, 0, 0, 1, 2], [4, 0, 3]
+    found, chances = laws.likeliest(tokens, parents, nodes, 3)
+    for row, best, law in zip(found, chances, laws.laws(tokens, parents, nodes), strict=True):
+        assert row.tolist() == top_tokens(law, 3)
+        torch.testing.assert_close(torch.from_numpy(best).double(), torch.from_numpy(law[row]), rtol=1e-5, atol=0)
+    assert laws.likeliest(tokens, parents, nodes, 9) is None  # more than statistics have
+    warm = ModelDrafter(Draft(), FakeRunner(), temperature=0.8).start(PROMPT)
+    assert _Laws(warm._batch, 0, [*PROMPT, 97], warm._sampler).likeliest(tokens, parents, nodes, 3) is None
 
 
 @pytest.mark.parametrize("growth", GROWTH, ids=ids)

@@ -1,7 +1,6 @@
 """The training of EAGLE-3 heads on a target of a few thousand parameters: its head is the one that drafts."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -10,10 +9,12 @@ import torch
 from pyspec import generate
 from pyspec.drafters.eagle3 import Eagle3
 from tests.drafters.heads.test_eagle3 import said
+from tests.helpers.draft_data import write_texts
 from tests.helpers.random_llama import random_llama, random_tokens
 from tests.helpers.runner_checks import observed_taps
 from training import eagle3
-from training.data_files import Batch, Text, shard_path, write_shard
+from training.command import train
+from training.data_files import Batch
 from training.drafts import Recipe, Target, chains_of
 
 TAPS = (2, 3, 5)
@@ -25,24 +26,9 @@ def target():
     return random_llama(windows=(None,) * 6)
 
 
-def text_of(target, prompt, count):
-    """A prompt and what the target says after it, with its features."""
-    tokens = generate(target, prompt, drafter=None, max_new_tokens=count).tokens
-    tokens = [*prompt, *tokens]
-    (features,) = observed_taps(target, [tokens], (*TAPS, 6))
-    features[-1] = 0
-    return Text(torch.tensor(tokens, dtype=torch.int32), len(prompt), features)
-
-
 @pytest.fixture(scope="module")
 def data(target, tmp_path_factory):
-    """A folder of texts as python -m training.data writes it."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "settings.json").write_text(json.dumps({"model": "random", "taps": [*TAPS, 6]}))
-    texts = [text_of(target, random_tokens(3 + seed % 5, seed), 20) for seed in range(100)]
-    for number in range(2):
-        write_shard(shard_path(folder, number), texts[50 * number : 50 * (number + 1)])
-    return folder
+    return write_texts(tmp_path_factory.mktemp("data"), target, (*TAPS, 6))
 
 
 def vocabulary(data):
@@ -88,7 +74,7 @@ def test_it_guesses_as_the_drafter_does(target, tmp_path, norm_before_residual):
 
 
 def test_it_learns_goes_on_where_it_was_and_drafts(target, data, tmp_path, monkeypatch):
-    whole = eagle3.train(tmp_path / "whole", data, RECIPE, target, vocabulary)
+    whole = train(tmp_path / "whole", data, RECIPE, target, eagle3.Eagle3, vocabulary)
     real, calls = Recipe.rate, []
 
     def interrupted(recipe, step):
@@ -99,15 +85,15 @@ def test_it_learns_goes_on_where_it_was_and_drafts(target, data, tmp_path, monke
 
     monkeypatch.setattr(Recipe, "rate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        eagle3.train(tmp_path / "parts", data, RECIPE, target, vocabulary)
-    eagle3.train(tmp_path / "parts", data, RECIPE, target, vocabulary)
+        train(tmp_path / "parts", data, RECIPE, target, eagle3.Eagle3, vocabulary)
+    train(tmp_path / "parts", data, RECIPE, target, eagle3.Eagle3, vocabulary)
     assert calls[13:15] == [13, 8]
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert models[0] == models[1]
     (_, first, _), *_, (_, last, shares) = whole.curve
     assert last < 0.9 * first and len(shares) == 4
     with pytest.raises(ValueError, match="was trained by another recipe"):
-        eagle3.train(tmp_path / "parts", data, dataclasses.replace(RECIPE, noise=0.0), target, vocabulary)
+        train(tmp_path / "parts", data, dataclasses.replace(RECIPE, noise=0.0), target, eagle3.Eagle3, vocabulary)
     prompt = random_tokens(4, 2)
     plain = generate(target, prompt, drafter=None, max_new_tokens=30)
     drafted = generate(target, prompt, drafter=Eagle3(tmp_path / "whole", target), budget=6, max_new_tokens=30)

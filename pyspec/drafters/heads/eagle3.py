@@ -78,7 +78,7 @@ class Eagle3Head:
         self.embedding = None
         if "embed_tokens.weight" in tensors:
             self.embedding = places["embed_tokens.weight"] = blank.matrix(shape.vocab_size, width)
-        own_head = "lm_head.weight" in tensors
+        self.has_head = own_head = "lm_head.weight" in tensors
         if own_head:
             places["lm_head.weight"] = blank.matrix(config.draft_vocab_size, width)
         _fill(places, {name: values for name, values in tensors.items() if name != "d2t"}, source)
@@ -99,6 +99,22 @@ class Eagle3Head:
     def vocab_size(self) -> int:
         """Tokens that it can guess."""
         return self.config.draft_vocab_size
+
+    def described(self) -> dict[str, str]:
+        """What it is and what was taken where its files leave it open, by short names, for people."""
+        config, shape = self.config, self.config.layers
+        flags = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+        width, heads = shape.hidden_size, f"{shape.heads} heads, {shape.kv_heads} of keys, {shape.head_dim} wide"
+        found = {
+            "layout": config.layout,
+            "layers": f"{shape.layers}, hidden size {width}, {heads}, rope base {shape.rope_base:g}",
+            "taps": f"{list(config.taps)} of the target, each what a layer takes in",
+            "flags": ", ".join(name for name in flags if getattr(config, name)) or "none",
+            "embedding": "its own" if self.embedding is not None else "the target's",
+            "head": "its own" if self.has_head else "the target's",
+            "vocabulary": f"{self.vocab_size} of the target's {shape.vocab_size} tokens",
+        }
+        return found | {f"choice {number}": choice for number, choice in enumerate(config.choices, start=1)}
 
     def target_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The target's tokens of some of the head's, int64."""

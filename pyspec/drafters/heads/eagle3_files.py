@@ -47,6 +47,7 @@ class Eagle3Config:
         fc_norm: whether each tap is normed by itself before they are joined.
         norm_output: whether a guess takes in the normed rows of the guess before it.
         choices: what was taken where the files leave it open, one sentence each.
+        layout: "speculators", or "flat" for the original one.
     """
 
     layers: LlamaConfig
@@ -58,6 +59,7 @@ class Eagle3Config:
     fc_norm: bool = False
     norm_output: bool = False
     choices: tuple[str, ...] = ()
+    layout: str = "speculators"
 
 
 def read_config(
@@ -110,6 +112,7 @@ def read_config(
         taps=_taps(path, flags, target_layers, taps, aliases, choices),
         **found,
         choices=tuple(choices),
+        layout="flat" if aliases else "speculators",
     )
 
 

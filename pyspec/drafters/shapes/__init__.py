@@ -104,15 +104,16 @@ class Sapling:
         source: gives the laws.
         token: the root's.
         budget: most nodes, in [1, 4096].
+        least: sum of the chances of chosen nodes below which asking for their laws does not pay.
     """
 
-    def __init__(self, source: LawSource, token: int, budget: int):
+    def __init__(self, source: LawSource, token: int, budget: int, least: float = 0.0):
         if isinstance(budget, bool) or not isinstance(budget, int):
             raise TypeError(f"budget must be an int, got {budget!r}")
         if not 1 <= budget <= LARGEST_BUDGET:
             raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
         self._source = source
-        self.budget = budget
+        self.budget, self.least = budget, least
         self.tokens, self.parents = [token], [-1]
         self.chances = [1.0]  # of the path, by the laws
         self._laws: dict[int, np.ndarray] = {}

@@ -13,7 +13,7 @@ class TopPaths(GrowthPolicy):
     """The likeliest paths through the `width` likeliest tokens below the `width` likeliest nodes of each level.
 
     The tree of EAGLE-2, arXiv 2406.16858. A level is asked for only below nodes that are of the tree so far: no other
-    can have a descendant in it. Deterministic.
+    can have a descendant in it, and only where it pays, see Sapling. Deterministic.
 
     Args:
         width: at least 1.
@@ -40,7 +40,7 @@ class TopPaths(GrowthPolicy):
                 grown += [sapling.add(node, child, chance) for child, chance in found]
             kept = sapling.best(sapling.budget)
             level = sorted(sorted(set(grown) & set(kept), key=lambda node: -sapling.chances[node])[: self.width])
-            if not level:
+            if not level or sum(sapling.chances[node] for node in level) < sapling.least:
                 break
         return sapling.chosen(kept)
 

@@ -16,6 +16,7 @@ from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.runners.foreign import TransformersRunner
+from pyspec.runners.replay import Replays, Shape
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from tests.helpers.eagle3_heads import FLAGS, random_head, steps, write_head
@@ -133,6 +134,31 @@ def test_sequences_of_a_batch_are_drafted_together(tmp_path, monkeypatch, tables
     assert {len(tree) for round_trees in trees for tree in round_trees} & {8, 9}
 
 
+def test_padded_rows_guess_the_same(tmp_path, monkeypatch):
+    """As on a GPU, where all sequences of a call have one number of rows."""
+    target = random_llama(windows=(None,) * 6)
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(3, 3), tables=())
+    prompts = [random_tokens(length, length) for length in (150, 2, 20)]
+    expected = generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12)
+    shape_of, padded = Replays._shape, []
+
+    def shape(self, trees):
+        if len(self.cache.keys_values) > 1:  # the target's layers
+            return shape_of(self, trees)
+        nodes = 1 << (max(map(len, trees.values())) - 1).bit_length()
+        padded.append(nodes > min(map(len, trees.values())))
+        return Shape(nodes * len(prompts), nodes, (nodes + 63) // 32, None)
+
+    is_launched = Replays._is_launched
+    monkeypatch.setattr(Replays, "_shape", shape)
+    monkeypatch.setattr(
+        Replays, "_is_launched", lambda self, shape, *rest: bool(shape.padded) or is_launched(self, shape, *rest)
+    )
+    found = generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12)
+    assert any(padded) and found.tokens == expected.tokens
+    assert found.stats.accepted_lengths == expected.stats.accepted_lengths
+
+
 @torch.inference_mode()
 def test_a_tree_grows_from_the_head_and_from_tables(tmp_path):
     """Where the head is wrong again and again, what tables know comes first; and guesses of both are in one tree."""
@@ -229,6 +255,25 @@ def test_models_of_transformers_are_targets_too(tmp_path):
     drafter, prompts = Eagle3(folder, target), [random_tokens(30), random_tokens(4)]
     plain = generate(target, prompts, drafter=None, max_new_tokens=30)
     assert generate(target, prompts, drafter=drafter, budget=6, max_new_tokens=30).tokens == plain.tokens
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("native", [False, True])
+def test_transformers_generate_drafts_with_a_head(tmp_path, native):
+    transformers = pytest.importorskip("transformers")
+    from pyspec.integrations.transformers.generation import generate as custom_generate
+
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
+    config = transformers.LlamaConfig(**shape, num_attention_heads=1, head_dim=64, initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tensors = random_head(VOCABULARY, 64)
+    folder = write_head(tmp_path, tensors, VOCABULARY, taps=TAPS, target_hidden_size=64)
+    drafter, ids = Eagle3(folder, TransformersRunner(model)), torch.tensor([random_tokens(20)])
+    options = {"max_new_tokens": 30, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    drafted = {"custom_generate": custom_generate, "drafter": drafter, "budget": 6, "native": native}
+    assert torch.equal(model.generate(ids, **drafted, **options), expected)
 
 
 # ==== what is left to the target ====
