@@ -158,6 +158,20 @@ def advance(nodes, accepted, heads, channels, groups, states, per_state=False):
     return Call(run, source="selective_state")
 
 
+def correct(nodes, accepted, heads, head_dim, key_heads, keys, per_key=False):
+    """A gated delta net over a chain of nodes, after so many were accepted."""
+
+    def run(op):
+        channels, decays = heads * head_dim, heads * (keys if per_key else 1)
+        state = new(1, channels // 16, keys, 16, dtype=FP32)
+        record = new(2, 1, nodes, key_heads * keys + channels + decays, dtype=FP32)
+        inputs = [new(nodes, key_heads * keys), new(nodes, key_heads * keys), new(nodes, channels)]
+        inputs += [new(nodes, size, dtype=FP32) for size in (decays, heads)] + [new(heads, dtype=FP32), None]
+        return op(state, record, *inputs, *chain_after(nodes, accepted).tensors(), 1.0, BF16)
+
+    return Call(run, source="gated_delta")
+
+
 def convolve(nodes, accepted, channels, taps=4):
     def run(op):
         inputs = (new(nodes, channels, dtype=FP32), new(taps, channels, dtype=FP32), new(channels, dtype=FP32))
@@ -213,6 +227,8 @@ CALLS = {
     "topk 256x65536 fp16 k=256 in 512 buckets": select(256, 65536, 256, FP16, 512),
     "selective_state Mamba-2 2.7B T=8 after 4": advance(8, 4, 80, 5120, 1, 128),
     "selective_state Mamba 370M T=8 after 4": advance(8, 4, 2048, 2048, 1, 16, per_state=True),
+    "gated_delta Qwen3.5-0.8B T=8 after 4": correct(8, 4, 16, 128, 16, 128),
+    "gated_delta a decay a key T=8 after 4": correct(8, 4, 32, 128, 32, 128, per_key=True),
     "causal_conv Mamba-2 2.7B T=8 after 4": convolve(8, 4, 5376),
     "residual_vq 8x256 n=4096": attend_to_codes(1, 4096, 8, 256),
     "residual_vq 8x256 n=32768": attend_to_codes(1, 32768, 8, 256),

@@ -33,7 +33,10 @@ __device__ inline void store_element(void* p, int64_t index, Element element, fl
   }
 }
 
+constexpr float kLog2E = 1.44269504f;
+
 __device__ inline float silu(float x) { return x / (1.0f + expf(-x)); }
+__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 // tree_of, by every warp for itself; no load waits for another.
 __device__ inline RoundTree tree_on_gpu(const Round& round, int64_t index) {

@@ -22,9 +22,11 @@ extern __shared__ uint4 dynamic_shared[];
 namespace {
 
 using pyspec::Element;
+using pyspec::kLog2E;
 using pyspec::kStateLanes;
 using pyspec::RoundTree;
 using pyspec::SelectiveStateParams;
+using pyspec::softplus;
 using pyspec::to_float;
 
 constexpr int kMostTile = 16;       // steps
@@ -33,7 +35,6 @@ constexpr int kMostThreads = 256;   // of a block
 constexpr int kTurns = 4;           // in which a block fetches x, dt and z
 constexpr int kMostKept = 4;        // nodes whose states wait for another child
 constexpr int kShared = 46 * 1024;  // bytes; every block may have so many
-constexpr float kLog2E = 1.44269504f;
 
 // What the host decides.
 struct Plan {
@@ -68,8 +69,6 @@ struct Tile {
 int step_floats(int state_size, int threads) {
   return 4 * kLanes + 2 * state_size + threads / 2 + 2 + static_cast<int>(sizeof(Source)) / 4;
 }
-
-__device__ float softplus(float x) { return fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))); }
 
 // The steps of a block are the accepted nodes, then this round's.
 template <bool kPerState, int kStates>

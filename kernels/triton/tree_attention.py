@@ -72,7 +72,7 @@ def fold_kernel(
     q,  # [B, Hq, T, D]
     k,  # [B, Hkv, S, D] or [P, Hkv, page, D]
     v,  # like k
-    ancestor_bits,  # [B, T, ceil(T / 32)]
+    ancestor_bits,  # [B, T, WORDS]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
     chunk_largest,  # [B, Hkv, chunks, T * group], written
@@ -176,7 +176,7 @@ def finish_kernel(
     q,  # [B, Hq, T, D]
     k,  # [B, Hkv, S, D] or [P, Hkv, page, D]
     v,  # like k
-    ancestor_bits,  # [B, T, ceil(T / 32)]
+    ancestor_bits,  # [B, T, WORDS]
     prefix_lens,  # [B]
     block_table,  # [B, table_width] or None
     chunk_largest,  # [B, Hkv, chunks, T * group]

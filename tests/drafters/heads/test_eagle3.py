@@ -16,6 +16,7 @@ from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.runners.foreign import TransformersRunner
+from pyspec.runners.replay import Replays, Shape
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from tests.helpers.eagle3_heads import FLAGS, random_head, steps, write_head
@@ -131,6 +132,31 @@ def test_sequences_of_a_batch_are_drafted_together(tmp_path, monkeypatch, tables
     monkeypatch.setattr(Eagle3, "propose_together", staticmethod(compared))
     generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12, **settings)
     assert {len(tree) for round_trees in trees for tree in round_trees} & {8, 9}
+
+
+def test_padded_rows_guess_the_same(tmp_path, monkeypatch):
+    """As on a GPU, where all sequences of a call have one number of rows."""
+    target = random_llama(windows=(None,) * 6)
+    drafter = Eagle3(a_head(tmp_path, target), target, TopPaths(3, 3), tables=())
+    prompts = [random_tokens(length, length) for length in (150, 2, 20)]
+    expected = generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12)
+    shape_of, padded = Replays._shape, []
+
+    def shape(self, trees):
+        if len(self.cache.keys_values) > 1:  # the target's layers
+            return shape_of(self, trees)
+        nodes = 1 << (max(map(len, trees.values())) - 1).bit_length()
+        padded.append(nodes > min(map(len, trees.values())))
+        return Shape(nodes * len(prompts), nodes, (nodes + 63) // 32, None)
+
+    is_launched = Replays._is_launched
+    monkeypatch.setattr(Replays, "_shape", shape)
+    monkeypatch.setattr(
+        Replays, "_is_launched", lambda self, shape, *rest: bool(shape.padded) or is_launched(self, shape, *rest)
+    )
+    found = generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12)
+    assert any(padded) and found.tokens == expected.tokens
+    assert found.stats.accepted_lengths == expected.stats.accepted_lengths
 
 
 @torch.inference_mode()

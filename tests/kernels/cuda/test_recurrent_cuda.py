@@ -1,14 +1,17 @@
-"""The CUDA kernels of the recurrence and of its convolution against the plain-PyTorch references, and for bits against
-plain decoding: on a GPU where there is one, else on the CPU through tests/cuda_on_host, behind their own bindings."""
+"""The CUDA kernels of the recurrences and of their convolution against the plain-PyTorch references, and for bits
+against plain decoding: on a GPU where there is one, else on the CPU through tests/cuda_on_host, behind their own
+bindings."""
 
+import copy
 import random
 
 import pytest
 import torch
 
 from pyspec import DraftTree
-from pyspec.ops import Round, causal_conv, selective_state  # noqa: F401, which define the ops
+from pyspec.ops import Round, causal_conv, gated_delta, selective_state  # noqa: F401, which define the ops
 from pyspec.ops.causal_conv import causal_conv_reference
+from pyspec.ops.gated_delta import gated_delta_reference
 from pyspec.ops.selective_state import selective_state_reference
 from tests.helpers.cuda_on_host import fenced_memory, op_on_host
 from tests.helpers.on_gpu import assert_close, to_device
@@ -18,6 +21,7 @@ HAS_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SEQUENCES, NODES = 3, 24
+OPS = ("selective_state", "gated_delta", "causal_conv")
 # heads, channels of a head (1: Mamba), groups, states
 SHAPES = {
     "mamba": (48, 1, 1, 16),
@@ -25,6 +29,16 @@ SHAPES = {
     "mamba2": (2, 64, 1, 128),
     "mamba2, 4 groups": (8, 16, 4, 48),
     "mamba2, 256 states": (1, 16, 1, 256),
+}
+# heads, values of a head, key heads, keys, whether each key has its own decay
+DELTAS = {
+    "delta, Qwen3.5": (2, 32, 1, 128, False),
+    "delta, Kimi": (2, 16, 2, 128, True),
+    "delta, 48 keys": (4, 48, 2, 48, False),
+    "delta, 16 keys with decays": (3, 16, 1, 16, True),
+    "delta, 80 keys": (1, 32, 1, 80, False),
+    "delta, 256 keys": (1, 16, 1, 256, False),
+    "delta, 240 keys with decays": (1, 16, 1, 240, True),
 }
 
 
@@ -46,7 +60,7 @@ def kernel_of(name: str):
 @pytest.fixture
 def seed():
     """Sets the order in which blocks and threads run; a GPU has its own."""
-    libraries = [] if HAS_GPU else [op_on_host(name)[1] for name in ("selective_state", "causal_conv")]
+    libraries = [] if HAS_GPU else [op_on_host(name)[1] for name in OPS]
     yield lambda value: [library.set(seed=value, blocks_in_flight=1 + value % 3) for library in libraries]
     for library in libraries:
         library.set()
@@ -89,6 +103,34 @@ class Recurrence:
         return [value if i in (2, 5, 6) or value is None else value[rows] for i, value in enumerate(inputs)]
 
 
+class Delta:
+    name, reference = "gated_delta", staticmethod(gated_delta_reference)
+
+    def __init__(self, shape: str = "delta, 48 keys", dtype: torch.dtype = torch.float32, seed: int = 0):
+        self.heads, head_dim, self.key_heads, self.keys, per_key = DELTAS[shape]
+        self.channels, self.decays = self.heads * head_dim, self.heads * (self.keys if per_key else 1)
+        self.dtype, self.strength = dtype, 1.0 + seed % 2
+        self.generator = torch.Generator().manual_seed(seed)
+        self.A = -self.new(self.heads).abs().exp()
+        self.bias = self.new(self.decays) if seed % 3 else None
+        self.state = torch.full((SEQUENCES, self.channels // 16, self.keys, 16), torch.nan)
+        width = self.key_heads * self.keys + self.channels + self.decays
+        self.record = torch.full((2, SEQUENCES, NODES, width), torch.nan)
+
+    new = Recurrence.new
+
+    def inputs(self, rows: int) -> list:
+        sizes = [self.key_heads * self.keys] * 2 + [self.channels, 3]
+        q, k, v, _ = self.new(rows, sum(sizes)).to(self.dtype).split(sizes, 1)
+        decay = self.new(rows, self.decays + 1)[:, 1:] - 2
+        decay[rows // 2, 0] = 30.0  # beyond where softplus is the identity
+        return [q, k, v, decay, self.new(rows, self.heads), self.A, self.bias]
+
+    @staticmethod
+    def rows_of(inputs: list, rows) -> list:
+        return [value[rows] for value in inputs[:5]] + inputs[5:]
+
+
 class Convolution:
     name, reference = "causal_conv", staticmethod(causal_conv_reference)
 
@@ -110,10 +152,11 @@ class Convolution:
 
 
 def call(function, layer, inputs: list, round: Round, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return function(layer.state, layer.record, *inputs, *round.tensors(), dtype)
+    options = (layer.strength,) if isinstance(layer, Delta) else ()
+    return function(layer.state, layer.record, *inputs, *round.tensors(), *options, dtype)
 
 
-KINDS = [(Recurrence, shape) for shape in SHAPES] + [(Convolution, "")]
+KINDS = [(Recurrence, shape) for shape in SHAPES] + [(Delta, shape) for shape in DELTAS] + [(Convolution, "")]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,7 +176,9 @@ def test_rounds_are_those_of_the_reference(kind, shape, dtype, seed):
         of_active = [[values[b] for b in active] for values in (paths, halves)]
         round = Round.of(trees, active, *of_active, advances=advances)
         before = layer.state.clone(), layer.record.clone()
-        expected = kind.reference(*before, *inputs, *round.tensors(), dtype)
+        copies = copy.copy(layer)
+        copies.state, copies.record = before
+        expected = call(kind.reference, copies, inputs, round, dtype)
         out = call(kernel, layer, inputs, round, dtype)
         close = {"atol": TOLERANCE[dtype] * max(1.0, float(expected.float().abs().max())), "rtol": TOLERANCE[dtype]}
         assert_close(out, expected, **close)
@@ -177,7 +222,7 @@ def test_trees_and_chains_have_the_bits_of_plain_decoding(kind, shape, seed):
         assert torch.equal(call(kernel, layer, probe, behind), replayed)
 
 
-@pytest.mark.parametrize("kind", [Recurrence, Convolution])
+@pytest.mark.parametrize("kind", [Recurrence, Delta, Convolution])
 def test_a_tree_that_does_not_fit_changes_nothing(kind):
     layer, kernel = kind(), kernel_of(kind.name)
     layer.state[:] = layer.new(*layer.state.shape)
