@@ -3,14 +3,16 @@
 One for each CPython of PYTHONS that is on PATH, for x86-64 and for aarch64, in dist/; --here: only for the Python that
 runs this, on its processor. The op libraries serve every CPython and every torch from 2.10 on, but pybind11's module
 pyspec._host does not know the limited API: hence a wheel for each CPython, and not one of abi3. The kernels are
-compiled once for all of them, for the other processor by Debian's cross compiler, without a container. auditwheel
-refuses what would not load on glibc 2.28 (csrc/oldest_glibc.cpp). The Triton kernels are in the wheels. Those of CUDA
-C++ are not: NVIDIA's static runtime, linked on a new Linux, asks for its C library. They come with a build from source.
+compiled once for all of them, for the other processor by Debian's cross compiler, without a container. What would not
+load on glibc 2.28, as auditwheel finds, is refused (csrc/oldest_glibc.cpp). The Triton kernels are in the wheels. Those
+of CUDA C++ are not: NVIDIA's static runtime, linked on a new Linux, asks for its C library. They come with a build from
+source.
 """
 
 import argparse
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/wheels"
 PYTHONS = [f"3.{minor}" for minor in range(10, 15)]
 PROCESSORS = ("x86_64", "aarch64")
+OLDEST_GLIBC = 28  # 2.28, as of torch's own wheels
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libc10.so")  # the user's own
 
 
@@ -70,9 +73,17 @@ def build(python: str, processor: str) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     run(python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", built, ROOT, env=environment)
     excluded = [f"--exclude={library}" for library in TORCH_LIBRARIES]
-    target = ["--plat", f"manylinux_2_28_{processor}", "-w", ROOT / "dist"]
+    target = ["--plat", "auto", "-w", ROOT / "dist"]  # by its name auditwheel takes this processor's platforms alone
     run(sys.executable, "-m", "auditwheel", "repair", *excluded, *target, *built.glob("*.whl"))
-    return max((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    wheel = max((ROOT / "dist").glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    if (glibc := oldest_glibc(wheel.name)) > OLDEST_GLIBC:
+        raise SystemExit(f"{wheel.name} takes glibc 2.{glibc}; wheels promise 2.{OLDEST_GLIBC}")
+    return wheel
+
+
+def oldest_glibc(wheel: str) -> int:
+    """The minor version of the oldest glibc that a wheel's name promises to load on."""
+    return min(int(minor) for minor in re.findall(r"manylinux_2_(\d+)_", wheel))
 
 
 def pythons() -> list[str]:

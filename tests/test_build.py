@@ -73,6 +73,9 @@ def test_wheels_are_for_the_same_machines_whoever_builds_them(monkeypatch):
     assert chosen["linux"]["archs"] == list(wheels.PROCESSORS)
     excluded = re.findall(r"--exclude (\S+)", chosen["linux"]["repair-wheel-command"])
     assert excluded == list(wheels.TORCH_LIBRARIES)
+    assert chosen["linux"]["manylinux-aarch64-image"] == f"manylinux_2_{wheels.OLDEST_GLIBC}"
+    name = "pyspec_kernels-0.1.0-cp311-cp311-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl"
+    assert wheels.oldest_glibc(name) == 27
 
 
 @pytest.mark.parametrize("name", ["libpyspec_cpu.so", "libpyspec_cuda.so"])
