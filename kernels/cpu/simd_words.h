@@ -252,9 +252,9 @@ PYSPEC_INLINE I16 dot4(const char* weights, const char* x, I16 sum) {
 // would take anyway.
 
 #if (PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_INT8_DOT) || (PYSPEC_HAS_NEON && !PYSPEC_HAS_NEON_DOT)
-constexpr bool kSumsOf16Bits = true;
+enum : bool { kSumsOf16Bits = true };
 #else
-constexpr bool kSumsOf16Bits = false;
+enum : bool { kSumsOf16Bits = false };
 #endif
 
 // Fours of inputs whose sums may be added up before they are widened, for weights of at most `most`.
