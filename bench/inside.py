@@ -64,7 +64,8 @@ def record_prompt(runner, tokens: int) -> None:
     replays = runner._replays
     runner.prefill([[0]], capacity=tokens)
     for end in range(GRAPH_CHUNK, tokens + 1, GRAPH_CHUNK):
-        replays._replay(runner._step(), Shape(GRAPH_CHUNK, GRAPH_CHUNK, replays.cache.extents(end)[0]))
+        shape = Shape(GRAPH_CHUNK, GRAPH_CHUNK, (GRAPH_CHUNK + 31) // 32, replays.cache.extents(end)[0])
+        replays._replay(runner._step(), shape)
 
 
 @torch.inference_mode()
