@@ -15,43 +15,17 @@
 #include "params/gated_delta.h"
 
 #include <cmath>
-#include <cstdlib>
 
-#include "cpu/simd.h"
+#include "cpu/recurrence.h"
 
 namespace {
 
-using pyspec::Element;
 using pyspec::GatedDeltaParams;
 using pyspec::kDeltaLanes;
 using pyspec::RoundTree;
 
 constexpr int kSums =
     kVectorRegisters == 32 ? 4 : 2;  // of an answer: one addition need not wait for the last
-
-// Buffers of the calling thread that only grow.
-template <int which>
-float* scratch(int64_t floats) {
-  static thread_local float* buffer = nullptr;
-  static thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    std::free(buffer);
-    capacity = (floats + 15) / 16 * 16;
-    buffer = static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float)));
-  }
-  return buffer;
-}
-
-PYSPEC_INLINE F16 load_element(const void* p, int64_t index, Element element) {
-  if (element == Element::kFloat32) return load(static_cast<const float*>(p) + index);
-  if (element == Element::kFloat16) return load_as_float(static_cast<const Float16*>(p) + index);
-  return load_as_float(static_cast<const BFloat16*>(p) + index);
-}
-PYSPEC_INLINE void store_element(void* p, int64_t index, Element element, F16 value) {
-  if (element == Element::kFloat32) return store(static_cast<float*>(p) + index, value);
-  if (element == Element::kFloat16) return store_as(static_cast<Float16*>(p) + index, value);
-  return store_as(static_cast<BFloat16*>(p) + index, value);
-}
 
 // kPerKey: each key of a head has its own decay; otherwise they share one.
 template <bool kPerKey>

@@ -13,13 +13,10 @@
 // plain decoding. Bound by memory for few nodes, by multiply-adds for many.
 #include "params/selective_state.h"
 
-#include <cstdlib>
-
-#include "cpu/simd.h"
+#include "cpu/recurrence.h"
 
 namespace {
 
-using pyspec::Element;
 using pyspec::kStateLanes;
 using pyspec::RoundTree;
 using pyspec::SelectiveStateParams;
@@ -28,29 +25,6 @@ constexpr int kBlock = kVectorRegisters == 32 ? 16 : 4;  // states in registers
 constexpr int kSums = 4;        // of a block's y, so that one addition need not wait for the one before
 constexpr int64_t kAhead = 64;  // states that are asked for before they are needed: products take long enough
 constexpr int64_t kPanelsPerItem = 4;  // where channels have their own dt
-
-// A buffer of the calling thread that only grows.
-float* scratch(int64_t floats) {
-  static thread_local float* buffer = nullptr;
-  static thread_local int64_t capacity = 0;
-  if (floats > capacity) {
-    std::free(buffer);
-    capacity = (floats + 15) / 16 * 16;
-    buffer = static_cast<float*>(std::aligned_alloc(64, capacity * sizeof(float)));
-  }
-  return buffer;
-}
-
-PYSPEC_INLINE F16 load_element(const void* p, int64_t index, Element element) {
-  if (element == Element::kFloat32) return load(static_cast<const float*>(p) + index);
-  if (element == Element::kFloat16) return load_as_float(static_cast<const Float16*>(p) + index);
-  return load_as_float(static_cast<const BFloat16*>(p) + index);
-}
-PYSPEC_INLINE void store_element(void* p, int64_t index, Element element, F16 value) {
-  if (element == Element::kFloat32) return store(static_cast<float*>(p) + index, value);
-  if (element == Element::kFloat16) return store_as(static_cast<Float16*>(p) + index, value);
-  return store_as(static_cast<BFloat16*>(p) + index, value);
-}
 
 // The steps of an item are the accepted nodes, then this round's. kPerState: each channel has its own dt and
 // each of its states its own a; otherwise a head of channels shares both.
@@ -79,8 +53,8 @@ struct Item {
     if (first_panel + panels > all) panels = all - first_panel;
     group = first_panel * p.groups / all;
     int64_t vectors = (steps + 15) / 16 * 16;
-    float* next = scratch(2 * vectors + (2 * steps + tree.nodes) * kStateLanes +
-                          (steps + tree.nodes) * p.state_size + tree.nodes * (kBlock + 1) * kStateLanes);
+    float* next = scratch<0>(2 * vectors + (2 * steps + tree.nodes) * kStateLanes +
+                             (steps + tree.nodes) * p.state_size + tree.nodes * (kBlock + 1) * kStateLanes);
     auto take = [&](int64_t floats) {
       float* piece = next;
       next += floats;
