@@ -14,7 +14,7 @@ from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
 from pyspec.drafters.pace import Pace
-from pyspec.drafters.shapes import GrowthPolicy, Sapling, check_temperature, grow_together
+from pyspec.drafters.shapes import GrowthPolicy, Sapling, StopRule, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.table_drafter import Table, TableDrafter
 from pyspec.drafters.tables.guesses import Guesses
@@ -51,6 +51,8 @@ class Eagle3:
         FileNotFoundError, ValueError: see Eagle3Head.load; or for a target without taps, a policy that draws at
             temperature 0, or tables beside one that draws.
     """
+
+    goes_on = None  # see Drafter
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class Eagle3:
                 batch,
                 {sequence: contexts[place] for sequence, place in places.items()},
                 {sequence: rooms[place] for sequence, place in places.items()},
+                {sequence: drafters[place].goes_on for sequence, place in places.items()},
             )
             for sequence, tree in grown.items():
                 trees[places[sequence]] = tree
@@ -147,14 +150,21 @@ class Eagle3:
         return self._merged.propose(context, budget)
 
     def _grow(
-        self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int]
+        self,
+        batch: HeadBatch,
+        contexts: Mapping[int, Sequence[int]],
+        budgets: Mapping[int, int],
+        stops: Mapping[int, StopRule | None],
     ) -> dict[int, DraftTree]:
         """The trees of a batch's sequences, level by level."""
         batch.read(contexts)
         laws = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}
         least, levels = self.pace.least / len(contexts), 0  # a level is one call for all
         # in the head's tokens, of which the root may be none
-        saplings = {sequence: Sapling(laws[sequence], 0, budget, least) for sequence, budget in budgets.items()}
+        saplings = {
+            sequence: Sapling(laws[sequence], 0, budget, least, stops[sequence])
+            for sequence, budget in budgets.items()
+        }
         noises = {
             sequence: Noise(self._sampler.seed, len(context), Noise.DRAFTS) for sequence, context in contexts.items()
         }

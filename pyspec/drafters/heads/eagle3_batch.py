@@ -92,6 +92,15 @@ class HeadLaws:
         logits = np.array([rows.top_logits[row, :count] - rows.log_sum_exp[row] for rows, row in found])
         return np.array([rows.top_tokens[row, :count] for rows, row in found]), np.exp(logits)
 
+    def statistics(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]):
+        """The 8 best chances and the entropy of each law, where it is a plain softmax."""
+        sampler = self._sampler
+        if (sampler.temperature, sampler.top_k, sampler.top_p) != (1.0, 0, 1.0):
+            return None
+        found = [(each.rows.statistics, each.row) for each in self._rows(Asked(tokens, parents, nodes))]
+        logits = np.array([rows.top_logits[row] - rows.log_sum_exp[row] for rows, row in found])
+        return np.exp(logits), np.array([rows.entropy[row] for rows, row in found])
+
     def _rows(self, asked: Asked) -> list[_Said]:
         if not self._said.keys() >= set(asked.nodes):
             self._batch.guess({self._sequence: (self, asked)})
