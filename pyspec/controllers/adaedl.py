@@ -6,8 +6,8 @@ times H(q), children of a node are drafted if
 
     1 - sqrt(GAMMA H(q)) >= t
 
-with H in nats and the moving threshold t of Draft & Verify. GAMMA = 0.2 is the authors', as are t's other constants, but
-for its first value, which they do not state: 0.7 stops from 0.45 nats on, and is between their best ones.
+with H in nats and the moving threshold t of Draft & Verify. GAMMA = 0.2 is the authors'. They do not state t's first
+value: 0.7 stops from 0.45 nats on, and is between their best ones.
 """
 
 from __future__ import annotations

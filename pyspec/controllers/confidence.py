@@ -2,9 +2,9 @@
 
     children of a node are drafted if its chance is at least t
 
-t begins at 0.4, transformers' assistant_confidence_threshold. After each round it becomes the point of the ROC curve of
-the last drafts, "right" against "at least t", where FPR + 3 FNR is least: a stop too early costs three times a draft too
-many. transformers remembers all drafts for ever; here it is the last ones, so that another kind of text counts.
+t begins at 0.4, transformers' assistant_confidence_threshold. After each round it becomes the point of the ROC curve
+of the last drafts, "right" against "at least t", where FPR + 3 FNR is least: a stop too early costs three times a draft
+too many. transformers remembers all drafts for ever; here it is the last ones, so that another kind of text counts.
 """
 
 from __future__ import annotations

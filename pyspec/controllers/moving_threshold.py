@@ -1,14 +1,14 @@
 """Drafting ends where the draft's best token is not sure enough, by a threshold that moves. Draft & Verify.
 
-Zhang et al., arXiv 2309.08168: children of a node are drafted if the largest chance of its law is at least t. After each
-round with drafts, of which a share r was accepted,
+Zhang et al., arXiv 2309.08168: children of a node are drafted if the largest chance of its law is at least t. After
+each round with drafts, of which a share r was accepted,
 
     R <- B1 R + (1 - B1) r
     t' = t + STEP if R < TARGET, t - STEP if not all that may be drafted was accepted, else t
     t <- B2 t + (1 - B2) t'
 
-TARGET = 0.9, B1 = 0.5 and B2 = 0.9 are the authors'. Their STEP is 0.01, so t moves by 0.001 a round and the first value
-decides short texts; here it is 0.1.
+TARGET = 0.9, B1 = 0.5 and B2 = 0.9 are the authors'. Their STEP is 0.01, so t moves by 0.001 a round and the first
+value decides short texts; here it is 0.1.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ class Drafter(Protocol):
     A drafter whose trees grow level by level may have a `pace`, a pyspec.drafters.pace.Pace: a controller tells it what
     tokens take.
 
-    A drafter that has laws of its own has `goes_on`, a pyspec.drafters.shapes.StopRule or None: a controller sets that of
-    each sequence's drafter.
+    A drafter that has laws of its own has `goes_on`, a pyspec.drafters.shapes.StopRule or None: a controller sets that
+    of each sequence's drafter.
 
     A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
     the noise of a draw is known before the draw, and a guess may look at it.
@@ -77,9 +77,7 @@ class NamedDrafter(NamedTuple):
 DRAFTERS: Registry[NamedDrafter] = Registry("pyspec.drafters")
 
 
-def drafter_from_name(
-    drafter: str | Drafter | Sequence[str | Drafter] | None, runner: Runner
-) -> Drafter | None:
+def drafter_from_name(drafter: str | Drafter | Sequence[str | Drafter] | None, runner: Runner) -> Drafter | None:
     """The drafter that a name of DRAFTERS stands for, and several that take turns for a list. A drafter or None is
     returned as it is.
 

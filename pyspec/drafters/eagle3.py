@@ -162,8 +162,7 @@ class Eagle3:
         least, levels = self.pace.least / len(contexts), 0  # a level is one call for all
         # in the head's tokens, of which the root may be none
         saplings = {
-            sequence: Sapling(laws[sequence], 0, budget, least, stops[sequence])
-            for sequence, budget in budgets.items()
+            sequence: Sapling(laws[sequence], 0, budget, least, stops[sequence]) for sequence, budget in budgets.items()
         }
         noises = {
             sequence: Noise(self._sampler.seed, len(context), Noise.DRAFTS) for sequence, context in contexts.items()

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from pyspec.drafters import Drafter
 from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
+
+if TYPE_CHECKING:
+    from pyspec.drafters import Drafter
 
 
 class Several:
     """Drafters that take turns, `arm` being the number of the one that proposes next.
 
-    All of them learn from every round, so each may be taken at any time: a head or a draft model reads what it missed in
-    one call.
+    All of them learn from every round, so each may be taken at any time: a head or a draft model reads what it missed
+    in one call.
 
     Args:
         drafters: two or more, with deterministic proposals.
@@ -34,9 +37,9 @@ class Several:
         for drafter in self.drafters:
             if drafter.proposal != "deterministic":
                 raise ValueError(f"drafters must choose their drafts to take turns, but a {_kind(drafter)} draws them")
-        sizes = {_kind(each): each.vocab_size for each in self.drafters if hasattr(each, "vocab_size")}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"drafters must have one vocabulary, got {sizes}")
+        sizes = [each.vocab_size for each in self.drafters if hasattr(each, "vocab_size")]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"drafters must have one vocabulary, got some of {sizes} tokens")
         taps = {tuple(each.taps) for each in self.drafters if getattr(each, "taps", None) is not None}
         if len(taps) > 1:
             raise ValueError(f"drafters must read the same layers, got {sorted(taps)}")

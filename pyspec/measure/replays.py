@@ -100,7 +100,13 @@ def record(model: Runner, tokens: Sequence[int], drafter: Drafter, *, nodes: int
     """
     rule = _OneTokenARound()
     generate(
-        model, tokens, drafter=_LearnsEmitted(drafter), budget=nodes, acceptance=rule, max_new_tokens=max_new_tokens, **settings
+        model,
+        tokens,
+        drafter=_LearnsEmitted(drafter),
+        budget=nodes,
+        acceptance=rule,
+        max_new_tokens=max_new_tokens,
+        **settings,
     )
     return rule.rounds[1:]
 

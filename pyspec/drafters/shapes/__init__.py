@@ -68,7 +68,7 @@ class LawSource(Protocol):
 
     It may also have `likeliest(tokens, parents, nodes, count)`: the tokens and chances [len(nodes), count] that are the
     best of these laws, likeliest first, where it finds them without; else None. Then it also has
-    `statistics(tokens, parents, nodes)`: the 8 best chances [len(nodes), 8] of the same laws and their entropy, or None.
+    `statistics(tokens, parents, nodes)`: the 8 best chances [len(nodes), 8] of the same laws and their entropies.
     """
 
     vocab_size: int
@@ -136,9 +136,7 @@ class Sapling:
         goes_on: says where children are drafted; None everywhere.
     """
 
-    def __init__(
-        self, source: LawSource, token: int, budget: int, least: float = 0.0, goes_on: StopRule | None = None
-    ):
+    def __init__(self, source: LawSource, token: int, budget: int, least: float = 0.0, goes_on: StopRule | None = None):
         if isinstance(budget, bool) or not isinstance(budget, int):
             raise TypeError(f"budget must be an int, got {budget!r}")
         if not 1 <= budget <= LARGEST_BUDGET:
