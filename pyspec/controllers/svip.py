@@ -1,8 +1,8 @@
 """Drafting ends where the entropy of the draft's law is high, by a threshold that stays. SVIP.
 
 Zhang et al., arXiv 2411.18462: children of a node are drafted if sqrt(H(q)) <= MOST, with H in nats. It is AdaEDL's
-bound without a threshold that moves, and nothing is learned. The authors tune MOST for each pair of models; 0.6 is a law that
-gives its best token about nine times in ten.
+bound with a threshold that stays, and nothing is learned. The authors tune MOST for each pair of models; 0.6 is a law
+that gives its best token about nine times in ten.
 """
 
 from __future__ import annotations

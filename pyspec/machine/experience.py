@@ -12,7 +12,8 @@ from pyspec.machine.costs import key_of
 from pyspec.runners import Runner
 
 KEPT_EVERY = 64  # rounds with drafts
-DRAFTING = 0.05  # plain steps that proposing is taken to need before any
+DRAFTING = 0.05  # plain steps that proposing is taken to need before any; OF_A_MODEL for a drafter with laws
+OF_A_MODEL = 1.0
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
 RECENT = 0.02  # what a round counts in a mean, at least; the first ones count as in a plain mean
 FEW = 8  # rounds that, before any, are taken to have lost nothing
@@ -59,7 +60,7 @@ def experience_of(model: Runner, drafter: Drafter, cache: QuantisedSettings | No
     key = f"{key_of(model, cache)}; {_described(drafter)}"
     place = store.folder(), key
     if place not in _kept:
-        _kept[place] = _KeptExperience.read(key)
+        _kept[place] = _KeptExperience.read(key, OF_A_MODEL if hasattr(drafter, "goes_on") else DRAFTING)
     return _kept[place]
 
 
@@ -69,11 +70,11 @@ class _KeptExperience(Experience):
     key: str
 
     @classmethod
-    def read(cls, key: str) -> _KeptExperience:
+    def read(cls, key: str, drafting: float) -> _KeptExperience:
         entry = store.read("experience", key)
         names = [field.name for field in fields(Experience)]
         is_sound = isinstance(entry, dict) and sorted(entry) == sorted(names) and all(map(_is_finite, entry.values()))
-        experience = cls(**entry) if is_sound else cls()
+        experience = cls(**entry) if is_sound else cls(drafting=drafting)
         experience.key = key
         return experience
 

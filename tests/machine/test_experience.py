@@ -2,6 +2,7 @@
 
 import pytest
 
+from pyspec.drafters.model import ModelDrafter
 from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.drafters.tables.recycling import Recycling
@@ -38,7 +39,8 @@ def test_the_next_process_begins_with_it(monkeypatch):
     again = experience_of(model, drafter)
     assert again is not first and again == first and again.promised == 3.0
     other = experience_of(model, TableDrafter([Lookup(10), Recycling(10)]))
-    assert other.rounds == 0
+    assert other.rounds == 0 and other.drafting < 0.1
+    assert experience_of(model, ModelDrafter(FakeRunner(), model)).drafting == 1.0  # a draft model may be dear
 
 
 @pytest.mark.parametrize("entry", [None, [], {"rounds": 1}, {name: "x" for name in vars(Experience())}])
