@@ -55,6 +55,7 @@ def generate(
     stop: str | Iterable[str] = (),
     cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
+    **warpers,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
@@ -82,6 +83,8 @@ def generate(
         cache: how keys and values are kept (docs/gear.md): a name of pyspec.caches.CACHES, or a GearSettings or
             ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
+        warpers: settings by the names of pyspec.sampling.warpers.WARPERS (docs/sampling.md), such as min_p=0.05; None
+            leaves one out.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
@@ -96,7 +99,7 @@ def generate(
         raise ValueError("stream needs text, and this model has no tokenizer")
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     settings = _cache_settings(cache, model, budget)
-    sampler = Sampler(temperature, top_k, top_p, seed)
+    sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
     rule = acceptance_from_name(acceptance)
     shared_drafter = drafter_from_name(drafter, model)
     check_laws(shared_drafter, rule)
@@ -114,7 +117,7 @@ def generate(
             prompt_length=len(prompt),
             limit=min(len(prompt) + max_new_tokens, model.context_length),
             drafter=shared_drafter,
-            sampler=sampler,
+            sampler=sampler.start(prompt, model),
             text=None if model.tokenizer is None else TextStream(model.tokenizer, stop),
             stream=None if stream is None else _stream_of(stream, index if batched else None),
         )

@@ -24,7 +24,7 @@ class Sequence:
         prompt_length: tokens of the prompt.
         limit: tokens of the context at which the sequence ends.
         drafter: shared by all sequences until start_drafting; None for plain decoding.
-        sampler: draws the tokens.
+        sampler: draws the tokens of this text.
         text: the text of the new tokens; None where the model has no tokenizer.
         stream: called with each new piece of text, or None.
         finish_reason: see pyspec.Generation; None while the sequence is going.
@@ -69,7 +69,9 @@ class Sequence:
     def accept(self, tree: DraftTree, verified: Verified, rule: AcceptanceRule) -> Accepted:
         """What a rule accepts of a verified tree. Where it comes to logits that are no law, there is no next token."""
         try:
-            return rule.accept(tree, verified, self.sampler, len(self.context))
+            accepted = rule.accept(tree, verified, self.sampler, len(self.context))
+            self.sampler.extend(accepted)
+            return accepted
         except InvalidLogits as invalid:
             self._invalid = self._describe(invalid, tree)
             # the drafts up to that node were accepted, as plain decoding would have emitted them before it failed
