@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pyspec.acceptance import AcceptanceRule
 from pyspec.drafters import Drafter
 from pyspec.runners import Runner
 from pyspec.runners.verified import Verified
+from pyspec.sampling.logprobs import TokenLogprobs, token_logprobs
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
@@ -27,6 +28,8 @@ class Sequence:
         sampler: draws the tokens of this text.
         text: the text of the new tokens; None where the model has no tokenizer.
         stream: called with each new piece of text, or None.
+        top_logprobs: how many of the likeliest tokens are told beside each new one; None keeps no log probabilities.
+        logprobs: of the new tokens, where they are kept.
         finish_reason: see pyspec.Generation; None while the sequence is going.
         error: what went wrong where finish_reason is "error".
     """
@@ -39,6 +42,8 @@ class Sequence:
     sampler: Sampler
     text: TextStream | None = None
     stream: Callable[[str], None] | None = None
+    top_logprobs: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
 
@@ -71,11 +76,16 @@ class Sequence:
         try:
             accepted = rule.accept(tree, verified, self.sampler, len(self.context))
             self.sampler.extend(accepted)
-            return accepted
         except InvalidLogits as invalid:
             self._invalid = self._describe(invalid, tree)
             # the drafts up to that node were accepted, as plain decoding would have emitted them before it failed
-            return Accepted(invalid.path, None)
+            accepted = Accepted(invalid.path, None)
+        if self.top_logprobs is not None:
+            self._accepted_logprobs = [
+                token_logprobs(verified.logits[node], token, self.top_logprobs)
+                for node, token in zip(accepted.path, accepted.tokens(tree), strict=False)
+            ]
+        return accepted
 
     def extend(self, tree: DraftTree, accepted: Accepted) -> int:
         """Adds what was accepted, up to the token that ends the text, and streams it; returns the number of tokens."""
@@ -87,6 +97,8 @@ class Sequence:
                 self.finish("length")
             if not self.going:
                 break
+        if self.top_logprobs is not None:
+            self.logprobs += self._accepted_logprobs[: len(self.context) - before]
         if self.going and accepted.next_token is None:
             self.error = self._invalid
             self.finish("error")
