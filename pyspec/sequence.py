@@ -139,6 +139,8 @@ class Sequence:
 def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
     """The next tree of each sequence, of at most so many nodes; the root alone in plain decoding.
 
+    Where a grammar leaves the text no choice, what must come is the draft, and the drafter is not asked.
+
     Raises:
         ValueError: a drafter proposed a larger tree, one below another token, or one with tokens outside of the
             vocabulary.
@@ -149,6 +151,11 @@ def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         min(budget, sequence.limit - len(sequence.context)) for budget, sequence in zip(budgets, sequences, strict=True)
     ]
     asked = [place for place, each in enumerate(sequences) if each.drafter is not None and budgets[place] > 1]
+    for place in asked:
+        sequence = sequences[place]  # a rule that trusts laws takes no draft without one
+        if sequence.drafter.proposal == "deterministic" and (forced := sequence.sampler.forced(budgets[place] - 1)):
+            trees[place] = DraftTree.chain([sequence.context[-1], *forced])
+    asked = [place for place in asked if len(trees[place]) == 1]
     if not asked:
         return trees
     drafters, contexts = ([getattr(sequences[place], name) for place in asked] for name in ("drafter", "context"))

@@ -113,6 +113,10 @@ class Sampler:
     def extend(self, accepted: Accepted) -> None:
         """The text goes on with what was accepted of the last tree. A sampler that reads no text has nothing to do."""
 
+    def forced(self, most: int) -> list[int]:
+        """The tokens that the text must go on with: a sampler that reads no text forces none."""
+        return []
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The law [V] float64 that draw follows, from logits [V] float32."""
         row = _row(logits)

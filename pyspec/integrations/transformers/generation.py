@@ -311,6 +311,10 @@ class _RowSampler:
     def extend(self, accepted: Accepted) -> None:
         """The text goes on in `ids`, token by token."""
 
+    def forced(self, most: int) -> list[int]:
+        """Processors don't tell what they force."""
+        return []
+
 
 def _know_their_row(processors) -> bool:
     names = [(type(processor).__module__, type(processor).__name__) for processor in processors]
