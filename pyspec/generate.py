@@ -98,10 +98,8 @@ def generate(
     _check_model(model)
     batched, prompts = _prompts(tokens, model)
     stop = _stop_strings(stop, model)
-    if stream is not None and not callable(stream):
-        raise TypeError(f"stream must be a function or None, got {described(stream)}")
-    if stream is not None and model.tokenizer is None:
-        raise ValueError("stream needs text, and this model has no tokenizer")
+    if stream is not None:
+        _check_stream(stream, model)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     logprobs = None if logprobs is None else _logprobs(logprobs)
     settings = _cache_settings(cache, model, budget)
@@ -182,6 +180,13 @@ def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
                 f"got {min(prompt)} to {max(prompt)}"
             )
     return batched, prompts
+
+
+def _check_stream(stream: Callable, model: Runner) -> None:
+    if not callable(stream):
+        raise TypeError(f"stream must be a function or None, got {described(stream)}")
+    if model.tokenizer is None:
+        raise ValueError("stream needs text, and this model has no tokenizer")
 
 
 def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
