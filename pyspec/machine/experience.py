@@ -13,7 +13,7 @@ from pyspec.runners import Runner
 
 KEPT_EVERY = 64  # rounds with drafts
 DRAFTING = 0.05  # plain steps that proposing is taken to need before any; OF_A_MODEL for a drafter with laws
-OF_A_MODEL = 1.0
+OF_A_MODEL = 0.3
 MEMORY = 0.98  # of what earlier rounds showed, from round to round
 RECENT = 0.02  # what a round counts in a mean, at least; the first ones count as in a plain mean
 FEW = 8  # rounds that, before any, are taken to have lost nothing
