@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyspec.architectures import Family
+from pyspec.architectures import NEXT_TOKENS, Family
 from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
 from pyspec.checkpoints.matrix_plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.checkpoints.memory import MemoryNeed, cache_bytes, check_memory
@@ -22,7 +22,6 @@ from pyspec.ops.lay_out import StoredCodes, StoredMatrix
 
 __all__ = ["read_weights"]
 
-NEXT_TOKENS = "mtp."  # what names of a layer that guesses further tokens begin with, as Qwen3-Next has it
 SMALLER = {"int8": torch.int8, "int4": "int4"}  # what is proposed where a model does not fit
 
 
