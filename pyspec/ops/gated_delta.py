@@ -48,13 +48,12 @@ def gated_delta_reference(
     """Plain PyTorch, node by node; state and record are changed in place. The specification of the kernels."""
     _, panels, keys, _ = state.shape
     rows, channels = v.shape
-    q, k = _unit(q, keys), _unit(k, keys)
-    v, beta = v.float(), strength * torch.sigmoid(beta)
+    q, k, v, beta = _unit(q, keys), _unit(k, keys), v.float(), strength * torch.sigmoid(beta)
     rate = F.softplus(decay if dt_bias is None else decay + dt_bias, threshold=50.0)
     d = torch.exp(A[:, None] * rate.view(rows, len(A), -1)).flatten(1)
     y = torch.empty_like(v)
 
-    k_size, key_heads = k.shape[1], k.shape[1] // keys
+    key_heads = k.shape[1] // keys
     heads = torch.arange(len(A), device=A.device).repeat_interleave(panels // len(A))  # of each panel
     key_heads = heads % key_heads if tiled else heads // (len(A) // key_heads)
 
@@ -63,7 +62,7 @@ def gated_delta_reference(
         return values.view(-1, size)[of][..., None]
 
     def step(s: Tensor, node: Tensor) -> Tensor:
-        k, u, d = node.split([k_size, channels, decay.shape[1]])
+        k, u, d = node.split([q.shape[1], channels, decay.shape[1]])
         return decayed(s, d) + for_panels(k, keys, key_heads) * u.view(-1, 1, LANES)
 
     def decayed(s: Tensor, d: Tensor) -> Tensor:
@@ -160,20 +159,19 @@ def gated_delta(
             also when what round holds does not: a sequence twice, a node or a half that is not there.
         RuntimeError: an argument requires a gradient.
     """
-    check_are_tensors(state=state, record=record, q=q, k=k, v=v, decay=decay, beta=beta, A=A)
-    check_are_tensors(dt_bias=dt_bias, optional=("dt_bias",))
+    given = {"state": state, "record": record, "q": q, "k": k, "v": v, "decay": decay, "beta": beta, "A": A}
+    check_are_tensors(**given, dt_bias=dt_bias, optional=("dt_bias",))
     check_is_round(round)
     if state.dim() != 4 or state.shape[3] != LANES or state.shape[2] % MULTIPLE or not state.shape[2]:
         raise ValueError(
             f"state must be [sequences, channels / {LANES}, N, {LANES}] with N a multiple of {MULTIPLE}, "
             f"got {tuple(state.shape)}"
         )
-    sequences, panels, keys, _ = state.shape
-    channels, heads = panels * LANES, A.numel()
+    (sequences, panels, keys, _), heads = state.shape, A.numel()
     for name, tensor in (("q", q), ("v", v), ("decay", decay)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be [rows, ...], got shape {tuple(tensor.shape)}")
-    rows, key_heads, decays = len(v), q.shape[1] // keys, decay.shape[1]
+    rows, channels, key_heads, decays = len(v), panels * LANES, q.shape[1] // keys, decay.shape[1]
     if not heads or channels % (heads * LANES):
         raise ValueError(f"A must have heads of a multiple of {LANES} channels, got {heads} for {channels}")
     if not key_heads or heads % key_heads:
@@ -184,8 +182,8 @@ def gated_delta(
         raise ValueError(f"strength must be in (0, 2], got {strength!r}")
     if not isinstance(tiled, bool):
         raise TypeError(f"tiled must be True or False, got {tiled!r}")
-    check_floating("v", v.dtype)
-    check_floating("out_dtype", out_dtype)
+    for name, dtype in (("v", v.dtype), ("out_dtype", out_dtype)):
+        check_floating(name, dtype)
     nodes = record.shape[2] if record.dim() == 4 else 0
     check_tensors(
         "state",
@@ -201,7 +199,7 @@ def gated_delta(
         ("dt_bias", dt_bias, torch.float32, (decays,)),
     )
     check_contiguous(state=state, record=record, A=A, dt_bias=dt_bias)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta)):
+    for name, tensor in [*given.items()][2:7]:
         if tensor.stride(1) != 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
     return _OP(state, record, q, k, v, decay, beta, A, dt_bias, *round.tensors(), float(strength), tiled, out_dtype)
