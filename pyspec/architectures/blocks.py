@@ -22,7 +22,7 @@ from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "expert_gates", "experts", "feed_forward", "gated_delta_net", "mamba", "mamba2", "tap"]
+__all__ = ["attend", "attention", "expert_gates", "experts", "feed_forward", "gated_delta_net", "mamba", "mamba2", "tap"]
 
 
 def tap(hidden: Tensor) -> Tensor:
@@ -39,7 +39,11 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         cache: with keys and values, such as a DenseCache.
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
     """
-    projected = _project(x, layer.qkv, layer.qkv_bias)
+    return attend(_project(x, layer.qkv, layer.qkv_bias), layer, config, cache, index, numbers)
+
+
+def attend(projected: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
+    """Attention whose gates, queries, keys and values are there, one beside another in a row; see attention."""
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)

@@ -135,7 +135,9 @@ class Eagle3:
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Keeps what the target's layers said of the accepted path; tables learn from all nodes."""
-        self._batch.take(self._sequence, verified.taps[list(path)])
+        path = list(path)
+        taps = verified.taps if len(path) == len(tree) else verified.taps[path]
+        self._batch.take(self._sequence, tree.tokens[path].tolist(), taps)
         if self._merged is not None:
             self._merged.observe(tree, verified, path)
 

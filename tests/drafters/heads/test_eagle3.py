@@ -235,8 +235,8 @@ def test_random_acceptance_leaves_the_cache_of_the_text(tmp_path, rounds):
         for each in (reader, fresh):
             each._batch.read({each._sequence: context})
         length = len(context) - 1
-        kept = [each._batch._cache.keys_values[:, :, each._sequence, :, :length] for each in (reader, fresh)]
-        assert fresh._batch._cache.lengths[fresh._sequence] == length > 60 and torch.equal(*kept)
+        kept = [each._batch.cache.keys_values[:, :, each._sequence, :, :length] for each in (reader, fresh)]
+        assert fresh._batch.cache.lengths[fresh._sequence] == length > 60 and torch.equal(*kept)
 
 
 def observed_taps_of(target, text):
