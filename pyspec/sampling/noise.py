@@ -23,7 +23,7 @@ class Noise:
 
     def __init__(self, seed: int, position: int, purpose: int):
         self._key, self._counter = seed, [0, 0, position, purpose]
-        self._bits: np.random.Philox | None = None  # made when it is used: it takes longer than a round of chosen drafts
+        self._bits: np.random.Philox | None = None  # made when it is used, which few rounds do
 
     def uniform(self) -> float:
         """The next uniform number in (0, 1)."""

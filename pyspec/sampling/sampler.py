@@ -63,6 +63,11 @@ class Sampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.seed = secrets.randbits(32) if seed is None else seed
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether laws are the softmax of logits, unwarped."""
+        return (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0)
+
     def draw(self, logits: torch.Tensor, position: int) -> int:
         """Draws the token at a position of the text.
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pyspec.architectures.blocks import attend, attention, feed_forward, tap
 from pyspec.architectures.llama import LayerWeights
-from pyspec.architectures.weights import Blank, Matrix, laid_out
+from pyspec.architectures.weights import Blank, Matrix, laid_out, move_together
 from pyspec.drafters.heads.eagle3_files import Eagle3Config, read_config, read_tensors
 from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
@@ -37,6 +36,7 @@ class Eagle3Head:
         config: see Eagle3Config.
         tensors: by the names of the speculators layout.
         embed: [R, H] fp32 for tokens [R]: the target's, for heads that have none of their own; or None.
+        embeds_by_op: whether that is one op of int32 tokens.
         head: the target's, for heads that have none of their own and guess all tokens; or None.
         source: what errors name.
         weights: dtype of the head's matrices: float32, bfloat16, int8 or "int4".
@@ -54,6 +54,7 @@ class Eagle3Head:
         embed: Callable[[Tensor], Tensor] | None,
         head: LinearWeight | None,
         *,
+        embeds_by_op: bool = False,
         source: Path | str,
         weights: torch.dtype | str,
         dtype: torch.dtype,
@@ -90,7 +91,10 @@ class Eagle3Head:
         for name, is_lacking in (("embed_tokens", self.embedding is None and embed is None), ("lm_head", lacks_head)):
             if is_lacking:
                 raise ValueError(f"{source} has no {name}.weight, and the target's cannot be used in its place")
-        self._embed = embed if self.embedding is None else lambda tokens: F.embedding(tokens, self.embedding).float()
+        self._embed, self.embeds_by_op = embed, embeds_by_op
+        if self.embedding is not None:
+            self.embedding = laid_out(self.embedding, dtype)
+            self._embed, self.embeds_by_op = self.embedding.rows, self.embedding.rows_by_op
         self.head = laid_out(places["lm_head.weight"], weights) if own_head else head
         self.join = laid_out(self.join, weights)
         # of the embedding, whose product is added to that of the hidden row: rows of both are nowhere side by side
@@ -98,6 +102,11 @@ class Eagle3Head:
         for layer in self.layers:
             layer.lay_out(weights)
             layer.prepare(shape)
+        if device.type == "cpu":
+            of_layers = [(layer, name) for layer in self.layers for name in layer.MATRICES]
+            move_together(
+                [(self, "join"), (self, "embedding_qkv"), *of_layers, *([(self, "head")] if own_head else [])]
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -153,7 +162,7 @@ class Eagle3Head:
         if config.norm_before_residual:
             stream = rms_norm(hidden, self.hidden_norm, epsilon)
         projected = rms_norm(projected, None, 0.0, delta=linear(x, first.qkv, out_dtype=torch.float32))  # their sum
-        delta = attend(projected, first, shape, cache, 0, numbers)
+        delta = attend(projected, first, shape, cache, 0, numbers, self.dtype)
         for index, layer in enumerate(self.layers):
             if index:
                 x = rms_norm(stream, layer.scales.attention, epsilon, delta=delta, out_dtype=self.dtype)
@@ -190,7 +199,8 @@ class Eagle3Head:
         where = {"weights": weights, "dtype": target.dtype, "device": target.device}
         same_width = config.layers.hidden_size == target.hidden_size
         embed, head = (target.embed, target.head) if same_width else (None, None)
-        return cls(config, tensors, embed, head, source=folder, **where)
+        by_op = getattr(target, "embeds_by_op", False)
+        return cls(config, tensors, embed, head, embeds_by_op=by_op, source=folder, **where)
 
 
 def _fill(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str) -> None:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_room import END, GUESS, READ, HeadRoom
+from pyspec.drafters.tables.guesses import GuessedNodes
+from pyspec.host import compiled
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners._inference import inference
 from pyspec.runners.replay import Rows
@@ -27,6 +29,8 @@ __all__ = ["Asked", "HeadBatch", "HeadLaws"]
 
 CHUNK = 128  # tokens of a sequence in a call
 FEW = 16  # rows of a call whose guesses are all made: of more only the last of each sequence
+MOST_GUESSES = 64  # of a tree that the host grows: bits of a word there
+NOTHING = np.zeros(0, np.float32)
 LEAST_SLOTS = 512  # of a sequence in the head's cache: longer texts make it anew, twice as long
 
 
@@ -82,8 +86,7 @@ class HeadLaws:
 
     def likeliest(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int], count: int):
         """The likeliest tokens and their chances, read in one pass, where the law is a plain softmax."""
-        sampler = self._sampler
-        if (sampler.temperature, sampler.top_k, sampler.top_p) != (1.0, 0, 1.0) or count > TOP:
+        if not self._sampler.is_plain or count > TOP:
             return None
         found = self._rows(Asked(tokens, parents, nodes))
         best = np.array([said.top_tokens[row] for said, row in found])
@@ -134,6 +137,7 @@ class HeadBatch:
         # by sequence, of tokens behind its committed ones: what the target said of each, and which they are
         self._unread: list[list[Tensor]] = []
         self._tokens: list[list[int]] = []
+        self._ends: dict[int, object] = {}  # by sequence, roots as the host has them
         self._room: HeadRoom | None = None
 
     def __del__(self):
@@ -170,15 +174,52 @@ class HeadBatch:
         unread.append(taps)
         behind += tokens
         if len(behind) > CHUNK:
-            taps, first = torch.cat(unread), 0
+            taps, first = _joined(unread), 0
             for first in range(0, len(behind) - CHUNK, CHUNK):  # a row needs the token behind its own
                 self._read(READ, {sequence: behind[first + 1 : first + CHUNK + 1]}, {sequence: taps[first:][:CHUNK]})
             unread[:], behind[:] = [taps[first + CHUNK :]], behind[first + CHUNK :]
 
+    def grow(
+        self, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int], width: int, depth: int, least: float
+    ) -> tuple[list[GuessedNodes], int] | None:
+        """Reads some texts as `read` does and grows the likeliest paths below them, without Python between two calls.
+
+        Args:
+            contexts, budgets: by sequence, which ascend.
+            width, depth, least: see TopPaths and Sapling.
+
+        Returns:
+            Each tree, and how many levels there were; or None where calls are not recorded, or trees may have more
+            guesses than the host counts.
+        """
+        self._make_room(max(map(len, contexts.values())) + width * depth)
+        room = self._room
+        if width > TOP or width * (depth - 1) > MOST_GUESSES or not room.is_recorded:
+            return None
+        tokens, unread = self._to_read(contexts)
+        round, lengths = room.round(width, depth, least), room.cache.lengths
+        for each, budget in budgets.items():
+            rows = unread[each].numpy() if each in unread else NOTHING
+            if each not in self._ends:
+                self._ends[each] = compiled().HeadSaid()
+            round.plant(each, lengths[each], budget, self._ends[each], contexts[each][-1], tokens.get(each, []), rows)
+        room.play(round)
+        for each, rows in tokens.items():
+            room.cache.advance(each, len(rows))
+        return [GuessedNodes(*tree) for tree in round.grown()], round.levels
+
     @inference
     def read(self, contexts: Mapping[int, Sequence[int]]) -> None:
         """Commits all rows of some texts, by sequence, of which the target has said all but the last token's."""
-        unread = {each: torch.cat(self._unread[each]) for each in sorted(contexts) if self._tokens[each]}
+        tokens, unread = self._to_read(contexts)
+        if unread:
+            said = self._said(self._read(END, tokens, unread))
+            ends = accumulate(map(len, tokens.values()))
+            self.roots |= {each: (said, end - 1) for each, end in zip(unread, ends, strict=True)}
+
+    def _to_read(self, contexts: Mapping[int, Sequence[int]]) -> tuple[dict[int, list[int]], dict[int, Tensor]]:
+        """The rows of some texts that are to be read, by sequence: their tokens and taps. Of many only the last."""
+        unread = {each: _joined(self._unread[each]) for each in sorted(contexts) if self._tokens[each]}
         tokens = {each: [*self._tokens[each][1:], contexts[each][-1]] for each in unread}
         for each in unread:
             self._unread[each], self._tokens[each] = [], []
@@ -187,10 +228,7 @@ class HeadBatch:
             self._read(READ, {each: tokens[each][:-1] for each in longer}, {each: unread[each][:-1] for each in longer})
             tokens = {each: tokens[each][-1:] for each in unread}
             unread = {each: unread[each][-1:] for each in unread}
-        if unread:
-            said = self._said(self._read(END, tokens, unread))
-            ends = accumulate(map(len, tokens.values()))
-            self.roots |= {each: (said, end - 1) for each, end in zip(unread, ends, strict=True)}
+        return tokens, unread
 
     @inference
     def guess(self, asked: Mapping[int, tuple[HeadLaws, Asked]]) -> None:
@@ -210,7 +248,8 @@ class HeadBatch:
             laws.take(nodes, said, first)
             first += len(level)
 
-    def _read(self, kind: str, tokens: Mapping[int, Sequence[int]], taps: Mapping[int, Tensor]) -> Rows:
+    @inference
+    def _read(self, kind: int, tokens: Mapping[int, Sequence[int]], taps: Mapping[int, Tensor]) -> Rows:
         """Commits rows: the tokens behind those that taps are of."""
         self._make_room(max(self.length(each) + len(rows) for each, rows in tokens.items()))
         chains = {each: DraftTree.chain(rows) for each, rows in tokens.items()}
@@ -239,3 +278,7 @@ class HeadBatch:
         if old is not None:
             room.cache.keys_values[..., : old.cache.slots, :] = old.cache.keys_values
             room.cache.lengths = list(old.cache.lengths)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
