@@ -77,7 +77,7 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether laws are the softmax of logits, unwarped."""
-        return (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0)
+        return (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0) and not self.warpers
 
     def draw(self, logits: torch.Tensor, position: int) -> int:
         """Draws the token at a position of the text.
