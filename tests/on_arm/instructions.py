@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, os.getcwd())  # the repository, or the tree of links to it
@@ -29,7 +30,6 @@ RESULT = ROOT / "bench/results/arm_instructions.json"
 HEADS, KV_HEADS, HEAD_DIM, PREFIX = 8, 2, 128, 512
 INPUTS, OUTPUTS = 512, 128
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8, "int4": "int4"}
-OPS = {"linear": tuple(FORMATS), "tree_attention": ("fp32", "bf16")}
 
 
 def linear(weight_format: torch.dtype | str, rows: int) -> int:
@@ -50,22 +50,21 @@ def tree_attention(dtype: torch.dtype, nodes: int) -> int:
     return 2 * HEADS * HEAD_DIM * int((PREFIX + 1 + torch.as_tensor(tree.depths)).sum())
 
 
-MADE = {"linear": linear, "tree_attention": tree_attention}
+FORMATS_OF = {linear: tuple(FORMATS), tree_attention: ("fp32", "bf16")}
 
 
 def run() -> None:
     """What is counted. A kernel says its name and its instructions when it has run."""
-    calls = [
-        (f"{op}, {name}, {rows} row{'s' * (rows > 1)}", lambda op=op, name=name, rows=rows: MADE[op](FORMATS[name], rows))
-        for op, names in OPS.items()
-        for name in names
-        for rows in (1, 8)
-    ]
+    calls = {}
+    for op, names in FORMATS_OF.items():
+        for name in names:
+            for rows in (1, 8):
+                calls[f"{op.__name__}, {name}, {rows} row{'s' * (rows > 1)}"] = partial(op, FORMATS[name], rows)
     for case in small_cases():
-        if case.op not in OPS:
+        if case.op not in (op.__name__ for op in FORMATS_OF):
             problem = case.make("cpu")
-            calls.append((f"{case.op}, {case.shape}", lambda p=problem: (p.call(), p.operations)[1]))
-    for name, call in calls:
+            calls[f"{case.op}, {case.shape}"] = lambda problem=problem: (problem.call(), problem.operations)[1]
+    for name, call in calls.items():
         print("begin", file=sys.stderr, flush=True)
         operations = call()
         print(f"end {name}: {operations}", file=sys.stderr, flush=True)
