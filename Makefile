@@ -28,10 +28,9 @@ train-ssm: $(VENV)/ready-train
 test: $(VENV)/ready-test
 	$(PYTEST) -m 'not slow'
 
-# Every instruction set, Arm's too, every grid, every architecture: what CI runs.
+# Every instruction set, every grid, every architecture: what CI runs.
 test-all: $(VENV)/ready-test
 	$(PYTEST)
-	$(BIN)/python tests/on_arm/run.py
 
 # What meets transformers, on the oldest version that pyproject.toml takes and on the newest.
 test-transformers: $(VENV)/ready-test
