@@ -143,7 +143,7 @@ class _Writer:
         with self.stats.timed("total"):
             text.drafter = self._drafter
             if not text.new_tokens:
-                prefill(self._model, [text], rule, self._controller, None, self.stats)
+                prefill(self._model, [text], rule, self._controller.largest, None, self.stats)
                 self._drafter, self._has_begun = text.drafter, True
             else:
                 with self.stats.timed("prefill"):
@@ -156,7 +156,6 @@ class _Writer:
         if not self._has_begun:
             text.start_drafting()
             self._drafter, self._has_begun = text.drafter, True
-            self._controller.start(0, text.drafter)
             taps = getattr(text.drafter, "taps", None)  # which only some runners take
             self._model.prefill(
                 [text.context[: text.prompt_length]],
