@@ -10,8 +10,11 @@
 // holds by construction. One row is bound by the bits of the weight; many rows by the products of bytes.
 #include "params/linear_codes.h"
 
+#include <optional>
+
 #include "cpu/expert_linear.h"
-#include "cpu/linear_codes_chunk.h"
+#include "cpu/linear_codes_rows.h"
+#include "cpu/linear_codes_tiles.h"
 #include "cpu/linear_rows.h"
 
 namespace {
@@ -47,23 +50,6 @@ struct Ahead {
     next += bytes;
   }
 };
-
-// kRows prepared rows, and where the chunk's part of each begins.
-struct Rows {
-  const char *scales, *sums, *integers;
-  int64_t stride;
-};
-
-PYSPEC_INLINE int32_t four_bytes(const char* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return four;
-}
-PYSPEC_INLINE int32_t sum_of(const char* sums) {
-  int16_t sum;
-  std::memcpy(&sum, sums, 2);
-  return sum;
-}
 
 // Passes over a chunk: the first takes codes from the weight and leaves them as bytes, unless it is the only
 // one; later ones take the bytes.
@@ -136,36 +122,8 @@ PYSPEC_INLINE void add_chunk(Chunk<F>& chunk, const char* block, int64_t blocks,
       ahead.prefetch();
       add_group<F, kRows, kPass>(chunk, block, b, g, lane, x, totals);
     }
-    if constexpr (F::kHasSums) {
-      for (int64_t pair = 0; pair < F::kPairs; ++pair) {
-        for (int r = 0; r < kRows; ++r) {
-          const char* sums = x.sums + r * x.stride + (b * F::kGroups + pair * 2) * 2;
-          for (int v = 0; v < kVectors; ++v) {
-            I16 pairs = load_words(chunk.pairs[b][pair] + lane + v * 16);
-            minimums[r][v] = dot2(pairs, set1_words(four_bytes(sums)), minimums[r][v]);
-          }
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      float x_scale = 0;
-      std::memcpy(&x_scale, x.scales + r * x.stride + b * 4, 4);
-      for (int v = 0; v < kVectors; ++v) {
-        I16 total = totals[r][v];
-        if constexpr (F::kHasSums && F::kShape.floors != Floors::kStored) {
-          constexpr int32_t kTimes = F::kShape.has_minimums ? -1 : F::kShape.lowest;
-          total = add(total, mul(minimums[r][v], set1_words(kTimes)));
-        }
-        F16 factor = load(chunk.factors[b] + lane + v * 16);
-        sum[r][v] = fma(mul(to_float(total), factor), set1(x_scale), sum[r][v]);
-        if constexpr (F::kShape.floors == Floors::kStored) {
-          I16 times = minimums[r][v];
-          if constexpr (!F::kHasSums) times = set1_words(sum_of(x.sums + r * x.stride + b * 2));
-          F16 floor = load(chunk.floors[b] + lane + v * 16);
-          sum[r][v] = fma(mul(to_float(times), floor), set1(-x_scale), sum[r][v]);
-        }
-      }
-    }
+    if constexpr (F::kHasSums) add_minimums<F>(chunk, b, lane, x, minimums);
+    add_block<F, F::kHasSums>(chunk, b, lane, x, totals, minimums, sum);
   }
 }
 
@@ -226,9 +184,22 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
   pyspec::PreparedRow parts = pyspec::prepared_row(kFormat, p.inputs);
   const char* x = static_cast<const char*>(p.workspace) + first_row * parts.bytes;
   int64_t passes = (rows + kMostRows<F> - 1) / kMostRows<F>, blocks = pyspec::blocks(F::kShape, p.inputs);
+#if PYSPEC_HAS_AMX
+  const bool tiled = rows >= TiledCodes<kFormat>::kLeastRows;
+  std::optional<TileConfig> config;
+  if (tiled) config.emplace(tiled_rows(rows), TiledCodes<kFormat>::kBytes);
+#endif
   for (int64_t first = 0; first < blocks; first += kBlocks, panel += kBlocks * kBytes) {
     int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
     unpack_factors<kFormat>(panel, count, chunk);
+#if PYSPEC_HAS_AMX
+    if (tiled) {
+      Rows all = {x + first * 4, x + parts.sums + first * F::kGroups * 2,
+                  x + parts.integers + first * F::kBlock, parts.bytes};
+      TiledCodes<kFormat>::add_chunk(panel, count, chunk, all, rows, sums);
+      continue;
+    }
+#endif
     int64_t share = count * kBytes / passes;
     for (int64_t pass = 0; pass < passes; ++pass) {
       int64_t row = rows * pass / passes, end = rows * (pass + 1) / passes;
