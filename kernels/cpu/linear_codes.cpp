@@ -10,8 +10,6 @@
 // holds by construction. One row is bound by the bits of the weight; many rows by the products of bytes.
 #include "params/linear_codes.h"
 
-#include <optional>
-
 #include "cpu/expert_linear.h"
 #include "cpu/linear_codes_rows.h"
 #include "cpu/linear_codes_tiles.h"
@@ -180,26 +178,22 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
   constexpr int64_t kBytes = pyspec::block_bytes(F::kShape), kBlocks = kChunk / F::kBlock;
   alignas(64) float sums[kTileRows * kPanel];
   std::memset(sums, 0, rows * kPanel * sizeof(float));
-  Chunk<F> chunk;
   pyspec::PreparedRow parts = pyspec::prepared_row(kFormat, p.inputs);
   const char* x = static_cast<const char*>(p.workspace) + first_row * parts.bytes;
   int64_t passes = (rows + kMostRows<F> - 1) / kMostRows<F>, blocks = pyspec::blocks(F::kShape, p.inputs);
 #if PYSPEC_HAS_AMX
-  const bool tiled = rows >= TiledCodes<kFormat>::kLeastRows;
-  std::optional<TileConfig> config;
-  if (tiled) config.emplace(tiled_rows(rows), TiledCodes<kFormat>::kBytes);
+  if constexpr (TiledCodes<kFormat>::kHasTiles) {
+    if (rows >= TiledCodes<kFormat>::kLeastRows) {
+      Rows all = {x, x + parts.sums, x + parts.integers, parts.bytes};
+      TiledCodes<kFormat>::multiply(panel, blocks, all, rows, sums);
+      return store_rows(sums, p, first_row, rows, first_output);
+    }
+  }
 #endif
+  Chunk<F> chunk;
   for (int64_t first = 0; first < blocks; first += kBlocks, panel += kBlocks * kBytes) {
     int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
     unpack_factors<kFormat>(panel, count, chunk);
-#if PYSPEC_HAS_AMX
-    if (tiled) {
-      Rows all = {x + first * 4, x + parts.sums + first * F::kGroups * 2,
-                  x + parts.integers + first * F::kBlock, parts.bytes};
-      TiledCodes<kFormat>::add_chunk(panel, count, chunk, all, rows, sums);
-      continue;
-    }
-#endif
     int64_t share = count * kBytes / passes;
     for (int64_t pass = 0; pass < passes; ++pass) {
       int64_t row = rows * pass / passes, end = rows * (pass + 1) / passes;

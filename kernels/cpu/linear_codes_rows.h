@@ -22,8 +22,8 @@ PYSPEC_INLINE int32_t sum_of(const char* sums) {
   return sum;
 }
 
-// minimums += the minimums of a block, or the scales that stand for them, times the sums of x over its groups:
-// of kVectors times 16 outputs from lane on.
+// minimums += the minimums of a block, or the scales that stand for them, times the sums of x over its
+// groups: of kVectors times 16 outputs from lane on.
 template <class F, int kRows, size_t kVectors>
 PYSPEC_INLINE void add_minimums(const Chunk<F>& chunk, int64_t b, int64_t lane, const Rows& x,
                                 I16 (&minimums)[kRows][kVectors]) {

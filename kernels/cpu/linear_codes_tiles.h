@@ -14,13 +14,17 @@ namespace {
 template <CodeFormat kFormat>
 struct TiledCodes {
   using F = Format<kFormat>;
-  static constexpr int64_t kLeastRows = 5;  // fewer are faster without
   static constexpr int64_t kBytes = F::kBlock < 64 ? F::kBlock : 64, kBlocks = kChunk / F::kBlock;
   static constexpr int64_t kPlanes = F::kShape.has_scales ? 2 : 1;
-  // Scales without a sign have at most 6 bits. Three of them times a code of at most 5 fit a byte without one,
-  // so that a product of 16 bits takes two codes at once; others are multiplied one by one.
+  // Scales without a sign have at most 6 bits. Three of them times a code of at most 5 fit a byte without
+  // one, so that a product of 16 bits takes two codes at once; others are multiplied one by one.
   static constexpr bool kIsSigned = !F::kShape.has_minimums || !F::kShape.has_scales;
   static constexpr int kShift = kIsSigned ? 7 : 3;
+  // Rows from which tiles were faster on a Xeon of 2023, in the first cache. Two bytes with a sign take long
+  // to unpack, and bytes that are bytes already take longer than without; with a floor or a minimum for every
+  // 32 inputs tiles lost, or gained nothing, at any number.
+  static constexpr bool kHasTiles = F::kBlock > 32 || F::kShape.floors == Floors::kNone;
+  static constexpr int64_t kLeastRows = (kPlanes > 1 && kIsSigned) || F::kShape.bits == 8 ? 24 : 9;
   using Plane = uint8_t[kChunk / 4][kPanel][4];
 
   // Bytes of 16 outputs and four inputs, from their codes and scales.
@@ -37,7 +41,8 @@ struct TiledCodes {
       const __mmask64 odds = 0xaaaaaaaaaaaaaaaaull;
       __m512i lows = _mm512_mask_blend_epi8(odds, even, _mm512_slli_epi16(odd, 8));
       store_words(low, {_mm512_and_si512(lows, _mm512_set1_epi8(127))});
-      store_words(high, {_mm512_mask_blend_epi8(odds, _mm512_srai_epi16(even, 7), _mm512_slli_epi16(odd, 1))});
+      store_words(high,
+                  {_mm512_mask_blend_epi8(odds, _mm512_srai_epi16(even, 7), _mm512_slli_epi16(odd, 1))});
     }
   }
 
@@ -92,25 +97,32 @@ struct TiledCodes {
     }
   }
 
-  // Adds a chunk, whose factors are unpacked, times rows to sums [rows][kPanel].
-  static void add_chunk(const char* panel, int64_t blocks, const Chunk<F>& chunk, Rows x, int64_t rows,
-                        float* sums) {
+  // Adds a panel of blocks times rows to sums [rows][kPanel].
+  static void multiply(const char* panel, int64_t blocks, Rows x, int64_t rows, float* sums) {
+    TileConfig config(tiled_rows(rows), kBytes);
+    Chunk<F> chunk;
     alignas(64) Plane planes[kPlanes];
     TileSums tiles[kBlocks * kPlanes];
-    unpack(panel, blocks, chunk, planes);
     int64_t size = tiled_rows(rows);
-    for_tiled_rows(rows, [&](int64_t from, int64_t row) PYSPEC_INLINE_LAMBDA {
-      auto factors = [&](int64_t i) PYSPEC_INLINE_LAMBDA {
-        int64_t block = i / kPlanes;
-        return TileFactors{x.integers + from * x.stride + block * F::kBlock,
-                           reinterpret_cast<const char*>(planes[i % kPlanes][block * F::kBlock / 4])};
-      };
-      multiply_tiles<F::kBlock / kBytes, kIsSigned>(blocks * kPlanes, x.stride, factors, tiles);
-      for_few_rows<4>(row, from + size, [&](auto few, int64_t r) PYSPEC_INLINE_LAMBDA {
-        Rows part = {x.scales + r * x.stride, x.sums + r * x.stride, x.integers, x.stride};
-        add_blocks<decltype(few)::value>(tiles, r - from, chunk, blocks, part, sums + r * kPanel);
+    for (int64_t first = 0; first < blocks; first += kBlocks) {
+      int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
+      unpack_factors<kFormat>(panel, count, chunk);
+      unpack(panel, count, chunk, planes);
+      for_tiled_rows(rows, [&](int64_t from, int64_t row) PYSPEC_INLINE_LAMBDA {
+        auto factors = [&](int64_t i) PYSPEC_INLINE_LAMBDA {
+          int64_t input = i / kPlanes * F::kBlock;
+          return TileFactors{x.integers + from * x.stride + input,
+                             reinterpret_cast<const char*>(planes[i % kPlanes][input / 4])};
+        };
+        multiply_tiles<F::kBlock / kBytes, kIsSigned>(count * kPlanes, x.stride, factors, tiles);
+        for_few_rows<4>(row, from + size, [&](auto few, int64_t r) PYSPEC_INLINE_LAMBDA {
+          Rows part = {x.scales + r * x.stride, x.sums + r * x.stride, x.integers, x.stride};
+          add_blocks<decltype(few)::value>(tiles, r - from, chunk, count, part, sums + r * kPanel);
+        });
       });
-    });
+      panel += count * pyspec::block_bytes(F::kShape);
+      x.scales += count * 4, x.sums += count * F::kGroups * 2, x.integers += count * F::kBlock;
+    }
   }
 };
 

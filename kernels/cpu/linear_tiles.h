@@ -26,16 +26,16 @@ struct TileFactors {
 // The first pair of sums, or the second, of kSteps times the bytes that tiles are divided for.
 template <bool kSecond, int kSteps, bool kIsSigned>
 PYSPEC_INLINE void multiply_pair(TileFactors factors, int64_t x_bytes) {
-#define PYSPEC_MULTIPLY(sum, left, right)        \
-  if constexpr (kIsSigned) {                     \
-    _tile_dpbssd(sum, left, right);              \
-  } else {                                       \
-    _tile_dpbsud(sum, left, right);              \
+#define PYSPEC_MULTIPLY(sum, left, right) \
+  if constexpr (kIsSigned) {              \
+    _tile_dpbssd(sum, left, right);       \
+  } else {                                \
+    _tile_dpbsud(sum, left, right);       \
   }
-#define PYSPEC_MULTIPLY_STEP(first, second, left)                                   \
-  _tile_loadd(left, factors.x + step * 64, x_bytes);                                \
-  _tile_loadd(6, factors.bytes + step * 64 * pyspec::kPanel, 4 * pyspec::kPanel);   \
-  PYSPEC_MULTIPLY(first, left, 6)                                                   \
+#define PYSPEC_MULTIPLY_STEP(first, second, left)                                      \
+  _tile_loadd(left, factors.x + step * 64, x_bytes);                                   \
+  _tile_loadd(6, factors.bytes + step * 64 * pyspec::kPanel, 4 * pyspec::kPanel);      \
+  PYSPEC_MULTIPLY(first, left, 6)                                                      \
   _tile_loadd(7, factors.bytes + step * 64 * pyspec::kPanel + 64, 4 * pyspec::kPanel); \
   PYSPEC_MULTIPLY(second, left, 7)
   if constexpr (kSecond) {

@@ -1,5 +1,5 @@
-// int8 weights by the tile registers of AMX: products of many rows. See linear.cpp for what is computed, and in
-// which order.
+// int8 weights by the tile registers of AMX: products of many rows. See linear.cpp for what is computed, and
+// in which order.
 #pragma once
 
 #include "cpu/linear_blocks.h"
@@ -10,12 +10,14 @@
 namespace {
 
 struct TiledBytes {
-  static constexpr int64_t kLeastRows = 5;     // fewer are faster without
-  static constexpr int64_t kBlockGroups = 4;   // whose sums stay in the first cache, beside those of rows
+  static constexpr int64_t kLeastRows =
+      10;  // of a Xeon of 2023, in the first cache; fewer are faster without
+  static constexpr int64_t kBlockGroups = 4;  // whose sums stay in the first cache, beside those of rows
   static constexpr int64_t kGroupBytes = pyspec::kPanel * (2 + pyspec::kGroup);
 
-  // Goes on with the sums [kRows][kPanel] of rows over the groups of a block. x: where the scales of the block
-  // begin in the first row; its starts lie `starts` behind them. row: the first of them, in the tiles' sums.
+  // Goes on with the sums [kRows][kPanel] of rows over the groups of a block. x: where the scales of the
+  // block begin in the first row; its starts lie `starts` behind them. row: the first of them, in the tiles'
+  // sums.
   template <int kRows>
   PYSPEC_INLINE static void add_groups(const TileSums* tiles, int64_t row, const char* block, int64_t groups,
                                        const char* x, int64_t starts, int64_t x_bytes, float* sums) {

@@ -1,5 +1,5 @@
-// The tile registers of AMX: how they are divided while a kernel uses them. Eight of them: 0 to 3 are sums, 16
-// words wide; 4 and 5 take the rows of the left operand, 6 and 7 the right one's, 16 words wide again.
+// The tile registers of AMX: how they are divided while a kernel uses them. Eight of them: 0 to 3 are sums,
+// 16 words wide; 4 and 5 take the rows of the left operand, 6 and 7 the right one's, 16 words wide again.
 #pragma once
 
 #include "cpu/simd.h"
