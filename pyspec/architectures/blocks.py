@@ -22,7 +22,17 @@ from pyspec.ops.route_experts import mix_experts, route_experts
 from pyspec.ops.selective_state import LANES, selective_state
 from pyspec.ops.swiglu import swiglu
 
-__all__ = ["attention", "expert_gates", "experts", "feed_forward", "gated_delta_net", "mamba", "mamba2", "tap"]
+__all__ = [
+    "attend",
+    "attention",
+    "expert_gates",
+    "experts",
+    "feed_forward",
+    "gated_delta_net",
+    "mamba",
+    "mamba2",
+    "tap",
+]
 
 
 def tap(hidden: Tensor) -> Tensor:
@@ -39,7 +49,15 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         cache: with keys and values, such as a DenseCache.
         numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
     """
-    projected = _project(x, layer.qkv, layer.qkv_bias)
+    return attend(_project(x, layer.qkv, layer.qkv_bias), layer, config, cache, index, numbers, x.dtype)
+
+
+def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: torch.dtype) -> Tensor:
+    """Attention whose gates, queries, keys and values are there, one beside another in a row, fp32; see attention.
+
+    Args:
+        dtype: of activations.
+    """
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
     places = (numbers.positions, numbers.row_sequences, numbers.slots)
@@ -57,7 +75,7 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
         scores["sinks"] = layer.sinks
     mixed = cache.attend(index, q, numbers, config.windows[index], **scores).flatten(1)
     if config.is_gated:
-        mixed = swiglu(gates, up=mixed, activation="sigmoid", out_dtype=x.dtype)
+        mixed = swiglu(gates, up=mixed, activation="sigmoid", out_dtype=dtype)
     return _project(mixed, layer.output, layer.output_bias)
 
 
@@ -143,7 +161,7 @@ def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) 
     inner, z, beta, decay = _project(x, layer.in_proj).split(parts, 1)
     inner = causal_conv(window, conv_record, inner, layer.conv_weight, None, round)
     q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
-    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength}
+    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength, "tiled": shape.tiled}
     y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
     y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, config.norm_epsilon)
     return _project(swiglu(z, up=y.view(-1, shape.channels), out_dtype=x.dtype), layer.out_proj)
