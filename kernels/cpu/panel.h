@@ -13,6 +13,7 @@
 
 #include "cpu/matrix_neon.h"
 #include "cpu/simd.h"
+#include "cpu/tile_registers.h"
 
 namespace {
 
@@ -135,19 +136,8 @@ PYSPEC_INLINE void part_panel(PanelA a, int64_t rows, const float* b, int64_t st
 #endif
 
 #if PYSPEC_HAS_AMX
-// The same product by tiles of 16 x 16 sums and 16 pairs a step. Every tile register is 16 rows of 64 bytes.
-struct TileConfig {
-  TileConfig() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
-    }
-    _tile_loadconfig(config);
-  }
-  ~TileConfig() { _tile_release(); }
-};
-
+// The same product by tiles of 16 x 16 sums and 16 pairs a step.
+//
 // C (zeroed, or continued) is 16 * kTilesA rows by kBlocks blocks; steps counts groups of 16 pairs.
 template <int kTilesA, int kBlocks>
 PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,
