@@ -9,6 +9,7 @@ import torch
 import pyspec.runners.native
 from pyspec import DraftTree, from_transformers, generate, load
 from pyspec.architectures import family_of
+from pyspec.checkpoints.huggingface import TensorCheckpoint
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import HybridRunner
 from tests.helpers.random_llama import by_slot, random_tokens, random_tree, root_path, verify_all
@@ -157,12 +158,13 @@ def test_a_saved_model_loads(models, kind, tmp_path):
     prompt = random_tokens(9)
     assert torch.equal(loaded.prefill([prompt])[0], runner.prefill([prompt])[0])
     assert loaded.fingerprint == runner.fingerprint
-    state, named = model.state_dict(), loaded.weights.named(loaded.config)
-    order_of = family_of(type(model).__name__).row_order
-    for name in state.keys() & named.keys():
-        order = order_of(loaded.config, name, len(named[name]))
-        assert torch.equal(named[name] if order is None else named[name][order], state[name]), name
-    assert all(".experts." in name for name in state.keys() ^ named.keys() if name != "lm_head.weight")
+    family, named = family_of(type(model).__name__), loaded.weights.named(loaded.config)
+    state = family.weights.checkpoint(TensorCheckpoint(model.state_dict()), loaded.config)
+    assert state.shapes.keys() ^ named.keys() <= {"lm_head.weight"}
+    for name in state.shapes.keys() & named.keys():
+        order = family.row_order(loaded.config, name, len(named[name]))
+        ((_, expected),) = state.blocks(name)
+        assert torch.equal(named[name] if order is None else named[name][order], expected), name
 
 
 @pytest.mark.parametrize(

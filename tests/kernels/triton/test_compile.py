@@ -331,9 +331,10 @@ SMALL = [
      rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "HEAD_DIM": 512, "BLOCK": 256, "WIDTH": 512, "REST": 0,
                                         "IS_WHOLE": False, "NORMS_VALUES": True}, rotary_write.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": False, "IS_SIGMOID": True}, swiglu.OPTIONS),
+    *(
+        (swiglu.swiglu_kernel, {name: name == chosen for name in _ACTIVATIONS}, swiglu.OPTIONS)
+        for chosen in _ACTIVATIONS
+    ),
 ]  # fmt: skip
 
 
