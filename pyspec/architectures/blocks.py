@@ -174,7 +174,8 @@ def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) 
     q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
     settings = {"dt_bias": layer.dt_bias, "strength": shape.strength}
     y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
-    y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, config.norm_epsilon)
+    epsilon = config.norm_epsilon if shape.norm_epsilon is None else shape.norm_epsilon
+    y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, epsilon)
     return _project(swiglu(z, up=y.view(-1, shape.channels), out_dtype=x.dtype), layer.out_proj)
 
 

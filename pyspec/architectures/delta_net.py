@@ -28,6 +28,7 @@ class DeltaShape:
         conv_taps: of the convolution over queries, keys and values.
         strength: see gated_delta.
         joined: whether checkpoints have two input matrices instead of four.
+        norm_epsilon: of the norm of what a head gives; the model's where it is None.
     """
 
     layers: int
@@ -38,6 +39,7 @@ class DeltaShape:
     conv_taps: int
     strength: float = 1.0
     joined: bool = False
+    norm_epsilon: float | None = None
 
     def __post_init__(self):
         for name in ("layers", "heads", "head_dim", "key_heads", "state_size", "conv_taps"):

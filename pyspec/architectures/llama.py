@@ -129,6 +129,7 @@ class DecoderLayer(NativeLayer):
     """
 
     MATRICES = ("gate_up", "down")
+    NORMS = None  # as LlamaConfig.norm_names, where a kind of layers has others
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     norm_biases: dict[str, Tensor]  # by the same names; or none
@@ -138,9 +139,10 @@ class DecoderLayer(NativeLayer):
     @classmethod
     def empty_parts(cls, config: LlamaConfig, blank: Blank) -> dict[str, Any]:
         """The fields that all layers have."""
+        names = cls.NORMS or config.norm_names
         return {
-            "norms": {name: blank.vector(config.hidden_size) for name in config.norm_names},
-            "norm_biases": {name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
+            "norms": {name: blank.vector(config.hidden_size) for name in names},
+            "norm_biases": {name: blank.vector(config.hidden_size) for name in names if config.norm_bias},
         } | cls.empty_feed_forward(config, blank)
 
     @classmethod
@@ -151,8 +153,9 @@ class DecoderLayer(NativeLayer):
         }
 
     def named_norms(self, config: LlamaConfig) -> dict[str, Tensor]:
-        tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        return tensors | {f"{config.norm_names[name]}.bias": bias for name, bias in self.norm_biases.items()}
+        names = self.NORMS or config.norm_names
+        tensors = {f"{names[name]}.weight": norm for name, norm in self.norms.items()}
+        return tensors | {f"{names[name]}.bias": bias for name, bias in self.norm_biases.items()}
 
     def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
         tensors = {"down_proj": dense(self.down)}

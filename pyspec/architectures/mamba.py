@@ -1,4 +1,4 @@
-"""Mamba models. Every channel has a decay for each of its states, and a dt of its own."""
+"""Mamba models, Falcon's too. Every channel has a decay for each of its states, and a dt of its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
 from pyspec.architectures.blocks import mamba
+from pyspec.architectures.mixture import ExpertCheckpoint
 from pyspec.architectures.state_space import (
     RecurrentPart,
     StateSpaceConfig,
@@ -23,6 +24,7 @@ from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
 from pyspec.runners.recurrent import RecurrentRunner
 
 __all__ = [
+    "MambaCheckpoint",
     "MambaConfig",
     "MambaLayer",
     "MambaPart",
@@ -186,6 +188,30 @@ class NormedMambaLayer(NormedMambaPart, StateSpaceLayer):
     norm: Tensor  # [hidden]
 
 
+class MambaWeights(StateSpaceWeights):
+    """All weights, by the names of Hugging Face's Mamba."""
+
+    @staticmethod
+    def checkpoint(stored, config: MambaConfig) -> MambaCheckpoint:
+        return MambaCheckpoint(stored, config)
+
+
+class MambaCheckpoint(ExpertCheckpoint):
+    """A checkpoint whose x_proj is two matrices where dt, B and C are normed; see ExpertCheckpoint."""
+
+    NAMES = ()
+
+    def __init__(self, stored, shape: MambaShape):
+        self._rank = shape.dt_rank if shape.inner_epsilon else None
+        super().__init__(stored)
+
+    def _split(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple | None]:
+        if self._rank is None or not name.endswith(".x_proj.weight"):
+            return super()._split(name, shape)
+        stem, rank = name.removesuffix("weight"), self._rank
+        return {f"{stem}low.weight": (slice(rank),), f"{stem}BC.weight": (slice(rank, None),)}
+
+
 # ==== config.json ====
 
 SHARED_DEFAULTS = {"hidden_act": "silu", "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "expand": 2}
@@ -214,6 +240,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> MambaConfi
         projection_bias=entries.flag("use_bias"),
         conv_bias=entries.flag("use_conv_bias"),
         tied_embedding=entries.flag("tie_word_embeddings"),
+        inner_epsilon=entries.number("mixer_rms_eps") if architecture == "FalconMambaForCausalLM" else 0.0,
     )
 
 
@@ -252,5 +279,7 @@ def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[di
     return shape, layer
 
 
-_ARCHITECTURES = {"MambaForCausalLM": _DEFAULTS, "mamba_ssm Mamba1": {}}
-FAMILIES.register("mamba", Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner), "Mamba")
+_FALCON = _DEFAULTS | {"mixer_rms_eps": 1e-6}
+_ARCHITECTURES = {"MambaForCausalLM": _DEFAULTS, "FalconMambaForCausalLM": _FALCON, "mamba_ssm Mamba1": {}}
+_FAMILY = Family(_ARCHITECTURES, _read, MambaWeights, RecurrentRunner)
+FAMILIES.register("mamba", _FAMILY, "Mamba, Falcon Mamba")

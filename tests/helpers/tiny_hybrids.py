@@ -31,6 +31,13 @@ _FALCON = _SHARED | _MAMBA2 | {"hidden_size": 128, "mamba_d_ssm": 256, "num_hidd
 _FALCON |= {"embedding_multiplier": 3.0, "lm_head_multiplier": 0.4, "key_multiplier": 0.7, "ssm_in_multiplier": 1.3}
 _FALCON |= {"attention_in_multiplier": 0.8, "attention_out_multiplier": 1.2, "ssm_out_multiplier": 0.6}
 _FALCON |= {"mlp_multipliers": [0.9, 1.4], "ssm_multipliers": [0.7, 1.1, 1.2, 0.8, 0.9]}
+_NEMOTRON = _SHARED | {"hidden_size": 128, "head_dim": 64, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2}
+_NEMOTRON |= {"ssm_state_size": 16, "chunk_size": 8}
+_NEMOTRON_EXPERTS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_NEMOTRON_EXPERTS |= {"moe_shared_expert_intermediate_size": 64, "routed_scaling_factor": 1.5}
+_JAMBA = _SHARED | {"hidden_size": 128, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+_OLMO = _SHARED | {"hidden_size": 128, "layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "linear_key_head_dim": 16}
+_OLMO |= {"linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
 #: The names of a configuration and a model in transformers, and what the configuration says.
 KINDS = {
@@ -67,6 +74,30 @@ KINDS = {
         "FalconH1Config",
         "FalconH1ForCausalLM",
         _FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        _NEMOTRON | {"layers_block_type": [_LINEAR, "mlp", _FULL, "mlp", _LINEAR, "mlp"]},
+    ),
+    "nemotron_h_moe": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        _NEMOTRON | _NEMOTRON_EXPERTS | {"layers_block_type": [_LINEAR, "moe", _LINEAR, _FULL, "moe"], "use_bias": True},
+    ),
+    "jamba": ("JambaConfig", "JambaForCausalLM", _JAMBA),
+    "jamba_moe": (
+        "JambaConfig",
+        "JambaForCausalLM",
+        _JAMBA | {"num_experts": 6, "expert_layer_offset": 0, "attn_layer_period": 3, "mamba_proj_bias": True}
+        | {"mamba_conv_bias": False, "mamba_dt_rank": 5, "tie_word_embeddings": True, "mamba_d_state": 32},
+    ),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _OLMO),
+    "olmo_hybrid_turned": (
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        _OLMO | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "linear_allow_neg_eigval": False}
+        | {"linear_num_key_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _QWEN),
     "qwen3_5_tied_with_biases": (
