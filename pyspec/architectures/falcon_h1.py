@@ -127,6 +127,7 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> FalconH1Co
     check_silu(source, entries, "HybridRunner")
     check_no_limit(source, entries, "HybridRunner")
     shape = read_decoder(source, entries, architecture)
+    shape["architecture"] = entries.text("model_type", "falcon_h1")
     layers, has_bias = shape["layers"], entries.flag("mamba_proj_bias")
     if entries.flag("projectors_bias") != has_bias:
         raise Unsupported(f"{source} has projectors_bias {not has_bias}, HybridRunner has it like mamba_proj_bias")

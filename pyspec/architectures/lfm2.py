@@ -174,13 +174,14 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> Lfm2Config
         entries = entries.with_own({"intermediate_size": entries.whole("block_ff_dim")})
     shape = read_shape(source, entries, architecture, epsilon="norm_eps")
     shape["rope_base"], shape["rope_scaling"] = read_rope(source, entries, 1e6)
-    layers = shape["layers"]
+    layers, is_mixture = shape["layers"], architecture == "Lfm2MoeForCausalLM"
+    shape["architecture"] = entries.text("model_type", "lfm2_moe" if is_mixture else "lfm2")
     if "layer_types" not in entries and "full_attn_idxs" in entries:
         attends = entries.array("full_attn_idxs", int)
         kinds = ["full_attention" if layer in attends else "conv" for layer in range(layers)]
         entries = entries.with_own({"layer_types": kinds})
     is_attention = read_attention_layers(entries, layers, "conv")
-    if architecture == "Lfm2MoeForCausalLM":
+    if is_mixture:
         shape |= _read_experts(entries, layers)
     else:
         shape |= {"intermediate_size": _inner_size(entries), "expert_layers": (False,) * layers}

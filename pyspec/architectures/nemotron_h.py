@@ -137,7 +137,8 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> NemotronHC
     check_no_limit(source, entries, "HybridRunner")
     kinds = _read_kinds(entries)
     layers, epsilon = len(kinds), entries.number("layer_norm_epsilon")
-    shape = read_shape(source, entries.with_own({"num_hidden_layers": layers}), architecture, epsilon="layer_norm_epsilon")
+    own = {"num_hidden_layers": layers, "model_type": entries.text("model_type", "nemotron_h")}
+    shape = read_shape(source, entries.with_own(own), architecture, epsilon="layer_norm_epsilon")
     recurrence = Mamba2Shape(
         hidden_size=shape["hidden_size"],
         layers=kinds.count("linear_attention"),
@@ -169,7 +170,7 @@ def _read_kinds(entries: Entries) -> list[str]:
         key, stated = "hybrid_override_pattern", list(entries.text("hybrid_override_pattern"))
     else:
         key = "layers_block_type" if "layers_block_type" in entries else "layer_types"
-        stated = entries.array(key, str)
+        stated = entries.array(key, str, ["linear_attention", "moe", "full_attention", "mlp"])
     if not set(stated) <= _KINDS.keys():
         raise entries.wrong(key, entries.get(key), f"layers that are {', '.join(_KINDS)}")
     return [_KINDS[kind] for kind in stated]

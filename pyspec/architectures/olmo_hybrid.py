@@ -92,8 +92,10 @@ _GATE_EPSILON = 1e-5  # of what gated delta nets give, whatever the others have
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> OlmoHybridConfig:
     shape = read_decoder(source, entries, architecture, in_part=True)
+    shape["architecture"] = entries.text("model_type", "olmo_hybrid")
     layers, hidden, heads = shape["layers"], shape["hidden_size"], shape["heads"]
-    if "rope_theta" not in rope_entries(entries) and "rope_theta" not in entries:
+    rope = rope_entries(entries)
+    if rope.is_null("rope_theta") or ("rope_theta" not in rope and entries.is_null("rope_theta")):
         shape["turns"] = ("none",) * layers
     is_attention = read_attention_layers(entries, layers, "linear_attention", 4)
     if not any(is_attention):

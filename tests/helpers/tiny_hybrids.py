@@ -33,6 +33,7 @@ _FALCON |= {"attention_in_multiplier": 0.8, "attention_out_multiplier": 1.2, "ss
 _FALCON |= {"mlp_multipliers": [0.9, 1.4], "ssm_multipliers": [0.7, 1.1, 1.2, 0.8, 0.9]}
 _NEMOTRON = _SHARED | {"hidden_size": 128, "head_dim": 64, "mamba_num_heads": 8, "mamba_head_dim": 32, "n_groups": 2}
 _NEMOTRON |= {"ssm_state_size": 16, "chunk_size": 8}
+_NEMOTRON |= {"time_step_min": 1e-9}  # by which transformers bounds the dt of prompts, though not of single tokens
 _NEMOTRON_EXPERTS = {"n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _NEMOTRON_EXPERTS |= {"moe_shared_expert_intermediate_size": 64, "routed_scaling_factor": 1.5}
 _JAMBA = _SHARED | {"hidden_size": 128, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
@@ -92,7 +93,7 @@ KINDS = {
         _JAMBA | {"num_experts": 6, "expert_layer_offset": 0, "attn_layer_period": 3, "mamba_proj_bias": True}
         | {"mamba_conv_bias": False, "mamba_dt_rank": 5, "tie_word_embeddings": True, "mamba_d_state": 32},
     ),
-    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _OLMO),
+    "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _OLMO | {"rope_parameters": {"rope_theta": None}}),
     "olmo_hybrid_turned": (
         "OlmoHybridConfig",
         "OlmoHybridForCausalLM",
@@ -112,6 +113,11 @@ KINDS = {
 }
 
 
+#: A kind of each family.
+FAMILIES = ("bamba", "granite_moe", "lfm2", "lfm2_moe", "falcon_h1", "nemotron_h_moe", "jamba_moe", "olmo_hybrid")
+FAMILIES += ("qwen3_5", "qwen3_next")
+
+
 def tiny_hybrid(kind: str, **changed):
     """A transformers model in fp32 that forgets slowly."""
     import transformers
@@ -121,7 +127,10 @@ def tiny_hybrid(kind: str, **changed):
     model = getattr(transformers, model)(getattr(transformers, config)(**shape | changed)).float().eval()
     for name, parameter in model.named_parameters():
         mean, deviation = (1.0, 0.2) if parameter.dim() == 1 else (0.0, 0.2)
-        if "dt_bias" in name or "A_log" in name:
+        if "dt_bias" in name or "dt_proj.bias" in name or "A_log" in name:
             mean, deviation = -2.0, 1.0
         torch.nn.init.normal_(parameter, mean, deviation)
+    for name, buffer in model.named_buffers():  # what experts are chosen by, beside their gates
+        if name.endswith(("expert_bias", "e_score_correction_bias")):
+            torch.nn.init.normal_(buffer, 0.0, 0.2)
     return model
