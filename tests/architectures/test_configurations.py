@@ -79,7 +79,8 @@ SMALL = {
     "Lfm2MoeForCausalLM": SIZES | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "NemotronHForCausalLM": {"hidden_size": 2048, "num_attention_heads": 32, "max_position_embeddings": 256}
     | {"layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 16, "intermediate_size": 77},
-    "OlmoHybridForCausalLM": SIZES | {"linear_num_key_heads": 16, "linear_allow_neg_eigval": False},
+    "OlmoHybridForCausalLM": SIZES
+    | {"linear_key_head_dim": 48, "linear_value_head_dim": 96, "linear_allow_neg_eigval": False},
 }
 
 
