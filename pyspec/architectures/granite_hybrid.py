@@ -1,4 +1,4 @@
-"""Granite 4: Granite's multipliers, attention, Mamba-2 or both, experts or none, and a feed-forward part of all rows."""
+"""Granite 4: Granite's multipliers, attention, Mamba-2 or both, experts or none, and an inner part of all rows."""
 
 from __future__ import annotations
 

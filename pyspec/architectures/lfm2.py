@@ -28,7 +28,7 @@ from pyspec.entries import Entries
 from pyspec.ops.causal_conv import LANES, MOST_TAPS
 from pyspec.runners.recurrent import HybridRunner
 
-__all__ = []
+__all__ = ["ConvolutionShape", "Lfm2Config", "Lfm2Weights"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,9 +118,7 @@ class ExpertPart(DecoderLayer):
     @classmethod
     def empty_feed_forward(cls, config: MixtureConfig, blank: Blank) -> dict[str, Tensor | None]:
         return {
-            "gate_up": blank.matrix(
-                config.experts, len(config.inner_parts) * config.expert_size, config.hidden_size
-            ),
+            "gate_up": blank.matrix(config.experts, len(config.inner_parts) * config.expert_size, config.hidden_size),
             "down": blank.matrix(config.experts, config.hidden_size, config.expert_size),
             "router": blank.vector(config.experts, config.hidden_size),
             "choice_bias": blank.vector(config.experts) if config.choice_bias else None,

@@ -36,7 +36,9 @@ class OlmoDeltaLayer(DeltaLayer):
         shape = config.recurrence
         keys, channels, heads = shape.key_channels, shape.channels, shape.heads
         names, sizes = ("q", "k", "v", "g", "b", "a"), [keys, keys, channels, channels, heads, heads]
-        tensors = {f"{name}_proj.weight": part for name, part in zip(names, dense(self.in_proj).split(sizes), strict=True)}
+        tensors = {
+            f"{name}_proj.weight": part for name, part in zip(names, dense(self.in_proj).split(sizes), strict=True)
+        }
         taps = self.conv_weight.T[:, None].split(sizes[:3])
         tensors |= {f"{name}_conv1d.weight": part for name, part in zip(names, taps, strict=False)}
         tensors |= {"A_log": self.A_log, "dt_bias": self.dt_bias, "o_norm.weight": self.gate_norm}

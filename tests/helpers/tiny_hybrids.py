@@ -54,7 +54,8 @@ KINDS = {
     "granite_moe": (
         "GraniteMoeHybridConfig",
         "GraniteMoeHybridForCausalLM",
-        _GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48, "mamba_n_groups": 2}
+        _GRANITE
+        | {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 48, "mamba_n_groups": 2}
         | {"position_embedding_type": "rope", "tie_word_embeddings": True, "attention_bias": True},
     ),
     "lfm2": ("Lfm2Config", "Lfm2ForCausalLM", _LFM | {"block_multiple_of": 16}),
@@ -68,7 +69,8 @@ KINDS = {
     "falcon_h1_normed": (
         "FalconH1Config",
         "FalconH1ForCausalLM",
-        _FALCON | {"mamba_rms_norm": True, "mamba_n_groups": 2, "tie_word_embeddings": True, "attention_bias": True}
+        _FALCON
+        | {"mamba_rms_norm": True, "mamba_n_groups": 2, "tie_word_embeddings": True, "attention_bias": True}
         | {"mamba_proj_bias": True, "projectors_bias": True, "mamba_conv_bias": False},
     ),
     "falcon_h1_gated_first": (
@@ -84,20 +86,24 @@ KINDS = {
     "nemotron_h_moe": (
         "NemotronHConfig",
         "NemotronHForCausalLM",
-        _NEMOTRON | _NEMOTRON_EXPERTS | {"layers_block_type": [_LINEAR, "moe", _LINEAR, _FULL, "moe"], "use_bias": True},
+        _NEMOTRON
+        | _NEMOTRON_EXPERTS
+        | {"layers_block_type": [_LINEAR, "moe", _LINEAR, _FULL, "moe"], "use_bias": True},
     ),
     "jamba": ("JambaConfig", "JambaForCausalLM", _JAMBA),
     "jamba_moe": (
         "JambaConfig",
         "JambaForCausalLM",
-        _JAMBA | {"num_experts": 6, "expert_layer_offset": 0, "attn_layer_period": 3, "mamba_proj_bias": True}
+        _JAMBA
+        | {"num_experts": 6, "expert_layer_offset": 0, "attn_layer_period": 3, "mamba_proj_bias": True}
         | {"mamba_conv_bias": False, "mamba_dt_rank": 5, "tie_word_embeddings": True, "mamba_d_state": 32},
     ),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _OLMO | {"rope_parameters": {"rope_theta": None}}),
     "olmo_hybrid_turned": (
         "OlmoHybridConfig",
         "OlmoHybridForCausalLM",
-        _OLMO | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "linear_allow_neg_eigval": False}
+        _OLMO
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "linear_allow_neg_eigval": False}
         | {"linear_num_key_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", _QWEN),
