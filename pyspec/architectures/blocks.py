@@ -172,7 +172,7 @@ def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) 
     inner, z, beta, decay = _project(x, layer.in_proj).split(parts, 1)
     inner = causal_conv(window, conv_record, inner, layer.conv_weight, None, round)
     q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
-    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength}
+    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength, "tiled": shape.tiled}
     y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
     epsilon = config.norm_epsilon if shape.norm_epsilon is None else shape.norm_epsilon
     y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, epsilon)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import mamba
 from pyspec.architectures.mixture import ExpertCheckpoint
+from pyspec.architectures.shapes import GGUF_RECURRENT
 from pyspec.architectures.state_space import (
     RecurrentPart,
     StateSpaceConfig,
@@ -23,7 +24,11 @@ from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
 from pyspec.runners.recurrent import RecurrentRunner
 
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
+
 __all__ = [
+    "GGUF_MAMBA",
     "MambaCheckpoint",
     "MambaConfig",
     "MambaLayer",
@@ -34,6 +39,7 @@ __all__ = [
     "check_silu",
     "mamba_ssm_shape",
     "read_dt_rank",
+    "read_gguf_state_space",
 ]
 
 
@@ -279,7 +285,52 @@ def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[di
     return shape, layer
 
 
+# ==== GGUF ====
+
+GGUF_MAMBA = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_x": "mixer.x_proj",
+    "ssm_dt": "mixer.dt_proj",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+    "ssm_norm": "mixer.norm",
+    "ssm_out": "mixer.out_proj",
+}
+
+
+def read_gguf_state_space(file: GGUFFile, entries: Entries) -> dict[str, Any]:
+    """Fields of MambaConfig and Mamba2Config that GGUF files state alike."""
+    shapes = file.shapes
+    return {
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "hidden_size": entries.whole("embedding_length"),
+        "layers": entries.whole("block_count"),
+        "state_size": entries.whole("ssm.state_size"),
+        "conv_taps": entries.whole("ssm.conv_kernel"),
+        "norm_epsilon": entries.number("attention.layer_norm_rms_epsilon"),
+        "projection_bias": "blk.0.ssm_in.bias" in shapes,
+        "conv_bias": "blk.0.ssm_conv1d.bias" in shapes,
+        "tied_embedding": "output.weight" not in shapes,
+    }
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> MambaConfig:
+    shape = read_gguf_state_space(file, entries)
+    return MambaConfig(
+        **shape,
+        channels=entries.whole("ssm.inner_size"),
+        dt_rank=entries.whole("ssm.time_step_rank"),
+        inner_epsilon=shape["norm_epsilon"] if entries.flag("ssm.dt_b_c_rms", False) else 0.0,
+    )
+
+
 _FALCON = _DEFAULTS | {"mixer_rms_eps": 1e-6}
 _ARCHITECTURES = {"MambaForCausalLM": _DEFAULTS, "FalconMambaForCausalLM": _FALCON, "mamba_ssm Mamba1": {}}
-_FAMILY = Family(_ARCHITECTURES, _read, MambaWeights, RecurrentRunner)
+_GGUF = GGUF(("mamba",), _read_gguf, GGUF_MAMBA, restored=GGUF_RECURRENT)
+_FAMILY = Family(_ARCHITECTURES, _read, MambaWeights, RecurrentRunner, _GGUF)
 FAMILIES.register("mamba", _FAMILY, "Mamba, Falcon Mamba")
