@@ -9,24 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.decoder import read_decoder
 from pyspec.architectures.hybrid import HybridConfig
 from pyspec.architectures.llama import DecoderLayer, LayerWeights, LlamaWeights
 from pyspec.architectures.mamba import check_silu
-from pyspec.architectures.mamba2 import Mamba2Part, check_no_limit, read_mamba2_shape
+from pyspec.architectures.mamba2 import (
+    RESTORED_MAMBA2,
+    Mamba2Part,
+    check_no_limit,
+    gguf_mamba2,
+    read_gguf_mamba2_shape,
+    read_mamba2_shape,
+)
 from pyspec.architectures.mixture import ExpertCheckpoint
-from pyspec.architectures.shapes import DEFAULTS
+from pyspec.architectures.shapes import DEFAULTS, GGUF_TENSORS, read_gguf_shape
 from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
 from pyspec.ops.lay_out import StoredMatrix, stored_floats
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = []
 
@@ -175,5 +185,19 @@ def _read_multipliers(entries: Entries, recurrence) -> tuple[tuple[str, tuple[fl
     return tuple(entry for entry in found if set(entry[1]) != {1.0})
 
 
-_FAMILY = Family({"FalconH1ForCausalLM": _DEFAULTS}, _read, FalconH1Weights, HybridRunner)
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> FalconH1Config:
+    """The shape of the model in a GGUF file, as llama.cpp reads it."""
+    shape = read_gguf_shape(file, entries)
+    recurrence = read_gguf_mamba2_shape(file, entries, shape["layers"])
+    everywhere = (True,) * shape["layers"]
+    return FalconH1Config(**shape, is_attention=everywhere, is_recurrent=everywhere, recurrence=recurrence)
+
+
+_TENSORS = GGUF_TENSORS | gguf_mamba2("mamba.") | {"output_norm": "model.final_layernorm"}
+_TENSORS |= dict.fromkeys(("ffn_norm", "ffn_norm.weight"), "pre_ff_layernorm.weight")
+_GGUF = GGUF(("falcon-h1",), _read_gguf, _TENSORS, restored=RESTORED_MAMBA2)
+_FAMILY = Family({"FalconH1ForCausalLM": _DEFAULTS}, _read, FalconH1Weights, HybridRunner, _GGUF)
 FAMILIES.register("falcon_h1", _FAMILY, "Falcon-H1, attention and Mamba-2 beside each other")

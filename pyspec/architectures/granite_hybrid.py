@@ -4,26 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, GGUF, Family
 from pyspec.architectures.decoder import read_decoder
-from pyspec.architectures.granite import DEFAULTS_3, read_multipliers
-from pyspec.architectures.hybrid import HybridConfig, HybridMamba2Layer
+from pyspec.architectures.granite import DEFAULTS_3, read_gguf_multipliers, read_multipliers
+from pyspec.architectures.hybrid import HybridConfig, HybridMamba2Layer, read_gguf_kinds
 from pyspec.architectures.llama import DecoderLayer, LayerWeights
 from pyspec.architectures.mamba import check_silu
-from pyspec.architectures.mamba2 import check_no_limit, read_mamba2_shape
+from pyspec.architectures.mamba2 import (
+    RESTORED_MAMBA2,
+    check_no_limit,
+    gguf_mamba2,
+    read_gguf_mamba2_shape,
+    read_mamba2_shape,
+)
 from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
     ExpertCheckpoint,
     MixtureConfig,
     MixtureWeights,
     SharedExpertPart,
     SharedMixtureLayer,
     read_choices,
+    read_gguf_choices,
 )
+from pyspec.architectures.shapes import interleaved_rows
 from pyspec.entries import Entries
 from pyspec.runners.attention import AttentionRunner
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = []
 
@@ -112,5 +124,29 @@ def _experts(entries: Entries, shape: dict[str, Any]) -> dict[str, Any]:
     return read_choices(entries) | own
 
 
-_FAMILY = Family({"GraniteMoeHybridForCausalLM": _DEFAULTS}, _read, Granite4Weights, HybridRunner)
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> Granite4HybridConfig:
+    """The shape of the model in a GGUF file, of a Bamba too, as llama.cpp reads it."""
+    shape, is_attention = read_gguf_kinds(file, entries)
+    shape |= read_gguf_multipliers(entries.with_defaults({"logit_scale": 1.0}), shape)
+    layers = shape["layers"]
+    if entries.flag("rope.scaling.finetuned", False):
+        shape["rope_width"] = entries.whole("rope.dimension_count", shape["head_dim"])
+    else:
+        shape["turns"] = ("none",) * layers
+    if entries.whole("expert_count", 0, least=0):
+        shape |= read_gguf_choices(entries)
+        shape |= {"expert_size": shape["intermediate_size"], "renormalise": True, "shared_gate": False}
+        shape["shared_size"] = entries.whole("expert_shared_feed_forward_length")
+    else:
+        shape["expert_layers"] = (False,) * layers
+    recurrence = read_gguf_mamba2_shape(file, entries, is_attention.count(False))
+    return Granite4HybridConfig(**shape, is_attention=is_attention, recurrence=recurrence)
+
+
+_TENSORS = GGUF_EXPERTS | gguf_mamba2("mamba.")
+_GGUF = GGUF(("granitehybrid",), _read_gguf, _TENSORS, interleaved_rows, RESTORED_MAMBA2)
+_FAMILY = Family({"GraniteMoeHybridForCausalLM": _DEFAULTS}, _read, Granite4Weights, HybridRunner, _GGUF)
 FAMILIES.register("granite_hybrid", _FAMILY, "Granite 4, hybrids of attention and Mamba-2 or attention alone")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,15 @@ from pyspec.architectures.decoder import DecoderConfig
 from pyspec.architectures.llama import DecoderLayer
 from pyspec.architectures.mamba2 import Mamba2Part
 from pyspec.architectures.rotary import Rope
+from pyspec.architectures.shapes import read_gguf_shape
 from pyspec.architectures.state_space import RecurrentPart
 from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
 
-__all__ = ["HybridConfig", "HybridMamba2Layer", "RecurrentLayer", "read_attention_layers"]
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
+
+__all__ = ["HybridConfig", "HybridMamba2Layer", "RecurrentLayer", "read_attention_layers", "read_gguf_kinds"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,26 @@ class HybridMamba2Layer(Mamba2Part, RecurrentLayer):
     """A layer with a recurrence of Mamba-2."""
 
     MATRICES = (*Mamba2Part.RECURRENCE, *DecoderLayer.MATRICES)
+
+
+def read_gguf_kinds(file: GGUFFile, entries: Entries) -> tuple[dict[str, Any], tuple[bool, ...]]:
+    """The sizes of the hybrid in a GGUF file, see read_gguf_shape, and whether each layer is attention.
+
+    What is not has no key heads there, and maybe no feed-forward part.
+    """
+    layers = entries.whole("block_count") - entries.whole("nextn_predict_layers", 0, least=0)
+    sizes = {"block_count": layers}
+    for key in ("attention.head_count_kv", "feed_forward_length"):
+        stated = entries.get(key)
+        if isinstance(stated, list):
+            sizes[key] = max(entries.array(key, int)[:layers])
+            if key == "attention.head_count_kv" and len(stated) < layers:
+                raise entries.wrong(key, stated, f"a number for each of {layers} layers")
+    heads = entries.array("attention.head_count_kv", int)
+    shape = read_gguf_shape(file, entries.with_own(sizes), is_mixture=True)
+    for name, end in (("qkv_bias", "attn_q.bias"), ("output_bias", "attn_output.bias")):
+        shape[name] = any(tensor.endswith(end) for tensor in file.shapes)
+    return shape, tuple(count > 0 for count in heads[:layers])
 
 
 def read_attention_layers(entries: Entries, layers: int, recurrent: str, period: int | None = None) -> tuple[bool, ...]:

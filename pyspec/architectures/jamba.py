@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
-from pyspec.architectures.hybrid import HybridConfig, RecurrentLayer
+from pyspec.architectures import FAMILIES, GGUF, Family
+from pyspec.architectures.hybrid import HybridConfig, RecurrentLayer, read_gguf_kinds
 from pyspec.architectures.llama import DecoderLayer, LayerWeights
 from pyspec.architectures.mamba import MambaCheckpoint, MambaShape, NormedMambaPart, check_silu, read_dt_rank
 from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
     ExpertCheckpoint,
     ExpertPart,
     MixtureConfig,
     MixtureLayer,
     MixtureWeights,
     read_choices,
+    read_gguf_choices,
 )
-from pyspec.architectures.shapes import DEFAULTS, read_shape
+from pyspec.architectures.shapes import DEFAULTS, GGUF_RECURRENT, read_shape
 from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = []
 
@@ -130,5 +135,35 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> JambaConfi
     )
 
 
-_FAMILY = Family({"JambaForCausalLM": _DEFAULTS}, _read, JambaWeights, HybridRunner)
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> JambaConfig:
+    """The shape of the model in a GGUF file, as llama.cpp reads it: its tensors say where experts are."""
+    shape, is_attention = read_gguf_kinds(file, entries)
+    layers, ends = shape["layers"], {name.split(".", 2)[-1] for name in file.shapes}
+    expert_layers = tuple(f"blk.{layer}.ffn_gate_inp.weight" in file.shapes for layer in range(layers))
+    if any(expert_layers):
+        shape |= read_gguf_choices(entries) | {"expert_size": shape["intermediate_size"]}
+    recurrence = MambaShape(
+        hidden_size=shape["hidden_size"],
+        layers=is_attention.count(False),
+        channels=entries.whole("ssm.inner_size"),
+        state_size=entries.whole("ssm.state_size"),
+        dt_rank=entries.whole("ssm.time_step_rank"),
+        conv_taps=entries.whole("ssm.conv_kernel"),
+        projection_bias="ssm_in.bias" in ends,
+        conv_bias="ssm_conv1d.bias" in ends,
+        inner_epsilon=shape["norm_epsilon"],
+    )
+    own = {"turns": ("none",) * layers, "expert_layers": expert_layers}
+    return JambaConfig(**shape, **own, is_attention=is_attention, recurrence=recurrence)
+
+
+_TENSORS = GGUF_EXPERTS | {"output_norm": "model.final_layernorm", "ffn_norm": "pre_ff_layernorm"}
+_TENSORS |= {"ssm_in": "mamba.in_proj", "ssm_conv1d": "mamba.conv1d", "ssm_x": "mamba.x_proj", "ssm_a": "mamba.A_log"}
+_TENSORS |= {"ssm_dt": "mamba.dt_proj", "ssm_d": "mamba.D", "ssm_out": "mamba.out_proj"}
+_TENSORS |= {f"ssm_{name}_norm": f"mamba.{name}_layernorm" for name in ("dt", "b", "c")}
+_GGUF = GGUF(("jamba",), _read_gguf, _TENSORS, restored=GGUF_RECURRENT)
+_FAMILY = Family({"JambaForCausalLM": _DEFAULTS}, _read, JambaWeights, HybridRunner, _GGUF)
 FAMILIES.register("jamba", _FAMILY, "Jamba, hybrids of attention and Mamba")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import short_convolution
-from pyspec.architectures.hybrid import HybridConfig, RecurrentLayer, read_attention_layers
+from pyspec.architectures.hybrid import HybridConfig, RecurrentLayer, read_attention_layers, read_gguf_kinds
 from pyspec.architectures.llama import DecoderLayer, LayerWeights
 from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
     ExpertCheckpoint,
     ExpertPart,
     MixtureConfig,
     MixtureLayer,
     MixtureWeights,
     read_choices,
+    read_gguf_choices,
 )
 from pyspec.architectures.rotary import read_rope
 from pyspec.architectures.shapes import read_shape
@@ -27,6 +29,9 @@ from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.causal_conv import LANES, MOST_TAPS
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = ["ConvolutionShape", "Lfm2Config", "Lfm2Weights"]
 
@@ -217,6 +222,43 @@ def _inner_size(entries: Entries) -> int:
     return -(-size // multiple) * multiple
 
 
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> Lfm2Config:
+    """The shape of the model in a GGUF file, as llama.cpp reads it."""
+    shape, is_attention = read_gguf_kinds(file, entries)
+    layers = shape["layers"]
+    dense = layers
+    if entries.whole("expert_count", 0, least=0):
+        dense = entries.whole("leading_dense_block_count", 0, least=0)
+        shape |= read_gguf_choices(entries) | {"expert_size": entries.whole("expert_feed_forward_length")}
+        shape |= {"sigmoid_gates": True, "choice_bias": True, "renormalise": True}
+        shape["gate_scale"] = entries.number("expert_weights_scale", 1.0)
+    recurrence = ConvolutionShape(
+        hidden_size=shape["hidden_size"],
+        layers=is_attention.count(False),
+        conv_taps=entries.whole("shortconv.l_cache"),
+        bias=any(name.endswith("shortconv.conv.bias") for name in file.shapes),
+    )
+    expert_layers = tuple(layer >= dense for layer in range(layers))
+    own = {"head_norm": "head", "expert_layers": expert_layers}
+    return Lfm2Config(**shape, **own, is_attention=is_attention, recurrence=recurrence)
+
+
+_TENSORS = GGUF_EXPERTS | {
+    "token_embd_norm": "model.embedding_norm",
+    "attn_norm": "operator_norm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "ffn_norm",
+    "shortconv.conv": "conv.conv",
+    "shortconv.in_proj": "conv.in_proj",
+    "shortconv.out_proj": "conv.out_proj",
+    "exp_probs_b.bias": "mlp.choice_bias.weight",
+}
+_RESTORED = {"shortconv.conv.weight": lambda taps: taps[:, None]}
+_GGUF = GGUF(("lfm2", "lfm2moe"), _read_gguf, _TENSORS, restored=_RESTORED)
 _ARCHITECTURES = {"Lfm2ForCausalLM": _DENSE, "Lfm2MoeForCausalLM": _MIXTURE}
-_FAMILY = Family(_ARCHITECTURES, _read, Lfm2Weights, HybridRunner)
+_FAMILY = Family(_ARCHITECTURES, _read, Lfm2Weights, HybridRunner, _GGUF)
 FAMILIES.register("lfm2", _FAMILY, "LFM2 and its mixtures, hybrids of attention and short convolutions")

@@ -34,7 +34,17 @@ from pyspec.runners.recurrent import RecurrentRunner
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["Mamba2Config", "Mamba2Layer", "Mamba2Part", "Mamba2Shape", "check_no_limit", "read_mamba2_shape"]
+__all__ = [
+    "Mamba2Config",
+    "Mamba2Layer",
+    "Mamba2Part",
+    "Mamba2Shape",
+    "RESTORED_MAMBA2",
+    "check_no_limit",
+    "gguf_mamba2",
+    "read_gguf_mamba2_shape",
+    "read_mamba2_shape",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,11 +256,38 @@ def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
 # ==== GGUF ====
 
 # numbers of heads and the gate's norm have two dimensions there
-_RESTORED = GGUF_RECURRENT | {
+RESTORED_MAMBA2 = GGUF_RECURRENT | {
     "ssm_a": lambda a: (-a).log().flatten(),
     "ssm_d": lambda d: d.flatten(),
     "ssm_norm.weight": lambda norm: norm.flatten(),
 }
+
+
+def gguf_mamba2(prefix: str) -> dict[str, str]:
+    """Names of a recurrence's tensors, behind a prefix, by those in GGUF files."""
+    own = {"ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_dt.bias": "dt_bias", "ssm_a": "A_log", "ssm_d": "D"}
+    return {file: prefix + name for file, name in (own | {"ssm_norm": "norm", "ssm_out": "out_proj"}).items()}
+
+
+def read_gguf_mamba2_shape(file: GGUFFile, entries: Entries, layers: int) -> Mamba2Shape:
+    """The shape of so many recurrent layers of the model in a GGUF file."""
+    channels, heads = entries.whole("ssm.inner_size"), entries.whole("ssm.time_step_rank")
+    if channels % heads:
+        raise entries.wrong("ssm.time_step_rank", heads, f"heads that share {channels} channels")
+    ends = {name.split(".", 2)[-1] for name in file.shapes}
+    return Mamba2Shape(
+        hidden_size=entries.whole("embedding_length"),
+        layers=layers,
+        heads=heads,
+        head_dim=channels // heads,
+        groups=entries.whole("ssm.group_count", 1),
+        state_size=entries.whole("ssm.state_size"),
+        conv_taps=entries.whole("ssm.conv_kernel"),
+        norm_epsilon=entries.number("attention.layer_norm_rms_epsilon"),
+        projection_bias="ssm_in.bias" in ends,
+        conv_bias="ssm_conv1d.bias" in ends,
+        gate_order="norm last" if "ssm_norm.weight" in ends else "no norm",
+    )
 
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> Mamba2Config:
@@ -266,6 +303,6 @@ def _read_gguf(file: GGUFFile, entries: Entries) -> Mamba2Config:
 
 
 _ARCHITECTURES = {"Mamba2ForCausalLM": _DEFAULTS, "mamba_ssm Mamba2": {}}
-_GGUF = GGUF(("mamba2",), _read_gguf, GGUF_MAMBA | {"ssm_dt.bias": "mixer.dt_bias"}, restored=_RESTORED)
+_GGUF = GGUF(("mamba2",), _read_gguf, GGUF_MAMBA | {"ssm_dt.bias": "mixer.dt_bias"}, restored=RESTORED_MAMBA2)
 _FAMILY = Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner, _GGUF)
 FAMILIES.register("mamba2", _FAMILY, "Mamba-2, Codestral Mamba")

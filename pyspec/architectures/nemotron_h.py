@@ -4,22 +4,39 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import tap
-from pyspec.architectures.hybrid import HybridConfig, HybridMamba2Layer
+from pyspec.architectures.hybrid import HybridConfig, HybridMamba2Layer, read_gguf_kinds
 from pyspec.architectures.llama import DecoderLayer, LayerWeights
-from pyspec.architectures.mamba2 import Mamba2Part, Mamba2Shape, check_no_limit
-from pyspec.architectures.mixture import ExpertCheckpoint, MixtureConfig, MixtureWeights, SharedExpertPart
+from pyspec.architectures.mamba2 import (
+    RESTORED_MAMBA2,
+    Mamba2Part,
+    Mamba2Shape,
+    check_no_limit,
+    gguf_mamba2,
+    read_gguf_mamba2_shape,
+)
+from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
+    ExpertCheckpoint,
+    MixtureConfig,
+    MixtureWeights,
+    SharedExpertPart,
+    read_gguf_choices,
+)
 from pyspec.architectures.shapes import DEFAULTS, read_shape
 from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
 from pyspec.ops.rms_norm import rms_norm
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = []
 
@@ -194,5 +211,34 @@ def _read_experts(source: Path | str, entries: Entries) -> dict[str, Any]:
     }
 
 
-_FAMILY = Family({"NemotronHForCausalLM": _DEFAULTS}, _read, NemotronHWeights, HybridRunner)
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> NemotronHConfig:
+    """The shape of the model in a GGUF file, as llama.cpp reads it: its tensors say what a layer is."""
+    if "moe_latent_size" in entries or entries.whole("expert_group_count", 1) != 1:
+        raise Unsupported(f"{file.path} has expert_group_count above 1 or moe_latent_size, HybridRunner has neither")
+    shape, is_attention = read_gguf_kinds(file, entries)
+    layers, has_experts = shape["layers"], entries.whole("expert_count", 0, least=0) > 0
+    if has_experts:
+        shape |= read_gguf_choices(entries) | {"expert_size": entries.whole("expert_feed_forward_length")}
+        shape |= {"shared_size": entries.whole("expert_shared_feed_forward_length"), "shared_gate": False}
+        shape |= {"renormalise": entries.flag("expert_weights_norm", False), "sigmoid_gates": True}
+        shape |= {"choice_bias": True, "gate_scale": entries.number("expert_weights_scale", 1.0)}
+    is_recurrent = tuple(f"blk.{layer}.ssm_in.weight" in file.shapes for layer in range(layers))
+    return NemotronHConfig(
+        **shape,
+        turns=("none",) * layers,
+        activation="relu2",
+        expert_layers=tuple(f"blk.{layer}.ffn_gate_inp.weight" in file.shapes for layer in range(layers)),
+        is_attention=is_attention,
+        is_recurrent=is_recurrent,
+        recurrence=read_gguf_mamba2_shape(file, entries, sum(is_recurrent)),
+    )
+
+
+_TENSORS = GGUF_EXPERTS | gguf_mamba2("mixer.") | {"token_embd": "backbone.embeddings", "attn_norm": "norm"}
+_TENSORS |= {"output_norm": "backbone.norm_f", "exp_probs_b.bias": "mlp.choice_bias.weight"}
+_GGUF = GGUF(("nemotron_h", "nemotron_h_moe"), _read_gguf, _TENSORS, restored=RESTORED_MAMBA2)
+_FAMILY = Family({"NemotronHForCausalLM": _DEFAULTS}, _read, NemotronHWeights, HybridRunner, _GGUF)
 FAMILIES.register("nemotron_h", _FAMILY, "Nemotron-H and Nemotron 3, of layers that are attention, Mamba-2 or neither")
