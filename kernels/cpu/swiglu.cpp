@@ -1,7 +1,8 @@
 // swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
 // 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Clamped, the gate
 // is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. For sigmoid 1 is in the place
-// of the gate. relu and none have no exponential. Bound by exp2; an item is a piece of a row, so that a single row keeps all threads busy.
+// of the gate. relu and none have no exponential. Bound by exp2; an item is a piece of a row, so that a
+// single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"

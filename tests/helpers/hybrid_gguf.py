@@ -58,7 +58,6 @@ def write_hybrid_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, *
 
 
 def _metadata(config) -> dict:
-    kinds = config.layer_types
     epsilon = next(
         getattr(config, key) for key in ("rms_norm_eps", "norm_eps", "layer_norm_epsilon") if hasattr(config, key)
     )
@@ -69,7 +68,7 @@ def _metadata(config) -> dict:
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": [
-            config.num_key_value_heads * ("full" in kind or kind == "hybrid") for kind in kinds
+            config.num_key_value_heads * ("full" in kind or kind == "hybrid") for kind in config.layer_types
         ],
         "attention.key_length": 64,
         "attention.value_length": 64,
@@ -100,6 +99,12 @@ def _metadata(config) -> dict:
     if config.model_type == "lfm2":
         size = int(2 * config.intermediate_size / 3) if config.block_auto_adjust_ff_dim else config.intermediate_size
         found["feed_forward_length"] = -(-size // 16) * 16
+    return found | _of_experts(config)
+
+
+def _of_experts(config) -> dict:
+    """What is stated of experts, and of recurrent layers by other names."""
+    kinds, found = config.layer_types, {}
     if config.model_type == "lfm2_moe":
         found |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
         found |= {"expert_feed_forward_length": config.moe_intermediate_size, "expert_gating_func": 2}
