@@ -80,6 +80,7 @@ SMALL = {
     "NemotronHForCausalLM": {"hidden_size": 2048, "num_attention_heads": 32, "max_position_embeddings": 256}
     | {"layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 16, "intermediate_size": 77},
     "OlmoHybridForCausalLM": SIZES
+    | {"hidden_size": 1920, "num_attention_heads": 30}
     | {"linear_key_head_dim": 48, "linear_value_head_dim": 96, "linear_allow_neg_eigval": False},
 }
 
