@@ -16,10 +16,10 @@ class Noise:
     Args:
         seed: integer in [0, 2**64).
         position: that of the first token which the round decides.
-        purpose: Noise.ACCEPTANCE or Noise.DRAFTS.
+        purpose: Noise.ACCEPTANCE, Noise.DRAFTS or Noise.TURNS.
     """
 
-    ACCEPTANCE, DRAFTS = 1, 2  # the Sampler's own noise is 0
+    ACCEPTANCE, DRAFTS, TURNS = 1, 2, 3  # the Sampler's own noise is 0
 
     def __init__(self, seed: int, position: int, purpose: int):
         self._key, self._counter = seed, [0, 0, position, purpose]
