@@ -42,7 +42,8 @@ def attention(x: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
     projected = _project(x, layer.qkv, layer.qkv_bias)
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
-    places = (numbers.positions, numbers.row_sequences, numbers.slots)
+    slots = numbers.whole_slots if index in cache.unshifted else numbers.slots
+    places = (numbers.positions, numbers.row_sequences, slots)
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
     if not layer.has_keys:
         k, v = k[:, :0], v[:, :0]
