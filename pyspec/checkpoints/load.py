@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.machine.memory import give_back_freed
 from pyspec.runners import Runner
 from pyspec.runners._inference import as_stored
 
 if TYPE_CHECKING:
     from pyspec.checkpoints.memory import MemoryNeed
+    from pyspec.checkpoints.tokenizer import Tokenizer
 
 
 @as_stored()
@@ -61,7 +63,6 @@ def load(
     """
     from pyspec.checkpoints.converted import load_converted
     from pyspec.checkpoints.sources import find_source
-    from pyspec.machine.memory import give_back_freed
     from pyspec.runners.flash_attn import check_prompt_attention
     from pyspec.runners.foreign_support import fall_back
 
@@ -169,9 +170,19 @@ def _load_gguf(
             RuntimeWarning,
             stacklevel=4,  # who called load, which as_stored wraps
         )
+    _let_go(file.metadata, tokenizer)
     checkpoint = GGUFCheckpoint(file, family, config)
     config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress, announce)
     return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
+
+
+def _let_go(metadata: dict, tokenizer: Tokenizer | None) -> None:
+    """Frees what a tokenizer was made of, before weights take memory."""
+    for key in [key for key in metadata if key.startswith("tokenizer.")]:
+        del metadata[key]
+    if tokenizer is not None:
+        _ = tokenizer.fingerprint  # which the runner asks for: it takes the whole vocabulary once more while it is made
+    give_back_freed()
 
 
 def _load_folder(
