@@ -6,6 +6,7 @@ import torch
 
 from tests.helpers.fake_recorder import FakeRecorder, with_graphs
 from tests.helpers.random_llama import random_tokens
+from tests.helpers.slow import slow
 from tests.helpers.tiny_models import tiny_model, write_gguf
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
@@ -37,7 +38,7 @@ def load_on_gpu(monkeypatch):
     return load_so
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["llama", slow("qwen3_moe")])
 def test_logits_are_those_of_the_values_and_a_node_has_the_bits_of_plain_decoding(kind, load_on_gpu, tmp_path):
     """With queries, keys and values in several formats, and gates and ups of experts too."""
     kinds, stated, changed = {**JOINED, "ffn_gate_exps": KIND.Q4_1, "ffn_down_exps": KIND.Q5_1}, {}, {}
