@@ -50,6 +50,7 @@ def generate(
     drafter: str | Drafter | None = "merged",
     budget: int | str = "auto",
     acceptance: str | AcceptanceRule = "exact",
+    deferral: float | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -80,6 +81,7 @@ def generate(
             of this model on this machine.
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
+        deferral: of acceptance="cascade", in [0, 1]: larger leaves more to the drafter. None is its default, 0.1.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
@@ -104,13 +106,8 @@ def generate(
     logprobs = None if logprobs is None else _logprobs(logprobs)
     settings = _cache_settings(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
-    rule = acceptance_from_name(acceptance)
-    shared_drafter = drafter_from_name(drafter, model)
-    check_laws(shared_drafter, rule)
-    if settings is not None and getattr(shared_drafter, "needs_dense_cache", False):
-        raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
-    if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
-        shared_drafter = shared_drafter.coupled_to(sampler)
+    rule = acceptance_from_name(acceptance, deferral)
+    shared_drafter = _drafter(drafter, model, rule, settings, sampler)
     controller = controller_for(budget, model, shared_drafter, settings)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
@@ -208,6 +205,17 @@ def _logprobs(logprobs: int) -> int:
     if not 0 <= logprobs <= MOST_LOGPROBS:
         raise ValueError(f"logprobs must be in [0, {MOST_LOGPROBS}], got {logprobs}")
     return logprobs
+
+
+def _drafter(drafter, model: Runner, rule: AcceptanceRule, settings, sampler: Sampler) -> Drafter | None:
+    """The drafter of all sequences; raises ValueError for one that does not go with the rule or the cache."""
+    shared = drafter_from_name(drafter, model)
+    check_laws(shared, rule)
+    if settings is not None and getattr(shared, "needs_dense_cache", False):
+        raise ValueError(f"cache must be dense for a {type(shared).__name__}, got {settings!r}")
+    if rule.siblings is None and rule.law == "exact" and hasattr(shared, "coupled_to"):
+        shared = shared.coupled_to(sampler)
+    return shared
 
 
 def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:

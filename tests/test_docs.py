@@ -12,6 +12,8 @@ import torch
 
 import pyspec
 from tests.helpers.eagle3_heads import random_head, write_head
+from tests.helpers.mtp_heads import add_mtp, random_mtp
+from tests.helpers.tiny_hybrids import tiny_hybrid
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -142,6 +144,11 @@ def known_model(source: str):
 
     if source.startswith("state-spaces/"):
         return from_transformers(tiny("Mamba"))
+    if source.startswith("Qwen/"):  # with a layer that guesses further tokens
+        model = tiny_hybrid("qwen3_5", vocab_size=49152)
+        model.save_pretrained("hybrid")
+        add_mtp(Path("hybrid"), random_mtp(model))
+        return LOAD("hybrid", device="cpu")
     return demo(int(source == "draft.gguf"))
 
 

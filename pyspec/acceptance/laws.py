@@ -39,10 +39,13 @@ class LawRule:
 
 
 class TargetLaws:
-    """The target's laws: p[u], which the sampler draws from after node u, is computed when asked for."""
+    """The target's laws: p[u], which the sampler draws from after node u, is computed when asked for.
 
-    def __init__(self, tree: DraftTree, verified: Verified, sampler: Sampler):
-        self._tree, self._laws = tree, sampler.laws(tree, verified)
+    greedy_at: the temperature of the laws of a greedy sampler; 0 puts all on the likeliest token.
+    """
+
+    def __init__(self, tree: DraftTree, verified: Verified, sampler: Sampler, greedy_at: float = 0.0):
+        self._tree, self._laws = tree, sampler.laws(tree, verified, greedy_at)
 
     def __getitem__(self, node: int) -> np.ndarray:
         try:

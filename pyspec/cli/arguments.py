@@ -39,6 +39,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         default="exact",
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
+    parser.add_argument("--deferral", type=float, help="of the cascade, in [0, 1]: more leaves more to the drafter")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
@@ -75,6 +76,7 @@ def _budget(text: str) -> int | str:
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
     """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
+    from pyspec.acceptance import acceptance_from_name
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
     from pyspec.sampling.warpers import WARPERS
@@ -83,9 +85,10 @@ def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[fl
         raise ValueError(
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
+    acceptance_from_name(arguments.acceptance, arguments.deferral)
     check_limits(arguments.budget, arguments.max_new_tokens)
     warpers = {name: getattr(arguments, name) for name in WARPERS if getattr(arguments, name) is not None}
     for temperature in temperatures:
         Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed, **warpers)
-    names = ("budget", "acceptance", "max_new_tokens", "top_k", "top_p", "seed", "cache")
+    names = ("budget", "acceptance", "deferral", "max_new_tokens", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names} | warpers

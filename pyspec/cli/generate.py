@@ -101,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     plain = None
     if drafter is not None and not arguments.no_compare and result.finish_reason in ("eos", "stop", "length"):
-        settings |= {"seed": result.stats.seed, "acceptance": "exact"}
+        settings |= {"seed": result.stats.seed, "acceptance": "exact", "deferral": None}
         with console.status("plain decoding of the same prompt, for comparison (--no-compare leaves it out)"):
             plain = generate(model, tokens, drafter=None, **settings)
         if plain.finish_reason == "interrupted":

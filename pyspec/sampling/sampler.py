@@ -87,7 +87,7 @@ class Sampler:
         row = _row(logits)
         if self.temperature == 0:
             return _argmax(row)
-        return self.draw_from(self.temper(row), position)
+        return self.draw_from(self.temper(row, self.temperature), position)
 
     def draw_from(self, law: Warped, position: int) -> int:
         """Draws the token at a position, of the tokens and scores of its law."""
@@ -106,9 +106,13 @@ class Sampler:
             return lambda node, position: _best(verified.statistics, node)
         return lambda node, position: self.draw(logits[node], position)
 
-    def laws(self, tree: DraftTree, verified: Verified) -> Callable[[int], np.ndarray]:
-        """`probabilities` for the nodes of a verified tree, as a function of the node."""
-        return lambda node: self.probabilities(verified.logits[node]).numpy()
+    def laws(self, tree: DraftTree, verified: Verified, greedy_at: float = 0.0) -> Callable[[int], np.ndarray]:
+        """`probabilities` for the nodes of a verified tree, as a function of the node.
+
+        greedy_at: the temperature of the laws where that of the sampler is 0.
+        """
+        logits, temperature = verified.logits, self.temperature or greedy_at
+        return lambda node: self.shares(self.temper(_row(logits[node]), temperature), logits.shape[1])
 
     def extend(self, accepted: Accepted) -> None:
         """The text goes on with what was accepted of the last tree. A sampler that reads no text has nothing to do."""
@@ -120,7 +124,7 @@ class Sampler:
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """The law [V] float64 that draw follows, from logits [V] float32."""
         row = _row(logits)
-        return torch.from_numpy(self.shares(self.temper(row), len(row)))
+        return torch.from_numpy(self.shares(self.temper(row, self.temperature), len(row)))
 
     def shares(self, law: Warped, vocab_size: int) -> np.ndarray:
         """The law [V] float64 of the tokens and scores of `temper`."""
@@ -129,21 +133,21 @@ class Sampler:
         shares[law.tokens] = weights / weights.sum()
         return shares
 
-    def temper(self, row: np.ndarray) -> Warped:
+    def temper(self, row: np.ndarray, temperature: float) -> Warped:
         """The kept tokens of logits [V], and their scores: logits / temperature, shifted so that the best is 0.
 
         Raises:
             InvalidLogits: if the logits are no law.
         """
         greedy = _argmax(row)
-        if self.temperature == 0:
+        if temperature == 0:
             return Warped(np.array([greedy]), np.zeros(1))
         best = row[greedy]
         # subtract before dividing: a tiny temperature must give -inf for the others, not inf - inf
         scores = row.astype(np.float64)
         scores -= best
         with np.errstate(over="ignore"):
-            scores /= self.temperature
+            scores /= temperature
         tokens = np.arange(len(row))
         if 0 < self.top_k < len(row):
             kept = largest(scores, self.top_k, np.partition(scores, -self.top_k)[-self.top_k])
@@ -183,7 +187,7 @@ class TextSampler:
     """
 
     def __init__(self, sampler: Sampler, prompt: Sequence[int], model):
-        self.seed = sampler.seed
+        self.seed, self.temperature = sampler.seed, sampler.temperature
         self._sampler = sampler
         self._before = [warper for warper in sampler.warpers if warper.place < 0]
         self._behind = [warper for warper in sampler.warpers if warper.place > 0]
@@ -194,9 +198,13 @@ class TextSampler:
         self._begin(tree, verified)
         return lambda node, position: self._sampler.draw_from(self._law(node), position)
 
-    def laws(self, tree: DraftTree, verified: Verified) -> Callable[[int], np.ndarray]:
-        """The law [V] float64 after a node of a verified tree, as a function of the node."""
+    def laws(self, tree: DraftTree, verified: Verified, greedy_at: float = 0.0) -> Callable[[int], np.ndarray]:
+        """The law [V] float64 after a node of a verified tree, as a function of the node; greedy_at as for Sampler."""
         self._begin(tree, verified)
+        if greedy_at and not self.temperature:
+            return lambda node: self._sampler.shares(
+                self._tempered(self._scores(node)[0], greedy_at), verified.logits.shape[1]
+            )
         return lambda node: self._sampler.shares(self._law(node), verified.logits.shape[1])
 
     def extend(self, accepted: Accepted) -> None:
@@ -212,31 +220,39 @@ class TextSampler:
 
     def _begin(self, tree: DraftTree, verified: Verified) -> None:
         self._tree, self._logits = tree, verified.logits
-        self._laws: dict[int, tuple[Warped, list[Warped]]] = {}
+        self._scored: dict[int, tuple[np.ndarray, list[Warped]]] = {}
+        self._laws: dict[int, list[Warped]] = {}
         self._states_at = {0: self._states}
 
-    def _law(self, node: int) -> Warped:
-        return self._warped(node)[0]
-
-    def _warped(self, node: int) -> tuple[Warped, list[Warped]]:
-        """The law after a node, and what each warper made of it."""
-        if node not in self._laws:
-            states, row = self._state(node), _row(self._logits[node])
+    def _scores(self, node: int) -> tuple[np.ndarray, list[Warped]]:
+        """The scores [V] after a node before its temperature, and what each warper until then made of them."""
+        if node not in self._scored:
+            row = _row(self._logits[node])
             _argmax(row)  # before it is changed, which may hide what is wrong with it
             law, steps = Warped(np.arange(len(row)), row.astype(np.float64)), []
-            for warper, state in zip(self._before, states, strict=False):
+            for warper, state in zip(self._before, self._state(node), strict=False):
                 steps.append(law := warper.warp(state, law.tokens, law.scores))
-            law = self._tempered(law.scores)
-            for warper, state in zip(self._behind, states[len(self._before) :], strict=True):
-                if self._sampler.temperature:
+            self._scored[node] = law.scores, steps
+        return self._scored[node]
+
+    def _law(self, node: int) -> Warped:
+        return self._warped(node)[-1]
+
+    def _warped(self, node: int) -> list[Warped]:
+        """What each warper made of the law after a node, and the law."""
+        if node not in self._laws:
+            scores, steps = self._scores(node)
+            law, steps = self._tempered(scores, self.temperature), list(steps)
+            for warper, state in zip(self._behind, self._state(node)[len(self._before) :], strict=True):
+                if self.temperature:
                     law = warper.warp(state, law.tokens, law.scores)
                 steps.append(law)
-            self._laws[node] = law, steps
+            self._laws[node] = [*steps, law]
         return self._laws[node]
 
-    def _tempered(self, scores: np.ndarray) -> Warped:
+    def _tempered(self, scores: np.ndarray, temperature: float) -> Warped:
         try:
-            return self._sampler.temper(scores)
+            return self._sampler.temper(scores, temperature)
         except InvalidLogits as invalid:
             names = [name for name, made in WARPERS.items() if any(type(warper) is made for warper in self._before)]
             raise InvalidLogits(f"{invalid} after {', '.join(names)}") from invalid
@@ -248,7 +264,7 @@ class TextSampler:
 
     def _after(self, node: int, token: int) -> tuple:
         """The states when a token follows a node."""
-        states, (_, steps) = self._state(node), self._warped(node)
+        states, (*steps, _) = self._state(node), self._warped(node)
         return tuple(
             state if step.after is None else step.after(token) for state, step in zip(states, steps, strict=True)
         )
