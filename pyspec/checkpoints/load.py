@@ -122,7 +122,7 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | str | None 
         return fall_back(partial(TransformersRunner, model, tokenizer), reason)
     checkpoint, name = TensorCheckpoint(model.state_dict()), type(model).__name__
     config, weights = read_weights(family, checkpoint, config, name, dtype or model.dtype, model.device)
-    return family.runner(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
+    return family.runner_of(config)(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
 
 
 def config_of(model) -> tuple[Family, Any]:
@@ -173,7 +173,7 @@ def _load_gguf(
     _let_go(file.metadata, tokenizer)
     checkpoint = GGUFCheckpoint(file, family, config)
     config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress, announce)
-    return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
+    return family.runner_of(config)(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
 
 
 def _let_go(metadata: dict, tokenizer: Tokenizer | None) -> None:
@@ -205,14 +205,14 @@ def _load_folder(
     if method is not None:
         checkpoint = QuantisedCheckpoint(checkpoint, method, folder)
     config, weights = read_weights(family, checkpoint, config, folder, dtype, device, progress, announce)
-    return family.runner(config, weights, tokenizer, ends, **options)
+    return family.runner_of(config)(config, weights, tokenizer, ends, **options)
 
 
 def _options(family: Family, config, prompt_attention: str) -> dict[str, str]:
     """The options that a family's runner takes beside the model; raises ValueError where it does not take one."""
     if prompt_attention == "pyspec":
         return {}
-    if not getattr(family.runner, "takes_flash_attn", False):
+    if not getattr(family.runner_of(config), "takes_flash_attn", False):
         raise ValueError(
             f"prompt_attention {prompt_attention} needs a model of {_by_flash()}, got {config.architecture}"
         )

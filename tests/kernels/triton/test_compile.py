@@ -323,6 +323,7 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
 # ==== the small ops of a layer ====
 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64}
+_ACTIVATIONS = ("IS_GELU", "IS_CLAMPED", "IS_SIGMOID", "IS_RELU", "IS_NONE")
 SMALL = [
     (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None, "CENTRED": True}, rms_norm.compile_options(8192)),
     (rms_norm.rms_norm_kernel, {"BLOCK": 4096, "bias": None, "CENTRED": False}, rms_norm.compile_options(4096)),
@@ -332,9 +333,10 @@ SMALL = [
      rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "HEAD_DIM": 512, "BLOCK": 256, "WIDTH": 512, "REST": 0,
                                         "IS_WHOLE": False, "NORMS_VALUES": True}, rotary_write.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": False, "IS_SIGMOID": True}, swiglu.OPTIONS),
+    *(
+        (swiglu.swiglu_kernel, {name: name == chosen for name in _ACTIVATIONS}, swiglu.OPTIONS)
+        for chosen in _ACTIVATIONS
+    ),
     (take_columns.take_columns_kernel, {}, take_columns.OPTIONS),
 ]  # fmt: skip
 
