@@ -61,7 +61,8 @@ def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: 
     """
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
-    places = (numbers.positions, numbers.row_sequences, numbers.slots)
+    slots = numbers.whole_slots if index in cache.unshifted else numbers.slots
+    places = (numbers.positions, numbers.row_sequences, slots)
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
     if not layer.has_keys:
         k, v = k[:, :0], v[:, :0]

@@ -25,6 +25,7 @@ from pyspec.kernels import (  # noqa: E402
     rotary_write,
     row_statistics,
     swiglu,
+    take_columns,
     tree_attention,
 )
 from tests.helpers.triton_code import (  # noqa: E402
@@ -336,13 +337,14 @@ SMALL = [
         (swiglu.swiglu_kernel, {name: name == chosen for name in _ACTIVATIONS}, swiglu.OPTIONS)
         for chosen in _ACTIVATIONS
     ),
+    (take_columns.take_columns_kernel, {}, take_columns.OPTIONS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel, constants, options", SMALL, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_small_ops_compile(kernel, constants, options, tmp_path):
-    types = {name: "*i32" for name in ("positions", "sequences", "slots")}
-    types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
+    types = {name: "*i32" for name in ("positions", "sequences", "slots", "order")}
+    types |= {name: "*bf16" for name in ("out", "q", "keys", "values", "x")}
     weights = (
         "hidden",
         "delta",
