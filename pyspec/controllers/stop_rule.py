@@ -81,9 +81,10 @@ def verified_drafts(tree: DraftTree, path: Sequence[int]) -> Iterator[tuple[floa
     A draft was judged where its parent was accepted. Trees that state neither chances nor laws have none.
     """
     accepted = set(path)
+    chances = None if tree.chances is None else tree.chances.tolist()
     for node, parent in enumerate(tree.parents.tolist()):
         if parent in accepted:
-            if tree.chances is not None and tree.chances[parent] > 0:
-                yield float(tree.chances[node] / tree.chances[parent]), node in accepted
+            if chances is not None and chances[parent] > 0:
+                yield chances[node] / chances[parent], node in accepted
             elif tree.q is not None:
                 yield float(tree.q[parent][tree.tokens[node]]), node in accepted
