@@ -183,7 +183,7 @@ class Maker:
             model,
             sequences,
             acceptance_from_name("exact"),
-            controller=controller_for(1, model, drafter, None),
+            controller=controller_for(1, None, model, drafter),
             cache=None,
             stats=Stats(seed=self.recipe.seed),
         )
