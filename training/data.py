@@ -260,12 +260,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the texts; one that has some goes on")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="to make in all, prompts included")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "int8"], help="of weights; default: what pyspec.load takes")
     parser.add_argument("--wordnet", type=Path, default=WORDNET, help="folder of WordNet's files")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
     source, folder, tokens, wordnet = (options.pop(name) for name in ("model", "output", "tokens", "wordnet"))
-    model = pyspec.load(source, device=options.pop("device"))
+    dtype = options.pop("dtype")
+    model = pyspec.load(source, device=options.pop("device"), dtype=dtype and getattr(torch, dtype))
     try:
         done = make(model, folder, Recipe(**options), tokens, name=source, wordnet=wordnet)
     except KeyboardInterrupt:

@@ -42,6 +42,7 @@ class Student(nn.Module):
     """
 
     title, layout, option = "A small model that drafts", "a Llama of Hugging Face", "--draft-model"
+    confidence = None
 
     def __init__(self, target: Target, taps: Sequence[int] = (), layers: int = LAYERS):
         super().__init__()

@@ -33,6 +33,7 @@ __all__ = [
     "learn",
     "loss_of",
     "measure",
+    "noisy",
 ]
 
 CHECKPOINT = "checkpoint.pt"
@@ -144,6 +145,7 @@ class Head(Protocol):
     layout: str  #: whose the folder's layout is
     option: str  #: of pyspec generate
     logits: nn.Linear  #: of guesses, frozen at first
+    confidence: nn.Linear | None  #: of the same rows, the logit of a guess's chance to be accepted; None without
 
     def guesses(self, batch: Batch, chains: Tensor, depth: int, share: float, noise: float) -> Iterator:
         """Chains of guesses with the tokens of the text, depth by depth.
@@ -170,6 +172,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def noisy(features: Tensor, noise: float) -> Tensor:
+    """fp32 features [..., H] and noise of a standard deviation by their root mean square."""
+    features = features.float()
+    if not noise:
+        return features
+    return features + noise * features.square().mean(-1, keepdim=True).sqrt() * torch.randn_like(features)
+
+
 def chains_of(batch: Batch) -> tuple[Tensor, Tensor]:
     """[n] bool: rows whose law is worth learning, and rows behind which the first guess of a chain is held against one.
 
@@ -190,7 +200,11 @@ def loss_of(head: Head, target: Target, batch: Batch, recipe: Recipe, step: int,
     loss, divergence = torch.zeros(()), recipe.divergence if step < recipe.hybrid * recipe.steps else "hybrid"
     chains = has_guess.nonzero()[:, 0]
     for depth, (kept, guess) in enumerate(head.guesses(batch, chains, recipe.depth, recipe.share, recipe.noise)):
-        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], divergence)
+        shared = None if head.confidence is None else torch.empty(len(guess))
+        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], divergence, shared)
+        if shared is not None:
+            sure = head.confidence(guess.detach())[:, 0].float()
+            found = found + F.binary_cross_entropy_with_logits(sure, shared, reduction="sum")
         loss = loss + 0.8**depth * found / max(1, len(kept))
     return loss
 
