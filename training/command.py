@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import pyspec
 from training.data import main as make_texts
@@ -28,6 +29,7 @@ def train(
     runner,
     new_head: NewHead,
     vocabulary: Callable[[DraftData], Sequence[int]],
+    begin: Path | None = None,
 ) -> Run:
     """Trains a draft, or goes on, and writes it.
 
@@ -38,21 +40,38 @@ def train(
         runner: the model, with fp32 weights.
         new_head: makes the draft for a target and the layers of its features.
         vocabulary: the tokens that the draft can guess, ascending, of the texts; asked once, and kept beside the draft.
+        begin: folder of a draft that this command wrote, which is to learn more; its tokens stay what they are.
 
     Raises:
-        FileNotFoundError, ValueError: there are no texts, or the output holds a checkpoint of another recipe.
+        FileNotFoundError, ValueError: there are no texts, the output holds a checkpoint of another recipe, or the draft
+            to begin with has other tensors.
     """
     output.mkdir(parents=True, exist_ok=True)
     texts, kept = DraftData(data), output / "tokens.json"
+    weights = {} if begin is None else load_file(begin / "model.safetensors")
+    offsets = weights.pop("d2t", None)
     if not kept.is_file():
-        kept.write_text(json.dumps([int(token) for token in vocabulary(texts)]))
+        tokens = vocabulary(texts) if offsets is None else offsets + torch.arange(len(offsets))
+        kept.write_text(json.dumps([int(token) for token in tokens]))
     target = Target(runner, torch.tensor(json.loads(kept.read_text())))
     torch.manual_seed(recipe.seed)
-    run = Run(output, recipe, new_head(target, texts.taps[:-1]), target, data)
+    head = new_head(target, texts.taps[:-1])
+    if begin is not None:
+        _begin_with(head, {name: values for name, values in weights.items() if name != "t2d"}, begin)
+    run = Run(output, recipe, head, target, data)
     learn(run)
     run.head.write(output, texts.settings["model"])
     (output / "README.md").write_text(card(run, texts), encoding="utf-8")
     return run
+
+
+def _begin_with(head: Head, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    own = {name: tuple(values.shape) for name, values in head.state_dict().items()}
+    found = {name: tuple(values.shape) for name, values in weights.items()}
+    if own != found:
+        odd = sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))[0]
+        raise ValueError(f"{folder} must hold such a draft, but {odd} is {found.get(odd)} there, not {own.get(odd)}")
+    head.load_state_dict(weights)
 
 
 def card(run: Run, data: DraftData) -> str:
@@ -60,6 +79,7 @@ def card(run: Run, data: DraftData) -> str:
     recipe, head, (_, _, shares), model = run.recipe, run.head, run.curve[-1], data.settings["model"]
     parameters, file = sum(values.numel() for values in head.parameters()), Path(inspect.getfile(type(head)))
     guesses, tokens = ", ".join(f"{share:.1%}" for share in shares), 1 + sum(shares)
+    use = f':\n\n    pyspec generate --model {model} {head.option} FOLDER "..."' if head.option else "."
     return f"""---
 license: apache-2.0
 library_name: pyspec
@@ -67,9 +87,7 @@ base_model: {model}
 ---
 # {head.title} for {model}
 
-{parameters / 1e6:.1f}M parameters in bf16, in the layout of {head.layout}:
-
-    pyspec generate --model {model} {head.option} FOLDER "..."
+{parameters / 1e6:.1f}M parameters in bf16, in the layout of {head.layout}{use}
 
 It guesses {len(run.target.tokens)} tokens of the model's {run.target.config.vocab_size}.
 
@@ -111,15 +129,17 @@ def command(
     parser.add_argument("--data", type=Path, required=True, help="folder of its texts, see training.data")
     parser.add_argument("--texts", type=int, default=1_500_000, help="tokens of them to have, made first; 0 makes none")
     parser.add_argument("--output", type=Path, required=True, help="folder of the draft; a checkpoint there goes on")
+    parser.add_argument("--begin", type=Path, help="folder of a draft to go on from; a new one by default")
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
     model, data, texts, output = (options.pop(name) for name in ("model", "data", "texts", "output"))
+    begin = options.pop("begin")
     try:
         if texts:
             make_texts(["--model", model, "--output", str(data), "--tokens", str(texts)])
         recipe, runner = Recipe(**options), pyspec.load(model, dtype=torch.float32, device="cpu")
-        train(output, data, recipe, runner, new_head, lambda found: vocabulary(found, runner, recipe.vocabulary))
+        train(output, data, recipe, runner, new_head, lambda found: vocabulary(found, runner, recipe.vocabulary), begin)
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; the same command goes on from {output}") from None
     print(f"wrote {output}")

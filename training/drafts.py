@@ -143,7 +143,7 @@ class Head(Protocol):
 
     title: str  #: of its card
     layout: str  #: whose the folder's layout is
-    option: str  #: of pyspec generate
+    option: str | None  #: of pyspec generate; None where no drafter loads it
     logits: nn.Linear  #: of guesses, frozen at first
     confidence: nn.Linear | None  #: of the same rows, the logit of a guess's chance to be accepted; None without
 
@@ -210,12 +210,16 @@ def loss_of(head: Head, target: Target, batch: Batch, recipe: Recipe, step: int,
 
 
 @torch.no_grad()
-def measure(head: Head, target: Target, batches: Sequence[Batch], depth: int, dtype: torch.dtype) -> list[float]:
-    """[depth] shares of the chains whose first, first two, ... guesses are the target's own choices.
+def measure(
+    head: Head, target: Target, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype
+) -> list[float]:
+    """[depth] shares of the chains whose first, first two, ... guesses hold the target's own choices.
 
-    The guesses behind the first are made with the tokens of the text. So the shares are those of drafting where a text
-    was made of the likeliest tokens, and near them where it was drawn.
+    A guess of depth d is the likeliest widths[d] tokens: widths of 1 are those of a chain, others of a tree in which
+    each node of depth d has so many children. The guesses behind the first are made with the tokens of the text. So the
+    shares are those of drafting where a text was made of the likeliest tokens, and near them where it was drawn.
     """
+    depth = len(widths)
     right, count = torch.zeros(depth), torch.zeros(depth)
     for batch in batches:
         is_learned, has_guess = chains_of(batch)
@@ -225,8 +229,9 @@ def measure(head: Head, target: Target, batches: Sequence[Batch], depth: int, dt
         chains = has_guess.nonzero()[:, 0]
         for index, (kept, guess) in enumerate(head.guesses(batch, chains, depth, 1.0, 0.0)):
             matrix = head.logits.weight.to(dtype)
-            found = torch.cat([F.linear(part.to(dtype), matrix).argmax(-1) for part in guess.split(CHUNK)])
-            are_right[kept] &= target.tokens[found] == choices[places[kept + 1 + index]]
+            logits = (F.linear(part.to(dtype), matrix) for part in guess.split(CHUNK))
+            found = torch.cat([part.topk(widths[index]).indices for part in logits])
+            are_right[kept] &= (target.tokens[found] == choices[places[kept + 1 + index], None]).any(-1)
             right[index] += are_right[kept].sum()
             count[index] += len(kept)
     return (right / count.clamp(min=1)).tolist()
@@ -292,12 +297,13 @@ class Run:
             if first >= self.recipe.steps:
                 return
 
-    def measure(self) -> list[float]:
-        """The shares of held-out chains, see measure."""
+    def measure(self, widths: Sequence[int] = ()) -> list[float]:
+        """The shares of held-out chains, see measure; of a tree whose first levels have such widths, the others 1."""
         parts = self._held_out.batches(self.recipe.tokens)[:MEASURED]
         batches = [self._held_out.read(part) for part in parts]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return measure(self.head, self.target, batches, self.recipe.depth, self.dtype)
+            widths = [*widths, *[1] * self.recipe.depth][: self.recipe.depth]
+            return measure(self.head, self.target, batches, widths, self.dtype)
 
 
 def learn(run: Run) -> None:

@@ -27,6 +27,7 @@ __all__ = ["DSpark", "main"]
 
 BLOCK = 8  # guesses of a round
 RANK = 64  # of what follows from the guess before
+RECIPE = Recipe(depth=BLOCK, share=0.25, frozen=0.0)  # blocks at a quarter of the rows: as many guesses as a head's
 QUIET = 0.25  # of the target's last norm, see training.eagle3
 
 
@@ -139,7 +140,7 @@ class DSpark(nn.Module):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    command(arguments, __doc__, DSpark, head_vocabulary, Recipe(depth=BLOCK, share=0.25, frozen=0.0))
+    command(arguments, __doc__, DSpark, head_vocabulary, RECIPE)
 
 
 if __name__ == "__main__":
