@@ -29,7 +29,7 @@ inline int64_t row_stride(const Tensor& tensor, int64_t rows, int64_t size,
 
 inline GatedDeltaParams params_of(Tensor state, Tensor record, const Tensor& q, const Tensor& k,
                                   const Tensor& v, const Tensor& decay, const Tensor& beta, const Tensor& a,
-                                  const std::optional<Tensor>& dt_bias, double strength) {
+                                  const std::optional<Tensor>& dt_bias, double strength, bool tiled) {
   auto float32 = torch::headeronly::ScalarType::Float;
   auto dtype = v.scalar_type();
   GatedDeltaParams p{};
@@ -66,7 +66,7 @@ inline GatedDeltaParams params_of(Tensor state, Tensor record, const Tensor& q, 
       record.dim() == 4 && record.size(0) == 2 && record.size(1) == p.sequences &&
           record.size(3) == record_width(p) && record.scalar_type() == float32 && record.is_contiguous(),
       "record must be float32 [2, ", p.sequences, ", nodes, ", record_width(p), "] and contiguous");
-  p.record_nodes = record.size(2), p.strength = static_cast<float>(strength);
+  p.record_nodes = record.size(2), p.strength = static_cast<float>(strength), p.tiled = tiled;
   p.state = static_cast<float*>(state.data_ptr()), p.record = static_cast<float*>(record.data_ptr());
   p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.element = element_of(v, "v");
   p.decay = static_cast<const float*>(decay.data_ptr());

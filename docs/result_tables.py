@@ -92,7 +92,7 @@ TABLES = {
     ],
     "kernels_cpu": [
         (
-            "Every op in the shapes of five models",
+            "Every op in the shapes of six models",
             "rows",
             [
                 ("op", "op"),

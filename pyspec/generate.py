@@ -13,6 +13,7 @@ from pyspec.controllers import CONTROLLERS, controller_for
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
+from pyspec.sampling.logprobs import MOST_LOGPROBS
 from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence, TextStream
 from pyspec.stats import Stats, clock_of
@@ -31,6 +32,7 @@ class Generation:
         finish_reason: "eos", "stop" (a stop string), "length", "interrupted" (Ctrl-C) or "error".
         error: what went wrong where finish_reason is "error", else None.
         stats: what was done, and where the time went.
+        logprobs: of each new token where they were asked for, see TokenLogprobs; else None.
     """
 
     tokens: list
@@ -38,6 +40,7 @@ class Generation:
     finish_reason: str | list[str]
     error: str | None | list[str | None]
     stats: Stats
+    logprobs: list | None = None
 
 
 def generate(
@@ -47,6 +50,7 @@ def generate(
     drafter: str | Drafter | None = "merged",
     budget: int | str = "auto",
     acceptance: str | AcceptanceRule = "exact",
+    deferral: float | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -55,6 +59,8 @@ def generate(
     stop: str | Iterable[str] = (),
     cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
+    logprobs: int | None = None,
+    **warpers,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
@@ -75,6 +81,7 @@ def generate(
             of this model on this machine.
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
+        deferral: of acceptance="cascade", in [0, 1]: larger leaves more to the drafter. None is its default, 0.1.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
@@ -82,6 +89,9 @@ def generate(
         cache: how keys and values are kept (docs/gear.md): a name of pyspec.caches.CACHES, or a GearSettings or
             ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
+        logprobs: how many of the likeliest tokens are told beside each new one, in [0, 100]; None tells nothing.
+        warpers: settings by the names of pyspec.sampling.warpers.WARPERS (docs/sampling.md), such as min_p=0.05; None
+            leaves one out.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
@@ -90,20 +100,14 @@ def generate(
     _check_model(model)
     batched, prompts = _prompts(tokens, model)
     stop = _stop_strings(stop, model)
-    if stream is not None and not callable(stream):
-        raise TypeError(f"stream must be a function or None, got {described(stream)}")
-    if stream is not None and model.tokenizer is None:
-        raise ValueError("stream needs text, and this model has no tokenizer")
+    if stream is not None:
+        _check_stream(stream, model)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
+    logprobs = None if logprobs is None else _logprobs(logprobs)
     settings = _cache_settings(cache, model, budget)
-    sampler = Sampler(temperature, top_k, top_p, seed)
-    rule = acceptance_from_name(acceptance)
-    shared_drafter = drafter_from_name(drafter, model)
-    check_laws(shared_drafter, rule)
-    if settings is not None and getattr(shared_drafter, "needs_dense_cache", False):
-        raise ValueError(f"cache must be dense for a {type(shared_drafter).__name__}, got {cache!r}")
-    if rule.siblings is None and rule.law == "exact" and hasattr(shared_drafter, "coupled_to"):
-        shared_drafter = shared_drafter.coupled_to(sampler)
+    sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
+    rule = acceptance_from_name(acceptance, deferral)
+    shared_drafter = _drafter(drafter, model, rule, settings, sampler)
     controller = controller_for(budget, model, shared_drafter, settings)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
@@ -114,9 +118,10 @@ def generate(
             prompt_length=len(prompt),
             limit=min(len(prompt) + max_new_tokens, model.context_length),
             drafter=shared_drafter,
-            sampler=sampler,
+            sampler=sampler.start(prompt, model),
             text=None if model.tokenizer is None else TextStream(model.tokenizer, stop),
             stream=None if stream is None else _stream_of(stream, index if batched else None),
+            top_logprobs=logprobs,
         )
         for index, prompt in enumerate(prompts)
     ]
@@ -138,11 +143,12 @@ def _generation(sequences: list[Sequence], stats: Stats, batched: bool) -> Gener
         [sequence.finish_reason for sequence in sequences],
         [sequence.error for sequence in sequences],
     )
+    logprobs = [sequence.logprobs for sequence in sequences]
     if not batched:
-        fields = tuple(values[0] for values in fields)
+        fields, logprobs = tuple(values[0] for values in fields), logprobs[0]
     elif sequences[0].text is None:
         fields = (fields[0], None, *fields[2:])
-    return Generation(*fields, stats=stats)
+    return Generation(*fields, stats=stats, logprobs=None if sequences[0].top_logprobs is None else logprobs)
 
 
 def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
@@ -173,6 +179,13 @@ def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     return batched, prompts
 
 
+def _check_stream(stream: Callable, model: Runner) -> None:
+    if not callable(stream):
+        raise TypeError(f"stream must be a function or None, got {described(stream)}")
+    if model.tokenizer is None:
+        raise ValueError("stream needs text, and this model has no tokenizer")
+
+
 def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     try:
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -184,6 +197,25 @@ def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     if strings and model.tokenizer is None:
         raise ValueError("stop needs text, and this model has no tokenizer")
     return strings
+
+
+def _logprobs(logprobs: int) -> int:
+    """Checks a number of likeliest tokens; raises TypeError or ValueError for what is none in [0, 100]."""
+    logprobs = read_integer("logprobs", logprobs, "an integer or None")
+    if not 0 <= logprobs <= MOST_LOGPROBS:
+        raise ValueError(f"logprobs must be in [0, {MOST_LOGPROBS}], got {logprobs}")
+    return logprobs
+
+
+def _drafter(drafter, model: Runner, rule: AcceptanceRule, settings, sampler: Sampler) -> Drafter | None:
+    """The drafter of all sequences; raises ValueError for one that does not go with the rule or the cache."""
+    shared = drafter_from_name(drafter, model)
+    check_laws(shared, rule)
+    if settings is not None and getattr(shared, "needs_dense_cache", False):
+        raise ValueError(f"cache must be dense for a {type(shared).__name__}, got {settings!r}")
+    if rule.siblings is None and rule.law == "exact" and hasattr(shared, "coupled_to"):
+        shared = shared.coupled_to(sampler)
+    return shared
 
 
 def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:

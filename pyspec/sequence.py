@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pyspec.acceptance import AcceptanceRule
 from pyspec.drafters import Drafter
 from pyspec.runners import Runner
 from pyspec.runners.verified import Verified
+from pyspec.sampling.logprobs import TokenLogprobs, token_logprobs
 from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
@@ -24,9 +25,11 @@ class Sequence:
         prompt_length: tokens of the prompt.
         limit: tokens of the context at which the sequence ends.
         drafter: shared by all sequences until start_drafting; None for plain decoding.
-        sampler: draws the tokens.
+        sampler: draws the tokens of this text.
         text: the text of the new tokens; None where the model has no tokenizer.
         stream: called with each new piece of text, or None.
+        top_logprobs: how many of the likeliest tokens are told beside each new one; None keeps no log probabilities.
+        logprobs: of the new tokens, where they are kept.
         finish_reason: see pyspec.Generation; None while the sequence is going.
         error: what went wrong where finish_reason is "error".
     """
@@ -39,6 +42,8 @@ class Sequence:
     sampler: Sampler
     text: TextStream | None = None
     stream: Callable[[str], None] | None = None
+    top_logprobs: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
 
@@ -69,11 +74,18 @@ class Sequence:
     def accept(self, tree: DraftTree, verified: Verified, rule: AcceptanceRule) -> Accepted:
         """What a rule accepts of a verified tree. Where it comes to logits that are no law, there is no next token."""
         try:
-            return rule.accept(tree, verified, self.sampler, len(self.context))
+            accepted = rule.accept(tree, verified, self.sampler, len(self.context))
+            self.sampler.extend(accepted)
         except InvalidLogits as invalid:
             self._invalid = self._describe(invalid, tree)
             # the drafts up to that node were accepted, as plain decoding would have emitted them before it failed
-            return Accepted(invalid.path, None)
+            accepted = Accepted(invalid.path, None)
+        if self.top_logprobs is not None:
+            self._accepted_logprobs = [
+                token_logprobs(verified.logits[node], token, self.top_logprobs)
+                for node, token in zip(accepted.path, accepted.tokens(tree), strict=False)
+            ]
+        return accepted
 
     def extend(self, tree: DraftTree, accepted: Accepted) -> int:
         """Adds what was accepted, up to the token that ends the text, and streams it; returns the number of tokens."""
@@ -85,6 +97,8 @@ class Sequence:
                 self.finish("length")
             if not self.going:
                 break
+        if self.top_logprobs is not None:
+            self.logprobs += self._accepted_logprobs[: len(self.context) - before]
         if self.going and accepted.next_token is None:
             self.error = self._invalid
             self.finish("error")
@@ -125,6 +139,8 @@ class Sequence:
 def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
     """The next tree of each sequence, of at most so many nodes; the root alone in plain decoding.
 
+    Where a grammar leaves the text no choice, what must come is the draft, and the drafter is not asked.
+
     Raises:
         ValueError: a drafter proposed a larger tree, one below another token, or one with tokens outside of the
             vocabulary.
@@ -135,6 +151,11 @@ def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
         min(budget, sequence.limit - len(sequence.context)) for budget, sequence in zip(budgets, sequences, strict=True)
     ]
     asked = [place for place, each in enumerate(sequences) if each.drafter is not None and budgets[place] > 1]
+    for place in asked:
+        sequence = sequences[place]  # a rule that trusts laws takes no draft without one
+        if sequence.drafter.proposal == "deterministic" and (forced := sequence.sampler.forced(budgets[place] - 1)):
+            trees[place] = DraftTree.chain([sequence.context[-1], *forced])
+    asked = [place for place in asked if len(trees[place]) == 1]
     if not asked:
         return trees
     drafters, contexts = ([getattr(sequences[place], name) for place in asked] for name in ("drafter", "context"))

@@ -12,6 +12,8 @@ import torch
 
 import pyspec
 from tests.helpers.eagle3_heads import random_head, write_head
+from tests.helpers.mtp_heads import add_mtp, random_mtp
+from tests.helpers.tiny_hybrids import tiny_hybrid
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -86,6 +88,7 @@ GIVEN = {
     "docs/linear.md": {0: lambda: {"w": torch.randn(48, 32), "x": torch.randn(3, 32), "bias": torch.zeros(48)}},
     "docs/residual_vq.md": {0: with_demo},
     "docs/row_statistics.md": {0: lambda: {"logits": torch.randn(3, 50), "drafted": torch.tensor([[1, 2]] * 3)}},
+    "docs/sampling.md": {0: with_demo},
     "docs/selective_state.md": {0: lambda: {"model": tiny("Mamba"), "tokens": [1, 2, 3]}},
     "docs/sparse_attention.md": {
         0: lambda: heads(1, 300) | {"q": torch.randn(1, 4, 64), "lengths": torch.tensor([300], dtype=torch.int32)}
@@ -141,6 +144,11 @@ def known_model(source: str):
 
     if source.startswith("state-spaces/"):
         return from_transformers(tiny("Mamba"))
+    if source.startswith("Qwen/"):  # with a layer that guesses further tokens
+        model = tiny_hybrid("qwen3_5", vocab_size=49152)
+        model.save_pretrained("hybrid")
+        add_mtp(Path("hybrid"), random_mtp(model))
+        return LOAD("hybrid", device="cpu")
     return demo(int(source == "draft.gguf"))
 
 

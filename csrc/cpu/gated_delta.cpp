@@ -13,8 +13,8 @@ Tensor gated_delta(Tensor state, Tensor record, const Tensor& q, const Tensor& k
                    const Tensor& decay, const Tensor& beta, const Tensor& a,
                    const std::optional<Tensor>& dt_bias, const Tensor& sequences, const Tensor& starts,
                    const Tensor& parents, const Tensor& paths, const Tensor& halves, const Tensor& advances,
-                   double strength, torch::headeronly::ScalarType out_dtype) {
-  auto p = pyspec::delta::params_of(state, record, q, k, v, decay, beta, a, dt_bias, strength);
+                   double strength, bool tiled, torch::headeronly::ScalarType out_dtype) {
+  auto p = pyspec::delta::params_of(state, record, q, k, v, decay, beta, a, dt_bias, strength, tiled);
   pyspec::RoundTensors round{sequences, starts, parents, paths, halves, advances};
   p.round = pyspec::round_of(round, v.size(0), p.sequences, p.record_nodes);
   Tensor out = pyspec::new_tensor({v.size(0), p.channels}, out_dtype);

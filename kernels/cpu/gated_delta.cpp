@@ -47,7 +47,7 @@ struct Item {
 
   Item(const GatedDeltaParams& params, const RoundTree& of, int64_t index)
       : p(params), tree(of), head(index), keys(params.keys) {
-    key_head = head * p.key_heads / p.heads, decays = kPerKey ? keys : 1, panel_size = keys * kDeltaLanes;
+    key_head = pyspec::key_head_of(p, head), decays = kPerKey ? keys : 1, panel_size = keys * kDeltaLanes;
     int64_t nodes = tree.nodes;
     float* next = scratch<0>(nodes * (3 * keys + decays + 5));
     auto take = [&](int64_t floats) {
@@ -122,7 +122,7 @@ struct Item {
       store(dk + node * keys + i, mul(factor, k_here)), store(dq + node * keys + i, mul(factor, q_here));
       if constexpr (kPerKey) store(d + node * keys + i, factor);
       if (!record) continue;
-      if (head * p.key_heads % p.heads == 0) store(record + key_head * keys + i, k_here);
+      if (pyspec::is_first_of_key_head(p, head)) store(record + key_head * keys + i, k_here);
       if constexpr (kPerKey) store(record + d_offset() + head * keys + i, factor);
     }
     if constexpr (!kPerKey) {

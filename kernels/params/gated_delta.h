@@ -28,6 +28,7 @@ struct GatedDeltaParams {
   int64_t sequences, record_nodes, channels, heads, key_heads, keys, decays;
   int64_t q_stride, k_stride, v_stride, decay_stride, beta_stride;  // elements from row to row
   float strength;                                                   // of a correction
+  bool tiled;  // whether heads take turns at the key heads; else neighbours share one
   Round round;
   Element element;  // of q, k and v
   Element out_element;
@@ -38,6 +39,15 @@ namespace {  // compiled once per instruction set, so never shared between objec
 
 PYSPEC_HOST_DEVICE inline int64_t record_width(const GatedDeltaParams& p) {
   return p.key_heads * p.keys + p.channels + p.decays;
+}
+
+PYSPEC_HOST_DEVICE inline int64_t key_head_of(const GatedDeltaParams& p, int64_t head) {
+  return p.tiled ? head % p.key_heads : head / (p.heads / p.key_heads);
+}
+
+// Whether a head is the first of those that share its key head, of which one records k.
+PYSPEC_HOST_DEVICE inline bool is_first_of_key_head(const GatedDeltaParams& p, int64_t head) {
+  return p.tiled ? head < p.key_heads : head % (p.heads / p.key_heads) == 0;
 }
 
 }  // namespace

@@ -36,11 +36,27 @@ class AcceptanceRule(Protocol):
         ...
 
 
-def acceptance_from_name(name: str | AcceptanceRule) -> AcceptanceRule:
-    """The rule of a name; a rule passes through. Raises ValueError for a name there is no rule for, else TypeError."""
+def acceptance_from_name(name: str | AcceptanceRule, deferral: float | None = None) -> AcceptanceRule:
+    """The rule of a name; a rule passes through.
+
+    Args:
+        name: of RULES.
+        deferral: of a cascade; None leaves it at its default.
+
+    Raises:
+        ValueError: there is no rule of this name, or it takes no deferral.
+        TypeError: name is neither a name nor a rule.
+    """
     if hasattr(name, "accept") and not isinstance(name, type):
-        return name
-    return RULES.named("acceptance", name, "or an acceptance rule")()
+        rule = name
+    else:
+        make = RULES.named("acceptance", name, "or an acceptance rule")
+        if deferral is not None and getattr(make, "takes_deferral", False):
+            return make(deferral)
+        rule = make()
+    if deferral is not None:
+        raise ValueError(f'deferral is for acceptance="cascade", got acceptance={name!r}')
+    return rule
 
 
 def check_laws(drafter: Drafter | None, rule: AcceptanceRule) -> None:

@@ -36,7 +36,7 @@ class ExactAcceptance:
         child_of: dict[tuple[int, int], int] = {}
         for node, edge in enumerate(zip(tree.parents.tolist(), tree.tokens.tolist(), strict=True)):
             child_of.setdefault(edge, node)
-        draw = sampler.draws(verified)
+        draw = sampler.draws(tree, verified)
         path, node = [], 0
         while True:
             path.append(node)

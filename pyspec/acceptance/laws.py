@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import torch
 
 from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
@@ -36,18 +35,21 @@ class LawRule:
             ValueError: if the tree has no q or one that is no law.
         """
         noise = Noise(sampler.seed, position, Noise.ACCEPTANCE)
-        return self.judge(tree, TargetLaws(tree, verified.logits, sampler), DraftLaws(tree), noise)
+        return self.judge(tree, TargetLaws(tree, verified, sampler), DraftLaws(tree), noise)
 
 
 class TargetLaws:
-    """The target's laws: p[u], which the sampler draws from after node u, is computed when asked for."""
+    """The target's laws: p[u], which the sampler draws from after node u, is computed when asked for.
 
-    def __init__(self, tree: DraftTree, logits: torch.Tensor, sampler: Sampler):
-        self._tree, self._logits, self._sampler = tree, logits, sampler
+    greedy_at: the temperature of the laws of a greedy sampler; 0 puts all on the likeliest token.
+    """
+
+    def __init__(self, tree: DraftTree, verified: Verified, sampler: Sampler, greedy_at: float = 0.0):
+        self._tree, self._laws = tree, sampler.laws(tree, verified, greedy_at)
 
     def __getitem__(self, node: int) -> np.ndarray:
         try:
-            return self._sampler.probabilities(self._logits[node]).numpy()
+            return self._laws(node)
         except InvalidLogits as error:
             path = [node]
             while path[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from pyspec.architectures.weights import NativeWeights
 
-__all__ = ["FAMILIES", "GGUF", "Family", "Unsupported", "family_of", "supported_architectures"]
+__all__ = ["FAMILIES", "GGUF", "NEXT_TOKENS", "Family", "Unsupported", "family_of", "supported_architectures"]
+
+NEXT_TOKENS = "mtp."  # what names of a layer that guesses further tokens begin with, as Qwen3-Next has it
 
 
 class Unsupported(ValueError):
@@ -31,14 +33,17 @@ class GGUF:
         read: the model's configuration, from the file (a pyspec.checkpoints.gguf.GGUFFile) and the metadata that begin
             with its architecture's name. Raises Unsupported for features that the runner does not have.
         tensors: names of tensors in Hugging Face checkpoints by those in GGUF files, both without the layer's number
-            and without "weight" or "bias"; * is the number of an expert.
+            and without "weight" or "bias", or both with what they have of these; * is the number of an expert.
         row_order: as a Family's, for a tensor's name in `tensors`: which row of the checkpoint each row of the file is.
+        restored: by names with "weight" or "bias" where files have them, what makes of a small tensor, whole and in
+            fp32, that of a Hugging Face checkpoint.
     """
 
     architectures: tuple[str, ...]
     read: Callable[[Any, Entries], Any]
     tensors: Mapping[str, str]
     row_order: Callable[[Any, str, int], Tensor | None] = lambda config, name, rows: None
+    restored: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) 
     inner, z, beta, decay = _project(x, layer.in_proj).split(parts, 1)
     inner = causal_conv(window, conv_record, inner, layer.conv_weight, None, round)
     q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
-    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength}
+    settings = {"dt_bias": layer.dt_bias, "strength": shape.strength, "tiled": shape.tiled}
     y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
     y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, config.norm_epsilon)
     return _project(swiglu(z, up=y.view(-1, shape.channels), out_dtype=x.dtype), layer.out_proj)

@@ -26,8 +26,9 @@ class DeltaShape:
         heads, head_dim: of values.
         key_heads, state_size: heads of queries and keys, and their width.
         conv_taps: of the convolution over queries, keys and values.
-        strength: see gated_delta.
-        joined: whether checkpoints have two input matrices instead of four.
+        strength, tiled: see gated_delta.
+        inputs: the input matrices of checkpoints, by what follows in_proj_ in their names: a letter for each of
+            queries, keys, values, gates (z), beta and decay (a).
     """
 
     layers: int
@@ -37,7 +38,8 @@ class DeltaShape:
     state_size: int
     conv_taps: int
     strength: float = 1.0
-    joined: bool = False
+    tiled: bool = False
+    inputs: tuple[str, ...] = ("qkv", "z", "b", "a")
 
     def __post_init__(self):
         for name in ("layers", "heads", "head_dim", "key_heads", "state_size", "conv_taps"):
@@ -64,11 +66,11 @@ class DeltaShape:
         return self.channels + 2 * self.key_channels
 
     @property
-    def inputs(self) -> dict[str, int]:
-        """Rows of the input matrices in checkpoints, by what follows in_proj_ in their names."""
-        if self.joined:
-            return {"qkvz": self.conv_channels + self.channels, "ba": 2 * self.heads}
-        return {"qkv": self.conv_channels, "z": self.channels, "b": self.heads, "a": self.heads}
+    def input_rows(self) -> dict[str, int]:
+        """Rows of the input matrices, by their names in `inputs`."""
+        rows = dict.fromkeys("qk", self.key_channels) | dict.fromkeys("vz", self.channels)
+        rows |= dict.fromkeys("ba", self.heads)
+        return {name: sum(rows[part] for part in name) for name in self.inputs}
 
     @property
     def record_width(self) -> int:
@@ -104,7 +106,7 @@ class DeltaLayer(DecoderLayer):
     def empty(cls, config: HybridConfig, blank: Blank) -> DeltaLayer:
         shape = config.recurrence
         return cls(
-            in_proj=blank.matrix(sum(shape.inputs.values()), config.hidden_size),
+            in_proj=blank.matrix(sum(shape.input_rows.values()), config.hidden_size),
             conv_weight=blank.vector(shape.conv_taps, shape.conv_channels),
             A_log=blank.vector(shape.heads),
             dt_bias=blank.vector(shape.heads),
@@ -114,7 +116,7 @@ class DeltaLayer(DecoderLayer):
         )
 
     def named(self, config: HybridConfig, prefix: str) -> dict[str, Tensor]:
-        sizes = config.recurrence.inputs
+        sizes = config.recurrence.input_rows
         inputs = zip(sizes, dense(self.in_proj).split(list(sizes.values())), strict=True)
         mixer = {f"in_proj_{name}.weight": part for name, part in inputs}
         mixer |= {

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import mamba
+from pyspec.architectures.shapes import GGUF_RECURRENT
 from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceWeights
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE, to_panels
 from pyspec.runners.recurrent import RecurrentRunner
 
-__all__ = ["MambaConfig", "MambaLayer", "SHARED_DEFAULTS", "check_silu", "mamba_ssm_shape"]
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
+
+__all__ = [
+    "GGUF_MAMBA",
+    "MambaConfig",
+    "MambaLayer",
+    "SHARED_DEFAULTS",
+    "check_silu",
+    "mamba_ssm_shape",
+    "read_gguf_state_space",
+]
 
 
 @dataclass(frozen=True)
@@ -171,5 +184,50 @@ def mamba_ssm_shape(source: Path | str, entries: Entries, kind: str) -> tuple[di
     return shape, layer
 
 
+# ==== GGUF ====
+
+GGUF_MAMBA = {
+    "token_embd": "backbone.embeddings",
+    "output_norm": "backbone.norm_f",
+    "output": "lm_head",
+    "attn_norm": "norm",
+    "ssm_in": "mixer.in_proj",
+    "ssm_conv1d": "mixer.conv1d",
+    "ssm_x": "mixer.x_proj",
+    "ssm_dt": "mixer.dt_proj",
+    "ssm_a": "mixer.A_log",
+    "ssm_d": "mixer.D",
+    "ssm_norm": "mixer.norm",
+    "ssm_out": "mixer.out_proj",
+}
+
+
+def read_gguf_state_space(file: GGUFFile, entries: Entries) -> dict[str, Any]:
+    """Fields of MambaConfig and Mamba2Config that GGUF files state alike."""
+    shapes = file.shapes
+    return {
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "hidden_size": entries.whole("embedding_length"),
+        "layers": entries.whole("block_count"),
+        "state_size": entries.whole("ssm.state_size"),
+        "conv_taps": entries.whole("ssm.conv_kernel"),
+        "norm_epsilon": entries.number("attention.layer_norm_rms_epsilon"),
+        "projection_bias": "blk.0.ssm_in.bias" in shapes,
+        "conv_bias": "blk.0.ssm_conv1d.bias" in shapes,
+        "tied_embedding": "output.weight" not in shapes,
+    }
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> MambaConfig:
+    if entries.flag("ssm.dt_b_c_rms", False):
+        raise Unsupported(f"{file.path} has norms of dt, B and C, which layers of Mamba do not have")
+    return MambaConfig(
+        **read_gguf_state_space(file, entries),
+        channels=entries.whole("ssm.inner_size"),
+        dt_rank=entries.whole("ssm.time_step_rank"),
+    )
+
+
 _ARCHITECTURES = {"MambaForCausalLM": _DEFAULTS, "mamba_ssm Mamba1": {}}
-FAMILIES.register("mamba", Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner), "Mamba")
+_GGUF = GGUF(("mamba",), _read_gguf, GGUF_MAMBA, restored=GGUF_RECURRENT)
+FAMILIES.register("mamba", Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner, _GGUF), "Mamba")

@@ -5,17 +5,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
 from pyspec.architectures.blocks import mamba2
-from pyspec.architectures.mamba import SHARED_DEFAULTS, check_silu, mamba_ssm_shape
+from pyspec.architectures.mamba import (
+    GGUF_MAMBA,
+    SHARED_DEFAULTS,
+    check_silu,
+    mamba_ssm_shape,
+    read_gguf_state_space,
+)
+from pyspec.architectures.shapes import GGUF_RECURRENT
 from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceWeights
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE
 from pyspec.runners.recurrent import RecurrentRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = ["Mamba2Config", "Mamba2Layer", "check_no_limit"]
 
@@ -169,7 +180,29 @@ def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
     )
 
 
+# ==== GGUF ====
+
+# numbers of heads and the gate's norm have two dimensions there
+_RESTORED = GGUF_RECURRENT | {
+    "ssm_a": lambda a: (-a).log().flatten(),
+    "ssm_d": lambda d: d.flatten(),
+    "ssm_norm.weight": lambda norm: norm.flatten(),
+}
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> Mamba2Config:
+    channels, heads = entries.whole("ssm.inner_size"), entries.whole("ssm.time_step_rank")
+    if channels % heads:
+        raise entries.wrong("ssm.time_step_rank", heads, f"heads that share {channels} channels")
+    return Mamba2Config(
+        **read_gguf_state_space(file, entries),
+        heads=heads,
+        head_dim=channels // heads,
+        groups=entries.whole("ssm.group_count", 1),
+    )
+
+
 _ARCHITECTURES = {"Mamba2ForCausalLM": _DEFAULTS, "mamba_ssm Mamba2": {}}
-FAMILIES.register(
-    "mamba2", Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner), "Mamba-2, Codestral Mamba"
-)
+_GGUF = GGUF(("mamba2",), _read_gguf, GGUF_MAMBA | {"ssm_dt.bias": "mixer.dt_bias"}, restored=_RESTORED)
+_FAMILY = Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner, _GGUF)
+FAMILIES.register("mamba2", _FAMILY, "Mamba-2, Codestral Mamba")

@@ -23,6 +23,7 @@ from pyspec.ops.route_experts import MOST_EXPERTS
 
 __all__ = [
     "GGUF_EXPERTS",
+    "GGUF_ROUTERS",
     "ExpertCheckpoint",
     "MixtureConfig",
     "MixtureLayer",
@@ -43,6 +44,7 @@ GGUF_EXPERTS = GGUF_TENSORS | {
     "ffn_up_shexp": "mlp.shared_expert.up_proj",
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
 }
+GGUF_ROUTERS = {"ffn_gate_inp_shexp.weight": lambda row: row.view(1, -1)}  # llama.cpp's tools drop a dimension of one
 
 
 @dataclass(frozen=True)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family
+from pyspec.architectures import FAMILIES, GGUF, Family
 from pyspec.architectures.decoder import read_decoder, read_rope_width
-from pyspec.architectures.delta_net import DeltaLayer, read_delta_shape
+from pyspec.architectures.delta_net import DeltaLayer, DeltaShape, read_delta_shape
 from pyspec.architectures.hybrid import HybridConfig, read_attention_layers
 from pyspec.architectures.llama import DecoderLayer, LayerWeights, LlamaWeights
 from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
+    GGUF_ROUTERS,
     MixtureConfig,
     MixtureWeights,
     SharedExpertPart,
     SharedMixtureLayer,
     read_choices,
+    read_gguf_choices,
 )
-from pyspec.architectures.shapes import DEFAULTS
+from pyspec.architectures.shapes import DEFAULTS, GGUF_RECURRENT, read_gguf_shape
 from pyspec.entries import Entries
 from pyspec.runners.recurrent import HybridRunner
+
+if TYPE_CHECKING:
+    from pyspec.checkpoints.gguf import GGUFFile
 
 __all__ = []
 
@@ -90,14 +96,89 @@ def _read_mixture(source: Path | str, entries: Entries, architecture: str) -> Ga
 def _shared(source: Path | str, entries: Entries, architecture: str) -> dict[str, Any]:
     shape, period = read_decoder(source, entries, architecture, in_part=True), entries.whole("full_attention_interval")
     is_attention = read_attention_layers(entries, shape["layers"], "linear_attention", period)
+    own = {"inputs": ("qkvz", "ba")} if architecture == _NEXT_NAME else {}
     return shape | {
         "rope_width": read_rope_width(entries, shape["head_dim"], 0.25),
         "head_norm": "head",
         "norm_offset": 1.0,
         "is_gated": True,
         "is_attention": is_attention,
-        "recurrence": read_delta_shape(entries, is_attention.count(False), joined=architecture == _NEXT_NAME),
+        "recurrence": read_delta_shape(entries, is_attention.count(False), **own),
     }
+
+
+# ==== GGUF ====
+
+
+def _read_gguf(file: GGUFFile, entries: Entries) -> GatedHybridConfig:
+    return GatedHybridConfig(**_shared_gguf(file, entries, is_mixture=False))
+
+
+def _read_gguf_mixture(file: GGUFFile, entries: Entries) -> GatedMixtureConfig:
+    return GatedMixtureConfig(
+        **_shared_gguf(file, entries, is_mixture=True),
+        **read_gguf_choices(entries),
+        expert_size=entries.whole("expert_feed_forward_length"),
+        shared_size=entries.whole("expert_shared_feed_forward_length"),
+        renormalise=True,
+    )
+
+
+def _shared_gguf(file: GGUFFile, entries: Entries, *, is_mixture: bool) -> dict[str, Any]:
+    """As llama.cpp reads it. Weights of norms have their 1 there. In files of Qwen3.5 value heads take turns at the key
+    heads, and where a layer guesses further tokens, it is the last of all."""
+    blocks, period = entries.whole("block_count"), entries.whole("full_attention_interval", 4)
+    entries = entries.with_own({"block_count": blocks - entries.whole("nextn_predict_layers", 0, least=0)})
+    shape, heads = read_gguf_shape(file, entries, is_mixture=is_mixture), entries.whole("ssm.time_step_rank")
+    is_attention = tuple((layer + 1) % period == 0 for layer in range(shape["layers"]))
+    if "attention.recurrent_layers" in entries:
+        is_attention = tuple(
+            not kind for kind in entries.array("attention.recurrent_layers", bool)[: len(is_attention)]
+        )
+    own: dict[str, Any] = {"tiled": True}
+    if shape["architecture"] == "qwen3next":
+        first = f"blk.{is_attention.index(False)}." if False in is_attention else ""
+        own = {"inputs": ("qkvz", "ba") if f"{first}ssm_in.weight" in file.shapes else ("qkv", "z", "ba")}
+    recurrence = DeltaShape(
+        layers=is_attention.count(False),
+        heads=heads,
+        head_dim=entries.whole("ssm.inner_size") // heads,
+        key_heads=entries.whole("ssm.group_count"),
+        state_size=entries.whole("ssm.state_size"),
+        conv_taps=entries.whole("ssm.conv_kernel"),
+        **own,
+    )
+    return shape | {
+        "rope_width": entries.whole("rope.dimension_count", shape["head_dim"] // 4),
+        "qkv_bias": any(name.endswith(".attn_q.bias") for name in file.shapes),
+        "output_bias": any(name.endswith(".attn_output.bias") for name in file.shapes),
+        "head_norm": "head",
+        "is_gated": True,
+        "is_attention": is_attention,
+        "recurrence": recurrence,
+    }
+
+
+_GGUF_TENSORS = GGUF_EXPERTS | {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_qkv": "linear_attn.in_proj_qkv",
+    "attn_gate": "linear_attn.in_proj_z",
+    "ssm_in": "linear_attn.in_proj_qkvz",
+    "ssm_ba": "linear_attn.in_proj_ba",
+    "ssm_beta": "linear_attn.in_proj_b",
+    "ssm_alpha": "linear_attn.in_proj_a",
+    "ssm_conv1d": "linear_attn.conv1d",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_norm": "linear_attn.norm",
+    "ssm_out": "linear_attn.out_proj",
+    "nextn.eh_proj": "fc",
+    "nextn.enorm": "pre_fc_norm_embedding",
+    "nextn.hnorm": "pre_fc_norm_hidden",
+    "nextn.shared_head_norm": "norm",
+}
 
 
 # ==== the order of rows ====
@@ -121,8 +202,10 @@ def _row_order(config: GatedHybridConfig, name: str, rows: int) -> Tensor | None
 
 _OF_ONE = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")  # text turns by one position, in all sections
 _OF_MANY = ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration")
-_FAMILY = Family(dict.fromkeys(_OF_ONE, _DENSE), _read, LlamaWeights, HybridRunner, row_order=_row_order)
+_GGUF = GGUF(("qwen35",), _read_gguf, _GGUF_TENSORS, restored=GGUF_RECURRENT)
+_FAMILY = Family(dict.fromkeys(_OF_ONE, _DENSE), _read, LlamaWeights, HybridRunner, _GGUF, _row_order)
 FAMILIES.register("qwen3_5", _FAMILY, "Qwen3.5")
 _ARCHITECTURES = dict.fromkeys(_OF_MANY, _MIXTURE_3_5) | {_NEXT_NAME: _NEXT}
-_FAMILY = Family(_ARCHITECTURES, _read_mixture, MixtureWeights, HybridRunner, row_order=_row_order)
+_GGUF = GGUF(("qwen35moe", "qwen3next"), _read_gguf_mixture, _GGUF_TENSORS, restored=GGUF_RECURRENT | GGUF_ROUTERS)
+_FAMILY = Family(_ARCHITECTURES, _read_mixture, MixtureWeights, HybridRunner, _GGUF, _row_order)
 FAMILIES.register("qwen3_5_moe", _FAMILY, "Qwen3-Next, Qwen3.5 MoE")

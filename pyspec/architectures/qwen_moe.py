@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyspec.architectures import FAMILIES, GGUF, Family
-from pyspec.architectures.mixture import GGUF_EXPERTS, MixtureConfig, MixtureWeights, read_choices, read_gguf_choices
+from pyspec.architectures.mixture import (
+    GGUF_EXPERTS,
+    GGUF_ROUTERS,
+    MixtureConfig,
+    MixtureWeights,
+    read_choices,
+    read_gguf_choices,
+)
 from pyspec.architectures.rotary import read_rope
 from pyspec.architectures.shapes import DEFAULTS, read_activation, read_gguf_shape, read_kinds, read_shape
 from pyspec.entries import Entries
@@ -71,6 +78,6 @@ def _read_gguf(file: GGUFFile, entries: Entries) -> MixtureConfig:
 
 _ARCHITECTURES = {"Qwen2MoeForCausalLM": _QWEN2, "Qwen3MoeForCausalLM": _QWEN3}
 _TENSORS = GGUF_EXPERTS | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_GGUF = GGUF(("qwen2moe", "qwen3moe"), _read_gguf, _TENSORS)
+_GGUF = GGUF(("qwen2moe", "qwen3moe"), _read_gguf, _TENSORS, restored=GGUF_ROUTERS)
 _FAMILY = Family(_ARCHITECTURES, _read, MixtureWeights, AttentionRunner, _GGUF)
 FAMILIES.register("qwen_moe", _FAMILY, "Qwen2 and Qwen3 MoE")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULTS",
+    "GGUF_RECURRENT",
     "GGUF_TENSORS",
     "interleaved_rows",
     "read_activation",
@@ -102,12 +103,15 @@ GGUF_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# of recurrent layers: A itself is there, not its logarithm, and taps without the dimension of one channel
+GGUF_RECURRENT = {"ssm_a": lambda a: (-a).log(), "ssm_conv1d.weight": lambda taps: taps[:, None]}
 
 
 def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = False) -> dict[str, Any]:
     """The sizes of the model in a GGUF file, fields of a LlamaConfig that all families state alike."""
     shapes = file.shapes
     hidden, layers = entries.whole("embedding_length"), entries.whole("block_count")
+    expert_size = entries.whole("expert_feed_forward_length", 1) if is_mixture else None
     heads = _of_all_layers(entries, "attention.head_count", layers)
     head_dim = entries.whole("attention.key_length", max(1, hidden // heads))
     if entries.whole("attention.value_length", head_dim) != head_dim:
@@ -119,7 +123,7 @@ def read_gguf_shape(file: GGUFFile, entries: Entries, *, is_mixture: bool = Fals
         "architecture": file.metadata["general.architecture"],
         "vocab_size": shapes.get("token_embd.weight", (0,))[0],
         "hidden_size": hidden,
-        "intermediate_size": _of_all_layers(entries, "feed_forward_length", layers),
+        "intermediate_size": _of_all_layers(entries, "feed_forward_length", layers, expert_size),
         "layers": layers,
         "heads": heads,
         "kv_heads": _of_all_layers(entries, "attention.head_count_kv", layers, heads),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,7 @@ class NativeWeights:
     head: Matrix  # [vocab, hidden]
     is_together: bool = field(default=False, repr=False)  # see move_together
     sample: str = ""  # WeightSample of the checkpoint; empty where the weights are of none
+    mtp: Any = field(default=None, repr=False)  # NextTokens of the checkpoint, or None
 
     def forward(self, config, hidden: Tensor, cache, numbers, dtype: torch.dtype, layers=None, taps=()) -> list[Tensor]:
         """[R, H] of dtype, after the last norm: all layers, or those named, for the rows of a round; then the taps.

@@ -7,7 +7,7 @@ import mmap
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.architectures import FAMILIES, NEXT_TOKENS, Family, Unsupported
 from pyspec.checkpoints.rare_types import RARE_TYPES, write_codes
 from pyspec.entries import Entries
 from pyspec.machine.mapped import map_file, release_pages
@@ -170,10 +170,13 @@ class GGUFCheckpoint:
     def __init__(self, file: GGUFFile, family: Family, config):
         self._file, self._family, self._config = file, family, config
         self._names = {self._hugging_face_name(name): name for name in file.shapes if not _NOT_READ.match(name)}
-        self.shapes = {name: file.shapes[original] for name, original in self._names.items()}
+        self.shapes = {name: self._shape(original) for name, original in self._names.items()}
 
     def blocks(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Row numbers and the fp32 values of these rows."""
+        if (restore := self._restore(self._names[name])) is not None:
+            yield slice(None), restore(torch.cat(list(self._file.rows(self._names[name]))))
+            return
         order, start = self._order(name), 0
         order = torch.arange(self.shapes[name][0], device="cpu") if order is None else order
         for values in self._file.rows(self._names[name]):
@@ -182,6 +185,8 @@ class GGUFCheckpoint:
 
     def stored(self, name: str) -> StoredMatrix | StoredCodes | None:
         """The matrix as it lies in the file, see GGUFFile.stored."""
+        if self._restore(self._names[name]) is not None:
+            return None
         stored, order = self._file.stored(self._names[name]), self._order(name)
         return stored if stored is None or order is None else stored.ordered(order.argsort())
 
@@ -192,19 +197,38 @@ class GGUFCheckpoint:
         """Which row of the model each row of a tensor in the file is; None where it is the same."""
         return self._family.gguf.row_order(self._config, _parts_of(self._names[name])[1], self.shapes[name][0])
 
+    def _restore(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """What makes of a tensor of the file that of the checkpoint, whole; None where its rows are the same."""
+        return self._family.gguf.restored.get(re.sub(r"^blk\.\d+\.", "", name))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape, restore = self._file.shapes[name], self._restore(name)
+        return shape if restore is None else tuple(restore(torch.empty(shape, device="meta")).shape)
+
     def _hugging_face_name(self, name: str) -> str:
         layer, stem, kind = _parts_of(name)
-        stem, dot, number = stem.partition(".")  # of an expert
-        stem = self._family.gguf.tensors.get(stem, stem)
-        stem = stem.replace("*", number) if "*" in stem else stem + dot + number
-        return f"{stem}.{kind}" if layer is None else f"{self._family.weights.LAYERS}{layer}.{stem}.{kind}"
+        tensors, whole = self._family.gguf.tensors, f"{stem}.{kind}".rstrip(".")
+        if whole in tensors:
+            found = tensors[whole]
+        elif stem in tensors:
+            found = f"{tensors[stem]}.{kind}"
+        else:
+            stem, dot, number = stem.partition(".")  # of an expert
+            stem = tensors.get(stem, stem)
+            found = stem.replace("*", number) if "*" in stem else stem + dot + number
+            found = f"{found}.{kind}" if kind else found
+        if layer is None:
+            return found
+        if (further := int(layer) - self._config.layers) >= 0:  # of what guesses further tokens
+            return NEXT_TOKENS + (found if stem.startswith("nextn.") else f"layers.{further}.{found}")
+        return f"{self._family.weights.LAYERS}{layer}.{found}"
 
 
 def _parts_of(name: str) -> tuple[str | None, str, str]:
-    """The layer's number or None, the tensor's own name, and "weight" or "bias"."""
+    """The layer's number or None, the tensor's own name, and "weight" or "bias", or nothing where it has neither."""
+    layer, name = match.groups() if (match := re.fullmatch(r"blk\.(\d+)\.(.*)", name)) else (None, name)
     stem, _, kind = name.rpartition(".")
-    _, layer, part = (stem.split(".", 2) + ["", ""])[:3] if stem.startswith("blk.") else ("", None, stem)
-    return layer, part, kind
+    return (layer, stem, kind) if stem else (layer, name, "")
 
 
 def _parts(part: _Part) -> list[_Part]:

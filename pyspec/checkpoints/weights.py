@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyspec.architectures import Family
+from pyspec.architectures import NEXT_TOKENS, Family
 from pyspec.architectures.weights import Matrix, NativeLayer, NativeWeights
 from pyspec.checkpoints.matrix_plan import MatrixPlan, plan_matrices, storage_of
 from pyspec.checkpoints.memory import MemoryNeed, cache_bytes, check_memory
@@ -20,9 +20,8 @@ from pyspec.machine.huge_pages import HugePages
 from pyspec.ops._checks import FLOATS
 from pyspec.ops.lay_out import StoredCodes, StoredMatrix
 
-__all__ = ["read_weights"]
+__all__ = ["NextTokens", "read_weights"]
 
-NEXT_TOKENS = "mtp."  # what names of a layer that guesses further tokens begin with, as Qwen3-Next has it
 SMALLER = {"int8": torch.int8, "int4": "int4"}  # what is proposed where a model does not fit
 
 
@@ -85,6 +84,7 @@ def read_weights(
     for index, layer in enumerate(weights.layers):
         reader.read(layer, config, dtype, f"{weights.LAYERS}{index}.")
     weights.sample = reader.sample.hexdigest()
+    weights.mtp = NextTokens.of(checkpoint, path)
     return config, weights
 
 
@@ -194,6 +194,42 @@ class _Reader:
         return plans
 
 
+class NextTokens:
+    """The tensors mtp.* of a checkpoint, of a layer that guesses further tokens, left there until they are asked for.
+
+    Args:
+        checkpoint: see read_weights.
+        names: of the tensors.
+        path: what errors name.
+    """
+
+    def __init__(self, checkpoint, names: Sequence[str], path: Path | str):
+        self._checkpoint, self._names, self._path = checkpoint, names, path
+
+    @classmethod
+    def of(cls, checkpoint, path: Path | str) -> NextTokens | None:
+        """Those of a checkpoint; None if it has none."""
+        names = [name for name in checkpoint.shapes if name.startswith(NEXT_TOKENS)]
+        return cls(checkpoint, names, path) if names else None
+
+    def fill(self, places: Mapping[str, Tensor]) -> None:
+        """Copies all of them to their places, by what follows mtp. in their names.
+
+        Raises:
+            ValueError: one is missing, unknown, of another shape, or holds NaN or infinity.
+        """
+        expected = {NEXT_TOKENS + name: tuple(place.shape) for name, place in places.items()}
+        if missing := sorted(expected.keys() - set(self._names)):
+            raise ValueError(f"{self._path} has no tensor {', '.join(missing[:5])}")
+        for name in self._names:
+            if (shape := self._checkpoint.shapes[name]) != expected.get(name):
+                wanted = f"must have shape {expected[name]}" if name in expected else "must not be there"
+                raise ValueError(f"{self._path}: tensor {name} {wanted}, got {shape}")
+        for name, place in places.items():
+            _fill(place, self._checkpoint.blocks(NEXT_TOKENS + name), f"{self._path}: tensor {NEXT_TOKENS}{name}")
+            self._checkpoint.release(NEXT_TOKENS + name)
+
+
 def _replace(owner: NativeWeights | NativeLayer, old: Matrix, new: Matrix) -> None:
     """Puts a matrix in the place of another, under all names that it has."""
     for name in owner.MATRICES:
@@ -257,10 +293,3 @@ def _check_tensors(weights_class: type[NativeWeights], checkpoint, config, path:
             if name.endswith(".bias") and not any(values.any() for _, values in checkpoint.blocks(name)):
                 continue  # quantisers give one to every matrix
             raise ValueError(f"{path} has tensor {name}, which a model of its architecture does not have")
-    if count := sum(name.startswith(NEXT_TOKENS) for name in shapes):
-        warnings.warn(
-            f"{path} has a layer that guesses further tokens ({count} tensors {NEXT_TOKENS}*), which nothing drafts "
-            "with yet: it is left out",
-            RuntimeWarning,
-            stacklevel=6,  # who called load
-        )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from pyspec.cli.shared import DTYPES
 
@@ -28,6 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
     from pyspec.acceptance import RULES
     from pyspec.caches import CACHES
+    from pyspec.sampling.warpers import WARPERS
 
     add_budget_argument(parser)
     parser.add_argument(
@@ -36,9 +39,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         default="exact",
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
+    parser.add_argument("--deferral", type=float, help="of the cascade, in [0, 1]: more leaves more to the drafter")
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
+    for name, summary in WARPERS.summaries.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE", help=summary)
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
     parser.add_argument(
         "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
@@ -52,6 +58,14 @@ def add_budget_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=_budget, default="auto", help=f"tree nodes a round, {named}; default: auto")
 
 
+def json_or_text(text: str) -> Any:
+    """A value that is JSON, or else a string."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
 def _budget(text: str) -> int | str:
     from pyspec.controllers import CONTROLLERS
 
@@ -62,15 +76,19 @@ def _budget(text: str) -> int | str:
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
     """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
+    from pyspec.acceptance import acceptance_from_name
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
+    from pyspec.sampling.warpers import WARPERS
 
     if arguments.cache != "dense" and arguments.prompt_attention != "pyspec":
         raise ValueError(
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
+    acceptance_from_name(arguments.acceptance, arguments.deferral)
     check_limits(arguments.budget, arguments.max_new_tokens)
+    warpers = {name: getattr(arguments, name) for name in WARPERS if getattr(arguments, name) is not None}
     for temperature in temperatures:
-        Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed)
-    names = ("budget", "acceptance", "max_new_tokens", "top_k", "top_p", "seed", "cache")
-    return {name: getattr(arguments, name) for name in names}
+        Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed, **warpers)
+    names = ("budget", "acceptance", "deferral", "max_new_tokens", "top_k", "top_p", "seed", "cache")
+    return {name: getattr(arguments, name) for name in names} | warpers

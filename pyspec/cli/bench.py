@@ -37,8 +37,8 @@ def add_parser(commands) -> None:
     _add_drafters_arguments(every, (), (0.0, 0.8), answers=4)
     kernels = others.add_parser(
         "kernels",
-        help="every kernel in the shapes of five models",
-        description="Checks every kernel against its reference in the shapes of five models, and times it beside what "
+        help="every kernel in the shapes of six models",
+        description="Checks every kernel against its reference in the shapes of six models, and times it beside what "
         "one would use instead, and beside what the machine can do.",
     )
     kernels.add_argument("--op", action="append", metavar="OP", help="repeatable; default: all")

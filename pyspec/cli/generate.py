@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from pyspec.arguments import check_unicode, decode_text
-from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
+from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings, json_or_text
 from pyspec.cli.shared import (
     BadInput,
     fail,
@@ -71,10 +70,7 @@ def _variable(text: str) -> tuple[str, Any]:
     if not equals or not name.isidentifier() or name == "messages":
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE with a name of the chat template's, got {text!r}")
     check_unicode("--variable", value)
-    try:
-        return name, json.loads(value)
-    except (ValueError, RecursionError):
-        return name, value
+    return name, json_or_text(value)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -105,7 +101,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     plain = None
     if drafter is not None and not arguments.no_compare and result.finish_reason in ("eos", "stop", "length"):
-        settings |= {"seed": result.stats.seed, "acceptance": "exact"}
+        settings |= {"seed": result.stats.seed, "acceptance": "exact", "deferral": None}
         with console.status("plain decoding of the same prompt, for comparison (--no-compare leaves it out)"):
             plain = generate(model, tokens, drafter=None, **settings)
         if plain.finish_reason == "interrupted":

@@ -133,6 +133,7 @@ def _costs(arguments: argparse.Namespace) -> dict:
         return {"costs": [], "why_not": f"the demo model was not found: {error}"}
     model = load_model(arguments, make_console())
     from pyspec.machine.costs import CONTEXT, measure_costs
+    from pyspec.measure.drafters import drafters_of
 
     costs = measure_costs(model)
     plain, before = costs.seconds[0], (1, costs.seconds[0])
@@ -143,7 +144,8 @@ def _costs(arguments: argparse.Namespace) -> dict:
         rows.append({"nodes": nodes, "seconds": seconds, "plain_steps": seconds / plain, "chance_to_pay": chance})
         before = (nodes, seconds)
     dtype = str(model.weight_dtype if hasattr(model, "weight_dtype") else model.dtype).replace("torch.", "")
-    return {"model": arguments.model, "dtype": dtype, "context": CONTEXT, "costs": rows}
+    found = {"model": arguments.model, "dtype": dtype, "context": CONTEXT, "costs": rows}
+    return found | {"drafters": drafters_of(model)}
 
 
 def _show_measured(sets: dict, measured: dict) -> None:
@@ -173,6 +175,7 @@ def _show_measured(sets: dict, measured: dict) -> None:
         )
         rows.append((f"{nodes} {'node' if nodes == 1 else 'nodes'}", f"{row['seconds'] * 1e3:6.1f} ms  {pays}"))
     _section(title, rows)
+    print(f"drafters that it can have: {', '.join(measured['drafters'])}")
     best = max(measured["costs"], key=lambda row: row["nodes"] / row["plain_steps"])
     print(
         f"Does it pay here? {best['nodes']} right guesses are {best['nodes'] / best['plain_steps']:.1f}x as fast as "

@@ -36,7 +36,7 @@ class Eagle3:
 
     Args:
         head: a folder, or a hub id, with config.json and safetensors (or pytorch_model.bin, read as tensors alone); or
-            an Eagle3Head.
+            an Eagle3Head, or another head with its calls.
         target: the runner to draft for.
         growth: by default the likeliest paths, which acceptance="exact" fits; growth_for finds what fits another rule.
             A policy that draws makes the drafter "sampled".
@@ -74,7 +74,8 @@ class Eagle3:
             raise ValueError(
                 f"target must be a runner with taps, such as pyspec.load gives, got {type(target).__name__}"
             )
-        self.head = head if isinstance(head, Eagle3Head) else Eagle3Head.load(find_source(head), target, weights, taps)
+        is_named = isinstance(head, str | Path)
+        self.head = Eagle3Head.load(find_source(head), target, weights, taps) if is_named else head
         self.taps = self.head.config.taps
         self._vocab_size, self._context_length = target.vocab_size, target.context_length
         if tables and self.proposal == "sampled":

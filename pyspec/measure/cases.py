@@ -1,4 +1,4 @@
-"""The calls that `pyspec bench kernels` times: every op in the shapes of five real models.
+"""The calls that `pyspec bench kernels` times: every op in the shapes of six real models.
 
 What a case says of bytes and operations is the least that any kernel must do: each input read once, each output written
 once, each multiplication done once.
@@ -7,7 +7,7 @@ once, each multiplication done once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,12 +17,20 @@ from torch import Tensor
 from pyspec import ops
 from pyspec.caches import cache_from_name
 from pyspec.masks import BlockMask
+from pyspec.measure.problems import TREE, Problem, Random, nbytes
+from pyspec.measure.recurrent_cases import (
+    DeltaNet,
+    StateSpace,
+    causal_conv_problem,
+    gated_delta_problem,
+    selective_state_problem,
+)
 from pyspec.ops.gear import BLOCK, HALF, TreeRows, attend_tree, blocks_seen, join_exact
 from pyspec.ops.residual_vq import WIDTH, attend_codes
 from pyspec.runners import flash_attn
 from pyspec.tree import DraftTree
 
-TREE, CONTEXT, PROMPT = 16, 4096, 2048  # nodes of a round, tokens before it, tokens of a prompt
+CONTEXT, PROMPT = 4096, 2048  # tokens before a round, tokens of a prompt
 DOCUMENTS = 8  # in the prompt
 DEPTH, CODES = 8, 256  # of residual VQ
 
@@ -37,42 +45,17 @@ class Attention:
     vocab: int
 
 
-@dataclass(frozen=True)
-class StateSpace:
-    """Mamba-2: inputs of heads * head_dim channels, one group."""
-
-    hidden: int
-    heads: int
-    head_dim: int
-    state: int
-    taps: int = 4
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.head_dim
-
+Part = Attention | StateSpace | DeltaNet
 
 # From the models' own configurations.
-MODELS: dict[str, tuple[Attention | StateSpace, ...]] = {
+MODELS: dict[str, tuple[Part, ...]] = {
     "SmolLM2-135M": (Attention(576, 1536, 9, 3, 64, 49152),),
     "Llama-3.1-8B": (Attention(4096, 14336, 32, 8, 128, 128256),),
     "Qwen2.5-32B": (Attention(5120, 27648, 40, 8, 128, 152064),),
     "Mamba-2 2.7B": (StateSpace(2560, 80, 64, 128),),
+    "Qwen3.5 0.8B": (DeltaNet(16, 128, 16, 128),),
     "Falcon-H1 1.5B": (Attention(2048, 4096, 8, 2, 128, 65537), StateSpace(2048, 48, 64, 256)),
 }
-
-
-@dataclass
-class Problem:
-    """One call, ready to be timed; its result is that of the same call under backend("reference")."""
-
-    call: Callable[[], Tensor]
-    bytes: int  # read and written at least once
-    operations: int  # multiplications and additions at least done
-    tolerance: float = 1e-4  # of the result against the reference, relative to its largest value
-    peers: dict[str, Callable] = field(default_factory=dict)
-    fresh: Callable[[], None] = lambda: None  # puts back what the call changes in place, before it is checked
-    dtype: torch.dtype = torch.float32  # whose multiply rate the floor takes
 
 
 @dataclass(frozen=True)
@@ -83,27 +66,12 @@ class Case:
     make: Callable[[str], Problem]  # from a device
 
 
-class _Random:
-    """Normal numbers, the same for the same case."""
-
-    def __init__(self, device: str):
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def __call__(self, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-        drawn = torch.randn(shape, generator=self._generator, dtype=torch.float32, device=self._generator.device)
-        return (drawn * scale).to(dtype)
-
-
 def _tree(device: str) -> tuple[Tensor, Tensor]:
     """Ancestor bits [1, T, 1] and what each node sees of the tree [T, T] bool: two children a node."""
     tree = DraftTree([0] * TREE, [(node - 1) // 2 if node else -1 for node in range(TREE)])
     bits = torch.from_numpy(tree.ancestor_bits)
     sees = (bits >> torch.arange(TREE, device="cpu")) & 1 == 1
     return bits[None].to(device), sees.to(device)
-
-
-def _nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 # ==== attention ====
@@ -115,7 +83,7 @@ def _flash_attn(name: str, q: Tensor, make: Callable[[], Callable]) -> dict[str,
 
 
 def _tree_attention(a: Attention, device: str) -> Problem:
-    random = _Random(device)
+    random = Random(device)
     q = random(1, a.heads, TREE, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, CONTEXT + TREE, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
     bits, sees = _tree(device)
@@ -123,7 +91,7 @@ def _tree_attention(a: Attention, device: str) -> Problem:
     mask = torch.cat([torch.ones(TREE, CONTEXT, dtype=torch.bool, device=device), sees], 1)
     return Problem(
         lambda: ops.tree_attention(q, k, v, bits, lens),
-        bytes=_nbytes(q, k, v, q),
+        bytes=nbytes(q, k, v, q),
         operations=4 * a.heads * int(mask.sum()) * a.head_dim,
         tolerance=2e-2,
         peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)}
@@ -134,14 +102,14 @@ def _tree_attention(a: Attention, device: str) -> Problem:
 
 
 def _block_masked_attention(a: Attention, device: str) -> Problem:
-    random = _Random(device)
+    random = Random(device)
     q = random(1, a.heads, PROMPT, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, PROMPT, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
     mask = BlockMask.from_documents([PROMPT // DOCUMENTS] * DOCUMENTS, device=device)
     dense = mask.to_dense()[0, 0]
     return Problem(
         lambda: ops.block_masked_attention(q, k, v, mask),
-        bytes=_nbytes(q, k, v, q),
+        bytes=nbytes(q, k, v, q),
         operations=4 * a.heads * int(dense.sum()) * a.head_dim,
         tolerance=2e-2,
         peers={"sdpa": lambda: F.scaled_dot_product_attention(q, k, v, dense, enable_gqa=True)}
@@ -152,7 +120,7 @@ def _block_masked_attention(a: Attention, device: str) -> Problem:
 
 def _quantised_attention(a: Attention, device: str, encode: Callable, attend: Callable, operations: int) -> Problem:
     """One row over quantised blocks and the exact keys behind them; a window of half a block stays exact."""
-    random = _Random(device)
+    random = Random(device)
     q = random(1, a.heads, 1, a.head_dim, dtype=torch.bfloat16)
     k, v = (random(1, a.kv_heads, CONTEXT + BLOCK, a.head_dim, dtype=torch.bfloat16) for _ in "kv")
     blocks = blocks_seen(CONTEXT, HALF)
@@ -164,7 +132,7 @@ def _quantised_attention(a: Attention, device: str, encode: Callable, attend: Ca
     seen = [x[:, :, : CONTEXT + 1] for x in (k, v)]
     return Problem(
         lambda: attend(q, quantised, *tail, rows),
-        bytes=_nbytes(q, quantised, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
+        bytes=nbytes(q, quantised, q) + 4 * a.kv_heads * (CONTEXT - blocks * BLOCK) * a.head_dim,
         operations=operations,
         tolerance=2e-2,
         peers={"dense tree_attention": lambda: ops.tree_attention(q, k, v, bits, lens)}
@@ -185,7 +153,7 @@ def _gear(a: Attention, device: str, cache: str = "gear-4bit") -> Problem:
 
 
 def _residual_vq(a: Attention, device: str) -> Problem:
-    codebooks = _Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
+    codebooks = Random(device)(2, DEPTH, CODES, WIDTH, dtype=torch.float16, scale=0.5)
     adds = 2 * a.heads * CONTEXT * a.head_dim // WIDTH * DEPTH  # of table entries and of masses
 
     def attend(q: Tensor, quantised: Tensor, k: Tensor, v: Tensor, rows: TreeRows) -> Tensor:
@@ -207,7 +175,7 @@ def _residual_vq(a: Attention, device: str) -> Problem:
 def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype | str, device: str) -> Problem:
     """The down projection of a layer, or the inputs and gates of a state space layer."""
     outputs, inputs = (a.hidden, a.intermediate) if isinstance(a, Attention) else (2 * a.channels, a.hidden)
-    random = _Random(device)
+    random = Random(device)
     is_quantised = weight_dtype in (torch.int8, "int4")  # any floats go with them
     dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if is_quantised else weight_dtype
     weight, x = random(outputs, inputs, dtype=dtype, scale=inputs**-0.5), random(rows, inputs, dtype=dtype)
@@ -225,7 +193,7 @@ def _linear(a: Attention | StateSpace, rows: int, weight_dtype: torch.dtype | st
 
 
 def _row_statistics(a: Attention, device: str) -> Problem:
-    logits = _Random(device)(TREE, a.vocab, scale=3.0)
+    logits = Random(device)(TREE, a.vocab, scale=3.0)
     return Problem(
         lambda: ops.row_statistics(logits).log_sum_exp,
         bytes=logits.nbytes,
@@ -235,7 +203,7 @@ def _row_statistics(a: Attention, device: str) -> Problem:
 
 
 def _topk(a: Attention, device: str) -> Problem:
-    x = _Random(device)(TREE, a.vocab)
+    x = Random(device)(TREE, a.vocab)
     return Problem(
         lambda: ops.topk(x, 64, sorted=True).values,
         bytes=x.nbytes,
@@ -245,7 +213,7 @@ def _topk(a: Attention, device: str) -> Problem:
 
 
 def _rms_norm(a: Attention | StateSpace, device: str) -> Problem:
-    random = _Random(device)
+    random = Random(device)
     hidden, delta, weight = random(TREE, a.hidden), random(TREE, a.hidden, scale=1e-3), random(a.hidden)
     kept = hidden.clone()
     return Problem(
@@ -259,7 +227,7 @@ def _rms_norm(a: Attention | StateSpace, device: str) -> Problem:
 
 
 def _swiglu(a: Attention, device: str) -> Problem:
-    gate_up = _Random(device)(TREE, 2 * a.intermediate)
+    gate_up = Random(device)(TREE, 2 * a.intermediate)
     return Problem(
         lambda: ops.swiglu(gate_up),
         bytes=gate_up.nbytes * 3 // 2,
@@ -268,57 +236,17 @@ def _swiglu(a: Attention, device: str) -> Problem:
     )
 
 
-# ==== state spaces ====
-
-
-def _round(device: str) -> ops.Round:
-    """A chain of TREE / 2 drafts behind four accepted ones."""
-    chain = DraftTree.chain([0] * (TREE // 2))
-    return ops.Round.of([chain], [0], [range(4)], [0], device=device)
-
-
-def _selective_state(s: StateSpace, device: str) -> Problem:
-    random, rows = _Random(device), TREE // 2
-    state = random(1, s.channels // 16, s.state, 16)
-    record = random(2, 1, rows, s.channels + s.heads + s.state, scale=0.1)
-    x, B, C = random(rows, s.channels), random(rows, s.state), random(rows, s.state)
-    dt, A, D = random(rows, s.heads), -random(s.heads).abs(), random(s.heads).repeat_interleave(s.head_dim)
-    bias, round, kept = torch.full((s.heads,), -4.0, device=device), _round(device), (state.clone(), record.clone())
-
-    def fresh() -> None:
-        state.copy_(kept[0])
-        record.copy_(kept[1])
-
-    return Problem(
-        lambda: ops.selective_state(state, record, x, dt, A, B, C, round, D=D, dt_bias=bias),
-        bytes=2 * state.nbytes + _nbytes(x, dt, B, C, x) + record.nbytes // 2,
-        operations=(4 + rows) * 5 * state.numel() + rows * 2 * state.numel(),
-        tolerance=1e-3,
-        fresh=fresh,
-    )
-
-
-def _causal_conv(s: StateSpace, device: str) -> Problem:
-    random, rows, channels = _Random(device), TREE // 2, s.channels + 2 * s.state
-    window, record = random(1, s.taps - 1, channels), random(2, 1, rows, channels)
-    x, weight, bias, round = random(rows, channels), random(s.taps, channels), random(channels), _round(device)
-    kept = window.clone()
-    return Problem(
-        lambda: ops.causal_conv(window, record, x, weight, bias, round),
-        bytes=2 * window.nbytes + _nbytes(x, weight, x) + record.nbytes // 2,
-        operations=2 * s.taps * x.numel(),
-        peers={"torch conv1d": lambda: F.conv1d(x.T[None], weight.T[:, None].contiguous(), bias, groups=channels)},
-        fresh=lambda: window.copy_(kept),
-    )
-
-
 # ==== all ====
 
-_Builder = tuple[str, Callable[[Attention | StateSpace, str], Problem]]  # what the shape is called, and the maker
+_Builder = tuple[str, Callable[[Part, str], Problem]]  # what the shape is called, and the maker
 
 
-def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
+def _described(part: Part) -> dict[str, list[_Builder]]:
     """Describes the calls of each op that a part of a model runs."""
+    after = f"{TREE // 2} drafts after 4 accepted"
+    if isinstance(part, DeltaNet):
+        round = f"{after}, {part.heads}/{part.key_heads} heads of {part.head_dim}, keys of {part.state}"
+        return {"gated_delta": [(round, gated_delta_problem)], "causal_conv": [(after, causal_conv_problem)]}
     product = f"{part.intermediate} to {part.hidden}" if isinstance(part, Attention) else f"{part.hidden} to in and z"
     wide = [
         (
@@ -330,10 +258,10 @@ def _described(part: Attention | StateSpace) -> dict[str, list[_Builder]]:
     ]
     norm = (f"{TREE} rows of {part.hidden}", _rms_norm)
     if isinstance(part, StateSpace):
-        round = f"{TREE // 2} drafts after 4 accepted, {part.heads} heads, state {part.state}"
+        round = f"{after}, {part.heads} heads, state {part.state}"
         return {
-            "selective_state": [(round, _selective_state)],
-            "causal_conv": [(f"{TREE // 2} drafts after 4 accepted", _causal_conv)],
+            "selective_state": [(round, selective_state_problem)],
+            "causal_conv": [(after, causal_conv_problem)],
             "linear": wide,
             "rms_norm": [norm],
         }

@@ -42,26 +42,32 @@ def gated_delta_reference(
     halves: Tensor,
     advances: Tensor,
     strength: float,
+    tiled: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Plain PyTorch, node by node; state and record are changed in place. The specification of the kernels."""
     _, panels, keys, _ = state.shape
     rows, channels = v.shape
-    q, k = _unit(q, keys), _unit(k, keys)
-    v, beta = v.float(), strength * torch.sigmoid(beta)
+    q, k, v, beta = _unit(q, keys), _unit(k, keys), v.float(), strength * torch.sigmoid(beta)
     rate = F.softplus(decay if dt_bias is None else decay + dt_bias, threshold=50.0)
     d = torch.exp(A[:, None] * rate.view(rows, len(A), -1)).flatten(1)
     y = torch.empty_like(v)
 
-    def of_panels(values: Tensor, heads: int) -> Tensor:
-        """Repeats values [heads * N] or [heads] for each panel: [channels / 16, N or 1, 1]."""
-        return values.view(heads, -1).repeat_interleave(panels // heads, 0)[..., None]
+    key_heads = k.shape[1] // keys
+    heads = torch.arange(len(A), device=A.device).repeat_interleave(panels // len(A))  # of each panel
+    key_heads = heads % key_heads if tiled else heads // (len(A) // key_heads)
+
+    def for_panels(values: Tensor, size: int, of: Tensor) -> Tensor:
+        """What each panel has of values, of which a head has `size`: [channels / 16, size, 1]."""
+        return values.view(-1, size)[of][..., None]
 
     def step(s: Tensor, node: Tensor) -> Tensor:
-        k, u, d = node.split([k_size, channels, decay.shape[1]])
-        return s * of_panels(d, heads) + of_panels(k, key_heads) * u.view(-1, 1, LANES)
+        k, u, d = node.split([q.shape[1], channels, decay.shape[1]])
+        return decayed(s, d) + for_panels(k, keys, key_heads) * u.view(-1, 1, LANES)
 
-    heads, k_size, key_heads = len(A), k.shape[1], k.shape[1] // keys
+    def decayed(s: Tensor, d: Tensor) -> Tensor:
+        return s * for_panels(d, len(d) // len(A), heads)
+
     for tree, sequence in enumerate(sequences.tolist()):
         first, last, half = int(starts[tree]), int(starts[tree + 1]), int(halves[tree])
         s = state[sequence]
@@ -71,11 +77,11 @@ def gated_delta_reference(
         reached = []
         for row, parent in zip(range(first, last), parents[first:last].tolist(), strict=True):
             above = reached[parent] if parent >= 0 else s
-            answer = (above * of_panels(d[row], heads) * of_panels(k[row], key_heads)).sum(1).flatten()
-            u = (v[row] - answer) * beta[row].repeat_interleave(channels // heads)
+            answer = (decayed(above, d[row]) * for_panels(k[row], keys, key_heads)).sum(1).flatten()
+            u = (v[row] - answer) * beta[row].repeat_interleave(channels // len(A))
             node = torch.cat((k[row], u, d[row]))
             reached.append(step(above, node))
-            y[row] = (reached[-1] * of_panels(q[row], key_heads)).sum(1).flatten() / keys**0.5
+            y[row] = (reached[-1] * for_panels(q[row], keys, key_heads)).sum(1).flatten() / keys**0.5
             if not advances[tree]:
                 record[1 - half, sequence, row - first] = node
         state[sequence] = reached[-1] if advances[tree] and reached else s
@@ -99,7 +105,7 @@ _OP = Op(
     "gated_delta",
     "(Tensor(a!) state, Tensor(b!) record, Tensor q, Tensor k, Tensor v, Tensor decay, Tensor beta, Tensor A, "
     "Tensor? dt_bias, Tensor sequences, Tensor starts, Tensor parents, Tensor paths, Tensor halves, Tensor advances, "
-    "float strength, ScalarType out_dtype) -> Tensor",
+    "float strength, bool tiled, ScalarType out_dtype) -> Tensor",
     gated_delta_reference,
     _fake,
     cuda=True,
@@ -120,6 +126,7 @@ def gated_delta(
     *,
     dt_bias: Tensor | None = None,
     strength: float = 1.0,
+    tiled: bool = False,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Replays what was accepted of the last round, stores the state, and verifies this round's nodes from there.
@@ -133,7 +140,7 @@ def gated_delta(
         record: [2, S, nodes, key_heads * N + channels + decays] fp32, contiguous: room for the nodes of the largest
             tree.
         q, k: [R, key_heads * N] fp32, fp16 or bf16, not yet of length 1; one serves heads / key_heads neighbouring
-            heads.
+            heads, or with tiled those of every key_heads-th place, head h's being h % key_heads.
         v: [R, channels] like q, channels = heads * head_dim.
         decay: [R, decays] fp32, before dt_bias and softplus; decays is heads, or heads * N with one for each key.
         beta: [R, heads] fp32, before the sigmoid.
@@ -141,6 +148,7 @@ def gated_delta(
         round: the trees whose nodes the R rows are, and what to replay.
         dt_bias: [decays] fp32 or None.
         strength: of a correction, in (0, 2]: beta is strength * sigmoid(beta). 2 lets a state change its sign.
+        tiled: how heads share those of q and k; files of llama.cpp have them so.
         out_dtype: fp32, fp16 or bf16.
 
     Returns:
@@ -151,20 +159,19 @@ def gated_delta(
             also when what round holds does not: a sequence twice, a node or a half that is not there.
         RuntimeError: an argument requires a gradient.
     """
-    check_are_tensors(state=state, record=record, q=q, k=k, v=v, decay=decay, beta=beta, A=A)
-    check_are_tensors(dt_bias=dt_bias, optional=("dt_bias",))
+    given = {"state": state, "record": record, "q": q, "k": k, "v": v, "decay": decay, "beta": beta, "A": A}
+    check_are_tensors(**given, dt_bias=dt_bias, optional=("dt_bias",))
     check_is_round(round)
     if state.dim() != 4 or state.shape[3] != LANES or state.shape[2] % MULTIPLE or not state.shape[2]:
         raise ValueError(
             f"state must be [sequences, channels / {LANES}, N, {LANES}] with N a multiple of {MULTIPLE}, "
             f"got {tuple(state.shape)}"
         )
-    sequences, panels, keys, _ = state.shape
-    channels, heads = panels * LANES, A.numel()
+    (sequences, panels, keys, _), heads = state.shape, A.numel()
     for name, tensor in (("q", q), ("v", v), ("decay", decay)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be [rows, ...], got shape {tuple(tensor.shape)}")
-    rows, key_heads, decays = len(v), q.shape[1] // keys, decay.shape[1]
+    rows, channels, key_heads, decays = len(v), panels * LANES, q.shape[1] // keys, decay.shape[1]
     if not heads or channels % (heads * LANES):
         raise ValueError(f"A must have heads of a multiple of {LANES} channels, got {heads} for {channels}")
     if not key_heads or heads % key_heads:
@@ -173,8 +180,10 @@ def gated_delta(
         raise ValueError(f"decay must be [rows, {heads}] or [rows, {heads * keys}], got {tuple(decay.shape)}")
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 2:
         raise ValueError(f"strength must be in (0, 2], got {strength!r}")
-    check_floating("v", v.dtype)
-    check_floating("out_dtype", out_dtype)
+    if not isinstance(tiled, bool):
+        raise TypeError(f"tiled must be True or False, got {tiled!r}")
+    for name, dtype in (("v", v.dtype), ("out_dtype", out_dtype)):
+        check_floating(name, dtype)
     nodes = record.shape[2] if record.dim() == 4 else 0
     check_tensors(
         "state",
@@ -190,7 +199,7 @@ def gated_delta(
         ("dt_bias", dt_bias, torch.float32, (decays,)),
     )
     check_contiguous(state=state, record=record, A=A, dt_bias=dt_bias)
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("decay", decay), ("beta", beta)):
+    for name, tensor in [*given.items()][2:7]:
         if tensor.stride(1) != 1:
             raise ValueError(f"{name} must have a contiguous last dimension, got strides {tensor.stride()}")
-    return _OP(state, record, q, k, v, decay, beta, A, dt_bias, *round.tensors(), float(strength), out_dtype)
+    return _OP(state, record, q, k, v, decay, beta, A, dt_bias, *round.tensors(), float(strength), tiled, out_dtype)

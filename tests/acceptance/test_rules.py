@@ -251,7 +251,7 @@ def test_greedily_every_rule_follows_the_target(rule):
         expected = [0, 1]
         while expected[-1] < 3 and tree.tokens[expected[-1] + 1] == said[expected[-1]]:
             expected.append(expected[-1] + 1)
-        for temperature in (0.0, 1e-30):
+        for temperature in (0.0, 1e-30) if rule.law != "mixture" else (1e-30,):  # a mixture is one greedily too
             accepted = rule.accept(tree, Verified(logits), Sampler(temperature, seed=3), 7)
             assert accepted == (expected, said[expected[-1]])
 

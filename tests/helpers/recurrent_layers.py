@@ -88,6 +88,7 @@ class DeltaLayer:
     keys: int = 16
     per_key: bool = False
     strength: float = 1.0
+    tiled: bool = False
 
     def __post_init__(self):
         torch.manual_seed(self.heads + self.keys)
@@ -108,7 +109,7 @@ class DeltaLayer:
         return {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
 
     def weights(self) -> dict:
-        return {"A": self.A, "dt_bias": self.dt_bias, "strength": self.strength}
+        return {"A": self.A, "dt_bias": self.dt_bias, "strength": self.strength, "tiled": self.tiled}
 
     def call(self, inputs: dict, round: Round, **options) -> torch.Tensor:
         return gated_delta(self.state, self.record, **inputs, **self.weights(), round=round, **options)
@@ -120,9 +121,13 @@ class DeltaLayer:
         """
         q, k, v, decay, beta = (value.double() for value in inputs.values())
         rows = len(v)
+        shared = self.heads // self.key_heads
         q, k = (
-            (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()).repeat_interleave(self.heads // self.key_heads, 1)
-            for x in (q.view(rows, -1, self.keys), k.view(rows, -1, self.keys))
+            x.repeat(1, shared, 1) if self.tiled else x.repeat_interleave(shared, 1)
+            for x in (
+                x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+                for x in (q.view(rows, -1, self.keys), k.view(rows, -1, self.keys))
+            )
         )
         d = (self.A.double()[:, None] * torch.log1p((decay + self.dt_bias).exp()).view(rows, self.heads, -1)).exp()
         beta = self.strength / (1 + (-beta).exp())
@@ -148,6 +153,7 @@ SELECTIVE_LAYERS = {
 DELTA_LAYERS = {
     "a key head for all": {},
     "Qwen3.5": {"heads": 4, "head_dim": 128, "key_heads": 2, "keys": 128},
+    "heads that take turns": {"heads": 6, "head_dim": 32, "key_heads": 2, "keys": 32, "tiled": True},
     "heads of their own, strong": {"heads": 3, "head_dim": 48, "key_heads": 3, "keys": 32, "strength": 2.0},
     "a decay a key": {"heads": 4, "head_dim": 64, "key_heads": 4, "keys": 64, "per_key": True},
 }

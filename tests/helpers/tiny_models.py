@@ -326,7 +326,7 @@ def split_experts(tensors):
             yield name + ".weight" * name.endswith("experts.down_proj"), values
 
 
-def _add_tensor(writer, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
+def add_tensor(writer, name: str, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
     if values.ndim < 2 or kind == gguf.GGMLQuantizationType.F32:
         writer.add_tensor(name, values)
         return
@@ -390,9 +390,9 @@ def write_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32, leave_ou
         kind = quantization(name) if callable(quantization) else quantization
         if isinstance(kind, list):
             for number, own in enumerate(kind):
-                _add_tensor(writer, name.replace("_exps", f".{number}"), values[number], own)
+                add_tensor(writer, name.replace("_exps", f".{number}"), values[number], own)
         else:
-            _add_tensor(writer, name, values, kind)
+            add_tensor(writer, name, values, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,7 +15,11 @@ def quick(monkeypatch):
     monkeypatch.setattr(kernels.measure, "multiply_rate", lambda dtype, device: 1e11)
     small = {
         "small": (cases.Attention(128, 256, 4, 2, 64, 500),),
-        "hybrid": (cases.Attention(64, 128, 2, 1, 64, 300), cases.StateSpace(64, 2, 64, 16)),
+        "hybrid": (
+            cases.Attention(64, 128, 2, 1, 64, 300),
+            cases.StateSpace(64, 2, 64, 16),
+            cases.DeltaNet(2, 32, 1, 16),
+        ),
     }
     monkeypatch.setattr(cases, "MODELS", small)
     monkeypatch.setattr(cases, "CONTEXT", 384)

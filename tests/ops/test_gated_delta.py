@@ -12,7 +12,7 @@ from tests.helpers.rounds import chain_round
 def test_opcheck():
     layer = DeltaLayer()
     inputs = [layer.inputs(3)[name] for name in ("q", "k", "v", "decay", "beta")]
-    rest = (layer.A, layer.dt_bias, *chain_round(3, 2).tensors(), 1.0, torch.bfloat16)
+    rest = (layer.A, layer.dt_bias, *chain_round(3, 2).tensors(), 1.0, False, torch.bfloat16)
     args = (torch.zeros_like(layer.state), torch.zeros_like(layer.record), *inputs, *rest)
     torch.library.opcheck(torch.ops.pyspec.gated_delta.default, args)
 
@@ -66,6 +66,7 @@ def test_a_head_that_forgets_all_keeps_its_last_value():
         ({"strength": 2.5}, ValueError, r"strength must be in \(0, 2\], got 2.5"),
         ({"strength": float("nan")}, ValueError, r"strength must be in \(0, 2\], got nan"),
         ({"strength": True}, ValueError, r"strength must be in \(0, 2\], got True"),
+        ({"tiled": 1}, TypeError, "tiled must be True or False, got 1"),
         ({"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
         ({"round": [0]}, TypeError, "round must be a Round"),
     ],

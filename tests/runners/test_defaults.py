@@ -55,7 +55,7 @@ def llama_texts():
     with torch.device("cpu"), default_dtype(torch.float32):  # the test's own weights
         source = random_llama(dtype=torch.bfloat16)
     runner, draft = (AttentionRunner(source.config, source.weights) for _ in range(2))
-    drafters = [new_drafter(name, runner) for name in DRAFTERS if name != "layer_skip"]
+    drafters = [new_drafter(name, runner) for name in DRAFTERS if name not in ("layer_skip", "mtp")]
     drafters += [None, LayerSkipDrafter(runner, skipped=[0]), ModelDrafter(draft, runner)]
     calls = [{"drafter": drafter} for drafter in drafters]
     drawn = {"drafter": ModelDrafter(draft, runner, DySpecThreshold(0.05))} | SAMPLED

@@ -68,5 +68,5 @@ def test_statistics_name_the_token_that_argmax_names():
                 _best(statistics, row)
             assert str(found.value) == reasons[row]
         else:
-            assert _best(statistics, row) == expected == sampler.draws(Verified(logits))(row, 0)
+            assert _best(statistics, row) == expected == sampler.draws(None, Verified(logits))(row, 0)
     assert reasons == {3: "NaN", 4: "+inf", 5: "all -inf"}

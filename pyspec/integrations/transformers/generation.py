@@ -28,6 +28,7 @@ from pyspec.runners.verified import Verified
 from pyspec.sampling.sampler import Sampler
 from pyspec.sequence import Sequence
 from pyspec.stats import Stats
+from pyspec.tree import Accepted, DraftTree
 
 # Options of a generation config that would be lost here, and the values that ask for nothing.
 _REFUSED = {
@@ -289,7 +290,7 @@ class _RowSampler:
         self.ids = input_ids[row]  # with the padding: processors see it in transformers too
         self.kept = kept
 
-    def draws(self, verified: Verified) -> Callable[[int, int], int]:
+    def draws(self, tree: DraftTree, verified: Verified) -> Callable[[int, int], int]:
         """A function of (node, position); nodes are asked for along a path, root first."""
         logits, path = verified.logits, []
 
@@ -306,6 +307,13 @@ class _RowSampler:
             return token
 
         return draw
+
+    def extend(self, accepted: Accepted) -> None:
+        """The text goes on in `ids`, token by token."""
+
+    def forced(self, most: int) -> list[int]:
+        """Processors don't tell what they force."""
+        return []
 
 
 def _know_their_row(processors) -> bool:

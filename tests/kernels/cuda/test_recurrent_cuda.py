@@ -35,6 +35,7 @@ DELTAS = {
     "delta, Qwen3.5": (2, 32, 1, 128, False),
     "delta, Kimi": (2, 16, 2, 128, True),
     "delta, 48 keys": (4, 48, 2, 48, False),
+    "delta, heads that take turns": (4, 16, 2, 32, False),
     "delta, 16 keys with decays": (3, 16, 1, 16, True),
     "delta, 80 keys": (1, 32, 1, 80, False),
     "delta, 256 keys": (1, 16, 1, 256, False),
@@ -109,7 +110,7 @@ class Delta:
     def __init__(self, shape: str = "delta, 48 keys", dtype: torch.dtype = torch.float32, seed: int = 0):
         self.heads, head_dim, self.key_heads, self.keys, per_key = DELTAS[shape]
         self.channels, self.decays = self.heads * head_dim, self.heads * (self.keys if per_key else 1)
-        self.dtype, self.strength = dtype, 1.0 + seed % 2
+        self.dtype, self.strength, self.tiled = dtype, 1.0 + seed % 2, "turns" in shape
         self.generator = torch.Generator().manual_seed(seed)
         self.A = -self.new(self.heads).abs().exp()
         self.bias = self.new(self.decays) if seed % 3 else None
@@ -152,7 +153,7 @@ class Convolution:
 
 
 def call(function, layer, inputs: list, round: Round, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    options = (layer.strength,) if isinstance(layer, Delta) else ()
+    options = (layer.strength, layer.tiled) if isinstance(layer, Delta) else ()
     return function(layer.state, layer.record, *inputs, *round.tensors(), *options, dtype)
 
 

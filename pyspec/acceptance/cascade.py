@@ -1,0 +1,145 @@
+"""Speculative cascades, lossy by a stated law: where the drafter is good enough, its law is the text's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from pyspec.acceptance import RULES
+from pyspec.acceptance.laws import DraftLaws, LawRule, TargetLaws, children_of
+from pyspec.acceptance.recursive import recursive_rejection
+from pyspec.arguments import read_number
+from pyspec.runners.verified import Verified
+from pyspec.sampling.noise import Noise
+from pyspec.sampling.sampler import Sampler
+from pyspec.tree import Accepted, DraftTree
+
+Deferral = Callable[[np.ndarray, np.ndarray, float], "np.ndarray | bool"]
+
+
+def entropy(law: np.ndarray) -> float:
+    """The entropy of a law [V], in nats."""
+    positive = law[law > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+def distance(p: np.ndarray, q: np.ndarray) -> float:
+    """The total variation of two laws [V]."""
+    return float(np.maximum(p - q, 0).sum())
+
+
+#: Whether a position, or each of its tokens [V], is left to the target: functions of p, q [V] and alpha. Those of
+#: tokens are named token_..., and of those token_v3 alone needs no q.
+DEFERRALS: dict[str, Deferral] = {
+    "chow": lambda p, q, alpha: q.max() < 1 - alpha,
+    "chow_log": lambda p, q, alpha: entropy(q) > alpha,
+    "diff": lambda p, q, alpha: q.max() < p.max() - alpha,
+    "diff_log": lambda p, q, alpha: entropy(q) > entropy(p) + alpha,
+    "opt": lambda p, q, alpha: q.max() < p.max() - alpha * distance(p, q),
+    "token_v1": lambda p, q, alpha: q < p.max() - alpha * distance(p, q),
+    "token_v2": lambda p, q, alpha: p < p.max() - alpha * distance(p, q),
+    "token_v3": lambda p, q, alpha: p < (1 - alpha) * p.max(),
+}
+
+
+def cascade_law(p: np.ndarray, q: np.ndarray, deferred: np.ndarray) -> np.ndarray:
+    """The law pi [V] of a cascade: pi(v) = (1 - r(v)) q(v) + eta p(v), where eta is the sum of r(v) q(v).
+
+    It is q where nothing is deferred, and p where all is.
+
+    Args:
+        p, q: [V] float64 laws of target and drafter.
+        deferred: [V] bool, r: whether a token is left to the target.
+    """
+    return np.where(deferred, 0, q) + q[deferred].sum() * p
+
+
+class CascadeAcceptance(LawRule):
+    """Accepts drafts for draws of pi, a law between drafter and target (Narasimhan et al., arXiv 2405.19261).
+
+    With drawn drafts (tree.q is there), the text's law after a node with drafts is exactly pi of `cascade_law`, and p
+    after a leaf. With chosen ones, which token_v3 alone takes, the likeliest child whose token is not deferred is
+    accepted, else the target's own draw is followed: "relaxed acceptance".
+
+    Greedily, p is the law at temperature 1: the likeliest child whose token is not deferred is accepted, else the
+    target's likeliest token is followed.
+
+    Args:
+        deferral: alpha, in [0, 1]: what deferring costs: 0 defers most. Greedily, token_v3 is exact then.
+        rule: a name of DEFERRALS. Chow's two look at the drafter alone; opt and the token rules are the paper's.
+        top: token_v3 also defers all but so many likeliest tokens; None defers none for that.
+
+    Raises:
+        ValueError, TypeError: naming the argument that is out of range.
+    """
+
+    law = "mixture"
+    takes_deferral = True
+
+    def __init__(self, deferral: float = 0.1, rule: str = "token_v3", top: int | None = None):
+        self.deferral = read_number("deferral", deferral)
+        if not 0 <= self.deferral <= 1:
+            raise ValueError(f"deferral must be in [0, 1], got {deferral}")
+        if rule not in DEFERRALS:
+            raise ValueError(f"rule must be one of {', '.join(DEFERRALS)}, got {rule!r}")
+        if top is not None and (rule != "token_v3" or top < 1):
+            raise ValueError(f"top must be at least 1, and is for token_v3, got {top} for {rule}")
+        self.rule, self.top = rule, top
+        self.siblings = None if rule == "token_v3" else frozenset({"none", "with replacement", "without replacement"})
+
+    def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
+        if sampler.temperature and tree.q is not None:
+            return super().accept(tree, verified, sampler, position)
+        laws = TargetLaws(tree, verified, sampler, greedy_at=1.0)
+        drafts = None if tree.q is None else DraftLaws(tree)
+        return self._follow(tree, laws, drafts, sampler.draws(tree, verified), position)
+
+    def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
+        return recursive_rejection(tree, _Mixed(self, tree, p, q), q, noise)
+
+    def deferred(self, p: np.ndarray, q: np.ndarray | None) -> np.ndarray:
+        """Which tokens [V] are left to the target, from the laws [V] of target and drafter; token_v3 needs no q."""
+        deferred = np.broadcast_to(DEFERRALS[self.rule](p, q, self.deferral), p.shape)
+        if self.top is not None and self.top < len(p):
+            deferred = deferred | (p < np.partition(p, -self.top)[-self.top])
+        return deferred
+
+    def _follow(self, tree: DraftTree, p, q, draw: Callable[[int, int], int], position: int) -> Accepted:
+        """Goes to the likeliest child that is not deferred, else to the target's own draw."""
+        children, tokens = children_of(tree), tree.tokens.tolist()
+        path, node = [], 0
+        while True:
+            path.append(node)
+            free = []
+            if children[node]:
+                law = p[node]
+                deferred = self.deferred(law, None if q is None else q[node])
+                free = [child for child in children[node] if not deferred[tokens[child]]]
+            if free:
+                node = max(free, key=lambda child, law=law: law[tokens[child]])
+                continue
+            token = draw(node, position + len(path) - 1)
+            node = next((child for child in children[node] if tokens[child] == token), None)
+            if node is None:
+                return Accepted(path, token)
+
+
+class _Mixed:
+    """The laws of a cascade, by node; p where nothing is drafted."""
+
+    def __init__(self, rule: CascadeAcceptance, tree: DraftTree, p, q):
+        self._rule, self._p, self._q = rule, p, q
+        self._has_children = set(tree.parents.tolist())
+
+    def __getitem__(self, node: int) -> np.ndarray:
+        p = self._p[node]
+        if node not in self._has_children:
+            return p
+        q = self._q[node]
+        return cascade_law(p, q, self._rule.deferred(p, q))
+
+
+RULES.register(
+    "cascade", CascadeAcceptance, "every tree; a law between drafter and target, by deferral (arXiv 2405.19261)"
+)
