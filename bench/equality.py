@@ -4,7 +4,7 @@
 
 In fp32, on Spec-Bench prompts of every category:
   greedy      every drafter gives the tokens of plain decoding by the same runner
-  sampled     so it does at temperature 0.8 with one seed, with and without top-p 0.95
+  sampled     so it does at temperature 0.8 with one seed, alone and with each warper
   reference   plain greedy tokens are transformers' own choice after the same tokens, wherever its two best logits
               differ by more than 1e-4
 
@@ -32,7 +32,22 @@ from pyspec.measure import first_difference, prompts
 from pyspec.measure.results import RESULTS
 
 SEED = 2024
-SAMPLED = {"temperature 0.8": {"temperature": 0.8}, "temperature 0.8, top-p 0.95": {"temperature": 0.8, "top_p": 0.95}}
+SAMPLED = {"temperature 0.8": {"temperature": 0.8}} | {
+    f"temperature 0.8, {name}": {"temperature": 0.8, **warpers}
+    for name, warpers in {
+        "top-p 0.95": {"top_p": 0.95},
+        "min-p, typical-p": {"min_p": 0.05, "typical_p": 0.95},
+        "penalties": {"repetition_penalty": 1.1, "frequency_penalty": 0.2, "presence_penalty": 0.1},
+        "biased, banned and forced tokens": {
+            "logit_bias": {32: 2.0},
+            "banned_tokens": [101],
+            "forced_tokens": [97, 98],
+        },
+        "Mirostat 1": {"mirostat": 1},
+        "Mirostat 2": {"mirostat": {"version": 2, "tau": 5.0, "eta": 0.1}},
+        "grammar": {"grammar": {"regex": "[ -~\\n]+"}},
+    }.items()
+}
 LARGEST_TIE = 1e-4  # two logits this close may be ordered either way by two orders of summation
 FINISHED = RESULTS / "equality.jsonl"
 

@@ -1,6 +1,7 @@
 """pyspec: language models that generate faster without changing what they say."""
 
 from pyspec.caches import GearSettings, ResidualVqSettings
+from pyspec.cascade import Cascade, cascade
 from pyspec.checkpoints import from_transformers, load
 from pyspec.generate import Generation, generate
 from pyspec.masks import BlockMask

@@ -97,17 +97,17 @@ def generate(
         ValueError, TypeError: naming the argument that does not fit, before any work.
         RuntimeError: this thread is generating with the model already, and calls from a callback of that.
     """
-    _check_model(model)
-    batched, prompts = _prompts(tokens, model)
-    stop = _stop_strings(stop, model)
+    check_model(model)
+    batched, prompts = prompts_of(tokens, model)
+    stop = stop_strings(stop, model)
     if stream is not None:
-        _check_stream(stream, model)
+        check_stream(stream, model)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     logprobs = None if logprobs is None else _logprobs(logprobs)
     settings = _cache_settings(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
     rule = acceptance_from_name(acceptance, deferral)
-    shared_drafter = _drafter(drafter, model, rule, settings, sampler)
+    shared_drafter = drafter_for(drafter, model, rule, settings, sampler)
     controller = controller_for(budget, model, shared_drafter, settings)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
@@ -155,12 +155,12 @@ def _stream_of(stream: Callable, index: int | None) -> Callable[[str], None]:
     return stream if index is None else lambda piece: stream(index, piece)
 
 
-def _check_model(model: Runner) -> None:
+def check_model(model: Runner) -> None:
     if not all(hasattr(model, name) for name in ("prefill", "verify", "commit", "vocab_size", "context_length")):
         raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
-def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
+def prompts_of(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     """Whether tokens is a batch, and its prompts."""
     batched, prompts = read_prompts(tokens, model.context_length)
     for number, prompt in enumerate(prompts):
@@ -179,14 +179,14 @@ def _prompts(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
     return batched, prompts
 
 
-def _check_stream(stream: Callable, model: Runner) -> None:
+def check_stream(stream: Callable, model: Runner) -> None:
     if not callable(stream):
         raise TypeError(f"stream must be a function or None, got {described(stream)}")
     if model.tokenizer is None:
         raise ValueError("stream needs text, and this model has no tokenizer")
 
 
-def _stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
+def stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     try:
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
     except TypeError:
@@ -207,7 +207,7 @@ def _logprobs(logprobs: int) -> int:
     return logprobs
 
 
-def _drafter(drafter, model: Runner, rule: AcceptanceRule, settings, sampler: Sampler) -> Drafter | None:
+def drafter_for(drafter, model: Runner, rule: AcceptanceRule, settings, sampler: Sampler) -> Drafter | None:
     """The drafter of all sequences; raises ValueError for one that does not go with the rule or the cache."""
     shared = drafter_from_name(drafter, model)
     check_laws(shared, rule)

@@ -32,12 +32,12 @@ def speculate(
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
-        _prefill(model, sequences, rule, controller.largest, cache, stats)
+        prefill(model, sequences, rule, controller.largest, cache, stats)
         while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
-            _round(model, going, rule, controller, stats)
+            run_round(model, going, rule, controller, stats)
 
 
-def _prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> None:
+def prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> None:
     """Reads the prompts, the first into slot 0, and draws the first token of each."""
 
     def observe(slot: int, chain: DraftTree, verified: Verified) -> None:
@@ -60,7 +60,7 @@ def _prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> N
         sequence.extend(last, accepted)
 
 
-def _round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
+def run_round(model, going: dict[int, Sequence], rule, controller, stats) -> None:
     """One round of the sequences that are still going, by slot."""
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 

@@ -37,21 +37,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }
 
 Tensor linear_rows(const Tensor& index, const Tensor& weight, int64_t outputs, int64_t inputs) {
-  STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "index must be int64 [rows]");
-  pyspec::LinearParams p{};
-  p.inputs = inputs, p.outputs = outputs;
-  pyspec::set_weight(p, weight);
-  Tensor rows = torch::stable::contiguous(index);
-  auto places = static_cast<const int64_t*>(rows.data_ptr());
-  for (int64_t i = 0; i < rows.size(0); ++i) {
-    STD_TORCH_CHECK(places[i] >= 0 && places[i] < outputs, "index must be in [0, ", outputs, "), got ",
-                    places[i], " at ", i);
-  }
-  Tensor out = torch::stable::new_empty(rows, {rows.size(0), inputs}, torch::headeronly::ScalarType::Float);
-  pyspec_linear_rows_table[pyspec::instruction_set()](
-      {p.weight, places, static_cast<float*>(out.data_ptr()), rows.size(0), inputs, p.format});
-  return out;
+  pyspec::LinearParams of_weight{};
+  of_weight.inputs = inputs, of_weight.outputs = outputs;
+  pyspec::set_weight(of_weight, weight);
+  pyspec::LinearRowsParams p{};
+  p.weight = of_weight.weight, p.format = of_weight.format, p.inputs = inputs;
+  return pyspec::launch_rows(pyspec_linear_rows_table, p, index, outputs);
 }
 
 }  // namespace

@@ -81,20 +81,11 @@ Tensor linear_codes(const Tensor& x, const Tensor& weight, const std::optional<T
 
 Tensor linear_codes_rows(const Tensor& index, const Tensor& weight, int64_t outputs, int64_t inputs,
                          int64_t format) {
-  STD_TORCH_CHECK(index.dim() == 1 && index.scalar_type() == torch::headeronly::ScalarType::Long,
-                  "index must be int64 [rows]");
-  check_bytes(weight, weight_bytes(format_of(format), outputs, inputs));
-  Tensor rows = torch::stable::contiguous(index);
-  auto places = static_cast<const int64_t*>(rows.data_ptr());
-  for (int64_t i = 0; i < rows.size(0); ++i) {
-    STD_TORCH_CHECK(places[i] >= 0 && places[i] < outputs, "index must be in [0, ", outputs, "), got ",
-                    places[i], " at ", i);
-  }
-  Tensor out = torch::stable::new_empty(rows, {rows.size(0), inputs}, torch::headeronly::ScalarType::Float);
-  pyspec_linear_codes_rows_table[pyspec::instruction_set()]({weight.data_ptr(), places,
-                                                             static_cast<float*>(out.data_ptr()),
-                                                             rows.size(0), inputs, format_of(format)});
-  return out;
+  pyspec::LinearCodesRowsParams p{};
+  p.format = format_of(format), p.inputs = inputs;
+  check_bytes(weight, weight_bytes(p.format, outputs, inputs));
+  p.weight = weight.data_ptr();
+  return pyspec::launch_rows(pyspec_linear_codes_rows_table, p, index, outputs);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include "params/row_statistics.h"
 
-#include "boundary.h"
+#include "tape.h"
 
 namespace {
 
@@ -21,22 +21,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_statistics(const Tensor& 
   if (tokens) {
     STD_TORCH_CHECK(tokens->scalar_type() == int64 && tokens->dim() == 2 && tokens->size(0) == p.rows,
                     "tokens must be int64 [rows, M] with the rows of logits");
-    wanted = torch::stable::contiguous(*tokens);
+    wanted = pyspec::contiguous(*tokens, "tokens");
     p.tokens = static_cast<const int64_t*>(wanted->data_ptr());
     p.count = wanted->size(1);
   }
-  Tensor top_tokens = torch::stable::new_empty(logits, {p.rows, pyspec::kTop}, int64);
-  Tensor top_logits = torch::stable::new_empty(logits, {p.rows, pyspec::kTop}, float32);
-  Tensor log_sum_exp = torch::stable::new_empty(logits, {p.rows}, float32);
-  Tensor entropy = torch::stable::new_empty(logits, {p.rows}, float32);
-  Tensor probabilities = torch::stable::new_empty(logits, {p.rows, p.count}, float32);
+  Tensor top_tokens = pyspec::new_tensor({p.rows, pyspec::kTop}, int64);
+  Tensor top_logits = pyspec::new_tensor({p.rows, pyspec::kTop}, float32);
+  Tensor log_sum_exp = pyspec::new_tensor({p.rows}, float32);
+  Tensor entropy = pyspec::new_tensor({p.rows}, float32);
+  Tensor probabilities = pyspec::new_tensor({p.rows, p.count}, float32);
   p.top_tokens = static_cast<int64_t*>(top_tokens.data_ptr());
   p.top_logits = static_cast<float*>(top_logits.data_ptr());
   p.log_sum_exp = static_cast<float*>(log_sum_exp.data_ptr());
   p.entropy = static_cast<float*>(entropy.data_ptr());
   p.token_probabilities = static_cast<float*>(probabilities.data_ptr());
-  p.parallel_for = pyspec::parallel_for;
-  pyspec_row_statistics_table[pyspec::instruction_set()](p);
+  pyspec::launch(pyspec_row_statistics_table, p);
   return {top_tokens, top_logits, log_sum_exp, entropy, probabilities};
 }
 

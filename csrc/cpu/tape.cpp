@@ -143,9 +143,9 @@ torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, torch::he
   const int64_t* layout = strides ? strides : dense;
   AtenTensorHandle handle;
   if (Tape* tape = Tape::recording()) {
-    const bool is_wide =
-        type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::Int;
-    const int64_t bytes = is_wide ? 4 : 2;
+    using torch::headeronly::ScalarType;
+    const bool is_wide = type == ScalarType::Float || type == ScalarType::Int;
+    const int64_t bytes = type == ScalarType::Long ? 8 : is_wide ? 4 : 2;
     TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(tape->allocate(numel * bytes), dims,
                                                               sizes.begin(), layout, 0, dtype,
                                                               aoti_torch_device_type_cpu(), 0, &handle));

@@ -123,4 +123,70 @@ torch::stable::Tensor new_tensor(std::initializer_list<int64_t> sizes, torch::he
 // tensor, or a copy that is contiguous.
 torch::stable::Tensor contiguous(const torch::stable::Tensor& tensor, const char* name);
 
+// Some rows of a laid out weight: one item each, by a kernel that knows no threads.
+template <class Params>
+class RowsLaunch : public Launch {
+ public:
+  RowsLaunch(void (*kernel)(const Params&), const Params& p, const int32_t* index, int64_t outputs)
+      : kernel_(kernel), p_(p), index_(index), outputs_(outputs), wide_(p.rows) {}
+  int64_t prepare() override {
+    for (int64_t i = 0; i < p_.rows; ++i) {
+      STD_TORCH_CHECK(index_[i] >= 0 && index_[i] < outputs_, "index must be in [0, ", outputs_, "), got ",
+                      index_[i], " at ", i);
+      wide_[i] = index_[i];
+    }
+    return 0;
+  }
+  void run() const override {
+    team_parallel_for(
+        p_.rows,
+        [](void* context, int64_t row) {
+          const RowsLaunch& self = *static_cast<const RowsLaunch*>(context);
+          Params p = self.p_;
+          p.rows = 1, p.index = &self.wide_[row], p.out += row * p.inputs;
+          self.kernel_(p);
+        },
+        const_cast<RowsLaunch*>(this));
+  }
+  std::pair<char*, size_t> params() override { return {reinterpret_cast<char*>(&p_), sizeof(Params)}; }
+
+ private:
+  void (*kernel_)(const Params&);
+  Params p_;
+  const int32_t* index_;
+  int64_t outputs_;
+  std::vector<int64_t> wide_;
+};
+
+// Some rows of a laid out weight as a new tensor, float32 [index.size(0), p.inputs]. A recording takes an
+// index of int32, which its replays read anew.
+template <class Params>
+torch::stable::Tensor launch_rows(const KernelTable<Params>& table, Params& p,
+                                  const torch::stable::Tensor& index, int64_t outputs) {
+  using torch::headeronly::ScalarType;
+  const bool is_wide = index.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(index.dim() == 1 && (is_wide || index.scalar_type() == ScalarType::Int),
+                  "index must be int32 or int64 [rows]");
+  p.rows = index.size(0);
+  torch::stable::Tensor out = new_tensor({p.rows, p.inputs}, ScalarType::Float);
+  p.out = static_cast<float*>(out.data_ptr());
+  if (Tape* tape = Tape::recording()) {
+    STD_TORCH_CHECK(!is_wide && index.is_contiguous(), "index must be int32 and contiguous in a recording");
+    auto rows = static_cast<const int32_t*>(index.data_ptr());
+    tape->append(std::make_unique<RowsLaunch<Params>>(table[instruction_set()], p, rows, outputs));
+    return out;
+  }
+  std::vector<int64_t> wide(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const int64_t at = i * index.stride(0);
+    wide[i] = is_wide ? static_cast<const int64_t*>(index.data_ptr())[at]
+                      : static_cast<const int32_t*>(index.data_ptr())[at];
+    STD_TORCH_CHECK(wide[i] >= 0 && wide[i] < outputs, "index must be in [0, ", outputs, "), got ", wide[i],
+                    " at ", i);
+  }
+  p.index = wide.data();
+  table[instruction_set()](p);
+  return out;
+}
+
 }  // namespace pyspec

@@ -180,6 +180,7 @@ PYBIND11_MODULE(_host, module) {
       .def("gumbel", &SamplerNoise::gumbel, py::arg("position"), py::arg("token"));
   py::class_<Source>(module, "Source").def("priors", &Source::priors);
   add_tables(module);
+  add_heads(module);
   py::class_<NgramIndex, Source>(module, "NgramIndex")
       .def(py::init<>())
       .def("extend", &NgramIndex::extend, py::arg("tokens"))

@@ -271,6 +271,9 @@ class Gemma4Weights(LlamaWeights):
         own = [(self, name) for name in self.INPUTS] if self.per_layer_model is not None else []
         return own + super().in_order()
 
+    def embeds_by_op(self, config: Gemma4Config) -> bool:
+        return False
+
     def embed(self, config: Gemma4Config, tokens: Tensor) -> Tensor:
         """Embedded rows [R, H], and behind them, in the same vector, what each layer takes in, [layers, R, size]."""
         hidden = super().embed(config, tokens)

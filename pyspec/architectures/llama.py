@@ -307,6 +307,9 @@ class LlamaWeights(NativeWeights):
             shift = self.norm_bias
             self.last_shift = shift if shift is None or config.logits_scale == 1 else shift * config.logits_scale
 
+    def embeds_by_op(self, config: LlamaConfig) -> bool:
+        return config.embedding_scale == 1 and super().embeds_by_op(config)
+
     def embed(self, config: LlamaConfig, tokens: Tensor) -> Tensor:
         rows = super().embed(config, tokens)
         return rows if config.embedding_scale == 1 else rows * config.embedding_scale

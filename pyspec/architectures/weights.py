@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,9 +15,17 @@ from pyspec.machine.huge_pages import HugePages
 from pyspec.ops.expert_linear import lay_out_experts
 from pyspec.ops.linear import LinearWeight, lay_out_weight, linear
 
-__all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out"]
+__all__ = ["Blank", "Matrix", "NativeLayer", "NativeWeights", "dense", "laid_out", "move_together"]
 
 Matrix = Tensor | LinearWeight
+
+
+def move_together(places: Sequence[tuple[object, str]]) -> None:
+    """Moves laid out matrices, each an attribute of what holds it, into one buffer in this order."""
+    buffer = HugePages([getattr(owner, name).nbytes for owner, name in places])
+    for owner, name in places:  # one by one, so that there is never a second copy of all
+        weight = getattr(owner, name)
+        setattr(owner, name, replace(weight, data=buffer.move(weight.data)))
 
 
 def laid_out(matrix: Matrix, dtype: torch.dtype | str) -> LinearWeight:
@@ -151,6 +160,10 @@ class NativeWeights:
         for layer in self.layers:
             layer.prepare(config)
 
+    def embeds_by_op(self, config) -> bool:
+        """Whether `embed` of int32 tokens is one op, which a tape records."""
+        return isinstance(self.embedding, LinearWeight) and self.embedding.rows_by_op
+
     def embed(self, config, tokens: Tensor) -> Tensor:
         """[R, H] fp32: what the layers take in for tokens [R]."""
         if isinstance(self.embedding, LinearWeight):
@@ -186,10 +199,6 @@ class NativeWeights:
             return
         self.is_together = True
         tied = self.embedding is self.head
-        places = self.in_order()
-        buffer = HugePages([getattr(owner, name).nbytes for owner, name in places])
-        for owner, name in places:  # one by one, so that there is never a second copy of all
-            weight = getattr(owner, name)
-            setattr(owner, name, replace(weight, data=buffer.move(weight.data)))
+        move_together(self.in_order())
         if tied:
             self.embedding = self.head

@@ -16,8 +16,9 @@ from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
 from pyspec.drafters.pace import Pace
 from pyspec.drafters.shapes import GrowthPolicy, Sapling, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
+from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.table_drafter import Table, TableDrafter
-from pyspec.drafters.tables.guesses import Guesses
+from pyspec.drafters.tables.guesses import GuessedNodes, Guesses
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.drafters.tables.recycling import Recycling
 from pyspec.runners import Runner
@@ -115,46 +116,63 @@ class Eagle3:
         drafters: Sequence[Eagle3], contexts: Sequence[Sequence[int]], budgets: Sequence[int]
     ) -> list[DraftTree]:
         """What each of some drafters, which have started from the same one, proposes for its own sequence."""
-        trees = [DraftTree.chain(context[-1:]) for context in contexts]
-        batches: dict[HeadBatch, dict[int, int]] = {}  # of each, places in these lists by sequence
-        rooms = [
-            min(budget, drafters[0]._context_length - len(context))
-            for budget, context in zip(budgets, contexts, strict=True)
-        ]
+        longest = drafters[0]._context_length
+        rooms = [min(budget, longest - len(context)) for budget, context in zip(budgets, contexts, strict=True)]
+        guessed: dict[int, GuessedNodes] = {}  # by place in these lists
+        batches: dict[HeadBatch, dict[int, int]] = {}  # of each, places by sequence
         for place, (drafter, context) in enumerate(zip(drafters, contexts, strict=True)):
             if rooms[place] > 1 and drafter._batch.has_read(drafter._sequence, len(context) - 1):
                 batches.setdefault(drafter._batch, {})[drafter._sequence] = place
         for batch, places in batches.items():
+            places = dict(sorted(places.items()))
             grown = drafters[0]._grow(
                 batch,
                 {sequence: contexts[place] for sequence, place in places.items()},
                 {sequence: rooms[place] for sequence, place in places.items()},
             )
-            for sequence, tree in grown.items():
-                trees[places[sequence]] = tree
-        return [drafter._with_tables(*each) for drafter, *each in zip(drafters, trees, contexts, rooms, strict=True)]
+            guessed |= zip(places.values(), grown, strict=True)
+        return [
+            drafter._tree(guessed.get(place), context, room)
+            for place, (drafter, context, room) in enumerate(zip(drafters, contexts, rooms, strict=True))
+        ]
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Keeps what the target's layers said of the accepted path; tables learn from all nodes."""
-        self._batch.take(self._sequence, verified.taps[list(path)])
+        path = list(path)
+        taps = verified.taps if len(path) == len(tree) else verified.taps[path]
+        self._batch.take(self._sequence, tree.tokens[path].tolist(), taps)
         if self._merged is not None:
             self._merged.observe(tree, verified, path)
 
-    def _with_tables(self, tree: DraftTree, context: Sequence[int], budget: int) -> DraftTree:
-        """The tree of at most budget nodes that grows from the head's and the tables' guesses."""
-        if self._merged is None or budget <= 1:
-            return tree
-        self._merged.tables[-1].hold(tree, context)
+    def _tree(self, nodes: GuessedNodes | None, context: Sequence[int], budget: int) -> DraftTree:
+        """The tree of at most budget nodes that grows from the head's and the tables' guesses; without any a root."""
+        if budget <= 1:
+            return DraftTree.chain(context[-1:])
+        if self._merged is None:
+            return DraftTree.chain(context[-1:]) if nodes is None else DraftTree(*nodes[:2], nodes.q, nodes.chances)
+        self._merged.tables[-1].hold(GuessedNodes.root(context[-1]) if nodes is None else nodes, context)
         return self._merged.propose(context, budget)
 
     def _grow(
         self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int]
-    ) -> dict[int, DraftTree]:
-        """The trees of a batch's sequences, level by level."""
+    ) -> list[GuessedNodes]:
+        """The trees of a batch's sequences, which ascend, level by level."""
+        start, growth, least = time.perf_counter(), self.growth, self.pace.least / len(contexts)  # a level is for all
+        found = None
+        if isinstance(growth, TopPaths) and self._sampler.is_plain:
+            found = batch.grow(contexts, budgets, growth.width, growth.depth, least)
+        if found is None:
+            found = self._grow_in_python(batch, contexts, budgets, least)
+        self.pace.took_level((time.perf_counter() - start) / found[1])
+        return found[0]
+
+    def _grow_in_python(
+        self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int], least: float
+    ) -> tuple[list[GuessedNodes], int]:
+        """Trees of any growth, on any device; and how many levels there were."""
         batch.read(contexts)
-        laws = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}
-        least, levels = self.pace.least / len(contexts), 0  # a level is one call for all
-        # in the head's tokens, of which the root may be none
+        laws, levels = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}, 0
+        # the root may be none of the head's tokens
         saplings = {sequence: Sapling(laws[sequence], 0, budget, least) for sequence, budget in budgets.items()}
         noises = {
             sequence: Noise(self._sampler.seed, len(context), Noise.DRAFTS) for sequence, context in contexts.items()
@@ -170,12 +188,10 @@ class Eagle3:
                 }
             )
 
-        start = time.perf_counter()
         grown = grow_together(self.growth, saplings, noises, prepare)
-        self.pace.took_level((time.perf_counter() - start) / levels)
-        return {sequence: self._of_target(tree, contexts[sequence][-1]) for sequence, tree in grown.items()}
+        return [self._of_target(grown[sequence], context[-1]) for sequence, context in contexts.items()], levels
 
-    def _of_target(self, tree: DraftTree, root: int) -> DraftTree:
+    def _of_target(self, tree: DraftTree, root: int) -> GuessedNodes:
         """A tree of the head's tokens in the target's."""
         tokens = self.head.target_tokens(tree.tokens)
         tokens[0] = root
@@ -183,4 +199,4 @@ class Eagle3:
         if tree.q is not None:
             q = np.zeros((len(tree), self._vocab_size))
             q[:, self.head.target_tokens(np.arange(tree.q.shape[1]))] = tree.q
-        return DraftTree(tokens, tree.parents, q=q, chances=tree.chances)
+        return GuessedNodes(tokens, tree.parents, tree.chances, q)

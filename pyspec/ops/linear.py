@@ -89,6 +89,11 @@ class LinearWeight:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    @property
+    def rows_by_op(self) -> bool:
+        """Whether `rows` of int32 is one op, which a tape records."""
+        return self.data.device.type == "cpu" and self.order is None
+
     def rows(self, index: Tensor) -> Tensor:
         """Some outputs' weights, [n, inputs] fp32, as an embedding reads them; index [n] integers in [0, outputs)."""
         return restore_columns(self._rows(index), self.order)
@@ -98,13 +103,15 @@ class LinearWeight:
         return restore_columns(self._unpack(), self.order)
 
     def _rows(self, index: Tensor) -> Tensor:
+        if index.dtype != torch.int32 or not self.rows_by_op:
+            index = index.long()
         if self.format is not None:
-            return linear_codes_rows(index.long(), self.data, self.outputs, self.inputs, self.format)
+            return linear_codes_rows(index, self.data, self.outputs, self.inputs, self.format)
         if self.data.dim() == 2:
             return self.data[index].float()
         if self.data.shape[-1] == TILE_BYTES:
             return _unpack_tiles(self.data, self.inputs, index)
-        return _ROWS(index.long(), self.data, self.outputs, self.inputs)
+        return _ROWS(index, self.data, self.outputs, self.inputs)
 
     def _unpack(self) -> Tensor:
         if self.format is not None:
@@ -122,6 +129,7 @@ class JoinedWeight(LinearWeight):
     """
 
     parts: tuple[tuple[WeightFormat, int], ...] = ()
+    rows_by_op = False
 
     @property
     def dtype(self) -> str:

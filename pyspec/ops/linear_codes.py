@@ -233,7 +233,7 @@ def linear_codes(
 
 
 def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
-    """Some outputs' weights, [n, inputs] fp32: of index [n] int64 in [0, outputs)."""
+    """Some outputs' weights, [n, inputs] fp32: of index [n] int32 or int64 in [0, outputs)."""
     if weight.device.type != "cpu":
         return read_tiles(weight, format, inputs, index).values()
     return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))

@@ -100,6 +100,11 @@ class NativeRunner:
     def head(self) -> LinearWeight:
         return self.weights.head
 
+    @property
+    def embeds_by_op(self) -> bool:
+        """Whether `embed` of int32 tokens is one op, which a tape records."""
+        return self.weights.embeds_by_op(self.config)
+
     @inference
     def embed(self, tokens: Tensor) -> Tensor:
         """[R, H] fp32: what the layers take in for tokens [R]."""
@@ -246,7 +251,7 @@ class NativeRunner:
         def forward(hidden: Tensor, cache, numbers: Numbers) -> list[Tensor]:
             return self.weights.forward(self.config, hidden, cache, numbers, self.dtype, layers, taps)
 
-        return Step(self._embed, forward, (layers and tuple(layers), taps))
+        return Step(self._embed, forward, (layers and tuple(layers), taps), self.embeds_by_op)
 
     def _ropes(self, positions: int) -> list[Rope]:
         """What each layer's heads are turned by at so many positions, or more."""

@@ -82,6 +82,7 @@ class Step(NamedTuple):
     embed: Callable[[Tensor], Tensor]
     layers: Callable[[Tensor, object, Numbers], list[Tensor]]  # of embedded rows, a cache and the round's numbers
     key: tuple = ()  # tells steps apart that share a cache
+    embeds_by_op: bool = False  # whether embed is an op, which is recorded with the layers
 
     def __call__(self, cache, numbers: Numbers) -> list[Tensor]:
         return self.layers(self.embed(numbers.tokens), cache, numbers)
@@ -149,6 +150,22 @@ class Replays:
         cache.done(trees, advances)
         return rows
 
+    @property
+    def are_tapes(self) -> bool:
+        """Whether steps are recorded as tapes now."""
+        return not _launched and not self._record.is_graph and _is_taped(self.cache)
+
+    @property
+    def arena(self) -> int:
+        """The address of the memory that tapes need while they run; another one after more are recorded."""
+        return self._record.arena.address
+
+    def tape(self, step: Step, rows: int, words: int) -> tuple[Numbers, TapeReplay]:
+        """The tape of a step for so many rows, to be run by others, and the numbers that it reads."""
+        numbers, nothing = self._numbers(range(self._sequences), rows, words), [0] * self._sequences
+        numbers.fill({0: DraftTree.chain([0] * rows)}, nothing, nothing)  # something that ops take
+        return numbers, self._record(step, self.cache.view(range(self._sequences), None), numbers)
+
     def _plan(self, trees: Mapping[int, DraftTree], advances: Collection[int]):
         """The cache's plan of a round. Where it has made room, what knew the old addresses is dropped."""
         plan = self.cache.plan(trees, advances)
@@ -161,8 +178,7 @@ class Replays:
         """Whether a round runs launch by launch: a graph of it is not there and would serve no other."""
         cache = self.cache
         if _launched or not self._record.is_graph:
-            is_tape = cache.device.type == "cpu" and cache.is_recordable and can_record()
-            return _launched or not is_tape
+            return _launched or not _is_taped(cache)
         if cache.has_keys and cache.has_states and self._sequences > 1:
             return True  # padding between trees is nothing that a recurrence can pass over
         is_large = shape.padded > BUCKETS[-1] if shape.padded else shape.rows > GRAPH_CHUNK
@@ -234,22 +250,30 @@ class Replays:
 
 
 class TapeRecorder:
-    """Records steps as tapes on a CPU, which share one arena. Embedding and head stay outside of it."""
+    """Records steps as tapes on a CPU, which share one arena. What embeds by no op stays outside of it."""
 
     is_graph = False
 
     def __init__(self):
-        self._arena = Arena()
+        self.arena = Arena()
 
-    def __call__(self, step: Step, cache, numbers: Numbers) -> Callable[[], Rows]:
+    def __call__(self, step: Step, cache, numbers: Numbers) -> TapeReplay:
+        if step.embeds_by_op:
+            return TapeReplay(Tape(lambda: step(cache, numbers), self.arena), lambda: None)
         hidden = step.embed(numbers.tokens)
-        tape = Tape(lambda: step.layers(hidden, cache, numbers), self._arena)
+        tape = Tape(lambda: step.layers(hidden, cache, numbers), self.arena)
+        return TapeReplay(tape, lambda: hidden.copy_(step.embed(numbers.tokens)))
 
-        def replay() -> Rows:
-            hidden.copy_(step.embed(numbers.tokens))
-            return _rows(tape.run())
 
-        return replay
+class TapeReplay(NamedTuple):
+    """A step that was recorded as a tape."""
+
+    tape: Tape
+    embed: Callable[[], object]  # what comes before it
+
+    def __call__(self) -> Rows:
+        self.embed()
+        return _rows(self.tape.run())
 
 
 class GraphRecorder:
@@ -306,6 +330,11 @@ class _GraphedHead:
         logits = self._logits_of(hidden)
         statistics = pack_statistics(logits)
         return Rows(hidden, self._logits[: len(hidden)].copy_(logits), statistics, taps=taps)
+
+
+def _is_taped(cache) -> bool:
+    """Whether steps over a cache may be recorded as tapes."""
+    return cache.device.type == "cpu" and cache.is_recordable and can_record()
 
 
 def _rows(found: Sequence[Tensor]) -> Rows:

@@ -58,6 +58,7 @@ class Tape:
     Attributes:
         results: where each run leaves what program returned.
         nbytes: that the tensors in between take of the arena.
+        handle, arena: what those need who run it without Python, see run_address.
     """
 
     def __init__(self, program: Callable[[], Sequence[Tensor]], arena: Arena):
@@ -65,31 +66,36 @@ class Tape:
         if library.pyspec_tape_is_recording():
             raise RuntimeError("a tape cannot be recorded here: this thread records one already")
         try:  # from before it begins: an interrupt may come at any time, and must not leave it open
-            self._handle = library.pyspec_tape_begin()
-            if self._handle is None:
+            self.handle = library.pyspec_tape_begin()
+            if self.handle is None:
                 raise RuntimeError("a tape cannot be recorded here: there are no addresses left")
-            self._free = weakref.finalize(self, library.pyspec_tape_free, self._handle)
+            self._free = weakref.finalize(self, library.pyspec_tape_free, self.handle)
             found = program()
             self.results = [torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for tensor in found]
             words = [
                 (ctypes.c_void_p * len(found))(*(tensor.data_ptr() for tensor in tensors))
                 for tensors in (found, self.results)
             ]
-            error = library.pyspec_tape_end(self._handle, len(found), *words)
+            error = library.pyspec_tape_end(self.handle, len(found), *words)
         finally:
             library.pyspec_tape_stop()
         if error:
             raise RuntimeError(error.decode())
-        self.nbytes = library.pyspec_tape_bytes(self._handle)
-        self._arena = arena
+        self.nbytes = library.pyspec_tape_bytes(self.handle)
+        self.arena = arena
         arena.reserve(self.nbytes)
         self._run = library.pyspec_tape_run
 
     def run(self) -> list[Tensor]:
         """Runs the launches on all of torch's threads and returns `results`."""
-        if error := self._run(self._handle, self._arena.address):
+        if error := self._run(self.handle, self.arena.address):
             raise RuntimeError(error.decode())
         return self.results
+
+
+def run_address() -> int:
+    """The address of the function that runs a tape, given its handle and its arena's address; it returns an error."""
+    return ctypes.cast(_library().pyspec_tape_run, ctypes.c_void_p).value
 
 
 def can_record() -> bool:

@@ -16,16 +16,19 @@ class Noise:
     Args:
         seed: integer in [0, 2**64).
         position: that of the first token which the round decides.
-        purpose: Noise.ACCEPTANCE or Noise.DRAFTS.
+        purpose: Noise.ACCEPTANCE, Noise.DRAFTS or Noise.TURNS.
     """
 
-    ACCEPTANCE, DRAFTS = 1, 2  # the Sampler's own noise is 0
+    ACCEPTANCE, DRAFTS, TURNS = 1, 2, 3  # the Sampler's own noise is 0
 
     def __init__(self, seed: int, position: int, purpose: int):
-        self._bits = np.random.Philox(key=seed, counter=[0, 0, position, purpose])
+        self._key, self._counter = seed, [0, 0, position, purpose]
+        self._bits: np.random.Philox | None = None  # made when it is used, which few rounds do
 
     def uniform(self) -> float:
         """The next uniform number in (0, 1)."""
+        if self._bits is None:
+            self._bits = np.random.Philox(key=self._key, counter=self._counter)
         # raw bits are stable between numpy's versions; half a step keeps 0 and 1 out
         return ((self._bits.random_raw() >> 12) + 0.5) * 2.0**-52
 

@@ -74,6 +74,11 @@ class Sampler:
         """The sampler of one text after its prompt; raises ValueError for warpers that do not fit the runner."""
         return TextSampler(self, prompt, model) if self.warpers else self
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether laws are the softmax of logits, unwarped."""
+        return (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0) and not self.warpers
+
     def draw(self, logits: torch.Tensor, position: int) -> int:
         """Draws the token at a position of the text.
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyspec.ops import lay_out_weight, linear, rms_norm, swiglu
+from pyspec.ops import lay_out_weight, linear, rms_norm, row_statistics, swiglu
+from pyspec.ops._checks import BadData
 from pyspec.runners import replay
 from pyspec.runners.tape import Arena, Tape, can_record
 from tests.helpers.random_llama import random_llama, random_tokens, random_tree, root_path, verify_all
@@ -48,6 +49,30 @@ def test_a_run_has_the_bits_of_the_ops(threads):
             assert all(map(torch.equal, tape.run(), expected))
     finally:
         torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, "int4"], ids=str)
+def test_rows_of_weights_and_statistics_are_recorded(dtype):
+    """An index is read anew by every run, and looked at; what comes next may write to the rows."""
+    weight, delta = lay_out_weight(random(45, 64), dtype), random(3, 64, seed=2)
+    index = torch.zeros(3, dtype=torch.int32)
+
+    def program():
+        hidden = rms_norm(weight.rows(index), None, 0.0, delta=delta)
+        return [hidden, *row_statistics(hidden)[:4]]
+
+    tape = Tape(program, Arena())
+    for rows in ([0, 44, 7], [3, 3, 31]):
+        index.copy_(torch.tensor(rows))
+        found = tape.run()
+        assert all(map(torch.equal, found, program()))
+        assert torch.equal(found[0], weight.unpack()[index.long()] + delta)
+    index[1] = 45
+    with pytest.raises(RuntimeError, match=r"index must be in \[0, 45\), got 45 at 1"):
+        tape.run()
+    with pytest.raises(BadData, match="index must be int32 and contiguous in a recording"):
+        Tape(lambda: [weight._rows(torch.zeros(3, dtype=torch.int64))], Arena())
 
 
 @torch.inference_mode()

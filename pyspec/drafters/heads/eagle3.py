@@ -10,20 +10,21 @@ The first layer is as wide again as the others, because it takes in two rows for
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pyspec.architectures.blocks import attention, feed_forward, tap
+from pyspec.architectures.blocks import attend, attention, feed_forward, tap
 from pyspec.architectures.llama import LayerWeights
-from pyspec.architectures.weights import Blank, Matrix, laid_out
+from pyspec.architectures.weights import Blank, Matrix, laid_out, move_together
 from pyspec.drafters.heads.eagle3_files import Eagle3Config, read_config, read_tensors
 from pyspec.ops.linear import LinearWeight, linear
 from pyspec.ops.rms_norm import rms_norm
+from pyspec.ops.row_statistics import row_statistics
 
 __all__ = ["Eagle3Head"]
 
@@ -35,6 +36,7 @@ class Eagle3Head:
         config: see Eagle3Config.
         tensors: by the names of the speculators layout.
         embed: [R, H] fp32 for tokens [R]: the target's, for heads that have none of their own; or None.
+        embeds_by_op: whether that is one op of int32 tokens.
         head: the target's, for heads that have none of their own and guess all tokens; or None.
         source: what errors name.
         weights: dtype of the head's matrices: float32, bfloat16, int8 or "int4".
@@ -52,12 +54,14 @@ class Eagle3Head:
         embed: Callable[[Tensor], Tensor] | None,
         head: LinearWeight | None,
         *,
+        embeds_by_op: bool = False,
         source: Path | str,
         weights: torch.dtype | str,
         dtype: torch.dtype,
         device: torch.device,
     ):
         self.config, self.dtype, self.device = config, dtype, device
+        self.rooms: deque = deque(maxlen=2)  # of batches that are over, each a HeadRoom
         shape, width = config.layers, config.layers.hidden_size
         blank = Blank(torch.float32, device)
         self.layers = [LayerWeights.empty(shape, blank) for _ in range(shape.layers)]
@@ -87,13 +91,22 @@ class Eagle3Head:
         for name, is_lacking in (("embed_tokens", self.embedding is None and embed is None), ("lm_head", lacks_head)):
             if is_lacking:
                 raise ValueError(f"{source} has no {name}.weight, and the target's cannot be used in its place")
-        self._embed = embed if self.embedding is None else lambda tokens: F.embedding(tokens, self.embedding).float()
+        self._embed, self.embeds_by_op = embed, embeds_by_op
+        if self.embedding is not None:
+            self.embedding = laid_out(self.embedding, dtype)
+            self._embed, self.embeds_by_op = self.embedding.rows, self.embedding.rows_by_op
         self.head = laid_out(places["lm_head.weight"], weights) if own_head else head
         self.join = laid_out(self.join, weights)
+        # of the embedding, whose product is added to that of the hidden row: rows of both are nowhere side by side
+        self.embedding_qkv, first.qkv = laid_out(first.qkv[:, :width], weights), first.qkv[:, width:]
         for layer in self.layers:
             layer.lay_out(weights)
             layer.prepare(shape)
-        self._pair_norms = torch.stack([first.scales.attention, self.hidden_norm])
+        if device.type == "cpu":
+            of_layers = [(layer, name) for layer in self.layers for name in layer.MATRICES]
+            move_together(
+                [(self, "join"), (self, "embedding_qkv"), *of_layers, *([(self, "head")] if own_head else [])]
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -120,48 +133,50 @@ class Eagle3Head:
         """The target's tokens of some of the head's, int64."""
         return tokens.astype(np.int64) if self.tokens is None else self.tokens.numpy()[tokens]
 
-    def hidden_rows(self, taps: Tensor) -> Tensor:
-        """[R, H] fp32: the hidden rows of the target's taps [R, taps, target's hidden]."""
-        epsilon, rows = self.config.layers.norm_epsilon, taps.flatten(1)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[R, H] fp32 of the target's tokens [R]."""
+        return self._embed(tokens.to(self.device))
+
+    def joined(self, taps: Tensor) -> Tensor:
+        """[R, H] fp32: the hidden rows of the target's taps [R, taps, target's hidden] fp32; a straight line of ops."""
+        count, taps_of_row, width = taps.shape
+        joined, epsilon = taps.view(count, -1), self.config.layers.norm_epsilon
         if self.config.fc_norm:
-            taps = taps.flatten(0, 1).contiguous()
-            rows = rms_norm(taps, self.join_norm, epsilon, out_dtype=self.dtype).view_as(rows)
-        elif self.config.norm_before_fc:
-            rows = rms_norm(rows.contiguous(), self.join_norm, epsilon, out_dtype=self.dtype)
-        return linear(rows.to(self.dtype), self.join, out_dtype=torch.float32)
+            joined = taps.view(-1, width)
+        x = rms_norm(joined, self.join_norm, epsilon, out_dtype=self.dtype)  # without a norm they are rounded alone
+        return linear(x.view(count, -1), self.join, out_dtype=torch.float32)
 
-    def rows(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What `forward` takes in for tokens [R] and their hidden rows [R, H] fp32: pairs, then hidden rows again."""
-        pairs = torch.stack([self._embed(tokens.to(self.device)), hidden], 1)
-        return torch.cat([pairs.flatten(0, 1), hidden])
-
-    def forward(self, rows: Tensor, cache, numbers) -> list[Tensor]:
+    def forward(self, embedded: Tensor, hidden: Tensor, cache, numbers) -> tuple[Tensor, Tensor]:
         """[R, H] after the last norm, and [R, H] fp32 that the next guess takes in; a straight line of ops.
 
         Args:
-            rows: [3 R, H] fp32, used up.
+            embedded, hidden: [R, H] fp32, used up.
             cache: of keys and values, one layer for each of the head's.
             numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
         """
         config, shape, epsilon = self.config, self.config.layers, self.config.layers.norm_epsilon
-        count = len(rows) // 3
-        pairs, stream = rows[: 2 * count], rows[2 * count :]
-        x = rms_norm(pairs, self._pair_norms, epsilon, out_dtype=self.dtype).view(count, -1)
+        first, stream = self.layers[0], hidden
+        x = rms_norm(embedded, first.scales.attention, epsilon, out_dtype=self.dtype)
+        projected = linear(x, self.embedding_qkv, first.qkv_bias, out_dtype=torch.float32)
+        x = rms_norm(hidden, self.hidden_norm, epsilon, out_dtype=self.dtype)
         if config.norm_before_residual:
-            stream = rms_norm(stream, self.hidden_norm, epsilon)
-        delta = None
+            stream = rms_norm(hidden, self.hidden_norm, epsilon)
+        projected = rms_norm(projected, None, 0.0, delta=linear(x, first.qkv, out_dtype=torch.float32))  # their sum
+        delta = attend(projected, first, shape, cache, 0, numbers, self.dtype)
         for index, layer in enumerate(self.layers):
             if index:
                 x = rms_norm(stream, layer.scales.attention, epsilon, delta=delta, out_dtype=self.dtype)
-            delta = attention(x, layer, shape, cache, index, numbers)
+                delta = attention(x, layer, shape, cache, index, numbers)
             x = rms_norm(stream, layer.scales.feed_forward, epsilon, delta=delta, out_dtype=self.dtype)
             delta = feed_forward(x, layer.gate_up, layer.down, shape.activation)
         normed = rms_norm(stream, self.norm, epsilon, delta=delta, out_dtype=self.dtype)
-        return [normed, rms_norm(stream, self.norm, epsilon) if config.norm_output else tap(stream)]
+        return normed, rms_norm(stream, self.norm, epsilon) if config.norm_output else tap(stream)
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """[R, draft vocabulary] fp32 of what `forward` gave."""
-        return linear(normed, self.head, out_dtype=torch.float32)
+    def guesses(self, normed: Tensor) -> list[Tensor]:
+        """Logits [R, draft vocabulary] fp32 of what `forward` gave, then their top_tokens [R, 8] int64, top_logits
+        [R, 8] fp32 and log_sum_exp [R] fp32, see row_statistics; a straight line of ops."""
+        logits = linear(normed, self.head, out_dtype=torch.float32)
+        return [logits, *row_statistics(logits)[:3]]
 
     @classmethod
     def load(
@@ -184,7 +199,8 @@ class Eagle3Head:
         where = {"weights": weights, "dtype": target.dtype, "device": target.device}
         same_width = config.layers.hidden_size == target.hidden_size
         embed, head = (target.embed, target.head) if same_width else (None, None)
-        return cls(config, tensors, embed, head, source=folder, **where)
+        by_op = getattr(target, "embeds_by_op", False)
+        return cls(config, tensors, embed, head, embeds_by_op=by_op, source=folder, **where)
 
 
 def _fill(places: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str) -> None:

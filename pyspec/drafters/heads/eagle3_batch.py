@@ -6,7 +6,7 @@ asked for its law has its key in the next slot, and the nodes below it find that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,18 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.caches.dense import DenseCache, slots_for
 from pyspec.drafters.heads.eagle3 import Eagle3Head
+from pyspec.drafters.heads.eagle3_room import END, GUESS, READ, HeadRoom
+from pyspec.drafters.tables.guesses import GuessedNodes
+from pyspec.host import compiled
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners._inference import inference
-from pyspec.runners.replay import Replays, Rows, Step, TapeRecorder
-from pyspec.runners.verified import Verified
+from pyspec.runners.replay import Rows
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
 
 __all__ = ["Asked", "HeadBatch", "HeadLaws"]
 
 CHUNK = 128  # tokens of a sequence in a call
+FEW = 16  # rows of a call whose guesses are all made: of more only the last of each sequence
+MOST_GUESSES = 64  # of a tree that the host grows: bits of a word there
+NOTHING = np.zeros(0, np.float32)
 LEAST_SLOTS = 512  # of a sequence in the head's cache: longer texts make it anew, twice as long
 
 
@@ -39,15 +43,12 @@ class Asked(NamedTuple):
 
 
 class _Said(NamedTuple):
-    """What a head said after a row."""
+    """What a head said after some rows."""
 
-    rows: Verified  # of a whole call
-    row: int
-    given: Tensor  # [H] fp32, which guesses below it take in
-
-    @property
-    def logits(self) -> Tensor:
-        return self.rows.logits[self.row]
+    given: Tensor  # [R, H] fp32, which guesses below them take in
+    logits: Tensor  # [R, draft vocabulary] fp32
+    top_tokens: np.ndarray  # [R, 8] int64
+    top_logits: np.ndarray  # [R, 8] fp32, less log_sum_exp
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,22 @@ class HeadLaws:
     def __init__(self, batch: HeadBatch, sequence: int, sampler: Sampler):
         self.vocab_size = batch.head.vocab_size
         self._batch, self._sequence, self._sampler = batch, sequence, sampler
-        self._said = {0: batch.roots[sequence]}
+        self._said = {0: batch.roots[sequence]}  # of each node that was read, and the row there
         self._depths, self._bits = {0: -1}, {0: 0}  # the root is committed
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
-        said = self._rows(Asked(tokens, parents, nodes))
-        return np.stack([self._sampler.probabilities(each.logits).numpy() for each in said])
+        found = self._rows(Asked(tokens, parents, nodes))
+        return np.stack([self._sampler.probabilities(said.logits[row]).numpy() for said, row in found])
 
     def likeliest(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int], count: int):
         """The likeliest tokens and their chances, read in one pass, where the law is a plain softmax."""
-        sampler = self._sampler
-        if (sampler.temperature, sampler.top_k, sampler.top_p) != (1.0, 0, 1.0) or count > TOP:
+        if not self._sampler.is_plain or count > TOP:
             return None
-        found = [(each.rows.statistics, each.row) for each in self._rows(Asked(tokens, parents, nodes))]
-        logits = np.array([rows.top_logits[row, :count] - rows.log_sum_exp[row] for rows, row in found])
-        return np.array([rows.top_tokens[row, :count] for rows, row in found]), np.exp(logits)
+        found = self._rows(Asked(tokens, parents, nodes))
+        best = np.array([said.top_tokens[row] for said, row in found])
+        return best[:, :count], np.exp(np.array([said.top_logits[row] for said, row in found])[:, :count])
 
-    def _rows(self, asked: Asked) -> list[_Said]:
+    def _rows(self, asked: Asked) -> list[tuple[_Said, int]]:
         if not self._said.keys() >= set(asked.nodes):
             self._batch.guess({self._sequence: (self, asked)})
         return [self._said[node] for node in asked.nodes]
@@ -115,77 +115,120 @@ class HeadLaws:
             np.frombuffer(bits, "<i4").reshape(len(nodes), -1),
             earlier,
         )
-        return level, [self._said[parent].given for parent in parents]
+        return level, [said.given[row] for said, row in (self._said[parent] for parent in parents)]
 
-    def take(self, asked: Asked, rows: Verified, first: int, given: Tensor) -> None:
+    def take(self, asked: Asked, said: _Said, first: int) -> None:
         """Keeps what the head said of a level, whose rows begin at `first`."""
         nodes = [node for node in asked.nodes if node not in self._said]
-        for row, (node, hidden) in enumerate(zip(nodes, given, strict=True), start=first):
-            self._said[node] = _Said(rows, row, hidden)
+        for row, node in enumerate(nodes, start=first):
+            self._said[node] = said, row
 
 
 class HeadBatch:
     """The texts in a head's cache, and what is to be read of each.
 
     Attributes:
-        roots: by sequence, what the head said after the text that was read last.
+        roots: by sequence, what the head said after the text that was read last, and the row there.
     """
 
     def __init__(self, head: Eagle3Head):
         self.head, self.device = head, head.device
-        self.roots: dict[int, _Said] = {}
-        self._unread: list[list[Tensor]] = []  # by sequence, hidden rows [n, H] of tokens behind its committed ones
-        self._cache: DenseCache | None = None
-        self._hidden: Mapping[int, Tensor] = {}  # by sequence, of the rows that a call reads
-        self._step = Step(self._embed, head.forward)
+        self.roots: dict[int, tuple[_Said, int]] = {}
+        # by sequence, of tokens behind its committed ones: what the target said of each, and which they are
+        self._unread: list[list[Tensor]] = []
+        self._tokens: list[list[int]] = []
+        self._ends: dict[int, object] = {}  # by sequence, roots as the host has them
+        self._room: HeadRoom | None = None
+
+    def __del__(self):
+        if self._room is not None:
+            self.head.rooms.append(self._room)  # for the next batch
 
     @property
     def has_begun(self) -> bool:
-        return any(self._unread) or self._cache is not None
+        return any(self._unread) or self._room is not None
 
     def add(self) -> int:
         """The number of a new sequence."""
         self._unread.append([])
+        self._tokens.append([])
         return len(self._unread) - 1
 
     def has_read(self, sequence: int, count: int) -> bool:
         """Whether it has taken in what the target said of exactly so many tokens."""
-        return count > 0 and self.length(sequence) + sum(map(len, self._unread[sequence])) == count
+        return count > 0 and self.length(sequence) + len(self._tokens[sequence]) == count
 
     def length(self, sequence: int) -> int:
         """Committed rows: one for each token of the text that was read, but the first."""
-        return 0 if self._cache is None else self._cache.lengths[sequence]
+        return 0 if self._room is None else self._room.cache.lengths[sequence]
+
+    @property
+    def cache(self):
+        """The keys and values of all sequences; None before anything was read."""
+        return None if self._room is None else self._room.cache
 
     @inference
-    def take(self, sequence: int, taps: Tensor) -> None:
-        """Notes what the target said of a sequence's next tokens, [n, taps, hidden]."""
-        self._unread[sequence].append(self.head.hidden_rows(taps))
+    def take(self, sequence: int, tokens: Sequence[int], taps: Tensor) -> None:
+        """Notes what the target said of a sequence's next tokens, [n, taps, hidden] fp32; long texts are read."""
+        unread, behind = self._unread[sequence], self._tokens[sequence]
+        unread.append(taps)
+        behind += tokens
+        if len(behind) > CHUNK:
+            taps, first = _joined(unread), 0
+            for first in range(0, len(behind) - CHUNK, CHUNK):  # a row needs the token behind its own
+                self._read(READ, {sequence: behind[first + 1 : first + CHUNK + 1]}, {sequence: taps[first:][:CHUNK]})
+            unread[:], behind[:] = [taps[first + CHUNK :]], behind[first + CHUNK :]
+
+    def grow(
+        self, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int], width: int, depth: int, least: float
+    ) -> tuple[list[GuessedNodes], int] | None:
+        """Reads some texts as `read` does and grows the likeliest paths below them, without Python between two calls.
+
+        Args:
+            contexts, budgets: by sequence, which ascend.
+            width, depth, least: see TopPaths and Sapling.
+
+        Returns:
+            Each tree, and how many levels there were; or None where calls are not recorded, or trees may have more
+            guesses than the host counts.
+        """
+        self._make_room(max(map(len, contexts.values())) + width * depth)
+        room = self._room
+        if width > TOP or width * (depth - 1) > MOST_GUESSES or not room.is_recorded:
+            return None
+        tokens, unread = self._to_read(contexts)
+        round, lengths = room.round(width, depth, least), room.cache.lengths
+        for each, budget in budgets.items():
+            rows = unread[each].numpy() if each in unread else NOTHING
+            if each not in self._ends:
+                self._ends[each] = compiled().HeadSaid()
+            round.plant(each, lengths[each], budget, self._ends[each], contexts[each][-1], tokens.get(each, []), rows)
+        room.play(round)
+        for each, rows in tokens.items():
+            room.cache.advance(each, len(rows))
+        return [GuessedNodes(*tree) for tree in round.grown()], round.levels
 
     @inference
     def read(self, contexts: Mapping[int, Sequence[int]]) -> None:
         """Commits all rows of some texts, by sequence, of which the target has said all but the last token's."""
-        self._make_room(max(len(context) + len(context) // 4 for context in contexts.values()))
-        unread = {each: torch.cat(self._unread[each]) for each in sorted(contexts) if self._unread[each]}
-        first = 0
-        while pieces := {each: rows[first : first + CHUNK] for each, rows in unread.items() if len(rows) > first}:
-            chains = {}
-            for each, piece in pieces.items():
-                begin = self.length(each) + 1
-                chains[each] = DraftTree.chain(contexts[each][begin : begin + len(piece)])
-            found = self._run(chains, pieces, advances=list(chains))
-            first += CHUNK
-            ends = {}
-            for each, end in zip(chains, accumulate(map(len, chains.values())), strict=True):
-                self._cache.advance(each, len(chains[each]))
-                if len(unread[each]) <= first:
-                    ends[each] = end - 1
-            if ends:
-                last = torch.tensor(list(ends.values()), device=self.device)
-                rows = Verified(self.head.logits(found.of_trees(found.hidden)[last]))
-                given = found.of_trees(found.taps[0])[last]
-                self.roots |= {each: _Said(rows, row, given[row]) for row, each in enumerate(ends)}
+        tokens, unread = self._to_read(contexts)
+        if unread:
+            said = self._said(self._read(END, tokens, unread))
+            ends = accumulate(map(len, tokens.values()))
+            self.roots |= {each: (said, end - 1) for each, end in zip(unread, ends, strict=True)}
+
+    def _to_read(self, contexts: Mapping[int, Sequence[int]]) -> tuple[dict[int, list[int]], dict[int, Tensor]]:
+        """The rows of some texts that are to be read, by sequence: their tokens and taps. Of many only the last."""
+        unread = {each: _joined(self._unread[each]) for each in sorted(contexts) if self._tokens[each]}
+        tokens = {each: [*self._tokens[each][1:], contexts[each][-1]] for each in unread}
         for each in unread:
-            self._unread[each] = []
+            self._unread[each], self._tokens[each] = [], []
+        if sum(map(len, tokens.values())) > FEW:
+            longer = [each for each in unread if len(tokens[each]) > 1]
+            self._read(READ, {each: tokens[each][:-1] for each in longer}, {each: unread[each][:-1] for each in longer})
+            tokens = {each: tokens[each][-1:] for each in unread}
+            unread = {each: unread[each][-1:] for each in unread}
+        return tokens, unread
 
     @inference
     def guess(self, asked: Mapping[int, tuple[HeadLaws, Asked]]) -> None:
@@ -199,36 +242,43 @@ class HeadBatch:
         if not levels:
             return
         self._make_room(max(self.length(each) + level.earlier + len(level) for each, level in levels.items()))
-        found = self._run(levels, hidden)
-        rows, given = Verified(self.head.logits(found.of_trees(found.hidden))), found.of_trees(found.taps[0]).clone()
-        first = 0
+        said, first = self._said(self._room.run(GUESS, levels, hidden)), 0
         for sequence, level in levels.items():
             laws, nodes = asked[sequence]
-            laws.take(nodes, rows, first, given[first : first + len(level)])
+            laws.take(nodes, said, first)
             first += len(level)
 
-    def _run(self, trees: Mapping, hidden: Mapping[int, Tensor], advances: Collection[int] = ()) -> Rows:
-        self._hidden = hidden
-        return self._replays.run(self._step, trees, advances)
+    @inference
+    def _read(self, kind: int, tokens: Mapping[int, Sequence[int]], taps: Mapping[int, Tensor]) -> Rows:
+        """Commits rows: the tokens behind those that taps are of."""
+        self._make_room(max(self.length(each) + len(rows) for each, rows in tokens.items()))
+        chains = {each: DraftTree.chain(rows) for each, rows in tokens.items()}
+        found = self._room.run(kind, chains, taps, advances=list(chains))
+        for each, chain in chains.items():
+            self._room.cache.advance(each, len(chain))
+        return found
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        parts = list(self._hidden.values())
-        hidden = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if len(hidden) < len(tokens):  # on a GPU all sequences are padded to one number of rows
-            each, hidden = len(tokens) // len(self._unread), hidden.new_zeros(len(tokens), hidden.shape[1])
-            for sequence, part in self._hidden.items():
-                hidden[sequence * each : sequence * each + len(part)] = part
-        return self.head.rows(tokens, hidden)
+    def _said(self, found: Rows) -> _Said:
+        """What a call told, in memory of its own."""
+        given, logits, *statistics = (found.of_trees(values) for values in found.taps)
+        top_tokens, top_logits, log_sum_exp = (values.cpu().numpy() for values in statistics)
+        return _Said(given.clone(), logits.clone(), top_tokens.copy(), top_logits - log_sum_exp[:, None])
 
     def _make_room(self, slots: int) -> None:
-        """Makes a larger cache where this one is too small for so many slots of a sequence."""
-        old = self._cache
-        if old is not None and slots < old.slots:
+        """Takes a larger room where this one is too small for so many slots of a sequence."""
+        old, sequences, spare = self._room, len(self._unread), self.head.rooms
+        if old is not None and slots < old.cache.slots:
             return
-        shape, slots = self.head.config.layers, slots_for(max(LEAST_SLOTS, 2 * slots))
-        size = (shape.layers, len(self._unread), shape.kv_heads, slots, shape.head_dim)
-        cache = DenseCache(*size, self.head.dtype, self.device, shape.ropes(slots, self.device))
+        slots = max(LEAST_SLOTS, 2 * slots)
+        fitting = [room for room in spare if room.sequences == sequences and room.cache.slots >= slots]
+        if fitting:
+            spare.remove(fitting[0])
+            fitting[0].cache.restart(fitting[0].cache.slots)
+        self._room = room = fitting[0] if fitting else HeadRoom(self.head, sequences, slots)
         if old is not None:
-            cache.keys_values[..., : old.slots, :] = old.keys_values
-            cache.lengths = list(old.lengths)
-        self._cache, self._replays = cache, Replays(cache, TapeRecorder())  # on a GPU, launch by launch
+            room.cache.keys_values[..., : old.cache.slots, :] = old.cache.keys_values
+            room.cache.lengths = list(old.cache.lengths)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

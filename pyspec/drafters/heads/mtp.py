@@ -10,6 +10,7 @@ What a guess takes in is normed, as the target's rows are. All norms have the ta
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,6 +23,7 @@ from pyspec.architectures.mixture import MixtureConfig
 from pyspec.architectures.weights import Blank, laid_out
 from pyspec.ops.linear import linear
 from pyspec.ops.rms_norm import rms_norm
+from pyspec.ops.row_statistics import row_statistics
 
 __all__ = ["MtpConfig", "MtpHead"]
 
@@ -34,10 +36,12 @@ class MtpConfig:
 
     Attributes:
         layers: the shape of the layer: the target's layers with attention.
+        target_hidden_size: width of the target's residual stream.
         taps: what it reads of the target: what the last norm takes in.
     """
 
     layers: DecoderConfig
+    target_hidden_size: int
     taps: tuple[int, ...]
 
 
@@ -63,7 +67,7 @@ class MtpHead:
             )
         self.dtype, self.device, self.vocab_size = target.dtype, target.device, target.vocab_size
         shape, hidden = _shape_of_layer(target.config), target.hidden_size
-        self.config = MtpConfig(shape, (target.layers,))
+        self.config = MtpConfig(shape, hidden, (target.layers,))
         blank = Blank(torch.float32, self.device)
         (self.layer,) = shape.empty_layers(blank)
         norms = {name: blank.vector(hidden) for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
@@ -73,45 +77,49 @@ class MtpHead:
         weights = weights or (torch.int8 if self.device.type == "cpu" else torch.bfloat16)
         self.layer.lay_out(weights)
         self.layer.prepare(shape)
-        self.join = laid_out(join, weights)
-        *pair, self._norm = (scale_of(norm, shape) for norm in norms.values())
-        self._pair_norms = torch.stack(pair)
+        self._join = [laid_out(half, weights) for half in join.split(hidden, 1)]  # rows are nowhere side by side
+        *self._pair_norms, self._norm = (scale_of(norm, shape) for norm in norms.values())
         self._target_norm = target.weights.last_scale
-        self._embed, self._logits = target.embed, target.head
+        self._embed, self.embeds_by_op, self._logits = target.embed, target.embeds_by_op, target.head
+        self.tokens, self.rooms = None, deque(maxlen=2)  # see Eagle3Head
 
     def target_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The target's tokens of some of the head's, int64: the same."""
         return tokens.astype(np.int64)
 
-    def hidden_rows(self, taps: Tensor) -> Tensor:
-        """[R, H] fp32: the hidden rows of the target's taps [R, 1, H]."""
-        return rms_norm(taps[:, 0].contiguous(), self._target_norm, self.config.layers.norm_epsilon)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[R, H] fp32 of the target's tokens [R]."""
+        return self._embed(tokens.to(self.device))
 
-    def rows(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """What `forward` takes in for tokens [R] and their hidden rows [R, H] fp32: [2 R, H], pairs."""
-        return torch.stack([self._embed(tokens.to(self.device)), hidden], 1).flatten(0, 1)
+    def joined(self, taps: Tensor) -> Tensor:
+        """[R, H] fp32: the hidden rows of the target's taps [R, 1, H] fp32; a straight line of ops."""
+        return rms_norm(taps.view(len(taps), -1), self._target_norm, self.config.layers.norm_epsilon)
 
-    def forward(self, rows: Tensor, cache, numbers) -> list[Tensor]:
+    def forward(self, embedded: Tensor, hidden: Tensor, cache, numbers) -> tuple[Tensor, Tensor]:
         """[R, H] after the last norm, and the same in fp32, which the next guess takes in; a straight line of ops.
 
         Args:
-            rows: [2 R, H] fp32.
+            embedded, hidden: [R, H] fp32.
             cache: of keys and values, of one layer.
             numbers: where the rows lie, a pyspec.runners.numbers.Numbers.
         """
         layer, shape, epsilon = self.layer, self.config.layers, self.config.layers.norm_epsilon
-        pairs = rms_norm(rows, self._pair_norms, epsilon, out_dtype=self.dtype).view(len(rows) // 2, -1)
-        stream = linear(pairs, self.join, out_dtype=torch.float32)
+        parts = [
+            linear(rms_norm(rows, norm, epsilon, out_dtype=self.dtype), join, out_dtype=torch.float32)
+            for rows, norm, join in zip((embedded, hidden), self._pair_norms, self._join, strict=True)
+        ]
+        stream = rms_norm(parts[0], None, 0.0, delta=parts[1])  # their sum
         x = rms_norm(stream, layer.scales.attention, epsilon, out_dtype=self.dtype)
         delta = layer.mix(x, shape, cache, 0, numbers)
         x = rms_norm(stream, layer.scales.feed_forward, epsilon, delta=delta, out_dtype=self.dtype)
         delta = layer.feed_forward(x, shape)
         normed = rms_norm(stream, self._norm, epsilon, delta=delta, out_dtype=self.dtype)
-        return [normed, rms_norm(stream, self._norm, epsilon)]
+        return normed, rms_norm(stream, self._norm, epsilon)
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """[R, V] fp32 of what `forward` gave."""
-        return linear(normed, self._logits, out_dtype=torch.float32)
+    def guesses(self, normed: Tensor) -> list[Tensor]:
+        """Logits [R, V] fp32 of what `forward` gave and what is best of them, see Eagle3Head.guesses."""
+        logits = linear(normed, self._logits, out_dtype=torch.float32)
+        return [logits, *row_statistics(logits)[:3]]
 
 
 def _shape_of_layer(config) -> DecoderConfig:

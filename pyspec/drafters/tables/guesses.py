@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pyspec.drafters.table_drafter import LONGEST_MATCH, Table
 from pyspec.host import host
-from pyspec.tree import DraftTree
+
+
+class GuessedNodes(NamedTuple):
+    """The nodes of a tree, see DraftTree, that has yet to become one; chances or, of a drawn one, q."""
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    chances: np.ndarray | None
+    q: np.ndarray | None = None
+
+    @classmethod
+    def root(cls, token: int) -> GuessedNodes:
+        """A root alone."""
+        return cls(np.array([token]), np.array([-1], np.int32), np.ones(1, np.float32))
 
 
 class Guesses(Table):
@@ -27,7 +41,6 @@ class Guesses(Table):
     def start(self) -> Guesses:
         return Guesses(self.vocab_size)
 
-    def hold(self, tree: DraftTree, context: Sequence[int]) -> None:
-        """Offers the nodes of a tree below the context's last token, from now on: one with chances, or a root."""
-        chances = np.ones(1, np.float32) if tree.chances is None else tree.chances  # of a root alone
-        self.sources[0].hold(tree.tokens, tree.parents, chances, min(len(context), LONGEST_MATCH))
+    def hold(self, nodes: GuessedNodes, context: Sequence[int]) -> None:
+        """Offers the nodes of a tree below the context's last token, from now on."""
+        self.sources[0].hold(nodes.tokens, nodes.parents, nodes.chances, min(len(context), LONGEST_MATCH))

@@ -11,6 +11,7 @@ from pyspec import DraftTree, generate
 from pyspec.acceptance import RULES
 from pyspec.drafters.eagle3 import Eagle3
 from pyspec.drafters.heads.eagle3_batch import HeadBatch, HeadLaws
+from pyspec.drafters.heads.eagle3_room import HeadRoom
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.shapes.static import FixedBranching
@@ -124,6 +125,7 @@ def test_sequences_of_a_batch_are_drafted_together(tmp_path, monkeypatch, tables
 
     prompts = [random_tokens(length, length) for length in (150, 2, 20)]
     with monkeypatch.context() as patch:
+        patch.setattr(HeadRoom, "is_recorded", False)
         patch.setattr(HeadBatch, "guess", counted)
         generate(target, prompts, drafter=drafter, budget=9, max_new_tokens=12, **settings)
     assert calls[:3] == [3, 3, 3]
@@ -150,6 +152,7 @@ def test_padded_rows_guess_the_same(tmp_path, monkeypatch):
         return Shape(nodes * len(prompts), nodes, (nodes + 63) // 32, None)
 
     is_launched = Replays._is_launched
+    monkeypatch.setattr(HeadRoom, "is_recorded", False)
     monkeypatch.setattr(Replays, "_shape", shape)
     monkeypatch.setattr(
         Replays, "_is_launched", lambda self, shape, *rest: bool(shape.padded) or is_launched(self, shape, *rest)
@@ -235,8 +238,8 @@ def test_random_acceptance_leaves_the_cache_of_the_text(tmp_path, rounds):
         for each in (reader, fresh):
             each._batch.read({each._sequence: context})
         length = len(context) - 1
-        kept = [each._batch._cache.keys_values[:, :, each._sequence, :, :length] for each in (reader, fresh)]
-        assert fresh._batch._cache.lengths[fresh._sequence] == length > 60 and torch.equal(*kept)
+        kept = [each._batch.cache.keys_values[:, :, each._sequence, :, :length] for each in (reader, fresh)]
+        assert fresh._batch.cache.lengths[fresh._sequence] == length > 60 and torch.equal(*kept)
 
 
 def observed_taps_of(target, text):
