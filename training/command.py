@@ -10,14 +10,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import pyspec
 from training.data import main as make_texts
 from training.data_files import DraftData
-from training.drafts import Head, Recipe, Run, Target, learn
+from training.drafts import CHECKPOINT, Head, Recipe, Run, Target, learn
 
 __all__ = ["card", "command", "train"]
+
+TOKENS = "tokens.json"  # those that a draft can guess, beside it
 
 NewHead = Callable[[Target, Sequence[int]], Head]
 
@@ -40,24 +41,23 @@ def train(
         runner: the model, with fp32 weights.
         new_head: makes the draft for a target and the layers of its features.
         vocabulary: the tokens that the draft can guess, ascending, of the texts; asked once, and kept beside the draft.
-        begin: folder of a draft that this command wrote, which is to learn more; its tokens stay what they are.
+        begin: output of another run for such a draft, which is to learn more; its tokens stay what they are.
 
     Raises:
-        FileNotFoundError, ValueError: there are no texts, the output holds a checkpoint of another recipe, or the draft
-            to begin with has other tensors.
+        FileNotFoundError, ValueError: there are no texts, the output holds a checkpoint of another recipe, or the run to
+            begin with has no checkpoint or other tensors.
     """
+    weights = None if begin is None else torch.load(begin / CHECKPOINT, weights_only=True)["head"]
     output.mkdir(parents=True, exist_ok=True)
-    texts, kept = DraftData(data), output / "tokens.json"
-    weights = {} if begin is None else load_file(begin / "model.safetensors")
-    offsets = weights.pop("d2t", None)
+    texts, kept = DraftData(data), output / TOKENS
     if not kept.is_file():
-        tokens = vocabulary(texts) if offsets is None else offsets + torch.arange(len(offsets))
+        tokens = vocabulary(texts) if begin is None else json.loads((begin / TOKENS).read_text())
         kept.write_text(json.dumps([int(token) for token in tokens]))
     target = Target(runner, torch.tensor(json.loads(kept.read_text())))
     torch.manual_seed(recipe.seed)
     head = new_head(target, texts.taps[:-1])
-    if begin is not None:
-        _begin_with(head, {name: values for name, values in weights.items() if name != "t2d"}, begin)
+    if weights is not None:
+        _begin_with(head, weights, begin)
     run = Run(output, recipe, head, target, data)
     learn(run)
     run.head.write(output, texts.settings["model"])
@@ -80,6 +80,7 @@ def card(run: Run, data: DraftData) -> str:
     parameters, file = sum(values.numel() for values in head.parameters()), Path(inspect.getfile(type(head)))
     guesses, tokens = ", ".join(f"{share:.1%}" for share in shares), 1 + sum(shares)
     use = f':\n\n    pyspec generate --model {model} {head.option} FOLDER "..."' if head.option else "."
+    writer = data.settings.get("writer") or "the model itself"
     return f"""---
 license: apache-2.0
 library_name: pyspec
@@ -93,7 +94,7 @@ It guesses {len(run.target.tokens)} tokens of the model's {run.target.config.voc
 
 ## Data
 
-{len(data)} texts of the model itself, {data.lengths.sum() / 1e6:.2f}M tokens, made by `python -m training.data`; one of
+{len(data)} texts of {writer}, {data.lengths.sum() / 1e6:.2f}M tokens, made by `python -m training.data`; one of
 50 is held out.
 
 ## Training
@@ -129,7 +130,7 @@ def command(
     parser.add_argument("--data", type=Path, required=True, help="folder of its texts, see training.data")
     parser.add_argument("--texts", type=int, default=1_500_000, help="tokens of them to have, made first; 0 makes none")
     parser.add_argument("--output", type=Path, required=True, help="folder of the draft; a checkpoint there goes on")
-    parser.add_argument("--begin", type=Path, help="folder of a draft to go on from; a new one by default")
+    parser.add_argument("--begin", type=Path, help="output of another run to begin with, for a draft of the same kind")
     for name, value in asdict(defaults).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))

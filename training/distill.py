@@ -27,9 +27,7 @@ from training.drafts import Recipe, Target
 __all__ = ["Student", "main"]
 
 LAYERS = 3  # of the student
-RECIPE = Recipe(
-    depth=1, vocabulary=0, hybrid=1.0, learning_rate=5e-4
-)  # no chains: it reads tokens alone
+RECIPE = Recipe(depth=1, vocabulary=0, hybrid=1.0, learning_rate=5e-4)  # no chains: it reads tokens alone
 
 
 class Student(nn.Module):

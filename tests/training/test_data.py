@@ -172,7 +172,11 @@ def test_it_goes_on_where_it_was_killed(runner, tmp_path):
 
 
 def test_interrupted_in_a_shard(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.pyspec, "load", lambda source, device: runner)
+    def load(source, device, dtype):
+        assert dtype == torch.bfloat16
+        return runner
+
+    monkeypatch.setattr(data.pyspec, "load", load)
     monkeypatch.setattr(data, "Recipe", lambda **options: RECIPE if options else Recipe())
 
     def interrupt(self, number):
@@ -180,7 +184,7 @@ def test_interrupted_in_a_shard(runner, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Maker, "shard", interrupt)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
-        main(["--output", str(tmp_path), "--wordnet", str(tmp_path)])
+        main(["--output", str(tmp_path), "--wordnet", str(tmp_path), "--dtype", "bfloat16"])
     assert list(contents(tmp_path)) == ["settings.json"]
 
 
