@@ -44,8 +44,8 @@ def train(
         begin: output of another run for such a draft, which is to learn more; its tokens stay what they are.
 
     Raises:
-        FileNotFoundError, ValueError: there are no texts, the output holds a checkpoint of another recipe, or the run to
-            begin with has no checkpoint or other tensors.
+        FileNotFoundError, ValueError: there are no texts, the output holds a checkpoint of another recipe, or the run
+            to begin with has no checkpoint or other tensors.
     """
     weights = None if begin is None else torch.load(begin / CHECKPOINT, weights_only=True)["head"]
     output.mkdir(parents=True, exist_ok=True)
