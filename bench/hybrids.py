@@ -1,4 +1,4 @@
-"""What does a round of T draft nodes cost on a hybrid of attention and a recurrence, against a plain step?
+"""What does a round of T draft nodes cost on a model with a recurrent state, against a plain step?
 
     python bench/hybrids.py            a table, bench/results/hybrids_cpu.json
 
@@ -27,7 +27,8 @@ from inside import weight_bytes
 from pyspec import measure
 from pyspec.architectures import family_of
 from pyspec.entries import Entries
-from pyspec.runners.recurrent import HybridRunner
+from pyspec.runners.foreign_support import cache_argument
+from pyspec.runners.recurrent import RecurrentRunner
 from pyspec.tree import DraftTree
 
 SIZES, BATCHES, WAYS, PROMPT = (1, 2, 4, 6, 8, 12, 16), (1, 4, 16), ("replay", "snapshots", "recompute"), 512
@@ -44,6 +45,16 @@ SHAPES = {
         "linear_num_value_heads": 16,
         "tie_word_embeddings": True,
     },
+    "Mamba-2 130M": {
+        "architectures": ["Mamba2ForCausalLM"],
+        "model_type": "mamba2",
+        "vocab_size": 50288,
+        "hidden_size": 768,
+        "num_hidden_layers": 24,
+        "num_heads": 24,
+        "n_groups": 1,
+        "tie_word_embeddings": True,
+    },
 }
 GOALS = {("Qwen3.5 0.8B", 1, 6): {"avx512": 1.25, "avx2": 1.6}}
 FLOOR_GOAL, PEER_GOAL, SNAPSHOT_GOAL = 1.3, 3.0, 1.5
@@ -56,7 +67,7 @@ def config_of(shape: dict):
     return family.read("config.json", Entries("config.json", shape, family.architectures[architecture]), architecture)
 
 
-def random_model(shape: dict, dtype: torch.dtype, device: str) -> HybridRunner:
+def random_model(shape: dict, dtype: torch.dtype, device: str) -> RecurrentRunner:
     """A runner with random weights of a config.json's shape."""
     config, family = config_of(shape), family_of(*shape["architectures"])
     weights = family.weights.empty(config, torch.bfloat16 if dtype == torch.int8 else dtype, torch.device(device))
@@ -69,10 +80,10 @@ def random_model(shape: dict, dtype: torch.dtype, device: str) -> HybridRunner:
 class Rounds:
     """The calls that are timed, on one model and batch."""
 
-    def __init__(self, model: HybridRunner, batch: int):
+    def __init__(self, model: RecurrentRunner, batch: int):
         self.model, self.batch = model, batch
         model.prefill([list(range(PROMPT))] * batch, capacity=4096)
-        state = model.cache.state
+        state = getattr(model.cache, "state", model.cache)
         self._state = [state.states, state.windows]
         self._spare = [torch.empty_like(values) for values in self._state]
 
@@ -115,7 +126,8 @@ class Rounds:
 
     def bytes(self) -> dict[str, int]:
         """What a plain step must move, and what is kept of a node."""
-        shape, states = self.model.config.recurrence, sum(values.nbytes for values in self._state)
+        config, states = self.model.config, sum(values.nbytes for values in self._state)
+        shape = getattr(config, "recurrence", config)
         node = 4 * self.batch * shape.layers * (shape.record_width + shape.conv_channels)
         return {"weights": weight_bytes(self.model), "state": 2 * states, "node": node}
 
@@ -127,13 +139,13 @@ def peer(shape: dict, dtype: torch.dtype, batch: int) -> Callable[[], None]:
     options = {name: value for name, value in shape.items() if name not in ("architectures", "model_type")}
     config = transformers.CONFIG_MAPPING[shape["model_type"]](**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    token = torch.zeros(batch, 1, dtype=torch.int64)
+    token, name = torch.zeros(batch, 1, dtype=torch.int64), cache_argument(type(model))
     with torch.inference_mode():
-        cache = model(torch.arange(PROMPT).expand(batch, -1), use_cache=True).past_key_values
+        cache = {name: model(torch.arange(PROMPT).expand(batch, -1), use_cache=True)[name]}
 
     @torch.inference_mode()
     def call() -> None:
-        model(token, past_key_values=cache, use_cache=True)
+        model(token, use_cache=True, **cache)
 
     return call
 
@@ -172,7 +184,8 @@ def show(console, found: dict, sizes=SIZES) -> None:
     share = 100 * moved["node"] / (moved["state"] / 2)
     console.print(
         f"plain step {found['seconds']['replay 1'] * 1e3:.1f} ms, {found['plain_over_floor']:.2f}x its floor in bytes "
-        f"(goal: at most {FLOOR_GOAL}x); what is recorded of a node is {share:.1f}% of the states"
+        f"(goal: at most {FLOOR_GOAL}x); states {moved['state'] / 2e6:.1f} MB; what is recorded of a node, with the "
+        f"convolution's, {moved['node'] / 1e6:.2f} MB, {share:.1f}% of them"
     )
     if "transformers 1" in over:
         console.print(f"transformers' step: {over['transformers 1']:.1f}x ours (goal: at least {PEER_GOAL:.0f}x)")

@@ -46,13 +46,18 @@ def count() -> dict[str, int]:
     return {name: int(number.replace(",", "")) for number, name in found}
 
 
-def run() -> None:
-    """What is counted: every case of a small model once."""
+def small_cases() -> list:
+    """Every case of `pyspec bench kernels`, for a small model."""
     from pyspec.measure import cases
 
     cases.MODELS = {"small": (cases.Attention(256, 512, 4, 2, 64, 4096), cases.StateSpace(256, 4, 64, 32))}
     cases.CONTEXT, cases.PROMPT = 512, 256
-    for case in cases.cases():
+    return list(cases.cases())
+
+
+def run() -> None:
+    """What is counted: every case once."""
+    for case in small_cases():
         case.make("cpu").call()
 
 

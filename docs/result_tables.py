@@ -52,6 +52,19 @@ FLOORS = [
         ],
     )
 ]
+_STATE_SPACE_ROUNDS = (
+    "A round of six drafts, all accepted, over a plain step",
+    "results",
+    [
+        ("model", "model"),
+        ("weights", "weights"),
+        ("batch", "batch"),
+        *((way, f"over_plain/{way} 6") for way in ("replay", "kept", "snapshots", "joint", "recompute")),
+        ("plain step, s", "seconds/replay 1"),
+        ("over its floor", "plain_over_floor"),
+        ("transformers' step over ours", "over_plain/transformers 1"),
+    ],
+)
 FASTER = "How many times as fast as our dense attention"
 TABLES = {
     "generate_bf16": [("Texts", "engines", ENGINES), ("A verify of so many nodes", "steps/seconds", STEPS)],
@@ -274,20 +287,9 @@ TABLES = {
             [("codebooks", NAME), ("us a token and layer", "us_per_token_and_layer"), ("bits", "bits")],
         ),
     ],
+    "selective_state_other_shapes_cpu": [_STATE_SPACE_ROUNDS],
     "selective_state_cpu": [
-        (
-            "A round of six drafts, all accepted, over a plain step",
-            "results",
-            [
-                ("model", "model"),
-                ("weights", "weights"),
-                ("batch", "batch"),
-                *((way, f"over_plain/{way} 6") for way in ("replay", "kept", "snapshots", "joint", "recompute")),
-                ("plain step, s", "seconds/replay 1"),
-                ("over its floor", "plain_over_floor"),
-                ("transformers' step over ours", "over_plain/transformers 1"),
-            ],
-        ),
+        _STATE_SPACE_ROUNDS,
         (
             "Texts of a trained model, tokens a second",
             "texts",

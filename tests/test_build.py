@@ -24,7 +24,7 @@ KERNELS = sorted(path.stem for path in (ROOT / "kernels/cpu").glob("*.cpp"))
 ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 FLAGS = (
     "-mavx2 -mfma -mf16c -mavxvnni -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16 "
-    "-mamx-tile -mamx-bf16"
+    "-mamx-tile -mamx-bf16 -mamx-int8"
 )
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 

@@ -60,9 +60,9 @@ inline bool amx_granted() {
 #ifdef __linux__
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  bool has_tiles = d >> 24 & 1, has_bf16 = d >> 22 & 1;
+  bool has_tiles = d >> 24 & 1, has_bf16 = d >> 22 & 1, has_int8 = d >> 25 & 1;
   // Linux hands out the tile state per process on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-  return has_tiles && has_bf16 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return has_tiles && has_bf16 && has_int8 && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
 #endif

@@ -1,4 +1,5 @@
-// causal_conv on the CPU: out[t] = silu(bias + sum over taps of weight[tap] * x[the node so far above t]).
+// causal_conv on the CPU: out[t] = silu(bias + sum over taps of weight[tap] * x[the node so far above t]), or
+// without silu.
 //
 // Above the root lies the window, which first takes in what was accepted of the last round. An item is a tree
 // and a piece of its channels: it copies the window, so that it can be shifted in place, and walks the nodes.
@@ -62,7 +63,7 @@ struct Item {
       F16 sum = p.bias ? load(p.bias + first + i) : set1(0.0f);
       for (int64_t tap = 0; tap < p.taps; ++tap)
         sum = fma(load(taps[tap] + i), load(p.weight + tap * p.channels + first + i), sum);
-      store_as(out + i, silu(sum));
+      store_as(out + i, p.is_linear ? sum : silu(sum));
     }
   }
 

@@ -81,8 +81,10 @@ struct Visible {
   int64_t stride;
 };
 
-// Lanes that are to be folded; others may hold anything afterwards. A hint: without halves all are.
-enum class Fold { kAllLanes, kFirstHalf, kSecondHalf };
+// Lanes that are to be folded; others may hold anything afterwards. A hint: without parts of a panel all are.
+struct Lanes {
+  int64_t first = 0, end = kLanes;
+};
 
 // Compute is what multiplies: float, or BFloat16 in pairs. kAmx: pairs go through tile registers.
 template <class Storage, class Compute, bool kAmx>
@@ -232,18 +234,31 @@ struct Flash {
   // every few hundred cycles, but on AMX.
   template <int kBlocks, class Between = Nothing>
   void fold(const Tile& tile, const float* query, State state, const Visible* visible, FoldScratch& s,
-            const Between& between = {}, Fold lanes = Fold::kAllLanes) const {
+            const Between& between = {}, Lanes lanes = {}) const {
     int64_t state_block = pyspec::state_floats(d), query_block = pyspec::query_floats(d);
     float* scores = &s.scores[0][0][0];
     float* weights = &s.weights[0][0][0];
     constexpr int64_t kScoreBlock = kTile * kLanes;
-#if PYSPEC_HAS_HALF_PANEL
-    if (kBlocks == 1 && lanes != Fold::kAllLanes) {
-      int64_t first = lanes == Fold::kFirstHalf ? 0 : kLanes / 2;
-      half_panel(tile.k, tile.count, query + first, steps, scores + first, nullptr, between);
-      F16 alpha = softmax(s.scores[0], s.weights[0], tile.count, state.max, visible ? *visible : Visible{});
-      return half_panel({tile.v.data, 4, tile.v.step}, d, weights + first, tile.count, state.values + first,
-                        first ? &alpha.hi : &alpha.lo, between);
+#if PYSPEC_HAS_PART_PANELS
+    if constexpr (kBlocks == 1) {
+      auto fold_part = [&](auto width) PYSPEC_INLINE_LAMBDA {
+        constexpr int kWidth = decltype(width)::value;
+        int64_t first = lanes.first / kWidth * kWidth;
+        if (lanes.end > first + kWidth) return false;
+        part_panel<kPairs, kWidth>(tile.k, tile.count, query + first, steps, scores + first, nullptr,
+                                   between);
+        alignas(64) float alpha[kLanes];
+        store(alpha,
+              softmax(s.scores[0], s.weights[0], tile.count, state.max, visible ? *visible : Visible{}));
+        int64_t count = kPairs ? pyspec::ceil_div(tile.count, 2) : tile.count;
+        part_panel<kPairs, kWidth>({tile.v.data, 4, tile.v.step}, d, weights + first, count,
+                                   state.values + first, alpha + first, between);
+        return true;
+      };
+#if PYSPEC_HAS_NEON
+      if (fold_part(std::integral_constant<int, 4>())) return;
+#endif
+      if (fold_part(std::integral_constant<int, 8>())) return;
     }
 #endif
 #if PYSPEC_HAS_AMX

@@ -15,6 +15,8 @@
 // Few rows are bound by unpacking (a shift, a table look-up and a store for 16 codes) and by multiply-adds.
 #include "params/gear.h"
 
+#include <optional>
+
 #include "cpu/gear_records.h"
 
 namespace {
@@ -30,7 +32,8 @@ constexpr int kPassRows = 2, kPassVectors = 2;
 constexpr int kManyRows = 4, kManyVectors = 1;
 #endif
 
-template <class Storage, bool kPairs>
+// kTiles: pairs go through tile registers.
+template <class Storage, bool kPairs, bool kTiles = false>
 struct Kernel : GearRecords<Storage, kPairs> {
   using Records = GearRecords<Storage, kPairs>;
   using Records::d, Records::p, Records::row_count, Records::seen, Records::oldest, Records::kTokens;
@@ -52,8 +55,8 @@ struct Kernel : GearRecords<Storage, kPairs> {
         states(queries + p.batch * p.kv_heads * sets * kGearRows * d) {}
 
   int64_t rows(int64_t set) const {  // of a set, filled up to what a pass takes
-    int64_t left = row_count - set * kGearRows;
-    left = (left + kPassRows - 1) / kPassRows * kPassRows;
+    int64_t left = row_count - set * kGearRows, pass = kTiles && left > 16 ? 16 : kPassRows;
+    left = (left + pass - 1) / pass * pass;
     return left < kGearRows ? left : kGearRows;
   }
   int64_t most_seen(int64_t b, int64_t set) const {
@@ -142,14 +145,48 @@ struct Kernel : GearRecords<Storage, kPairs> {
                                         factors + pair * 2 * kFactorBytes, key_dim * kFactorBytes, sums);
     }
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        F16 score = add(sums[r][v], set1(s.bias[row + r]));
-        for (int64_t k = 0; k < rank; ++k)
-          score = fma(set1(s.low[row + r][k]), load(s.a[k] + token + 16 * v), score);
-        store(s.weights[row + r] + token + 16 * v, score);
-      }
+      for (int v = 0; v < kVectors; ++v) store_score(s, row + r, token + 16 * v, sums[r][v]);
     }
   }
+
+  // Of a row and 16 tokens, from the products of numbers.
+  PYSPEC_INLINE void store_score(Scratch& s, int64_t row, int64_t token, F16 products) const {
+    F16 score = add(products, set1(s.bias[row]));
+    for (int64_t k = 0; k < rank; ++k) score = fma(set1(s.low[row][k]), load(s.a[k] + token), score);
+    store(s.weights[row] + token, score);
+  }
+
+#if PYSPEC_HAS_AMX
+  // Scores of kLeastGroup tokens.
+  void score_in_tiles(Scratch& s, int64_t count, int64_t token) const {
+    constexpr int64_t kPairFloats = kTokens / 16 * kVectorFloats<kPairs>;
+    const float* numbers = s.tile + token % kTokens / 16 * kVectorFloats<kPairs>;
+    for (int64_t row = 0; row < count; row += kTiledRows) {
+      const char* factors = reinterpret_cast<const char*>(s.factors) + row * key_dim * kFactorBytes;
+      multiply_in_tiles<false>(factors, key_dim * kFactorBytes, numbers, kPairFloats, key_dim / 32,
+                               s.weights[row] + token, kBlock);
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      for (int64_t i = 0; i < kLeastGroup; i += 16)
+        store_score(s, row, token + i, load(s.weights[row] + token + i));
+    }
+  }
+
+  // Adds a part to kLeastGroup channels.
+  void value_in_tiles(Scratch& s, float* out, int64_t count, int64_t channel, int64_t part) const {
+    for (int64_t r = 0; part == 0 && r < count; ++r) {
+      for (int64_t c = channel; c < channel + kLeastGroup; c += 16) {
+        float* at = out + r * state_floats + c;
+        store(at, mul(load(at), set1(s.alpha[r])));
+      }
+    }
+    for (int64_t row = 0; row < count; row += kTiledRows) {
+      const char* factors = reinterpret_cast<const char*>(s.factors) + row * kTokens * kFactorBytes;
+      multiply_in_tiles<true>(factors, kTokens * kFactorBytes, s.tile + channel, d, kTokens / 32,
+                              out + row * state_floats + channel, state_floats);
+    }
+  }
+#endif
 
   void score(Scratch& s, const uint8_t* record, const float* query, int64_t count) const {
     if (key_dim < d) query = gather_queries(s, record, query, count);
@@ -162,53 +199,18 @@ struct Kernel : GearRecords<Storage, kPairs> {
     for (int64_t token = 0; token < kBlock; token += kLeastGroup) {
       if (token % kTokens == 0) this->unpack_part(s, record, false, token / kTokens);
       if (token % group == 0) scale_queries(s, query, count, token / group);
+#if PYSPEC_HAS_AMX
+      if constexpr (kTiles) {
+        score_in_tiles(s, count, token);
+        continue;
+      }
+#endif
       int64_t row = 0;
       for (; row + kManyRows <= count; row += kManyRows) {
         for (int64_t i = 0; i < kLeastGroup; i += 16 * kManyVectors)
           score_pass<kManyRows, kManyVectors>(s, row, token + i);
       }
       for (; row < count; row += kPassRows) score_pass<kPassRows, kLeastGroup / 16>(s, row, token);
-    }
-  }
-
-  // What a row sees of a block: nothing behind its last, and nothing older than its oldest token.
-  void hide(Scratch& s, int64_t b, int64_t set, int64_t count, int64_t block) const {
-    for (int64_t r = 0; r < count; ++r) {
-      int64_t row = set * kGearRows + r, hidden = oldest(b, row) - block * kBlock;
-      s.visible[r] = block < seen(b, row) && hidden < kBlock;
-      for (int64_t token = 0; s.visible[r] && token < hidden; ++token) s.weights[r][token] = -kInfinity;
-    }
-  }
-
-  // ==== scores to weights ====
-
-  void weigh(Scratch& s, int64_t count) const {
-    F16 factor = set1(score_factor);
-    for (int64_t r = 0; r < count; ++r) {
-      F16 largest = set1(-kInfinity);
-      for (int64_t i = 0; i < kBlock; i += 16) largest = max(load(s.weights[r] + i), largest);
-      float in_block = highest(largest) * score_factor;
-      s.now[r] = s.visible[r] && in_block > s.before[r] ? in_block : s.before[r];
-    }
-    for (int64_t r = 0; r < count; r += 16) {
-      F16 now = load(s.now + r), safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
-      store(s.alpha + r, exp2(sub(load(s.before + r), safe)));
-      store(s.before + r, now);
-      store(s.now + r, safe);
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      if (!s.visible[r]) {
-        std::memset(s.weights[r], 0, sizeof s.weights[r]);
-        s.alpha[r] = 1.0f;
-        continue;
-      }
-      F16 minus_safe = set1(-s.now[r]), total = mul(load(s.sums[r]), set1(s.alpha[r]));
-      for (int64_t i = 0; i < kBlock; i += 16) {
-        F16 weight = exp2(fma(load(s.weights[r] + i), factor, minus_safe));
-        total = add(total, weight);
-        store(s.weights[r] + i, weight);
-      }
-      store(s.sums[r], total);
     }
   }
 
@@ -270,6 +272,9 @@ struct Kernel : GearRecords<Storage, kPairs> {
       for (int64_t which = 0; which < d / width; ++which) {
         scale_weights(s, count, which, part);
         int64_t channel = which * width, end = channel + width;
+#if PYSPEC_HAS_AMX
+        for (; kTiles && channel < end; channel += kLeastGroup) value_in_tiles(s, out, count, channel, part);
+#endif
         for (; channel + kPassVectors * 16 <= end; channel += kPassVectors * 16)
           value_rows<kPassVectors>(s, out, count, channel, part);
         for (; channel + 32 <= end; channel += 32) value_rows<2>(s, out, count, channel, part);
@@ -308,6 +313,10 @@ struct Kernel : GearRecords<Storage, kPairs> {
       block =
           first > block ? first : block;  // a block that no row sees changes no bit of a row that sees others
       if (block >= end) continue;
+#if PYSPEC_HAS_AMX
+      std::optional<TileConfig> config;
+      if constexpr (kTiles) config.emplace(count < kTiledRows ? count : kTiledRows);
+#endif
       float* out = state(sequence_head, chunk, set * kGearRows);
       std::memset(out, 0, count * state_floats * sizeof(float));
       std::memset(s.sums, 0, sizeof s.sums);
@@ -317,8 +326,8 @@ struct Kernel : GearRecords<Storage, kPairs> {
       for (; block < end; ++block) {
         const uint8_t* record = first_record + block * p.quantised_strides[2];
         score(s, record, query, count);
-        hide(s, b, set, count, block);
-        weigh(s, count);
+        this->hide(s, b, set, count, block);
+        weigh(s, count, score_factor);
         add_values(s, record + keys.bytes, out, count);
       }
       for (int64_t r = 0; r < count; ++r, out += state_floats) {
@@ -366,6 +375,10 @@ extern "C" void PYSPEC_ENTRY(pyspec_gear)(const GearAttentionParams& p) {
     case pyspec::Element::kFloat16:
       return Kernel<Float16, false>(p).run();
     case pyspec::Element::kBFloat16:
+#if PYSPEC_HAS_AMX
+      if (p.head_dim % 32 == 0 && p.format.key_channels % 32 == 0)
+        return Kernel<BFloat16, true, true>(p).run();
+#endif
 #if PYSPEC_HAS_BF16_DOT
       return Kernel<BFloat16, true>(p).run();
 #endif

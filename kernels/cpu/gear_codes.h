@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/simd.h"
+#include "cpu/tile_registers.h"
 #include "params/gear.h"
 
 namespace {
@@ -183,6 +184,34 @@ PYSPEC_INLINE void multiply(const float* tile, const char* factors, int64_t row_
     }
   }
 }
+
+#if PYSPEC_HAS_AMX
+constexpr int64_t kTiledRows = 16;  // that tiles take at most
+
+// out[row][32] = numbers times factors, or (kContinued) goes on with it, for as many rows as tiles are
+// divided for. A step is 16 pairs, which lie pair_floats apart in the tile of numbers.
+template <bool kContinued>
+PYSPEC_INLINE void multiply_in_tiles(const char* factors, int64_t factor_bytes, const float* numbers,
+                                     int64_t pair_floats, int64_t steps, float* out, int64_t out_floats) {
+  asm volatile("" ::: "memory");  // tile loads, to the compiler, read nothing that it may have to store
+  if constexpr (kContinued) {
+    _tile_loadd(0, out, out_floats * 4);
+    _tile_loadd(1, out + 16, out_floats * 4);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+  }
+  for (int64_t i = 0; i < steps; ++i, factors += 64, numbers += 16 * pair_floats) {
+    _tile_loadd(4, factors, factor_bytes);
+    _tile_loadd(6, numbers, pair_floats * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, numbers + 16, pair_floats * 4);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  _tile_stored(0, out, out_floats * 4);
+  _tile_stored(1, out + 16, out_floats * 4);
+}
+#endif
 
 template <bool kPairs>
 PYSPEC_INLINE void store_factors(char* to, F16 values) {

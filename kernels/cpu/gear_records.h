@@ -40,6 +40,37 @@ Scratch& scratch() {
   return *instance;
 }
 
+// Scores to weights, and what sums so far are multiplied by.
+inline void weigh(Scratch& s, int64_t count, float score_factor) {
+  F16 factor = set1(score_factor);
+  for (int64_t r = 0; r < count; ++r) {
+    F16 largest = set1(-kInfinity);
+    for (int64_t i = 0; i < kBlock; i += 16) largest = max(load(s.weights[r] + i), largest);
+    float in_block = highest(largest) * score_factor;
+    s.now[r] = s.visible[r] && in_block > s.before[r] ? in_block : s.before[r];
+  }
+  for (int64_t r = 0; r < count; r += 16) {
+    F16 now = load(s.now + r), safe = where_less(set1(-kInfinity), now, now, set1(0.0f));
+    store(s.alpha + r, exp2(sub(load(s.before + r), safe)));
+    store(s.before + r, now);
+    store(s.now + r, safe);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    if (!s.visible[r]) {
+      std::memset(s.weights[r], 0, sizeof s.weights[r]);
+      s.alpha[r] = 1.0f;
+      continue;
+    }
+    F16 minus_safe = set1(-s.now[r]), total = mul(load(s.sums[r]), set1(s.alpha[r]));
+    for (int64_t i = 0; i < kBlock; i += 16) {
+      F16 weight = exp2(fma(load(s.weights[r] + i), factor, minus_safe));
+      total = add(total, weight);
+      store(s.weights[r] + i, weight);
+    }
+    store(s.sums[r], total);
+  }
+}
+
 // What a record has, and its reading into a thread's scratch.
 template <class Storage, bool kPairs>
 struct GearRecords : PackedRows<Storage, GearAttentionParams> {
@@ -150,6 +181,15 @@ struct GearRecords : PackedRows<Storage, GearAttentionParams> {
     for (int64_t o = 0; o < outliers; ++o) {
       for (int64_t i = o * kBlock + part * kTokens, end = i + kTokens; i < end; ++i)
         tile[s.places[i]] = numbers[i];
+    }
+  }
+
+  // What a row sees of a block: nothing behind its last, and nothing older than its oldest token.
+  void hide(Scratch& s, int64_t b, int64_t set, int64_t count, int64_t block) const {
+    for (int64_t r = 0; r < count; ++r) {
+      int64_t row = set * kGearRows + r, hidden = this->oldest(b, row) - block * kBlock;
+      s.visible[r] = block < this->seen(b, row) && hidden < kBlock;
+      for (int64_t token = 0; s.visible[r] && token < hidden; ++token) s.weights[r][token] = -kInfinity;
     }
   }
 };

@@ -16,6 +16,7 @@
 #include "cpu/linear_neon_bytes.h"
 #include "cpu/linear_products.h"
 #include "cpu/linear_rows.h"
+#include "cpu/linear_tiles_bytes.h"
 
 namespace {
 
@@ -257,6 +258,14 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   std::memset(sums, 0, rows * kPanel * sizeof(float));
   int64_t x_bytes = pyspec::prepared_row_bytes(p);
   const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
+#if PYSPEC_HAS_AMX
+  if constexpr (std::is_same_v<Weight, Int8Weight>) {
+    if (rows >= TiledBytes::kLeastRows) {
+      TiledBytes::multiply(panel, p.inputs, x, x_bytes, rows, sums);
+      return store_rows(sums, p, first_row, rows, first_output);
+    }
+  }
+#endif
   if (rows <= Weight::kStreamRows) {
     Ahead ahead = {panel + kPrefetchBytes, Weight::kStepBytes};
     add_block<Weight, 2, Weight::kStreamRows>(rows, panel, 0, x, x_bytes, {0, p.inputs, p.inputs}, ahead,

@@ -11,7 +11,8 @@
 #include "params/linear_codes.h"
 
 #include "cpu/expert_linear.h"
-#include "cpu/linear_codes_chunk.h"
+#include "cpu/linear_codes_rows.h"
+#include "cpu/linear_codes_tiles.h"
 #include "cpu/linear_rows.h"
 
 namespace {
@@ -47,23 +48,6 @@ struct Ahead {
     next += bytes;
   }
 };
-
-// kRows prepared rows, and where the chunk's part of each begins.
-struct Rows {
-  const char *scales, *sums, *integers;
-  int64_t stride;
-};
-
-PYSPEC_INLINE int32_t four_bytes(const char* p) {
-  int32_t four;
-  std::memcpy(&four, p, 4);
-  return four;
-}
-PYSPEC_INLINE int32_t sum_of(const char* sums) {
-  int16_t sum;
-  std::memcpy(&sum, sums, 2);
-  return sum;
-}
 
 // Passes over a chunk: the first takes codes from the weight and leaves them as bytes, unless it is the only
 // one; later ones take the bytes.
@@ -136,36 +120,8 @@ PYSPEC_INLINE void add_chunk(Chunk<F>& chunk, const char* block, int64_t blocks,
       ahead.prefetch();
       add_group<F, kRows, kPass>(chunk, block, b, g, lane, x, totals);
     }
-    if constexpr (F::kHasSums) {
-      for (int64_t pair = 0; pair < F::kPairs; ++pair) {
-        for (int r = 0; r < kRows; ++r) {
-          const char* sums = x.sums + r * x.stride + (b * F::kGroups + pair * 2) * 2;
-          for (int v = 0; v < kVectors; ++v) {
-            I16 pairs = load_words(chunk.pairs[b][pair] + lane + v * 16);
-            minimums[r][v] = dot2(pairs, set1_words(four_bytes(sums)), minimums[r][v]);
-          }
-        }
-      }
-    }
-    for (int r = 0; r < kRows; ++r) {
-      float x_scale = 0;
-      std::memcpy(&x_scale, x.scales + r * x.stride + b * 4, 4);
-      for (int v = 0; v < kVectors; ++v) {
-        I16 total = totals[r][v];
-        if constexpr (F::kHasSums && F::kShape.floors != Floors::kStored) {
-          constexpr int32_t kTimes = F::kShape.has_minimums ? -1 : F::kShape.lowest;
-          total = add(total, mul(minimums[r][v], set1_words(kTimes)));
-        }
-        F16 factor = load(chunk.factors[b] + lane + v * 16);
-        sum[r][v] = fma(mul(to_float(total), factor), set1(x_scale), sum[r][v]);
-        if constexpr (F::kShape.floors == Floors::kStored) {
-          I16 times = minimums[r][v];
-          if constexpr (!F::kHasSums) times = set1_words(sum_of(x.sums + r * x.stride + b * 2));
-          F16 floor = load(chunk.floors[b] + lane + v * 16);
-          sum[r][v] = fma(mul(to_float(times), floor), set1(-x_scale), sum[r][v]);
-        }
-      }
-    }
+    if constexpr (F::kHasSums) add_minimums<F>(chunk, b, lane, x, minimums);
+    add_block<F, F::kHasSums>(chunk, b, lane, x, totals, minimums, sum);
   }
 }
 
@@ -222,10 +178,19 @@ void multiply_tile(const LinearCodesParams& p, const char* panel, int64_t first_
   constexpr int64_t kBytes = pyspec::block_bytes(F::kShape), kBlocks = kChunk / F::kBlock;
   alignas(64) float sums[kTileRows * kPanel];
   std::memset(sums, 0, rows * kPanel * sizeof(float));
-  Chunk<F> chunk;
   pyspec::PreparedRow parts = pyspec::prepared_row(kFormat, p.inputs);
   const char* x = static_cast<const char*>(p.workspace) + first_row * parts.bytes;
   int64_t passes = (rows + kMostRows<F> - 1) / kMostRows<F>, blocks = pyspec::blocks(F::kShape, p.inputs);
+#if PYSPEC_HAS_AMX
+  if constexpr (TiledCodes<kFormat>::kHasTiles) {
+    if (rows >= TiledCodes<kFormat>::kLeastRows) {
+      Rows all = {x, x + parts.sums, x + parts.integers, parts.bytes};
+      TiledCodes<kFormat>::multiply(panel, blocks, all, rows, sums);
+      return store_rows(sums, p, first_row, rows, first_output);
+    }
+  }
+#endif
+  Chunk<F> chunk;
   for (int64_t first = 0; first < blocks; first += kBlocks, panel += kBlocks * kBytes) {
     int64_t count = blocks - first < kBlocks ? blocks - first : kBlocks;
     unpack_factors<kFormat>(panel, count, chunk);

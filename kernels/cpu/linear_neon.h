@@ -57,6 +57,10 @@ struct FloatTile {
                                 float32x4_t (&sum)[kRows][kVectors]) {
     float32x4_t weights[kVectors];
     for (int v = 0; v < kVectors; ++v) weights[v] = four_floats(w + 4 * v);
+    // One row has a load a product: loaded before the first is multiplied, two come by one instruction.
+    if constexpr (kRows == 1) {
+      for (int v = 0; v < kVectors; v += 2) asm("" : "+w"(weights[v]), "+w"(weights[v + 1]));
+    }
     add_input<kInput>(weights, x, sum);
   }
 

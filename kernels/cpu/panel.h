@@ -13,6 +13,7 @@
 
 #include "cpu/matrix_neon.h"
 #include "cpu/simd.h"
+#include "cpu/tile_registers.h"
 
 namespace {
 
@@ -21,6 +22,12 @@ struct PanelA {
   const char* data;
   int64_t row, step;
 };
+
+}  // namespace
+
+#include "cpu/panel_neon.h"
+
+namespace {
 
 #if PYSPEC_HAS_AVX512
 constexpr int kPanelRows = 8, kPanelBlocks = 2;
@@ -88,13 +95,12 @@ PYSPEC_INLINE void panel(PanelA a, int64_t rows, const float* b, int64_t b_block
 }
 
 #if PYSPEC_HAS_X86_VECTORS && !PYSPEC_HAS_AVX512
-#define PYSPEC_HAS_HALF_PANEL 1
-// The same for the 8 lanes at b and c alone, of steps of one fp32: half of the work where few rows are lanes.
+#define PYSPEC_HAS_PART_PANELS 1
 template <int kRows>
-PYSPEC_INLINE void half_panel_rows(PanelA a, const float* b, int64_t steps, float* c, const __m256* alpha) {
+PYSPEC_INLINE void half_panel_rows(PanelA a, const float* b, int64_t steps, float* c, const float* alpha) {
   __m256 sum[kRows];
   for (int m = 0; m < kRows; ++m)
-    sum[m] = alpha ? _mm256_mul_ps(_mm256_loadu_ps(c + m * 16), *alpha) : _mm256_setzero_ps();
+    sum[m] = alpha ? _mm256_mul_ps(_mm256_loadu_ps(c + m * 16), _mm256_loadu_ps(alpha)) : _mm256_setzero_ps();
   for (int64_t i = 0; i < steps; ++i) {
     __m256 lanes = _mm256_loadu_ps(b + i * 16);
     for (int m = 0; m < kRows; ++m) {
@@ -105,10 +111,12 @@ PYSPEC_INLINE void half_panel_rows(PanelA a, const float* b, int64_t steps, floa
   for (int m = 0; m < kRows; ++m) _mm256_storeu_ps(c + m * 16, sum[m]);
 }
 
-// rows is rounded up to 4; alpha and between as above.
-template <class Between = Nothing>
-PYSPEC_INLINE void half_panel(PanelA a, int64_t rows, const float* b, int64_t steps, float* c,
-                              const __m256* alpha, const Between& between = {}) {
+// The same as panel() for the 8 lanes at b, c and alpha alone, of steps of one fp32: half of the work where
+// few rows are lanes. rows is rounded up to 4.
+template <bool kPairs, int kWidth, class Between>
+PYSPEC_INLINE void part_panel(PanelA a, int64_t rows, const float* b, int64_t steps, float* c,
+                              const float* alpha, const Between& between) {
+  static_assert(!kPairs && kWidth == 8);
   auto take = [&](auto count) PYSPEC_INLINE_LAMBDA {
     constexpr int kRows = decltype(count)::value;
     half_panel_rows<kRows>(a, b, steps, c, alpha);
@@ -128,19 +136,8 @@ PYSPEC_INLINE void half_panel(PanelA a, int64_t rows, const float* b, int64_t st
 #endif
 
 #if PYSPEC_HAS_AMX
-// The same product by tiles of 16 x 16 sums and 16 pairs a step. Every tile register is 16 rows of 64 bytes.
-struct TileConfig {
-  TileConfig() {
-    alignas(64) uint8_t config[64] = {1};
-    for (int tile = 0; tile < 8; ++tile) {
-      config[16 + 2 * tile] = 64;
-      config[48 + tile] = 16;
-    }
-    _tile_loadconfig(config);
-  }
-  ~TileConfig() { _tile_release(); }
-};
-
+// The same product by tiles of 16 x 16 sums and 16 pairs a step.
+//
 // C (zeroed, or continued) is 16 * kTilesA rows by kBlocks blocks; steps counts groups of 16 pairs.
 template <int kTilesA, int kBlocks>
 PYSPEC_INLINE void tile_panel(PanelA a, const float* b, int64_t b_block, int64_t steps, float* c,

@@ -1,7 +1,8 @@
 // swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
 // 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Clamped, the gate
 // is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. For sigmoid 1 is in the place
-// of the gate. Bound by exp2; an item is a piece of a row, so that a single row keeps all threads busy.
+// of the gate. relu and none have no exponential. Bound by exp2; an item is a piece of a row, so that a
+// single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"
@@ -19,6 +20,8 @@ template <Activation kActivation>
 PYSPEC_INLINE F16 product(F16 gate, F16 up) {
   if (kActivation == Activation::kSilu) return mul(silu(gate), up);
   if (kActivation == Activation::kSigmoid) return sigmoid_product(up, gate);
+  if (kActivation == Activation::kRelu) return mul(max(set1(0.0f), gate), up);
+  if (kActivation == Activation::kNone) return mul(gate, up);
   if (kActivation == Activation::kClamped) {
     gate = min(set1(7.0f), gate), up = min(set1(7.0f), max(set1(-7.0f), up));
     return mul(sigmoid_product(gate, mul(gate, set1(1.702f))), add(up, set1(1.0f)));
@@ -50,6 +53,8 @@ void piece(const SwigluParams& p, int64_t row, int64_t first) {
   if (p.activation == Activation::kGeluTanh) piece<Up, Out, Activation::kGeluTanh>(p, row, first);
   if (p.activation == Activation::kClamped) piece<Up, Out, Activation::kClamped>(p, row, first);
   if (p.activation == Activation::kSigmoid) piece<Up, Out, Activation::kSigmoid>(p, row, first);
+  if (p.activation == Activation::kRelu) piece<Up, Out, Activation::kRelu>(p, row, first);
+  if (p.activation == Activation::kNone) piece<Up, Out, Activation::kNone>(p, row, first);
 }
 
 template <class Up>

@@ -84,9 +84,10 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     for (int64_t block = 0; block < layout.blocks; ++block) {
       Compute* out = reinterpret_cast<Compute*>(query_block(sequence_head, block));
       constexpr int64_t kWidth = kPairs ? 2 : 1;
+      int64_t used = layout.used(block, p.nodes);
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         Compute* to = out + lane * kWidth;
-        if (!layout.used(block, lane, p.nodes)) {
+        if (lane >= used) {
           for (int64_t i = 0; i < d; ++i) to[i / kWidth * kLanes * kWidth + i % kWidth] = Compute{};
           continue;
         }
@@ -150,7 +151,7 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
     bool any = false;
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       int64_t from = kTile;
-      if (layout.used(block, lane, p.nodes))
+      if (lane < layout.used(block, p.nodes))
         from = visible_from(b, depth(b, layout.node(block, lane))) - tile * kTile;
       from = from < 0 ? 0 : from > kTile ? kTile : from;
       lowest[lane] = static_cast<float>(from);
@@ -212,9 +213,9 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
         }
       }
       for (; block < layout.blocks; ++block) {
-        Fold lanes = layout.used(block, kLanes / 2, p.nodes) ? Fold::kAllLanes : Fold::kFirstHalf;
         this->template fold<1>(keys, query_block(sequence_head, block),
-                               chunk_state(sequence_head, chunk, block), nullptr, s, ahead, lanes);
+                               chunk_state(sequence_head, chunk, block), nullptr, s, ahead,
+                               {0, layout.used(block, p.nodes)});
       }
     }
   }
@@ -293,16 +294,15 @@ struct Kernel : Flash<Storage, Compute, kAmx> {
   }
 
   // The lanes of a node in a block.
-  Fold lanes_of(int64_t block, int64_t node) const {
-    int64_t first = (node - layout.first_node(block)) * layout.group, half = kLanes / 2;
-    if (first >= half) return Fold::kSecondHalf;
-    return first + layout.group <= half ? Fold::kFirstHalf : Fold::kAllLanes;
+  Lanes lanes_of(int64_t block, int64_t node) const {
+    int64_t first = (node - layout.first_node(block)) * layout.group, end = first + layout.group;
+    return {first, end < kLanes ? end : kLanes};
   }
 
   // The node's lanes of a block to out and lse; no state is a padding row.
   void write(int64_t b, int64_t h, int64_t block, int64_t node, const State* state) const {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      if (!layout.used(block, lane, p.nodes) || layout.node(block, lane) != node) continue;
+      if (lane >= layout.used(block, p.nodes) || layout.node(block, lane) != node) continue;
       int64_t head = h * layout.group + layout.head(block, lane);
       Storage* out = static_cast<Storage*>(p.out) + b * p.out_strides[0] + head * p.out_strides[1] +
                      node * p.out_strides[2];

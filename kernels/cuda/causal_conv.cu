@@ -80,7 +80,7 @@ __device__ void run(const Channel& at, bool is_there) {
       sum = __fmaf_rn(ancestors[tap] >= 0 ? seen[tap] : pick(before, place), weight[tap], sum);
     }
     int64_t to = (tree.first_row + node) * p.channels + at.channel;
-    pyspec::store_element(p.out, to, p.out_element, pyspec::silu(sum));
+    pyspec::store_element(p.out, to, p.out_element, p.is_linear ? sum : pyspec::silu(sum));
     if (!tree.advance) *at.recorded(1 - tree.half, node) = seen[kTaps - 1];
   }
   bool moves = tree.advance && tree.nodes;

@@ -20,6 +20,7 @@ struct CausalConvParams {
   int64_t x_stride;  // elements from row to row
   Round round;
   Element out_element;
+  bool is_linear;  // whether silu is left out
   ParallelFor parallel_for;
 };
 

@@ -54,9 +54,14 @@ struct LaneLayout {
   int64_t head(int64_t block, int64_t lane) const {
     return blocks_per_node > 1 ? block % blocks_per_node * kLanes + lane : lane % group;
   }
-  bool used(int64_t block, int64_t lane, int64_t nodes) const {
-    if (blocks_per_node > 1) return head(block, lane) < group;
-    return lane / group < nodes_per_block && node(block, lane) < nodes;
+  // The lanes of a block that are rows: its first ones.
+  int64_t used(int64_t block, int64_t nodes) const {
+    if (blocks_per_node > 1) {
+      int64_t heads = group - block % blocks_per_node * kLanes;
+      return heads < kLanes ? heads : kLanes;
+    }
+    int64_t left = nodes - first_node(block);
+    return (left < nodes_per_block ? left : nodes_per_block) * group;
   }
 };
 

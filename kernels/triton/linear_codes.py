@@ -24,13 +24,14 @@ import torch
 
 import triton
 import triton.language as tl
+from pyspec.kernels import linear
 from pyspec.kernels.early_launch import launch_options, wait_for_earlier
 from pyspec.kernels.expert_rows import block_rows
 from pyspec.kernels.linear import MOST_ROWS, OPTIONS, prefetch
 from pyspec.ops.linear_codes_tiles import GROUPS, OUTPUTS, group_inputs, has_zero_points, tile_bytes, tile_inputs
 from pyspec.ops.weight_formats import WeightFormat
 
-__all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "split", "tile_rows"]
+__all__ = ["codes_kernel", "compile_options", "constants_of", "linear_codes", "linear_joined", "split", "tile_rows"]
 
 PLANES = tl.constexpr(GROUPS)  # codes of a word
 LINES = tl.constexpr(64)  # of 128 bytes, that a program asks for early; 256 took a tenth longer
@@ -379,3 +380,15 @@ def linear_codes(x, weight, bias, outputs, format, out_dtype):
                 blocks = triton.cdiv(result.numel(), SUM_BLOCK.value)
                 sum_kernel[(blocks,)](sums, bias, result, result.numel(), outputs, SPLITS=splits, **OPTIONS, **early)
     return out
+
+
+def linear_joined(x, weights, bias, outputs, formats, out_dtype):
+    """linear_codes of weights one below another, or linear where one has 8 bits: columns of one result."""
+    biases = [None] * len(weights) if bias is None else bias.split(list(outputs))
+    parts = []
+    for weight, own, count, format in zip(weights, biases, outputs, formats, strict=True):
+        if format.bits == 8:
+            parts.append(linear.linear(x, weight, own, count, out_dtype))
+        else:
+            parts.append(linear_codes(x, weight, own, count, format, out_dtype))
+    return torch.cat(parts, 1)

@@ -1,6 +1,7 @@
 """swiglu on the GPU: activation(gate) * up, in fp32, rounded once; gelu_tanh is gate times a sigmoid, as silu is.
 
-Clamped, gates are at most 7 and ups within -7 and 7; a sigmoid has 1 in the place of the gate.
+Clamped, gates are at most 7 and ups within -7 and 7; a sigmoid has 1 in the place of the gate; relu and none have no
+exponential.
 
 One program per (row, 1024 columns). Bound by memory.
 """
@@ -28,6 +29,8 @@ def swiglu_kernel(
     IS_GELU: tl.constexpr,
     IS_CLAMPED: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
+    IS_RELU: tl.constexpr,
+    IS_NONE: tl.constexpr,
     IS_EARLY: tl.constexpr,
 ):
     wait_for_earlier(IS_EARLY)
@@ -46,7 +49,13 @@ def swiglu_kernel(
         turned = 1.59576912 * gate * (1.0 + 0.044715 * gate * gate)
     if IS_SIGMOID:
         gate = tl.full(gate.shape, 1.0, tl.float32)
-    tl.store(out + row * size + column, (gate / (1.0 + tl.exp(-turned)) * up).to(out.dtype.element_ty), mask=used)
+    if IS_RELU:  # what is NaN stays so
+        gate = tl.where(gate < 0.0, 0.0, gate)
+    if IS_RELU or IS_NONE:
+        activated = gate
+    else:
+        activated = gate / (1.0 + tl.exp(-turned))
+    tl.store(out + row * size + column, (activated * up).to(out.dtype.element_ty), mask=used)
 
 
 def swiglu(gate_up, out_dtype, activation=0, up=None):
@@ -62,6 +71,8 @@ def swiglu(gate_up, out_dtype, activation=0, up=None):
                 "IS_GELU": activation == 1,
                 "IS_CLAMPED": activation == 2,
                 "IS_SIGMOID": activation == 3,
+                "IS_RELU": activation == 4,
+                "IS_NONE": activation == 5,
                 **OPTIONS,
                 **launch_options(gate_up.device),
             }

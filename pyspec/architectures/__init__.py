@@ -58,7 +58,8 @@ class Family:
             architecture. Raises Unsupported for features that the runner does not have, and ValueError for entries
             that are not what they should be.
         weights: holds the tensors, by the names of Hugging Face.
-        runner: made of a configuration, weights, a tokenizer or None, and the tokens that end a text.
+        runner: made of a configuration, weights, a tokenizer or None, and the tokens that end a text. Where a family's
+            models differ in it, their configurations have a `runner` of their own; see runner_of.
         gguf: its GGUF files; None where it has none.
         row_order: for the configuration, a tensor's name and its number of rows: [rows] int64, which row of the model
             each row of the checkpoint is; None where they are the same.
@@ -70,6 +71,10 @@ class Family:
     runner: type
     gguf: GGUF | None = None
     row_order: Callable[[Any, str, int], Tensor | None] = lambda config, name, rows: None
+
+    def runner_of(self, config) -> type:
+        """What runs a model of this configuration."""
+        return getattr(config, "runner", self.runner)
 
 
 FAMILIES: Registry[Family] = Registry("pyspec.architectures")

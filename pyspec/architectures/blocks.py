@@ -31,6 +31,7 @@ __all__ = [
     "gated_delta_net",
     "mamba",
     "mamba2",
+    "short_convolution",
     "tap",
 ]
 
@@ -60,7 +61,8 @@ def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: 
     """
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
-    places = (numbers.positions, numbers.row_sequences, numbers.slots)
+    slots = numbers.whole_slots if index in cache.unshifted else numbers.slots
+    places = (numbers.positions, numbers.row_sequences, slots)
     (k, v), rope = cache.keys_values[index], cache.ropes[index]
     if not layer.has_keys:
         k, v = k[:, :0], v[:, :0]
@@ -80,8 +82,9 @@ def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: 
 
 
 def feed_forward(x: Tensor, gate_up: LinearWeight, down: LinearWeight, activation: str = "silu") -> Tensor:
-    """A gated layer: down (activation(gate x) up x), where gate and up are one matrix."""
-    return _project(swiglu(_project(x, gate_up), activation=activation, out_dtype=x.dtype), down)
+    """A gated layer: down (activation(gate x) up x), where gate and up are one matrix; or, with relu2, down relu(up
+    x)^2."""
+    return _project(_activated(_project(x, gate_up), None, activation, x.dtype), down)
 
 
 def experts(x: Tensor, layer, config) -> Tensor:
@@ -92,15 +95,25 @@ def experts(x: Tensor, layer, config) -> Tensor:
         config: has how many a row goes to, see architectures.mixture.MixtureConfig.
     """
     logits = _project(x, layer.router, layer.router_bias)
-    gates, ids = route_experts(logits, config.experts_per_token, renormalise=config.renormalise)
+    options = {"bias": layer.choice_bias, "sigmoid": config.sigmoid_gates, "scale": config.gate_scale}
+    gates, ids = route_experts(logits, config.experts_per_token, renormalise=config.renormalise, **options)
     gate, up = expert_gates(x, ids, layer.gate_up, layer.gate_up_biases)
-    inner = swiglu(gate, up=up, activation=config.activation, out_dtype=x.dtype)
+    inner = _activated(gate, up, config.activation, x.dtype)
     values = expert_linear(inner, ids.view(-1, 1), layer.down, layer.down_bias, out_dtype=torch.float32)
     if not config.shared_size:
         return mix_experts(values, gates)
     shared = feed_forward(x, layer.shared_gate_up, layer.shared_down, config.activation)
+    if layer.shared_router is None:
+        return mix_experts(values, gates, shared)
     shared_gates, _ = route_experts(_project(x, layer.shared_router), 1, sigmoid=True)
     return mix_experts(values, gates, shared, shared_gates)
+
+
+def _activated(gate: Tensor, up: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    """The inner rows of a feed-forward layer."""
+    if activation == "relu2":
+        return swiglu(gate, up=gate, activation="relu", out_dtype=dtype)
+    return swiglu(gate, up=up, activation=activation, out_dtype=dtype)
 
 
 def expert_gates(
@@ -120,16 +133,19 @@ def expert_gates(
     return gate, up
 
 
-def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float) -> Tensor:
+def mamba2(
+    x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float, *, norm_first: bool = False
+) -> Tensor:
     """The recurrence of Mamba-2, whose state is changed in place:
 
         z, x|B|C, dt = in_proj(x);  x|B|C = conv(x|B|C);  out_proj(group norm(recurrence(x, dt, B, C) silu(z)))
 
     Args:
-        mixer: tensors by the names of architectures.state_space.MIXER.
+        mixer: tensors by the names of architectures.state_space.MIXER; without a gate_norm nothing is normed.
         state: of the layer, see StateCache.layer.
         round: the trees, a pyspec.ops.selective_state.Round.
         epsilon: of the group norm.
+        norm_first: whether it is the recurrence that is normed, and then gated.
     """
     memory, window, record, conv_record = state
     channels, conv_channels = memory.shape[1] * LANES, window.shape[2]
@@ -137,10 +153,15 @@ def mamba2(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: fl
     z, inner, dt = _project(x, mixer["in_proj"], mixer["in_bias"]).split(parts, 1)
     inner = causal_conv(window, conv_record, inner, mixer["conv_weight"], mixer["conv_bias"], round)
     inner, B, C = inner.split([channels, *[(conv_channels - channels) // 2] * 2], 1)
-    settings = {"D": mixer["D"], "dt_bias": mixer["dt_bias"]}
-    y = selective_state(memory, record, inner, dt, mixer["A"], B, C, round, z=z, **settings)
-    group = mixer["gate_norm"].shape[1]
-    y = rms_norm(y.view(-1, group), mixer["gate_norm"], epsilon, out_dtype=x.dtype).view(-1, channels)
+    scales = mixer["gate_norm"]
+    settings = {"D": mixer["D"], "dt_bias": mixer["dt_bias"], "z": None if norm_first else z}
+    settings["out_dtype"] = x.dtype if scales is None else torch.float32
+    y = selective_state(memory, record, inner, dt, mixer["A"], B, C, round, **settings)
+    if scales is not None:
+        normed = torch.float32 if norm_first else x.dtype
+        y = rms_norm(y.view(-1, scales.shape[1]), scales, epsilon, out_dtype=normed).view(-1, channels)
+    if norm_first:
+        y = swiglu(z, up=y, out_dtype=x.dtype)
     return _project(y, mixer["out_proj"], mixer["out_bias"])
 
 
@@ -163,26 +184,46 @@ def gated_delta_net(x: Tensor, layer, config, state: tuple[Tensor, ...], round) 
     q, k, v = inner.split([shape.key_channels, shape.key_channels, shape.channels], 1)
     settings = {"dt_bias": layer.dt_bias, "strength": shape.strength, "tiled": shape.tiled}
     y = gated_delta(memory, record, q, k, v, decay, beta, layer.A, round, **settings)
-    y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, config.norm_epsilon)
+    epsilon = config.norm_epsilon if shape.norm_epsilon is None else shape.norm_epsilon
+    y = rms_norm(y.view(-1, shape.head_dim), layer.gate_norm, epsilon)
     return _project(swiglu(z, up=y.view(-1, shape.channels), out_dtype=x.dtype), layer.out_proj)
 
 
-def mamba(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round) -> Tensor:
+def mamba(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round, epsilon: float = 0.0) -> Tensor:
     """The recurrence of Mamba, whose state is changed in place; arguments as for mamba2:
 
     x, z = in_proj(x);  x = conv(x);  low, B, C = x_proj(x);  dt = dt_proj(low)
     out_proj(recurrence(x, dt, B, C) silu(z))
+
+    With a BC_proj, which gives B and C, low, B and C are normed; epsilon is of these norms.
     """
     memory, window, record, conv_record = state
     channels, states, dtype = window.shape[2], memory.shape[2], x.dtype
     inner, z = _project(x, mixer["in_proj"], mixer["in_bias"]).split(channels, 1)
     taps = (mixer["conv_weight"], mixer["conv_bias"])
     inner = causal_conv(window, conv_record, inner, *taps, round, out_dtype=dtype)
-    low, B, C = linear(inner, mixer["x_proj"], out_dtype=dtype).split([mixer["dt_proj"].inputs, states, states], 1)
+    if mixer["BC_proj"] is None:
+        low, B, C = linear(inner, mixer["x_proj"], out_dtype=dtype).split([mixer["dt_proj"].inputs, states, states], 1)
+    else:
+        low = rms_norm(_project(inner, mixer["x_proj"]), mixer["low_norm"], epsilon, out_dtype=dtype)
+        BC = _project(inner, mixer["BC_proj"]).view(-1, states)
+        B, C = rms_norm(BC, mixer["BC_norm"], epsilon, out_dtype=dtype).view(-1, 2 * states).split(states, 1)
     dt = _project(low, mixer["dt_proj"])
     settings = {"D": mixer["D"], "dt_bias": mixer["dt_bias"], "z": z, "out_dtype": dtype}
     y = selective_state(memory, record, inner, dt, mixer["A"], B, C, round, **settings)
     return _project(y, mixer["out_proj"], mixer["out_bias"])
+
+
+def short_convolution(x: Tensor, mixer: dict, state: tuple[Tensor, ...], round) -> Tensor:
+    """A short convolution between two gates, whose state is a window alone; arguments as for mamba2:
+
+    B, C, x = in_proj(x);  out_proj(C conv(B x))
+    """
+    _, window, _, conv_record = state
+    B, C, inner = _project(x, mixer["in_proj"], mixer["in_bias"]).split(window.shape[2], 1)
+    taps = (mixer["conv_weight"], mixer["conv_bias"])
+    inner = causal_conv(window, conv_record, swiglu(B, up=inner, activation="none"), *taps, round, is_linear=True)
+    return _project(swiglu(C, up=inner, activation="none", out_dtype=x.dtype), mixer["out_proj"], mixer["out_bias"])
 
 
 def _project(x: Tensor, weight: LinearWeight, bias: Tensor | None = None) -> Tensor:

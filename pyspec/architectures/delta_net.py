@@ -29,6 +29,7 @@ class DeltaShape:
         strength, tiled: see gated_delta.
         inputs: the input matrices of checkpoints, by what follows in_proj_ in their names: a letter for each of
             queries, keys, values, gates (z), beta and decay (a).
+        norm_epsilon: of the norm of what a head gives; the model's where it is None.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class DeltaShape:
     strength: float = 1.0
     tiled: bool = False
     inputs: tuple[str, ...] = ("qkv", "z", "b", "a")
+    norm_epsilon: float | None = None
 
     def __post_init__(self):
         for name in ("layers", "heads", "head_dim", "key_heads", "state_size", "conv_taps"):

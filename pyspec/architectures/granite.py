@@ -1,4 +1,4 @@
-"""Granite 3 and dense Granite 4: Llama's layers with multipliers of embeddings, scores, logits and of what they add.
+"""Granite 3: Llama's layers with multipliers of embeddings, scores, logits and of what they add.
 
 A layer adds m times what it gives. Here the stream is kept divided by m: what is added is then what a layer gives, the
 embedding is multiplied by 1 / m beside its own multiplier, and a norm, which divides by sqrt(mean square + epsilon),
@@ -7,51 +7,25 @@ gives what it gave with an epsilon of 1 / m^2 times its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from pyspec.architectures import FAMILIES, GGUF, Family, Unsupported
+from pyspec.architectures import FAMILIES, GGUF, Family
 from pyspec.architectures.decoder import DecoderConfig, read_decoder
-from pyspec.architectures.llama import LayerWeights, LlamaWeights
+from pyspec.architectures.llama import LlamaWeights
 from pyspec.architectures.shapes import DEFAULTS, GGUF_TENSORS, interleaved_rows, read_gguf_shape
-from pyspec.architectures.weights import Blank
 from pyspec.entries import Entries
 from pyspec.runners.attention import AttentionRunner
 
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["DEFAULTS_3", "DenseGranite4Config", "read_gguf_multipliers", "read_multipliers"]
-
-
-class DenseGranite4Layer(LayerWeights):
-    """A layer of Granite 4, whose feed forward may stand beside experts and has names of its own."""
-
-    def named(self, config: DenseGranite4Config, prefix: str) -> dict[str, Tensor]:
-        def own(name: str) -> str:
-            name = name.replace("mlp.gate_up_proj", "shared_mlp.input_linear")
-            return name.replace("mlp.down_proj", "shared_mlp.output_linear")
-
-        return {own(name): tensor for name, tensor in super().named(config, prefix).items()}
-
-
-@dataclass(frozen=True)
-class DenseGranite4Config(DecoderConfig):
-    """The shape of a model."""
-
-    fused = ("gate_up",)
-
-    def empty_layers(self, blank: Blank) -> list[LayerWeights]:
-        return [DenseGranite4Layer.empty(self, blank) for _ in range(self.layers)]
+__all__ = ["DEFAULTS_3", "read_gguf_multipliers", "read_multipliers"]
 
 
 DEFAULTS_3 = DEFAULTS | {"vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048}
 DEFAULTS_3 |= {"rms_norm_eps": 1e-6, "embedding_multiplier": 1.0, "residual_multiplier": 1.0}
 DEFAULTS_3 |= {"attention_multiplier": 1.0, "logits_scaling": 1.0}
-_FOURTH = DEFAULTS_3 | {"num_local_experts": 8, "shared_intermediate_size": 1024}
 
 
 def _scaled(embedding: float, residual: float, scores: float, logits: float, epsilon: float) -> dict[str, Any]:
@@ -74,15 +48,7 @@ def read_gguf_multipliers(entries: Entries, shape: dict[str, Any]) -> dict[str, 
 
 def _read(source: Path | str, entries: Entries, architecture: str) -> DecoderConfig:
     shape = read_decoder(source, entries, architecture) | read_multipliers(entries)
-    if architecture == "GraniteForCausalLM":
-        return DecoderConfig(**shape)
-    kinds = entries.array("layer_types", str, entries.get("layers_block_type", ["linear_attention"]))
-    if not set(kinds) <= {"attention", "full_attention"} or entries.whole("num_local_experts", least=0):
-        raise Unsupported(f"{source} has recurrent layers or experts, AttentionRunner has a Granite 4 without")
-    shape["intermediate_size"] = entries.whole("shared_intermediate_size")
-    if entries.text("position_embedding_type", "nope") != "rope":
-        shape["turns"] = ("none",) * shape["layers"]
-    return DenseGranite4Config(**shape)
+    return DecoderConfig(**shape)
 
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> DecoderConfig:
@@ -91,6 +57,5 @@ def _read_gguf(file: GGUFFile, entries: Entries) -> DecoderConfig:
 
 
 _GGUF = GGUF(("granite",), _read_gguf, GGUF_TENSORS, interleaved_rows)
-_ARCHITECTURES = {"GraniteForCausalLM": DEFAULTS_3, "GraniteMoeHybridForCausalLM": _FOURTH}
-_FAMILY = Family(_ARCHITECTURES, _read, LlamaWeights, AttentionRunner, _GGUF)
-FAMILIES.register("granite", _FAMILY, "Granite 3, dense Granite 4")
+_FAMILY = Family({"GraniteForCausalLM": DEFAULTS_3}, _read, LlamaWeights, AttentionRunner, _GGUF)
+FAMILIES.register("granite", _FAMILY, "Granite 3")

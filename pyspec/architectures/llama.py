@@ -83,6 +83,11 @@ class LlamaConfig:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
 
     @property
+    def inner_parts(self) -> tuple[str, ...]:
+        """The matrices that give the inner rows of a feed-forward part: relu2 has no gates."""
+        return ("up",) if self.activation == "relu2" else ("gate", "up")
+
+    @property
     def places(self) -> Sequence[int]:
         """Of each layer, its place among those that have the same kind of cache."""
         return range(self.layers)
@@ -116,7 +121,7 @@ class LlamaConfig:
 @dataclass
 class DecoderLayer(NativeLayer):
     """What all layers have beside what mixes rows, which is `mix`: norms and a feed-forward part, whose gate and up are
-    one matrix.
+    one matrix, or which has no gate.
 
     A part of a layer, attention or feed_forward, may norm what it takes in, what it gives (attention_output,
     feed_forward_output), or both. After `prepare`, `scales` has what rms_norm multiplies by, None where there is no
@@ -124,6 +129,7 @@ class DecoderLayer(NativeLayer):
     """
 
     MATRICES = ("gate_up", "down")
+    NORMS = None  # as LlamaConfig.norm_names, where a kind of layers has others
 
     norms: dict[str, Tensor]  # [hidden] each, by the names of LlamaConfig.norm_names
     norm_biases: dict[str, Tensor]  # by the same names; or none
@@ -133,28 +139,30 @@ class DecoderLayer(NativeLayer):
     @classmethod
     def empty_parts(cls, config: LlamaConfig, blank: Blank) -> dict[str, Any]:
         """The fields that all layers have."""
+        names = cls.NORMS or config.norm_names
         return {
-            "norms": {name: blank.vector(config.hidden_size) for name in config.norm_names},
-            "norm_biases": {name: blank.vector(config.hidden_size) for name in config.norm_names if config.norm_bias},
+            "norms": {name: blank.vector(config.hidden_size) for name in names},
+            "norm_biases": {name: blank.vector(config.hidden_size) for name in names if config.norm_bias},
         } | cls.empty_feed_forward(config, blank)
 
     @classmethod
     def empty_feed_forward(cls, config: LlamaConfig, blank: Blank) -> dict[str, Tensor]:
         return {
-            "gate_up": blank.matrix(2 * config.intermediate_size, config.hidden_size),
+            "gate_up": blank.matrix(len(config.inner_parts) * config.intermediate_size, config.hidden_size),
             "down": blank.matrix(config.hidden_size, config.intermediate_size),
         }
 
     def named_norms(self, config: LlamaConfig) -> dict[str, Tensor]:
-        tensors = {f"{config.norm_names[name]}.weight": norm for name, norm in self.norms.items()}
-        return tensors | {f"{config.norm_names[name]}.bias": bias for name, bias in self.norm_biases.items()}
+        names = self.NORMS or config.norm_names
+        tensors = {f"{names[name]}.weight": norm for name, norm in self.norms.items()}
+        return tensors | {f"{names[name]}.bias": bias for name, bias in self.norm_biases.items()}
 
     def named_feed_forward(self, config: LlamaConfig) -> dict[str, Tensor]:
         tensors = {"down_proj": dense(self.down)}
         if "gate_up" in config.fused:
             return tensors | {"gate_up_proj": dense(self.gate_up)}
-        gate, up = dense(self.gate_up).split(config.intermediate_size)
-        return tensors | {"gate_proj": gate, "up_proj": up}
+        parts = zip(config.inner_parts, dense(self.gate_up).split(config.intermediate_size), strict=True)
+        return tensors | {f"{name}_proj": part for name, part in parts}
 
     def mix(self, x: Tensor, config: LlamaConfig, cache, place: int, numbers) -> Tensor:
         """[R, H] fp32: what the layer adds to normed rows x [R, H]; place: see LlamaConfig.places."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -19,7 +19,13 @@ from pyspec.architectures.mamba import (
     read_gguf_state_space,
 )
 from pyspec.architectures.shapes import GGUF_RECURRENT
-from pyspec.architectures.state_space import StateSpaceConfig, StateSpaceLayer, StateSpaceWeights
+from pyspec.architectures.state_space import (
+    RecurrentPart,
+    StateSpaceConfig,
+    StateSpaceLayer,
+    StateSpaceWeights,
+    check_positive,
+)
 from pyspec.architectures.weights import Blank, Matrix
 from pyspec.entries import Entries
 from pyspec.ops.selective_state import LANES, MULTIPLE
@@ -28,14 +34,35 @@ from pyspec.runners.recurrent import RecurrentRunner
 if TYPE_CHECKING:
     from pyspec.checkpoints.gguf import GGUFFile
 
-__all__ = ["Mamba2Config", "Mamba2Layer", "check_no_limit"]
+__all__ = [
+    "Mamba2Config",
+    "Mamba2Layer",
+    "Mamba2Part",
+    "Mamba2Shape",
+    "RESTORED_MAMBA2",
+    "check_no_limit",
+    "gguf_mamba2",
+    "read_gguf_mamba2_shape",
+    "read_mamba2_shape",
+]
 
 
-@dataclass(frozen=True)
-class Mamba2Config(StateSpaceConfig):
-    """The shape of a model."""
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Shape:
+    """The shape of recurrent layers.
 
-    vocab_size: int
+    Attributes:
+        hidden_size: of the rows that they take in.
+        layers: how many there are.
+        heads, head_dim: of the recurrence; its channels are their product.
+        groups: of neighbouring heads, which share B and C.
+        state_size: numbers of a channel's state.
+        conv_taps: of the convolution.
+        norm_epsilon: of the norm of what the recurrence gives.
+        projection_bias, conv_bias: whether there are such.
+        gate_order: "norm last", what is gated is normed; "norm first", or "no norm".
+    """
+
     hidden_size: int
     layers: int
     heads: int
@@ -46,13 +73,11 @@ class Mamba2Config(StateSpaceConfig):
     norm_epsilon: float
     projection_bias: bool = False
     conv_bias: bool = True
-    tied_embedding: bool = False
-    architecture: str = "mamba2"
-    dt_rank: int = 0
+    gate_order: str = "norm last"
 
     def __post_init__(self):
-        self.check_positive("vocab_size", "hidden_size", "layers", "heads", "head_dim")
-        self.check_positive("groups", "state_size", "conv_taps")
+        names = ("hidden_size", "layers", "heads", "head_dim", "groups", "state_size", "conv_taps")
+        check_positive(self, *names)
         if self.head_dim % LANES or self.state_size % MULTIPLE:
             raise Unsupported(
                 f"RecurrentRunner has head_dim in multiples of {LANES} and state_size in multiples of {MULTIPLE}, "
@@ -73,28 +98,28 @@ class Mamba2Config(StateSpaceConfig):
     def record_width(self) -> int:
         return self.channels + self.heads + self.groups * self.state_size
 
-    def empty_layer(self, blank: Blank) -> Mamba2Layer:
-        inputs = self.channels + self.conv_channels + self.heads
-        return Mamba2Layer(
-            norm=blank.vector(self.hidden_size),
-            in_proj=blank.matrix(inputs, self.hidden_size),
-            in_bias=blank.vector(inputs) if self.projection_bias else None,
-            conv_weight=blank.vector(self.conv_taps, self.conv_channels),
-            conv_bias=blank.vector(self.conv_channels) if self.conv_bias else None,
-            A_log=blank.vector(self.heads),
-            D=blank.vector(self.heads),
-            dt_bias=blank.vector(self.heads),
-            gate_norm=blank.vector(self.channels),
-            out_proj=blank.matrix(self.hidden_size, self.channels),
-            out_bias=blank.vector(self.hidden_size) if self.projection_bias else None,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config(Mamba2Shape, StateSpaceConfig):
+    """The shape of a model."""
+
+    vocab_size: int
+    tied_embedding: bool = False
+    architecture: str = "mamba2"
+
+    def __post_init__(self):
+        check_positive(self, "vocab_size")
+        super().__post_init__()
+
+    def kind(self) -> type[Mamba2Layer]:
+        return Mamba2Layer
 
 
 @dataclass
-class Mamba2Layer(StateSpaceLayer):
-    """One layer; see StateSpaceLayer."""
+class Mamba2Part(RecurrentPart):
+    """Weights of a recurrence of the shape of a Mamba2Shape; see RecurrentPart."""
 
-    MATRICES = ("in_proj", "out_proj")
+    RECURRENCE = ("in_proj", "out_proj")
     NAMES = {
         "in_proj": "in_proj.weight",
         "in_bias": "in_proj.bias",
@@ -105,7 +130,6 @@ class Mamba2Layer(StateSpaceLayer):
         "out_bias": "out_proj.bias",
     }
 
-    norm: Tensor  # [hidden]
     in_proj: Matrix  # [channels + conv_channels + heads, hidden]: z, then x, B and C, then dt
     in_bias: Tensor | None
     conv_weight: Tensor  # [taps, conv_channels]
@@ -113,19 +137,41 @@ class Mamba2Layer(StateSpaceLayer):
     A_log: Tensor  # [heads]
     D: Tensor  # [heads]
     dt_bias: Tensor  # [heads]
-    gate_norm: Tensor  # [channels]
+    gate_norm: Tensor | None  # [channels]
     out_proj: Matrix  # [hidden, channels]
     out_bias: Tensor | None
 
-    def computed(self, config: Mamba2Config) -> dict[str, Tensor]:
+    @classmethod
+    def empty_recurrence(cls, shape: Mamba2Shape, blank: Blank) -> dict[str, Any]:
+        inputs = shape.channels + shape.conv_channels + shape.heads
         return {
-            "A": -self.A_log.exp(),
-            "D": self.D.repeat_interleave(config.head_dim),
-            "gate_norm": self.gate_norm.view(config.groups, -1),
+            "in_proj": blank.matrix(inputs, shape.hidden_size),
+            "in_bias": blank.vector(inputs) if shape.projection_bias else None,
+            "conv_weight": blank.vector(shape.conv_taps, shape.conv_channels),
+            "conv_bias": blank.vector(shape.conv_channels) if shape.conv_bias else None,
+            "A_log": blank.vector(shape.heads),
+            "D": blank.vector(shape.heads),
+            "dt_bias": blank.vector(shape.heads),
+            "gate_norm": None if shape.gate_order == "no norm" else blank.vector(shape.channels),
+            "out_proj": blank.matrix(shape.hidden_size, shape.channels),
+            "out_bias": blank.vector(shape.hidden_size) if shape.projection_bias else None,
         }
 
-    def mix(self, x: Tensor, config: Mamba2Config, cache, place: int, numbers) -> Tensor:
-        return mamba2(x, self.mixer, cache.layer(place), numbers.round, config.norm_epsilon)
+    def computed(self, shape: Mamba2Shape) -> dict[str, Tensor]:
+        own = {"A": -self.A_log.exp(), "D": self.D.repeat_interleave(shape.head_dim)}
+        return own if self.gate_norm is None else own | {"gate_norm": self.gate_norm.view(shape.groups, -1)}
+
+    def recur(self, x: Tensor, shape: Mamba2Shape, state: tuple[Tensor, ...], round) -> Tensor:
+        return mamba2(x, self.mixer, state, round, shape.norm_epsilon, norm_first=shape.gate_order == "norm first")
+
+
+@dataclass
+class Mamba2Layer(Mamba2Part, StateSpaceLayer):
+    """One layer; see StateSpaceLayer."""
+
+    MATRICES = Mamba2Part.RECURRENCE
+
+    norm: Tensor  # [hidden]
 
 
 # ==== config.json ====
@@ -158,6 +204,33 @@ def _read(source: Path | str, entries: Entries, architecture: str) -> Mamba2Conf
     return config
 
 
+def read_mamba2_shape(
+    entries: Entries, layers: int, norm_epsilon: float, channels: int | None = None, **own
+) -> Mamba2Shape:
+    """The shape of so many recurrent layers of a hybrid, by the entries mamba_* of a config.json.
+
+    channels: where they are not mamba_expand times the hidden size; own: fields that a family has.
+    """
+    hidden, heads = entries.whole("hidden_size"), entries.whole("mamba_n_heads")
+    channels = channels or entries.whole("mamba_expand") * hidden
+    is_stated = entries.get("mamba_d_head", "auto") != "auto"
+    head_dim = entries.whole("mamba_d_head") if is_stated else channels // heads
+    if heads * head_dim != channels:
+        raise entries.wrong("mamba_n_heads", heads, f"heads that share {channels} channels")
+    return Mamba2Shape(
+        hidden_size=hidden,
+        layers=layers,
+        heads=heads,
+        head_dim=head_dim,
+        groups=entries.whole("mamba_n_groups"),
+        state_size=entries.whole("mamba_d_state"),
+        conv_taps=entries.whole("mamba_d_conv"),
+        norm_epsilon=norm_epsilon,
+        conv_bias=entries.flag("mamba_conv_bias"),
+        **{"projection_bias": entries.flag("mamba_proj_bias")} | own,
+    )
+
+
 def check_no_limit(source: Path | str, entries: Entries, runner: str) -> None:
     limit = entries.get("time_step_limit", [0.0, math.inf])
     if not isinstance(limit, (list, tuple)) or len(limit) != 2:
@@ -183,11 +256,38 @@ def _read_mamba_ssm(source: Path | str, entries: Entries) -> Mamba2Config:
 # ==== GGUF ====
 
 # numbers of heads and the gate's norm have two dimensions there
-_RESTORED = GGUF_RECURRENT | {
+RESTORED_MAMBA2 = GGUF_RECURRENT | {
     "ssm_a": lambda a: (-a).log().flatten(),
     "ssm_d": lambda d: d.flatten(),
     "ssm_norm.weight": lambda norm: norm.flatten(),
 }
+
+
+def gguf_mamba2(prefix: str) -> dict[str, str]:
+    """Names of a recurrence's tensors, behind a prefix, by those in GGUF files."""
+    own = {"ssm_in": "in_proj", "ssm_conv1d": "conv1d", "ssm_dt.bias": "dt_bias", "ssm_a": "A_log", "ssm_d": "D"}
+    return {file: prefix + name for file, name in (own | {"ssm_norm": "norm", "ssm_out": "out_proj"}).items()}
+
+
+def read_gguf_mamba2_shape(file: GGUFFile, entries: Entries, layers: int) -> Mamba2Shape:
+    """The shape of so many recurrent layers of the model in a GGUF file."""
+    channels, heads = entries.whole("ssm.inner_size"), entries.whole("ssm.time_step_rank")
+    if channels % heads:
+        raise entries.wrong("ssm.time_step_rank", heads, f"heads that share {channels} channels")
+    ends = {name.split(".", 2)[-1] for name in file.shapes}
+    return Mamba2Shape(
+        hidden_size=entries.whole("embedding_length"),
+        layers=layers,
+        heads=heads,
+        head_dim=channels // heads,
+        groups=entries.whole("ssm.group_count", 1),
+        state_size=entries.whole("ssm.state_size"),
+        conv_taps=entries.whole("ssm.conv_kernel"),
+        norm_epsilon=entries.number("attention.layer_norm_rms_epsilon"),
+        projection_bias="ssm_in.bias" in ends,
+        conv_bias="ssm_conv1d.bias" in ends,
+        gate_order="norm last" if "ssm_norm.weight" in ends else "no norm",
+    )
 
 
 def _read_gguf(file: GGUFFile, entries: Entries) -> Mamba2Config:
@@ -203,6 +303,6 @@ def _read_gguf(file: GGUFFile, entries: Entries) -> Mamba2Config:
 
 
 _ARCHITECTURES = {"Mamba2ForCausalLM": _DEFAULTS, "mamba_ssm Mamba2": {}}
-_GGUF = GGUF(("mamba2",), _read_gguf, GGUF_MAMBA | {"ssm_dt.bias": "mixer.dt_bias"}, restored=_RESTORED)
+_GGUF = GGUF(("mamba2",), _read_gguf, GGUF_MAMBA | {"ssm_dt.bias": "mixer.dt_bias"}, restored=RESTORED_MAMBA2)
 _FAMILY = Family(_ARCHITECTURES, _read, StateSpaceWeights, RecurrentRunner, _GGUF)
 FAMILIES.register("mamba2", _FAMILY, "Mamba-2, Codestral Mamba")

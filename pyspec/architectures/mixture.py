@@ -55,8 +55,12 @@ class MixtureConfig(DecoderConfig):
         experts: of a layer.
         experts_per_token: that a row goes to.
         expert_size: what intermediate_size is to a layer without experts.
-        shared_size: the same of an expert of all rows, whose gate is a sigmoid; 0 where there is none.
+        shared_size: the same of an expert of all rows; 0 where there is none.
+        shared_gate: whether it has a gate, which is a sigmoid.
+        sigmoid_gates: whether the gates of the others are sigmoids instead of a softmax.
+        choice_bias: whether experts are chosen by their gates and a bias of each.
         renormalise: whether the gates of a row sum to 1.
+        gate_scale: of all gates, behind that.
         expert_layers: whether each layer has experts; empty where all have.
     """
 
@@ -64,7 +68,11 @@ class MixtureConfig(DecoderConfig):
     experts_per_token: int = 1
     expert_size: int = 1
     shared_size: int = 0
+    shared_gate: bool = True
+    sigmoid_gates: bool = False
+    choice_bias: bool = False
     renormalise: bool = False
+    gate_scale: float = 1.0
     expert_layers: tuple[bool, ...] = ()
 
     def __post_init__(self):
@@ -107,20 +115,24 @@ class ExpertPart(DecoderLayer):
     router_bias = gate_up_bias = gate_up_biases = down_bias = None  # gate_up_biases: as expert_gates takes them
 
     router: Matrix  # [experts, hidden]
+    choice_bias: Tensor | None  # [experts]
 
     @classmethod
-    def empty_feed_forward(cls, config: MixtureConfig, blank: Blank) -> dict[str, Tensor]:
+    def empty_feed_forward(cls, config: MixtureConfig, blank: Blank) -> dict[str, Tensor | None]:
         return {
-            "gate_up": blank.matrix(config.experts, 2 * config.expert_size, config.hidden_size),
+            "gate_up": blank.matrix(config.experts, len(config.inner_parts) * config.expert_size, config.hidden_size),
             "down": blank.matrix(config.experts, config.hidden_size, config.expert_size),
             "router": blank.vector(config.experts, config.hidden_size),
+            "choice_bias": blank.vector(config.experts) if config.choice_bias else None,
         }
 
     def named_feed_forward(self, config: MixtureConfig) -> dict[str, Tensor]:
         tensors = {"gate": dense(self.router)}
+        if self.choice_bias is not None:
+            tensors["choice_bias"] = self.choice_bias
         for number, (gate_up, down) in enumerate(zip(dense(self.gate_up), dense(self.down), strict=True)):
-            gate, up = gate_up.split(config.expert_size)
-            tensors |= {f"experts.{number}.gate_proj": gate, f"experts.{number}.up_proj": up}
+            for name, part in zip(config.inner_parts, gate_up.split(config.expert_size), strict=True):
+                tensors[f"experts.{number}.{name}_proj"] = part
             tensors[f"experts.{number}.down_proj"] = down
         return tensors
 
@@ -145,25 +157,32 @@ class SharedExpertPart(ExpertPart):
 
     shared_gate_up: Matrix  # [2 * shared_size, hidden]
     shared_down: Matrix  # [hidden, shared_size]
-    shared_router: Matrix  # [1, hidden], of its gate
+    shared_router: Matrix | None  # [1, hidden], of its gate
 
     @classmethod
-    def empty_feed_forward(cls, config: MixtureConfig, blank: Blank) -> dict[str, Tensor]:
+    def empty_feed_forward(cls, config: MixtureConfig, blank: Blank) -> dict[str, Tensor | None]:
         return super().empty_feed_forward(config, blank) | {
-            "shared_gate_up": blank.matrix(2 * config.shared_size, config.hidden_size),
+            "shared_gate_up": blank.matrix(len(config.inner_parts) * config.shared_size, config.hidden_size),
             "shared_down": blank.matrix(config.hidden_size, config.shared_size),
-            "shared_router": blank.vector(1, config.hidden_size),
+            "shared_router": blank.vector(1, config.hidden_size) if config.shared_gate else None,
         }
 
     def named_feed_forward(self, config: MixtureConfig) -> dict[str, Tensor]:
-        gate, up = dense(self.shared_gate_up).split(config.shared_size)
-        tensors = {"gate_proj": gate, "up_proj": up, "down_proj": dense(self.shared_down)}
+        gate_up = dense(self.shared_gate_up)
+        parts = zip(config.inner_parts, gate_up.split(config.shared_size), strict=True)
+        tensors = {f"{name}_proj": part for name, part in parts}
+        if "gate_up" in config.fused:
+            tensors = {"gate_up_proj": gate_up}
+        tensors["down_proj"] = dense(self.shared_down)
         tensors = {f"shared_expert.{name}": tensor for name, tensor in tensors.items()}
-        return super().named_feed_forward(config) | tensors | {"shared_expert_gate": dense(self.shared_router)}
+        if self.shared_router is not None:
+            tensors["shared_expert_gate"] = dense(self.shared_router)
+        return super().named_feed_forward(config) | tensors
 
     def lay_out(self, dtype: torch.dtype | str) -> None:
         super().lay_out(dtype)
-        self.shared_router = laid_out(self.shared_router, torch.float32)
+        if self.shared_router is not None:
+            self.shared_router = laid_out(self.shared_router, torch.float32)
 
 
 @dataclass
@@ -208,22 +227,35 @@ class ExpertCheckpoint:
 
     def __init__(self, stored):
         self._stored = stored
-        self._places: dict[str, tuple[str, tuple[int, slice] | None]] = {}  # a stored tensor, and where in it
+        self._places: dict[str, tuple[str, tuple | None]] = {}  # a stored tensor, and where in it
         self.shapes: dict[str, tuple[int, ...]] = {}
         for original, shape in stored.shapes.items():
             name = original
             for pattern, replacement in self.NAMES:
                 name = re.sub(pattern, replacement, name)
-            match = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name)
-            if match is None or len(shape) != 3:
-                self._places[name], self.shapes[name] = (original, None), shape
-                continue
-            outputs, inputs = reversed(shape[1:]) if self.IS_TRANSPOSED else shape[1:]
-            for number, (part, rows) in product(range(shape[0]), self._parts(match[2], outputs).items()):
-                name = f"{match[1]}.{number}.{part}_proj.weight"
-                self._places[name] = original, (number, rows)
-                self.shapes[name] = (len(range(outputs)[rows]), inputs)
+            for part, place in self._split(name, shape).items():
+                self._places[part], self.shapes[part] = (original, place), self._shape(shape, place)
         self._left = Counter(original for original, _ in self._places.values())
+
+    def _split(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple | None]:
+        """The tensors that a stored one is, or is of, and where in it they are: an expert and rows, rows, or all."""
+        match = re.fullmatch(r"(.*\.experts)\.(gate_up|up|down)_proj", name)
+        if match is None or len(shape) != 3:
+            return {name: None}
+        parts = self._parts(match[2], shape[2 if self.IS_TRANSPOSED else 1])
+        return {
+            f"{match[1]}.{number}.{part}_proj.weight": (number, rows)
+            for number, (part, rows) in product(range(shape[0]), parts.items())
+        }
+
+    def _shape(self, shape: tuple[int, ...], place: tuple | None) -> tuple[int, ...]:
+        """Of a part of a stored tensor."""
+        if place is None:
+            return shape
+        *number, rows = place
+        shape = shape[len(number) :]
+        outputs, *inputs = reversed(shape) if number and self.IS_TRANSPOSED else shape
+        return (len(range(outputs)[rows]), *inputs)
 
     def _parts(self, kind: str, outputs: int) -> dict[str, slice]:
         """The tensors that a stored one is of, and their rows."""
@@ -250,8 +282,11 @@ class ExpertCheckpoint:
         if not self._left[original]:
             self._stored.release(original)
 
-    def _part(self, original: str, place: tuple[int, slice]) -> Tensor:
-        ((_, whole),) = self._stored.blocks(original)
-        number, rows = place
-        matrix = whole[number].detach()
+    def _part(self, original: str, place: tuple) -> Tensor:
+        *number, rows = place
+        blocks = [values.detach() for _, values in self._stored.blocks(original)]
+        whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        if not number:
+            return whole[rows]
+        matrix = whole[number[0]]
         return matrix.t()[rows].contiguous() if self.IS_TRANSPOSED else matrix[rows]

@@ -45,14 +45,33 @@ class QuantisedSettings:
     keep = 1.0
     whole_layers = 0
     key_channels = 0
+    is_of_model = False  # whether it is made for the layers of one model
 
     def attend_ragged(
         self, layer: int, q, quantised, k, v, numbers: tuple, *, records: int, scale: float, window: int | None
     ) -> Tensor:
+        return self.attend_by_tree(layer, q, quantised, k, v, numbers, records=records, scale=scale, window=window)
+
+    def attend_by_tree(
+        self,
+        layer: int,
+        q,
+        quantised,
+        k,
+        v,
+        numbers: tuple,
+        *,
+        records: int,
+        scale: float,
+        window: int | None,
+        chunked: bool = False,
+    ) -> Tensor:
+        """attend_ragged, tree by tree; chunked: rows see their own chunk of `window` positions."""
+
         def attend(q, quantised, k, v, rows, records):
             return self.attend(layer, q, quantised, k, v, rows, scale, records)
 
-        return by_tree(attend, window, q, quantised, k, v, *numbers, self.span, records)
+        return by_tree(attend, window, q, quantised, k, v, *numbers, self.span, records, chunked=chunked)
 
     @property
     def span(self) -> int:
@@ -134,8 +153,10 @@ class QuantisedCache(KeysAndValues):
     """
 
     angles = None  # positions begin where their cosines and sines do
+    is_chunked = False  # whether layers see chunks, which takes more than one op
     more: int | None = None  # of a view for padded trees: see `extent`
     ropes: Sequence[Rope]  # of each layer, for capacity positions at least
+    layers: Sequence[int]  # which of the model's they are, for messages
 
     def __init__(
         self,
@@ -150,6 +171,7 @@ class QuantisedCache(KeysAndValues):
     ):
         settings.check_head_dim(head_dim)
         self.settings = settings
+        self.layers = range(layers)
         self.capacity = self.room = capacity  # which a restart may make smaller, and the tokens that fit
         self.lengths = [0] * sequences
         self.span = settings.span
@@ -192,7 +214,7 @@ class QuantisedCache(KeysAndValues):
     def is_recordable(self) -> bool:
         """Whether a tape can have attention: where keys keep some channels, queries are summed up by PyTorch's ops."""
         is_one_op = type(self.settings).attend_ragged is not QuantisedSettings.attend_ragged
-        return is_one_op and not len(self.queries)
+        return is_one_op and not len(self.queries) and not self.is_chunked
 
     def extent(self, sequences: Sequence[int], trees: Mapping[int, DraftTree]) -> int:
         """What attention to padded trees is launched for: the most blocks that a node sees and its root does not."""
@@ -220,9 +242,20 @@ class QuantisedCache(KeysAndValues):
         """Nothing is to be done before a round."""
 
     def attend(
-        self, layer: int, q: Tensor, numbers, window: int | None, scale: float | None = None, softcap: None = None
+        self,
+        layer: int,
+        q: Tensor,
+        numbers,
+        window: int | None,
+        scale: float | None = None,
+        softcap: None = None,
+        chunked: bool = False,
+        notes: bool = True,
     ) -> Tensor:
-        """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers."""
+        """Attention of rows [R, heads, D], whose keys are written, as [R, heads, D]; numbers as in runners.numbers.
+
+        chunked: rows see their own chunk of `window` positions. notes: whether queries count for what keys keep.
+        """
         scale = scale or q.shape[-1] ** -0.5
         window = None if window is None or window >= self.room else window
         if layer < len(self.whole):
@@ -230,11 +263,13 @@ class QuantisedCache(KeysAndValues):
         else:
             quantised, records = self.quantised[layer - len(self.whole)], 1
         k, v = self.keys_values[layer]
-        if len(self.queries):
+        if notes and len(self.queries):
             self._note_queries(layer, q, numbers)
         if self.more is None:
             trees = (numbers.ancestor_bits, numbers.seen, numbers.starts, numbers.prefix_lens)
             options = {"scale": scale, "records": records, "window": window}
+            if chunked and window is not None:
+                return self.settings.attend_by_tree(layer, q, quantised, k, v, trees, **options, chunked=True)
             return self.settings.attend_ragged(layer, q, quantised, k, v, trees, **options)
         of_trees = (len(k), len(q) // len(k))
         bits = numbers.ancestor_bits.unflatten(0, of_trees)[..., : (of_trees[1] + 31) // 32]
@@ -261,21 +296,30 @@ class QuantisedCache(KeysAndValues):
         Raises:
             ValueError: a key or value of a block that is now whole is NaN, infinite or too large; nothing is committed.
         """
+        self.finish(sequence, path, self.settle(sequence, path))
+
+    def settle(self, sequence: int, path: Sequence[int]) -> list[Tensor]:
+        """The first half of a commit: moves the path together and gives the blocks that are whole then, checked."""
         before, start = self.lengths[sequence], self.starts[sequence]
-        after = before + len(path)
         slots = self.keys_values[:, :, sequence]
         keep_path(slots[..., before - start :, :], path)
-        blocks = range(before // self.span, after // self.span)
+        blocks = range(before // self.span, (before + len(path)) // self.span)
         parts = [slots[..., block * self.span - start :, :][..., : self.span, :] for block in blocks]
         for block, part in zip(blocks, parts, strict=True):
             self._check(sequence, block, part)
+        return parts
+
+    def finish(self, sequence: int, path: Sequence[int], parts: Sequence[Tensor]) -> None:
+        """The second half: quantises the blocks, and lets go of keys that no row will see in full precision."""
+        before, start = self.lengths[sequence], self.starts[sequence]
+        after, slots = before + len(path), self.keys_values[:, :, sequence]
         recent = None
         if len(self.queries):
             queries = self.queries[:, sequence]
             nodes = torch.tensor([*range(RECENT), *(RECENT + node for node in path)], device=queries.device)
             recent = queries[:, :, nodes]  # of the positions from before - RECENT on
             queries[:, :, :RECENT] = recent[:, :, len(path) :]
-        for block, part in zip(blocks, parts, strict=True):  # one by one: the bits of a block are its own
+        for block, part in enumerate(parts, before // self.span):  # one by one: the bits of a block are its own
             channels = None
             if recent is not None:
                 end = (block + 1) * self.span - before
@@ -307,6 +351,7 @@ class QuantisedCache(KeysAndValues):
         bad = find_unquantisable(part[:, 0], part[:, 1])
         if bad is not None:
             name, (layer, head, token, channel), value = bad
+            layer = self.layers[layer]
             what = "keys" if name == "k" else "values"
             raise ValueError(
                 f"{what} must be at most {LARGEST:.0f} in magnitude to be quantised, got {value} in layer {layer}, "

@@ -32,6 +32,7 @@ class KeysAndValues:
     has_keys = True
     has_states = False
     longest_path = 0  # nodes to be replayed: a path is moved together at once
+    unshifted: Collection[int] = ()  # layers that keep all in full precision where others do not
     keys_values: Tensor
     lengths: list[int]
     capacity: int  # tokens of a sequence
@@ -195,14 +196,7 @@ class MixedCache(DenseCache):
     ):
         self.capacity, self.ropes = capacity, ropes
         self.lengths, self.angles = [0] * sequences, [0] * sequences
-        writers: dict[tuple[int, int], list[int]] = {}  # layers, by their heads
-        for layer in sorted(set(key_layers)):
-            writers.setdefault(layer_heads[layer], []).append(layer)
-        shapes = list(writers)
-        heads = [layer_heads[layer] for layer in key_layers]
-        self._places = [
-            (shapes.index(shape), writers[shape].index(layer)) for shape, layer in zip(heads, key_layers, strict=True)
-        ]
+        writers, self._places = by_heads(layer_heads, key_layers)
         self._hold(
             [
                 torch.empty(len(layers), 2, sequences, kv_heads, capacity, head_dim, dtype=dtype, device=device)
@@ -227,6 +221,20 @@ class MixedCache(DenseCache):
     def slots(self) -> int:
         """Slots that are allocated for a sequence."""
         return self._parts[0].shape[4]
+
+
+def by_heads(
+    layer_heads: Sequence[tuple[int, int]], key_layers: Sequence[int]
+) -> tuple[dict[tuple[int, int], list[int]], list[tuple[int, int]]]:
+    """Layers that write keys, by their heads; and where each layer finds its keys: the shape's place, and in it."""
+    writers: dict[tuple[int, int], list[int]] = {}
+    for layer in sorted(set(key_layers)):
+        writers.setdefault(layer_heads[layer], []).append(layer)
+    shapes = list(writers)
+    heads = [layer_heads[layer] for layer in key_layers]
+    return writers, [
+        (shapes.index(shape), writers[shape].index(layer)) for shape, layer in zip(heads, key_layers, strict=True)
+    ]
 
 
 def keep_path(slots: torch.Tensor, path: Sequence[int]) -> None:

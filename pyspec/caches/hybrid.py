@@ -13,6 +13,7 @@ class HybridCache:
 
     has_keys = has_states = is_recordable = True
     blocks = angles = None
+    unshifted = ()
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense

@@ -27,6 +27,7 @@ class ResidualVqSettings(QuantisedSettings):
 
     codebooks: Codebooks = field(default_factory=demo_codebooks)
     window: int = 64
+    is_of_model: ClassVar[bool] = True
 
     def __post_init__(self):
         if not isinstance(self.codebooks, Codebooks):

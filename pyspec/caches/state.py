@@ -24,6 +24,8 @@ class Plan(NamedTuple):
 class StateCache:
     """States and convolution windows of B sequences, all fp32, with a record of each sequence's last trees.
 
+    Where a layer has a window alone, state_size and record_width are 0.
+
     A commit only notes the path: the next round's kernels replay it before they begin and store what comes of it, so
     until then `states` and `windows` lie behind `lengths`.
 
@@ -96,7 +98,7 @@ class StateCache:
     @property
     def memory(self) -> int:
         """Tells apart where the records lie, which grow."""
-        return self.records.data_ptr()
+        return self.conv_records.data_ptr()
 
     @property
     def starts(self) -> list[int]:

@@ -71,7 +71,7 @@ def save_converted(runner: Runner, path: Path) -> None:
         "family": next(
             name
             for name, family in FAMILIES.items()
-            if family.weights is type(weights) and family.runner is type(runner)
+            if family.weights is type(weights) and family.runner_of(runner.config) is type(runner)
         ),
         "config": _plain(runner.config),
         "tied": is_tied,
@@ -125,7 +125,7 @@ def load_converted(path: Path, announce=None) -> Runner:
         kept = str(weights.dtype).removeprefix("torch.")
         size = path.stat().st_size
         announce(MemoryNeed(size, kept, *cache, available_memory(torch.device("cpu"))))
-    return family.runner(config, weights, tokenizer, eos_tokens)
+    return family.runner_of(config)(config, weights, tokenizer, eos_tokens)
 
 
 # ==== weights by name ====

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyspec.architectures import FAMILIES, Family, Unsupported
+from pyspec.machine.memory import give_back_freed
 from pyspec.runners import Runner
 from pyspec.runners._inference import as_stored
 
 if TYPE_CHECKING:
     from pyspec.checkpoints.memory import MemoryNeed
+    from pyspec.checkpoints.tokenizer import Tokenizer
 
 
 @as_stored()
@@ -36,9 +38,9 @@ def load(
             a folder with config.json and safetensors (Mamba also as mamba_ssm and Codestral-Mamba have it), a hub id
             such as "HuggingFaceTB/SmolLM2-135M-Instruct", or a file that `pyspec convert` made.
         dtype: of weights and cache; by default the bits that a quantised GGUF file or folder (GPTQ, AWQ,
-            compressed-tensors, MXFP4) has its matrices in, on a CPU, and else bfloat16, whatever floats the files have:
-            float32 and float16 are rounded. Only GPUs without bfloat16, and models that run through transformers on
-            processors without it, get float32. int8 rounds the weights to 8 bits with a scale for every 32, "int4" to 4
+            compressed-tensors, MXFP4) has its matrices in, and else bfloat16, whatever floats the files have: float32
+            and float16 are rounded. Only GPUs without bfloat16, and models that run through transformers on processors
+            without it, get float32. int8 rounds the weights to 8 bits with a scale for every 32, "int4" to 4
             bits with a scale and a zero point; where weights have fewer than 16 bits, activations and cache are
             bfloat16.
         device: "cuda" where there is one, else "cpu", by default.
@@ -76,7 +78,9 @@ def load(
     path = find_source(source)
     native, foreign = (_load_folder, _load_foreign) if path.is_dir() else (_load_gguf, _load_foreign_gguf)
     try:
-        return native(path, dtype, device, prompt_attention, progress, announce)
+        runner = native(path, dtype, device, prompt_attention, progress, announce)
+        give_back_freed()
+        return runner
     except Unsupported as reason:
         if dtype in (torch.int8, "int4"):
             name = str(dtype).removeprefix("torch.")
@@ -118,7 +122,7 @@ def from_transformers(model, tokenizer=None, *, dtype: torch.dtype | str | None 
         return fall_back(partial(TransformersRunner, model, tokenizer), reason)
     checkpoint, name = TensorCheckpoint(model.state_dict()), type(model).__name__
     config, weights = read_weights(family, checkpoint, config, name, dtype or model.dtype, model.device)
-    return family.runner(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
+    return family.runner_of(config)(config, weights, tokenizer, eos_tokens_of(model, tokenizer))
 
 
 def config_of(model) -> tuple[Family, Any]:
@@ -150,7 +154,7 @@ def _load_gguf(
     from pyspec.checkpoints.weights import read_weights
 
     file = GGUFFile(path)
-    if dtype is None and not (file.is_quantised and device.type == "cpu"):
+    if dtype is None and not (file.is_quantised and _default_dtype(device) == torch.bfloat16):
         dtype = _default_dtype(device)
     family, config = read_gguf_config(file)
     options = _options(family, config, prompt_attention)
@@ -166,9 +170,19 @@ def _load_gguf(
             RuntimeWarning,
             stacklevel=4,  # who called load, which as_stored wraps
         )
+    _let_go(file.metadata, tokenizer)
     checkpoint = GGUFCheckpoint(file, family, config)
     config, weights = read_weights(family, checkpoint, config, path, dtype, device, progress, announce)
-    return family.runner(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
+    return family.runner_of(config)(config, weights, tokenizer, tokenizer.eos_tokens if tokenizer else (), **options)
+
+
+def _let_go(metadata: dict, tokenizer: Tokenizer | None) -> None:
+    """Frees what a tokenizer was made of, before weights take memory."""
+    for key in [key for key in metadata if key.startswith("tokenizer.")]:
+        del metadata[key]
+    if tokenizer is not None:
+        _ = tokenizer.fingerprint  # which the runner asks for: it takes the whole vocabulary once more while it is made
+    give_back_freed()
 
 
 def _load_folder(
@@ -181,7 +195,7 @@ def _load_folder(
 
     description = read_description(folder)
     method = quantisation_of(folder, description)
-    if dtype is None and (method is None or device.type != "cpu"):
+    if dtype is None and (method is None or _default_dtype(device) != torch.bfloat16):
         dtype = _default_dtype(device)
     family, config = read_config(folder, description)
     options = _options(family, config, prompt_attention)
@@ -191,14 +205,14 @@ def _load_folder(
     if method is not None:
         checkpoint = QuantisedCheckpoint(checkpoint, method, folder)
     config, weights = read_weights(family, checkpoint, config, folder, dtype, device, progress, announce)
-    return family.runner(config, weights, tokenizer, ends, **options)
+    return family.runner_of(config)(config, weights, tokenizer, ends, **options)
 
 
 def _options(family: Family, config, prompt_attention: str) -> dict[str, str]:
     """The options that a family's runner takes beside the model; raises ValueError where it does not take one."""
     if prompt_attention == "pyspec":
         return {}
-    if not getattr(family.runner, "takes_flash_attn", False):
+    if not getattr(family.runner_of(config), "takes_flash_attn", False):
         raise ValueError(
             f"prompt_attention {prompt_attention} needs a model of {_by_flash()}, got {config.architecture}"
         )

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pyspec.architectures.weights import NativeLayer, NativeWeights
-from pyspec.machine.huge_pages import HugePages
 from pyspec.ops.expert_linear import ExpertWeight, JoinedExperts
-from pyspec.ops.lay_out import StoredCodes, StoredMatrix, empty_weight, is_same_order, laid_out_shape, lay_out
+from pyspec.ops.lay_out import CPU, StoredCodes, StoredMatrix, empty_weight, is_same_order, laid_out_shape, lay_out
 from pyspec.ops.linear import JoinedWeight, LinearWeight
 from pyspec.ops.weight_formats import FORMATS
 
@@ -21,7 +20,7 @@ __all__ = ["MatrixPlan", "plan_matrices"]
 
 @dataclass
 class MatrixPlan:
-    """A matrix of a model on the CPU.
+    """A matrix of a model.
 
     Attributes:
         owner: what has it: a layer, or the weights.
@@ -33,6 +32,7 @@ class MatrixPlan:
             matrix is filled in dense and laid out then.
         loses_bits: whether one of them had fewer bits, which were to be kept.
         column_order: of the weight, see LinearWeight.order.
+        device: where it will lie.
     """
 
     owner: NativeLayer | NativeWeights
@@ -43,6 +43,7 @@ class MatrixPlan:
     tensors: dict[str, int]
     loses_bits: bool = False
     column_order: Tensor | None = None
+    device: torch.device = CPU
     _places: list[list[LinearWeight]] = field(default_factory=list)  # of each expert the parts
     weight: LinearWeight | None = None
 
@@ -50,9 +51,10 @@ class MatrixPlan:
     def nbytes(self) -> int:
         return (self.experts or 1) * sum(map(self._bytes, self.parts))
 
-    def take(self, buffer: HugePages) -> None:
-        """Takes memory; `weight` is then to be filled by `write`."""
-        data = buffer.take(self.nbytes)
+    def take(self, data: Tensor) -> None:
+        """Takes memory, uint8 [nbytes] of zeros; `weight` is then to be filled by `write`."""
+        if self.column_order is not None:
+            self.column_order = self.column_order.to(self.device)
         experts, sizes = self.experts or 1, [self._bytes(part) for part in self.parts]
         pieces = [piece.chunk(experts) for piece in data.split([experts * size for size in sizes])]
         self._places = [
@@ -89,12 +91,18 @@ class MatrixPlan:
             first -= weight.outputs
 
     def _bytes(self, part: tuple[str, int]) -> int:
-        dtype, shape = laid_out_shape(*part, self.inputs)
+        dtype, shape = laid_out_shape(*part, self.inputs, self.device)
         return math.prod(shape) * dtype.itemsize
 
 
 def plan_matrices(
-    weights: NativeWeights, config, checkpoint, dtype: torch.dtype | str, *, keeps_bits: bool
+    weights: NativeWeights,
+    config,
+    checkpoint,
+    dtype: torch.dtype | str,
+    *,
+    keeps_bits: bool,
+    device: torch.device = CPU,
 ) -> dict[int, MatrixPlan]:
     """Plans of the matrices of weights that are on "meta", by `storage_of` them, in the order of a step.
 
@@ -104,6 +112,7 @@ def plan_matrices(
         checkpoint: see read_weights.
         dtype: that matrices are laid out in where they do not keep the bits of the checkpoint: of floats, int8, "int4".
         keeps_bits: whether they do where the checkpoint has them in fewer than 16 bits.
+        device: where they will lie.
     """
     places: dict[int, dict[str, Tensor]] = {}
     for name, place in weights.named(config).items():
@@ -130,7 +139,7 @@ def plan_matrices(
         elif name == "embedding" and weights.embedding is not weights.head:
             continue  # it is read by rows alone, as it is
         count, loses_bits = experts[0] if experts else None, is_kept and any(has_bits)
-        plans[key] = MatrixPlan(owner, name, inputs, parts, count, tensors, loses_bits, column_order)
+        plans[key] = MatrixPlan(owner, name, inputs, parts, count, tensors, loses_bits, column_order, device)
     return plans
 
 

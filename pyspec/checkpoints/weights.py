@@ -43,8 +43,8 @@ def read_weights(
             `stored(name)`, the StoredMatrix that it is, or None; and `release(name)`, called when it is done with.
         config: the model's shape, as its description has it.
         path: what errors name.
-        dtype: that matrices are laid out in: float32, float16, bfloat16, int8 or "int4"; or None, on a CPU: in the bits
-            that the checkpoint has them in, or in bfloat16.
+        dtype: that matrices are laid out in: float32, float16, bfloat16, int8 or "int4"; or None: in the bits that the
+            checkpoint has them in, or in bfloat16.
         device: where the weights will be.
         progress: called with (tensors read, all tensors).
         announce: called with what they need of memory, before any is taken.
@@ -62,11 +62,11 @@ def read_weights(
     _check_tensors(family.weights, checkpoint, config, path)
 
     def need(dtype: torch.dtype | str | None) -> tuple[int, str, int, int]:
-        blank = _blank(family, checkpoint, config, dtype, torch.device("meta"))
+        blank = _blank(family, checkpoint, config, dtype, device, torch.device("meta"))
         return *_need(*blank, config), *cache_bytes(config, dtype if dtype in FLOATS else torch.bfloat16)
 
     check_memory(path, device, need, dtype, SMALLER, announce)
-    weights, plans = _blank(family, checkpoint, config, dtype, device)
+    weights, plans = _blank(family, checkpoint, config, dtype, device, device)
     if lost := next((plan for plan in plans.values() if plan.loses_bits), None):
         warnings.warn(
             f"{path}: {next(iter(lost.tensors))} is one matrix with tensors of other types, or in another "
@@ -74,12 +74,12 @@ def read_weights(
             RuntimeWarning,
             stacklevel=5,  # who called load, which as_stored wraps
         )
-    buffer = HugePages([plan.nbytes for plan in plans.values()])
-    for plan in plans.values():
-        plan.take(buffer)
     weights.is_together = device.type == "cpu"
+    buffer = HugePages([plan.nbytes for plan in plans.values()]) if weights.is_together else None
+    for plan in plans.values():
+        plan.take(buffer.take(plan.nbytes) if buffer else torch.zeros(plan.nbytes, dtype=torch.uint8, device=device))
     dtype = dtype or torch.bfloat16
-    reader = _Reader(checkpoint, path, plans, len(weights.named(config)), progress)
+    reader = _Reader(checkpoint, path, plans, len(weights.named(config)), progress, device)
     reader.read(weights, config, dtype)
     for index, layer in enumerate(weights.layers):
         reader.read(layer, config, dtype, f"{weights.LAYERS}{index}.")
@@ -89,19 +89,22 @@ def read_weights(
 
 
 def _blank(
-    family: Family, checkpoint, config, dtype: torch.dtype | str | None, device: torch.device
+    family: Family, checkpoint, config, dtype: torch.dtype | str | None, device: torch.device, blank: torch.device
 ) -> tuple[NativeWeights, dict[int, MatrixPlan]]:
-    """Weights to be filled, and plans of those that have no memory yet: all matrices, unless they go to a GPU."""
+    """Weights to be filled, and plans of those that have no memory yet: all matrices, but for floats on a GPU.
+
+    The weights are for device, what has memory is on blank: there too, or on "meta", where there is none.
+    """
     keeps_bits, dtype = dtype is None, dtype or torch.bfloat16
     floats = dtype if dtype in FLOATS else torch.float32
-    if device.type not in ("cpu", "meta"):
-        return family.weights.empty(config, floats, device), {}
-    weights = family.weights.empty(config, floats, device, torch.device("meta"))
-    plans = plan_matrices(weights, config, checkpoint, dtype, keeps_bits=keeps_bits)
+    if blank.type not in ("cpu", "meta") and not keeps_bits and dtype in FLOATS:  # rows, as a checkpoint has them
+        return family.weights.empty(config, floats, blank), {}
+    weights = family.weights.empty(config, floats, blank, torch.device("meta"))
+    plans = plan_matrices(weights, config, checkpoint, dtype, keeps_bits=keeps_bits, device=device)
     if storage_of(weights.embedding) not in plans:  # it is only read by rows: in its own dtype where none was named
         stored = checkpoint.stored(weights.EMBEDDING) if keeps_bits or dtype not in FLOATS else None
         floats = floats if stored is None else getattr(torch, stored.kind)
-        weights.embedding = torch.empty_like(weights.embedding, dtype=floats, device=device)
+        weights.embedding = torch.empty_like(weights.embedding, dtype=floats, device=blank)
     return weights, plans
 
 
@@ -141,9 +144,11 @@ class _InModelOrder:
 class _Reader:
     """Fills the tensors of a model's weights and layers, one after another."""
 
-    def __init__(self, checkpoint, path: Path | str, plans: dict[int, MatrixPlan], expected: int, progress):
+    def __init__(
+        self, checkpoint, path: Path | str, plans: dict[int, MatrixPlan], expected: int, progress, device: torch.device
+    ):
         self._checkpoint, self._path, self._plans, self._progress = checkpoint, path, plans, progress
-        self._expected, self._done = expected, 0
+        self._expected, self._done, self._device = expected, 0, device
         self.sample = WeightSample()
 
     def read(self, owner: NativeWeights | NativeLayer, config, dtype: torch.dtype | str, prefix: str = "") -> None:
@@ -186,7 +191,7 @@ class _Reader:
             matrix = getattr(owner, name)
             plan = self._plans.get(storage_of(matrix)) if isinstance(matrix, Tensor) else None
             if matrix.is_meta and (plan is None or not plan.tensors):
-                dense = torch.empty_like(matrix, device="cpu")
+                dense = torch.empty_like(matrix, device=self._device)
                 _replace(owner, matrix, dense)
                 matrix = dense
             if plan is not None:

@@ -2,6 +2,7 @@
 
 out[t] = silu(bias + sum over taps i of weight[taps - 1 - i] x[the ancestor of t that is i above it])
 
+Some models leave silu out, and have no recurrence behind it.
 Above the root lies a window of the last committed inputs. As in selective_state, a round's inputs are recorded, and
 the next call takes what was accepted of them into the window before it begins.
 """
@@ -33,6 +34,7 @@ def causal_conv_reference(
     halves: Tensor,
     advances: Tensor,
     out_dtype: torch.dtype,
+    is_linear: bool = False,
 ) -> Tensor:
     """Plain PyTorch, node by node; window and record are changed in place. The specification of the kernels."""
     taps = len(weight)
@@ -52,21 +54,23 @@ def causal_conv_reference(
         else:
             record[1 - half, sequence, : last - first] = x[first:last]
         window[sequence] = before
-    return F.silu(out if bias is None else out + bias).to(out_dtype)
+    out = out if bias is None else out + bias
+    return (out if is_linear else F.silu(out)).to(out_dtype)
 
 
-def _fake(window, record, x, *rest) -> Tensor:
-    return x.new_empty(x.shape, dtype=rest[-1])
+def _fake(window, record, x, weight, bias, *rest) -> Tensor:
+    return x.new_empty(x.shape, dtype=rest[6])
 
 
 def _check_round(window, record, x, weight, bias, *rest) -> None:
-    Round(*rest[:-1]).check(len(x), len(window), record.shape[2])
+    Round(*rest[:6]).check(len(x), len(window), record.shape[2])
 
 
 _OP = Op(
     "causal_conv",
     "(Tensor(a!) window, Tensor(b!) record, Tensor x, Tensor weight, Tensor? bias, Tensor sequences, Tensor starts, "
-    "Tensor parents, Tensor paths, Tensor halves, Tensor advances, ScalarType out_dtype) -> Tensor",
+    "Tensor parents, Tensor paths, Tensor halves, Tensor advances, ScalarType out_dtype, bool is_linear=False) "
+    "-> Tensor",
     causal_conv_reference,
     _fake,
     cuda=True,
@@ -83,6 +87,7 @@ def causal_conv(
     round: Round,
     *,
     out_dtype: torch.dtype = torch.float32,
+    is_linear: bool = False,
 ) -> Tensor:
     """Moves the window behind what was accepted of the last round, and convolves this round's nodes.
 
@@ -96,9 +101,10 @@ def causal_conv(
         bias: [channels] fp32 or None.
         round: the trees whose nodes the R rows are, and what to replay.
         out_dtype: fp32, fp16 or bf16.
+        is_linear: whether silu is left out.
 
     Returns:
-        [R, channels] of out_dtype, after silu.
+        [R, channels] of out_dtype.
 
     Raises:
         TypeError, ValueError: a dtype or shape does not fit; the message names the argument. On the CPU also when what
@@ -127,4 +133,4 @@ def causal_conv(
     if x.stride(1) != 1:
         raise ValueError(f"x must have a contiguous last dimension, got strides {x.stride()}")
     check_floating("out_dtype", out_dtype)
-    return _OP(window, record, x, weight, bias, *round.tensors(), out_dtype)
+    return _OP(window, record, x, weight, bias, *round.tensors(), out_dtype, is_linear)

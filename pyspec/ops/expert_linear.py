@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pyspec.ops._checks import check_are_tensors, check_contiguous, check_floating, check_places, check_tensors
 from pyspec.ops._library import Op
-from pyspec.ops.linear import PANEL, JoinedWeight, LinearWeight, lay_out_weight, linear_reference
-from pyspec.ops.linear_codes import block_bytes, linear_codes_reference
+from pyspec.ops.linear import JoinedWeight, LinearWeight, lay_out_weight, linear_reference
+from pyspec.ops.linear_codes import codes_shape, linear_codes_reference
 from pyspec.ops.weight_formats import FORMATS, Codes
 
 __all__ = ["ExpertWeight", "JoinedExperts", "expert_linear", "expert_linear_reference", "lay_out_experts"]
@@ -49,7 +49,7 @@ class ExpertWeight(LinearWeight):
 
 @dataclass(frozen=True)
 class JoinedExperts(JoinedWeight):
-    """The weights of experts whose outputs are in several formats, the same in all experts; on the CPU.
+    """The weights of experts whose outputs are in several formats, the same in all experts.
 
     `expert_linear` reads one of `split` at a time.
 
@@ -68,10 +68,8 @@ class JoinedExperts(JoinedWeight):
 
     def split(self) -> list[ExpertWeight]:
         """The parts, where they are."""
-        shapes = [
-            (self.experts * -(-outputs // PANEL), -(-self.inputs // format.block), block_bytes(format))
-            for format, outputs in self.parts
-        ]
+        shapes = [codes_shape(format, outputs, self.inputs, self.data.device) for format, outputs in self.parts]
+        shapes = [(self.experts * panels, *block) for panels, *block in shapes]
         pieces = self.data.split([math.prod(shape) for shape in shapes])
         return [
             ExpertWeight(

@@ -124,6 +124,7 @@ class TreeRows:
     span: int = BLOCK  # tokens of a block
     window: int | None = None  # positions that a node sees, its own included; None for all
     oldest: Tensor | None = None  # [B, T] int32, the first token that a node sees in its blocks; None for all
+    begins: Tensor | None = None  # [B, T], the first token that a node sees exactly; None where its blocks end
 
     @classmethod
     def of(cls, ancestor_bits: Tensor, prefix_lens: Tensor, window: int, span: int = BLOCK) -> TreeRows:
@@ -137,8 +138,24 @@ class TreeRows:
         """The rows where a node sees so many positions, its own included. Blocks have all their tokens then."""
         if window is None:
             return self
-        positions = self.first * self.span + self.dense_lens[:, None] + _depths(self.ancestor_bits)
-        return replace(self, window=window, oldest=(positions - window + 1).clamp_min(0).int())
+        return replace(self, window=window, oldest=(self._positions - window + 1).clamp_min(0).int())
+
+    def in_chunks(self, chunk: int) -> TreeRows:
+        """The rows where a node sees its own chunk of so many positions. Blocks have all their tokens then."""
+        oldest = self._positions.clamp_min(0) // chunk * chunk
+        return replace(self, oldest=oldest.int(), begins=torch.maximum(oldest, self.seen * self.span))
+
+    @property
+    def _positions(self) -> Tensor:
+        return self.first * self.span + self.dense_lens[:, None] + _depths(self.ancestor_bits)
+
+    def ancestors_from(self, position: int) -> Tensor:
+        """ancestor_bits of the first sequence's nodes, without the ancestors that lie before a position."""
+        nodes = torch.arange(self.ancestor_bits.shape[1], device=self.ancestor_bits.device)
+        kept = self._positions[0] >= position
+        words = torch.zeros_like(self.ancestor_bits[0, 0])
+        words.index_add_(0, nodes // 32, (kept.int() << nodes % 32).int())  # a bit for each node: no carries
+        return self.ancestor_bits & words
 
 
 def _depths(ancestor_bits: Tensor) -> Tensor:
@@ -167,6 +184,8 @@ def join_exact(
 ) -> tuple[Tensor, Tensor]:
     """Attention to quantised blocks, out like q and lse [B, Hq, T], joined with that to the exact keys behind them."""
     scores = {"scale": scale, "window": rows.window, "return_lse": True}
+    if rows.begins is not None:
+        return merge_attention(*quantised_part, *_exact_in_chunks(q, k, v, rows, scores))
     dense, dense_lse = tree_attention(q, k, v, rows.ancestor_bits, rows.dense_lens, **scores)
     for more in range(1, rows.most + 1):  # nodes that are far enough from a block to see it quantised, unlike the root
         past = more * rows.span
@@ -176,6 +195,22 @@ def join_exact(
         dense = torch.where(chosen[..., None], there[0], dense)
         dense_lse = torch.where(chosen, there[1], dense_lse)
     return merge_attention(*quantised_part, dense, dense_lse)
+
+
+def _exact_in_chunks(q: Tensor, k: Tensor, v: Tensor, rows: TreeRows, scores: dict) -> tuple[Tensor, Tensor]:
+    """Attention of one sequence's nodes to the exact keys from `begins` on, out like q and lse.
+
+    Where a node's begin is said by its position alone, so it has the bits of plain decoding.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    start, length = int(rows.first[0, 0]) * rows.span, int(rows.dense_lens[0])
+    for begin in rows.begins.unique().tolist():
+        past = min(max(begin - start, 0), length)
+        bits, lens = rows.ancestors_from(begin), rows.dense_lens - past
+        there = tree_attention(q, k[:, :, past:], v[:, :, past:], bits, lens, **scores)
+        chosen = rows.begins[0] == begin
+        out[:, :, chosen], lse[:, :, chosen] = there[0][:, :, chosen], there[1][:, :, chosen]
+    return out, lse
 
 
 def gear_attention(

@@ -4,7 +4,8 @@
 
 The file may be mapped, and the weight is filled part by part, so nothing is in memory twice. The weight keeps the bits
 of the file where it has its format; else its rows become fp32, exactly, and are rounded to bf16 or fp16, or to 8 or 4
-bits as `lay_out_weight` does.
+bits as `lay_out_weight` does. Where the weight is on a GPU, rows go there as they are in the file, some at a time,
+and torch does the rest there.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyspec.ops import linear_codes_tiles as tiles
 from pyspec.ops._checks import BadData, check_are_tensors, check_places
 from pyspec.ops._library import Op
-from pyspec.ops.linear import GROUP, PANEL, LinearWeight, lay_out_weight
-from pyspec.ops.linear_codes import block_bytes, lay_out_codes, take_apart
+from pyspec.ops.linear import PANEL, LinearWeight, lay_out_weight
+from pyspec.ops.linear_codes import codes_shape, lay_out_codes, take_apart
 from pyspec.ops.weight_formats import FORMATS, GGUF_BYTES, Codes, from_gguf, quantise
 
 __all__ = [
@@ -37,8 +39,10 @@ __all__ = [
 ]
 
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CPU = torch.device("cpu")
 STORED_KINDS = (*GGUF_BYTES, *_FLOATS)  # of a StoredMatrix
 _NAMES = [*FORMATS, *_FLOATS]  # the op knows kinds and formats by their place
+AT_ONCE = 2**24  # values of a matrix that are taken apart on a GPU, which takes some ten bytes for each
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class StoredMatrix:
 
     Attributes:
         kind: ggml's name of its type, in lower case, or float32, float16 or bfloat16: one of STORED_KINDS.
-        data: uint8 [bytes] on the CPU, rows one after another.
+        data: uint8 [bytes], rows one after another; on the CPU, but for what `to` gives.
         outputs: rows of the matrix.
         inputs: its columns.
         order: int64 [outputs], which row of data each is; None where that is the same.
@@ -67,6 +71,12 @@ class StoredMatrix:
         """Some of its rows, where they are."""
         order = torch.arange(self.outputs, device="cpu") if self.order is None else self.order
         return replace(self, outputs=len(order[index]), order=order[index])
+
+    def to(self, device: torch.device) -> StoredMatrix:
+        """The matrix on a device: its own rows alone, in order."""
+        rows = self.data.view(-1, row_bytes(self.kind, self.inputs))
+        rows = rows[: self.outputs] if self.order is None else rows[self.order]
+        return replace(self, data=rows.to(device).flatten(), order=None)
 
     def columns(self, step: int) -> Tensor:
         """Every step-th column, [outputs, n] fp32: by the kernel, in one go, where `values` would take many ops."""
@@ -153,17 +163,18 @@ def row_bytes(kind: str, inputs: int) -> int:
     return inputs // FORMATS[kind].block * GGUF_BYTES[kind]
 
 
-def laid_out_shape(format: str, outputs: int, inputs: int) -> tuple[torch.dtype, tuple[int, ...]]:
-    """dtype and shape of the data of a LinearWeight on the CPU: of a float dtype, int8, or a format of FORMATS."""
+def laid_out_shape(
+    format: str, outputs: int, inputs: int, device: torch.device = CPU
+) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape of the data of a LinearWeight on a device: of a float dtype, int8, or a format of FORMATS."""
+    if format not in _FLOATS:
+        return torch.uint8, codes_shape(FORMATS["q8_0" if format == "int8" else format], outputs, inputs, device)
+    if tiles.in_tiles(device):
+        return _FLOATS[format], (outputs, inputs)
     panels = -(-outputs // PANEL)
     if format == "bfloat16":
         return torch.bfloat16, (panels, -(-inputs // 2), PANEL, 2)
-    if format in _FLOATS:
-        return _FLOATS[format], (panels, inputs, PANEL)
-    if format in ("int8", "q8_0"):
-        return torch.uint8, (panels, -(-inputs // GROUP), PANEL * (2 + GROUP))
-    shape = FORMATS[format]
-    return torch.uint8, (panels, -(-inputs // shape.block), block_bytes(shape))
+    return _FLOATS[format], (panels, inputs, PANEL)
 
 
 def empty_weight(
@@ -173,13 +184,13 @@ def empty_weight(
 
     column_order is what LinearWeight has as order.
     """
-    dtype, shape = laid_out_shape(format, outputs, inputs)
+    dtype, shape = laid_out_shape(format, outputs, inputs, data.device)
     kept = None if format in (*_FLOATS, "int8", "q8_0") else FORMATS[format]
     return LinearWeight(data.view(dtype).view(shape), outputs, inputs, kept, column_order)
 
 
 def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes) -> None:
-    """Writes a matrix to outputs first to first + matrix.outputs of a weight on the CPU.
+    """Writes a matrix to outputs first to first + matrix.outputs of a weight.
 
     Args:
         weight: of matrix.inputs inputs: laid out, or from `empty_weight`. Its format is the matrix's own, a float
@@ -198,19 +209,38 @@ def lay_out(weight: LinearWeight, first: int, matrix: StoredMatrix | StoredCodes
         )
     format = "q8_0" if weight.dtype == torch.int8 else str(weight.dtype).removeprefix("torch.")
     panels = weight.data.view(torch.uint8).flatten()
+    is_tiled = tiles.in_tiles(weight.data.device)
     if isinstance(matrix, StoredCodes):
         if matrix.kind == format and is_same_order(weight.order, matrix.column_order):
-            return _write_codes(panels, first, _checked(matrix.codes))
+            codes = _checked(matrix.codes)
+            return _tile(weight, first, codes, format) if is_tiled else _write_codes(panels, first, codes)
         matrix = stored_floats(matrix.values())
     if weight.order is not None:
         raise ValueError("weight must have its columns in the order of the matrix")
+    if is_tiled:
+        return _tile(weight, first, matrix, format)
     check_are_tensors(data=matrix.data, order=matrix.order, optional=("order",))
     _OP(panels, first, weight.inputs, _NAMES.index(format), matrix.data, _NAMES.index(matrix.kind), matrix.order)
 
 
+def _tile(weight: LinearWeight, first: int, matrix: StoredMatrix | Codes, format: str) -> None:
+    """lay_out of a matrix on the CPU into a weight on a GPU, whose layout is a GPU's."""
+    device, some = weight.data.device, max(AT_ONCE // weight.inputs // tiles.OUTPUTS, 1) * tiles.OUTPUTS
+    for start in range(0, matrix.outputs, some):
+        part = matrix.rows(slice(start, start + some)).to(device)
+        place = first + start
+        if format not in _FLOATS:
+            tiles.write_tiles(weight.data, place, part if isinstance(part, Codes) else _codes_for(format, part))
+            continue
+        rows = weight.data[place : place + part.outputs]
+        rows.copy_(part.values())
+        if not rows.isfinite().all():
+            raise BadData("source has values that are NaN or infinite")
+
+
 def is_same_order(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two weights have their columns in one order, see LinearWeight."""
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    return a is b or (a is not None and b is not None and torch.equal(a, b.to(a.device)))
 
 
 def lay_out_reference(

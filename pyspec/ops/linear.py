@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyspec.ops import linear_codes_tiles as tiles
 from pyspec.ops._checks import FLOATS, check_are_tensors, check_floating
 from pyspec.ops._library import Op, refuse_gradients
 from pyspec.ops.linear_codes import (
@@ -50,9 +51,8 @@ __all__ = [
 FORMAT_VERSION = 1  # of kernels/params/linear.h
 PANEL = 32  # outputs
 GROUP = 32  # inputs that share a scale
-# Outputs and groups of an int8 tile of kernels/triton/linear.py, and its bytes: scales, then integers.
-TILE_OUTPUTS, TILE_GROUPS = 64, 4
-TILE_BYTES = TILE_OUTPUTS * TILE_GROUPS * (2 + GROUP)
+INT8 = FORMATS["q8_0"]
+TILE_BYTES = tiles.tile_bytes(INT8)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LinearWeight:
         if self.data.dim() == 2:
             return self.data[index].float()
         if self.data.shape[-1] == TILE_BYTES:
-            return _unpack_tiles(self.data, self.inputs, index)
+            return tiles.read_tiles(self.data, INT8, self.inputs, index).values().contiguous()
         return _ROWS(index, self.data, self.outputs, self.inputs)
 
     def _unpack(self) -> Tensor:
@@ -121,10 +121,10 @@ class LinearWeight:
 
 @dataclass(frozen=True)
 class JoinedWeight(LinearWeight):
-    """Weights one below another as one weight, each in a format of its own; on the CPU.
+    """Weights one below another as one weight, each in a format of its own.
 
     Attributes:
-        data: uint8, flat: their panels one after another.
+        data: uint8, flat: their panels or tiles one after another.
         parts: format and outputs of each.
     """
 
@@ -174,7 +174,7 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
         refuse_gradients("lay_out_weight", weight=weight)
         return _lay_out_codes(quantise(weight, FORMATS["int4_32"]))
     outputs, inputs = weight.shape
-    in_panels = weight.device.type == "cpu"
+    in_panels = not tiles.in_tiles(weight.device)
     if in_panels and outputs % PANEL:
         weight = F.pad(weight, (0, 0, 0, -outputs % PANEL))
     if dtype == torch.int8:
@@ -191,9 +191,9 @@ def lay_out_weight(weight: Tensor | Codes, dtype: torch.dtype | str | None = Non
 
 
 def _lay_out_codes(codes: Codes) -> LinearWeight:
-    if codes.format == FORMATS["q8_0"]:
+    if codes.format == INT8:
         scales, integers = codes.factors, codes.codes.unflatten(1, (-1, GROUP))
-        if in_panels := codes.codes.device.type == "cpu":
+        if in_panels := not tiles.in_tiles(codes.codes.device):
             fill = -len(scales) % PANEL
             scales, integers = F.pad(scales, (0, 0, 0, fill)), F.pad(integers, (0, 0, 0, 0, 0, fill), value=128)
         data = _join_int8(scales, integers, in_panels)
@@ -214,12 +214,7 @@ def _lay_out_int8(weight: Tensor, in_panels: bool) -> Tensor:
 def _join_int8(scales: Tensor, integers: Tensor, in_panels: bool) -> Tensor:
     """Panels or tiles of scales [N, G] fp16 and integers + 128, uint8 [N, G, 32]."""
     if not in_panels:
-        fill = (0, -scales.shape[1] % TILE_GROUPS, 0, -scales.shape[0] % TILE_OUTPUTS)
-        scales = F.pad(scales, fill).unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS))
-        integers = F.pad(integers ^ 128, (0, 0, *fill))
-        integers = integers.unflatten(1, (-1, TILE_GROUPS)).unflatten(0, (-1, TILE_OUTPUTS)).permute(0, 2, 3, 1, 4)
-        scale_bytes = scales.transpose(1, 2).contiguous().view(torch.uint8)  # [P, T, 64, 4 * 2]
-        return torch.cat((scale_bytes.flatten(2), integers.flatten(2)), 2)  # [P, T, TILE_BYTES]
+        return tiles.int8_tiles(scales, integers ^ 128)
     integers = integers.unflatten(2, (-1, 4)).unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1, 4)  # [P, G, 8, 32, 4]
     scales = scales.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous().view(torch.uint8)  # [P, G, 64]
     return torch.cat((scales, integers.flatten(2)), 2)
@@ -231,21 +226,11 @@ def _split_groups(panels: Tensor) -> tuple[Tensor, Tensor]:
     return scales, panels[..., 2 * PANEL :].unflatten(-1, (-1, PANEL, 4)).float() - 128
 
 
-def _unpack_tiles(data: Tensor, inputs: int, index: Tensor) -> Tensor:
-    """The rows [n, inputs] fp32, contiguous, of an int8 weight in tiles: those of the outputs in index [n]."""
-    panel, output = index // TILE_OUTPUTS, index % TILE_OUTPUTS
-    start = TILE_OUTPUTS * TILE_GROUPS * 2
-    scales = data[..., :start].view(torch.float16).unflatten(2, (TILE_OUTPUTS, TILE_GROUPS))  # [P, T, 64, 4]
-    integers = data[..., start:].view(torch.int8).unflatten(2, (TILE_GROUPS, TILE_OUTPUTS, GROUP))  # [P, T, 4, 64, 32]
-    values = integers[panel, :, :, output].float() * scales[panel, :, output, :, None].float()
-    return values.flatten(1)[:, :inputs].contiguous()
-
-
 def _unpack(data: Tensor, outputs: int, inputs: int) -> Tensor:
     if data.dim() == 2:
         return data.float()
     if data.shape[-1] == TILE_BYTES:
-        return _unpack_tiles(data, inputs, torch.arange(outputs, device=data.device))
+        return tiles.read_tiles(data, INT8, inputs, torch.arange(outputs, device=data.device)).values()
     if data.dtype == torch.uint8:
         scales, integers = _split_groups(data)
         values = (integers * scales[:, :, None, :, None]).permute(0, 3, 1, 2, 4)  # [P, 32, G, 8, 4]

@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyspec.ops import linear_codes_tiles as tiles
 from pyspec.ops._checks import BadData
 from pyspec.ops._library import Op
-from pyspec.ops.linear_codes_tiles import lay_out_tiles, read_tiles
 from pyspec.ops.weight_formats import FORMATS, Codes, WeightFormat
 
 __all__ = [
@@ -43,8 +43,8 @@ def lay_out_codes(codes: Codes) -> Tensor:
 
     On a GPU tiles.
     """
-    if codes.codes.device.type != "cpu":
-        return lay_out_tiles(codes)
+    if tiles.in_tiles(codes.codes.device):
+        return tiles.lay_out_tiles(codes)
     format = codes.format
 
     def panels(part: Tensor) -> Tensor:  # [N, n] to [P, B, n / B, 32]
@@ -89,10 +89,17 @@ def block_bytes(format: WeightFormat) -> int:
     return PANEL * (floats + groups * bytes_of_group + format.block * format.bits // 8)
 
 
+def codes_shape(format: WeightFormat, outputs: int, inputs: int, device: torch.device) -> tuple[int, int, int]:
+    """Of a laid out weight on a device: its panels, the blocks or tiles of one, and their bytes."""
+    if tiles.in_tiles(device):
+        return tiles.tiles_shape(format, outputs, inputs)
+    return -(-outputs // PANEL), -(-inputs // format.block), block_bytes(format)
+
+
 def take_apart(data: Tensor, format: WeightFormat, outputs: int, inputs: int) -> Codes:
     """A weight out of its panels or tiles: the Codes that lay_out_codes got."""
-    if data.device.type != "cpu":
-        return read_tiles(data, format, inputs, torch.arange(outputs, device=data.device))
+    if tiles.in_tiles(data.device):
+        return tiles.read_tiles(data, format, inputs, torch.arange(outputs, device=data.device))
     groups, low = format.block // format.group, _low_bits(format)
     at = 0
 
@@ -167,10 +174,7 @@ def linear_codes_reference(
 
 def split_panels(weight: Tensor, outputs: Sequence[int], formats: Sequence[WeightFormat], inputs: int) -> list[Tensor]:
     """The panels of each of some weights that lie one after another, flat uint8."""
-    shapes = [
-        (-(-count // PANEL), -(-inputs // format.block), block_bytes(format))
-        for count, format in zip(outputs, formats, strict=True)
-    ]
+    shapes = [codes_shape(format, count, inputs, weight.device) for count, format in zip(outputs, formats, strict=True)]
     parts = weight.split([math.prod(shape) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -217,11 +221,22 @@ _ROWS = Op(
 )
 
 
+def _triton_joined():
+    from pyspec.kernels.linear_codes import linear_joined as launch
+
+    def run(x, weight, bias, outputs, formats, out_dtype):
+        formats = [_FORMATS[format] for format in formats]
+        return launch(x, split_panels(weight, outputs, formats, x.shape[1]), bias, outputs, formats, out_dtype)
+
+    return run
+
+
 _JOINED = Op(
     "linear_joined",
     "(Tensor x, Tensor weight, Tensor? bias, int[] outputs, int[] formats, ScalarType out_dtype) -> Tensor",
     linear_joined_reference,
     lambda x, weight, bias, outputs, formats, out_dtype: x.new_empty((x.shape[0], sum(outputs)), dtype=out_dtype),
+    _triton_joined,
 )
 
 
@@ -234,8 +249,8 @@ def linear_codes(
 
 def linear_codes_rows(index: Tensor, weight: Tensor, outputs: int, inputs: int, format: WeightFormat) -> Tensor:
     """Some outputs' weights, [n, inputs] fp32: of index [n] int32 or int64 in [0, outputs)."""
-    if weight.device.type != "cpu":
-        return read_tiles(weight, format, inputs, index).values()
+    if tiles.in_tiles(weight.device):
+        return tiles.read_tiles(weight, format, inputs, index).values().contiguous()
     return _ROWS(index, weight, outputs, inputs, _FORMATS.index(format))
 
 

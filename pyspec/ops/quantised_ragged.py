@@ -26,11 +26,25 @@ ROWS = (
 
 
 def by_tree(
-    attend: Callable, window: int | None, q, quantised, k, v, ancestor_bits, seen, starts, prefix_lens, span, records
+    attend: Callable,
+    window: int | None,
+    q,
+    quantised,
+    k,
+    v,
+    ancestor_bits,
+    seen,
+    starts,
+    prefix_lens,
+    span,
+    records,
+    *,
+    chunked: bool = False,
 ) -> Tensor:
     """The references' attention of ragged rows, tree by tree, out like q; those after window are the ops' ROWS.
 
     attend: (q [1, Hq, T, D], quantised, k, v, rows, records) of one sequence gives out like q and lse.
+    chunked: rows see their own chunk of `window` positions.
     """
     if window is not None and not (window > 0 and span == records * BLOCK):
         raise BadData(
@@ -46,7 +60,8 @@ def by_tree(
         most = int((of_tree - of_tree[:, :1]).max())
         rows = TreeRows(bits, of_tree.contiguous(), of_tree[:, :1], prefix_lens[sequence, None], most, span)
         of_sequence = (x[sequence, None] for x in (quantised, k, v))
-        mixed, _ = attend(q[first:end].transpose(0, 1)[None], *of_sequence, rows.within(window), records)
+        rows = rows.in_chunks(window) if chunked else rows.within(window)
+        mixed, _ = attend(q[first:end].transpose(0, 1)[None], *of_sequence, rows, records)
         out[first:end] = mixed[0].transpose(0, 1)
     return out
 

@@ -12,8 +12,14 @@ __all__ = ["take_columns"]
 
 
 def take_columns_reference(x: Tensor, order: Tensor) -> Tensor:
-    """Plain PyTorch. The specification of the kernel, and what runs on a GPU."""
+    """Plain PyTorch. The specification of the kernels."""
     return x.index_select(1, order)
+
+
+def _triton():
+    from pyspec.kernels.take_columns import take_columns as launch
+
+    return launch
 
 
 _OP = Op(
@@ -21,6 +27,7 @@ _OP = Op(
     "(Tensor x, Tensor order) -> Tensor",
     take_columns_reference,
     lambda x, order: x.new_empty(x.shape),
+    _triton,
     check=lambda x, order: check_places("order", order, x.shape[1], "x has {} columns"),
 )
 
@@ -37,7 +44,7 @@ def take_columns(x: Tensor, order: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: a dtype, shape or stride does not fit; the message names the argument.
-        RuntimeError: on a CPU, an entry of order is not in [0, K).
+        RuntimeError: on a CPU, an entry of order is not in [0, K); on a GPU that is undefined.
     """
     check_are_tensors(x=x, order=order)
     check_floating("x", x.dtype)

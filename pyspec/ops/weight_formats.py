@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -129,10 +130,10 @@ class Codes:
         if self.scales is not None:
             scales *= self.scales
         first = self.format.levels[0]
-        if self.format.levels == _from(first, self.format.bits):  # a table would have to be copied to a GPU
+        if self.format.levels == _from(first, self.format.bits):
             levels = self.codes.float().add_(first)
         else:
-            levels = torch.tensor(self.format.levels, dtype=torch.float32, device=self.codes.device)[self.codes.int()]
+            levels = _table(self.format, self.codes.device)[self.codes.int()]
         values = levels.unflatten(1, (-1, self.format.group)).mul_(scales[..., None])
         if self.floors is not None:
             floors = self.floors.float().repeat_interleave(groups, 1)
@@ -145,6 +146,18 @@ class Codes:
         """Some of the outputs: those of index, int64, or of a slice."""
         parts = {name: part[index] for name, part in _tensors(self).items()}
         return Codes(self.format, len(parts["codes"]), self.inputs, **parts, order=self.order)
+
+    def to(self, device: torch.device) -> Codes:
+        """The same on a device."""
+        parts = {name: part.to(device) for name, part in _tensors(self).items()}
+        order = None if self.order is None else self.order.to(device)
+        return Codes(self.format, self.outputs, self.inputs, **parts, order=order)
+
+
+@cache
+def _table(format: WeightFormat, device: torch.device) -> Tensor:
+    """The levels, made once: a graph cannot capture a copy from the host."""
+    return torch.tensor(format.levels, dtype=torch.float32, device=device)
 
 
 def restore_columns(values: Tensor, order: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyspec.caches.blocks import QuantisedCache, QuantisedSettings
 from pyspec.caches.dense import DenseCache, MixedCache, slots_for
+from pyspec.caches.mixed_quantised import WIDEST, MixedQuantisedCache
 from pyspec.caches.saved import load_quantised, save_quantised
 from pyspec.runners import flash_attn, native
 from pyspec.runners._checks import check_prompts, check_taps, check_trees
@@ -64,9 +65,10 @@ class AttentionRunner(NativeRunner):
     ):
         super().__init__(config, weights, config.context_length, tokenizer, eos_tokens, dtype)
         flash_attn.check_prompt_attention(prompt_attention, self.dtype, self.device)
+        self._in_chunks = config.is_chunked and any(config.windows)
         features = {
             "heads have sinks": config.has_sinks,
-            "layers attend in chunks": config.is_chunked and any(config.windows),
+            "layers attend in chunks": self._in_chunks,
         }
         features |= {"layers' heads differ": config.layer_heads is not None}
         for feature, is_there in (features | {"heads are wider than 256": config.head_dim > 256}).items():
@@ -164,9 +166,12 @@ class AttentionRunner(NativeRunner):
 
         Raises:
             RuntimeError: there is no quantised cache.
+            ValueError: the model's layers differ in their heads.
         """
         if not isinstance(self._cache, QuantisedCache):
             raise RuntimeError("there is no quantised cache to save: prefill with cache first")
+        if isinstance(self._cache, MixedQuantisedCache):
+            raise ValueError("the cache of a model whose layers differ in their heads cannot be saved")
         save_quantised(self._cache, path, self.fingerprint)
 
     @inference
@@ -195,11 +200,14 @@ class AttentionRunner(NativeRunner):
             raise ValueError("cache must be dense for a model that caps its scores, got a quantised one")
         if config.has_sinks:
             raise ValueError("cache must be dense for a model with attention sinks, got a quantised one")
-        if config.is_chunked and any(config.windows):
-            raise ValueError("cache must be dense for a model that attends in chunks, got a quantised one")
-        if config.layer_heads is not None:
-            raise ValueError("cache must be dense for a model whose layers differ in their heads, got a quantised one")
-        cache.check_model(config.layers, config.kv_heads, config.head_dim, self.fingerprint, self._frequencies)
+        if self._in_chunks and self._records_graphs:
+            raise ValueError("cache must be dense on a GPU for a model that attends in chunks, got a quantised one")
+        if config.layer_heads is not None and cache.is_of_model:
+            raise ValueError(f"cache must not be codes for a model whose layers differ in their heads, got {cache}")
+        shapes = set(config.layer_heads or [(config.kv_heads, config.head_dim)])
+        narrow = {shape for shape in shapes if shape[1] <= WIDEST}
+        for shape in narrow or shapes:
+            cache.check_model(config.layers, *shape, self.fingerprint, self._frequencies)
         slides = any(window is not None and window < self.context_length for window in config.windows)
         if slides and cache.keep < 1:
             raise ValueError(f"cache must keep all tokens for a model with sliding windows, got keep = {cache.keep}")
@@ -212,15 +220,18 @@ class AttentionRunner(NativeRunner):
                 return old
             room = max(capacity, min(2 * old.room, self.context_length + BUCKETS[-1]))  # as for a dense one
         self._replays = old = None  # makes room
-        config = self.config
-        shape = (config.layers, sequences, config.kv_heads, room, config.head_dim)
-        cache = settings.start(*shape, self.dtype, self.device)
+        config, memory = self.config, (self.dtype, self.device)
+        if config.layer_heads is None:
+            cache = settings.start(config.layers, sequences, config.kv_heads, room, config.head_dim, *memory)
+        else:
+            settings = settings.ready(room, self.device)
+            cache = MixedQuantisedCache(settings, config.layer_heads, config.key_layers, sequences, room, *memory)
         self._use_quantised(cache)
         cache.restart(capacity)
         return cache
 
     def _use_quantised(self, cache: QuantisedCache) -> None:
-        cache.ropes = self._ropes(cache.room)
+        cache.ropes, cache.is_chunked = self._ropes(cache.room), self._in_chunks
         self._new_replays(cache)
 
     def _new_cache(self, sequences: int, capacity: int) -> DenseCache:

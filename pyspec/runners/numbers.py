@@ -25,10 +25,12 @@ class Numbers:
     Attributes:
         tokens, positions, slots, parents: [R], of each node; 0 in padding. slots are where the cache keeps its key.
         seen: [R], blocks of a quantised cache that each node sees quantised.
+        whole_slots: [R], what slots are in those layers of a quantised cache that keep all in full precision.
         row_sequences: [R], each row's sequence of the batch.
         ancestor_bits: [R, words]; 0 in padding.
         starts: [B + 1], of each tree's rows, padding included.
         prefix_lens: [B], committed tokens that attention sees in the cache; 0 for a sequence that sits out.
+        whole_lens: [B], what prefix_lens are where slots are whole_slots.
         round: the same trees and the paths to be replayed, as recurrent ops take them.
 
     Args:
@@ -44,18 +46,21 @@ class Numbers:
     slots: Tensor
     parents: Tensor
     seen: Tensor
+    whole_slots: Tensor
     row_sequences: Tensor
     ancestor_bits: Tensor
     starts: Tensor
     prefix_lens: Tensor
+    whole_lens: Tensor
 
     def __init__(self, sequences: Sequence[int], rows: int, words: int, longest: int, device: torch.device):
         count = len(sequences)
         self._sequences = sequences
-        self._shapes = dict.fromkeys(("tokens", "positions", "slots", "parents", "row_sequences", "seen"), (rows,))
+        of_rows = ("tokens", "positions", "slots", "parents", "row_sequences", "seen", "whole_slots")
+        self._shapes = dict.fromkeys(of_rows, (rows,))
         self._shapes |= {"ancestor_bits": (rows, words), "paths": (count, longest)}
         self._shapes |= dict.fromkeys(("starts", "round_starts"), (count + 1,))
-        self._shapes |= dict.fromkeys(("prefix_lens", "places", "halves", "advances"), (count,))
+        self._shapes |= dict.fromkeys(("prefix_lens", "whole_lens", "places", "halves", "advances"), (count,))
         self._buffer = torch.zeros(sum(map(_aligned, self._shapes.values())), dtype=torch.int32, device=device)
         views = _views(self._buffer, self._shapes)
         self.round = Round(
@@ -123,6 +128,10 @@ class Numbers:
                     host["halves"][index] = plan.halves[sequence]
                     host["advances"][index] = sequence in advances
                 end = rows.stop
+            if blocks is not None:
+                rows = slice(first, first + padded if padded else end)
+                np.add(host["slots"][rows], starts[sequence], out=host["whole_slots"][rows])
+                host["whole_lens"][index] = 0 if tree is None else length
             host["starts"][index + 1] = padded * (index + 1) or end
             host["round_starts"][index + 1] = end
         self._send()

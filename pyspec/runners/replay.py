@@ -210,7 +210,7 @@ class Replays:
         cache = self.cache
         numbers = self._numbers(range(self._sequences), shape.rows, shape.words)
         if self._record.is_graph:  # which runs the step too: with nobody in it, or a path would be replayed twice
-            numbers.fill({}, cache.lengths, cache.starts, padded=shape.padded)
+            numbers.fill({}, cache.lengths, cache.starts, padded=shape.padded, blocks=cache.blocks)
         else:
             numbers.fill(trees, cache.lengths, cache.starts, **filled)
             if len(self._replays) == MOST_TAPES:

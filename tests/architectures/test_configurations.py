@@ -49,8 +49,9 @@ SMALL = {
     },
     "Exaone4ForCausalLM": SIZES | {"num_key_value_heads": 2, "sliding_window": 7},
     "GraniteMoeHybridForCausalLM": SIZES
-    | {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 99}
-    | {"position_embedding_type": "rope", "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    | {"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 4, "shared_intermediate_size": 99}
+    | {"position_embedding_type": "rope", "embedding_multiplier": 12.0, "residual_multiplier": 0.22}
+    | {"mamba_n_heads": 64},
     "GptOssForCausalLM": SIZES
     | {"num_key_value_heads": 4, "sliding_window": 7, "num_local_experts": 4, "num_experts_per_tok": 2}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}, "attention_bias": False},
@@ -71,6 +72,16 @@ SMALL = {
     "MambaForCausalLM": {"hidden_size": 64, "num_hidden_layers": 2, "conv_kernel": 3, "time_step_rank": 5, "expand": 4},
     "Mamba2ForCausalLM": {"hidden_size": 4096, "num_hidden_layers": 2, "num_heads": 128, "head_dim": 64, "n_groups": 2},
     "BambaForCausalLM": SIZES | BAMBA,
+    "FalconMambaForCausalLM": {"hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 5, "mixer_rms_eps": 1e-3},
+    "FalconH1ForCausalLM": SIZES | {"mamba_n_heads": 16, "key_multiplier": 0.7, "mlp_multipliers": [0.5, 2.0]},
+    "JambaForCausalLM": SIZES | {"attn_layer_period": 3, "attn_layer_offset": 1, "num_experts": 4},
+    "Lfm2ForCausalLM": SIZES | {"layer_types": ["conv", "full_attention", "conv"], "block_ffn_dim_multiplier": 1.5},
+    "Lfm2MoeForCausalLM": SIZES | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "NemotronHForCausalLM": {"hidden_size": 2048, "num_attention_heads": 32, "max_position_embeddings": 256}
+    | {"layers_block_type": ["mamba", "mlp", "attention"], "mamba_num_heads": 16, "intermediate_size": 77},
+    "OlmoHybridForCausalLM": SIZES
+    | {"hidden_size": 1920, "num_attention_heads": 30}
+    | {"linear_key_head_dim": 48, "linear_value_head_dim": 96, "linear_allow_neg_eigval": False},
 }
 
 
@@ -94,15 +105,21 @@ def check_same(architecture, description):
 def test_what_is_left_out_is_what_transformers_has(architecture):
     stated = SMALL[architecture]
     check_same(architecture, stated)
-    needed = {"attn_layer_indices"}  # a Bamba without attention is none of ours
+    needed = {"attn_layer_indices", "attn_layer_period", "attn_layer_offset"}  # without attention it is none of ours
+    needed |= {"mamba_n_heads"}  # heads of the class's default are too small for some
     if "layer_types" in stated:
         needed |= {"layer_types", "num_hidden_layers", "num_local_experts"}
     for left_out in stated.keys() - needed:
         check_same(architecture, {name: value for name, value in stated.items() if name != left_out})
-    size = {"num_hidden_layers": 4} | ({"attn_layer_indices": [2]} if architecture.startswith("Bamba") else {})
-    if architecture.startswith("GraniteMoeHybrid"):
-        size |= {"layer_types": ["full_attention"] * 4, "num_local_experts": 0}
-    check_same(architecture, size)
+    others = {
+        "BambaForCausalLM": {"attn_layer_indices": [2]},
+        "FalconH1ForCausalLM": {"mamba_n_heads": 16},
+        "GraniteMoeHybridForCausalLM": {"layer_types": ["full_attention"] * 4, "num_local_experts": 0},
+        "JambaForCausalLM": {"attn_layer_offset": 2},
+        "Lfm2ForCausalLM": {"full_attn_idxs": [1]},
+        "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"] * 2},
+    }
+    check_same(architecture, {"num_hidden_layers": 4} | others.get(architecture, {}))
     names = {"num_hidden_layers", *family_of(architecture).architectures[architecture]}
     names -= {"attention_bias", "mlp_bias", "hidden_act", "sliding_window_pattern"}
     assert names <= set(dir(of_transformers(architecture, {})))
@@ -342,7 +359,9 @@ def test_any_entry_is_read_or_named(architecture, changed):
     try:
         read_config("folder", stated | changed)
     except ValueError as error:
-        assert str(error).startswith("folder") or any(name in str(error) for name in ("must", "head_dim")), error
+        assert str(error).startswith("folder") or any(
+            name in str(error) for name in ("must", "head_dim", "multiples of")
+        ), error
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)

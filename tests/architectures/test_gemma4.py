@@ -6,13 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import pyspec.runners.native
 from pyspec import from_transformers, load
 from pyspec.architectures import Unsupported
 from pyspec.architectures.gemma4_layers import Gemma4Config
-from pyspec.caches import cache_from_name
+from pyspec.caches import GearSettings, ResidualVqSettings, cache_from_name
 from pyspec.checkpoints.huggingface import read_config
-from tests.helpers.random_llama import random_tokens, random_tree
-from tests.helpers.runner_checks import check_prompt, check_row_rule
+from tests.helpers.fake_recorder import FakeRecorder, with_graphs
+from tests.helpers.quantised_caches import codebooks
+from tests.helpers.random_llama import random_tokens, random_tree, root_path
+from tests.helpers.runner_checks import check_prompt, check_quantised, check_row_rule
 from tests.helpers.tiny_models import tiny_model
 
 KINDS = ["gemma4", "gemma4_with_experts"]
@@ -145,7 +148,46 @@ def test_drafts_leave_out_layers_whose_keys_are_left_out():
     assert torch.equal(without, runner.draft(0, tree, [0, 2, 4])) and not torch.equal(without, whole)
 
 
-def test_quantised_caches_are_refused():
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4_with_experts", "gemma4_wide"])
+@pytest.mark.parametrize("cache", ["gear-2bit", "int8", GearSettings(4, 64, rank=1, window=30)], ids=str)
+def test_a_tree_over_a_quantised_cache_has_the_bits_of_plain_decoding(kind, cache):
+    """Layers of two shapes, which share keys, with windows and without; and heads of 512, which keep full precision."""
+    model = tiny_model(kind, max_position_embeddings=1024, sliding_window=150).to(torch.bfloat16)
+    cache = cache_from_name(cache) if isinstance(cache, str) else cache
+    check_quantised(from_transformers(model), cache)
+
+
+def test_quantised_keys_say_about_what_exact_ones_do():
+    runner, prompt = from_transformers(tiny_model("gemma4", max_position_embeddings=1024)), random_tokens(400)
+    (dense,) = runner.prefill([prompt])
+    taken = runner.cache._parts
+    (found,) = runner.prefill([prompt], cache=cache_from_name("int8"))
+    assert 0 < (found - dense).abs().mean() < 0.05 * dense.std()
+    assert runner.cache.nbytes < sum(part.nbytes for part in taken)
+    with pytest.raises(ValueError, match="whose layers differ in their heads cannot be saved"):
+        runner.save_cache("keys")
+
+
+def test_the_layers_that_keep_full_precision_are_those_of_wide_heads():
+    runner = from_transformers(tiny_model("gemma4_wide"))
+    runner.prefill([[1, 2, 3]], cache=cache_from_name("int8"))
+    assert runner.cache.unshifted == {1} and runner.config.layer_heads[1][1] == 512
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4_wide"])
+def test_quantised_rounds_may_be_padded_as_on_a_gpu(kind, monkeypatch):
+    monkeypatch.setattr(pyspec.runners.native, "GraphRecorder", FakeRecorder)
+    model = tiny_model(kind, max_position_embeddings=1024, sliding_window=150).to(torch.bfloat16)
+    prompts, trees, found = [random_tokens(250), random_tokens(5)], {0: random_tree(20), 1: random_tree(3)}, []
+    for runner in (from_transformers(model), with_graphs(from_transformers(model))):
+        runner.prefill(prompts, cache=cache_from_name("gear-2bit"))
+        verified = runner.verify(trees)
+        runner.commit({0: root_path(trees[0], 19), 1: [0]})
+        found.append([*(each.logits for each in verified.values()), runner.verify({0: trees[1]})[0].logits])
+    assert all(map(torch.equal, *found))
+
+
+def test_codes_are_refused():
     runner = from_transformers(tiny_model("gemma4"))
-    with pytest.raises(ValueError, match="cache must be dense for a model whose layers differ in their heads"):
-        runner.prefill([[1, 2, 3]], cache=cache_from_name("int8"))
+    with pytest.raises(ValueError, match="cache must not be codes for a model whose layers differ in their heads"):
+        runner.prefill([[1, 2, 3]], cache=ResidualVqSettings(codebooks()))

@@ -6,10 +6,18 @@ import torch
 from pyspec import from_transformers
 from pyspec.architectures import Unsupported
 from pyspec.architectures.llama4 import Llama4Config
-from pyspec.caches import cache_from_name
+from pyspec.caches import GearSettings, cache_from_name
 from pyspec.checkpoints.huggingface import read_config
+from tests.helpers.fake_recorder import with_graphs
 from tests.helpers.random_llama import random_tokens, random_tree
-from tests.helpers.runner_checks import CLOSE, check_row_rule, expected_logits, path_tokens, plain_steps
+from tests.helpers.runner_checks import (
+    CLOSE,
+    check_quantised,
+    check_row_rule,
+    expected_logits,
+    path_tokens,
+    plain_steps,
+)
 from tests.helpers.tiny_models import tiny_model
 
 SCOUT = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}
@@ -94,6 +102,27 @@ def test_fewer_bits_say_about_the_same(dtype):
     assert (found - expected).abs().mean() < 0.2 * expected.std()
 
 
-def test_quantised_caches_are_refused():
-    with pytest.raises(ValueError, match="cache must be dense for a model that attends in chunks, got a quantised one"):
-        from_transformers(tiny_model("llama4")).prefill([[1, 2, 3]], cache=cache_from_name("int8"))
+@pytest.mark.parametrize("chunk", [150, 128, 300])
+@pytest.mark.parametrize("cache", ["gear-2bit", GearSettings(4, 64, rank=1, window=30)], ids=str)
+def test_a_tree_over_a_quantised_cache_has_the_bits_of_plain_decoding(chunk, cache):
+    """Trees that reach from one chunk into the next, whose ends blocks have or not."""
+    model = tiny_model("llama4", max_position_embeddings=1024, attention_chunk_size=chunk).to(torch.bfloat16)
+    cache = cache_from_name(cache) if isinstance(cache, str) else cache
+    check_quantised(from_transformers(model), cache, lengths=(chunk - 3, 2 * chunk - 20, 311))
+
+
+def test_quantised_keys_say_about_what_exact_ones_do():
+    """In chunks, and not in windows or of all tokens."""
+    model = tiny_model("llama4", max_position_embeddings=1024, attention_chunk_size=150)
+    runner, prompt, tree, found = from_transformers(model), random_tokens(295), random_tree(12), []
+    for options in ({}, {"cache": cache_from_name("int8")}):
+        runner.prefill([prompt], **options)
+        found.append(runner.verify({0: tree})[0].logits)
+    dense, within = found
+    assert 0 < (within - dense).abs().mean() < 0.05 * dense.std()
+
+
+def test_quantised_caches_are_refused_on_a_gpu():
+    runner = with_graphs(from_transformers(tiny_model("llama4")))
+    with pytest.raises(ValueError, match="cache must be dense on a GPU for a model that attends in chunks"):
+        runner.prefill([[1, 2, 3]], cache=cache_from_name("int8"))

@@ -24,10 +24,15 @@ SHAPE = {
 }
 
 
-def test_every_round_is_timed_and_shown():
+SPACE = {**bench.SHAPES["Mamba-2 130M"], "vocab_size": 600, "hidden_size": 64, "num_hidden_layers": 2}
+SPACE |= {"num_heads": 2, "state_size": 16}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, SPACE], ids=["hybrid", "state space"])
+def test_every_round_is_timed_and_shown(shape):
     pytest.importorskip("transformers")
     output = io.StringIO()
-    found = bench.run("tiny", "bf16", 16, 2, sizes=(1, 6), shapes={"tiny": SHAPE})
+    found = bench.run("tiny", "bf16", 16, 2, sizes=(1, 6), shapes={"tiny": shape})
     assert {name.split()[0] for name in found["seconds"]} == {*bench.WAYS, "transformers"}
     assert found["over_plain"]["replay 1"] == 1.0
     bench.show(Console(file=output, width=120), found, sizes=(1, 6))

@@ -212,8 +212,8 @@ def test_unsupported_architectures_are_named_with_the_supported_ones(folder, tmp
     with pytest.raises(ValueError, match="'mamba', supported in GGUF files are .*llama, .*mistral, .*qwen2, .*qwen3"):
         load_cpu(tmp_path / "other.gguf")
     description = json.loads((folder / "config.json").read_text())
-    for architecture in ("BertModel", "FalconMambaForCausalLM", "NoSuchModel"):
-        kind = "falcon_mamba" if architecture.startswith("Falcon") else "llama"
+    for architecture in ("BertModel", "RwkvForCausalLM", "NoSuchModel"):
+        kind = "rwkv" if architecture.startswith("Rwkv") else "llama"
         (folder / "config.json").write_text(
             json.dumps(description | {"architectures": [architecture], "model_type": kind})
         )

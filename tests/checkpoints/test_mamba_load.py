@@ -147,9 +147,9 @@ def test_live_models_run_on_our_kernels_where_there_are_some():
     assert isinstance(from_transformers(other), TransformersRunner)
     with pytest.raises(ValueError, match="dtype must be the model's own"):
         from_transformers(other, dtype=torch.float16)
-    falcon = transformers.FalconMambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(ValueError, match="FalconMambaForCausalLM is not supported: it keeps a recurrent state"):
-        from_transformers(transformers.FalconMambaForCausalLM(falcon))
+    recurrent = transformers.RwkvConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="RwkvForCausalLM is not supported: it keeps a recurrent state"):
+        from_transformers(transformers.RwkvForCausalLM(recurrent))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -242,7 +242,7 @@ def test_compressed_tensors_first_name_for_its_settings(tmp_path):
 )
 @pytest.mark.parametrize("kind, size", [("qwen3_moe", "moe_intermediate_size"), ("mixtral", "intermediate_size")])
 def test_experts_have_tensors_each(kind, size, method, kept, tmp_path, recwarn):
-    """Their groups in the order of activations differ, so they become floats, and a warning says so."""
+    """Under their published names. Groups in the order of activations differ: floats then, and a warning says so."""
     model, tensors, expected, settings = tiny_model(kind, hidden_size=128, **{size: 256}), {}, {}, {}
     model.save_pretrained(tmp_path)
     for name, values in split_experts(model.state_dict()):
@@ -256,6 +256,11 @@ def test_experts_have_tensors_each(kind, size, method, kept, tmp_path, recwarn):
             parts, rounded, settings = method(matrix.double().numpy())
             tensors |= {f"{stem}.{part}": tensor.contiguous() for part, tensor in parts.items() if part != "bias"}
             expected[f"{stem}.weight"] = torch.from_numpy(rounded).float()
+    if kind == "mixtral":
+        names = {"mlp.gate": "block_sparse_moe.gate", "mlp.experts": "block_sparse_moe.experts"}
+        names |= {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+        for ours, published in names.items():
+            tensors = {name.replace(ours, published): tensor for name, tensor in tensors.items()}
     save_file(tensors, tmp_path / "model.safetensors")
     change_config(tmp_path, quantization_config=settings)
     runner = load_cpu(tmp_path, None)

@@ -110,7 +110,6 @@ def test_a_gate_may_have_lost_its_dimension(tmp_path, monkeypatch):
     [
         ("qwen3_5", {"ssm.group_count": 3}, "value heads must be a multiple of key heads, got 4 and 3"),
         ("qwen3_5", {"ssm.state_size": 24}, "key heads in multiples of 16, got 32 and 24"),
-        ("mamba", {"ssm.dt_b_c_rms": True}, "has norms of dt, B and C, which layers of Mamba do not have"),
         ("mamba2", {"ssm.time_step_rank": 7}, "must be heads that share 96 channels, got 7"),
     ],
 )

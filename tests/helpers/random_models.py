@@ -5,6 +5,7 @@ import torch
 from pyspec.architectures.bamba import BambaConfig, BambaWeights
 from pyspec.architectures.decoder import DecoderConfig
 from pyspec.architectures.gemma import GemmaConfig
+from pyspec.architectures.lfm2 import ConvolutionShape, Lfm2Config, Lfm2Weights
 from pyspec.architectures.llama import LlamaWeights
 from pyspec.architectures.mamba import MambaConfig
 from pyspec.architectures.mamba2 import Mamba2Config
@@ -46,6 +47,20 @@ _MODELS = {
     ),
     "mamba2": (RecurrentRunner, StateSpaceWeights, _MAMBA2),
     "bamba": (HybridRunner, BambaWeights, BambaConfig("bamba", **_HYBRID, recurrence=_MAMBA2)),
+    "lfm2": (
+        HybridRunner,
+        Lfm2Weights,
+        Lfm2Config(
+            "lfm2_moe",
+            **_HYBRID,
+            **_EXPERTS,
+            head_norm="head",
+            sigmoid_gates=True,
+            choice_bias=True,
+            expert_layers=(False, True, True, True),
+            recurrence=ConvolutionShape(hidden_size=48, layers=2, conv_taps=3),
+        ),
+    ),
 }
 FAMILIES = ("llama", *_MODELS)
 

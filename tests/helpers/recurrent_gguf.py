@@ -12,6 +12,7 @@ ARCHITECTURES = {
     "qwen3_5_moe_text": "qwen35moe",
     "qwen3_next": "qwen3next",
     "mamba": "mamba",
+    "falcon_mamba": "mamba",
     "mamba2": "mamba2",
 }
 # of layers that guess further tokens
@@ -57,11 +58,12 @@ def write_recurrent_gguf(path, model, quantization=gguf.GGMLQuantizationType.F32
 
 
 def _metadata(config) -> dict:
-    if config.model_type in ("mamba", "mamba2"):
+    if config.model_type in ("mamba", "falcon_mamba", "mamba2"):
         found = {"attention.layer_norm_rms_epsilon": config.layer_norm_epsilon, "context_length": 2**20}
         found |= {"embedding_length": config.hidden_size, "feed_forward_length": 0, "attention.head_count": 0}
         found |= {"ssm.conv_kernel": config.conv_kernel, "ssm.state_size": config.state_size}
-        if config.model_type == "mamba":
+        if config.model_type != "mamba2":
+            found |= {"ssm.dt_b_c_rms": config.model_type == "falcon_mamba"}
             return found | {"ssm.inner_size": config.intermediate_size, "ssm.time_step_rank": config.time_step_rank}
         sizes = {"ssm.inner_size": config.num_heads * config.head_dim, "ssm.time_step_rank": config.num_heads}
         return found | sizes | {"ssm.group_count": config.n_groups}
@@ -109,7 +111,7 @@ def _converted(name: str, values: torch.Tensor, config) -> Iterator[tuple[str, t
         values = -values.exp()
     if "conv1d.weight" in name:
         values = values[:, 0]
-    if config.model_type in ("mamba", "mamba2"):
+    if config.model_type in ("mamba", "falcon_mamba", "mamba2"):
         if config.model_type == "mamba2" and name.endswith(("A_log", ".D")):
             values = values[:, None]
         if name.endswith("mixer.norm.weight"):

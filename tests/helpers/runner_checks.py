@@ -134,6 +134,20 @@ def alone_and_together(runner):
     return zip(alone, together, strict=True)
 
 
+def check_quantised(runner, cache, lengths=(190, 319)):
+    """Over a quantised cache a node has the bits of plain decoding, alone and in a batch, and so has a prompt."""
+    for length in lengths:
+        prompt, tree = random_tokens(length), random_tree(24)
+        runner.prefill([random_tokens(7, 1), prompt], cache=cache)
+        logits = runner.verify({0: random_tree(9), 1: tree})[1].logits
+        for node in (3, 23):
+            runner.prefill([prompt], cache=cache)
+            assert torch.equal(plain_steps(runner, path_tokens(tree, node))[-1], logits[node]), (length, node)
+    (last,) = runner.prefill([prompt], cache=cache)
+    runner.prefill([prompt[:-15]], cache=cache)
+    assert torch.equal(plain_steps(runner, prompt[-15:])[-1], last)
+
+
 def check_batches(runner, new_tokens):
     """A batch with drafts gives the texts of plain decoding, greedy and drawn."""
     prompts = [random_tokens(length, length) for length in (3, 1, 20)]

@@ -13,6 +13,7 @@ KINDS = {
         "Mamba",
         _SHAPE | {"use_bias": True, "tie_word_embeddings": False, "conv_kernel": 3, "time_step_rank": 5},
     ),
+    "falcon_mamba": ("FalconMamba", _SHAPE | {"time_step_rank": 5, "mixer_rms_eps": 1e-5}),
     "mamba2": ("Mamba2", _SHAPE | {"num_heads": 3, "head_dim": 32, "state_size": 32, "n_groups": 1, "chunk_size": 8}),
     "mamba2_tied_with_groups": (
         "Mamba2",

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
@@ -35,8 +36,8 @@ def missing() -> str | None:
     return next((f"{tool} is not installed" for tool in tools if shutil.which(tool) is None), None)
 
 
-def cross_compile() -> list[Path]:
-    """The kernels' object files, of every instruction set."""
+def cross_compile(portable: bool) -> list[Path]:
+    """The kernels' object files, of every instruction set; of the portable one if asked."""
     work = WORK / "cmake"
     options = {
         "CMAKE_BUILD_TYPE": "Release",
@@ -52,7 +53,8 @@ def cross_compile() -> list[Path]:
     }
     given = [f"-D{name}={value}" for name, value in options.items()]
     subprocess.run(["cmake", "-S", ROOT, "-B", work, "-G", "Ninja", *given], check=True, stdout=subprocess.DEVNULL)
-    objects = re.findall(r"^build (CMakeFiles/kernels_\w+\.dir/\S+\.o):", (work / "build.ninja").read_text(), re.M)
+    sets = r"\w+" if portable else r"neon\w*"
+    objects = re.findall(rf"^build (CMakeFiles/kernels_{sets}\.dir/\S+\.o):", (work / "build.ninja").read_text(), re.M)
     subprocess.run(["ninja", "-C", work, *objects], check=True, stdout=subprocess.DEVNULL)
     return [work / name for name in objects]
 
@@ -92,28 +94,28 @@ def build_library(entries: list[str], driver: Path) -> Path:
         (tree / "pyspec/kernels").symlink_to(ROOT / "kernels/triton")
     where = Path(torch.__file__).parent
     includes = [ROOT / "kernels", ROOT / "csrc/cpu", where / "include", where / "include/torch/csrc/api/include", WORK]
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-shared",
-        "-DPYSPEC_ARM=1",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
-    ]
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-DPYSPEC_ARM=1"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", *(f"-I{path}" for path in includes)]
     flags += [f'-DPYSPEC_DRIVER="{driver}"', '-DPYSPEC_BEST_BUILT=std::atoi(std::getenv("PYSPEC_EMULATED_SET"))']
-    flags += [*(f"-I{path}" for path in includes), f"-L{where / 'lib'}"]
-    libraries = ["-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), HERE / "proxy.cpp"]
+    compiler = [*os.environ.get("CMAKE_CXX_COMPILER_LAUNCHER", "").split(), os.environ.get("CXX", "g++")]
+
+    def compile(source: Path) -> Path:
+        made = WORK / f"{source.stem}.o"
+        subprocess.run([*compiler, *flags, "-c", source, "-o", made], check=True)
+        return made
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        made = list(threads.map(compile, [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), HERE / "proxy.cpp"]))
+    libraries = [f"-L{where / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     library = tree / "pyspec/lib/libpyspec_cpu.so"
-    subprocess.run([os.environ.get("CXX", "g++"), *flags, *sources, "-o", library, *libraries], check=True)
+    subprocess.run([compiler[-1], "-shared", *made, "-o", library, *libraries], check=True)
     return tree
 
 
-def build() -> tuple[Path, Path]:
+def build(portable: bool = False) -> tuple[Path, Path]:
     """The driver, and a tree of the repository whose library runs kernels in it."""
     WORK.mkdir(parents=True, exist_ok=True)
-    objects = cross_compile()
+    objects = cross_compile(portable)
     entries = entry_points(objects)
     driver = build_driver(objects, entries)
     return driver, build_library(entries, driver)
@@ -129,7 +131,7 @@ def environment(tree: Path, name: str) -> dict[str, str]:
 def main() -> None:
     if reason := missing():
         return print(f"Arm's kernels are not tested here: {reason}")
-    driver, tree = build()
+    driver, tree = build(portable=len(sys.argv) > 1)
     for number, (name, (processor, files)) in enumerate(PROCESSORS.items(), 1):
         found = subprocess.run(["qemu-aarch64", "-cpu", processor, driver]).returncode
         assert found == number, f"{processor} has instruction set {number}, found {found}"

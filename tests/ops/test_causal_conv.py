@@ -22,12 +22,12 @@ def layer(channels=48, taps=4, has_bias=True):
     return torch.randn(taps, channels), torch.randn(channels) if has_bias else None, window, record
 
 
-def expected(before, inputs, weight, bias):
+def expected(before, inputs, weight, bias, is_linear=False):
     """[n, channels] of a text, by torch in float64; before [taps - 1, channels]."""
     text = torch.cat((before, inputs)).double().T[None]
     filters = weight.double().T[:, None]
     out = torch.nn.functional.conv1d(text, filters, None if bias is None else bias.double(), groups=len(filters))
-    return torch.nn.functional.silu(out)[0].T
+    return (out if is_linear else torch.nn.functional.silu(out))[0].T
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -45,6 +45,14 @@ def test_each_path_is_a_convolution(run, channels, taps, has_bias, dtype):
         path = root_path(tree, node)
         close = {"atol": 8 * TOLERANCE[dtype], "rtol": 4 * TOLERANCE[dtype]}
         torch.testing.assert_close(out[node].double(), expected(before, x[path], weight, bias)[-1], **close)
+
+
+def test_silu_may_be_left_out(run):
+    weight, bias, window, record = layer(taps=3)
+    before, inputs = window[2].clone(), torch.randn(7, 48)
+    out = run(window, record, inputs, weight, bias, chain_round(7, 2), is_linear=True)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(out.double(), expected(before, inputs, weight, bias, is_linear=True), **close)
 
 
 @pytest.mark.parametrize("accepted", [0, 1, 2, 3, 7])

@@ -18,6 +18,8 @@ def activated(gate, up, activation):
         return gate / (1 + (-1.702 * gate).exp()) * up
     if activation == "sigmoid":
         return up / (1 + (-gate).exp())
+    if activation in ("relu", "none"):
+        return (gate * (gate > 0) if activation == "relu" else gate) * up
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
@@ -84,7 +86,7 @@ def test_bad_input_is_named():
         swiglu(torch.zeros(1, 3), up=torch.zeros(1, 2))
     with pytest.raises(TypeError, match="up must be float32, float16 or bfloat16"):
         swiglu(torch.zeros(1, 2), up=torch.zeros(1, 2).double())
-    with pytest.raises(ValueError, match="activation must be silu or gelu_tanh or clamped or sigmoid, got 'relu'"):
-        swiglu(torch.zeros(1, 2), activation="relu")
+    with pytest.raises(ValueError, match="activation must be silu or .* or relu or none, got 'tanh'"):
+        swiglu(torch.zeros(1, 2), activation="tanh")
     with pytest.raises(TypeError, match="out_dtype must be"):
         swiglu(torch.zeros(1, 2), out_dtype=torch.float64)

@@ -5,26 +5,28 @@ from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pyspec.runners.native
 from pyspec import DraftTree, from_transformers, generate, load
 from pyspec.architectures import family_of
+from pyspec.checkpoints.huggingface import TensorCheckpoint
 from pyspec.runners.foreign_support import cache_argument
 from pyspec.runners.recurrent import HybridRunner
 from tests.helpers.random_llama import by_slot, random_tokens, random_tree, root_path, verify_all
 from tests.helpers.runner_checks import (
     check_batches,
     check_greedy_text,
-    check_prompt,
     check_row_rule,
     path_tokens,
     plain_steps,
 )
-from tests.helpers.tiny_hybrids import KINDS, tiny_hybrid
+from tests.helpers.slow import slow
+from tests.helpers.tiny_hybrids import FAMILIES, KINDS, tiny_hybrid
 from tests.helpers.tiny_mambas import Knows
 
 pytest.importorskip("transformers")
-DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8]
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.int8, "int4"]
 
 
 @pytest.fixture(scope="module")
@@ -41,42 +43,59 @@ def models():
 
 @torch.inference_mode()
 def step_by_step(model, prompt, new_tokens=1):
-    """The [V] logits of every greedy token by transformers, one token at a time, the prompt too."""
+    """The [V] logits of every token of a prompt, and of the greedy ones behind it, by transformers, one token at a
+    time: its form for many tokens is a hundred times less exact in gated delta nets."""
     name, cache, rows, tokens = cache_argument(type(model)), {}, [], list(prompt)
     for place in range(len(prompt) + new_tokens - 1):
         out = model(torch.tensor([[tokens[place]]]), use_cache=True, position_ids=torch.tensor([[place]]), **cache)
         cache = {name: out[name]}
+        rows.append(out.logits[0, -1].float())
         if place >= len(prompt) - 1:
-            rows.append(out.logits[0, -1].float())
             tokens.append(int(rows[-1].argmax()))
     return rows
+
+
+def tolerance_of(model):
+    """Gates of experts make more of a difference."""
+    has_experts = any("experts" in name for name, _ in model.named_parameters())
+    return {"atol": 1e-3, "rtol": 1e-3} if has_experts else {"atol": 2e-4, "rtol": 2e-4}
 
 
 # ==== the logits of transformers ====
 
 
+@pytest.fixture(scope="module")
+def of_prompts(models):
+    """kind -> the logits of a text of 300 tokens by transformers."""
+    return cache(lambda kind: torch.stack(step_by_step(models(kind)[0], random_tokens(300))))
+
+
 @pytest.mark.parametrize("chunk", [256, 7])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_are_those_of_transformers(models, kind, chunk, monkeypatch):
+def test_logits_are_those_of_transformers(models, of_prompts, kind, chunk, monkeypatch):
+    """Of prompts of 1 to 300 tokens, as they are observed and behind them."""
     monkeypatch.setattr(pyspec.runners.native, "CHUNK", chunk)
-    model, runner = models(kind)
+    (model, runner), expected, pieces = models(kind), of_prompts(kind), []
     assert isinstance(runner, HybridRunner)
-    check_prompt(runner, model)
+    assert expected.std() > 0.5  # or a tolerance would say little
+    prompts = [random_tokens(300)[:length] for length in (300, 1, 2, 5, 64)]
+    lasts = runner.prefill(prompts, observe=lambda slot, _, read: slot or pieces.append(read.logits))
+    torch.testing.assert_close(torch.cat(pieces), expected, **tolerance_of(model))
+    for prompt, last in zip(prompts, lasts, strict=True):
+        torch.testing.assert_close(last, expected[len(prompt) - 1], **tolerance_of(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_and_paths_are_those_of_transformers(models, kind):
-    """One token at a time: its form for many tokens is a hundred times less exact in gated delta nets."""
     model, runner = models(kind)
-    tolerance = 1e-3 if hasattr(model.config, "num_experts") else 2e-4  # gates of experts make more of a difference
     context = random_tokens(2)  # shorter than the convolution
     runner.prefill([context], capacity=200)
-    for seed in range(5):
+    for seed in range(4):
         tree = random_tree(3 + 5 * seed, seed)
         logits = runner.verify({0: tree})[0].logits
         for node in range(0, len(tree), 6):
-            (expected,) = step_by_step(model, context + path_tokens(tree, node))
-            torch.testing.assert_close(logits[node], expected, atol=tolerance, rtol=tolerance)
+            *_, expected = step_by_step(model, context + path_tokens(tree, node))
+            torch.testing.assert_close(logits[node], expected, **tolerance_of(model))
         node = len(tree) - 1 - seed
         runner.commit({0: root_path(tree, node)})
         context += path_tokens(tree, node)
@@ -87,20 +106,44 @@ def test_trees_and_paths_are_those_of_transformers(models, kind):
 def test_greedy_text_is_that_of_transformers_one_token_at_a_time(models, kind):
     model, runner = models(kind)
     prompt = random_tokens(9)
-    check_greedy_text(runner, prompt, step_by_step(model, prompt, 64))
+    check_greedy_text(runner, prompt, step_by_step(model, prompt, 64)[len(prompt) - 1 :])
 
 
 # ==== bits ====
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "int4"], ids=str)
-@pytest.mark.parametrize("kind", ["bamba", "qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_rows_do_not_depend_on_what_is_beside_them(models, kind, dtype):
     check_row_rule(models(kind, dtype)[1])
 
 
+@pytest.mark.parametrize("kind", [*(slow(kind) for kind in FAMILIES if kind != "lfm2"), "lfm2"])
+def test_a_thousand_rounds_do_not_drift(models, kind):
+    """Random trees, paths, rounds that commit nothing and rounds without drafts: plain decoding's bits to the end."""
+    (_, runner), generator = models(kind), random.Random(0)
+    plain = HybridRunner(runner.config, runner.weights)
+    for each in (runner, plain):
+        each.prefill([random_tokens(3)], capacity=700)
+    for turn in range(1000):
+        room = 690 - runner.lengths()[0]
+        tree = random_tree(min(room, generator.choice((1, 1, 2, 5, 9))), turn)
+        logits = runner.verify({0: tree})[0].logits
+        node = generator.randrange(-1, len(tree)) if turn % 3 else -1
+        if node < 0 or room < 20:
+            continue
+        path = root_path(tree, node)
+        assert torch.equal(torch.stack(plain_steps(plain, path_tokens(tree, node))), logits[path]), turn
+        runner.commit({0: path})
+    probe = DraftTree.chain([1])  # which replays what was committed last
+    assert torch.equal(*(each.verify({0: probe})[0].logits for each in (runner, plain)))
+    ours, other = runner.cache.state, plain.cache.state
+    assert torch.equal(ours.states, other.states) and torch.equal(ours.windows, other.windows)
+    assert runner.lengths() == plain.lengths()
+
+
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["bamba", "qwen3_5"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models, kind):
     """Random trees, paths and sequences that sit out; what belongs to nobody is NaN. The two states stay in step."""
     _, runner = models(kind)
@@ -108,7 +151,7 @@ def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models, kind):
     prompts, generator = [random_tokens(length, length) for length in (3, 17, 1)], random.Random(0)
     runner.prefill(prompts, capacity=600)
     texts = [list(prompt) for prompt in prompts]
-    for turn in range(60):
+    for turn in range(30):
         trees = [random_tree(size, turn) if size else None for size in generator.choices((0, 1, 2, 7), k=3)]
         cache = runner._cache
         for sequence, length in enumerate(cache.lengths):
@@ -117,7 +160,7 @@ def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models, kind):
         paths = [tree and (root_path(tree, generator.randrange(-1, len(tree))) or None) for tree in trees]
         runner.commit(by_slot(paths))
         for text, tree, path, logits in zip(texts, trees, paths, found, strict=True):
-            if path and turn % 6 == 0:
+            if path and turn % 5 == 0:
                 plain.prefill([text], capacity=600)
                 rows = plain_steps(plain, [int(tree.tokens[node]) for node in path])
                 assert torch.equal(torch.stack(rows), logits[path]), turn
@@ -126,14 +169,13 @@ def test_random_rounds_of_a_ragged_batch_are_plain_decoding(models, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind in FAMILIES else slow(kind) for kind in KINDS])
 def test_any_drafter_gives_the_plain_text(models, kind, dtype):
     _, runner = models(kind, dtype)
-    is_long = dtype in (torch.float32, torch.bfloat16) and kind in ("bamba", "qwen3_5")
-    prompt, count = random_tokens(12), 256 if is_long else 48
+    prompt, count = random_tokens(12), 256 if dtype == torch.bfloat16 and kind in ("bamba", "qwen3_5") else 40
     plain = generate(runner, prompt, drafter=None, max_new_tokens=count)
     text = prompt + plain.tokens
-    for drafts in ("right", "wrong", "branches", "sometimes none"):
+    for drafts in ("right", "wrong", "half right", "branches", "sometimes none"):
         result = generate(runner, prompt, drafter=Knows(text, drafts), budget=9, max_new_tokens=count)
         assert result.tokens == plain.tokens, drafts
         assert (result.stats.mean_accepted_length > 7) == (drafts == "right")
@@ -141,9 +183,9 @@ def test_any_drafter_gives_the_plain_text(models, kind, dtype):
     assert generate(runner, prompt, drafter="merged", budget=12, max_new_tokens=40).tokens == plain.tokens[:40]
 
 
-@pytest.mark.parametrize("kind", ["bamba", "qwen3_5", "qwen3_next"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_batches_and_sampling_give_the_plain_texts(models, kind):
-    check_batches(models(kind, torch.bfloat16)[1], new_tokens=24)
+    check_batches(models(kind, torch.bfloat16)[1], new_tokens=16)
 
 
 # ==== loading, and what does not fit ====
@@ -153,16 +195,22 @@ def test_batches_and_sampling_give_the_plain_texts(models, kind):
 def test_a_saved_model_loads(models, kind, tmp_path):
     model, runner = models(kind)
     model.save_pretrained(tmp_path)
+    if kind.startswith("olmo"):  # transformers writes the three convolutions in equal parts, released files do not
+        (tmp_path / "model.safetensors").unlink()
+        state = {name: of.clone() for name, of in model.state_dict().items() if name != "lm_head.weight"}
+        state |= {} if model.config.tie_word_embeddings else {"lm_head.weight": model.lm_head.weight}
+        save_file(state, tmp_path / "model.safetensors")
     loaded = load(str(tmp_path), dtype=torch.float32, device="cpu")
     prompt = random_tokens(9)
     assert torch.equal(loaded.prefill([prompt])[0], runner.prefill([prompt])[0])
     assert loaded.fingerprint == runner.fingerprint
-    state, named = model.state_dict(), loaded.weights.named(loaded.config)
-    order_of = family_of(type(model).__name__).row_order
-    for name in state.keys() & named.keys():
-        order = order_of(loaded.config, name, len(named[name]))
-        assert torch.equal(named[name] if order is None else named[name][order], state[name]), name
-    assert all(".experts." in name for name in state.keys() ^ named.keys() if name != "lm_head.weight")
+    family, named = family_of(type(model).__name__), loaded.weights.named(loaded.config)
+    state = family.weights.checkpoint(TensorCheckpoint(model.state_dict()), loaded.config)
+    assert state.shapes.keys() ^ named.keys() <= {"lm_head.weight"}
+    for name in state.shapes.keys() & named.keys():
+        order = family.row_order(loaded.config, name, len(named[name]))
+        ((_, expected),) = state.blocks(name)
+        assert torch.equal(named[name] if order is None else named[name][order], expected), name
 
 
 @pytest.mark.parametrize(
@@ -171,6 +219,16 @@ def test_a_saved_model_loads(models, kind, tmp_path):
         ("bamba", {"mlp_bias": True}, "has mlp_bias True, HybridRunner has none"),
         ("bamba", {"time_step_limit": [0.1, 1.0]}, r"has time_step_limit .*, HybridRunner has no limit"),
         ("bamba", {"hidden_act": "gelu"}, "has hidden_act 'gelu', HybridRunner has silu"),
+        ("granite", {"hidden_act": "gelu_pytorch_tanh"}, "has hidden_act 'gelu_pytorch_tanh', HybridRunner has silu"),
+        ("granite", {"mamba_d_head": 8, "mamba_n_heads": 32}, "head_dim in multiples of 16 .* got 8 and 16"),
+        ("lfm2", {"conv_L_cache": 9}, "at most 8 taps, got 128 and 9"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "layer_types .* both there"),
+        ("falcon_h1", {"projectors_bias": True}, "has projectors_bias True, HybridRunner has it like mamba_proj_bias"),
+        ("falcon_h1", {"time_step_limit": [0.1, 1.0]}, r"has time_step_limit .*, HybridRunner has no limit"),
+        ("nemotron_h", {"mlp_hidden_act": "silu"}, "has mlp_hidden_act 'silu', HybridRunner has relu2 there"),
+        ("nemotron_h_moe", {"moe_latent_size": 64}, "n_group above 1 or moe_latent_size, HybridRunner has neither"),
+        ("jamba", {"mamba_d_state": 8}, "state_size in multiples of 16, got 256 and 8"),
+        ("olmo_hybrid", {"linear_key_head_dim": 24}, "key heads in multiples of 16, got 32 and 24"),
         ("qwen3_5", {"hidden_act": "relu"}, "has hidden_act 'relu'"),
         ("qwen3_5", {"linear_value_head_dim": 24}, "has value heads in multiples of 16 .* got 24 and 16"),
         ("qwen3_5", {"head_dim": 48}, "head_dim 48 of qwen3_5"),

@@ -25,6 +25,7 @@ from pyspec.kernels import (  # noqa: E402
     rotary_write,
     row_statistics,
     swiglu,
+    take_columns,
     tree_attention,
 )
 from tests.helpers.triton_code import (  # noqa: E402
@@ -322,6 +323,7 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
 # ==== the small ops of a layer ====
 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64}
+_ACTIVATIONS = ("IS_GELU", "IS_CLAMPED", "IS_SIGMOID", "IS_RELU", "IS_NONE")
 SMALL = [
     (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None, "CENTRED": True}, rms_norm.compile_options(8192)),
     (rms_norm.rms_norm_kernel, {"BLOCK": 4096, "bias": None, "CENTRED": False}, rms_norm.compile_options(4096)),
@@ -331,16 +333,18 @@ SMALL = [
      rotary_write.OPTIONS),
     (rotary_write.rotary_write_kernel, {**HEADS, "HEAD_DIM": 512, "BLOCK": 256, "WIDTH": 512, "REST": 0,
                                         "IS_WHOLE": False, "NORMS_VALUES": True}, rotary_write.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": True, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": True, "IS_CLAMPED": False, "IS_SIGMOID": False}, swiglu.OPTIONS),
-    (swiglu.swiglu_kernel, {"IS_GELU": False, "IS_CLAMPED": False, "IS_SIGMOID": True}, swiglu.OPTIONS),
+    *(
+        (swiglu.swiglu_kernel, {name: name == chosen for name in _ACTIVATIONS}, swiglu.OPTIONS)
+        for chosen in _ACTIVATIONS
+    ),
+    (take_columns.take_columns_kernel, {}, take_columns.OPTIONS),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kernel, constants, options", SMALL, ids=lambda value: getattr(value, "__name__", ""))
 def test_the_small_ops_compile(kernel, constants, options, tmp_path):
-    types = {name: "*i32" for name in ("positions", "sequences", "slots")}
-    types |= {name: "*bf16" for name in ("out", "q", "keys", "values")}
+    types = {name: "*i32" for name in ("positions", "sequences", "slots", "order")}
+    types |= {name: "*bf16" for name in ("out", "q", "keys", "values", "x")}
     weights = (
         "hidden",
         "delta",

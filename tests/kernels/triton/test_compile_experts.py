@@ -11,7 +11,6 @@ from without_gpu import launches  # noqa: E402
 
 from pyspec.kernels.expert_linear import expert_linear  # noqa: E402
 from pyspec.kernels.route_experts import mix_experts, route_experts  # noqa: E402
-from pyspec.ops.linear import TILE_BYTES  # noqa: E402
 from pyspec.ops.linear_codes_tiles import tile_bytes, tile_inputs  # noqa: E402
 from pyspec.ops.weight_formats import FORMATS  # noqa: E402
 from tests.helpers.slow import slow  # noqa: E402
@@ -23,7 +22,7 @@ each_architecture = pytest.mark.parametrize("architecture", [slow(80), 90, slow(
 
 def weight_of(kind) -> torch.Tensor:
     if kind == torch.int8:
-        return torch.empty(EXPERTS * OUTPUTS // 64, INPUTS // 128, TILE_BYTES, dtype=torch.uint8)
+        return torch.empty(EXPERTS * OUTPUTS // 64, INPUTS // 128, tile_bytes(FORMATS["q8_0"]), dtype=torch.uint8)
     if kind in FORMATS:
         format = FORMATS[kind]
         shape = EXPERTS * OUTPUTS // 128, INPUTS // tile_inputs(format), tile_bytes(format)

@@ -18,7 +18,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("activation", [0, 1, 2])
+@pytest.mark.parametrize("activation", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("rows, size", [(1, 1), (3, 17), (2, 1100), (0, 8)])
 def test_equals_float64(rows, size, activation, dtype):
     gate_up = torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(size)) * 6
@@ -29,6 +29,8 @@ def test_equals_float64(rows, size, activation, dtype):
     if activation == 2:
         gate, up = gate.clamp(max=7), up.clamp(-7, 7) + 1
         expected = gate / (1 + (-1.702 * gate).exp()) * up
+    if activation > 3:
+        expected = (gate if activation == 5 else gate.relu()) * up
     assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
