@@ -143,7 +143,7 @@ class _Writer:
         with self.stats.timed("total"):
             text.drafter = self._drafter
             if not text.new_tokens:
-                prefill(self._model, [text], rule, self._controller.largest, None, self.stats)
+                prefill(self._model, [text], rule, self._controller, None, self.stats)
                 self._drafter, self._has_begun = text.drafter, True
             else:
                 with self.stats.timed("prefill"):

@@ -47,7 +47,7 @@ def generate(
     model: Runner,
     tokens,
     *,
-    drafter: str | Drafter | None = "merged",
+    drafter: str | Drafter | list | None = "merged",
     budget: int | str = "auto",
     acceptance: str | AcceptanceRule = "exact",
     deferral: float | None = None,
@@ -75,10 +75,11 @@ def generate(
         tokens: the token ids of one prompt, or a list of such lists; their lengths may differ. Arrays, tensors and
             iterators of integers are as good, and so is what a tokenizer returns: its attention_mask says what is
             padding, on the left or on the right, which is left out.
-        drafter: a name of pyspec.drafters.DRAFTERS (docs/drafting.md), a drafter, or None for plain decoding.
+        drafter: a name of pyspec.drafters.DRAFTERS (docs/drafting.md), a drafter, or None for plain decoding; or a list
+            of drafters that take turns, as a controller chooses.
         budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or a name of
-            pyspec.controllers.CONTROLLERS: "auto" is the number that gives most tokens a second by the measured costs
-            of this model on this machine.
+            pyspec.controllers.CONTROLLERS (docs/controllers.md), or several with "+" between them: "auto" is the number
+            that gives most tokens a second by the measured costs of this model on this machine.
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         deferral: of acceptance="cascade", in [0, 1]: larger leaves more to the drafter. None is its default, 0.1.
@@ -235,7 +236,7 @@ def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int
     choices = " or ".join(["an integer", *(f'"{name}"' for name in CONTROLLERS)])
     if not isinstance(budget, str):
         budget = read_integer("budget", budget, choices)
-    elif budget not in CONTROLLERS:
+    elif not set(budget.split("+")) <= set(CONTROLLERS):
         raise TypeError(f"budget must be {choices}, got {budget!r}")
     max_new_tokens = read_integer("max_new_tokens", max_new_tokens)
     for name, value, most in (("budget", budget, LARGEST_BUDGET), ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)):

@@ -32,24 +32,25 @@ def speculate(
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
-        prefill(model, sequences, rule, controller.largest, cache, stats)
+        prefill(model, sequences, rule, controller, cache, stats)
         while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
             run_round(model, going, rule, controller, stats)
 
 
-def prefill(model, sequences: list[Sequence], rule, largest, cache, stats) -> None:
+def prefill(model, sequences: list[Sequence], rule, controller, cache, stats) -> None:
     """Reads the prompts, the first into slot 0, and draws the first token of each."""
 
     def observe(slot: int, chain: DraftTree, verified: Verified) -> None:
         sequences[slot].drafter.observe(chain, verified, range(len(chain)))
 
     with stats.timed("prefill"):
-        for sequence in sequences:
+        for slot, sequence in enumerate(sequences):
             sequence.start_drafting()
+            controller.start(slot, sequence.drafter)
         asked = {"cache": cache, "taps": getattr(sequences[0].drafter, "taps", None)}  # which only some runners take
         after_prompts = model.prefill(
             [sequence.context for sequence in sequences],
-            capacity=max(sequence.limit for sequence in sequences) + largest,
+            capacity=max(sequence.limit for sequence in sequences) + controller.largest,
             observe=None if sequences[0].drafter is None else observe,
             **{name: value for name, value in asked.items() if value is not None},
         )
@@ -65,9 +66,10 @@ def run_round(model, going: dict[int, Sequence], rule, controller, stats) -> Non
     draft_seconds, verify_seconds = stats.draft_seconds, stats.verify_seconds
 
     with stats.timed("draft"):
-        nodes = controller.nodes  # decided once for all
+        budgets = controller.budgets(list(going))
         room = getattr(model, "room", None)  # which few have
-        budgets = [nodes if room is None else min(nodes, room(slot)) for slot in going]
+        if room is not None:
+            budgets = [min(nodes, room(slot)) for slot, nodes in zip(going, budgets, strict=True)]
         proposed = propose(list(going.values()), budgets)
         trees = dict(zip(going, controller.cut(proposed), strict=True))
 

@@ -69,9 +69,10 @@ def json_or_text(text: str) -> Any:
 def _budget(text: str) -> int | str:
     from pyspec.controllers import CONTROLLERS
 
-    if text not in CONTROLLERS and not text.lstrip("+-").isdecimal():
+    is_name = set(text.split("+")) <= set(CONTROLLERS)
+    if not is_name and not text.lstrip("+-").isdecimal():
         raise argparse.ArgumentTypeError(f"must be a number of nodes or {' or '.join(CONTROLLERS)}, got {text!r}")
-    return text if text in CONTROLLERS else int(text)
+    return text if is_name else int(text)
 
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:

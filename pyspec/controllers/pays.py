@@ -6,12 +6,12 @@ maximises
     (1 + sum of the chances of the first m - 1 drafts) / seconds(m)
 
 over trees that drafters grow best node first. m = 1 is plain decoding, so speculation that does not pay is left out.
-Drafting takes time too: while rounds with it lose against plain decoding, it is tried rarely (PayingController).
+Drafting takes time too, and what is not known yet may be dear: see PayingController.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,45 +20,69 @@ from pyspec.caches import QuantisedSettings
 from pyspec.controllers import CONTROLLERS, LARGEST, Controller
 from pyspec.drafters import Drafter
 from pyspec.drafters.pace import Pace
+from pyspec.machine.experience import MEMORY, MOST_LOST, Experience, experience_of
 from pyspec.machine.running_costs import NODES, RunningCosts, running_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
 FEWEST = 8  # nodes that are asked for, so that a tree which was not worth it lately gets its chance
-TRUST = 8.0  # accepted drafts that the drafter's own word is worth
-MEMORY = 0.98  # of what earlier rounds showed, from round to round
+TRUST = 8.0  # accepted drafts that the word of the drafter, and of earlier requests, is worth
 RECENT = 0.1  # what the last round counts in the mean of what rounds with drafts lost
-MOST_LOST = 2.0  # plain rounds that one round is taken to have lost at most: a machine may hang
-LEARNING = 0.1  # plain rounds that a round may lose for what is learned from it
+LEARNING = 0.02  # plain rounds that a round may lose for what is learned from it
 TRIALS = 0.02  # share of the time that drafting may lose
+SHORTEST = 8  # tokens of a text from which on it loses no larger share
+CREDIT = 4.0  # rounds as good as those of earlier requests, whose gain a text begins with
+FIRST_OF_A_SIZE = 0.1  # plain rounds that recording the first round of a size takes
 
 
-class PayingController(ABC):
+class PayingController(Controller):
     """Decides how many nodes of a round pay from what earlier rounds cost and gave.
 
-    When rounds with drafts give much less than plain decoding would in their time, drafting with it, as many plain
-    rounds follow each of them as keep the loss at about TRIALS of the time.
+    A text has a purse, in plain rounds: every token puts TRIALS into it, and a round with drafts puts in what it gave
+    beyond what it cost, which may be less than nothing. No round is larger than the purse can pay for if nothing is
+    accepted. So a text of SHORTEST tokens or more loses about TRIALS of its time at most, whatever the machine and the
+    drafter are like, and what pays soon pays for more. Beside that, while rounds with drafts give less than plain
+    decoding would in their time, as many plain rounds follow each of them as keep the loss at about TRIALS.
 
     Args:
         costs: gives what a verification costs now.
         largest: nodes of a tree, at most.
         pace: of the drafter, which is told what tokens take.
+        experience: what earlier requests showed of the drafter.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
-        self.largest = largest
+    shared = frozenset({"_costs", "_pace", "_experience"})
+
+    def __init__(
+        self,
+        costs: Callable[[], RunningCosts],
+        largest: int = LARGEST,
+        pace: Pace | None = None,
+        experience: Experience | None = None,
+    ):
+        super().__init__(largest)
         self._costs, self._pace = costs, pace
+        self._experience = Experience() if experience is None else experience
         self._called: set[int] = set()  # numbers of nodes: a first call may be recorded, which takes longer
         self._trial: int | None = None  # nodes of the next round, for the sake of what they cost
-        self._lost = 0.0  # plain rounds that a round with drafts loses, lately; negative where it wins
-        self._resting = 0  # plain rounds that are left
+        self._texts = 1  # that took part in the last round
+        self._purse = TRIALS * SHORTEST + CREDIT * max(0.0, -self._experience.lost)
+        self._lost = self._experience.lost  # plain rounds that a round with drafts loses, lately
+        self._resting = self._rest()  # plain rounds that are left
 
     @property
     def nodes(self) -> int:
         """Nodes that a drafter should propose; 1 while drafting rests."""
-        if self._resting:
+        costs = self._costs()
+        is_unknown = self._texts == 1 and not costs.knows_plain
+        if self._resting or self._trial == 1 or is_unknown or not self._can_pay(2, costs.at_most(2 * self._texts)):
             return 1
-        return min(self._wanted(), self.largest) if self._trial is None else min(self._trial, self.largest)
+        return min(self._wanted() if self._trial is None else self._trial, self.largest)
+
+    def budgets(self, slots: Sequence[int]) -> list[int]:
+        """As many nodes for each."""
+        self._texts = len(slots)
+        return super().budgets(slots)
 
     def learn(
         self,
@@ -68,28 +92,59 @@ class PayingController(ABC):
         verify_seconds: float,
     ) -> None:
         """Learns how much of a round's trees was accepted, and what proposing and verifying them took."""
+        asked, nodes, costs = self.nodes, sum(map(len, trees)), self._costs()
         for tree, path in zip(trees, paths, strict=True):
             self._learn(tree, path)
-        nodes, costs = sum(map(len, trees)), self._costs()
-        trial, self._trial = self._trial, None
-        if len(trees) == 1:  # the nodes of several texts cost something else
-            if nodes in self._called:
-                costs.learn(nodes, verify_seconds)
-            self._called.add(nodes)
-            if not self._resting:
-                self._trial = costs.size_to_try()
+        first = 0.0 if nodes in self._called else FIRST_OF_A_SIZE
+        if len(trees) == 1 and not first:  # the nodes of several texts cost something else
+            costs.learn(nodes, verify_seconds)
+        self._called.add(nodes)
+        tokens = sum(map(len, paths)) / len(trees)
+        self._purse += TRIALS * tokens
         if self._resting:
             self._resting -= 1
-            return
-        if trial is not None:
-            return
-        if self._pace is not None:
-            self._pace.took_token((draft_seconds + verify_seconds) / sum(map(len, paths)))
-        seconds = costs.up_to(nodes)
-        plain_rounds = seconds[nodes] / seconds[len(trees)] * (1 + draft_seconds / verify_seconds)
-        lost = plain_rounds - sum(map(len, paths)) / len(trees)
-        self._lost += RECENT * (min(lost, MOST_LOST) - self._lost)
-        self._resting = max(0, int((self._lost - LEARNING) / TRIALS))
+        elif asked > 1:
+            seconds = costs.up_to(nodes)
+            steps = seconds[nodes] / seconds[len(trees)]
+            if len(trees) == 1 and (first or not costs.is_sure_of(nodes)):
+                steps, first = verify_seconds / seconds[len(trees)], 0.0
+            self._drafted(steps + first, steps * draft_seconds / verify_seconds, tokens)
+            if self._pace is not None and self._trial is None:
+                self._pace.took_token((draft_seconds + verify_seconds) / sum(map(len, paths)))
+        self._trial = None
+        if len(trees) == 1 and not self._resting:
+            self._trial = self._payable(costs.size_to_try())
+
+    def _drafted(self, steps: float, drafting: float, tokens: float) -> None:
+        """Accounts for a round with drafts that took so many plain rounds and gave so many tokens."""
+        lost = min(steps + drafting - tokens, MOST_LOST)
+        self._purse -= lost
+        if self._trial is None:
+            self._experience.learn(drafting, lost)
+            self._lost += RECENT * (lost - self._lost)
+            self._resting = self._rest()
+
+    def _rest(self) -> int:
+        return max(0, int((self._lost - LEARNING) / TRIALS))
+
+    def _can_pay(self, nodes: float, most: Sequence[float]) -> bool:
+        """Whether the purse has what a round loses if nothing is accepted.
+
+        Args:
+            nodes: of each text, in the mean.
+            most: plain rounds that a verification takes at most, by its nodes.
+        """
+        nodes = round(self._texts * nodes)
+        first = 0.0 if nodes in self._called else FIRST_OF_A_SIZE
+        steps = most[nodes] / most[self._texts]
+        return steps + first + self._experience.drafting - 1 <= self._purse
+
+    def _payable(self, nodes: int | None) -> int | None:
+        """The most nodes up to some that the purse can pay for, of sizes that costs are learned of."""
+        if nodes is None or nodes == 1:
+            return nodes
+        most = self._costs().at_most(nodes)
+        return max((size for size in NODES if 1 < size <= nodes and self._can_pay(size, most)), default=None)
 
     @abstractmethod
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
@@ -106,11 +161,17 @@ class CuttingController(PayingController):
     """Cuts the trees of a round to the nodes that pay.
 
     Drafters state chances for greedy text and are sometimes wrong; what they promised is therefore scaled by what was
-    accepted of it lately.
+    accepted of it lately, in this text and before it.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
-        super().__init__(costs, largest, pace)
+    def __init__(
+        self,
+        costs: Callable[[], RunningCosts],
+        largest: int = LARGEST,
+        pace: Pace | None = None,
+        experience: Experience | None = None,
+    ):
+        super().__init__(costs, largest, pace, experience)
         self._promised = self._accepted = 0.0
         self._largest_kept = largest
 
@@ -122,7 +183,7 @@ class CuttingController(PayingController):
         """Keeps the first nodes of each tree, and all of a tree that has no chances."""
         if self._trial is not None and len(trees) == 1:
             return list(trees)
-        scale = (self._accepted + TRUST) / (self._promised + TRUST)
+        scale = self._scale()
         drafts = []  # (chance, tree) of all that may be left out
         for index, tree in enumerate(trees):
             chance = 1.0
@@ -132,14 +193,15 @@ class CuttingController(PayingController):
         if len(trees) > 1:
             drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
         nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
-        seconds = self._costs().up_to(nodes + len(drafts))
+        costs = self._costs()
+        seconds, most_steps = costs.up_to(nodes + len(drafts)), costs.at_most(nodes + len(drafts))
         tokens = float(len(trees))
         best, most = 0, tokens / seconds[nodes]
         for taken, (chance, _) in enumerate(drafts, start=1):
             tokens += chance
             if len(trees) == 1 and nodes + taken not in NODES:  # the first round of every other size is recorded
                 continue
-            if tokens / seconds[nodes + taken] > most:
+            if tokens / seconds[nodes + taken] > most and self._can_pay((nodes + taken) / len(trees), most_steps):
                 best, most = taken, tokens / seconds[nodes + taken]
         kept = [len(tree) if tree.chances is None else 1 for tree in trees]
         for _, index in drafts[:best]:
@@ -147,10 +209,16 @@ class CuttingController(PayingController):
         self._largest_kept = max(kept)
         return [tree.first(count) for tree, count in zip(trees, kept, strict=True)]
 
+    def _scale(self) -> float:
+        before = (self._experience.accepted + TRUST) / (self._experience.promised + TRUST)
+        return (self._accepted + TRUST * before) / (self._promised + TRUST)
+
     def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
         if tree.chances is not None:
-            self._promised = self._promised * MEMORY + sum(tree.chances[1:].tolist())
-            self._accepted = self._accepted * MEMORY + len(path) - 1
+            promised, accepted = sum(tree.chances[1:].tolist()), len(path) - 1
+            self._promised = self._promised * MEMORY + promised
+            self._accepted = self._accepted * MEMORY + accepted
+            self._experience.learn_drafts(promised, accepted)
 
 
 class SizingController(PayingController):
@@ -159,24 +227,32 @@ class SizingController(PayingController):
     How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
     """
 
-    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, pace: Pace | None = None):
-        super().__init__(costs, largest, pace)
+    def __init__(
+        self,
+        costs: Callable[[], RunningCosts],
+        largest: int = LARGEST,
+        pace: Pace | None = None,
+        experience: Experience | None = None,
+    ):
+        super().__init__(costs, largest, pace, experience)
         # until more is known, a tree of m nodes gives about log(m) + 1 tokens
         self._promised = 1 / (1 + np.arange(1, LARGEST))
         self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
-        self._trees = 1
 
     def _wanted(self) -> int:
         tried = self._tried @ self._promised
         scale = (self._accepted.sum() + TRUST) / (tried + TRUST)
         chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
         tokens = 1 + np.concatenate(([0.0], np.cumsum(chances)))
-        seconds = self._costs().up_to(LARGEST * self._trees)
-        return 1 + int(np.argmax(tokens / seconds[self._trees : (LARGEST + 1) * self._trees : self._trees]))
+        costs, texts = self._costs(), self._texts
+        rates = tokens / costs.up_to(LARGEST * texts)[texts : (LARGEST + 1) * texts : texts]
+        most = costs.at_most(LARGEST * texts)
+        # no drawn node may be left out, so what cannot be paid for is not drawn
+        can_be_paid = [nodes == 1 or self._can_pay(nodes, most) for nodes in range(1, LARGEST + 1)]
+        return 1 + int(np.argmax(np.where(can_be_paid, rates, 0.0)))
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Keeps the trees whole."""
-        self._trees = len(trees)
         return list(trees)
 
     def _learn(self, tree: DraftTree, path: Sequence[int]) -> None:
@@ -189,7 +265,8 @@ class SizingController(PayingController):
 def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | None, largest: int) -> Controller:
     """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may."""
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
-    return kind(running_costs(model, cache), largest, getattr(drafter, "pace", None))
+    experience = experience_of(model, drafter, cache)
+    return kind(running_costs(model, cache), largest, getattr(drafter, "pace", None), experience)
 
 
 CONTROLLERS.register("auto", new_controller, "as many as pay")

@@ -34,6 +34,9 @@ class Drafter(Protocol):
     A drafter whose trees grow level by level may have a `pace`, a pyspec.drafters.pace.Pace: a controller tells it what
     tokens take.
 
+    A drafter that has laws of its own has `goes_on`, a pyspec.drafters.shapes.StopRule or None: a controller sets that
+    of each sequence's drafter.
+
     A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
     the noise of a draw is known before the draw, and a guess may look at it.
     """
@@ -74,16 +77,21 @@ class NamedDrafter(NamedTuple):
 DRAFTERS: Registry[NamedDrafter] = Registry("pyspec.drafters")
 
 
-def drafter_from_name(drafter: str | Drafter | None, runner: Runner) -> Drafter | None:
-    """The drafter that a name of DRAFTERS stands for. A drafter or None is returned as it is.
+def drafter_from_name(drafter: str | Drafter | Sequence[str | Drafter] | None, runner: Runner) -> Drafter | None:
+    """The drafter that a name of DRAFTERS stands for, and several that take turns for a list. A drafter or None is
+    returned as it is.
 
     A runner's drafter of a name is made once and lives as long as the runner, so that each request starts from what
     the earlier ones taught. Make one yourself (new_drafter) to start from nothing.
 
     Raises:
-        ValueError: for an unknown name.
-        TypeError: it is neither name nor drafter.
+        ValueError: for an unknown name, or drafters that cannot take turns.
+        TypeError: it is neither name nor drafter nor a list of them.
     """
+    if isinstance(drafter, (list, tuple)):
+        from pyspec.drafters.several import Several
+
+        return Several([drafter_from_name(each, runner) for each in drafter])
     is_drafter = hasattr(drafter, "propose") and not isinstance(drafter, type)
     if drafter is None or is_drafter:
         return drafter

@@ -14,7 +14,7 @@ from pyspec.checkpoints.sources import find_source
 from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
 from pyspec.drafters.pace import Pace
-from pyspec.drafters.shapes import GrowthPolicy, Sapling, check_temperature, grow_together
+from pyspec.drafters.shapes import GrowthPolicy, Sapling, StopRule, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
 from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.drafters.table_drafter import Table, TableDrafter
@@ -52,6 +52,8 @@ class Eagle3:
         FileNotFoundError, ValueError: see Eagle3Head.load; or for a target without taps, a policy that draws at
             temperature 0, or tables beside one that draws.
     """
+
+    goes_on = None  # see Drafter
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class Eagle3:
                 batch,
                 {sequence: contexts[place] for sequence, place in places.items()},
                 {sequence: rooms[place] for sequence, place in places.items()},
+                {sequence: drafters[place].goes_on for sequence, place in places.items()},
             )
             guessed |= zip(places.values(), grown, strict=True)
         return [
@@ -154,26 +157,37 @@ class Eagle3:
         return self._merged.propose(context, budget)
 
     def _grow(
-        self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int]
+        self,
+        batch: HeadBatch,
+        contexts: Mapping[int, Sequence[int]],
+        budgets: Mapping[int, int],
+        stops: Mapping[int, StopRule | None],
     ) -> list[GuessedNodes]:
         """The trees of a batch's sequences, which ascend, level by level."""
         start, growth, least = time.perf_counter(), self.growth, self.pace.least / len(contexts)  # a level is for all
         found = None
-        if isinstance(growth, TopPaths) and self._sampler.is_plain:
+        if isinstance(growth, TopPaths) and self._sampler.is_plain and not any(stops.values()):
             found = batch.grow(contexts, budgets, growth.width, growth.depth, least)
         if found is None:
-            found = self._grow_in_python(batch, contexts, budgets, least)
+            found = self._grow_in_python(batch, contexts, budgets, least, stops)
         self.pace.took_level((time.perf_counter() - start) / found[1])
         return found[0]
 
     def _grow_in_python(
-        self, batch: HeadBatch, contexts: Mapping[int, Sequence[int]], budgets: Mapping[int, int], least: float
+        self,
+        batch: HeadBatch,
+        contexts: Mapping[int, Sequence[int]],
+        budgets: Mapping[int, int],
+        least: float,
+        stops: Mapping[int, StopRule | None],
     ) -> tuple[list[GuessedNodes], int]:
         """Trees of any growth, on any device; and how many levels there were."""
         batch.read(contexts)
         laws, levels = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}, 0
         # the root may be none of the head's tokens
-        saplings = {sequence: Sapling(laws[sequence], 0, budget, least) for sequence, budget in budgets.items()}
+        saplings = {
+            sequence: Sapling(laws[sequence], 0, budget, least, stops[sequence]) for sequence, budget in budgets.items()
+        }
         noises = {
             sequence: Noise(self._sampler.seed, len(context), Noise.DRAFTS) for sequence, context in contexts.items()
         }

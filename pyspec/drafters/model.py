@@ -56,6 +56,8 @@ class ModelDrafter:
         _check_vocabularies(draft, target)
         self._set_up(draft, growth, temperature, top_k, top_p, seed)
 
+    goes_on = None  # see Drafter
+
     def _set_up(self, draft: Runner, growth: GrowthPolicy | None, temperature, top_k, top_p, seed) -> None:
         self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
@@ -83,7 +85,7 @@ class ModelDrafter:
         noise = Noise(self._sampler.seed, len(context), Noise.DRAFTS)
         with lock_of(self._draft):
             # a tree of as many nodes as the context has room for is never too deep for it
-            return self.growth.grow(source, int(context[-1]), min(budget, room), noise)
+            return self.growth.grow(source, int(context[-1]), min(budget, room), noise, self.goes_on)
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """Nothing is learned: the next round reads the context."""
@@ -98,6 +100,7 @@ class _Laws:
     def __init__(self, batch: _Batch, sequence: int, context: Sequence[int], sampler: Sampler):
         self.vocab_size = batch.runner.vocab_size
         self._batch, self._sequence, self._context, self._sampler = batch, sequence, context, sampler
+        self._found: tuple[np.ndarray, np.ndarray] | None = None
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
         rows = np.full((len(nodes), self.vocab_size), 1 / self.vocab_size)
@@ -115,6 +118,7 @@ class _Laws:
 
     def likeliest(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int], count: int):
         """The likeliest tokens and their chances, read in one pass, where all laws are plain softmaxes."""
+        self._found = None
         sampler, paths = self._sampler, self._paths(parents, nodes)
         is_plain = (sampler.temperature, sampler.top_k, sampler.top_p) == (1.0, 0, 1.0)
         if not is_plain or count > TOP or not paths.keys() >= set(nodes):
@@ -123,8 +127,13 @@ class _Laws:
         found, rows = Verified(logits).statistics, [places[node] for node in nodes]
         if not np.isfinite(found.log_sum_exp[rows]).all():  # laws says where
             return None
-        chances = np.exp(found.top_logits[rows, :count] - found.log_sum_exp[rows, None])
-        return found.top_tokens[rows, :count], chances
+        chances = np.exp(found.top_logits[rows] - found.log_sum_exp[rows, None])
+        self._found = chances, found.entropy[rows]
+        return found.top_tokens[rows, :count], chances[:, :count]
+
+    def statistics(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]):
+        """The best chances and the entropy of the laws that `likeliest` was asked for last."""
+        return self._found
 
     def _paths(self, parents: Sequence[int], nodes: Sequence[int]) -> dict[int, list[int]]:
         """The paths to those nodes that the draft's context has room for."""

@@ -59,6 +59,7 @@ class RunningCosts:
         self._tree = NODES[EIGHT]  # nodes of the last tree
         self._was_plain = True
         self._table: list[float] = []
+        self._most: list[float] = []
 
     @property
     def costs(self) -> Costs:
@@ -72,11 +73,28 @@ class RunningCosts:
             self._table = self.costs(np.arange(2 * max(nodes, NODES[-1]) + 1)).tolist()
         return self._table
 
+    def at_most(self, nodes: int) -> list[float]:
+        """Plain steps by number of nodes, from 0 (as at 1) to at least so many, a standard deviation above the mean."""
+        if len(self._most) <= nodes:
+            steps = np.exp(np.append(0.0, np.maximum(self._mean[1:], 0.0) + np.sqrt(np.diag(self._covariance)[1:])))
+            most = Costs.of_seconds(dict(zip(NODES, steps.tolist(), strict=True)))
+            self._most = most(np.arange(2 * max(nodes, NODES[-1]) + 1)).tolist()
+        return self._most
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether a round has told what a plain step takes in this process."""
+        return self._covariance[0, 0] < 1.0
+
+    def is_sure_of(self, nodes: int) -> bool:
+        """Whether it is known to a tenth how many plain steps so many nodes take."""
+        _, slope = self._at(min(nodes, NODES[-1]))
+        slope[0] = 0.0
+        return slope @ self._covariance @ slope < SURE**2
+
     def size_to_try(self) -> int | None:
         """The nodes that the next round should have whatever they give, None if as many as pay."""
-        _, slope = self._at(self._tree)
-        slope[0] = 0.0
-        if slope @ self._covariance @ slope < SURE**2:
+        if self.is_sure_of(self._tree):
             return None
         return self._tree if self._was_plain else 1
 
@@ -95,7 +113,7 @@ class RunningCosts:
         self._was_plain = nodes == 1
         if nodes > 1:
             self._tree = nodes
-        self._table = []
+        self._table, self._most = [], []
         self._rounds += 1
         if self._key is not None and self._rounds % KEPT_EVERY == 0:
             with suppress(ValueError):  # seconds that no machine takes

@@ -24,6 +24,7 @@ class HostStatistics(NamedTuple):
     top_tokens: np.ndarray  # [R, 8] int32
     top_logits: np.ndarray  # [R, 8] float32
     log_sum_exp: np.ndarray  # [R] float32
+    entropy: np.ndarray  # [R] float32, nats
 
 
 class Verified:
@@ -99,15 +100,16 @@ class SentStatistics:
         """The statistics of all R rows, when they have arrived."""
         self.wait()
         numbers = self._numbers.numpy()
-        count = len(numbers) // (2 * TOP + 1)
+        count = len(numbers) // (2 * TOP + 2)
         top_tokens, top_logits = numbers[: 2 * TOP * count].reshape(2, count, TOP)
-        return HostStatistics(top_tokens, top_logits.view(np.float32), numbers[2 * TOP * count :].view(np.float32))
+        log_sum_exp, entropy = numbers[2 * TOP * count :].view(np.float32).reshape(2, count)
+        return HostStatistics(top_tokens, top_logits.view(np.float32), log_sum_exp, entropy)
 
 
 def pack_statistics(logits: Tensor) -> Tensor:
-    """The bits [17 R] int32 of all that HostStatistics has of logits [R, V], in its order."""
+    """The bits [18 R] int32 of all that HostStatistics has of logits [R, V], in its order."""
     statistics = row_statistics(_readable(logits))
-    numbers = (statistics.top_tokens.int(), statistics.top_logits, statistics.log_sum_exp)
+    numbers = (statistics.top_tokens.int(), statistics.top_logits, statistics.log_sum_exp, statistics.entropy)
     return torch.cat([values.view(torch.int32).flatten() for values in numbers])
 
 

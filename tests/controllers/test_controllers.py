@@ -5,14 +5,25 @@ from pathlib import Path
 import pytest
 
 from pyspec.caches import cache_from_name
-from pyspec.controllers import CONTROLLERS, LARGEST, controller_for
-from pyspec.controllers.fixed import FixedController
+from pyspec.controllers import CONTROLLERS, LARGEST, Controller, controller_for
 from pyspec.controllers.pays import CuttingController, SizingController
 from pyspec.drafters.table_drafter import TableDrafter
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.tree import DraftTree
 from tests.helpers.fake_runner import FakeRunner
 from tests.helpers.newcomers import registered_by
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def after_plain_rounds(controller):
+    """By then it knows a plain step, and can pay for a draft."""
+    for _ in range(10):
+        controller.learn([DraftTree.chain([1])], [[0]], 0.0, 1.0)
+    return controller
 
 
 class Draws(TableDrafter):
@@ -22,7 +33,7 @@ class Draws(TableDrafter):
 @pytest.mark.parametrize("drafter, kind", [(TableDrafter, CuttingController), (Draws, SizingController)])
 def test_auto_weighs_what_pays_by_how_drafts_are_made(drafter, kind):
     model = FakeRunner()
-    controller = controller_for("auto", model, drafter([Lookup(model.vocab_size)]))
+    controller = after_plain_rounds(controller_for("auto", model, drafter([Lookup(model.vocab_size)])))
     assert type(controller) is kind and 1 < controller.nodes <= controller.largest == LARGEST
 
 
@@ -31,7 +42,7 @@ def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, dra
     drafter = TableDrafter([Lookup(10)]) if drafts else None
     controller = controller_for(budget, None, drafter)
     trees = [DraftTree.chain([1, 2, 3]), DraftTree.chain([1])]
-    assert isinstance(controller, FixedController) and controller.cut(trees) == trees
+    assert type(controller) is Controller and controller.cut(trees) == trees
     controller.learn(trees, [[0], [0]], 100.0, 1.0)
     assert controller.nodes == controller.largest == nodes
 
@@ -40,8 +51,8 @@ def test_a_number_or_nothing_to_decide_is_fixed_and_measures_nothing(budget, dra
 def test_no_tree_is_larger_than_a_cache_takes(drafter, monkeypatch):
     cache = cache_from_name("int4")
     monkeypatch.setattr(type(cache), "largest_tree", 3)
-    controller = controller_for("auto", FakeRunner(), drafter, cache)
-    assert controller.nodes == controller.largest == 3
+    controller = after_plain_rounds(controller_for("auto", FakeRunner(), drafter, cache))
+    assert 2 <= controller.nodes <= controller.largest == 3 or drafter is None and controller.nodes == 3
 
 
 def test_halving():

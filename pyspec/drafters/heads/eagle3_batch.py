@@ -19,7 +19,7 @@ from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_room import END, GUESS, READ, HeadRoom
 from pyspec.drafters.tables.guesses import GuessedNodes
 from pyspec.host import compiled
-from pyspec.ops.row_statistics import TOP
+from pyspec.ops.row_statistics import TOP, row_statistics
 from pyspec.runners._inference import inference
 from pyspec.runners.replay import Rows
 from pyspec.sampling.sampler import Sampler
@@ -91,6 +91,14 @@ class HeadLaws:
         found = self._rows(Asked(tokens, parents, nodes))
         best = np.array([said.top_tokens[row] for said, row in found])
         return best[:, :count], np.exp(np.array([said.top_logits[row] for said, row in found])[:, :count])
+
+    def statistics(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]):
+        """The 8 best chances and the entropy of each law, where it is a plain softmax."""
+        if not self._sampler.is_plain:
+            return None
+        found = self._rows(Asked(tokens, parents, nodes))
+        entropy = row_statistics(torch.stack([said.logits[row] for said, row in found])).entropy
+        return np.exp(np.array([said.top_logits[row] for said, row in found])), entropy.cpu().numpy()
 
     def _rows(self, asked: Asked) -> list[tuple[_Said, int]]:
         if not self._said.keys() >= set(asked.nodes):

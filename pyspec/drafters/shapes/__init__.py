@@ -9,10 +9,11 @@ everything drawn before, but not on that draw itself; and what was drawn stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from pyspec.ops.row_statistics import TOP
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import largest
 from pyspec.tree import DraftTree, Siblings
@@ -22,6 +23,8 @@ __all__ = [
     "Growing",
     "GrowthPolicy",
     "LawSource",
+    "Level",
+    "StopRule",
     "Sapling",
     "check_temperature",
     "grow_together",
@@ -38,11 +41,34 @@ LARGEST_BUDGET = 4096
 Growing = Generator[Sequence[int], None, DraftTree]
 
 
+class Level(NamedTuple):
+    """What is known of some nodes of a growing tree before children of them are drafted.
+
+    Attributes:
+        depths: [n] int, 0 for the root.
+        chances: [n] float64 of each node, by the law after its parent; 1 for the root.
+        paths: [n] float64, the product of the chances from the root on.
+        top: [n, 8] float64, the best chances of the law after each node, best first.
+        entropy: [n] float64 of that law, in nats.
+    """
+
+    depths: np.ndarray
+    chances: np.ndarray
+    paths: np.ndarray
+    top: np.ndarray
+    entropy: np.ndarray
+
+
+#: Says of each node of a level whether children of it are drafted. It may not depend on what they will be.
+StopRule = Callable[[Level], Sequence[bool]]
+
+
 class LawSource(Protocol):
     """The laws of a drafter below the text so far.
 
     It may also have `likeliest(tokens, parents, nodes, count)`: the tokens and chances [len(nodes), count] that are the
-    best of these laws, likeliest first, where it finds them without; else None.
+    best of these laws, likeliest first, where it finds them without; else None. Then it also has
+    `statistics(tokens, parents, nodes)`: the 8 best chances [len(nodes), 8] of the same laws and their entropies.
     """
 
     vocab_size: int
@@ -65,9 +91,11 @@ class GrowthPolicy:
         """Grows a sapling to at most its budget: yields the nodes whose laws it asks for next, returns the tree."""
         raise NotImplementedError  # abstract: each policy has its own
 
-    def grow(self, source: LawSource, token: int, budget: int, noise: Noise) -> DraftTree:
+    def grow(
+        self, source: LawSource, token: int, budget: int, noise: Noise, goes_on: StopRule | None = None
+    ) -> DraftTree:
         """A tree of at most budget nodes, root included, below token."""
-        return grow_together(self, {0: Sapling(source, token, budget)}, {0: noise})[0]
+        return grow_together(self, {0: Sapling(source, token, budget, goes_on=goes_on)}, {0: noise})[0]
 
 
 def grow_together(
@@ -105,14 +133,15 @@ class Sapling:
         token: the root's.
         budget: most nodes, in [1, 4096].
         least: sum of the chances of chosen nodes below which asking for their laws does not pay.
+        goes_on: says where children are drafted; None everywhere.
     """
 
-    def __init__(self, source: LawSource, token: int, budget: int, least: float = 0.0):
+    def __init__(self, source: LawSource, token: int, budget: int, least: float = 0.0, goes_on: StopRule | None = None):
         if isinstance(budget, bool) or not isinstance(budget, int):
             raise TypeError(f"budget must be an int, got {budget!r}")
         if not 1 <= budget <= LARGEST_BUDGET:
             raise ValueError(f"budget must be in [1, {LARGEST_BUDGET}], got {budget}")
-        self._source = source
+        self._source, self._goes_on = source, goes_on
         self.budget, self.least = budget, least
         self.tokens, self.parents = [token], [-1]
         self.chances = [1.0]  # of the path, by the laws
@@ -149,15 +178,39 @@ class Sapling:
         return [self._laws[node] for node in nodes]
 
     def likeliest(self, nodes: Sequence[int], count: int) -> list[list[tuple[int, float]]]:
-        """The likeliest tokens after some nodes and their chances, likeliest first; fewer than count without mass."""
+        """The likeliest tokens after some nodes and their chances, likeliest first: none where drafting stops, fewer
+        than count without mass."""
         find = getattr(self._source, "likeliest", None)
         found = find and find(self.tokens, self.parents, nodes, count)
         if found is not None:
-            return [
+            children = [
                 [(token, chance) for token, chance in zip(*rows, strict=True) if chance > 0]
                 for rows in zip(found[0].tolist(), found[1].tolist(), strict=True)
             ]
-        return [[(token, float(law[token])) for token in top_tokens(law, count)] for law in self.laws(nodes)]
+        else:
+            laws = self.laws(nodes)
+            children = [[(token, float(law[token])) for token in top_tokens(law, count)] for law in laws]
+        return [of_node if goes_on else [] for of_node, goes_on in zip(children, self.goes_on(nodes), strict=True)]
+
+    def goes_on(self, nodes: Sequence[int]) -> Sequence[bool]:
+        """Whether children of some nodes are drafted, whose laws were asked for."""
+        if self._goes_on is None or not nodes:
+            return [True] * len(nodes)
+        return self._goes_on(self._level(list(nodes)))
+
+    def _level(self, nodes: list[int]) -> Level:
+        find = getattr(self._source, "statistics", None)
+        found = find and find(self.tokens, self.parents, nodes)
+        if found is None:
+            laws = np.stack([self._laws[node] for node in nodes])
+            count = min(TOP, laws.shape[1])
+            best = -np.sort(-np.partition(laws, -count, axis=1)[:, -count:], axis=1)
+            logs = np.log(laws, out=np.zeros_like(laws), where=laws > 0)
+            found = np.pad(best, ((0, 0), (0, TOP - count))), -(laws * logs).sum(axis=1)
+        paths = np.array([self.chances[node] for node in nodes])
+        parents = np.array([self.chances[self.parents[node]] if node else 1.0 for node in nodes])
+        depths = np.array([len(path_to(node, self.parents)) - 1 for node in nodes])
+        return Level(depths, np.divide(paths, parents, out=np.zeros_like(paths), where=parents > 0), paths, *found)
 
     def add(self, parent: int, token: int, chance: float | None = None) -> int:
         """The new node: a child of parent, with this chance or that of parent's law, which is known then."""

@@ -38,9 +38,13 @@ class _Slots:
         return [node for _, node in self._heap[:1] if node not in self._left]
 
     def ask(self, nodes: list[int]) -> None:
-        """Asks for the laws of nodes at once."""
-        for node, law in zip(nodes, self._sapling.laws(nodes), strict=True):
+        """Asks for the laws of nodes at once, and closes the slots where drafting stops."""
+        laws = self._sapling.laws(nodes)
+        for node, law, goes_on in zip(nodes, laws, self._sapling.goes_on(nodes), strict=True):
             self._left[node] = law.copy()
+            if not goes_on:
+                self._heap = [slot for slot in self._heap if slot[1] != node]
+        heapq.heapify(self._heap)
 
     def draw(self) -> tuple[int, float]:
         """Draws at the best slot and opens its sibling's: the child, and the chance of a first child of it."""
@@ -72,7 +76,8 @@ class DySpecGreedy(GrowthPolicy):
             if slots.unknown:
                 yield slots.unknown
                 slots.ask(slots.unknown)
-            slots.open(*slots.draw())
+            else:
+                slots.open(*slots.draw())
         return sapling.drawn()
 
 
@@ -103,11 +108,11 @@ class DySpecThreshold(GrowthPolicy):
         level = [(0, 1.0)] if budget > 1 else []
         while level:
             slots = _Slots(sapling, noise)
+            for slot in level:
+                slots.open(*slot)
             asked = [node for node, _ in level]
             yield asked
             slots.ask(asked)
-            for slot in level:
-                slots.open(*slot)
             grown = []
             while pays(slots.best):
                 chances.append(slots.best)

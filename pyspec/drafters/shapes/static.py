@@ -43,8 +43,9 @@ class StaticTree(GrowthPolicy):
         while level:
             grown, asked = [], [node for _, node in level]
             yield asked
-            for (place, node), law in zip(level, sapling.laws(asked), strict=True):
-                tokens = self._children(law, len(children[place]), noise)
+            laws = sapling.laws(asked)
+            for (place, node), law, goes_on in zip(level, laws, sapling.goes_on(asked), strict=True):
+                tokens = self._children(law, len(children[place]), noise) if goes_on else []
                 places = children[place][: len(tokens)]
                 grown += [(child, sapling.add(node, token)) for child, token in zip(places, tokens, strict=True)]
             level = [(place, node) for place, node in grown if children[place]]

@@ -43,7 +43,11 @@ class StochasticBeam(GrowthPolicy):
             yield asked
             laws = sapling.laws(asked)
             # of each beam, when its next child arrives, and what its law has left
-            race = [(arrival, node, law.copy()) for (arrival, node), law in zip(beams, laws, strict=True)]
+            race = [
+                (arrival, node, law.copy())
+                for (arrival, node), law, goes_on in zip(beams, laws, sapling.goes_on(asked), strict=True)
+                if goes_on
+            ]
             beams = []
             heapq.heapify(race)
             while race and len(beams) < self.width and sapling.room:
