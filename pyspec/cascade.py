@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pyspec.acceptance.exact import ExactAcceptance
-from pyspec.controllers import controller_for
+from pyspec.controllers import controller_for, read_controller
 from pyspec.drafters import Drafter
 from pyspec.generate import check_limits, check_model, check_stream, drafter_for, prompts_of, stop_strings
 from pyspec.loop import prefill, run_round
@@ -55,6 +55,7 @@ def cascade(
     rule: str | TurnRule = "entropy",
     drafters: Sequence[str | Drafter | None] = ("merged", "merged"),
     budget: int | str = "auto",
+    controller: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -74,7 +75,7 @@ def cascade(
         tokens: the token ids of one prompt, as for generate.
         rule: a name of pyspec.turns.TURN_RULES (docs/cascades.md), or a rule.
         drafters: of the small model and of the large one, as for generate.
-        budget, max_new_tokens, temperature, top_p, top_k, seed, stop, stream, warpers: as for generate.
+        budget, controller, max_new_tokens, temperature, top_p, top_k, seed, stop, stream, warpers: as for generate.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
@@ -89,11 +90,12 @@ def cascade(
     if stream is not None:
         check_stream(stream, large)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
+    controller = read_controller(controller)
     sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
     turns = TURN_RULES.named("rule", rule, "or a rule")() if isinstance(rule, (str, type)) else rule
     turns = turns.start(sampler.seed, None if large.tokenizer is None else large.tokenizer.token_bytes)
     writers = [
-        _Writer(model, drafter_for(each, model, ExactAcceptance(), None, sampler), budget, sampler.seed)
+        _Writer(model, drafter_for(each, model, ExactAcceptance(), None, sampler), budget, controller, sampler.seed)
         for model, each in zip((small, large), drafters, strict=True)
     ]
     (prompt,) = prompts
@@ -131,11 +133,11 @@ def _write(writers: list[_Writer], text: TextSequence, rule: _InTurns) -> list[t
 class _Writer:
     """A model with its drafter, its controller and its stats."""
 
-    def __init__(self, model: Runner, drafter: Drafter | None, budget: int | str, seed: int):
+    def __init__(self, model: Runner, drafter: Drafter | None, budget: int | str, controller: str | None, seed: int):
         self.stats = Stats(seed=seed)
         self.stats.clock = clock_of(model)
         self._model, self._drafter, self._has_begun = model, drafter, False
-        self._controller = controller_for(budget, model, drafter)
+        self._controller = controller_for(budget, controller, model, drafter)
 
     def take_turn(self, text: TextSequence, rule: _InTurns) -> None:
         """Continues the text until it ends or the turn does."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import QuantisedSettings, cache_from_name
-from pyspec.controllers import CONTROLLERS, controller_for
+from pyspec.controllers import Controller, controller_for, read_controller
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
 from pyspec.runners import Runner
@@ -49,6 +49,7 @@ def generate(
     *,
     drafter: str | Drafter | list | None = "merged",
     budget: int | str = "auto",
+    controller: str | Controller | None = None,
     acceptance: str | AcceptanceRule = "exact",
     deferral: float | None = None,
     max_new_tokens: int = 256,
@@ -77,9 +78,10 @@ def generate(
             padding, on the left or on the right, which is left out.
         drafter: a name of pyspec.drafters.DRAFTERS (docs/drafting.md), a drafter, or None for plain decoding; or a list
             of drafters that take turns, as a controller chooses.
-        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; or a name of
-            pyspec.controllers.CONTROLLERS (docs/controllers.md), or several with "+" between them: "auto" is the number
-            that gives most tokens a second by the measured costs of this model on this machine.
+        budget: tree nodes a round, in [1, 4096], the last committed token being one of them; "auto" is the number that
+            gives most tokens a second by the measured costs of this model on this machine.
+        controller: who decides within the budget: a name of pyspec.controllers.CONTROLLERS (docs/controllers.md),
+            several with "+" between them, or a controller. None is "pays" for the budget "auto", else "fixed".
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
         deferral: of acceptance="cascade", in [0, 1]: larger leaves more to the drafter. None is its default, 0.1.
@@ -104,12 +106,13 @@ def generate(
     if stream is not None:
         check_stream(stream, model)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
+    controller = read_controller(controller)
     logprobs = None if logprobs is None else _logprobs(logprobs)
     settings = _cache_settings(cache, model, budget)
     sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
     rule = acceptance_from_name(acceptance, deferral)
     shared_drafter = drafter_for(drafter, model, rule, settings, sampler)
-    controller = controller_for(budget, model, shared_drafter, settings)
+    controller = controller_for(budget, controller, model, shared_drafter, settings)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
     sequences = [
@@ -233,11 +236,8 @@ def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int |
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:
     """Checks budget and number of new tokens, as generate takes them; raises TypeError or ValueError for any others."""
-    choices = " or ".join(["an integer", *(f'"{name}"' for name in CONTROLLERS)])
-    if not isinstance(budget, str):
-        budget = read_integer("budget", budget, choices)
-    elif not set(budget.split("+")) <= set(CONTROLLERS):
-        raise TypeError(f"budget must be {choices}, got {budget!r}")
+    if not (isinstance(budget, str) and budget == "auto"):
+        budget = read_integer("budget", budget, 'an integer or "auto"')
     max_new_tokens = read_integer("max_new_tokens", max_new_tokens)
     for name, value, most in (("budget", budget, LARGEST_BUDGET), ("max_new_tokens", max_new_tokens, MOST_NEW_TOKENS)):
         if not isinstance(value, str) and not 1 <= value <= most:

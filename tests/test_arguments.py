@@ -175,7 +175,7 @@ def test_numbers_of_numpy_and_torch(three):
         ({"top_k": np.float32(1)}, TypeError, "top_k must be an integer"),
         ({"max_new_tokens": None}, TypeError, "max_new_tokens must be an integer, got None"),
         ({"max_new_tokens": torch.tensor([4])}, TypeError, "max_new_tokens must be an integer"),
-        ({"budget": "all"}, TypeError, "budget must be an integer or .*\"auto\" or .*, got 'all'"),
+        ({"budget": "all"}, TypeError, "budget must be an integer or \"auto\", got 'all'"),
         ({"budget": np.array([4, 5])}, TypeError, "budget must be an integer"),
         ({"stop": None}, TypeError, "stop must be a string or strings, got None"),
         ({"stop": b"x"}, ValueError, "stop must be strings that are not empty, got 120"),

@@ -68,11 +68,11 @@ def test_the_rule_judges(newcomers):
 
 def test_the_controller_decides(newcomers):
     model, prompt = FakeRunner(), list(b"the tree")
-    text = generate(model, prompt, drafter=Oracle(model), budget="halving", max_new_tokens=60)
+    text = generate(model, prompt, drafter=Oracle(model), controller="halving", max_new_tokens=60)
     assert text.tokens == generate(model, prompt, drafter=None, max_new_tokens=60).tokens
     assert text.stats.rounds == 1  # as many nodes as a name may ask for
-    with pytest.raises(TypeError, match='budget must be an integer or .*"auto" or .*"halving" or .*, got \'all\''):
-        generate(model, prompt, budget="all")
+    with pytest.raises(ValueError, match="controller must be one of .*halving, .*, got 'all'"):
+        generate(model, prompt, controller="all")
 
 
 def test_the_cache_keeps(newcomers):

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from training.data_files import Batch
 
-__all__ = ["ChainAttention"]
+__all__ = ["ChainAttention", "turned"]
+
+
+def turned(rows: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """[..., heads, head_dim] fp32: rows of heads turned by their positions [...]; frequencies: [head_dim / 2]."""
+    angles = positions[..., None, None] * frequencies
+    cosines, sines = angles.cos(), angles.sin()
+    first, second = rows.float().chunk(2, -1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
 
 
 class ChainAttention:
@@ -83,11 +91,7 @@ class ChainAttention:
         return rows.unflatten(-1, (-1, self._head_dim))
 
     def _turned(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """[R, heads, head_dim] fp32, turned by their positions."""
-        angles = positions[:, None, None] * self._frequencies
-        cosines, sines = angles.cos(), angles.sin()
-        first, second = self._in_heads(rows).float().chunk(2, -1)
-        return torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
+        return turned(self._in_heads(rows), positions, self._frequencies)
 
     def _spread(self, rows: Tensor, slots: Tensor) -> Tensor:
         """[texts, length, ...]: rows at their places, 0 elsewhere."""

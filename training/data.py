@@ -6,6 +6,10 @@ Half of the prompts the model writes itself: it is given the beginning of a chat
 arXiv 2406.08464). The others are about topics of WordNet (Debian's wordnet-base), Python's standard library and sums.
 Seven answers of ten are greedy, three at temperature 0.7. What runs in circles is cut off after the second
 round. The folder's files are described in training/data_files.py. Needs the extra `train`.
+
+For DistillSpec's comparison another may write the answers: `--writer FOLDER` is a model of the same tokenizer, such as
+a student whose own samples it is to learn from, and `--writer documents` takes texts as they are, glosses and
+docstrings. The model then reads them, and says what it would have said.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ __all__ = ["Maker", "Recipe", "end_of_circles", "main", "make"]
 
 OWN_TURN, LONGEST_TURN = "<user's turn>", 128  # what stands for a turn in the template; tokens of one
 MOST_OF_PROMPT = 640  # tokens: longer prompts are cut short in the middle of nowhere
+DOCUMENTS = "documents"  # a writer that is no model
 CIRCLE = 32  # tokens that a short period must last to be a circle
 GREEDY = 0.7  # of the answers
 
@@ -115,22 +120,44 @@ class Maker:
         model: from pyspec.load.
         recipe: how.
         topics: of the prompts that the model does not write.
+        writer: of the answers, instead of the model: another model of the same tokenizer, or "documents".
     """
 
-    def __init__(self, model, recipe: Recipe, topics: Topics):
-        self.model, self.recipe, self.topics = model, recipe, topics
+    def __init__(self, model, recipe: Recipe, topics: Topics, writer=None):
+        self.model, self.recipe, self.topics, self.writer = model, recipe, topics, writer
         self.taps = taps_of(model.layers)
 
     def shard(self, number: int) -> list[Text]:
         """The texts of a shard: the same for the same number, whatever was made before."""
         random = np.random.default_rng((self.recipe.seed, number))
+        if self.writer is not None:
+            return self._by_another(random)
         prompts, kept = self._prompts(random), KeepTaps(self.taps)
         temperatures = np.where(random.random(len(prompts)) < GREEDY, 0.0, 0.7).tolist()
-        answers = self._generate(prompts, random, temperatures, self.recipe.answer, drafter=kept)
+        answers = self._generate(self.model, prompts, random, temperatures, self.recipe.answer, drafter=kept)
         return [
             _text(prompt, answer, torch.cat(drafter.rows))
             for prompt, answer, drafter in zip(prompts, answers, kept.started, strict=True)
         ]
+
+    def _by_another(self, random: np.random.Generator) -> list[Text]:
+        """Texts whose answers another wrote, and what the model says as it reads them."""
+        if self.writer == DOCUMENTS:
+            encode, chat = self.model.tokenizer.encode, self.model.tokenizer.chat
+            found = [self.topics.documented(random) for _ in range(self.recipe.each)]
+            prompts = [chat([{"role": "user", "content": question}]) for question, _ in found]
+            answers = [encode(answer)[: self.recipe.answer] for _, answer in found]
+        else:
+            prompts = self._prompts(random)
+            temperatures = np.where(random.random(len(prompts)) < GREEDY, 0.0, 0.7).tolist()
+            answers = self._generate(self.writer, prompts, random, temperatures, self.recipe.answer)
+        rows: list[list[Tensor]] = [[] for _ in prompts]
+        self.model.prefill(
+            [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)],
+            observe=lambda slot, chain, read: rows[slot].append(read.taps.float()),
+            taps=self.taps,
+        )
+        return [_text(*each, torch.cat(kept)) for *each, kept in zip(prompts, answers, rows, strict=True)]
 
     def _prompts(self, random: np.random.Generator) -> list[list[int]]:
         """Prompts of a shard; a turn that found no end, or ran in circles, makes room for a topic."""
@@ -158,16 +185,16 @@ class Maker:
             start = tokenizer.encode(before_turn, special=True)
         else:
             start = tokenizer.encode("") or [min(self.model.eos_tokens)]
-        turns = self._generate([start] * number, random, [1.0] * number, LONGEST_TURN, top_p=0.95)
+        turns = self._generate(self.model, [start] * number, random, [1.0] * number, LONGEST_TURN, top_p=0.95)
         whole = [turn for turn in turns if turn and end_of_circles(turn) == len(turn)]
         if not self._chats:
             return [[*start, *turn[: random.integers(8, LONGEST_TURN)]] for turn in whole]
         texts = [tokenizer.decode(turn).strip() for turn in whole if turn[-1] in self.model.eos_tokens]
         return [tokenizer.chat([{"role": "user", "content": text}]) for text in texts if text]
 
-    def _generate(self, prompts, random, temperatures, length, *, top_p=1.0, drafter=None) -> list[list[int]]:
-        """What the model says after prompts, each with a seed of its own: alike ones would have one answer."""
-        model, seeds = self.model, random.integers(2**32, size=len(prompts)).tolist()
+    def _generate(self, model, prompts, random, temperatures, length, *, top_p=1.0, drafter=None) -> list[list[int]]:
+        """What a model says after prompts, each with a seed of its own: alike ones would have one answer."""
+        seeds = random.integers(2**32, size=len(prompts)).tolist()
         sequences = [
             Sequence(
                 model=model,
@@ -183,7 +210,7 @@ class Maker:
             model,
             sequences,
             acceptance_from_name("exact"),
-            controller=controller_for(1, model, drafter, None),
+            controller=controller_for(1, None, model, drafter),
             cache=None,
             stats=Stats(seed=self.recipe.seed),
         )
@@ -201,7 +228,9 @@ def _text(prompt: list[int], answer: list[int], features: Tensor) -> Text:
     return Text(tokens, len(prompt), features)
 
 
-def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet: Path = WORDNET) -> int:
+def make(
+    model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet: Path = WORDNET, writer: str | None = None
+) -> int:
     """Makes shards until a folder has so many tokens, prompts included, going on where it stopped; how many it has.
 
     Args:
@@ -211,9 +240,10 @@ def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet
         tokens: to have.
         name: of the model, for the settings.
         wordnet: the folder of WordNet's files; where there are none, prompts are about the other topics.
+        writer: of the answers, see Maker: what pyspec.load takes, or "documents".
 
     Raises:
-        ValueError: the folder holds texts of other settings, or the model has no tokenizer.
+        ValueError: the folder holds texts of other settings, the model has no tokenizer, or the writer another one.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -223,7 +253,7 @@ def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet
     settings = {
         **{"model": name, "fingerprint": model.fingerprint, "dtype": str(model.weight_dtype).removeprefix("torch.")},
         **{"taps": list(taps_of(model.layers)), "hidden": model.hidden_size, "vocabulary": model.vocab_size},
-        **{"words": len(words), **asdict(recipe)},
+        **{"words": len(words), "writer": writer, **asdict(recipe)},
     }
     found = read_settings(folder)
     for key, value in settings.items():
@@ -233,7 +263,7 @@ def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     if not words:
         print(f"There is no WordNet in {wordnet}, so no prompt is about its words (Debian: wordnet-base).")
-    maker, done = Maker(model, recipe, Topics(words)), 0
+    maker, done = Maker(model, recipe, Topics(words), _writer(writer, model)), 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("tokens", total=tokens)
@@ -244,6 +274,15 @@ def make(model, folder: Path, recipe: Recipe, tokens: int, *, name: str, wordnet
                 write_shard(path, maker.shard(number))
             done += tokens_of(path)
             progress.update(task, completed=done, description=f"{(number + 1) * recipe.each} texts")
+
+
+def _writer(name: str | None, model):
+    if name is None or name == DOCUMENTS:
+        return name
+    writer = pyspec.load(name, device=model.device)
+    if writer.vocab_size != model.vocab_size:
+        raise ValueError(f"writer must have the model's {model.vocab_size} tokens, got {writer.vocab_size} in {name}")
+    return writer
 
 
 def tokens_of(path: Path) -> int:
@@ -260,14 +299,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the texts; one that has some goes on")
     parser.add_argument("--tokens", type=int, default=1_500_000, help="to make in all, prompts included")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=["bfloat16", "int8"], help="of weights; default: what pyspec.load takes")
+    parser.add_argument("--writer", help="of the answers, in the model's stead: a model's folder, or documents")
     parser.add_argument("--wordnet", type=Path, default=WORDNET, help="folder of WordNet's files")
     for name, value in asdict(Recipe()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     options = vars(parser.parse_args(arguments))
     source, folder, tokens, wordnet = (options.pop(name) for name in ("model", "output", "tokens", "wordnet"))
-    model = pyspec.load(source, device=options.pop("device"))
+    dtype, writer = options.pop("dtype"), options.pop("writer")
+    model = pyspec.load(source, device=options.pop("device"), dtype=dtype and getattr(torch, dtype))
     try:
-        done = make(model, folder, Recipe(**options), tokens, name=source, wordnet=wordnet)
+        done = make(model, folder, Recipe(**options), tokens, name=source, wordnet=wordnet, writer=writer)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on") from None
     print(f"{folder} has {done} tokens")

@@ -158,6 +158,14 @@ class Topics:
         shares = np.array([0.5 if self.words else 0.0, 0.35, 0.15])
         return kinds[random.choice(3, p=shares / shares.sum())](random)
 
+    def documented(self, random: Generator) -> tuple[str, str]:
+        """A question and a text that answers it, as somebody wrote it: a gloss, or a docstring."""
+        if self.words and random.random() < 0.5:
+            word = _one_of(random, self.words)
+            return f"Explain what {word.name} is.", f"{word.name.capitalize()}: {word.gloss}."
+        function = _one_of(random, self.functions)
+        return f"What does {function.name} do in Python?", function.documentation
+
     def beginning(self, random: Generator) -> str:
         """What a file of Python might go on from, for a model that nobody can ask."""
         lines = _one_of(random, self.functions).source.splitlines()

@@ -27,6 +27,7 @@ from training.drafts import Recipe, Target
 __all__ = ["Student", "main"]
 
 LAYERS = 3  # of the student
+RECIPE = Recipe(depth=1, vocabulary=0, hybrid=1.0, learning_rate=5e-4)  # no chains: it reads tokens alone
 
 
 class Student(nn.Module):
@@ -42,6 +43,7 @@ class Student(nn.Module):
     """
 
     title, layout, option = "A small model that drafts", "a Llama of Hugging Face", "--draft-model"
+    confidence = None
 
     def __init__(self, target: Target, taps: Sequence[int] = (), layers: int = LAYERS):
         super().__init__()
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         __doc__,
         Student,
         lambda texts, runner, size: range(runner.vocab_size),
-        Recipe(depth=1, vocabulary=0, hybrid=1.0, learning_rate=5e-4),
+        RECIPE,
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "learn",
     "loss_of",
     "measure",
+    "noisy",
 ]
 
 CHECKPOINT = "checkpoint.pt"
@@ -142,8 +143,9 @@ class Head(Protocol):
 
     title: str  #: of its card
     layout: str  #: whose the folder's layout is
-    option: str  #: of pyspec generate
+    option: str | None  #: of pyspec generate; None where no drafter loads it
     logits: nn.Linear  #: of guesses, frozen at first
+    confidence: nn.Linear | None  #: of the same rows, the logit of a guess's chance to be accepted; None without
 
     def guesses(self, batch: Batch, chains: Tensor, depth: int, share: float, noise: float) -> Iterator:
         """Chains of guesses with the tokens of the text, depth by depth.
@@ -170,6 +172,14 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def noisy(features: Tensor, noise: float) -> Tensor:
+    """fp32 features [..., H] and noise of a standard deviation by their root mean square."""
+    features = features.float()
+    if not noise:
+        return features
+    return features + noise * features.square().mean(-1, keepdim=True).sqrt() * torch.randn_like(features)
+
+
 def chains_of(batch: Batch) -> tuple[Tensor, Tensor]:
     """[n] bool: rows whose law is worth learning, and rows behind which the first guess of a chain is held against one.
 
@@ -190,18 +200,26 @@ def loss_of(head: Head, target: Target, batch: Batch, recipe: Recipe, step: int,
     loss, divergence = torch.zeros(()), recipe.divergence if step < recipe.hybrid * recipe.steps else "hybrid"
     chains = has_guess.nonzero()[:, 0]
     for depth, (kept, guess) in enumerate(head.guesses(batch, chains, recipe.depth, recipe.share, recipe.noise)):
-        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], divergence)
+        shared = None if head.confidence is None else torch.empty(len(guess))
+        found = distil(guess, head.logits.weight, laws, places[kept + 1 + depth], divergence, shared)
+        if shared is not None:
+            sure = head.confidence(guess.detach())[:, 0].float()
+            found = found + F.binary_cross_entropy_with_logits(sure, shared, reduction="sum")
         loss = loss + 0.8**depth * found / max(1, len(kept))
     return loss
 
 
 @torch.no_grad()
-def measure(head: Head, target: Target, batches: Sequence[Batch], depth: int, dtype: torch.dtype) -> list[float]:
-    """[depth] shares of the chains whose first, first two, ... guesses are the target's own choices.
+def measure(
+    head: Head, target: Target, batches: Sequence[Batch], widths: Sequence[int], dtype: torch.dtype
+) -> list[float]:
+    """[depth] shares of the chains whose first, first two, ... guesses hold the target's own choices.
 
-    The guesses behind the first are made with the tokens of the text. So the shares are those of drafting where a text
-    was made of the likeliest tokens, and near them where it was drawn.
+    A guess of depth d is the likeliest widths[d] tokens: widths of 1 are those of a chain, others of a tree in which
+    each node of depth d has so many children. The guesses behind the first are made with the tokens of the text. So the
+    shares are those of drafting where a text was made of the likeliest tokens, and near them where it was drawn.
     """
+    depth = len(widths)
     right, count = torch.zeros(depth), torch.zeros(depth)
     for batch in batches:
         is_learned, has_guess = chains_of(batch)
@@ -211,8 +229,9 @@ def measure(head: Head, target: Target, batches: Sequence[Batch], depth: int, dt
         chains = has_guess.nonzero()[:, 0]
         for index, (kept, guess) in enumerate(head.guesses(batch, chains, depth, 1.0, 0.0)):
             matrix = head.logits.weight.to(dtype)
-            found = torch.cat([F.linear(part.to(dtype), matrix).argmax(-1) for part in guess.split(CHUNK)])
-            are_right[kept] &= target.tokens[found] == choices[places[kept + 1 + index]]
+            logits = (F.linear(part.to(dtype), matrix) for part in guess.split(CHUNK))
+            found = torch.cat([part.topk(widths[index]).indices for part in logits])
+            are_right[kept] &= (target.tokens[found] == choices[places[kept + 1 + index], None]).any(-1)
             right[index] += are_right[kept].sum()
             count[index] += len(kept)
     return (right / count.clamp(min=1)).tolist()
@@ -278,12 +297,13 @@ class Run:
             if first >= self.recipe.steps:
                 return
 
-    def measure(self) -> list[float]:
-        """The shares of held-out chains, see measure."""
+    def measure(self, widths: Sequence[int] = ()) -> list[float]:
+        """The shares of held-out chains, see measure; of a tree whose first levels have such widths, the others 1."""
         parts = self._held_out.batches(self.recipe.tokens)[:MEASURED]
         batches = [self._held_out.read(part) for part in parts]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return measure(self.head, self.target, batches, self.recipe.depth, self.dtype)
+            widths = [*widths, *[1] * self.recipe.depth][: self.recipe.depth]
+            return measure(self.head, self.target, batches, widths, self.dtype)
 
 
 def learn(run: Run) -> None:

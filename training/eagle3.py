@@ -11,20 +11,18 @@ arXiv 2503.01840. Needs the extra `train`: pip install pyspec-kernels[train].
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.chains import ChainAttention
 from training.command import command
 from training.data_files import Batch
 from training.data_vocabulary import head_vocabulary
-from training.drafts import Recipe, Target, chains_of
+from training.drafts import Recipe, Target, chains_of, noisy
+from training.layers import Joined, begin, feed_forward, layer_of, linear, write_speculator
 
 __all__ = ["Eagle3", "main"]
 
@@ -42,50 +40,28 @@ class Eagle3(nn.Module):
     """
 
     title, layout, option = "An EAGLE-3.1 head", "the speculators library", "--draft-head"
+    confidence = None
 
     def __init__(self, target: Target, taps: Sequence[int], norm_before_residual: bool = True):
         super().__init__()
         shape = target.config
         width, epsilon = shape.hidden_size, shape.norm_epsilon
         self.target, self.taps, self.norm_before_residual = target, taps, norm_before_residual
-
-        def linear(rows: int, columns: int) -> nn.Linear:
-            matrix = nn.Linear(columns, rows, bias=False)
-            nn.init.normal_(matrix.weight, std=0.02)
-            return matrix
-
-        def norm() -> nn.RMSNorm:
-            return nn.RMSNorm(width, epsilon)
-
-        self.fc, self.fc_norm = linear(width, len(taps) * width), nn.ModuleList(norm() for _ in taps)
-        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        attention = {"q_proj": linear(queries, 2 * width), "k_proj": linear(keys, 2 * width)}
-        attention |= {"v_proj": linear(keys, 2 * width), "o_proj": linear(width, queries)}
-        inner = shape.intermediate_size
-        mlp = {"gate_proj": linear(inner, width), "up_proj": linear(inner, width), "down_proj": linear(width, inner)}
-        layer = {"input_layernorm": norm(), "hidden_norm": norm(), "self_attn": nn.ModuleDict(attention)}
-        layer |= {"post_attention_layernorm": norm(), "mlp": nn.ModuleDict(mlp)}
-        self.layers = nn.ModuleList([nn.ModuleDict(layer)])
-        self.norm, self.lm_head = norm(), linear(len(target.tokens), width)
+        self.fc = Joined(shape, len(taps))
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(width, epsilon) for _ in taps)
+        layer = layer_of(shape, 2 * width)
+        layer["hidden_norm"] = nn.RMSNorm(width, epsilon)
+        self.layers, self.norm = nn.ModuleList([layer]), nn.RMSNorm(width, epsilon)
+        self.lm_head = linear(len(target.tokens), width)
         self._begin()
 
     @torch.no_grad()
     def _begin(self) -> None:
         """As the target's last layer above its last tap, as far as the two have the same shapes."""
-        layer, width = self.layers[0], self.target.config.hidden_size
         last = self.target.layer(self.target.config.layers - 1)
         if "input_layernorm.weight" in last:
             last["hidden_norm.weight"] = last["input_layernorm.weight"]
-        for name, values in layer.named_parameters():
-            found = last.get(name)
-            if found is None:
-                continue
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                values = values[:, width:]  # of the hidden row; the embedding's begin small
-            if found.shape == values.shape:
-                values.copy_(found)
-        self.fc.weight.zero_()
-        self.fc.weight[:, -width:].fill_diagonal_(1)
+        begin(self.layers[0], last)
         self.norm.weight.copy_(QUIET * self.target.norm)
         self.lm_head.weight.copy_(self.target.logit_rows)
 
@@ -119,18 +95,13 @@ class Eagle3(nn.Module):
                 attention.guess(goes_on, chains, projected["k_proj"](x), projected["v_proj"](x))
             stream = layer["hidden_norm"](hidden) if self.norm_before_residual else hidden
             stream = stream + projected["o_proj"](attention.mix(projected["q_proj"](x), chains))
-            x, mlp = layer["post_attention_layernorm"](stream), layer["mlp"]
-            stream = stream + mlp["down_proj"](F.silu(mlp["gate_proj"](x)) * mlp["up_proj"](x))
-            hidden = self.norm(stream)
+            hidden = self.norm(feed_forward(layer, stream))
             yield chains, hidden
 
     def _joined(self, features: Tensor, noise: float) -> Tensor:
         """[n, H]: the hidden rows of the target's features [n, taps, H]."""
-        features = features.float()
-        if noise:
-            size = features.square().mean(-1, keepdim=True).sqrt()
-            features = features + noise * size * torch.randn_like(features)
-        return self.fc(torch.cat([norm(features[:, tap]) for tap, norm in enumerate(self.fc_norm)], -1)).float()
+        features = noisy(features, noise)
+        return self.fc(torch.stack([norm(features[:, tap]) for tap, norm in enumerate(self.fc_norm)], 1)).float()
 
     def _pairs(self, embedded: Tensor, hidden: Tensor) -> Tensor:
         layer = self.layers[0]
@@ -138,44 +109,14 @@ class Eagle3(nn.Module):
 
     def write(self, folder: Path, model: str) -> None:
         """Writes config.json and model.safetensors, in bf16; model: what other engines load the target by."""
-        shape, kept = self.target.config, self.target.tokens
-        tensors = {name: values.detach().bfloat16() for name, values in self.state_dict().items()}
-        tensors["d2t"] = kept - torch.arange(len(kept))
-        tensors["t2d"] = torch.zeros(shape.vocab_size, dtype=torch.bool).index_fill(0, kept, True)
-        save_file(tensors, folder / "model.safetensors")
-        of_layer = {
-            "model_type": "llama",
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size,
-            "num_hidden_layers": 1,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "rms_norm_eps": shape.norm_epsilon,
-            "rope_theta": shape.rope_base,
-            "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_base},
-            "max_position_embeddings": shape.context_length,
-        }
         config = {
             "architectures": ["Eagle3DraftModel"],
-            "speculators_model_type": "eagle3",
-            "speculators_version": "0.9.0",
-            "draft_vocab_size": len(kept),
             "eagle_aux_hidden_state_layer_ids": list(self.taps),
             "norm_before_residual": self.norm_before_residual,
             "fc_norm": True,
             "norm_output": True,
-            "tie_word_embeddings": False,
-            "transformer_layer_config": of_layer,
-            "speculators_config": {
-                "algorithm": "eagle3",
-                "default_proposal_method": "greedy",
-                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
-                "verifier": {"name_or_path": model, "architectures": [shape.architecture]},
-            },
         }
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_speculator(folder, self.target, self.state_dict(), model, "eagle3", 4, config)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -40,7 +40,9 @@ class Laws:
     entropies: Tensor
 
 
-def distil(rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, divergence: str = "kl") -> Tensor:
+def distil(
+    rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, divergence: str = "kl", shared: Tensor | None = None
+) -> Tensor:
     """The sum over rows of how far their guesses are from the target's laws.
 
     Args:
@@ -49,20 +51,21 @@ def distil(rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, divergence: 
         laws: of the target.
         index: [R] int64, the law of each row.
         divergence: one of DIVERGENCES.
+        shared: [R] fp32, in which sum min(p, q) is put: the chance that a drawn guess is accepted.
 
     Raises:
         ValueError: for another divergence.
     """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {divergence!r}")
-    return _Distilled.apply(rows, weight, laws, index, DIVERGENCES[divergence])
+    return _Distilled.apply(rows, weight, laws, index, DIVERGENCES[divergence], shared)
 
 
 class _Distilled(torch.autograd.Function):
     """Makes the gradient along with the loss: rows of logits are never kept."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, weight: Tensor, laws: Laws, index: Tensor, divergence: Divergence) -> Tensor:
+    def forward(ctx, rows, weight, laws: Laws, index, divergence: Divergence, shared: Tensor | None) -> Tensor:
         dtype, learns = laws.shares.dtype, weight.requires_grad
         matrix, x, loss = weight.to(dtype), rows.to(dtype), rows.new_zeros((), dtype=torch.float32)
         to_rows, to_weight = torch.empty_like(rows), torch.zeros_like(weight) if learns else None
@@ -71,6 +74,8 @@ class _Distilled(torch.autograd.Function):
             logits, law = F.linear(x[part], matrix).float(), laws.shares[index[part]].float()
             found, gradient = divergence(logits, law, laws.entropies[index[part]])
             loss += found.sum()
+            if shared is not None:
+                shared[part] = torch.minimum(logits.softmax(-1), law).sum(-1)
             gradient = gradient.to(dtype)
             to_rows[part] = (gradient @ matrix).to(rows.dtype)
             if learns:
@@ -81,7 +86,7 @@ class _Distilled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple:
         to_rows, to_weight = ctx.saved_tensors
-        return to_rows * scale, None if to_weight is None else to_weight * scale, None, None, None
+        return to_rows * scale, None if to_weight is None else to_weight * scale, None, None, None, None
 
 
 # ==== divergences: [R] and their gradients [R, Vd], of logits [R, Vd], laws [R, Vd] and the laws' entropies [R] ====

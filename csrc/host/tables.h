@@ -1,5 +1,5 @@
-// Bindings of the tables that model-free drafters keep (STAND, ADED, N-Grammys, suffix lookup), and of trained
-// heads.
+// Bindings of the tables that model-free drafters keep (STAND, ADED, N-Grammys, suffix lookup), and of
+// trained heads.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -54,8 +54,13 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
 def add_budget_argument(parser: argparse.ArgumentParser) -> None:
     from pyspec.controllers import CONTROLLERS
 
-    named = ", ".join(f"or {name}, {summary}" for name, summary in CONTROLLERS.summaries.items())
-    parser.add_argument("--budget", type=_budget, default="auto", help=f"tree nodes a round, {named}; default: auto")
+    parser.add_argument("--budget", type=_budget, default="auto", help="tree nodes a round, or auto, the default")
+    named = "; ".join(f"{name}, {summary}" for name, summary in CONTROLLERS.summaries.items())
+    parser.add_argument(
+        "--controller",
+        metavar="NAME",
+        help=f"who decides within the budget, several with + between them; {named}; default: pays, fixed for a number",
+    )
 
 
 def json_or_text(text: str) -> Any:
@@ -67,17 +72,15 @@ def json_or_text(text: str) -> Any:
 
 
 def _budget(text: str) -> int | str:
-    from pyspec.controllers import CONTROLLERS
-
-    is_name = set(text.split("+")) <= set(CONTROLLERS)
-    if not is_name and not text.lstrip("+-").isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number of nodes or {' or '.join(CONTROLLERS)}, got {text!r}")
-    return text if is_name else int(text)
+    if text != "auto" and not text.lstrip("+-").isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of nodes or auto, got {text!r}")
+    return text if text == "auto" else int(text)
 
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
     """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
     from pyspec.acceptance import acceptance_from_name
+    from pyspec.controllers import read_controller
     from pyspec.generate import check_limits
     from pyspec.sampling.sampler import Sampler
     from pyspec.sampling.warpers import WARPERS
@@ -88,8 +91,9 @@ def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[fl
         )
     acceptance_from_name(arguments.acceptance, arguments.deferral)
     check_limits(arguments.budget, arguments.max_new_tokens)
+    read_controller(arguments.controller)
     warpers = {name: getattr(arguments, name) for name in WARPERS if getattr(arguments, name) is not None}
     for temperature in temperatures:
         Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed, **warpers)
-    names = ("budget", "acceptance", "deferral", "max_new_tokens", "top_k", "top_p", "seed", "cache")
+    names = ("budget", "controller", "acceptance", "deferral", "max_new_tokens", "top_k", "top_p", "seed", "cache")
     return {name: getattr(arguments, name) for name in names} | warpers

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from pyspec.drafters import Drafter
     from pyspec.runners import Runner
 
-__all__ = ["CONTROLLERS", "LARGEST", "Controller", "Together", "controller_for"]
+__all__ = ["CONTROLLERS", "LARGEST", "Controller", "Together", "controller_for", "read_controller"]
 
 LARGEST = 64  # nodes of a tree that a controller with a name asks for, at most
 
-#: What makes a controller by name, as a budget may be one: called with model, drafter, cache and the largest tree.
+#: What makes a controller by name: called with model, drafter, cache and the largest tree.
 CONTROLLERS: Registry[Callable[..., Controller]] = Registry("pyspec.controllers")
 
 
@@ -119,21 +119,45 @@ class Together(Controller):
             controller.restore(of_it)
 
 
+def read_controller(controller: str | Controller | None) -> str | Controller | None:
+    """A controller as generate takes it.
+
+    Raises:
+        ValueError: it is a string, but no name of CONTROLLERS, nor several with "+" between them.
+        TypeError: it is something else.
+    """
+    if controller is None or isinstance(controller, Controller):
+        return controller
+    for name in controller.split("+") if isinstance(controller, str) else [controller]:
+        CONTROLLERS.named("controller", name, 'several with "+" between them, or a controller')
+    return controller
+
+
 def controller_for(
-    budget: int | str, model: Runner, drafter: Drafter | None, cache: QuantisedSettings | None = None
+    budget: int | str,
+    controller: str | Controller | None,
+    model: Runner,
+    drafter: Drafter | None,
+    cache: QuantisedSettings | None = None,
 ) -> Controller:
     """The controller of one call of generate.
 
     Args:
-        budget: nodes of a tree, or a controller's name, or several names with "+" between them.
+        budget: nodes of a tree at most, or "auto" for LARGEST.
+        controller: a name, several names with "+" between them, a controller, which is used as it is, or None: "pays"
+            for the budget "auto", and for a number that many nodes in every round.
         model: whose costs may be measured; its batch is lost then.
         drafter: None for plain decoding, where there is nothing to decide. Of several, "best_arm" chooses.
         cache: how keys and values are kept, None for a dense cache.
     """
-    largest = LARGEST if isinstance(budget, str) else budget
+    if isinstance(controller, Controller):
+        return controller
+    largest = LARGEST if budget == "auto" else budget
     if cache is not None:
         largest = min(largest, cache.largest_tree)
-    names = budget.split("+") if isinstance(budget, str) and drafter is not None else []
+    if controller is None:
+        controller = "pays" if budget == "auto" else "fixed"
+    names = controller.split("+") if drafter is not None else []
     if hasattr(drafter, "arm") and "best_arm" not in names:
         names = ["best_arm", *names]
     controllers = [CONTROLLERS[name](model, drafter, cache, largest) for name in names]

@@ -269,4 +269,4 @@ def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | N
     return kind(running_costs(model, cache), largest, getattr(drafter, "pace", None), experience)
 
 
-CONTROLLERS.register("auto", new_controller, "as many as pay")
+CONTROLLERS.register("pays", new_controller, "as many as pay, by measured costs")

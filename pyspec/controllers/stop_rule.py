@@ -35,7 +35,7 @@ class StopRule(Controller):
         if not hasattr(drafter, "goes_on"):
             raise ValueError(
                 f"drafter must have laws of its own for a {type(self).__name__}, such as a draft model or a trained "
-                f'head, got a {type(drafter).__name__}, which has none: use budget="auto"'
+                f'head, got a {type(drafter).__name__}, which has none: use controller="pays"'
             )
         self._slots: list[int] = []  # of this round
         self._stopped: set[int] = set()  # slots whose trees a level of this round ended

@@ -249,14 +249,14 @@ def test_the_heuristic_counts(has_laws):
     assert controller.drafts == FIRST + 2
 
 
-@pytest.mark.parametrize("name", [*sorted(set(CONTROLLERS) - {"best_arm"}), "adaedl+auto", "heuristic+confidence"])
+@pytest.mark.parametrize("name", [*sorted(set(CONTROLLERS) - {"best_arm"}), "adaedl+pays", "heuristic+confidence"])
 @pytest.mark.parametrize("acceptance, temperature", [("exact", 0.0), ("exact", 0.8), ("recursive", 0.8)])
 def test_texts_are_those_of_plain_decoding(name, acceptance, temperature):
     model = FakeRunner()
     prompts = [list(b"the tree"), list(b"ab")]
     drafter = ModelDrafter(FakeRunner(), model, growth_for(acceptance))
     settings = {"max_new_tokens": 50, "temperature": temperature, "seed": 5}
-    text = generate(model, prompts, drafter=drafter, budget=name, acceptance=acceptance, **settings)
+    text = generate(model, prompts, drafter=drafter, controller=name, acceptance=acceptance, **settings)
     if acceptance == "exact":
         assert text.tokens == generate(FakeRunner(), prompts, drafter=None, **settings).tokens
     assert all(map(len, text.tokens)) and drafter.goes_on is None  # that of each sequence is its own
@@ -264,7 +264,7 @@ def test_texts_are_those_of_plain_decoding(name, acceptance, temperature):
 
 def test_a_rule_within_what_pays_takes_the_smaller_of_both():
     model = FakeRunner()
-    controller = controller_for("adaedl+auto", model, ModelDrafter(FakeRunner(), model))
+    controller = controller_for("auto", "adaedl+pays", model, ModelDrafter(FakeRunner(), model))
     assert isinstance(controller, Together) and [type(each).__name__ for each in controller.controllers] == [
         "AdaEDL",
         "CuttingController",
@@ -282,7 +282,7 @@ def test_a_rule_within_what_pays_takes_the_smaller_of_both():
 def test_a_drafter_without_laws_is_refused_before_any_work(name):
     model = FakeRunner()
     with pytest.raises(ValueError, match="laws of its own for a .* got a TableDrafter"):
-        generate(model, [97], drafter=TableDrafter([Lookup(model.vocab_size)]), budget=name)
+        generate(model, [97], drafter=TableDrafter([Lookup(model.vocab_size)]), controller=name)
     assert not model.verified and not model.committed
 
 

@@ -23,13 +23,15 @@ def oracles(model):
     return [AlwaysWrong(model), Oracle(model), AlwaysWrong(model)]
 
 
-@pytest.mark.parametrize("budget", ["auto", 6, "best_arm", "best_arm+heuristic"])
+@pytest.mark.parametrize(
+    "asked", [{}, {"budget": 6}, {"controller": "best_arm"}, {"controller": "best_arm+heuristic"}], ids=str
+)
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_texts_are_those_of_plain_decoding(budget, temperature):
+def test_texts_are_those_of_plain_decoding(asked, temperature):
     settings = {"max_new_tokens": 60, "temperature": temperature, "seed": 2}
     prompts = [PROMPT, list(b"ab")]
     model = FakeRunner()
-    text = generate(model, prompts, drafter=["merged", Oracle(model), "suffix"], budget=budget, **settings)
+    text = generate(model, prompts, drafter=["merged", Oracle(model), "suffix"], **asked, **settings)
     assert text.tokens == generate(FakeRunner(), prompts, drafter=None, **settings).tokens
 
 
@@ -71,7 +73,7 @@ def test_what_cannot_take_turns_is_refused(make, message):
 def test_one_drafter_is_nothing_to_choose_from():
     model = FakeRunner()
     with pytest.raises(ValueError, match="a list of drafters to choose from, got one Oracle"):
-        generate(model, PROMPT, drafter=Oracle(model), budget="best_arm")
+        generate(model, PROMPT, drafter=Oracle(model), controller="best_arm")
     with pytest.raises(ValueError, match="drafter must be one of .*, got 'none such'"):
         generate(model, PROMPT, drafter=["merged", "none such"])
 

@@ -12,6 +12,7 @@ from training.data_files import Text, shard_path, write_shard
 
 def write_texts(folder, target, taps, texts=100, answer=20):
     """Two shards of texts, half of them each, of short prompts and what the target says to them."""
+    folder.mkdir(exist_ok=True)
     (folder / "settings.json").write_text(json.dumps({"model": "random", "taps": list(taps)}))
     made = [_text_of(target, random_tokens(3 + seed % 5, seed), answer, taps) for seed in range(texts)]
     for number in range(2):

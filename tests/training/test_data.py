@@ -119,6 +119,36 @@ def test_answers_are_the_models_own(runner):
     assert 0.5 * len(texts) < greedy < len(texts)
 
 
+@pytest.mark.parametrize("writer", ["another", "documents"])
+def test_another_writes_and_the_model_reads(runner, writer):
+    another = None
+    if writer == "another":
+        writer = another = random_llama(windows=(None,))
+        another.tokenizer, another.eos_tokens = runner.tokenizer, runner.eos_tokens
+    maker, others = Maker(runner, RECIPE, topics(), writer), 0
+    texts = [text for number in range(2) for text in maker.shard(number)]
+    for text in texts:
+        prompt, answer = text.tokens[: text.answer].tolist(), text.tokens[text.answer :].tolist()
+        if another is None:
+            known = ["Tree: a plant.", "Leaf: a part of a tree.", *(f"Gives {number}." for number in range(5))]
+            others += answer in [Characters().encode(each)[:10] for each in known]
+        else:
+            others += generate(another, prompt, max_new_tokens=10).tokens[: len(answer)] == answer
+        rows = []
+        runner.prefill([[*prompt, *answer]], observe=lambda slot, chain, seen: rows.append(seen.taps), taps=(2, 5))  # noqa: B023
+        assert torch.equal(text.features[:-1], torch.cat(rows)[:-1])
+        assert not text.features[-1].any()
+    assert others == len(texts) if another is None else 0.5 * len(texts) < others
+
+
+def test_a_writer_of_other_tokens_is_refused(runner, tmp_path, monkeypatch):
+    another = random_llama()
+    monkeypatch.setattr(another, "vocab_size", 96, raising=False)
+    monkeypatch.setattr(data.pyspec, "load", lambda name, device: another)
+    with pytest.raises(ValueError, match="writer must have the model's 97 tokens, got 96 in small"):
+        make(runner, tmp_path / "texts", RECIPE, 100, name="random", wordnet=tmp_path, writer="small")
+
+
 def test_the_models_own_prompts_differ(runner):
     maker = Maker(runner, Recipe(each=16, answer=1, own=1.0), topics())
     turns = [tuple(text.tokens[: text.answer].tolist()) for text in maker.shard(0)]
@@ -142,7 +172,11 @@ def test_it_goes_on_where_it_was_killed(runner, tmp_path):
 
 
 def test_interrupted_in_a_shard(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.pyspec, "load", lambda source, device: runner)
+    def load(source, device, dtype):
+        assert dtype == torch.bfloat16
+        return runner
+
+    monkeypatch.setattr(data.pyspec, "load", load)
     monkeypatch.setattr(data, "Recipe", lambda **options: RECIPE if options else Recipe())
 
     def interrupt(self, number):
@@ -150,7 +184,7 @@ def test_interrupted_in_a_shard(runner, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Maker, "shard", interrupt)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on"):
-        main(["--output", str(tmp_path), "--wordnet", str(tmp_path)])
+        main(["--output", str(tmp_path), "--wordnet", str(tmp_path), "--dtype", "bfloat16"])
     assert list(contents(tmp_path)) == ["settings.json"]
 
 

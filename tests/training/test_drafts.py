@@ -49,5 +49,24 @@ def test_guesses_are_right_while_all_before_them_are():
     first = {0: 11, 1: 12, 2: 10, 3: 14, 6: 17, 7: 18}  # all but that of chain 2
     second = {0: 12, 1: 10, 2: 14, 6: 18}  # right behind 0, 2 and 6
     third = {0: 13, 1: 14}  # right behind both, but not below 1's second
-    found = measure(GivenGuesses([first, second, third]), GivenChoices(), [a_batch(), a_batch()], 3, torch.float32)
+    found = measure(
+        GivenGuesses([first, second, third]), GivenChoices(), [a_batch(), a_batch()], (1, 1, 1), torch.float32
+    )
     assert found == pytest.approx([5 / 6, 2 / 4, 1 / 2])
+
+
+class Unsure(GivenGuesses):
+    """Whose second choice is the token one above."""
+
+    def guesses(self, *arguments):
+        for chains, rows in super().guesses(*arguments):
+            yield chains, rows + 0.5 * rows.roll(1, -1)
+
+
+def test_guesses_of_a_tree_are_right_where_one_of_them_is():
+    first = {0: 11, 1: 12, 2: 12, 3: 10, 6: 17, 7: 17}  # those of chains 2 and 7 by the second choice, 3 by neither
+    second = {0: 12, 1: 12, 2: 14, 6: 18}  # that of chain 1 by the second
+    batches = [a_batch()]
+    for widths, expected in (((2, 1), [5 / 6, 3 / 4]), ((2, 2), [5 / 6, 4 / 4]), ((1, 2), [3 / 6, 3 / 4])):
+        found = measure(Unsure([first, second]), GivenChoices(), batches, widths, torch.float32)
+        assert found == pytest.approx(expected)

@@ -29,12 +29,15 @@ def test_losses_and_gradients(name, learns):
     rows = torch.randn(300, 16, generator=generator).requires_grad_()
     weight = torch.randn(40, 16, generator=generator).requires_grad_(learns)
     law, index = torch.randn(9, 40, generator=generator).softmax(-1), torch.arange(300) % 9
-    loss = distil(rows, weight, Laws(law, torch.special.entr(law).sum(-1)), index, name)
+    shared = torch.empty(300)
+    loss = distil(rows, weight, Laws(law, torch.special.entr(law).sum(-1)), index, name, shared)
     (0.5 * loss).backward()
     same = [tensor.detach().double().requires_grad_() for tensor in (rows, weight)]
     expected = formula(name, same[0] @ same[1].T, law[index].double()).sum()
     (0.5 * expected).backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-3)
+    differ = ((same[0] @ same[1].T).softmax(-1) - law[index]).abs().sum(-1) / 2
+    torch.testing.assert_close(1 - shared.double(), differ.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(rows.grad.double(), same[0].grad, rtol=1e-4, atol=1e-5)
     assert (weight.grad is not None) == learns
     if learns:

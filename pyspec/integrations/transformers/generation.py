@@ -17,7 +17,7 @@ from pyspec.acceptance.exact import ExactAcceptance
 from pyspec.architectures import Unsupported
 from pyspec.checkpoints import from_transformers
 from pyspec.checkpoints.load import config_of
-from pyspec.controllers import controller_for
+from pyspec.controllers import Controller, controller_for, read_controller
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.generate import check_limits
 from pyspec.loop import speculate
@@ -97,6 +97,7 @@ def generate(
     *,
     drafter: str | Drafter | None = "merged",
     budget: int | str = "auto",
+    controller: str | Controller | None = None,
     native: bool = False,
     stream=None,
     synced_gpus: bool = False,
@@ -111,7 +112,7 @@ def generate(
     and batches are padded on the left.
 
     Args:
-        drafter, budget: as for pyspec.generate.
+        drafter, budget, controller: as for pyspec.generate.
         native: run the model in pyspec's kernels, on a copy of its weights, instead of its own forward: the Llama
             family, and state space models, which always do. On a CPU that is several times as fast.
         stream: a streamer of transformers, or a function of the new tokens; one sequence only. transformers does not
@@ -128,6 +129,7 @@ def generate(
     _check_call(generation_config, logits_processor)
     _check_inputs(model, input_ids, model_kwargs)
     budget, _ = check_limits(budget, 1)
+    controller = read_controller(controller)
     if stream is not None and len(input_ids) > 1:
         raise ValueError(f"stream takes one sequence, got {len(input_ids)}")
     prompts = _without_padding(input_ids, model_kwargs.get("attention_mask"))
@@ -136,7 +138,7 @@ def generate(
         raise ValueError(f"input_ids must leave room in the context of {runner.context_length}, got {input_ids.shape}")
     shared_drafter = drafter_from_name(drafter, runner)
     check_laws(shared_drafter, ExactAcceptance())
-    controller = controller_for(budget, runner, shared_drafter)
+    controller = controller_for(budget, controller, runner, shared_drafter)
     keeps = _Kept.asked_for(generation_config)
     rows = [
         _Row(
