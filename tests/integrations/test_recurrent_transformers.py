@@ -22,6 +22,10 @@ OPTIONS = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_
 def test_every_family_is_taken(kind):
     """The text is transformers' own, or differs first at a near tie; what pads a shorter prompt changes nothing."""
     model = (tiny_hybrid if kind in HYBRIDS else tiny_mamba)(kind)
+    groups = getattr(model.config, "n_groups", getattr(model.config, "mamba_n_groups", 1))
+    norm = next((module for module in model.modules() if type(module).__name__.endswith("RMSNormGated")), None)
+    if groups > 1 and norm is not None and not hasattr(norm, "group_size"):
+        pytest.skip("this version of transformers norms all groups of a Mamba-2 layer as one")
     model.generation_config.eos_token_id = None
     prompt = random_tokens(12)
     ids = torch.tensor([prompt])
