@@ -332,7 +332,7 @@ class Gemma4Checkpoint(ExpertCheckpoint):
     NAMES = (
         (r"\.layer_scalar\.weight$", ".layer_scalar"),
         (r"\.router\.proj\.scale$", ".router.scale"),
-        (r"\.experts\.\.?down_proj\.scale$", ".router.per_expert_scale"),
+        (r"\.experts\.down_proj\.scale$", ".router.per_expert_scale"),
     )
 
     def __init__(self, stored, config: Gemma4Config):

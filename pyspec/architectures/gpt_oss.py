@@ -90,7 +90,7 @@ class GptOssCheckpoint:
         for original, shape in stored.shapes.items():
             match = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj(_bias)?", original)
             if match is None:
-                name = original.replace(".mlp.router.", ".mlp.gate.").replace(".experts..", ".experts.")
+                name = original.replace(".mlp.router.", ".mlp.gate.")
                 name = name.replace(".sinks.weight", ".sinks")
                 self._places[name], self.shapes[name] = (original, None), shape
                 continue

@@ -211,7 +211,7 @@ class GGUFCheckpoint:
         if whole in tensors:
             found = tensors[whole]
         elif stem in tensors:
-            found = f"{tensors[stem]}.{kind}"
+            found = f"{tensors[stem].replace('*.', '')}.{kind}"  # a vector of all experts, such as their biases
         else:
             stem, dot, number = stem.partition(".")  # of an expert
             stem = tensors.get(stem, stem)

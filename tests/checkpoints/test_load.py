@@ -204,12 +204,12 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_unsupported_architectures_are_named_with_the_supported_ones(folder, tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "rwkv7")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="'mamba', supported in GGUF files are .*llama, .*mistral, .*qwen2, .*qwen3"):
+    with pytest.raises(ValueError, match="'rwkv7', supported in GGUF files are .*llama, .*mistral, .*qwen2, .*qwen3"):
         load_cpu(tmp_path / "other.gguf")
     description = json.loads((folder / "config.json").read_text())
     for architecture in ("BertModel", "RwkvForCausalLM", "NoSuchModel"):
