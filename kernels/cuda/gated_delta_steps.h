@@ -71,7 +71,7 @@ struct DeltaSteps {
       : p(params), plan(of), tree(at), accepted(static_cast<int>(at.accepted)) {
     steps = accepted + static_cast<int>(tree.nodes);
     channel = panel * kLanes, head = panel / plan.panels, keys = static_cast<int>(p.keys);
-    key_head = static_cast<int>(key_head_of(p, head));
+    key_head = key_head_of(p, head);
     first_of_head = panel % plan.panels == 0;
     first_of_key_head = first_of_head && is_first_of_key_head(p, head);
     warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;

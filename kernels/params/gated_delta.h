@@ -41,13 +41,16 @@ PYSPEC_HOST_DEVICE inline int64_t record_width(const GatedDeltaParams& p) {
   return p.key_heads * p.keys + p.channels + p.decays;
 }
 
-PYSPEC_HOST_DEVICE inline int64_t key_head_of(const GatedDeltaParams& p, int64_t head) {
-  return p.tiled ? head % p.key_heads : head / (p.heads / p.key_heads);
+PYSPEC_HOST_DEVICE inline int key_head_of(const GatedDeltaParams& p, int head) {
+  int key_heads = static_cast<int>(p.key_heads),
+      sharing = p.tiled ? 1 : static_cast<int>(p.heads) / key_heads;
+  return head / sharing % key_heads;
 }
 
 // Whether a head is the first of those that share its key head, of which one records k.
-PYSPEC_HOST_DEVICE inline bool is_first_of_key_head(const GatedDeltaParams& p, int64_t head) {
-  return p.tiled ? head < p.key_heads : head % (p.heads / p.key_heads) == 0;
+PYSPEC_HOST_DEVICE inline bool is_first_of_key_head(const GatedDeltaParams& p, int head) {
+  int heads = static_cast<int>(p.heads), key_heads = static_cast<int>(p.key_heads);
+  return p.tiled ? head < key_heads : head % (heads / key_heads) == 0;
 }
 
 }  // namespace
