@@ -167,7 +167,7 @@ def correct(nodes, accepted, heads, head_dim, key_heads, keys, per_key=False):
         record = new(2, 1, nodes, key_heads * keys + channels + decays, dtype=FP32)
         inputs = [new(nodes, key_heads * keys), new(nodes, key_heads * keys), new(nodes, channels)]
         inputs += [new(nodes, size, dtype=FP32) for size in (decays, heads)] + [new(heads, dtype=FP32), None]
-        return op(state, record, *inputs, *chain_after(nodes, accepted).tensors(), 1.0, BF16)
+        return op(state, record, *inputs, *chain_after(nodes, accepted).tensors(), 1.0, False, BF16)
 
     return Call(run, source="gated_delta")
 
