@@ -257,7 +257,7 @@ class PlayedDrafter:
         for depth in range(max(depths) + 1):
             asked = [node for node in sorted(alive) if depths[node] == depth and node in laws]
             if asked:
-                level = _level_of(tree, laws, asked)
+                level = level_of(tree, laws, asked)
                 start = time.perf_counter()
                 goes_on = self.goes_on(level)
                 self.deciding += time.perf_counter() - start
@@ -267,7 +267,8 @@ class PlayedDrafter:
         return sorted(alive)
 
 
-def _level_of(tree: DraftTree, laws: Mapping[int, Law], nodes: Sequence[int]) -> Level:
+def level_of(tree: DraftTree, laws: Mapping[int, Law], nodes: Sequence[int]) -> Level:
+    """What a drafter said of some nodes of a tree, as a stop rule is told it."""
     paths = tree.chances[nodes].astype(np.float64)
     before = tree.chances[tree.parents[nodes]].astype(np.float64)
     before[tree.depths[nodes] == 0] = 1.0

@@ -11,6 +11,7 @@ from pyspec.machine.costs import Costs
 from pyspec.measure.replays import FIRST_OF_A_SIZE, Machine, best_possible, played, record, replay, total
 from tests.helpers.fake_drafters import Oracle, OracleTrees
 from tests.helpers.fake_runner import FakeRunner
+from tests.helpers.trained_files import write_files
 
 PROMPT = list(b"the tree")
 
@@ -44,6 +45,7 @@ def test_a_recorded_text_goes_on_token_by_token_and_its_drafter_learns_what_was_
 def test_a_played_controller_makes_what_generate_makes(name, tmp_path, monkeypatch):
     """Of a drafter that knows nothing of other drafts; costs are flat and drafting takes no time, as by the clock."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_files(tmp_path, monkeypatch)
 
     class Flat(FakeRunner):
         def seconds(self, nodes):
