@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
     drafter = generate.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
-    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained EAGLE-3 head for this model is the drafter")
+    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained head for this model is the drafter")
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
@@ -131,16 +131,16 @@ def _drafter(arguments: argparse.Namespace, model, console):
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
     from pyspec.acceptance import acceptance_from_name, settings_of_rules
-    from pyspec.drafters.eagle3 import Eagle3
+    from pyspec.drafters.heads import drafter_of_head
     from pyspec.drafters.model import ModelDrafter
     from pyspec.drafters.shapes.by_rule import growth_for
 
     own = {setting: getattr(arguments, setting) for setting in settings_of_rules().values()}
-    growth = growth_for(acceptance_from_name(arguments.acceptance, own))
+    rule = acceptance_from_name(arguments.acceptance, own)
     laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_head is not None:
-        return Eagle3(arguments.draft_head, model, growth, **laws)
-    return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth, **laws)
+        return drafter_of_head(arguments.draft_head, model, rule, **laws)
+    return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth_for(rule), **laws)
 
 
 def read_prompt(arguments: argparse.Namespace) -> str:
