@@ -57,7 +57,7 @@ class Engine:
         queue: requests that wait at most; any more are refused with QueueFull.
         capacity: tokens of a prompt and its answer at most; None is the model's context, but at most 8192.
         prefix_memory: bytes for beginnings of texts that are kept for the next ones (docs/serving.md); 0 keeps none.
-        drafter, budget, controller, acceptance, deferral, cache: of all requests, as for pyspec.generate.
+        drafter, budget, controller, acceptance, cache: of all requests, as for pyspec.generate.
 
     Attributes:
         model, slots, queue: as given.
@@ -80,7 +80,6 @@ class Engine:
         budget: int | str = "auto",
         controller: str | Controller | None = None,
         acceptance: str | AcceptanceRule = "exact",
-        deferral: float | None = None,
         cache: str | QuantisedSettings = "dense",
     ):
         check_model(model)
@@ -98,7 +97,7 @@ class Engine:
         self._prefix_memory = read_memory("prefix_memory", prefix_memory)
         budget, _ = check_limits(budget, 1)
         self._settings = cache_settings(cache, model, budget)
-        self._rule = acceptance_from_name(acceptance, deferral)
+        self._rule = acceptance_from_name(acceptance)
         self._drafter = drafter_from_name(drafter, model)
         drafter_for(self._drafter, model, self._rule, self._settings, Sampler())  # whether they go together
         if getattr(self._drafter, "needs_dense_cache", False):
