@@ -9,7 +9,7 @@ from pyspec import DraftTree, generate
 from pyspec.acceptance.unverified import UnverifiedAcceptance
 from pyspec.drafters.chunks import ChunkDrafter, ChunkStore, store_of
 from pyspec.runners.verified import Verified
-from pyspec.sampling.sampler import Sampler
+from pyspec.sampling.sampler import InvalidLogits, Sampler
 from tests.helpers.random_llama import random_llama, random_tokens
 from training.chunks import chunks_of, main, sure_runs
 
@@ -94,6 +94,10 @@ def test_unverified_they_are_the_text():
     rows = Verified(torch.eye(8)[[1, 1, 1, 1, 2]] * 9)
     assert UnverifiedAcceptance().accept(tree, rows, Sampler(), 0) == ([0, 1, 3, 4], 2)
     assert UnverifiedAcceptance().law == "heuristic"
+    rows.logits[4] = torch.nan
+    with pytest.raises(InvalidLogits, match="NaN") as error:
+        UnverifiedAcceptance().accept(tree, rows, Sampler(), 0)
+    assert error.value.path == [0, 1, 3, 4]
 
 
 def test_unverified_by_name(model, text):
