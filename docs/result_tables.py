@@ -76,7 +76,7 @@ TABLES = {
     ],
     "cascades_speed": [
         (
-            "Greedy texts of six prompts by exact speculation and by speculative cascades, with the same drafter (merged)",
+            "Greedy texts of six prompts by exact speculation and by speculative cascades, both with merged tables",
             "speculative",
             [
                 ("alpha", "alpha"),
