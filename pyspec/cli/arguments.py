@@ -12,7 +12,8 @@ from pyspec.cli.shared import DTYPES
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, with_json: bool = True) -> None:
+    """Adds what says which model, and how it is loaded; with_json asks for --json too."""
     parser.add_argument(
         "--model", default="demo", help="demo, a GGUF file, a Hugging Face folder or a hub id; default: demo"
     )
@@ -24,13 +25,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="what reads prompts; flash-attn is for long ones on a GPU, see docs/runner.md; default: pyspec",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    if with_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    from pyspec.sampling.warpers import WARPERS
+
+    add_speculation_arguments(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
+    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
+    for name, summary in WARPERS.summaries.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE", help=summary)
+    parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what holds for all texts of an engine: how they are drafted and accepted, and how keys are kept."""
     from pyspec.acceptance import RULES
     from pyspec.caches import CACHES
-    from pyspec.sampling.warpers import WARPERS
 
     add_budget_argument(parser)
     parser.add_argument(
@@ -40,12 +54,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
     parser.add_argument("--deferral", type=float, help="of the cascade, in [0, 1]: more leaves more to the drafter")
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
-    for name, summary in WARPERS.summaries.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE", help=summary)
-    parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
     parser.add_argument(
         "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
     )

@@ -32,24 +32,18 @@ ENDINGS = {
 }
 
 
-def add_parser(commands) -> None:
+def add_drafter_arguments(parser: argparse.ArgumentParser) -> None:
     from pyspec.drafters import DRAFTERS
 
-    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
-    prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
-    prompt.add_argument("--file", type=Path, help="read the prompt from a file")
-    add_model_arguments(generate)
-    drafter = generate.add_mutually_exclusive_group()
+    drafter = parser.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     drafter.add_argument("--draft-head", metavar="HEAD", help="a trained EAGLE-3 head for this model is the drafter")
-    add_generation_arguments(generate, max_new_tokens=256)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
-    generate.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
-    generate.add_argument(
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
+    parser.add_argument(
         "--variable",
         action="append",
         default=[],
@@ -57,6 +51,20 @@ def add_parser(commands) -> None:
         metavar="NAME=VALUE",
         help="for the chat template, such as enable_thinking=false or tools='[...]'; repeatable",
     )
+
+
+def add_parser(commands) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
+    prompt.add_argument("--file", type=Path, help="read the prompt from a file")
+    add_model_arguments(generate)
+    add_drafter_arguments(generate)
+    add_generation_arguments(generate, max_new_tokens=256)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
+    add_template_arguments(generate)
     generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
     generate.add_argument(
         "--drafter-state", type=Path, metavar="FILE", help="what the drafter has learned: read it if there, then write"
@@ -88,7 +96,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from pyspec.generate import generate
 
     tokens = prompt_tokens(model, prompt, arguments.raw, arguments.system, arguments.variable)
-    drafter = _drafter(arguments, model, console)
+    laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    drafter = drafter_of(arguments, model, console, **laws)
     if arguments.drafter_state is not None and arguments.drafter_state.exists():
         drafter.load(arguments.drafter_state)
 
@@ -115,8 +124,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 130 if result.finish_reason == "interrupted" else 0
 
 
-def _drafter(arguments: argparse.Namespace, model, console):
-    """The drafter that was asked for, or None."""
+def drafter_of(arguments: argparse.Namespace, model, console, **laws):
+    """The drafter that was asked for, or None. laws are those of a sampled one: temperature, top_k and top_p."""
     from pyspec.drafters import drafter_from_name
 
     if arguments.draft_model is None and arguments.draft_head is None:
@@ -129,7 +138,6 @@ def _drafter(arguments: argparse.Namespace, model, console):
     from pyspec.drafters.shapes.by_rule import growth_for
 
     growth = growth_for(arguments.acceptance)
-    laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_head is not None:
         return Eagle3(arguments.draft_head, model, growth, **laws)
     return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth, **laws)
