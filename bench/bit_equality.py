@@ -37,7 +37,7 @@ from resume import Finished, seconds_a_token, work_through
 
 import pyspec
 from pyspec import measure
-from pyspec.drafters import Eagle3, new_drafter
+from pyspec.drafters import drafter_of_head, new_drafter
 from pyspec.measure import first_difference, prompts
 from pyspec.measure.results import RESULTS
 from pyspec.runners.replay import launch_by_launch
@@ -104,7 +104,7 @@ class Check:
     def unit(self, unit: dict) -> dict:
         """Every budget, with each prompt alone and with the batch."""
         model = self._models[unit["dtype"]]
-        drafter = Eagle3(self._head, model) if unit["drafter"] == HEAD else new_drafter(unit["drafter"], model)
+        drafter = drafter_of_head(self._head, model) if unit["drafter"] == HEAD else new_drafter(unit["drafter"], model)
         batches = [*([question_id] for question_id in unit["alone"]), unit["together"]]
         return {"runs": [self.run(unit["dtype"], drafter, *setting) for setting in product(BUDGETS, batches)]}
 
@@ -246,7 +246,7 @@ def arguments() -> argparse.Namespace:
         action="store_true",
         help="a small run with torch's linear in place of ours, in which something must differ",
     )
-    parser.add_argument("--draft-head", metavar="HEAD", help="an EAGLE-3 head for the demo model, a folder or a hub id")
+    parser.add_argument("--draft-head", metavar="HEAD", help="a trained head for the demo model, a folder or a hub id")
     return parse(parser)
 
 

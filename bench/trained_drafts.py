@@ -1,4 +1,4 @@
-"""Which trained draft pays: a head, a small model, or the tables that need no training?
+"""Which trained draft pays: heads, a small model, or the tables that need no training?
 
     python bench/trained_drafts.py --head models/demo-draft --small FOLDER    a table, bench/results/trained_drafts.json
 
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from command_line import DTYPES, parse, parser_of, positive
 
 import pyspec
 from pyspec import generate, measure
 from pyspec.drafters import new_drafter
-from pyspec.drafters.eagle3 import Eagle3
+from pyspec.drafters.heads import drafter_of_head
 from pyspec.drafters.model import ModelDrafter
 from pyspec.measure import prompts
 from pyspec.stats import Stats
@@ -28,10 +30,11 @@ Made = tuple[Callable[[], object], int | str]  # a drafter, and its budget
 def drafts_of(model, options) -> dict[str, Made]:
     """The drafts to compare, by name."""
     found: dict[str, Made] = {"tables": (lambda: new_drafter("merged", model), options.budget)}
-    if options.head:
-        found["head, first"] = (lambda: Eagle3(options.head, model, tables=()), 2)
-        found["head"] = (lambda: Eagle3(options.head, model, tables=()), options.budget)
-        found["head and tables"] = (lambda: Eagle3(options.head, model), options.budget)
+    for head in options.head:
+        name = Path(head).name
+        found[f"{name}, first"] = (partial(drafter_of_head, head, model, tables=()), 2)
+        found[name] = (partial(drafter_of_head, head, model, tables=()), options.budget)
+        found[f"{name} and tables"] = (partial(drafter_of_head, head, model), options.budget)
     if options.small:
         small = pyspec.load(options.small, dtype=DTYPES[options.dtype], device="cpu")
         found["small model, first"] = (lambda: ModelDrafter(small, model), 2)
@@ -69,7 +72,7 @@ def main() -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", choices=DTYPES, default="int8", help="default: int8")
-    parser.add_argument("--head", help="an EAGLE-3 head's folder")
+    parser.add_argument("--head", nargs="+", default=[], help="folders of trained heads, of any kind")
     parser.add_argument("--small", help="a draft model's folder")
     parser.add_argument("--budget", type=lambda text: text if text == "auto" else positive(text), default="auto")
     parser.add_argument("--limit", type=positive, default=1, help="prompts of a category; default: 1")

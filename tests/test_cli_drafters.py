@@ -5,6 +5,7 @@ import json
 import pytest
 
 import pyspec
+from tests.drafters.heads.test_context_heads import write_head as write_context_head
 from tests.helpers.command_line import fake_model, pyspec_text, run
 from tests.helpers.eagle3_heads import random_head, write_head
 from tests.helpers.fake_runner import FakeRunner
@@ -59,6 +60,20 @@ def test_info_says_what_a_draft_head_is(capsys, monkeypatch, tmp_path):
     assert code == 0 and "an EAGLE-3 head for demo" in out
     code, _, err = run(capsys, "info", "--draft-head", tmp_path)
     assert code == 2 and "there is no draft head at" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("kind, title", [("dspark", "a DSpark block drafter"), ("chimera", "the style of Chimera")])
+def test_other_kinds_of_heads_are_found(capsys, monkeypatch, tmp_path, kind, title):
+    target = random_llama(windows=(None,) * 6)
+    target.tokenizer = Letters()
+    monkeypatch.setattr(pyspec, "load", lambda source, **options: target)
+    write_context_head(tmp_path, target, kind)
+    code, out, _ = run(capsys, "info", "--draft-head", tmp_path)
+    assert code == 0 and title in out and "[2, 3, 5] of the target" in out and "40 of the target's 97 tokens" in out
+    call = ("generate", "hello", "--raw", "--json", "--max-new-tokens", 20, "--budget", 5, "--draft-head", tmp_path)
+    for more in ((), ("--acceptance", "recursive", "--temperature", 0)):
+        code, out, _ = run(capsys, *call, *more)
+        assert code == 0 and json.loads(out)["plain"]["equal"]
 
 
 class Letters:

@@ -39,7 +39,11 @@ class Chimera(nn.Module):
         taps: layers of the target's features.
     """
 
-    title, layout, option = "A head in the style of Chimera", "the speculators library, which knows no such head", None
+    title, layout, option = (
+        "A head in the style of Chimera",
+        "the speculators library, which knows no such head",
+        "--draft-head",
+    )
     confidence = None
 
     def __init__(self, target: Target, taps: Sequence[int]):

@@ -79,7 +79,6 @@ def card(run: Run, data: DraftData) -> str:
     recipe, head, (_, _, shares), model = run.recipe, run.head, run.curve[-1], data.settings["model"]
     parameters, file = sum(values.numel() for values in head.parameters()), Path(inspect.getfile(type(head)))
     guesses, tokens = ", ".join(f"{share:.1%}" for share in shares), 1 + sum(shares)
-    use = f':\n\n    pyspec generate --model {model} {head.option} FOLDER "..."' if head.option else "."
     writer = data.settings.get("writer") or "the model itself"
     return f"""---
 license: apache-2.0
@@ -88,7 +87,9 @@ base_model: {model}
 ---
 # {head.title} for {model}
 
-{parameters / 1e6:.1f}M parameters in bf16, in the layout of {head.layout}{use}
+{parameters / 1e6:.1f}M parameters in bf16, in the layout of {head.layout}:
+
+    pyspec generate --model {model} {head.option} FOLDER "..."
 
 It guesses {len(run.target.tokens)} tokens of the model's {run.target.config.vocab_size}.
 

@@ -143,7 +143,7 @@ class Head(Protocol):
 
     title: str  #: of its card
     layout: str  #: whose the folder's layout is
-    option: str | None  #: of pyspec generate; None where no drafter loads it
+    option: str  #: of pyspec generate, that drafts with it
     logits: nn.Linear  #: of guesses, frozen at first
     confidence: nn.Linear | None  #: of the same rows, the logit of a guess's chance to be accepted; None without
 

@@ -39,7 +39,7 @@ class DSpark(nn.Module):
         taps: layers of the target's features.
     """
 
-    title, layout, option = "A DSpark block drafter", "the speculators library", None
+    title, layout, option = "A DSpark block drafter", "the speculators library", "--draft-head"
 
     def __init__(self, target: Target, taps: Sequence[int]):
         super().__init__()

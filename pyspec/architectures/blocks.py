@@ -33,6 +33,7 @@ __all__ = [
     "mamba2",
     "short_convolution",
     "tap",
+    "write_keys",
 ]
 
 
@@ -61,15 +62,7 @@ def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: 
     """
     if config.is_gated:
         gates, projected = projected.tensor_split([config.heads * config.head_dim], 1)
-    slots = numbers.whole_slots if index in cache.unshifted else numbers.slots
-    places = (numbers.positions, numbers.row_sequences, slots)
-    (k, v), rope = cache.keys_values[index], cache.ropes[index]
-    if not layer.has_keys:
-        k, v = k[:, :0], v[:, :0]
-    options = {"heads": config.heads, "query_scales": rope.query_scales, "norm_values": config.norms_values}
-    if layer.head_scales is not None or config.norms_values:
-        options |= {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
-    q = rotary_write(projected, rope.cos_sin, *places, k, v, **options)
+    q = write_keys(projected, layer, config, cache, index, numbers)
     scores = {"scale": config.attention_scale, "softcap": config.attention_softcap}
     if config.is_chunked:
         scores["chunked"] = True
@@ -79,6 +72,20 @@ def attend(projected: Tensor, layer, config, cache, index: int, numbers, dtype: 
     if config.is_gated:
         mixed = swiglu(gates, up=mixed, activation="sigmoid", out_dtype=dtype)
     return _project(mixed, layer.output, layer.output_bias)
+
+
+def write_keys(projected: Tensor, layer, config, cache, index: int, numbers) -> Tensor:
+    """Turned queries [R, heads, D] of rows whose queries, keys and values are there, see attend; the keys and values go
+    to their places in the cache."""
+    slots = numbers.whole_slots if index in cache.unshifted else numbers.slots
+    places = (numbers.positions, numbers.row_sequences, slots)
+    (k, v), rope = cache.keys_values[index], cache.ropes[index]
+    if not layer.has_keys:
+        k, v = k[:, :0], v[:, :0]
+    options = {"heads": config.heads, "query_scales": rope.query_scales, "norm_values": config.norms_values}
+    if layer.head_scales is not None or config.norms_values:
+        options |= {"norm": layer.head_scales, "epsilon": config.norm_epsilon}
+    return rotary_write(projected, rope.cos_sin, *places, k, v, **options)
 
 
 def feed_forward(x: Tensor, gate_up: LinearWeight, down: LinearWeight, activation: str = "silu") -> Tensor:

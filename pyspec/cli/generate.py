@@ -38,7 +38,7 @@ def add_drafter_arguments(parser: argparse.ArgumentParser) -> None:
     drafter = parser.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
-    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained EAGLE-3 head for this model is the drafter")
+    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained head for this model is the drafter")
 
 
 def add_template_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,13 +133,13 @@ def drafter_of(arguments: argparse.Namespace, model, console, **laws):
             return None
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
-    from pyspec.drafters.eagle3 import Eagle3
+    from pyspec.drafters.heads import drafter_of_head
     from pyspec.drafters.model import ModelDrafter
     from pyspec.drafters.shapes.by_rule import growth_for
 
-    growth = growth_for(arguments.acceptance)
     if arguments.draft_head is not None:
-        return Eagle3(arguments.draft_head, model, growth, **laws)
+        return drafter_of_head(arguments.draft_head, model, arguments.acceptance, **laws)
+    growth = growth_for(arguments.acceptance)
     return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth, **laws)
 
 

@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     )
     add_model_arguments(info)
     info.add_argument(
-        "--draft-head", metavar="HEAD", help="say what this EAGLE-3 head is beside the model, and no more"
+        "--draft-head", metavar="HEAD", help="say what this trained head is beside the model, and no more"
     )
     info.set_defaults(command=_info)
 
@@ -75,13 +75,13 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _head(arguments: argparse.Namespace) -> int:
     """Shows what a draft head is."""
-    from pyspec.drafters.eagle3 import Eagle3
+    from pyspec.drafters.heads import drafter_of_head
 
-    found = Eagle3(arguments.draft_head, load_model(arguments, make_console())).head.described()
+    found = drafter_of_head(arguments.draft_head, load_model(arguments, make_console())).head.described()
     if arguments.json:
         print_json({"draft_head": arguments.draft_head} | found)
     else:
-        _section(f"{arguments.draft_head}, an EAGLE-3 head for {arguments.model}", found.items())
+        _section(f"{arguments.draft_head}, {found.pop('kind')} for {arguments.model}", found.items())
     return 0
 
 

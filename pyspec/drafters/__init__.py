@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from pyspec.runners import Runner
     from pyspec.runners.verified import Verified
 
-__all__ = ["DRAFTERS", "Drafter", "Eagle3", "NamedDrafter", "drafter_from_name", "new_drafter"]
+__all__ = [
+    "DRAFTERS",
+    "Chimera",
+    "DSpark",
+    "Drafter",
+    "Eagle3",
+    "NamedDrafter",
+    "drafter_from_name",
+    "drafter_of_head",
+    "new_drafter",
+]
 
 
 class Drafter(Protocol):
@@ -108,7 +118,11 @@ def new_drafter(name: str, runner: Runner) -> Drafter:
     return DRAFTERS[name].make(runner)
 
 
+# of trained heads, which are imported when they are asked for: they need runners, which know drafters
+_LATER = {"Chimera": "chimera", "DSpark": "dspark", "Eagle3": "eagle3", "drafter_of_head": "heads"}
+
+
 def __getattr__(name: str):
-    if name == "Eagle3":  # when it is asked for: it needs runners, which know drafters
-        return importlib.import_module("pyspec.drafters.eagle3").Eagle3
+    if name in _LATER:
+        return getattr(importlib.import_module(f"pyspec.drafters.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

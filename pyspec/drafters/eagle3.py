@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from pyspec.checkpoints.sources import find_source
+from pyspec.drafters.heads import HEADS
 from pyspec.drafters.heads.eagle3 import Eagle3Head
-from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch, HeadLaws
+from pyspec.drafters.heads.eagle3_batch import Asked, HeadBatch
+from pyspec.drafters.heads.trained import TrainedHead
 from pyspec.drafters.pace import Pace
 from pyspec.drafters.shapes import GrowthPolicy, Sapling, StopRule, check_temperature, grow_together
 from pyspec.drafters.shapes.by_rule import growth_for
@@ -37,7 +39,7 @@ class Eagle3:
 
     Args:
         head: a folder, or a hub id, with config.json and safetensors (or pytorch_model.bin, read as tensors alone); or
-            an Eagle3Head, or another head with its calls.
+            an Eagle3Head, or another head with its calls. drafter_of_head finds what drafter a folder is for.
         target: the runner to draft for.
         growth: by default the likeliest paths, which acceptance="exact" fits; growth_for finds what fits another rule.
             A policy that draws makes the drafter "sampled".
@@ -54,10 +56,13 @@ class Eagle3:
     """
 
     goes_on = None  # see Drafter
+    heads: type[TrainedHead] = Eagle3Head  #: what folders hold
+    batches = HeadBatch  #: where they work
+    depth = 5  #: levels of a tree by default: each is a call of the head
 
     def __init__(
         self,
-        head: str | Path | Eagle3Head,
+        head: str | Path | TrainedHead,
         target: Runner,
         growth: GrowthPolicy | None = None,
         *,
@@ -69,7 +74,7 @@ class Eagle3:
         top_p: float = 1.0,
         seed: int = 0,
     ):
-        self.growth = growth_for("exact") if growth is None else growth
+        self.growth = growth_for("exact", self.depth) if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings
         self._sampler = Sampler(temperature, top_k, top_p, seed)
         check_temperature(self.growth, temperature)
@@ -78,7 +83,7 @@ class Eagle3:
                 f"target must be a runner with taps, such as pyspec.load gives, got {type(target).__name__}"
             )
         is_named = isinstance(head, str | Path)
-        self.head = Eagle3Head.load(find_source(head), target, weights, taps) if is_named else head
+        self.head = self.heads.load(find_source(head), target, weights, taps) if is_named else head
         self.taps = self.head.config.taps
         self._vocab_size, self._context_length = target.vocab_size, target.context_length
         if tables and self.proposal == "sampled":
@@ -96,7 +101,7 @@ class Eagle3:
         drafter = copy.copy(self)
         with lock_of(self.head):
             if self._batch is None or self._batch.has_begun:
-                self._batch = HeadBatch(self.head)
+                self._batch = self.batches(self.head)
             drafter._batch, drafter._sequence = self._batch, self._batch.add()
         if self._merged is not None:
             drafter._merged = self._merged.start(prompt)
@@ -183,7 +188,7 @@ class Eagle3:
     ) -> tuple[list[GuessedNodes], int]:
         """Trees of any growth, on any device; and how many levels there were."""
         batch.read(contexts)
-        laws, levels = {sequence: HeadLaws(batch, sequence, self._sampler) for sequence in contexts}, 0
+        laws, levels = {sequence: batch.laws(sequence, self._sampler) for sequence in contexts}, 0
         # the root may be none of the head's tokens
         saplings = {
             sequence: Sapling(laws[sequence], 0, budget, least, stops[sequence]) for sequence, budget in budgets.items()
@@ -214,3 +219,6 @@ class Eagle3:
             q = np.zeros((len(tree), self._vocab_size))
             q[:, self.head.target_tokens(np.arange(tree.q.shape[1]))] = tree.q
         return GuessedNodes(tokens, tree.parents, tree.chances, q)
+
+
+HEADS.register("eagle3", Eagle3, Eagle3Head.title)

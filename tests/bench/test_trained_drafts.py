@@ -12,8 +12,8 @@ from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens
 def test_drafts_take_turns(tmp_path):
     target = random_llama(windows=(None,) * 6)
     tensors = random_head(VOCABULARY, target.hidden_size, fc_norm=True)
-    head = str(write_head(tmp_path, tensors, VOCABULARY, taps=(2, 3, 5), fc_norm=True))
-    drafts = trained_drafts.drafts_of(target, SimpleNamespace(head=head, small=None, budget=6))
+    head = str(write_head(tmp_path / "head", tensors, VOCABULARY, taps=(2, 3, 5), fc_norm=True))
+    drafts = trained_drafts.drafts_of(target, SimpleNamespace(head=[head], small=None, budget=6))
     assert list(drafts) == ["tables", "head, first", "head", "head and tables"] and drafts["head, first"][1] == 2
     found = trained_drafts.run(target, [random_tokens(9), random_tokens(20)], drafts, 12)
     figures = {name: trained_drafts.figures(stats) for name, stats in found.items()}

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from pyspec import generate
+from pyspec.drafters import drafter_of_head
 from tests.helpers.draft_data import write_texts
-from tests.helpers.random_llama import random_llama
+from tests.helpers.random_llama import random_llama, random_tokens
 from training import compare
 
 
@@ -23,6 +25,12 @@ def test_one_table(target, tmp_path, monkeypatch, capsys):
         compare.main([*arguments, "--tokens", "120", "--vocabulary", "40"])
     kept = json.loads((tmp_path / "drafts" / "compared.json").read_text())
     assert kept["drafts"].keys() == compare.KINDS.keys() and kept["steps"] == 4
+    prompt = random_tokens(9)
+    plain = generate(target, prompt, drafter=None, max_new_tokens=20).tokens
+    for name in ("eagle3", "dspark", "chimera"):  # each of them drafts
+        drafter = drafter_of_head(tmp_path / "drafts" / name, target)
+        assert generate(target, prompt, drafter=drafter, budget=6, max_new_tokens=20).tokens == plain
+        assert "--draft-head FOLDER" in (tmp_path / "drafts" / name / "README.md").read_text()
     for name, row in kept["drafts"].items():
         assert (tmp_path / "drafts" / name / "model.safetensors").is_file()
         assert 0 <= row["first"] <= row["chain"] - 1 and row["chain"] <= row["tree"] <= 5

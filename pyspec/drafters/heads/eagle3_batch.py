@@ -1,4 +1,4 @@
-"""The sequences that an EAGLE-3 head drafts for, in one cache: each level of all their trees is one call of the head.
+"""The sequences that a head drafts for, in one cache: each level of all their trees is one call of the head.
 
 Rows of the text are committed as soon as they are read. A tree's guesses lie behind them as scratch: a node that is
 asked for its law has its key in the next slot, and the nodes below it find that there.
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyspec.drafters.heads.eagle3 import Eagle3Head
 from pyspec.drafters.heads.eagle3_room import END, GUESS, READ, HeadRoom
 from pyspec.drafters.tables.guesses import GuessedNodes
 from pyspec.host import compiled
@@ -25,7 +24,7 @@ from pyspec.runners.replay import Rows
 from pyspec.sampling.sampler import Sampler
 from pyspec.tree import DraftTree
 
-__all__ = ["Asked", "HeadBatch", "HeadLaws"]
+__all__ = ["Asked", "HeadBatch", "HeadLaws", "said_of"]
 
 CHUNK = 128  # tokens of a sequence in a call
 FEW = 16  # rows of a call whose guesses are all made: of more only the last of each sequence
@@ -42,7 +41,7 @@ class Asked(NamedTuple):
     nodes: Sequence[int]
 
 
-class _Said(NamedTuple):
+class Said(NamedTuple):
     """What a head said after some rows."""
 
     given: Tensor  # [R, H] fp32, which guesses below them take in
@@ -52,7 +51,7 @@ class _Said(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Level:
+class Level:
     """Some nodes of a tree, as a runner's trees are filled in: see pyspec.runners.numbers.Numbers."""
 
     tokens: np.ndarray
@@ -77,8 +76,15 @@ class HeadLaws:
     def __init__(self, batch: HeadBatch, sequence: int, sampler: Sampler):
         self.vocab_size = batch.head.vocab_size
         self._batch, self._sequence, self._sampler = batch, sequence, sampler
-        self._said = {0: batch.roots[sequence]}  # of each node that was read, and the row there
-        self._depths, self._bits = {0: -1}, {0: 0}  # the root is committed
+        self._said: dict[int, tuple[Said, int]] = {}  # of each node that was read, and the row there
+        # below the text a node's depth is 0, and it has no ancestors
+        self._depths, self._bits, self._committed = {-1: -1}, {-1: 0}, 0
+        self._begin()
+
+    def _begin(self) -> None:
+        """The root is committed: it is what the text was read to."""
+        self._said[0] = self._batch.roots[self._sequence]
+        self._depths[0], self._bits[0], self._committed = -1, 0, 1
 
     def laws(self, tokens: Sequence[int], parents: Sequence[int], nodes: Sequence[int]) -> np.ndarray:
         found = self._rows(Asked(tokens, parents, nodes))
@@ -100,36 +106,48 @@ class HeadLaws:
         entropy = row_statistics(torch.stack([said.logits[row] for said, row in found])).entropy
         return np.exp(np.array([said.top_logits[row] for said, row in found])), entropy.cpu().numpy()
 
-    def _rows(self, asked: Asked) -> list[tuple[_Said, int]]:
+    def _rows(self, asked: Asked) -> list[tuple[Said, int]]:
         if not self._said.keys() >= set(asked.nodes):
             self._batch.guess({self._sequence: (self, asked)})
         return [self._said[node] for node in asked.nodes]
 
-    def level(self, asked: Asked) -> tuple[_Level | None, list[Tensor]]:
-        """The nodes that the head has not read yet, None if it has read all, and their hidden rows [H]."""
-        nodes = [node for node in asked.nodes if node not in self._said]
+    def level(self, asked: Asked) -> tuple[Level, Tensor] | None:
+        """The nodes that the head has not read yet, None if it has read all; and what they take in, [n, width] fp32."""
+        nodes = self.unread(asked)
         if not nodes:
-            return None, []
-        earlier, parents = len(self._said) - 1, [asked.parents[node] for node in nodes]
+            return None
+        earlier, parents = len(self._said) - self._committed, [asked.parents[node] for node in nodes]
         for place, (node, parent) in enumerate(zip(nodes, parents, strict=True), start=earlier):
             self._depths[node] = self._depths[parent] + 1
             self._bits[node] = self._bits[parent] | 1 << place
         nbytes = 4 * ((earlier + len(nodes) + 31) // 32)
         bits = b"".join(self._bits[node].to_bytes(nbytes, "little") for node in nodes)
-        level = _Level(
-            self._batch.head.target_tokens(np.array([asked.tokens[node] for node in nodes])),
+        level = Level(
+            self._targets(asked, nodes),
             np.full(len(nodes), -1, np.int32),
             np.array([self._depths[node] for node in nodes], np.int32),
             np.frombuffer(bits, "<i4").reshape(len(nodes), -1),
             earlier,
         )
-        return level, [said.given[row] for said, row in (self._said[parent] for parent in parents)]
+        return level, self._given(asked, nodes)
 
-    def take(self, asked: Asked, said: _Said, first: int) -> None:
+    def unread(self, asked: Asked) -> list[int]:
+        """The nodes that the head has not read yet."""
+        return [node for node in asked.nodes if node not in self._said]
+
+    def take(self, asked: Asked, said: Said, first: int) -> None:
         """Keeps what the head said of a level, whose rows begin at `first`."""
-        nodes = [node for node in asked.nodes if node not in self._said]
-        for row, node in enumerate(nodes, start=first):
+        for row, node in enumerate(self.unread(asked), start=first):
             self._said[node] = said, row
+
+    def _targets(self, asked: Asked, nodes: Sequence[int]) -> np.ndarray:
+        """[n] int64, the target's tokens of some nodes."""
+        return self._batch.head.target_tokens(np.array([asked.tokens[node] for node in nodes]))
+
+    def _given(self, asked: Asked, nodes: Sequence[int]) -> Tensor:
+        """What some nodes take in, [n, width] fp32: what the head gave after their parents."""
+        above = [self._said[asked.parents[node]] for node in nodes]
+        return torch.stack([said.given[row] for said, row in above])
 
 
 class HeadBatch:
@@ -139,9 +157,11 @@ class HeadBatch:
         roots: by sequence, what the head said after the text that was read last, and the row there.
     """
 
-    def __init__(self, head: Eagle3Head):
+    rooms = HeadRoom
+
+    def __init__(self, head):
         self.head, self.device = head, head.device
-        self.roots: dict[int, tuple[_Said, int]] = {}
+        self.roots: dict[int, tuple[Said, int]] = {}
         # by sequence, of tokens behind its committed ones: what the target said of each, and which they are
         self._unread: list[list[Tensor]] = []
         self._tokens: list[list[int]] = []
@@ -165,6 +185,10 @@ class HeadBatch:
     def has_read(self, sequence: int, count: int) -> bool:
         """Whether it has taken in what the target said of exactly so many tokens."""
         return count > 0 and self.length(sequence) + len(self._tokens[sequence]) == count
+
+    def laws(self, sequence: int, sampler: Sampler) -> HeadLaws:
+        """The laws below a text that was read."""
+        return HeadLaws(self, sequence, sampler)
 
     def length(self, sequence: int) -> int:
         """Committed rows: one for each token of the text that was read, but the first."""
@@ -244,9 +268,8 @@ class HeadBatch:
         levels, hidden = {}, {}
         for sequence in sorted(asked):
             laws, nodes = asked[sequence]
-            level, given = laws.level(nodes)
-            if level is not None:
-                levels[sequence], hidden[sequence] = level, torch.stack(given)
+            if (found := laws.level(nodes)) is not None:
+                levels[sequence], hidden[sequence] = found
         if not levels:
             return
         self._make_room(max(self.length(each) + level.earlier + len(level) for each, level in levels.items()))
@@ -266,11 +289,10 @@ class HeadBatch:
             self._room.cache.advance(each, len(chain))
         return found
 
-    def _said(self, found: Rows) -> _Said:
+    def _said(self, found: Rows) -> Said:
         """What a call told, in memory of its own."""
         given, logits, *statistics = (found.of_trees(values) for values in found.taps)
-        top_tokens, top_logits, log_sum_exp = (values.cpu().numpy() for values in statistics)
-        return _Said(given.clone(), logits.clone(), top_tokens.copy(), top_logits - log_sum_exp[:, None])
+        return said_of(given.clone(), logits.clone(), statistics)
 
     def _make_room(self, slots: int) -> None:
         """Takes a larger room where this one is too small for so many slots of a sequence."""
@@ -282,7 +304,7 @@ class HeadBatch:
         if fitting:
             spare.remove(fitting[0])
             fitting[0].cache.restart(fitting[0].cache.slots)
-        self._room = room = fitting[0] if fitting else HeadRoom(self.head, sequences, slots)
+        self._room = room = fitting[0] if fitting else self.rooms(self.head, sequences, slots)
         if old is not None:
             room.cache.keys_values[..., : old.cache.slots, :] = old.cache.keys_values
             room.cache.lengths = list(old.cache.lengths)
@@ -290,3 +312,9 @@ class HeadBatch:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def said_of(given: Tensor, logits: Tensor, statistics: Sequence[Tensor]) -> Said:
+    """What a head said, of what guesses below take in, logits, and the first three of their row_statistics."""
+    top_tokens, top_logits, log_sum_exp = (values.cpu().numpy() for values in statistics)
+    return Said(given, logits, top_tokens.copy(), top_logits - log_sum_exp[:, None])

@@ -1,4 +1,4 @@
-"""Where an EAGLE-3 head works: a cache for some sequences, and the calls of the head that are recorded for it."""
+"""Where a head works: a cache for some sequences, and the calls of the head that are recorded for it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HeadRoom:
     """A head's cache, and what is recorded for it: it outlives a batch, and serves the next one of so many sequences.
 
     Args:
-        head: an Eagle3Head.
+        head: an Eagle3Head, or another head with its calls.
         sequences: of the batch.
         slots: of each, at least.
     """
@@ -103,7 +103,7 @@ class HeadRoom:
         """What a call reads: all of it, embedded rows where they are no op's, and taps or hidden rows."""
         if (kind, count) not in self._inputs:
             config, width = self._head.config, self._head.config.layers.hidden_size
-            shape = (width,) if kind == GUESS else (len(config.taps), config.target_hidden_size)
+            shape = (self._head.given_width,) if kind == GUESS else (len(config.taps), config.target_hidden_size)
             sizes = [0 if self._head.embeds_by_op else count * width, count * torch.Size(shape).numel()]
             inputs = torch.zeros(sum(sizes), device=self._head.device)
             embedded, rows = inputs.split(sizes)

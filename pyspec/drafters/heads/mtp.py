@@ -81,7 +81,7 @@ class MtpHead:
         *self._pair_norms, self._norm = (scale_of(norm, shape) for norm in norms.values())
         self._target_norm = target.weights.last_scale
         self._embed, self.embeds_by_op, self._logits = target.embed, target.embeds_by_op, target.head
-        self.tokens, self.rooms = None, deque(maxlen=2)  # see Eagle3Head
+        self.tokens, self.rooms, self.given_width = None, deque(maxlen=2), hidden  # see TrainedHead
 
     def target_tokens(self, tokens: np.ndarray) -> np.ndarray:
         """The target's tokens of some of the head's, int64: the same."""

@@ -69,6 +69,9 @@ class LawSource(Protocol):
     It may also have `likeliest(tokens, parents, nodes, count)`: the tokens and chances [len(nodes), count] that are the
     best of these laws, likeliest first, where it finds them without; else None. Then it also has
     `statistics(tokens, parents, nodes)`: the 8 best chances [len(nodes), 8] of the same laws and their entropies.
+
+    A source with an end may have `goes_on(tokens, parents, nodes)`, as a StopRule of its own: whether children of each
+    node are drafted.
     """
 
     vocab_size: int
@@ -194,9 +197,11 @@ class Sapling:
 
     def goes_on(self, nodes: Sequence[int]) -> Sequence[bool]:
         """Whether children of some nodes are drafted, whose laws were asked for."""
+        find = getattr(self._source, "goes_on", None)
+        found = [True] * len(nodes) if find is None else find(self.tokens, self.parents, nodes)
         if self._goes_on is None or not nodes:
-            return [True] * len(nodes)
-        return self._goes_on(self._level(list(nodes)))
+            return found
+        return [own and other for own, other in zip(found, self._goes_on(self._level(list(nodes))), strict=True)]
 
     def _level(self, nodes: list[int]) -> Level:
         find = getattr(self._source, "statistics", None)
