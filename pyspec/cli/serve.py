@@ -35,7 +35,9 @@ def add_parser(commands) -> None:
     serve.add_argument(
         "--queue", type=int, default=64, help="texts that wait before others are refused with 429; default: 64"
     )
-    serve.add_argument("--capacity", type=int, help="tokens of prompt and text; default: the model's context, at most 8192")
+    serve.add_argument(
+        "--capacity", type=int, help="tokens of prompt and text; default: the context, at most 8192"
+    )
     serve.add_argument(
         "--prefix-memory", type=float, default=0.25, metavar="GIB", help="for prefixes that are kept; default: 0.25"
     )

@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from pyspec.serving.answers import ChatForm, Form, TextForm
 from pyspec.serving.engine import Engine
 from pyspec.serving.fields import parse_body
+from pyspec.serving.forms import ChatForm, Form, TextForm
 from pyspec.serving.metrics import Metrics
 from pyspec.serving.refusals import Refused
 from pyspec.serving.reply import Reply

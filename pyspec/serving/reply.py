@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import anyio
 from starlette.responses import Response
 
-from pyspec.serving.answers import Form, event
+from pyspec.serving.forms import Form, event
 from pyspec.serving.metrics import Metrics
 from pyspec.serving.refusals import Refused
 from pyspec.serving.running import Running

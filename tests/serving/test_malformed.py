@@ -14,8 +14,8 @@ pytest.importorskip("prometheus_client")
 
 CHAT = {"model": "small", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2, "seed": 1}
 TEXT = {"model": "small", "prompt": "hello", "max_tokens": 2, "seed": 1}
-FIELDS = """model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p typical_p mirostat n stop
-stream stream_options seed logprobs top_logprobs logit_bias frequency_penalty presence_penalty repetition_penalty
+FIELDS = """model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p typical_p mirostat n
+stop stream stream_options seed logprobs top_logprobs logit_bias frequency_penalty presence_penalty repetition_penalty
 banned_tokens forced_tokens grammar response_format tools tool_choice parallel_tool_calls user metadata echo suffix
 best_of functions modalities store service_tier chat_template_kwargs reasoning_effort prediction surprise""".split()
 VALUES = [None, True, False, 0, 1, -1, 2, 3.5, -0.5, 1e308, -1e308, 10**30, -(10**30), 2**63, "", "x", "\0", "é" * 50]

@@ -107,7 +107,11 @@ def test_logprobs_are_those_of_generate(server, client):
     ]
     for found in (whole, streamed):
         assert [entry.logprob for entry in found] == [each.logprob for each in expected.logprobs]
-        assert "".join(entry.token for entry in found) == expected.text == bytes(sum((e.bytes for e in found), [])).decode()
+        assert (
+            "".join(entry.token for entry in found)
+            == expected.text
+            == bytes(sum((e.bytes for e in found), [])).decode()
+        )
         assert [[top.logprob for top in entry.top_logprobs] for entry in found] == [
             list(each.top.values()) for each in expected.logprobs
         ]

@@ -100,13 +100,12 @@ def test_a_client_that_goes_away_while_it_waits_leaves_the_queue():
 
 def test_texts_of_one_request_are_queued_together_or_not_at_all():
     with held_engine(slots=2, queue=1) as (engine, go_on):
-        waiting = [engine.submit("ab", max_new_tokens=2) for _ in range(2)]
-        wait_for(engine, running=2)
+        writing = engine.submit("ab", max_new_tokens=2)
+        wait_for(engine, running=1)
         refused = call(Application(engine, "small"), "POST", "/v1/completions", BODY | {"n": 2})
         assert refused.status == 429
         go_on.set()
-        for answer in waiting:
-            answer.result(PATIENCE)
+        writing.result(PATIENCE)
         wait_for(engine, running=0, queued=0, finished_cancelled=1)
 
 
@@ -156,14 +155,22 @@ def test_bodies_are_json_of_a_limited_size(server):
         assert refused.status == 413 and "200 bytes" in refused.json["error"]["message"]
     refused = call(application, "POST", "/v1/completions", BODY, {"content-type": "text/plain"})
     assert refused.status == 415  # what a web page may send without asking
-    assert call(application, "POST", "/v1/completions", BODY, {"content-type": "application/json; charset=utf-8"}).status == 200
+    assert (
+        call(application, "POST", "/v1/completions", BODY, {"content-type": "application/json; charset=utf-8"}).status
+        == 200
+    )
 
 
 def test_a_key_opens_all_but_health(server):
     application = Application(server.engine, "small", api_key="secret")
     key = {"authorization": "Bearer secret"}
     for path, method in (("/v1/models", "GET"), ("/metrics", "GET"), ("/v1/completions", "POST"), ("/nowhere", "GET")):
-        for wrong in ({}, {"authorization": "secret"}, {"authorization": "Bearer secre"}, {"authorization": "Bearer é"}):
+        for wrong in (
+            {},
+            {"authorization": "secret"},
+            {"authorization": "Bearer secre"},
+            {"authorization": "Bearer é"},
+        ):
             refused = call(application, method, path, BODY, wrong)
             assert refused.status == 401 and refused.json["error"]["code"] == "invalid_api_key"
     assert call(application, "GET", "/v1/models", headers=key).status == 200

@@ -1,4 +1,4 @@
-"""Answers: what becomes of an Ask, in OpenAI's objects, whole or piece by piece."""
+"""Forms: what becomes of an Ask, in OpenAI's objects, whole or piece by piece."""
 
 from __future__ import annotations
 
