@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from pyspec.arguments import check_unicode
-from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, generation_settings
+from pyspec.cli.arguments import add_generation_arguments, add_model_arguments, sampling_settings
 from pyspec.cli.generate import add_drafter_arguments, add_template_arguments, drafter_of
-from pyspec.cli.serve import ENGINE_SETTINGS
+from pyspec.cli.serve import engine_settings
 from pyspec.cli.shared import BadInput, load_model, make_console, read_text, write
 
 HELP = '''/reset         forgets all but the system's turn
@@ -45,7 +45,11 @@ def add_parser(commands) -> None:
 def _chat(arguments: argparse.Namespace) -> int:
     if arguments.system is not None:
         check_unicode("--system", arguments.system)
-    settings = generation_settings(arguments, [arguments.temperature]) | {"temperature": arguments.temperature}
+    from pyspec.generate import check_limits
+
+    for_engine = engine_settings(arguments)
+    settings = sampling_settings(arguments, [arguments.temperature]) | {"temperature": arguments.temperature}
+    check_limits(1, arguments.max_new_tokens)
     messages = _read_conversation(arguments.conversation)
     console = make_console()
     model = load_model(arguments, console)
@@ -53,7 +57,6 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise BadInput(f"{arguments.model} has no chat template: pyspec generate continues texts")
     from pyspec.serving.engine import Engine
 
-    for_engine = {name: settings.pop(name) for name in ENGINE_SETTINGS}
     laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
     drafter = drafter_of(arguments, model, console, **laws)
     with Engine(model, slots=1, queue=1, drafter=drafter, **for_engine) as engine:

@@ -10,7 +10,6 @@ from pyspec.cli.arguments import add_model_arguments, add_speculation_arguments
 from pyspec.cli.generate import add_drafter_arguments, drafter_of
 from pyspec.cli.shared import BadInput, load_model, make_console
 
-ENGINE_SETTINGS = ("budget", "controller", "acceptance", "deferral", "cache")
 _KEY = "PYSPEC_API_KEY"
 
 
@@ -35,9 +34,7 @@ def add_parser(commands) -> None:
     serve.add_argument(
         "--queue", type=int, default=64, help="texts that wait before others are refused with 429; default: 64"
     )
-    serve.add_argument(
-        "--capacity", type=int, help="tokens of prompt and text; default: the context, at most 8192"
-    )
+    serve.add_argument("--capacity", type=int, help="tokens of prompt and text; default: the context, at most 8192")
     serve.add_argument(
         "--prefix-memory", type=float, default=0.25, metavar="GIB", help="for prefixes that are kept; default: 0.25"
     )
@@ -53,6 +50,7 @@ def add_parser(commands) -> None:
 
 def _serve(arguments: argparse.Namespace) -> int:
     _check(arguments)
+    settings = engine_settings(arguments)
     try:
         import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
@@ -66,7 +64,6 @@ def _serve(arguments: argparse.Namespace) -> int:
     from pyspec.serving.server import serve
 
     drafter = drafter_of(arguments, model, console)
-    settings = {name: getattr(arguments, name) for name in ENGINE_SETTINGS}
     memory = int(arguments.prefix_memory * 2**30)
     sizes = {"slots": arguments.slots, "queue": arguments.queue, "capacity": arguments.capacity}
     api_key = arguments.api_key or os.environ.get(_KEY) or None
@@ -82,11 +79,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raises BadInput or ValueError for settings out of range, before a model is loaded for them."""
-    from pyspec.acceptance import acceptance_from_name
-    from pyspec.controllers import read_controller
-    from pyspec.generate import check_limits
-
+    """Raises BadInput for numbers out of range, before a model is loaded for them."""
     for name, least in (("slots", 1), ("queue", 1), ("port", 0), ("most_bytes", 1)):
         if getattr(arguments, name) < least:
             raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
@@ -96,11 +89,23 @@ def _check(arguments: argparse.Namespace) -> None:
             raise BadInput(f"--{name.replace('_', '-')} must be in [0, 2**31), got {value}")
     if arguments.port > 65535:
         raise BadInput(f"--port must be at most 65535, got {arguments.port}")
-    acceptance_from_name(arguments.acceptance, arguments.deferral)
-    check_limits(arguments.budget, 1)
-    read_controller(arguments.controller)
     if arguments.api_key is not None and not arguments.api_key.isascii():
         raise BadInput("--api-key must be ASCII, as a header is")
+
+
+def engine_settings(arguments: argparse.Namespace) -> dict:
+    """The settings of Engine that add_speculation_arguments has, checked before a model is loaded for them."""
+    from pyspec.acceptance import acceptance_from_name, settings_of_rules
+    from pyspec.controllers import read_controller
+    from pyspec.generate import check_limits
+
+    if arguments.prompt_attention != "pyspec":
+        raise ValueError(f"--prompt-attention must be pyspec for several texts, got {arguments.prompt_attention}")
+    own = {setting: getattr(arguments, setting) for setting in settings_of_rules().values()}
+    check_limits(arguments.budget, 1)
+    read_controller(arguments.controller)
+    rule = acceptance_from_name(arguments.acceptance, own)
+    return {"acceptance": rule} | {name: getattr(arguments, name) for name in ("budget", "controller", "cache")}
 
 
 def _is_loopback(host: str) -> bool:
