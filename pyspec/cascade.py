@@ -1,14 +1,26 @@
-"""cascade: one text that a small and a large model write in turns, each of them speculating in its own."""
+"""cascade: one text of a small and a large model, each of them speculating in what it writes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pyspec.acceptance.exact import ExactAcceptance
+from pyspec.answers import ANSWER_RULES, AnswerRule
 from pyspec.controllers import controller_for, read_controller
 from pyspec.drafters import Drafter
-from pyspec.generate import check_limits, check_model, check_stream, drafter_for, prompts_of, stop_strings
+from pyspec.generate import (
+    Generation,
+    check_limits,
+    check_model,
+    check_stream,
+    drafter_for,
+    generate,
+    prompts_of,
+    stop_strings,
+)
 from pyspec.loop import prefill, run_round
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -18,7 +30,7 @@ from pyspec.sequence import Sequence as TextSequence
 from pyspec.sequence import TextStream
 from pyspec.stats import Stats, clock_of
 from pyspec.tree import Accepted, DraftTree
-from pyspec.turns import LARGE, TURN_RULES, TurnRule
+from pyspec.turns import LARGE, SMALL, TURN_RULES, TurnRule
 
 #: Tokens that a model which sat out reads at once.
 CATCH_UP = 64
@@ -30,8 +42,10 @@ class Cascade:
 
     Attributes:
         tokens, text, finish_reason, error: as of a Generation.
-        turns: (0 for the small model or 1 for the large one, how many tokens it wrote), in order.
+        turns: (0 for the small model or 1 for the large one, how many tokens it wrote), in order. An answer that the
+            large model has replaced is a turn of the small one.
         stats: of the small model and of the large one.
+        score: of the small model's answer, where an answer rule has judged it; else None.
     """
 
     tokens: list[int]
@@ -40,6 +54,7 @@ class Cascade:
     error: str | None
     turns: list[tuple[int, int]]
     stats: tuple[Stats, Stats]
+    score: float | None = None
 
     @property
     def large_share(self) -> float:
@@ -52,7 +67,7 @@ def cascade(
     large: Runner,
     tokens,
     *,
-    rule: str | TurnRule = "entropy",
+    rule: str | TurnRule | AnswerRule = "entropy",
     drafters: Sequence[str | Drafter | None] = ("merged", "merged"),
     budget: int | str = "auto",
     controller: str | None = None,
@@ -65,24 +80,27 @@ def cascade(
     stream: Callable[[str], None] | None = None,
     **warpers,
 ) -> Cascade:
-    """Continues a prompt with two models of one vocabulary; a rule decides token by token which of them writes.
+    """Continues a prompt with two models of one vocabulary; a rule decides which of them writes.
 
-    Each token is what the model whose turn it is would say by plain decoding, so with one seed the text is the same
-    with any drafters and with none. A model that sat out reads what it missed in chunks when its turn comes.
+    A turn rule decides token by token: a model that sat out reads what it missed in chunks when its turn comes. An
+    answer rule decides when the small model has answered: the large one answers in its place where that looks bad. A
+    token is what the model that wrote it would say by plain decoding, so with one seed the text is the same with any
+    drafters and with none.
 
     Args:
         small, large: runners, from pyspec.load.
         tokens: the token ids of one prompt, as for generate.
-        rule: a name of pyspec.turns.TURN_RULES (docs/cascades.md), or a rule.
+        rule: a name of pyspec.turns.TURN_RULES or of pyspec.answers.ANSWER_RULES (docs/cascades.md), or a rule.
         drafters: of the small model and of the large one, as for generate.
-        budget, controller, max_new_tokens, temperature, top_p, top_k, seed, stop, stream, warpers: as for generate.
+        budget, controller, max_new_tokens, temperature, top_p, top_k, seed, stop, stream, warpers: as for generate. An
+            answer is streamed when it is certain to stand.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
     """
     for model in (small, large):
         check_model(model)
-    _check_vocabularies(small, large)
+    _check_models(small, large)
     batched, prompts = prompts_of(tokens, large if large.context_length < small.context_length else small)
     if batched:
         raise TypeError("tokens must be one prompt, got a batch")
@@ -92,13 +110,20 @@ def cascade(
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     controller = read_controller(controller)
     sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
-    turns = TURN_RULES.named("rule", rule, "or a rule")() if isinstance(rule, (str, type)) else rule
-    turns = turns.start(sampler.seed, None if large.tokenizer is None else large.tokenizer.token_bytes)
-    writers = [
-        _Writer(model, drafter_for(each, model, ExactAcceptance(), None, sampler), budget, controller, sampler.seed)
+    made = [
+        drafter_for(each, model, ExactAcceptance(), None, sampler)
         for model, each in zip((small, large), drafters, strict=True)
     ]
-    (prompt,) = prompts
+    rule, (prompt,) = _rule_of(rule), prompts
+    if hasattr(rule, "defers"):
+        settings = {"budget": budget, "controller": controller, "max_new_tokens": max_new_tokens}
+        settings |= {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": sampler.seed, "stop": stop}
+        return _answer((small, large), prompt, rule, drafters, stream, settings | warpers)
+    turns = rule.start(sampler.seed, None if large.tokenizer is None else large.tokenizer.token_bytes, prompt)
+    writers = [
+        _Writer(model, drafter, budget, controller, sampler.seed)
+        for model, drafter in zip((small, large), made, strict=True)
+    ]
     text = TextSequence(
         model=large,
         context=list(prompt),
@@ -114,6 +139,35 @@ def cascade(
     said = None if text.text is None else text.text.text
     stats = (writers[0].stats, writers[1].stats)
     return Cascade(text.new_tokens, said, text.finish_reason, text.error, written, stats)
+
+
+def _rule_of(rule: str | TurnRule | AnswerRule) -> TurnRule | AnswerRule:
+    """The rule of a name; a rule passes through."""
+    if isinstance(rule, str) and rule in ANSWER_RULES:
+        return ANSWER_RULES[rule]()
+    if isinstance(rule, (str, type)) or not (hasattr(rule, "defers") or hasattr(rule, "next")):
+        return TURN_RULES.named("rule", rule, f"{', '.join(ANSWER_RULES)}, or a rule")()
+    return rule
+
+
+def _answer(models, prompt: list[int], rule: AnswerRule, drafters, stream, settings: dict) -> Cascade:
+    """The small model's answer where it stands, else the large one's."""
+    small, large = models
+    first = generate(small, prompt, drafter=drafters[SMALL], logprobs=0, **settings)
+    turns, stats = [(SMALL, len(first.tokens))], [first.stats, Stats(seed=first.stats.seed)]
+    if not first.tokens or first.finish_reason == "interrupted":
+        return _cascade_of(first, turns, stats, None)
+    score = rule.score(np.array([each.logprob for each in first.logprobs]))
+    if not rule.defers(score):
+        if stream is not None and first.text:
+            stream(first.text)
+        return _cascade_of(first, turns, stats, score)
+    second = generate(large, prompt, drafter=drafters[LARGE], stream=stream, **settings)
+    return _cascade_of(second, [*turns, (LARGE, len(second.tokens))], [first.stats, second.stats], score)
+
+
+def _cascade_of(said: Generation, turns: list[tuple[int, int]], stats: list[Stats], score: float | None) -> Cascade:
+    return Cascade(said.tokens, said.text, said.finish_reason, said.error, turns, tuple(stats), score)
 
 
 def _write(writers: list[_Writer], text: TextSequence, rule: _InTurns) -> list[tuple[int, int]]:
@@ -197,7 +251,10 @@ class _InTurns:
         return accepted
 
 
-def _check_vocabularies(small: Runner, large: Runner) -> None:
+def _check_models(small: Runner, large: Runner) -> None:
+    """Raises ValueError unless they are two runners of one vocabulary."""
+    if small is large:
+        raise ValueError("small and large must be two runners, got one: use fork() for another on the same weights")
     named = [getattr(model.tokenizer, "fingerprint", None) for model in (small, large)]
     if small.vocab_size != large.vocab_size or (None not in named and named[0] != named[1]):
         raise ValueError(

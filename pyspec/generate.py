@@ -51,7 +51,6 @@ def generate(
     budget: int | str = "auto",
     controller: str | Controller | None = None,
     acceptance: str | AcceptanceRule = "exact",
-    deferral: float | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -61,7 +60,7 @@ def generate(
     cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
     logprobs: int | None = None,
-    **warpers,
+    **settings,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
 
@@ -84,7 +83,6 @@ def generate(
             several with "+" between them, or a controller. None is "pays" for the budget "auto", else "fixed".
         acceptance: a name of pyspec.acceptance.RULES, or a rule (docs/acceptance.md). All but "exact" keep at most the
             law of the text, not the text of a seed; some are lossy, and most are for drafters that draw.
-        deferral: of acceptance="cascade", in [0, 1]: larger leaves more to the drafter. None is its default, 0.1.
         max_new_tokens: new tokens for each prompt; the model's context ends a text too.
         temperature, top_p, top_k: see Sampler; temperature 0 is greedy.
         seed: None takes one from the operating system; stats.seed tells which.
@@ -93,8 +91,8 @@ def generate(
             ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
         logprobs: how many of the likeliest tokens are told beside each new one, in [0, 100]; None tells nothing.
-        warpers: settings by the names of pyspec.sampling.warpers.WARPERS (docs/sampling.md), such as min_p=0.05; None
-            leaves one out.
+        settings: of warpers, by the names of pyspec.sampling.warpers.WARPERS (docs/sampling.md), say min_p=0.05; and
+            deferral of acceptance="cascade", in [0, 1], larger leaving more to the drafter. None leaves one out.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
@@ -108,11 +106,11 @@ def generate(
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     controller = read_controller(controller)
     logprobs = None if logprobs is None else _logprobs(logprobs)
-    settings = _cache_settings(cache, model, budget)
-    sampler = Sampler(temperature, top_k, top_p, seed, **warpers)
-    rule = acceptance_from_name(acceptance, deferral)
-    shared_drafter = drafter_for(drafter, model, rule, settings, sampler)
-    controller = controller_for(budget, controller, model, shared_drafter, settings)
+    cache = _cache_settings(cache, model, budget)
+    rule = acceptance_from_name(acceptance, settings)
+    sampler = Sampler(temperature, top_k, top_p, seed, **settings)
+    shared_drafter = drafter_for(drafter, model, rule, cache, sampler)
+    controller = controller_for(budget, controller, model, shared_drafter, cache)
     stats = Stats(seed=sampler.seed)
     stats.clock = clock_of(model)
     sequences = [
@@ -130,7 +128,7 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        speculate(model, sequences, rule, controller=controller, cache=settings, stats=stats)
+        speculate(model, sequences, rule, controller=controller, cache=cache, stats=stats)
     except KeyboardInterrupt:
         for sequence in sequences:
             if sequence.going:

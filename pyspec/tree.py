@@ -38,7 +38,7 @@ class DraftTree:
 
     __slots__ = ("tokens", "parents", "q", "chances", "depths", "ancestor_bits", "_token_range")
 
-    earlier = 0  # nodes before these whose keys are cached: none, for a tree is whole
+    earlier = 0  # nodes before these whose keys are cached: none, for a tree is whole, see `later`
 
     tokens: np.ndarray
     parents: np.ndarray
@@ -83,6 +83,20 @@ class DraftTree:
         tree._token_range = None
         return tree
 
+    def later(self, first: int) -> LaterNodes:
+        """The nodes from `first` on, for a runner that keeps the keys of those before it (`keeps_tree_keys`)."""
+        tree = LaterNodes.__new__(LaterNodes)
+        tree.tokens, tree.parents, tree.depths = self.tokens[first:], self.parents[first:], self.depths[first:]
+        tree.q = tree.chances = tree._token_range = None
+        tree.ancestor_bits = self.ancestor_bits[first:]
+        tree.earlier, tree.whole = first, self
+        return tree
+
+    @property
+    def whole(self) -> DraftTree:
+        """The tree that these nodes belong to."""
+        return self
+
     @property
     def token_range(self) -> tuple[int, int]:
         """The lowest and the highest token. They are looked for once, however many check the tree."""
@@ -109,6 +123,15 @@ class DraftTree:
             path.append(max(children, key=lambda child: chances[child]))
         parents = np.arange(-1, len(path) - 1, dtype=np.int32)
         return DraftTree(self.tokens[path], parents, chances=None if self.chances is None else self.chances[path])
+
+
+class LaterNodes(DraftTree):
+    """The last nodes of a tree, whose first ones were verified since the last commit; see DraftTree.later.
+
+    parents and ancestor_bits name nodes of the whole tree.
+    """
+
+    __slots__ = ("earlier", "whole")
 
 
 class Accepted(NamedTuple):

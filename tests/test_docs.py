@@ -89,6 +89,7 @@ GIVEN = {
     "docs/residual_vq.md": {0: with_demo},
     "docs/row_statistics.md": {0: lambda: {"logits": torch.randn(3, 50), "drafted": torch.tensor([[1, 2]] * 3)}},
     "docs/cascades.md": {0: lambda: with_demo() | {"tokens": list(range(9, 20))}},
+    "docs/beams.md": {0: with_demo},
     "docs/sampling.md": {0: with_demo},
     "docs/selective_state.md": {0: lambda: {"model": tiny("Mamba"), "tokens": [1, 2, 3]}},
     "docs/sparse_attention.md": {

@@ -1,6 +1,7 @@
 // The tile registers of AMX: how they are divided while a kernel uses them. Eight of them: 0 to 3 are sums,
 // 16 words wide; 4 and 5 take the rows of the left operand, 6 and 7 the right one's, 16 words wide again.
-// A thread is given back divided as it was: llama.cpp divides its threads' tiles once and counts on that for good.
+// A thread is given back divided as it was: llama.cpp divides its threads' tiles once and counts on that for
+// good.
 #pragma once
 
 #include "cpu/simd.h"
@@ -8,8 +9,8 @@
 #if PYSPEC_HAS_AMX
 namespace {
 
-// As the intrinsics, but for one thing: those of gcc 12 tell the compiler of 8 of the 64 bytes, and it may leave out
-// what was stored to the rest.
+// As the intrinsics, but for one thing: those of gcc 12 tell the compiler of 8 of the 64 bytes, and it may
+// leave out what was stored to the rest.
 using TileDivision = uint8_t[64];
 inline void load_division(const TileDivision& division) { asm volatile("ldtilecfg %0" ::"m"(division)); }
 inline void store_division(TileDivision& division) { asm volatile("sttilecfg %0" : "=m"(division)); }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pyspec.registry import Registry
 from pyspec.runners.verified import Verified
@@ -13,9 +13,10 @@ from pyspec.tree import Accepted, DraftTree, Siblings
 if TYPE_CHECKING:
     from pyspec.drafters import Drafter
 
-__all__ = ["RULES", "AcceptanceRule", "acceptance_from_name", "check_laws"]
+__all__ = ["RULES", "AcceptanceRule", "acceptance_from_name", "check_laws", "settings_of_rules"]
 
-#: What makes the rules that need no settings, by name.
+#: What makes the rules that need no settings, by name. One that may have a setting has its keyword as `setting`, and
+#: is made of its value by `of_setting`.
 RULES: Registry[Callable[[], AcceptanceRule]] = Registry("pyspec.acceptance")
 
 
@@ -36,27 +37,32 @@ class AcceptanceRule(Protocol):
         ...
 
 
-def acceptance_from_name(name: str | AcceptanceRule, deferral: float | None = None) -> AcceptanceRule:
+def acceptance_from_name(name: str | AcceptanceRule, settings: dict[str, Any] | None = None) -> AcceptanceRule:
     """The rule of a name; a rule passes through.
 
     Args:
         name: of RULES.
-        deferral: of a cascade; None leaves it at its default.
+        settings: keywords of generate; those of acceptance rules, which are `setting` of theirs, are taken out.
 
     Raises:
-        ValueError: there is no rule of this name, or it takes no deferral.
+        ValueError: there is no rule of this name, or a setting is that of another rule.
         TypeError: name is neither a name nor a rule.
     """
-    if hasattr(name, "accept") and not isinstance(name, type):
-        rule = name
-    else:
-        make = RULES.named("acceptance", name, "or an acceptance rule")
-        if deferral is not None and getattr(make, "takes_deferral", False):
-            return make(deferral)
-        rule = make()
-    if deferral is not None:
-        raise ValueError(f'deferral is for acceptance="cascade", got acceptance={name!r}')
-    return rule
+    settings = {} if settings is None else settings
+    is_rule = hasattr(name, "accept") and not isinstance(name, type)
+    make = None if is_rule else RULES.named("acceptance", name, "or an acceptance rule")
+    for owner, setting in settings_of_rules().items():
+        value = settings.pop(setting, None)
+        if value is not None and (is_rule or owner != name):
+            raise ValueError(f'{setting} is for acceptance="{owner}", got acceptance={name!r}')
+        if value is not None:
+            return make.of_setting(value)
+    return name if is_rule else make()
+
+
+def settings_of_rules() -> dict[str, str]:
+    """The keyword of generate that is a rule's setting, by the rule's name, where it has one."""
+    return {name: make.setting for name, make in RULES.items() if hasattr(make, "setting")}
 
 
 def check_laws(drafter: Drafter | None, rule: AcceptanceRule) -> None:

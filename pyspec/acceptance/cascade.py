@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from pyspec.acceptance import RULES
 from pyspec.acceptance.laws import DraftLaws, LawRule, TargetLaws, children_of
 from pyspec.acceptance.recursive import recursive_rejection
-from pyspec.arguments import read_number
+from pyspec.arguments import described, read_integer, read_number
 from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
 from pyspec.sampling.sampler import Sampler
@@ -75,18 +75,27 @@ class CascadeAcceptance(LawRule):
     """
 
     law = "mixture"
-    takes_deferral = True
+    setting = "deferral"
 
     def __init__(self, deferral: float = 0.1, rule: str = "token_v3", top: int | None = None):
         self.deferral = read_number("deferral", deferral)
         if not 0 <= self.deferral <= 1:
             raise ValueError(f"deferral must be in [0, 1], got {deferral}")
-        if rule not in DEFERRALS:
+        if not isinstance(rule, str) or rule not in DEFERRALS:
             raise ValueError(f"rule must be one of {', '.join(DEFERRALS)}, got {rule!r}")
-        if top is not None and (rule != "token_v3" or top < 1):
+        if top is not None and (rule != "token_v3" or read_integer("top", top, "an integer or None") < 1):
             raise ValueError(f"top must be at least 1, and is for token_v3, got {top} for {rule}")
         self.rule, self.top = rule, top
         self.siblings = None if rule == "token_v3" else frozenset({"none", "with replacement", "without replacement"})
+
+    @classmethod
+    def of_setting(cls, setting: float | Mapping) -> CascadeAcceptance:
+        """The rule of generate's `deferral`: alpha, or a mapping with alpha and perhaps rule and top."""
+        if not isinstance(setting, Mapping):
+            return cls(setting)
+        if "alpha" not in setting or set(setting) - {"alpha", "rule", "top"}:
+            raise ValueError(f"deferral must have an alpha, and perhaps rule and top, got {described(setting)}")
+        return cls(setting["alpha"], setting.get("rule", "token_v3"), setting.get("top"))
 
     def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
         if sampler.temperature and tree.q is not None:

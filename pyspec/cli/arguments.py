@@ -12,9 +12,13 @@ from pyspec.cli.shared import DTYPES
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, name: str = "--model") -> None:
     parser.add_argument(
-        "--model", default="demo", help="demo, a GGUF file, a Hugging Face folder or a hub id; default: demo"
+        name,
+        dest="model",
+        metavar="MODEL",
+        default="demo",
+        help="demo, a GGUF file, a Hugging Face folder or a hub id; default: demo",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the model's own")
     parser.add_argument(
@@ -28,9 +32,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
-    from pyspec.acceptance import RULES
+    from pyspec.acceptance import RULES, settings_of_rules
     from pyspec.caches import CACHES
-    from pyspec.sampling.warpers import WARPERS
 
     add_budget_argument(parser)
     parser.add_argument(
@@ -39,16 +42,24 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
         default="exact",
         help="default: exact; see docs/acceptance.md, some are lossy",
     )
-    parser.add_argument("--deferral", type=float, help="of the cascade, in [0, 1]: more leaves more to the drafter")
+    for rule, setting in settings_of_rules().items():
+        parser.add_argument(f"--{setting}", type=json_or_text, metavar="VALUE", help=f"of --acceptance {rule}")
+    add_sampling_arguments(parser, max_new_tokens=max_new_tokens)
+    parser.add_argument(
+        "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    """Arguments of a text's length and of what its tokens are drawn from, but the temperature."""
+    from pyspec.sampling.warpers import WARPERS
+
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"default: {max_new_tokens}")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens, the default")
     parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps all tokens, the default")
     for name, summary in WARPERS.summaries.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=json_or_text, metavar="VALUE", help=summary)
     parser.add_argument("--seed", type=int, help="default: a new one, which is shown")
-    parser.add_argument(
-        "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
-    )
 
 
 def add_budget_argument(parser: argparse.ArgumentParser) -> None:
@@ -79,21 +90,28 @@ def _budget(text: str) -> int | str:
 
 def generation_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
     """The settings of generate but the temperature, checked for each of those before a model is loaded for them."""
-    from pyspec.acceptance import acceptance_from_name
+    from pyspec.acceptance import acceptance_from_name, settings_of_rules
     from pyspec.controllers import read_controller
     from pyspec.generate import check_limits
-    from pyspec.sampling.sampler import Sampler
-    from pyspec.sampling.warpers import WARPERS
 
     if arguments.cache != "dense" and arguments.prompt_attention != "pyspec":
         raise ValueError(
             f"--cache must be dense with --prompt-attention {arguments.prompt_attention}, got {arguments.cache}"
         )
-    acceptance_from_name(arguments.acceptance, arguments.deferral)
+    own = {setting: getattr(arguments, setting) for setting in settings_of_rules().values()}
+    acceptance_from_name(arguments.acceptance, dict(own))
     check_limits(arguments.budget, arguments.max_new_tokens)
     read_controller(arguments.controller)
+    sampling = sampling_settings(arguments, temperatures)
+    return {name: getattr(arguments, name) for name in ("budget", "controller", "acceptance", "cache")} | own | sampling
+
+
+def sampling_settings(arguments: argparse.Namespace, temperatures: Sequence[float]) -> dict:
+    """The settings of add_sampling_arguments, checked for each of the temperatures."""
+    from pyspec.sampling.sampler import Sampler
+    from pyspec.sampling.warpers import WARPERS
+
     warpers = {name: getattr(arguments, name) for name in WARPERS if getattr(arguments, name) is not None}
     for temperature in temperatures:
         Sampler(temperature, arguments.top_k, arguments.top_p, arguments.seed, **warpers)
-    names = ("budget", "controller", "acceptance", "deferral", "max_new_tokens", "top_k", "top_p", "seed", "cache")
-    return {name: getattr(arguments, name) for name in names} | warpers
+    return {name: getattr(arguments, name) for name in ("max_new_tokens", "top_k", "top_p", "seed")} | warpers

@@ -36,9 +36,7 @@ def add_parser(commands) -> None:
     from pyspec.drafters import DRAFTERS
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
-    prompt = generate.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
-    prompt.add_argument("--file", type=Path, help="read the prompt from a file")
+    add_prompt_arguments(generate)
     add_model_arguments(generate)
     drafter = generate.add_mutually_exclusive_group()
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
@@ -47,9 +45,21 @@ def add_parser(commands) -> None:
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
-    generate.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
-    generate.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
+    generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
     generate.add_argument(
+        "--drafter-state", type=Path, metavar="FILE", help="what the drafter has learned: read it if there, then write"
+    )
+    generate.set_defaults(command=_generate)
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of a prompt and of how a model is to take it."""
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
+    prompt.add_argument("--file", type=Path, help="read the prompt from a file")
+    parser.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
+    parser.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
+    parser.add_argument(
         "--variable",
         action="append",
         default=[],
@@ -57,11 +67,6 @@ def add_parser(commands) -> None:
         metavar="NAME=VALUE",
         help="for the chat template, such as enable_thinking=false or tools='[...]'; repeatable",
     )
-    generate.add_argument("--no-compare", action="store_true", help="do not run plain decoding for comparison")
-    generate.add_argument(
-        "--drafter-state", type=Path, metavar="FILE", help="what the drafter has learned: read it if there, then write"
-    )
-    generate.set_defaults(command=_generate)
 
 
 def _variable(text: str) -> tuple[str, Any]:
@@ -74,7 +79,7 @@ def _variable(text: str) -> tuple[str, Any]:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    prompt = _read_prompt(arguments)
+    prompt = read_prompt(arguments)
     for text in arguments.stop:
         check_unicode("--stop", text)
     if arguments.system is not None:
@@ -85,6 +90,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     settings |= {"temperature": arguments.temperature, "stop": arguments.stop}
     console = make_console()
     model = load_model(arguments, console)
+    from pyspec.acceptance import settings_of_rules
     from pyspec.generate import generate
 
     tokens = prompt_tokens(model, prompt, arguments.raw, arguments.system, arguments.variable)
@@ -101,7 +107,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     plain = None
     if drafter is not None and not arguments.no_compare and result.finish_reason in ("eos", "stop", "length"):
-        settings |= {"seed": result.stats.seed, "acceptance": "exact", "deferral": None}
+        settings |= {"seed": result.stats.seed, "acceptance": "exact"} | dict.fromkeys(settings_of_rules().values())
         with console.status("plain decoding of the same prompt, for comparison (--no-compare leaves it out)"):
             plain = generate(model, tokens, drafter=None, **settings)
         if plain.finish_reason == "interrupted":
@@ -124,18 +130,20 @@ def _drafter(arguments: argparse.Namespace, model, console):
             return None
         prepare([arguments.drafter], model, console)
         return drafter_from_name(arguments.drafter, model)
+    from pyspec.acceptance import acceptance_from_name, settings_of_rules
     from pyspec.drafters.heads import drafter_of_head
     from pyspec.drafters.model import ModelDrafter
     from pyspec.drafters.shapes.by_rule import growth_for
 
+    own = {setting: getattr(arguments, setting) for setting in settings_of_rules().values()}
+    rule = acceptance_from_name(arguments.acceptance, own)
     laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_head is not None:
-        return drafter_of_head(arguments.draft_head, model, arguments.acceptance, **laws)
-    growth = growth_for(arguments.acceptance)
-    return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth, **laws)
+        return drafter_of_head(arguments.draft_head, model, rule, **laws)
+    return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth_for(rule), **laws)
 
 
-def _read_prompt(arguments: argparse.Namespace) -> str:
+def read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.file is not None:
         prompt = read_text(arguments.file)
     elif arguments.prompt == "-":

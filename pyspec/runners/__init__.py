@@ -80,6 +80,8 @@ class ExtendedRunner(Runner, Protocol):
         weight_dtype: of the weights, or the name of their format, where it is not that of the activations.
         layers, hidden_size: of the model, which trained draft heads are made for.
         head: the laid out matrix that makes logits; embed(tokens) gives the [R, H] fp32 that layers take in.
+        keeps_tree_keys: whether verify takes the later nodes of a tree whose first it has verified since the last
+            commit, see DraftTree.later; commit takes paths of the whole tree then.
         clock: seconds like those of time.perf_counter, by which calls are timed; a simulated runner's own.
     """
 
@@ -88,6 +90,7 @@ class ExtendedRunner(Runner, Protocol):
     layers: int
     hidden_size: int
     head: LinearWeight
+    keeps_tree_keys: bool
     clock: Callable[[], float]
 
     def warm(self, capacity: int | None = None, sequences: int = 1) -> None:

@@ -133,6 +133,11 @@ class AttentionRunner(NativeRunner):
             return min(self._cache.capacity, self._switch) - length
         return self._cache.capacity - length
 
+    @property
+    def keeps_tree_keys(self) -> bool:
+        """Whether the nodes of a tree may be verified a few at a time: over a dense cache on a CPU."""
+        return isinstance(self._cache, DenseCache) and self.device.type == "cpu"
+
     @inference
     def draft(self, slot: int, tree: DraftTree, layers: Sequence[int]) -> Tensor:
         """[T, V] fp32 logits of a tree's nodes by some of the layers, over the keys that all layers committed.

@@ -110,6 +110,11 @@ class NativeRunner:
         """[R, H] fp32: what the layers take in for tokens [R]."""
         return self._embed(tokens)
 
+    @property
+    def keeps_tree_keys(self) -> bool:
+        """Whether the nodes of a tree may be verified a few at a time, see DraftTree.later."""
+        return False
+
     def fork(self):
         """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""
         fork = copy.copy(self)
@@ -159,7 +164,9 @@ class NativeRunner:
         check_trees(trees, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
         trees = dict(sorted(trees.items()))
         for slot, tree in trees.items():
-            self._cache.check_room(slot, len(tree))
+            self._cache.check_room(slot, tree.earlier + len(tree))
+            if tree.earlier and not self.keeps_tree_keys:
+                raise ValueError(f"trees[{slot}] must be a whole tree over this cache, got nodes from {tree.earlier}")
         self._verified = None
         verified: dict[int, Verified] = {}
         if trees:
@@ -176,7 +183,7 @@ class NativeRunner:
                 sent, ends = SentStatistics(rows.statistics), accumulate(map(len, parts))
                 places = rows.places or [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
                 verified = dict(zip(trees, map(Verified, parts, repeat(sent), places, tapped), strict=True))
-        self._verified = trees
+        self._verified = {slot: tree.whole for slot, tree in trees.items()}
         return verified
 
     @inference

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -13,8 +13,8 @@ __all__ = ["LARGE", "SMALL", "TURN_RULES", "TurnRule", "entropy_bits"]
 
 SMALL, LARGE = 0, 1
 
-#: What makes the rules, by name; each has defaults for its settings.
-TURN_RULES: Registry[Callable[[], TurnRule]] = Registry("pyspec.turns")
+#: What makes the rules, by name; settings are keywords.
+TURN_RULES: Registry[Callable[..., TurnRule]] = Registry("pyspec.turns")
 
 
 class TurnRule(Protocol):
@@ -26,8 +26,8 @@ class TurnRule(Protocol):
 
     first: int
 
-    def start(self, seed: int, spelled: Callable[[int], bytes] | None) -> TurnRule:
-        """The rule for one text. `spelled` gives a token's bytes, None where the models have no tokenizer."""
+    def start(self, seed: int, spelled: Callable[[int], bytes] | None, prompt: Sequence[int]) -> TurnRule:
+        """The rule for the text after a prompt. `spelled` gives a token's bytes; None if there is no tokenizer."""
         ...
 
     def next(self, token: int, row: np.ndarray) -> int:

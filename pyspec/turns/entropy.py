@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class EntropyTurns:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def start(self, seed: int, spelled: Callable[[int], bytes] | None) -> EntropyTurns:
+    def start(self, seed: int, spelled: Callable[[int], bytes] | None, prompt: Sequence[int]) -> EntropyTurns:
         rule = copy.copy(self)
         rule._bits, rule._active, rule._since = deque(maxlen=self.window), self.first, 0
         return rule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class ForealTurns:
         if not 0 < self.probability <= 1:
             raise ValueError(f"probability must be in (0, 1], got {probability}")
 
-    def start(self, seed: int, spelled: Callable[[int], bytes] | None) -> ForealTurns:
+    def start(self, seed: int, spelled: Callable[[int], bytes] | None, prompt: Sequence[int]) -> ForealTurns:
         if spelled is None:
             raise ValueError("the rule foreal needs text to know where sentences end, and the models have no tokenizer")
         rule = copy.copy(self)

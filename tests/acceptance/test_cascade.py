@@ -167,6 +167,14 @@ def test_more_deferral_keeps_more_drafts():
     assert lengths[0] == lengths[1] <= lengths[2] <= lengths[3] and lengths[3] > lengths[0]
 
 
+def test_a_setting_has_what_the_rule_has():
+    settings = {"deferral": {"alpha": 0.2, "top": 3}, "min_p": 0.1}
+    rule = acceptance_from_name("cascade", settings)
+    assert (rule.deferral, rule.rule, rule.top, settings) == (0.2, "token_v3", 3, {"min_p": 0.1})
+    assert acceptance_from_name("cascade", {"deferral": None}).deferral == 0.1
+    assert acceptance_from_name("cascade", {"deferral": {"alpha": 0.2, "rule": "opt"}}).rule == "opt"
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -175,9 +183,11 @@ def test_more_deferral_keeps_more_drafts():
         (lambda: CascadeAcceptance(0.1, "token_v4"), "rule must be one of chow"),
         (lambda: CascadeAcceptance(0.1, "opt", top=3), "top must be"),
         (lambda: CascadeAcceptance(0.1, top=0), "top must be"),
-        (lambda: acceptance_from_name("exact", 0.1), "deferral is for"),
-        (lambda: acceptance_from_name(CascadeAcceptance(), 0.1), "deferral is for"),
+        (lambda: acceptance_from_name("exact", {"deferral": 0.1}), "deferral is for"),
+        (lambda: acceptance_from_name(CascadeAcceptance(), {"deferral": 0.1}), "deferral is for"),
         (lambda: generate(FakeRunner(), [97], acceptance="recursive", deferral=0.1), "deferral is for"),
+        (lambda: acceptance_from_name("cascade", {"deferral": {"rule": "opt"}}), "must have an alpha"),
+        (lambda: acceptance_from_name("cascade", {"deferral": {"alpha": 0.1, "rules": "opt"}}), "must have an alpha"),
         (lambda: generate(FakeRunner(), [97], drafter="merged", acceptance=CascadeAcceptance(rule="opt")), "do not go"),
     ],
 )

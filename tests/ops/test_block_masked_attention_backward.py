@@ -43,7 +43,8 @@ def gradients(qkv, mask, d_out, d_lse=None, **options):
     return torch.autograd.grad(results, wanted, given)
 
 
-run, kernel = each_backend(gradients), each_kernel(gradients)
+BOTH = "block_masked_attention", "block_masked_attention_backward"
+run, kernel = each_backend(gradients, *BOTH), each_kernel(gradients, *BOTH)
 
 
 def output_gradients(qkv, seed=1):

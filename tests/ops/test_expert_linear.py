@@ -12,7 +12,8 @@ from tests.helpers.every_backend import each_backend, each_kernel, same_bits
 from tests.helpers.linear_cases import FLOATS, PACKED, random
 from tests.helpers.weight_formats import random_codes
 
-run, kernel = each_backend(expert_linear), each_kernel(expert_linear)
+READERS = "linear", "linear_codes"
+run, kernel = each_backend(expert_linear, *READERS), each_kernel(expert_linear, *READERS)
 EXPERTS, INPUTS = 5, 256
 KINDS = [*PACKED, "int4", *FORMATS]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)

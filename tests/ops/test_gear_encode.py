@@ -10,10 +10,10 @@ import pyspec
 from pyspec.ops import GearFormat, gear_decode, gear_encode
 from pyspec.ops.gear_format import BLOCK
 from pyspec.ops.tree_attention import HEAD_DIMS
-from tests.helpers.every_backend import EACH_BACKEND, backend_runner
+from tests.helpers.every_backend import each_runner
 from tests.helpers.gear_formats import FORMATS, KIVI, PRUNED, channels_of, formats_for, keys_values, relative_error
 
-on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
+on_backend = each_runner("gear_encode")
 
 
 # ==== the format, read by its description in kernels/params/gear.h and nothing else ====

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from pyspec.ops.lay_out import StoredMatrix, empty_weight, laid_out_shape, lay_out
 from pyspec.ops.linear import lay_out_weight
 from pyspec.ops.weight_formats import FORMATS, GGUF_KINDS, quantise
-from tests.helpers.every_backend import EACH_BACKEND, on_backend
+from tests.helpers.every_backend import each_set, on_backend
 from tests.helpers.weight_formats import gguf_bytes
 
+EACH = ["reference", *each_set("lay_out")]
 FLOATS = ("float32", "float16", "bfloat16")
 ROUNDED = (*FLOATS, "int8", "int4_32")
 
@@ -43,7 +44,7 @@ def expected(format: str, matrix: StoredMatrix):
     return lay_out_weight(matrix.values(), getattr(torch, format))
 
 
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("kind", [*GGUF_KINDS, *FLOATS])
 def test_rows_lie_as_lay_out_weight_puts_them(kind, backend):
     for format in (*ROUNDED, *({kind} - {*ROUNDED, "q8_0"})):
@@ -62,7 +63,7 @@ def test_rows_lie_as_lay_out_weight_puts_them(kind, backend):
         assert torch.equal(whole.data, expected(format, stored(kind, 64, 512)).data), format
 
 
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH)
 @settings(max_examples=15, deadline=None)
 @given(outputs=st.integers(1, 70), inputs=st.integers(1, 300), first=st.integers(0, 40), seed=st.integers(0, 9))
 def test_any_shape_of_floats(backend, outputs, inputs, first, seed):
@@ -76,7 +77,7 @@ def test_any_shape_of_floats(backend, outputs, inputs, first, seed):
             assert not first or not weight.unpack()[:first].any() or format == "int8"
 
 
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH)
 @pytest.mark.parametrize("kind", ["q4_k", "q5_1", "float32", "bfloat16"])
 def test_what_is_not_finite_is_refused(kind, backend):
     for format in (kind, *ROUNDED):
@@ -87,7 +88,7 @@ def test_what_is_not_finite_is_refused(kind, backend):
             lay_out(blank(format, 40, 256), 0, matrix)
 
 
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH)
 def test_values_too_large_for_a_scale_are_refused(backend):
     data = torch.full((32, 32), 1e9).view(torch.uint8).flatten()
     for format in ("int8", "int4_32"):
@@ -97,7 +98,7 @@ def test_values_too_large_for_a_scale_are_refused(backend):
         lay_out(blank("float16", 32, 32), 0, StoredMatrix("float32", data, 32, 32))
 
 
-@pytest.mark.parametrize("backend", EACH_BACKEND)
+@pytest.mark.parametrize("backend", EACH)
 def test_bad_arguments_are_refused_by_name(backend):
     matrix, weight = stored("float32", 8, 16), blank("float32", 32, 16)
     with on_backend(backend):

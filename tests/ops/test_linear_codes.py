@@ -17,7 +17,7 @@ from tests.helpers.every_backend import KERNELS, assert_same, each_backend, each
 from tests.helpers.linear_cases import FLOATS, random
 from tests.helpers.weight_formats import lay_out_parts, random_codes
 
-run, kernel = each_backend(linear), each_kernel(linear)
+run, kernel = each_backend(linear, "linear_codes"), each_kernel(linear, "linear_codes")
 NAMES = list(FORMATS)
 each_format = pytest.mark.parametrize("name", NAMES)
 PARTS = [("q4_k", 45), ("q4_k", 55), ("q6_k", 70), ("q8_0", 1)]

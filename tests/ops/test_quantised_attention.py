@@ -12,11 +12,11 @@ from pyspec.ops import tree_attention
 from pyspec.ops.gear import blocks_seen
 from pyspec.ops.tree_attention import HEAD_DIMS
 from tests.helpers import every_backend
-from tests.helpers.every_backend import EACH_BACKEND, KERNELS, assert_same, backend_runner
+from tests.helpers.every_backend import KERNELS, assert_same, each_runner
 from tests.helpers.gear_formats import formats_for
 from tests.helpers.quantisers import BOOKS, QUANTISERS, TOLERANCE, codes, gear
 
-on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
+on_backend = each_runner("gear", "residual_vq")
 EACH = ["gear", "codes 256", "pre-rope codes 256"]  # one of each kind
 
 

@@ -20,8 +20,8 @@ from tests.helpers.rounds import random_tree
 
 FORMAT = GearFormat(2, 64, rank=2, outliers=2)
 SIZES = (9, 0, 40, 1)
-gear = each_kernel(gear_ragged)
-codes = each_kernel(residual_vq_ragged)
+gear = each_kernel(gear_ragged, "gear")
+codes = each_kernel(residual_vq_ragged, "residual_vq")
 
 
 def rows_of(dtype, records=1):

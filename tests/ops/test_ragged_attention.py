@@ -12,8 +12,8 @@ from tests.helpers.rounds import random_tree
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SINKS = torch.tensor([0.5, -1.0, 3.0, 90.0])
-op = each_backend(ragged_attention)
-kernel = each_kernel(ragged_attention)
+op = each_backend(ragged_attention, "tree_attention")
+kernel = each_kernel(ragged_attention, "tree_attention")
 
 
 def case(sizes, dtype=torch.float32, heads=4, kv_heads=2, head_dim=64, slots=400, chains=(), seed=0):

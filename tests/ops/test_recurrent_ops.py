@@ -35,7 +35,8 @@ def call(layer, inputs: dict, round: Round, **options) -> torch.Tensor:
     return layer.call(inputs, round, **options)
 
 
-run, isa = each_backend(call), each_kernel(call)
+WALKERS = "selective_state", "gated_delta"
+run, isa = each_backend(call, *WALKERS), each_kernel(call, *WALKERS)
 
 
 @pytest.fixture(params=LAYERS.values(), ids=LAYERS)

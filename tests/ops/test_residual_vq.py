@@ -10,12 +10,12 @@ import pyspec
 from pyspec.ops import residual_vq_attention, residual_vq_decode, residual_vq_encode, rotary_of_blocks
 from pyspec.ops.gear import BLOCK
 from pyspec.ops.residual_vq import ResidualVqFormat, format_of, turn_keys
-from tests.helpers.every_backend import EACH_BACKEND, KERNELS, backend_runner
+from tests.helpers.every_backend import KERNELS, each_runner
 from tests.helpers.gear_formats import relative_error
 from tests.helpers.quantisers import BOOKS, QUANTISERS, codebooks_of, frequencies_of, turned
 
 HEAD_DIMS = (64, 96, 128, 256)
-on_backend = pytest.fixture(params=EACH_BACKEND)(backend_runner)
+on_backend = each_runner("residual_vq", "residual_vq_encode")
 
 
 def keys_values(tokens=2 * BLOCK, batch=1, heads=2, head_dim=64, dtype=torch.float32, seed=0):

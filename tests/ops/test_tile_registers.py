@@ -1,5 +1,5 @@
-"""Other libraries of the process divide the tile registers of AMX too, and some count on finding them as they left them:
-kernels that use tiles give a thread back as it was."""
+"""Other libraries of the process divide the tile registers of AMX too, and some count on finding them as they left
+them: kernels that use tiles give a thread back as it was."""
 
 import ctypes
 import mmap
