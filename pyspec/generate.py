@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pyspec.acceptance import AcceptanceRule, acceptance_from_name, check_laws
 from pyspec.arguments import described, read_integer, read_prompts
 from pyspec.caches import QuantisedSettings, cache_from_name
+from pyspec.caches.prefixes import read_memory
 from pyspec.controllers import Controller, controller_for, read_controller
 from pyspec.drafters import Drafter, drafter_from_name
 from pyspec.loop import speculate
@@ -60,6 +61,7 @@ def generate(
     cache: str | QuantisedSettings = "dense",
     stream: Callable | None = None,
     logprobs: int | None = None,
+    prefix_memory: int = 0,
     **settings,
 ) -> Generation:
     """Continues one prompt, or a batch of them, with tree speculation.
@@ -91,6 +93,9 @@ def generate(
             ResidualVqSettings.
         stream: called with each new piece of text; for a batch with (index, piece). The pieces make up the text.
         logprobs: how many of the likeliest tokens are told beside each new one, in [0, 100]; None tells nothing.
+        prefix_memory: bytes of beginnings of texts that the model keeps from this call on, for calls that begin with
+            the same tokens (docs/serving.md): the next turn of a chat is not read from its beginning. 0 keeps none, and
+            frees what an earlier call kept.
         settings: of warpers, by the names of pyspec.sampling.warpers.WARPERS (docs/sampling.md), say min_p=0.05; and
             deferral of acceptance="cascade", in [0, 1], larger leaving more to the drafter. None leaves one out.
 
@@ -105,8 +110,9 @@ def generate(
         check_stream(stream, model)
     budget, max_new_tokens = check_limits(budget, max_new_tokens)
     controller = read_controller(controller)
-    logprobs = None if logprobs is None else _logprobs(logprobs)
-    cache = _cache_settings(cache, model, budget)
+    logprobs = read_logprobs(logprobs)
+    cache = cache_settings(cache, model, budget)
+    kept = _check_prefix_memory(prefix_memory, model)
     rule = acceptance_from_name(acceptance, settings)
     sampler = Sampler(temperature, top_k, top_p, seed, **settings)
     shared_drafter = drafter_for(drafter, model, rule, cache, sampler)
@@ -128,17 +134,18 @@ def generate(
         for index, prompt in enumerate(prompts)
     ]
     try:
-        speculate(model, sequences, rule, controller=controller, cache=cache, stats=stats)
+        speculate(model, sequences, rule, controller=controller, cache=cache, prefix_memory=kept, stats=stats)
     except KeyboardInterrupt:
         for sequence in sequences:
             if sequence.going:
                 with suppress(KeyboardInterrupt):  # an impatient second Ctrl-C while the last text is shown
                     sequence.finish("interrupted")
     stats.new_tokens = sum(len(sequence.new_tokens) for sequence in sequences)
-    return _generation(sequences, stats, batched)
+    return generation_of(sequences, stats, batched)
 
 
-def _generation(sequences: list[Sequence], stats: Stats, batched: bool) -> Generation:
+def generation_of(sequences: list[Sequence], stats: Stats, batched: bool) -> Generation:
+    """What became of sequences, a batch or a single one."""
     fields = (
         [sequence.new_tokens for sequence in sequences],
         [None if sequence.text is None else sequence.text.text for sequence in sequences],
@@ -162,11 +169,11 @@ def check_model(model: Runner) -> None:
         raise TypeError(f"model must be a runner, from pyspec.load or pyspec.from_transformers, got {described(model)}")
 
 
-def prompts_of(tokens, model: Runner) -> tuple[bool, list[list[int]]]:
-    """Whether tokens is a batch, and its prompts."""
+def prompts_of(tokens, model: Runner, argument: str = "tokens") -> tuple[bool, list[list[int]]]:
+    """Whether tokens, an argument, is a batch, and its prompts."""
     batched, prompts = read_prompts(tokens, model.context_length)
     for number, prompt in enumerate(prompts):
-        name = f"tokens[{number}]" if batched else "tokens"
+        name = f"{argument}[{number}]" if batched else argument
         if not prompt:
             raise ValueError(f"{name} must not be empty: the prompt gives the model the position to speak from")
         if len(prompt) >= model.context_length:
@@ -201,8 +208,10 @@ def stop_strings(stop: str | Iterable[str], model: Runner) -> tuple[str, ...]:
     return strings
 
 
-def _logprobs(logprobs: int) -> int:
-    """Checks a number of likeliest tokens; raises TypeError or ValueError for what is none in [0, 100]."""
+def read_logprobs(logprobs: int | None) -> int | None:
+    """Checks a number of likeliest tokens, or None; raises TypeError or ValueError for what is not in [0, 100]."""
+    if logprobs is None:
+        return None
     logprobs = read_integer("logprobs", logprobs, "an integer or None")
     if not 0 <= logprobs <= MOST_LOGPROBS:
         raise ValueError(f"logprobs must be in [0, {MOST_LOGPROBS}], got {logprobs}")
@@ -220,7 +229,7 @@ def drafter_for(drafter, model: Runner, rule: AcceptanceRule, settings, sampler:
     return shared
 
 
-def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
+def cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int | str) -> QuantisedSettings | None:
     """The settings of a cache, None for a dense one; raises ValueError where model or budget do not fit."""
     settings = cache_from_name(cache)
     if settings is None:
@@ -230,6 +239,12 @@ def _cache_settings(cache: str | QuantisedSettings, model: Runner, budget: int |
     if not isinstance(budget, str) and budget > settings.largest_tree:
         raise ValueError(f"budget must be at most {settings.largest_tree} nodes with cache {cache!r}, got {budget}")
     return settings
+
+
+def _check_prefix_memory(memory: int, model: Runner) -> int:
+    if read_memory("prefix_memory", memory) and not hasattr(model, "keep_prefixes"):
+        raise ValueError(f"prefix_memory must be 0 for a {type(model).__name__}, got {memory}")
+    return memory
 
 
 def check_limits(budget: int | str, max_new_tokens: int) -> tuple[int | str, int]:

@@ -19,6 +19,7 @@ def speculate(
     *,
     controller: Controller,
     cache,
+    prefix_memory: int = 0,
     stats: Stats,
 ) -> None:
     """Continues all sequences to their ends; the model is theirs alone until then.
@@ -26,15 +27,23 @@ def speculate(
     Args:
         controller: says how much is drafted and verified.
         cache: how keys and values are kept, None for a dense cache.
+        prefix_memory: bytes of texts' beginnings that the model keeps for later calls; above 0 only where it can.
         stats: is filled in.
 
     Raises:
         RuntimeError: this thread is using the model already, or something replaced its batch meanwhile.
     """
     with exclusive_use(model), stats.timed("total"):  # waiting is no part of it
+        if keeps := hasattr(model, "keep_prefixes"):
+            model.keep_prefixes(prefix_memory)
+            spared = model.prefixes.spared
         prefill(model, sequences, rule, controller, cache, stats)
         while going := {slot: sequence for slot, sequence in enumerate(sequences) if sequence.going}:
             run_round(model, going, rule, controller, stats)
+        if keeps:
+            stats.prefix_tokens = model.prefixes.spared - spared
+            for slot, sequence in enumerate(sequences):
+                model.keep(slot, sequence.context)
 
 
 def prefill(model, sequences: list[Sequence], rule, controller, cache, stats) -> None:
@@ -82,19 +91,27 @@ def run_round(model, going: dict[int, Sequence], rule, controller, stats) -> Non
     stats.rounds += 1
     paths = {}
     for slot, sequence in going.items():
-        with stats.timed("accept"):
-            accepted = sequence.accept(trees[slot], verified[slot], rule)
-        paths[slot] = accepted.path
-        stats.count(len(trees[slot]), sequence.extend(trees[slot], accepted))
+        paths[slot] = [0]
+        if not sequence.going:  # its drafter failed
+            continue
+        with sequence.trying():
+            with stats.timed("accept"):
+                accepted = sequence.accept(trees[slot], verified[slot], rule)
+            paths[slot] = accepted.path
+            stats.count(len(trees[slot]), sequence.extend(trees[slot], accepted))
     controller.learn(list(trees.values()), list(paths.values()), draft_seconds, verify_seconds)
 
     with stats.timed("commit"):
         model.commit({slot: paths[slot] for slot, sequence in going.items() if sequence.going})
+        if getattr(model, "piece_end", None) is not None:  # blocks pass: what is kept of them is taken now
+            for slot, sequence in going.items():
+                model.keep(slot, sequence.context)
 
     with stats.timed("draft"):
         for slot, sequence in going.items():
             if sequence.drafter is not None and sequence.error is None:
-                sequence.drafter.observe(trees[slot], verified[slot], paths[slot])
+                with sequence.trying():
+                    sequence.drafter.observe(trees[slot], verified[slot], paths[slot])
 
 
 def _check_batch(model, going: dict[int, Sequence]) -> None:

@@ -32,6 +32,7 @@ class Sequence:
         logprobs: of the new tokens, where they are kept.
         finish_reason: see pyspec.Generation; None while the sequence is going.
         error: what went wrong where finish_reason is "error".
+        keeps_errors: whether what its drafter, sampler or stream raises ends this text alone, as an error of its own.
     """
 
     model: Runner
@@ -46,6 +47,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    keeps_errors: bool = False
 
     @property
     def going(self) -> bool:
@@ -113,6 +115,16 @@ class Sequence:
             self.text.finish()
             self._show()
 
+    def trying(self) -> _Trying:
+        """A context of work for this text alone: see keeps_errors."""
+        return _Trying(self)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the sequence, if it is going, with an error."""
+        if self.going:
+            self.error, self.stream = f"{type(error).__name__}: {error}", None  # which may be what failed
+            self.finish("error")
+
     def _read(self, token: int) -> None:
         """Takes a new token into the text; finishes if the text ends with it."""
         if token in self.model.eos_tokens:
@@ -159,17 +171,38 @@ def propose(sequences: list[Sequence], budgets: list[int]) -> list[DraftTree]:
     if not asked:
         return trees
     drafters, contexts = ([getattr(sequences[place], name) for place in asked] for name in ("drafter", "context"))
-    together = getattr(drafters[0], "propose_together", None)
-    if together is None:
-        found = [
-            each.propose(context, budgets[at]) for each, context, at in zip(drafters, contexts, asked, strict=True)
-        ]
-    else:
-        found = together(drafters, contexts, [budgets[place] for place in asked])
-    for place, tree in zip(asked, found, strict=True):
-        sequences[place].check(tree, budgets[place])
-        trees[place] = tree
+    together, found = getattr(drafters[0], "propose_together", None), None
+    if together is not None:
+        try:
+            found = together(drafters, contexts, [budgets[place] for place in asked])
+        except Exception:
+            if not sequences[0].keeps_errors:
+                raise  # else each is asked alone, which tells whose fault it is
+    for number, place in enumerate(asked):
+        sequence = sequences[place]
+        with sequence.trying():
+            tree = drafters[number].propose(contexts[number], budgets[place]) if found is None else found[number]
+            sequence.check(tree, budgets[place])
+            trees[place] = tree
     return trees
+
+
+class _Trying:
+    """A context that ends a sequence where an exception is to be its own."""
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, sequence: Sequence):
+        self._sequence = sequence
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if not (self._sequence.keeps_errors and isinstance(error, Exception)):
+            return False
+        self._sequence.fail(error)
+        return True
 
 
 class TextStream:

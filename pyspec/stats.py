@@ -22,6 +22,7 @@ class Stats:
 
     seed: int
     new_tokens: int = 0
+    prefix_tokens: int = 0  #: of prompts that need not be read, for they were known: see docs/serving.md
     rounds: int = 0
     nodes: int = 0  #: tree nodes verified, roots included
     accepted_lengths: list[int] = field(default_factory=list)  #: at k, how often one sequence's round gave k tokens

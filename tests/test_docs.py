@@ -92,6 +92,7 @@ GIVEN = {
     "docs/beams.md": {0: with_demo},
     "docs/sampling.md": {0: with_demo},
     "docs/selective_state.md": {0: lambda: {"model": tiny("Mamba"), "tokens": [1, 2, 3]}},
+    "docs/serving.md": {0: lambda: with_demo() | {"texts": ["One, two", "Three, four"]}},
     "docs/sparse_attention.md": {
         0: lambda: heads(1, 300) | {"q": torch.randn(1, 4, 64), "lengths": torch.tensor([300], dtype=torch.int32)}
     },

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pyspec.caches.dense import KeysAndValues, keep_path
+from pyspec.caches.eviction import best_channels, shortest_keys
 from pyspec.ops.gear import BLOCK, TreeRows, blocks_seen
 from pyspec.ops.gear_encode import LARGEST, find_unquantisable
 from pyspec.ops.quantised_ragged import by_tree
@@ -154,6 +155,7 @@ class QuantisedCache(KeysAndValues):
 
     angles = None  # positions begin where their cosines and sines do
     is_chunked = False  # whether layers see chunks, which takes more than one op
+    blocks_pass = True  # keys in full precision are let go of
     more: int | None = None  # of a view for padded trees: see `extent`
     ropes: Sequence[Rope]  # of each layer, for capacity positions at least
     layers: Sequence[int]  # which of the model's they are, for messages
@@ -237,6 +239,45 @@ class QuantisedCache(KeysAndValues):
         self.lengths = [0] * len(self.lengths)
         self.capacity = capacity
         self.queries.zero_()
+
+    @property
+    def block(self) -> int:
+        """Tokens that are kept together for other texts."""
+        return self.span
+
+    def clear(self, sequence: int) -> None:
+        """Empties a sequence."""
+        self.lengths[sequence] = 0
+        self.queries[:, sequence].zero_()
+
+    def block_of(self, sequence: int, start: int) -> list[Tensor] | None:
+        """Copies of what a text that ends with a block has of it: its records, what is in full precision, and queries.
+
+        None where keys in full precision, or queries, have been let go of for those of later tokens.
+        """
+        block, end, first = start // self.span, start + self.span, self.starts[sequence]
+        exact = blocks_seen(end, self.settings.window, self.span) * self.span
+        if first > exact or (len(self.queries) and self.lengths[sequence] != end):
+            return None
+        records = self.settings.records
+        parts = (
+            self.whole[:, sequence, :, block * records : (block + 1) * records],
+            self.quantised[:, sequence, :, block],
+            self.keys_values[:, :, sequence, :, exact - first : end - first],
+            self.queries[:, sequence, :, :RECENT],
+        )
+        return [part.clone() for part in parts]
+
+    def begin_with(self, sequence: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Makes blocks, from the first on, all that a sequence has committed."""
+        records = self.settings.records
+        for block, (whole, quantised, _, _) in enumerate(blocks):
+            self.whole[:, sequence, :, block * records : (block + 1) * records] = whole
+            self.quantised[:, sequence, :, block] = quantised
+        _, _, exact, queries = blocks[-1]
+        self.keys_values[:, :, sequence, :, : exact.shape[3]] = exact
+        self.queries[:, sequence, :, :RECENT] = queries
+        self.lengths[sequence] = len(blocks) * self.span
 
     def plan(self, trees, advances) -> None:
         """Nothing is to be done before a round."""
@@ -323,7 +364,7 @@ class QuantisedCache(KeysAndValues):
             channels = None
             if recent is not None:
                 end = (block + 1) * self.span - before
-                channels = _channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
+                channels = best_channels(recent[:, :, end : end + RECENT], part[:, 0], self.settings.key_channels)
             self._quantise(sequence, block, part, channels)
         self.lengths[sequence] = after
         if (past := self.starts[sequence] - start) > 0:
@@ -344,7 +385,7 @@ class QuantisedCache(KeysAndValues):
             self.whole[:, sequence, :, block * records : (block + 1) * records] = encode(slice(first), part[:first])
         rest = part[first:]
         if self.span > BLOCK:
-            rest = _shortest_keys(rest)
+            rest = shortest_keys(rest)
         self.quantised[:, sequence, :, block] = encode(slice(first, None), rest)[:, :, 0]
 
     def _check(self, sequence: int, block: int, part: Tensor) -> None:
@@ -357,24 +398,3 @@ class QuantisedCache(KeysAndValues):
                 f"{what} must be at most {LARGEST:.0f} in magnitude to be quantised, got {value} in layer {layer}, "
                 f"head {head}, position {block * self.span + token}, channel {channel} of sequence {sequence}"
             )
-
-
-def _shortest_keys(part: Tensor) -> Tensor:
-    """Picks from keys and values [layers, 2, Hkv, span, D] each head's BLOCK tokens with the shortest keys, in order.
-
-    Keys are turned to their positions already, so nothing else knows where they were (Devoto et al., arXiv:2406.11430).
-    """
-    lengths = part[:, 0].float().square().sum(-1)  # [layers, Hkv, span]
-    kept = lengths.sort(dim=-1, stable=True).indices[..., :BLOCK].sort(dim=-1).values
-    return part.gather(3, kept[:, None, :, :, None].expand(-1, 2, -1, -1, part.shape[-1]))
-
-
-def _channels(queries: Tensor, k: Tensor, count: int) -> Tensor:
-    """The channels [layers, Hkv, count] uint8, ascending, that matter most to squared queries [layers, Hkv, RECENT, D].
-
-    Leaving a channel of keys k [layers, Hkv, span, D] out takes the product of the lengths of the two columns from the
-    scores (ThinK, Xu et al., arXiv:2407.21018).
-    """
-    score = queries.contiguous().sum(2) * k.float().square().contiguous().sum(2)
-    kept = score.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return kept.sort(dim=-1).values.to(torch.uint8)

@@ -33,6 +33,7 @@ class KeysAndValues:
     has_states = False
     longest_path = 0  # nodes to be replayed: a path is moved together at once
     unshifted: Collection[int] = ()  # layers that keep all in full precision where others do not
+    blocks_pass = False  # whether a block has to be taken when its end is reached: see `block_of`
     keys_values: Tensor
     lengths: list[int]
     capacity: int  # tokens of a sequence
@@ -83,6 +84,7 @@ class DenseCache(KeysAndValues):
     """
 
     blocks = None  # that rows see quantised
+    block = 64  # tokens that are kept together for other texts
     is_recordable = True  # attention is launches alone
 
     def __init__(
@@ -158,6 +160,21 @@ class DenseCache(KeysAndValues):
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
         self.lengths, self.angles = [0] * len(self.lengths), [0] * len(self.lengths)
         self.capacity = capacity
+
+    def clear(self, sequence: int) -> None:
+        """Empties a sequence."""
+        self.lengths[sequence] = self.angles[sequence] = 0
+
+    def block_of(self, sequence: int, start: int) -> list[Tensor]:
+        """Copies of the committed keys and values of `block` tokens from a position on."""
+        return [part[:, :, sequence, :, start : start + self.block].clone() for part in self._parts]
+
+    def begin_with(self, sequence: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Makes blocks, from the first on, all that a sequence has committed."""
+        for start, kept in zip(range(0, len(blocks) * self.block, self.block), blocks, strict=True):
+            for part, values in zip(self._parts, kept, strict=True):
+                part[:, :, sequence, :, start : start + self.block] = values
+        self.lengths[sequence] = len(blocks) * self.block
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
         """Makes the first count slots of a sequence, in all layers, those of another, and all it has."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from pyspec.caches.dense import DenseCache
 from pyspec.caches.state import StateCache
 
@@ -13,10 +15,12 @@ class HybridCache:
 
     has_keys = has_states = is_recordable = True
     blocks = angles = None
+    block, blocks_pass = StateCache.block, True
     unshifted = ()
 
     def __init__(self, state: StateCache, dense: DenseCache):
         self.state, self.dense = state, dense
+        dense.block = self.block
         self.attend, self.check_room = dense.attend, dense.check_room
         self.extent, self.extents = dense.extent, dense.extents
         self.layer, self.plan, self.done = state.layer, state.plan, state.done
@@ -42,6 +46,21 @@ class HybridCache:
         """Empties all sequences, which may now have capacity slots, at most as many as were allocated."""
         self.state.restart()
         self.dense.restart(capacity)
+
+    def clear(self, sequence: int) -> None:
+        """Empties a sequence."""
+        self.state.clear(sequence)
+        self.dense.clear(sequence)
+
+    def block_of(self, sequence: int, start: int) -> list[Tensor] | None:
+        """Copies of the state behind a block and of its keys and values; None unless the sequence stands there."""
+        state = self.state.block_of(sequence, start)
+        return None if state is None else [*state, *self.dense.block_of(sequence, start)]
+
+    def begin_with(self, sequence: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Makes blocks, from the first on, all that a sequence has committed."""
+        self.state.begin_with(sequence, [kept[:2] for kept in blocks])
+        self.dense.begin_with(sequence, [kept[2:] for kept in blocks])
 
     def advance(self, sequence: int, count: int) -> None:
         """Counts tokens behind which the state has moved, and keeps their written slots."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class MixedQuantisedCache(QuantisedCache):
             shape = (len(layers), sequences, kv_heads)
             if head_dim > WIDEST:  # with a slot for padding
                 self._parts.append(DenseCache(*shape, capacity + 1, head_dim, dtype, device))
+                self._parts[-1].block = self.span
                 continue
             self._parts.append(QuantisedCache(settings, *shape, capacity, head_dim, dtype, device))
             self._parts[-1].layers = layers
@@ -84,6 +86,24 @@ class MixedQuantisedCache(QuantisedCache):
         self.capacity = capacity
         for part in self._parts:
             part.restart(capacity)
+
+    def clear(self, sequence: int) -> None:
+        """Empties a sequence."""
+        for part in self._parts:
+            part.clear(sequence)
+
+    def block_of(self, sequence: int, start: int) -> list[Tensor] | None:
+        """Copies of what a text that ends with a block has of it, see QuantisedCache."""
+        found = [part.block_of(sequence, start) for part in self._parts]
+        return None if None in found else list(chain.from_iterable(found))
+
+    def begin_with(self, sequence: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Makes blocks, from the first on, all that a sequence has committed."""
+        first = 0
+        for part in self._parts:
+            end = first + (4 if isinstance(part, QuantisedCache) else 1)
+            part.begin_with(sequence, [kept[first:end] for kept in blocks])
+            first = end
 
     def attend(
         self, layer: int, q: Tensor, numbers, window: int | None, scale: float | None = None, softcap: None = None

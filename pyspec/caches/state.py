@@ -61,6 +61,8 @@ class StateCache:
 
     has_keys = False
     has_states = True
+    block = 128  # tokens that are kept together for other texts: a state is as large as the keys of many
+    blocks_pass = True  # a state goes on
     blocks = None
     is_recordable = True
     angles = None
@@ -76,6 +78,24 @@ class StateCache:
         self.states.zero_()
         self.windows.zero_()
         self._begin(len(self.lengths))
+
+    def clear(self, sequence: int) -> None:
+        """Empties a sequence."""
+        self.states[:, sequence].zero_()
+        self.windows[:, sequence].zero_()
+        self.lengths[sequence], self._paths[sequence], self._halves[sequence] = 0, [], 0
+
+    def block_of(self, sequence: int, start: int) -> list[Tensor] | None:
+        """Copies of the state and the window behind a block; None unless the sequence stands right there."""
+        if self.lengths[sequence] != start + self.block or self._paths[sequence]:
+            return None
+        return [self.states[:, sequence].clone(), self.windows[:, sequence].clone()]
+
+    def begin_with(self, sequence: int, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """Makes blocks, from the first on, all that a sequence has committed."""
+        self.clear(sequence)
+        self.states[:, sequence], self.windows[:, sequence] = blocks[-1]
+        self.lengths[sequence] = len(blocks) * self.block
 
     @classmethod
     def of(cls, config, sequences: int, device: torch.device) -> StateCache:

@@ -11,6 +11,7 @@ import torch
 from pyspec.tree import DraftTree
 
 if TYPE_CHECKING:
+    from pyspec.caches.prefixes import Prefixes
     from pyspec.ops.linear import LinearWeight
     from pyspec.runners.verified import Verified
 
@@ -83,6 +84,9 @@ class ExtendedRunner(Runner, Protocol):
         keeps_tree_keys: whether verify takes the later nodes of a tree whose first it has verified since the last
             commit, see DraftTree.later; commit takes paths of the whole tree then.
         clock: seconds like those of time.perf_counter, by which calls are timed; a simulated runner's own.
+        prefixes: what is kept of texts by keep_prefixes, a pyspec.caches.prefixes.Prefixes.
+        piece_end: tokens of a block whose end no piece of a text should reach behind, or it is not kept; None where it
+            may.
     """
 
     takes_quantised_cache: bool
@@ -92,6 +96,35 @@ class ExtendedRunner(Runner, Protocol):
     head: LinearWeight
     keeps_tree_keys: bool
     clock: Callable[[], float]
+    prefixes: Prefixes
+    piece_end: int | None
+
+    def open(self, slots: int, *, capacity: int | None = None, taps: Sequence[int] = (), cache=None) -> None:
+        """Starts a batch of empty slots, for texts that come and go; capacity, taps and cache as in prefill.
+
+        A text comes with `begin`, is committed but for its last token with `read`, and goes on with verify and commit.
+        """
+        ...
+
+    def begin(self, slot: int, tokens: Sequence[int]) -> int:
+        """Empties a slot for a text, all but the longest known prefix; returns the tokens that are committed then."""
+        ...
+
+    def read(
+        self,
+        pieces: Mapping[int, Sequence[int]],
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
+    ) -> None:
+        """Commits the next tokens of some slots' texts; observe as in prefill."""
+        ...
+
+    def keep_prefixes(self, memory: int) -> None:
+        """Keeps beginnings of texts from now on, within so many bytes; 0 keeps none, and frees what was kept."""
+        ...
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Keeps what is committed of a slot's text, tokens, for others."""
+        ...
 
     def warm(self, capacity: int | None = None, sequences: int = 1) -> None:
         """Compiles and captures what batches of this size need on a GPU; the batch is lost."""

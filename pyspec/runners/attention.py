@@ -108,16 +108,15 @@ class AttentionRunner(NativeRunner):
         tokens = check_prompts(tokens, self.vocab_size, self.context_length, capacity)
         capacity = self.context_length if capacity is None else capacity
         taps = check_taps(taps, self.config.layers)
-        if cache is not None:
-            self._check_quantisable(cache)
+        self._check_cache(cache)
         self._cache = self._verified = None  # the old batch makes room for the new one
         self._taps, at_once = taps, 1 if self._records_graphs else None
+        empty = self._empty_cache(len(tokens), capacity, cache)
         if cache is not None:
-            empty, chunk = self._quantised_cache(len(tokens), capacity, cache), min(native.CHUNK, cache.largest_tree)
+            chunk = min(native.CHUNK, cache.largest_tree)
             if self._records_graphs:
                 chunk = 1 << (chunk.bit_length() - 1)  # nothing of a piece is padding
             return self._prefill(tokens, empty, observe, chunk=chunk, at_once=at_once)
-        empty = self._new_cache(len(tokens), capacity)
         self._texts = tokens
         for slot, prompt in enumerate(tokens):
             self._turn(empty, slot, self._switch is not None and len(prompt) > self._switch)
@@ -194,8 +193,39 @@ class AttentionRunner(NativeRunner):
         self._use_quantised(cache)
         self._cache = cache
 
-    def _check_quantisable(self, cache: QuantisedSettings) -> None:
+    def open(self, slots: int, **settings) -> None:
+        self._check_prompt_attention("slots")
+        super().open(slots, **settings)
+        self._texts = [[] for _ in range(slots)]
+
+    @inference
+    def begin(self, slot: int, tokens: Sequence[int]) -> int:
+        self._cache.clear(slot)
+        if self._switch is not None:
+            self._turn(self._cache, slot, len(tokens) > self._switch)
+        count = self._begin(self._cache, slot, tokens)
+        self._texts[slot] = list(tokens[:count])
+        return count
+
+    def read(self, pieces, observe=None) -> None:
+        super().read(pieces, observe)
+        if self._switch is not None:
+            for slot, tokens in pieces.items():
+                self._texts[slot] = [*self._texts[slot], *tokens]
+
+    def keep_prefixes(self, memory: int) -> None:
+        if memory:
+            self._check_prompt_attention("kept prefixes")
+        super().keep_prefixes(memory)
+
+    def _check_prompt_attention(self, what: str) -> None:
+        if self.prompt_attention != "pyspec":  # whose bits hang on the chunks
+            raise ValueError(f"{what} need a model loaded with prompt_attention pyspec, got {self.prompt_attention}")
+
+    def _check_cache(self, cache: QuantisedSettings | None) -> None:
         """Raises ValueError unless this model's keys can be quantised so."""
+        if cache is None:
+            return
         if self.prompt_attention != "pyspec":
             raise ValueError(f"cache must be dense with prompt_attention {self.prompt_attention}, got a quantised one")
         config = self.config
@@ -216,6 +246,11 @@ class AttentionRunner(NativeRunner):
         slides = any(window is not None and window < self.context_length for window in config.windows)
         if slides and cache.keep < 1:
             raise ValueError(f"cache must keep all tokens for a model with sliding windows, got keep = {cache.keep}")
+
+    def _empty_cache(self, sequences: int, capacity: int, settings: QuantisedSettings | None):
+        if settings is None:
+            return self._new_cache(sequences, capacity)
+        return self._quantised_cache(sequences, capacity, settings)
 
     def _quantised_cache(self, sequences: int, capacity: int, settings: QuantisedSettings) -> QuantisedCache:
         room, old = capacity, None if self._replays is None else self._replays.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import accumulate, repeat
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyspec.architectures.rotary import Rope
 from pyspec.architectures.weights import NativeWeights
+from pyspec.caches.prefixes import Prefixes
 from pyspec.fingerprint import fingerprint_of
 from pyspec.ops._checks import FLOATS
 from pyspec.ops.linear import LinearWeight
-from pyspec.runners._checks import check_paths, check_trees
+from pyspec.runners._checks import check_paths, check_taps, check_trees
 from pyspec.runners._inference import inference
 from pyspec.runners.numbers import Numbers
 from pyspec.runners.prompts import PromptPlan
@@ -78,6 +79,7 @@ class NativeRunner:
         self._replays: Replays | None = None  # of a cache, which it keeps: both outlive the batch
         self._verified: dict[int, DraftTree] | None = None
         self._taps: tuple[int, ...] = ()  # of the batch
+        self._prefixes = Prefixes(0)
 
     def lengths(self) -> list[int]:
         """Committed tokens of each sequence."""
@@ -119,6 +121,7 @@ class NativeRunner:
         """A runner on the same weights with a batch, and drafters, of its own: it waits for nobody else's calls."""
         fork = copy.copy(self)
         vars(fork).pop("_drafters", None)
+        fork._prefixes = Prefixes(0)
         fork._drop_batch()
         return fork
 
@@ -199,6 +202,102 @@ class NativeRunner:
         for slot, path in paths.items():
             self._extend(slot, path, trees[slot])
 
+    # ==== slots ====
+
+    @inference
+    def open(self, slots: int, *, capacity: int | None = None, taps: Sequence[int] = (), cache=None) -> None:
+        """Starts a batch of empty slots, for texts that come and go: see ExtendedRunner.
+
+        Raises:
+            ValueError: slots, taps or the cache do not fit; the batch before is then untouched.
+        """
+        if slots < 1:
+            raise ValueError(f"slots must be at least 1, got {slots}")
+        taps = check_taps(taps, len(self.weights.layers))
+        self._check_cache(cache)
+        self._cache = self._verified = None  # the old batch makes room for the new one
+        self._taps = taps
+        self._cache = self._empty_cache(slots, self.context_length if capacity is None else capacity, cache)
+
+    @inference
+    def begin(self, slot: int, tokens: Sequence[int]) -> int:
+        """Empties a slot for a text, all but the longest known prefix; returns the tokens that are committed then.
+
+        At least the last token of the text is left to be read or verified.
+        """
+        self._cache.clear(slot)
+        return self._begin(self._cache, slot, tokens)
+
+    @inference
+    def read(
+        self,
+        pieces: Mapping[int, Sequence[int]],
+        observe: Callable[[int, DraftTree, Verified], None] | None = None,
+    ) -> None:
+        """Commits the next tokens of some slots' texts: the bits are those of any other pieces.
+
+        Args:
+            pieces: tokens by slot; where blocks pass (see the caches), none reaches behind the end of a block.
+            observe: as in prefill.
+
+        Raises:
+            RuntimeError: there is no batch.
+            ValueError: tokens do not fit, or cannot be quantised.
+        """
+        chains = {slot: DraftTree.chain(tokens) for slot, tokens in sorted(pieces.items())}
+        check_trees(chains, None if self._cache is None else len(self._cache.lengths), self.vocab_size)
+        for slot, chain in chains.items():
+            self._cache.check_room(slot, len(chain))
+        self._verified = None
+        for slot, chain, hidden, tapped in self._read_rows(chains, self._cache):
+            if observe is not None:
+                observe(slot, chain, Verified(self._logits(hidden), taps=tapped))
+            self._cache.advance(slot, len(chain))
+
+    def keep_prefixes(self, memory: int) -> None:
+        """Keeps beginnings of texts from now on, within so many bytes; 0 keeps none, and frees what was kept.
+
+        Texts that begin alike, of this batch and of later ones, then read that once. Blocks of tokens are copied
+        (pyspec.caches.prefixes), the least recently used ones making room.
+        """
+        if memory != self._prefixes.memory:
+            self._prefixes = Prefixes(memory)
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """What is kept of texts, see keep_prefixes."""
+        return self._prefixes
+
+    @property
+    def piece_end(self) -> int | None:
+        """Tokens of a block whose end no piece of a text should reach behind; None where it may."""
+        return self._cache.block if self._keeps_prefixes and self._cache.blocks_pass else None
+
+    @inference
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Keeps what is committed of a slot's text for others; tokens are the text, which may be longer."""
+        self._keep(self._cache, slot, tokens)
+
+    @property
+    def _keeps_prefixes(self) -> bool:
+        return self._prefixes.memory > 0 and not self._taps  # a text's drafter must see all that its head reads
+
+    def _begin(self, cache, slot: int, tokens: Sequence[int]) -> int:
+        return self._prefixes.begin(cache, slot, tokens) if self._keeps_prefixes else 0
+
+    def _keep(self, cache, slot: int, tokens: Sequence[int]) -> None:
+        if self._keeps_prefixes:
+            self._prefixes.keep(cache, slot, tokens)
+
+    def _check_cache(self, cache) -> None:
+        """Raises ValueError unless this model's keys can be kept so."""
+        if cache is not None:
+            raise ValueError(f"cache must be dense for a {type(self).__name__}, got {cache}")
+
+    def _empty_cache(self, sequences: int, capacity: int, settings):
+        """The empty cache of a new batch, as settings have it."""
+        return self._new_cache(sequences, capacity)
+
     def _prefill(
         self,
         prompts: list[list[int]],
@@ -218,10 +317,11 @@ class NativeRunner:
         """
         plan, chunk = PromptPlan(prompts, share=share), chunk or (GRAPH_CHUNK if self._records_graphs else CHUNK)
         last_logits: dict[int, Tensor] = {}
-        while pieces := plan.next_pieces(cache.lengths, chunk, at_once or len(prompts)):
-            rows, sizes = self._read(pieces, cache), [len(chain) for chain in pieces.values()]
-            parts = zip(pieces.items(), rows.of_trees(rows.hidden).split(sizes), self._tapped(rows, sizes), strict=True)
-            for (sequence, chain), hidden, tapped in parts:
+        for sequence, prompt in enumerate(prompts):
+            self._begin(cache, sequence, prompt)
+        end = cache.block if self._keeps_prefixes and cache.blocks_pass else None
+        while pieces := plan.next_pieces(cache.lengths, chunk, at_once or len(prompts), end):
+            for sequence, chain, hidden, tapped in self._read_rows(pieces, cache):
                 if observe is not None:
                     logits = self._logits(hidden)
                     for reader, count in plan.readers(sequence, cache.lengths[sequence], len(chain)):
@@ -233,8 +333,15 @@ class NativeRunner:
                 for taker, count in plan.takers(sequence):
                     if cache.lengths[taker] < count <= cache.lengths[sequence]:
                         cache.copy_prefix(sequence, taker, count)
+                self._keep(cache, sequence, prompts[sequence])
         self._cache = cache
         return [last_logits[sequence] for sequence in range(len(prompts))]
+
+    def _read_rows(self, pieces: dict[int, DraftTree], cache) -> Iterator[tuple[int, DraftTree, Tensor, Tensor | None]]:
+        """Each sequence with its next piece, the rows [T, H] that the layers give for it, and its taps."""
+        rows, sizes = self._read(pieces, cache), [len(chain) for chain in pieces.values()]
+        hidden, taps = rows.of_trees(rows.hidden).split(sizes), self._tapped(rows, sizes)
+        return zip(pieces, pieces.values(), hidden, taps, strict=True)
 
     def _read(self, pieces: dict[int, DraftTree], cache) -> Rows:
         """What the layers give for each sequence's next piece of its prompt."""

@@ -22,17 +22,21 @@ class PromptPlan:
         self.prompts = prompts
         self.origins = [_origin(prompts, index) if share else (0, 0) for index in range(len(prompts))]
 
-    def next_pieces(self, lengths: Sequence[int], rows: int, sequences: int) -> dict[int, DraftTree]:
+    def next_pieces(
+        self, lengths: Sequence[int], rows: int, sequences: int, block: int | None = None
+    ) -> dict[int, DraftTree]:
         """Chains of the next tokens, rows in all, by sequence, of which there are lengths[b] so far. Empty at the end.
 
-        A prompt that takes tokens from another waits until it has got them.
+        A prompt that takes tokens from another waits until it has got them. No chain reaches behind the end of a block
+        of so many tokens; None for none.
         """
         pieces: dict[int, DraftTree] = {}
         for sequence, prompt in enumerate(self.prompts):
             start = lengths[sequence]
             if start < self.origins[sequence][1] or start == len(prompt):
                 continue
-            pieces[sequence] = DraftTree.chain(prompt[start : start + rows])
+            most = rows if block is None else min(rows, block - start % block)
+            pieces[sequence] = DraftTree.chain(prompt[start : start + most])
             rows -= len(pieces[sequence])
             if rows == 0 or len(pieces) == sequences:
                 break
