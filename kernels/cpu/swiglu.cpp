@@ -1,8 +1,8 @@
 // swiglu on the CPU: out = gate / (1 + e^-t) * up, in fp32, rounded once, where t is the gate (silu) or
 // 2 sqrt(2 / pi) (gate + 0.044715 gate^3) (gelu_tanh, by tanh(t / 2) = 2 / (1 + e^-t) - 1). Clamped, the gate
 // is at most 7, t is 1.702 times that, and up is within -7 and 7, and 1 more. For sigmoid 1 is in the place
-// of the gate. relu and none have no exponential; gelu is the exact one, by erfc. Bound by exp2; an item is a piece of a row, so that a
-// single row keeps all threads busy.
+// of the gate. relu and none have no exponential; gelu is the exact one, by erfc. Bound by exp2; an item is a
+// piece of a row, so that a single row keeps all threads busy.
 #include "params/swiglu.h"
 
 #include "cpu/simd.h"
@@ -15,9 +15,9 @@ using pyspec::SwigluParams;
 
 constexpr int64_t kPiece = 512;
 
-// x times the chance that a normal variable is below x: with size |x|, below 0 that is size erfc(size / sqrt 2)
-// / 2. erfc is Chebyshev's fit of Numerical Recipes, t e^(series of t - z^2) with t = 1 / (1 + z / 2), which is
-// off by 1.2e-7 of itself at most, however small it is.
+// x times the chance that a normal variable is below x: with size |x|, below 0 that is size erfc(size / sqrt
+// 2) / 2. erfc is Chebyshev's fit of Numerical Recipes, t e^(series of t - z^2) with t = 1 / (1 + z / 2),
+// which is off by 1.2e-7 of itself at most, however small it is.
 PYSPEC_INLINE F16 gelu(F16 x) {
   constexpr float kSeries[] = {0.17087277f,  -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
                                -0.18628806f, 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
