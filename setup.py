@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=sorted({*find_packages(include=["pyspec", "pyspec.*"]), "pyspec.kernels"}),
-    package_data={"pyspec.caches": ["demo_codebooks.safetensors"]},
+    package_data={"pyspec.caches": ["demo_codebooks.safetensors"], "pyspec.controllers": ["demo_*.safetensors"]},
     package_dir={"pyspec": "pyspec", "pyspec.kernels": "kernels/triton"},
     ext_modules=[Extension("pyspec._host", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},

@@ -58,6 +58,7 @@ def test_a_source_distribution_has_all_that_is_compiled(tmp_path):
     wanted = {path.relative_to(ROOT).as_posix() for pattern in folders for path in ROOT.glob(pattern) if path.is_file()}
     wanted |= {"CMakeLists.txt", "pyproject.toml", "setup.py", "README.md", "LICENSE"}
     wanted |= {"pyspec/caches/demo_codebooks.safetensors", "kernels/triton/linear.py"}
+    wanted |= {file.relative_to(ROOT).as_posix() for file in (ROOT / "pyspec/controllers").glob("*.safetensors")}
     assert wanted <= names, sorted(wanted - names)
     assert not [name for name in names if name.startswith(("tests/", "build/")) or name.endswith(".so")]
 

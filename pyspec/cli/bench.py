@@ -1,4 +1,4 @@
-"""pyspec bench: drafters against plain decoding, and the kernels one by one."""
+"""pyspec bench: drafters against plain decoding, controllers against each other, and the kernels one by one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_parser(commands) -> None:
         "drafters` is the same, but measures every drafter, greedily and drawn, where nothing else is asked for.",
     )
     _add_drafters_arguments(bench, ("lookup", "recycling", "merged"), (0.0,), answers=0)
-    others = bench.add_subparsers(metavar="drafters, kernels, compare")
+    others = bench.add_subparsers(metavar="drafters, controllers, kernels, compare")
     every = others.add_parser(
         "drafters",
         help="what every drafter is worth, by category, greedily and drawn",
@@ -35,6 +35,14 @@ def add_parser(commands) -> None:
         "by category, greedily and drawn; and the speed of several drawn answers to one problem.",
     )
     _add_drafters_arguments(every, (), (0.0, 0.8), answers=4)
+    controllers = others.add_parser(
+        "controllers",
+        help="tokens a second of every controller, beside the best number of nodes",
+        description="Tokens a second by category for every controller, beside the best fixed number of nodes of each "
+        "category and an oracle that knows each round's best one. A text is written once while the drafters are "
+        "recorded; then every controller plays the same rounds, by what they cost on this machine.",
+    )
+    _add_controllers_arguments(controllers)
     kernels = others.add_parser(
         "kernels",
         help="every kernel in the shapes of six models",
@@ -81,6 +89,87 @@ def _add_drafters_arguments(
     parser.set_defaults(command=_bench_drafters, default_drafters=drafters)
 
 
+def _add_controllers_arguments(parser: argparse.ArgumentParser) -> None:
+    from pyspec.controllers import CONTROLLERS
+    from pyspec.drafters import DRAFTERS
+
+    add_model_arguments(parser)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt" or "turns"')
+    parser.add_argument("--limit", type=int, help="at most this many prompts of each category")
+    parser.add_argument(
+        "--drafter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"one of {', '.join(DRAFTERS)}; repeatable: of several, controllers choose; default: merged",
+    )
+    parser.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is a drafter")
+    parser.add_argument("--draft-head", metavar="HEAD", help="a trained EAGLE-3 head is a drafter, without tables")
+    parser.add_argument(
+        "--controllers",
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(CONTROLLERS)}, or several with + between them; default: all that take the drafters",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: 128")
+    parser.add_argument("--raw", action="store_true", help="give the prompts to the model as they are")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write FILE as JSON, and a plot beside it")
+    parser.set_defaults(command=_bench_controllers)
+
+
+def _bench_controllers(arguments: argparse.Namespace) -> int:
+    from pyspec.controllers import read_controller
+    from pyspec.drafters import DRAFTERS
+    from pyspec.generate import check_limits
+
+    prompts = _prompts(arguments)
+    _check_folder("--output", arguments.output)
+    check_limits("auto", arguments.max_new_tokens)
+    for name in arguments.controllers or []:
+        read_controller(name)
+    for name in arguments.drafter:
+        DRAFTERS.named("--drafter", name, "repeatable")
+    console = make_console()
+    model = load_model(arguments, console)
+    from pyspec.measure import controllers, counted, machine, name_of, write
+
+    drafters = _drafters(arguments, model, console)
+    tokens = [(prompt.category, prompt_tokens(model, prompt.text, arguments.raw)) for prompt in prompts]
+    with counted(console, len(tokens)) as advance:
+        measured = controllers.measure(
+            model,
+            tokens,
+            drafters,
+            arguments.controllers,
+            max_new_tokens=arguments.max_new_tokens,
+            advance=advance,
+        )
+    report = {"machine": machine(), "model": arguments.model, "dtype": name_of(model.dtype), **measured}
+    if arguments.output is not None:
+        write(arguments.output, report)
+        controllers.plot(report, arguments.output.with_suffix(".png"))
+        console.print(f"wrote {arguments.output} and {arguments.output.with_suffix('.png').name}", highlight=False)
+    _show(arguments, report, controllers.tables(report))
+    return 0
+
+
+def _drafters(arguments: argparse.Namespace, model, console) -> dict:
+    """New drafters by name, which know nothing yet of any text."""
+    from pyspec.drafters import new_drafter
+    from pyspec.drafters.eagle3 import Eagle3
+    from pyspec.drafters.model import ModelDrafter
+
+    others = arguments.draft_model is not None or arguments.draft_head is not None
+    names = arguments.drafter or ([] if others else ["merged"])
+    prepare(names, model, console)
+    drafters = {name: new_drafter(name, model) for name in names}
+    if arguments.draft_model is not None:
+        drafters["draft model"] = ModelDrafter(load_model(arguments, console, arguments.draft_model), model)
+    if arguments.draft_head is not None:
+        drafters["head"] = Eagle3(arguments.draft_head, model, tables=())
+    return drafters
+
+
 def _bench_drafters(arguments: argparse.Namespace) -> int:
     prompts = _prompts(arguments)
     if arguments.answers < 0:
@@ -107,15 +196,20 @@ def _bench_drafters(arguments: argparse.Namespace) -> int:
         picture = arguments.output.with_suffix(".png")
         drafters.plot(report, picture)
         console.print(f"wrote {arguments.output} and {picture.name}", highlight=False)
+    _show(arguments, report, drafters.tables(report))
+    return 0
+
+
+def _show(arguments: argparse.Namespace, report: dict, tables) -> None:
+    """Prints a report, as JSON where that was asked for, else its tables."""
     if arguments.json:
         print_json(report)
-        return 0
+        return
     from rich.console import Console
 
     shown = Console(highlight=False)
-    for table in drafters.tables(report):
+    for table in tables:
         shown.print(table)
-    return 0
 
 
 def _prompts(arguments: argparse.Namespace) -> list:

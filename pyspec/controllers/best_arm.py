@@ -67,7 +67,7 @@ class BestArm(Controller):
         nodes = sum(map(len, trees))
         if nodes == len(trees):
             return
-        seconds = self._costs().up_to(nodes)
+        seconds = self._costs().seconds
         steps = seconds[nodes] / seconds[len(trees)]
         drafting = steps * draft_seconds / verify_seconds if verify_seconds else 0.0
         self._experiences[self.arm].learn(drafting, steps + drafting - sum(map(len, paths)) / len(trees))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyspec.controllers import CONTROLLERS
-from pyspec.controllers.stop_rule import StopRule, verified_drafts
+from pyspec.controllers.stop_rule import StopRule, check_threshold, verified_drafts
 from pyspec.drafters.shapes import Level
 from pyspec.tree import DraftTree
 
@@ -37,9 +37,7 @@ class Confidence(StopRule):
 
     def __init__(self, model, drafter, cache, largest: int, threshold: float = FIRST):
         super().__init__(model, drafter, cache, largest)
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {threshold}")
-        self.threshold = threshold
+        self.threshold = check_threshold(threshold)
         self._chances, self._right = np.zeros(0), np.zeros(0)  # of the last drafts
         self._new = 0  # drafts since it was tuned
 

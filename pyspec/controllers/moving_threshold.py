@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyspec.controllers import CONTROLLERS
-from pyspec.controllers.stop_rule import StopRule
+from pyspec.controllers.stop_rule import StopRule, check_threshold
 from pyspec.drafters.shapes import Level
 from pyspec.tree import DraftTree
 
@@ -39,9 +39,7 @@ class MovingThreshold(StopRule):
 
     def __init__(self, model, drafter, cache, largest: int, threshold: float = FIRST):
         super().__init__(model, drafter, cache, largest)
-        if not 0 < threshold < 1:
-            raise ValueError(f"threshold must be in (0, 1), got {threshold}")
-        self._first = threshold
+        self._first = check_threshold(threshold)
         self._states: dict[int, tuple[float, float]] = {}  # by slot: threshold, acceptance rate
 
     def start(self, slot, drafter) -> None:

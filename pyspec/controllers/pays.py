@@ -21,7 +21,7 @@ from pyspec.controllers import CONTROLLERS, LARGEST, Controller
 from pyspec.drafters import Drafter
 from pyspec.drafters.pace import Pace
 from pyspec.machine.experience import MEMORY, MOST_LOST, Experience, experience_of
-from pyspec.machine.running_costs import NODES, RunningCosts, running_costs
+from pyspec.machine.running_costs import NODES, Lines, RunningCosts, running_costs
 from pyspec.runners import Runner
 from pyspec.tree import DraftTree
 
@@ -32,6 +32,7 @@ LEARNING = 0.02  # plain rounds that a round may lose for what is learned from i
 TRIALS = 0.02  # share of the time that drafting may lose
 SHORTEST = 8  # tokens of a text from which on it loses no larger share
 CREDIT = 4.0  # rounds as good as those of earlier requests, whose gain a text begins with
+NONE = np.zeros(0)  # drafts of a tree that is kept whole
 FIRST_OF_A_SIZE = 0.1  # plain rounds that recording the first round of a size takes
 
 
@@ -64,6 +65,7 @@ class PayingController(Controller):
         self._costs, self._pace = costs, pace
         self._experience = Experience() if experience is None else experience
         self._called: set[int] = set()  # numbers of nodes: a first call may be recorded, which takes longer
+        self._asked: int | None = None  # nodes of each text in this round
         self._trial: int | None = None  # nodes of the next round, for the sake of what they cost
         self._texts = 1  # that took part in the last round
         self._purse = TRIALS * SHORTEST + CREDIT * max(0.0, -self._experience.lost)
@@ -75,14 +77,15 @@ class PayingController(Controller):
         """Nodes that a drafter should propose; 1 while drafting rests."""
         costs = self._costs()
         is_unknown = self._texts == 1 and not costs.knows_plain
-        if self._resting or self._trial == 1 or is_unknown or not self._can_pay(2, costs.at_most(2 * self._texts)):
+        if self._resting or self._trial == 1 or is_unknown or not self._can_pay(2, costs.most):
             return 1
         return min(self._wanted() if self._trial is None else self._trial, self.largest)
 
     def budgets(self, slots: Sequence[int]) -> list[int]:
         """As many nodes for each."""
         self._texts = len(slots)
-        return super().budgets(slots)
+        self._asked = self.nodes
+        return [self._asked] * len(slots)
 
     def learn(
         self,
@@ -92,7 +95,8 @@ class PayingController(Controller):
         verify_seconds: float,
     ) -> None:
         """Learns how much of a round's trees was accepted, and what proposing and verifying them took."""
-        asked, nodes, costs = self.nodes, sum(map(len, trees)), self._costs()
+        asked = self.nodes if self._asked is None else self._asked
+        self._asked, nodes, costs = None, sum(map(len, trees)), self._costs()
         for tree, path in zip(trees, paths, strict=True):
             self._learn(tree, path)
         first = 0.0 if nodes in self._called else FIRST_OF_A_SIZE
@@ -104,7 +108,7 @@ class PayingController(Controller):
         if self._resting:
             self._resting -= 1
         elif asked > 1:
-            seconds = costs.up_to(nodes)
+            seconds = costs.seconds
             steps = seconds[nodes] / seconds[len(trees)]
             if len(trees) == 1 and (first or not costs.is_sure_of(nodes)):
                 steps, first = verify_seconds / seconds[len(trees)], 0.0
@@ -127,7 +131,7 @@ class PayingController(Controller):
     def _rest(self) -> int:
         return max(0, int((self._lost - LEARNING) / TRIALS))
 
-    def _can_pay(self, nodes: float, most: Sequence[float]) -> bool:
+    def _can_pay(self, nodes: float, most: Lines) -> bool:
         """Whether the purse has what a round loses if nothing is accepted.
 
         Args:
@@ -143,7 +147,7 @@ class PayingController(Controller):
         """The most nodes up to some that the purse can pay for, of sizes that costs are learned of."""
         if nodes is None or nodes == 1:
             return nodes
-        most = self._costs().at_most(nodes)
+        most = self._costs().most
         return max((size for size in NODES if 1 < size <= nodes and self._can_pay(size, most)), default=None)
 
     @abstractmethod
@@ -164,14 +168,8 @@ class CuttingController(PayingController):
     accepted of it lately, in this text and before it.
     """
 
-    def __init__(
-        self,
-        costs: Callable[[], RunningCosts],
-        largest: int = LARGEST,
-        pace: Pace | None = None,
-        experience: Experience | None = None,
-    ):
-        super().__init__(costs, largest, pace, experience)
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, **settings):
+        super().__init__(costs, largest, **settings)
         self._promised = self._accepted = 0.0
         self._largest_kept = largest
 
@@ -184,30 +182,39 @@ class CuttingController(PayingController):
         if self._trial is not None and len(trees) == 1:
             return list(trees)
         scale = self._scale()
-        drafts = []  # (chance, tree) of all that may be left out
-        for index, tree in enumerate(trees):
-            chance = 1.0
-            for stated in [] if tree.chances is None else tree.chances[1:].tolist():
-                chance = min(chance, stated * scale)
-                drafts.append((chance, index))
-        if len(trees) > 1:
-            drafts.sort(key=lambda draft: draft[0], reverse=True)  # the drafts of one tree stay in their order
-        nodes = sum(len(tree) if tree.chances is None else 1 for tree in trees)
-        costs = self._costs()
-        seconds, most_steps = costs.up_to(nodes + len(drafts)), costs.at_most(nodes + len(drafts))
-        tokens = float(len(trees))
-        best, most = 0, tokens / seconds[nodes]
-        for taken, (chance, _) in enumerate(drafts, start=1):
-            tokens += chance
-            if len(trees) == 1 and nodes + taken not in NODES:  # the first round of every other size is recorded
-                continue
-            if tokens / seconds[nodes + taken] > most and self._can_pay((nodes + taken) / len(trees), most_steps):
-                best, most = taken, tokens / seconds[nodes + taken]
-        kept = [len(tree) if tree.chances is None else 1 for tree in trees]
-        for _, index in drafts[:best]:
-            kept[index] += 1
-        self._largest_kept = max(kept)
-        return [tree.first(count) for tree, count in zip(trees, kept, strict=True)]
+        if len(trees) == 1:
+            (tree,) = trees
+            kept = len(tree) if tree.chances is None else 1 + self._best_cut(np.cumsum(_falling(tree, scale)), 1, 1)
+            self._largest_kept = kept
+            return [tree.first(kept)]
+        whole = [len(tree) if tree.chances is None else 1 for tree in trees]
+        falling = [NONE if tree.chances is None else _falling(tree, scale) for tree in trees]
+        drafts = np.concatenate(falling)
+        owners = np.repeat(np.arange(len(trees)), [len(chances) for chances in falling])
+        order = np.argsort(-drafts, kind="stable")  # the drafts of one tree stay in their order
+        taken = self._best_cut(np.cumsum(drafts[order]), sum(whole), len(trees))
+        counts = np.bincount(owners[order[:taken]], minlength=len(trees)) + whole
+        self._largest_kept = int(counts.max())
+        return [tree.first(count) for tree, count in zip(trees, counts.tolist(), strict=True)]
+
+    def _best_cut(self, gained: np.ndarray, nodes: int, texts: int) -> int:
+        """How many drafts pay, of those that gain so many tokens together, beside nodes that are kept anyway."""
+        costs, gained = self._costs(), gained.tolist()
+        seconds, most = costs.seconds, costs.most
+        # the first round of every size is recorded, so one text has few
+        sizes = NODES if texts == 1 else range(nodes + 1, nodes + len(gained) + 1)
+        rates = [
+            ((texts + gained[size - nodes - 1]) / seconds[size], -size)
+            for size in sizes
+            if 0 < size - nodes <= len(gained)
+        ]
+        none = texts / seconds[nodes]
+        for rate, size in sorted(rates, reverse=True):
+            if rate <= none:
+                break
+            if self._can_pay(-size / texts, most):
+                return -size - nodes
+        return 0
 
     def _scale(self) -> float:
         before = (self._experience.accepted + TRUST) / (self._experience.promised + TRUST)
@@ -221,20 +228,19 @@ class CuttingController(PayingController):
             self._experience.learn_drafts(promised, accepted)
 
 
+def _falling(tree: DraftTree, scale: float) -> np.ndarray:
+    """The chances of a tree's drafts, none above that of one before it."""
+    return np.minimum.accumulate(np.minimum(tree.chances[1:] * scale, 1.0))
+
+
 class SizingController(PayingController):
     """Decides the number of nodes before they are drawn, for drafters that draw: no drawn node may be left out.
 
     How likely the i-th node of a tree is to be accepted is learned from earlier rounds, whose draws are over.
     """
 
-    def __init__(
-        self,
-        costs: Callable[[], RunningCosts],
-        largest: int = LARGEST,
-        pace: Pace | None = None,
-        experience: Experience | None = None,
-    ):
-        super().__init__(costs, largest, pace, experience)
+    def __init__(self, costs: Callable[[], RunningCosts], largest: int = LARGEST, **settings):
+        super().__init__(costs, largest, **settings)
         # until more is known, a tree of m nodes gives about log(m) + 1 tokens
         self._promised = 1 / (1 + np.arange(1, LARGEST))
         self._accepted, self._tried = (np.zeros(LARGEST - 1) for _ in range(2))
@@ -245,11 +251,12 @@ class SizingController(PayingController):
         chances = (self._accepted + TRUST * scale * self._promised) / (self._tried + TRUST)
         tokens = 1 + np.concatenate(([0.0], np.cumsum(chances)))
         costs, texts = self._costs(), self._texts
-        rates = tokens / costs.up_to(LARGEST * texts)[texts : (LARGEST + 1) * texts : texts]
-        most = costs.at_most(LARGEST * texts)
+        rates = tokens / costs.seconds.at(texts * np.arange(1, LARGEST + 1))
         # no drawn node may be left out, so what cannot be paid for is not drawn
-        can_be_paid = [nodes == 1 or self._can_pay(nodes, most) for nodes in range(1, LARGEST + 1)]
-        return 1 + int(np.argmax(np.where(can_be_paid, rates, 0.0)))
+        most, nodes = costs.most, LARGEST  # a larger tree costs more, so what can be paid for are the first sizes
+        while nodes > 1 and not self._can_pay(nodes, most):
+            nodes -= 1
+        return 1 + int(np.argmax(rates[:nodes]))
 
     def cut(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
         """Keeps the trees whole."""
@@ -266,7 +273,8 @@ def new_controller(model: Runner, drafter: Drafter, cache: QuantisedSettings | N
     """The controller for a drafter, by the costs of a model: drawn trees may not be cut, chosen ones may."""
     kind = SizingController if drafter.proposal == "sampled" else CuttingController
     experience = experience_of(model, drafter, cache)
-    return kind(running_costs(model, cache), largest, getattr(drafter, "pace", None), experience)
+    pace = getattr(drafter, "pace", None)
+    return kind(running_costs(model, cache), largest, pace=pace, experience=experience)
 
 
 CONTROLLERS.register("pays", new_controller, "as many as pay, by measured costs")

@@ -75,6 +75,13 @@ class StopRule(Controller):
         return goes_on if other is None else goes_on & np.asarray(other(level))
 
 
+def check_threshold(threshold: float) -> float:
+    """A threshold; raises ValueError for one outside (0, 1)."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold must be in (0, 1), got {threshold}")
+    return threshold
+
+
 def verified_drafts(tree: DraftTree, path: Sequence[int]) -> Iterator[tuple[float, bool]]:
     """The chance of each draft that was judged, by the law after its parent, and whether it was right.
 

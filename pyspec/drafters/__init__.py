@@ -45,7 +45,7 @@ class Drafter(Protocol):
     tokens take.
 
     A drafter that has laws of its own has `goes_on`, a pyspec.drafters.shapes.StopRule or None: a controller sets that
-    of each sequence's drafter.
+    of each sequence's drafter. It also has a `fingerprint`, which names it where something was learned of it.
 
     A drafter may also have `coupled_to(sampler)`, the drafter for texts that this sampler draws with the rule "exact":
     the noise of a draw is known before the draw, and a guess may look at it.

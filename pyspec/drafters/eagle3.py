@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from pyspec.drafters.table_drafter import Table, TableDrafter
 from pyspec.drafters.tables.guesses import GuessedNodes, Guesses
 from pyspec.drafters.tables.lookup import Lookup
 from pyspec.drafters.tables.recycling import Recycling
+from pyspec.fingerprint import WeightSample
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import lock_of
 from pyspec.runners.verified import Verified
@@ -95,6 +97,13 @@ class Eagle3:
         self.pace = Pace()
         self._batch: HeadBatch | None = None
         self._sequence = -1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Names the head, by its vectors: they are as they were trained, whatever its matrices are kept in."""
+        found = vars(self.head).items()
+        vectors = [(name, each) for name, each in found if isinstance(each, torch.Tensor) and each.dim() == 1]
+        return f"{type(self.head).__name__}-{WeightSample().add(vectors).hexdigest()[:16]}"
 
     def start(self, prompt: Sequence[int]) -> Eagle3:
         """A drafter for one more sequence of the batch; of a new batch once the last one has begun to read."""

@@ -60,6 +60,11 @@ class LayerSkipDrafter(ModelDrafter):
         growth = TopPaths(width=3, depth=4) if growth is None else growth
         self._set_up(model, growth, temperature, top_k, top_p, seed)
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the model and the layers that are left of it."""
+        return f"{super().fingerprint} {self.layers}"
+
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
         """A tree of at most budget nodes below context[-1]; the root alone where the model's slots end."""
         try:

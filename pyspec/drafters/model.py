@@ -58,6 +58,11 @@ class ModelDrafter:
 
     goes_on = None  # see Drafter
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the draft model."""
+        return self._draft.fingerprint
+
     def _set_up(self, draft: Runner, growth: GrowthPolicy | None, temperature, top_k, top_p, seed) -> None:
         self.growth = growth_for("exact") if growth is None else growth
         self.proposal, self.siblings = self.growth.proposal, self.growth.siblings

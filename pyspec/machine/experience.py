@@ -92,4 +92,5 @@ def _described(drafter: Drafter) -> str:
     """What a drafter is, as far as the next process can tell that it has the same."""
     parts = [type(drafter).__name__, *(table.name for table in getattr(drafter, "tables", ()))]
     growth = getattr(drafter, "growth", None)
+    parts += [drafter.fingerprint] if hasattr(drafter, "fingerprint") else []
     return " ".join([*parts, *([] if growth is None else [type(growth).__name__])])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -22,6 +22,7 @@ from pyspec.runners import Runner
 
 ASSUMED = Costs((1, 8, 16, 32), (1.0, 1.16, 1.4, 2.1))  # in plain steps: a processor with VNNI or bf16 instructions
 NODES = (1, 2, 4, 8, 16, 32, 64)  # that costs are learned of
+PLACES = {0: 0} | {nodes: place for place, nodes in enumerate(NODES)}  # no node is as one
 EIGHT = 3  # place of the nodes that are tried first
 
 # Standard deviations of logarithms
@@ -55,30 +56,32 @@ class RunningCosts:
         self._covariance = np.zeros((len(NODES), len(NODES)))
         self._covariance[1:, 1:] = np.outer(sizes, sizes) * (TOGETHER + (1 - TOGETHER) * np.eye(len(sizes)))
         self._covariance[0, 0] = 100.0  # whatever the unit is
+        self._variances = self._covariance.reshape(-1)[:: len(NODES) + 1]  # a view of the diagonal
         self._walk = np.array([BUSY, *[DRIFT] * len(sizes)]) ** 2
         self._tree = NODES[EIGHT]  # nodes of the last tree
         self._was_plain = True
-        self._table: list[float] = []
-        self._most: list[float] = []
+        self._seconds: Lines | None = None  # what was made of all this since the last round
+        self._most: Lines | None = None
 
     @property
     def costs(self) -> Costs:
         """The table as it is now."""
-        steps = np.exp(np.append(0.0, np.maximum(self._mean[1:], 0.0)) + self._mean[0])
-        return Costs.of_seconds(dict(zip(NODES, steps.tolist(), strict=True)))
+        return Costs(NODES, tuple(self.seconds.values))
 
-    def up_to(self, nodes: int) -> list[float]:
-        """Seconds by number of nodes, from 0 (as at 1) to at least so many."""
-        if len(self._table) <= nodes:
-            self._table = self.costs(np.arange(2 * max(nodes, NODES[-1]) + 1)).tolist()
-        return self._table
+    @property
+    def seconds(self) -> Lines:
+        """Seconds of a verification by its nodes."""
+        if self._seconds is None:
+            plain = math.exp(self._mean[0])
+            self._seconds = Lines(plain, (plain * np.exp(np.maximum(self._mean[1:], 0.0))).tolist())
+        return self._seconds
 
-    def at_most(self, nodes: int) -> list[float]:
-        """Plain steps by number of nodes, from 0 (as at 1) to at least so many, a standard deviation above the mean."""
-        if len(self._most) <= nodes:
-            steps = np.exp(np.append(0.0, np.maximum(self._mean[1:], 0.0) + np.sqrt(np.diag(self._covariance)[1:])))
-            most = Costs.of_seconds(dict(zip(NODES, steps.tolist(), strict=True)))
-            self._most = most(np.arange(2 * max(nodes, NODES[-1]) + 1)).tolist()
+    @property
+    def most(self) -> Lines:
+        """Plain steps of a verification by its nodes, a standard deviation above the mean."""
+        if self._most is None:
+            logs = np.maximum(self._mean[1:], 0.0) + np.sqrt(self._variances[1:])
+            self._most = Lines(1.0, np.exp(logs).tolist())
         return self._most
 
     @property
@@ -104,16 +107,17 @@ class RunningCosts:
             return
         nodes = min(nodes, NODES[-1])
         expected, slope = self._at(nodes)
-        covariance = self._covariance + np.diag(self._walk)
-        shares = covariance @ slope
-        variance = slope @ shares + NOISE**2
-        off = min(max(math.log(seconds) - expected, -HICCUP * variance**0.5), HICCUP * variance**0.5)
-        self._mean = self._mean + shares * (off / variance)
-        self._covariance = covariance - np.outer(shares, shares) / variance
+        self._variances += self._walk
+        shares = self._covariance @ slope
+        variance = float(slope @ shares) + NOISE**2
+        most = HICCUP * math.sqrt(variance)
+        off = min(max(math.log(seconds) - expected, -most), most)
+        self._mean += shares * (off / variance)
+        self._covariance -= shares[:, None] * (shares / variance)
         self._was_plain = nodes == 1
         if nodes > 1:
             self._tree = nodes
-        self._table, self._most = [], []
+        self._seconds = self._most = None
         self._rounds += 1
         if self._key is not None and self._rounds % KEPT_EVERY == 0:
             with suppress(ValueError):  # seconds that no machine takes
@@ -125,13 +129,42 @@ class RunningCosts:
         slope[0] = 1.0
         last = max(bisect_left(NODES, nodes), 1)
         right = (nodes - NODES[last - 1]) / (NODES[last] - NODES[last - 1])
+        plain, size = float(self._mean[0]), float(self._mean[last])
         before = (1 - right) * (math.exp(self._mean[last - 1]) if last > 1 else 1.0)
-        behind = right * math.exp(self._mean[last])
+        behind = right * math.exp(size)
         steps = before + behind
         if last > 1:
             slope[last - 1] = before / steps
         slope[last] = behind / steps
-        return self._mean[0] + math.log(steps), slope
+        return plain + math.log(steps), slope
+
+
+class Lines:
+    """What numbers of nodes cost, on the lines between NODES, and on the last line beyond.
+
+    Larger trees are never cheaper, nor dearer than node by node.
+
+    Args:
+        plain: of one node.
+        sizes: of the other NODES.
+    """
+
+    def __init__(self, plain: float, sizes: Sequence[float]):
+        self.values = values = [plain]  #: of NODES
+        for nodes, value in zip(NODES[1:], sizes, strict=True):
+            values.append(max(values[-1], min(value, nodes * plain)))
+
+    def __getitem__(self, nodes: int) -> float:
+        place = PLACES.get(nodes)
+        if place is not None:
+            return self.values[place]
+        last = min(bisect_left(NODES, nodes), len(NODES) - 1)
+        before, behind = self.values[last - 1 : last + 1]
+        return before + (behind - before) * (nodes - NODES[last - 1]) / (NODES[last] - NODES[last - 1])
+
+    def at(self, nodes: np.ndarray) -> np.ndarray:
+        """The same of many numbers."""
+        return Costs(NODES, tuple(self.values))(nodes)
 
 
 _running: dict[tuple, RunningCosts] = {}  # by folder and key: all calls in a process share them

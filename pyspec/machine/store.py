@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,9 +63,25 @@ def keep(kind: str, key: str, entry: object) -> None:
         pass
 
 
+_apart: Path | None = None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Until it ends, this process finds nothing that is kept, and what it keeps is thrown away: for measurements."""
+    global _apart
+    before = _apart
+    with TemporaryDirectory() as folder:
+        _apart = Path(folder)
+        try:
+            yield
+        finally:
+            _apart = before
+
+
 def folder() -> Path:
-    """The user's cache folder for pyspec; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
+    """The user's cache folder for pyspec, or that of `apart`; it need not exist."""
+    return _apart or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyspec"
 
 
 def _file(kind: str, key: str) -> Path:

@@ -35,7 +35,7 @@ def by(*table, kind=CuttingController, purse: float = 1e9, **settings) -> Paying
 
 def learn(controller: PayingController, tree: DraftTree, path, drafting: float = 0.0) -> None:
     """A round of one sequence that takes as long as it should, drafting taking so much of a verification."""
-    seconds = controller._costs().up_to(len(tree))[len(tree)]
+    seconds = controller._costs().seconds[len(tree)]
     controller.learn([tree], [path], drafting * seconds, seconds)
 
 

@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 
 from pyspec import generate
 from pyspec.acceptance.recursive import recursive_rejection
 from pyspec.acceptance.with_replacement import with_replacement
-from pyspec.controllers import CONTROLLERS, Controller, Together, controller_for
+from pyspec.controllers import CONTROLLERS, Controller, Together, controller_for, trained
 from pyspec.controllers.adaedl import GAMMA, AdaEDL
 from pyspec.controllers.confidence import Confidence
+from pyspec.controllers.disco import Disco
 from pyspec.controllers.heuristic import FIRST, Heuristic
 from pyspec.controllers.moving_threshold import B2, STEP, MovingThreshold
+from pyspec.controllers.multi_candidate import MultiCandidate
 from pyspec.controllers.stop_rule import StopRule, verified_drafts
 from pyspec.controllers.svip import Svip
 from pyspec.drafters.model import ModelDrafter
@@ -26,19 +29,23 @@ from pyspec.sampling.noise import Noise
 from pyspec.tree import DraftTree
 from tests.helpers.enumeration import KINDS, Laws, exact_acceptance, target_law, text_law, total_variation, trees_of
 from tests.helpers.fake_runner import FakeRunner
+from tests.helpers.trained_files import write_file, write_files
 
 RULES = {name: made for name, made in CONTROLLERS.items() if isinstance(made, type) and issubclass(made, StopRule)}
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
+    """A cache folder of its own, and files for trained rules that know nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_files(tmp_path, monkeypatch)
 
 
 class Drafts:
     """As much of a drafter with laws as a rule touches."""
 
     goes_on = None
+    fingerprint = "fake"
 
 
 def started(rule, **settings):
@@ -52,7 +59,7 @@ def started(rule, **settings):
 def level(laws, chances=None, depths=None) -> Level:
     laws = np.array(laws, np.float64)
     chances = np.ones(len(laws)) if chances is None else np.array(chances)
-    top = -np.sort(-laws, axis=1)[:, :8]
+    top = -np.sort(-np.pad(laws, ((0, 0), (0, 8))), axis=1)[:, :8]
     with np.errstate(divide="ignore", invalid="ignore"):
         entropy = -np.where(laws > 0, laws * np.log(laws), 0.0).sum(axis=1)
     depths = np.ones(len(laws), int) if depths is None else np.array(depths)
@@ -293,3 +300,58 @@ def test_thresholds_outside_of_0_and_1_are_refused(threshold):
             rule(None, Drafts(), None, 8, threshold)
     with pytest.raises(ValueError, match="most must be above 0"):
         Svip(None, Drafts(), None, 8, -abs(threshold))
+
+
+def test_disco_goes_on_where_its_network_expects_a_right_draft(tmp_path):
+    arrays = {
+        "first": np.eye(4, Disco.inputs),
+        "first_bias": np.zeros(4),
+        "second": np.array([10.0, 0, 0, 0]),
+        "second_bias": np.array([-6.0]),
+    }
+    file = write_file(tmp_path / "it", Disco, **arrays)  # sigmoid(10 top - 6) >= 1/2: top from 0.6 on
+    _, goes_on = started(Disco, file=file)
+    assert goes_on(level([SURE, OPEN, [0.61, 0.39, 0.0], [0.59, 0.41, 0.0]])).tolist() == [True, False, True, False]
+
+
+def test_multi_candidate_decides_for_a_whole_level_by_its_best_path(tmp_path):
+    arrays = {
+        "first": np.eye(4, MultiCandidate.inputs, k=1),  # from the best path's chance on
+        "first_bias": np.zeros(4),
+        "second": np.array([10.0, 0, 0, 0]),
+        "second_bias": np.array([-6.0]),
+    }
+    _, goes_on = started(MultiCandidate, file=write_file(tmp_path / "it", MultiCandidate, **arrays))
+    for best in (0.7, 0.5):
+        found = level([SURE, OPEN])._replace(paths=np.array([0.1, best]))
+        assert goes_on(found).tolist() == [best > 0.6] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"drafters": "another"}, "trained for another, not for fake"),
+        ({"threshold": 1.0}, r"threshold must be in \(0, 1\)"),
+        ({"threshold": "much"}, "much"),
+        ({"first": np.zeros((4, 3))}, "11 features"),
+        ({"second": np.zeros(2**18)}, "at most 1048576 bytes"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_before_any_work(tmp_path, wrong, words):
+    file = write_file(tmp_path / "it", Disco, **wrong)
+    with pytest.raises(ValueError, match=words):
+        Disco(None, Drafts(), None, 8, file)
+    with pytest.raises(ValueError, match="for controller multi_candidate, got disco"):
+        MultiCandidate(None, Drafts(), None, 8, write_file(tmp_path / "other", Disco))
+    with pytest.raises(FileNotFoundError):
+        Disco(None, Drafts(), None, 8, tmp_path / "nowhere")
+
+
+def test_a_network_is_what_torch_says():
+    draw = np.random.default_rng(0)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1), torch.nn.Sigmoid())
+    first, _, second, _ = network
+    arrays = {"first": first.weight, "first_bias": first.bias, "second": second.weight[0], "second_bias": second.bias}
+    rows = draw.normal(size=(7, 5)).astype(np.float32)
+    found = trained.Classifier({name: each.detach().numpy() for name, each in arrays.items()}, 5)(rows)
+    assert found == pytest.approx(network(torch.from_numpy(rows))[:, 0].detach().numpy(), rel=1e-5)

@@ -36,8 +36,9 @@ def test_whatever_is_assumed_rounds_show_the_law():
     sizes = [1, 8, 16, 32, 64]
     assert proportions(running.costs, sizes) == pytest.approx(proportions(LAW, sizes), rel=0.12)
     assert running.costs(16) == pytest.approx(LAW(16), rel=0.2)
-    assert running.up_to(40)[:41] == pytest.approx([running.costs(max(nodes, 1)) for nodes in range(41)])
-    assert len(running.up_to(200)) > 200
+    table = [running.costs(max(nodes, 1)) for nodes in range(201)]
+    assert [running.seconds[nodes] for nodes in range(201)] == pytest.approx(table)
+    assert running.seconds.at(np.arange(1, 201)) == pytest.approx(table[1:])
 
 
 @pytest.mark.parametrize("law", [Costs((1, 32), (0.001, 0.0011)), Costs((1, 32), (0.2, 3.0))])
