@@ -1,5 +1,6 @@
 """pyspec: language models that generate faster without changing what they say."""
 
+from pyspec.adadec import adadec
 from pyspec.beams import Beam, Beams, beam_search
 from pyspec.caches import GearSettings, ResidualVqSettings
 from pyspec.cascade import Cascade, cascade

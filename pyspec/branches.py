@@ -8,7 +8,7 @@ from pyspec.runners import Runner
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
-FEW_NODES = 64  # a tree of so many is never pruned: reading the living nodes again costs more than the dead ones
+FEW_NODES = 64  # a tree of so many is never pruned: reading the living nodes again would cost more than it saves
 
 
 class Branches:
@@ -29,8 +29,8 @@ class Branches:
 
     @classmethod
     def after(cls, model: Runner, prompt: Sequence[int], living: int) -> Branches:
-        """Branches behind a prompt of at least two tokens, of which so many nodes are needed at once."""
-        # a tree is pruned before more than half of it is dead
+        """Branches behind a prompt of at least two tokens: so many are committed or needed at once, at most."""
+        # a tree is pruned before more than half of it can go
         model.prefill([prompt[:-1]], capacity=len(prompt) + FEW_NODES + 2 * living)
         return cls(model, prompt[-1])
 
@@ -60,12 +60,12 @@ class Branches:
         be nodes that `rows` has not told of yet.
         """
         living = self._living(leaves)
-        if len(self) <= FEW_NODES or 2 * len(living) > len(self) or not self._verified:
+        shared = self._shared(living, leaves)[:-1]
+        kept = living[len(shared) :]  # what is shared comes first
+        if len(self) <= FEW_NODES or 2 * len(kept) > len(self) or not self._verified:
             return list(leaves)
-        shared = self._shared(living, leaves)
-        if len(shared) > 1:
-            self._model.commit({0: shared[:-1]})
-        kept = [node for node in living if node not in shared[:-1]]
+        if shared:
+            self._model.commit({0: shared})
         places = {node: place for place, node in enumerate(kept)}
         parents = self.parents
         self.tokens = [self.tokens[node] for node in kept]

@@ -1,4 +1,4 @@
-"""The command line of cascades and beams, and of rules with a setting."""
+"""The command line of cascades, beams and AdaDec, and of rules with a setting."""
 
 import json
 
@@ -57,3 +57,14 @@ def test_beams_are_shown_with_their_scores(model, capsys):
     assert [beam["tokens"] for beam in json.loads(out)["beams"]] == [beam.tokens for beam in expected]
     code, _, err = run(capsys, "beams", "hello", "--beams", 4, "--groups", 3)
     assert code == 2 and "groups must divide" in err
+
+
+def test_adadec_streams_its_text(model, capsys):
+    settings = ("--threshold", 0.5, "--choices", 2, "--depth", 3, "--max-new-tokens", 12)
+    expected = pyspec.adadec(model, list(b"user: hello\n"), threshold=0.5, choices=2, depth=3, max_new_tokens=12)
+    code, out, err = run(capsys, "adadec", "hello", *settings)
+    assert code == 0 and out == expected.text + "\n" and "12 tokens in" in err
+    code, out, _ = run(capsys, "adadec", "hello", "--json", *settings)
+    assert json.loads(out)["tokens"] == expected.tokens
+    code, _, err = run(capsys, "adadec", "hello", "--choices", 9)
+    assert code == 2 and "choices must be" in err

@@ -42,6 +42,9 @@ def add_parser(commands) -> None:
     drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
     drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
     drafter.add_argument("--draft-head", metavar="HEAD", help="a trained head for this model is the drafter")
+    drafter.add_argument(
+        "--draft-chunks", metavar="FILE", help="chunks of python -m training.chunks for this model are the drafter"
+    )
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
@@ -125,6 +128,10 @@ def _drafter(arguments: argparse.Namespace, model, console):
     """The drafter that was asked for, or None."""
     from pyspec.drafters import drafter_from_name
 
+    if arguments.draft_chunks is not None:
+        from pyspec.drafters.chunks import ChunkDrafter
+
+        return ChunkDrafter(arguments.draft_chunks, model)
     if arguments.draft_model is None and arguments.draft_head is None:
         if arguments.drafter == "none":
             return None
@@ -223,7 +230,7 @@ def _show_figures(console, arguments, tokens, result, plain) -> None:
 
 
 def _drafter_name(arguments: argparse.Namespace) -> str:
-    return arguments.draft_model or arguments.draft_head or arguments.drafter
+    return arguments.draft_model or arguments.draft_head or arguments.draft_chunks or arguments.drafter
 
 
 def _check_state(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -110,12 +111,12 @@ class _Recorder:
         self.features = PromptFeatures(prompt)
         for drafter in self._drafters.values():
             if hasattr(drafter, "goes_on"):
-                drafter.goes_on = self._note
+                drafter.goes_on = partial(_note, self._levels)  # a method of this would keep all of it alive
         return self
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
         for name, drafter in self._drafters.items():
-            self._levels = []
+            self._levels.clear()
             start = time.perf_counter()
             tree = drafter.propose(context, self._nodes)
             seconds = time.perf_counter() - start
@@ -127,9 +128,10 @@ class _Recorder:
         for drafter in self._drafters.values():
             drafter.observe(tree, verified, path)
 
-    def _note(self, level: Level) -> list[bool]:
-        self._levels.append(level)
-        return [True] * len(level.depths)
+
+def _note(levels: list[Level], level: Level) -> list[bool]:
+    levels.append(level)
+    return [True] * len(level.depths)
 
 
 def _laws_of(tree: DraftTree, levels: Iterable[Level]) -> dict[int, Law]:

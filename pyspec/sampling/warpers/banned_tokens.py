@@ -1,4 +1,4 @@
-"""banned_tokens and forced_tokens: what a text must not say, and what it begins with."""
+"""banned_tokens: what a text must not say."""
 
 from __future__ import annotations
 
@@ -45,33 +45,4 @@ class BannedTokens:
         return text[max(0, len(text) - self._longest + 1) :]
 
 
-class ForcedTokens:
-    """Makes the text begin with some tokens; the model goes on from there.
-
-    Args:
-        forced_tokens: token ids.
-    """
-
-    place = -20
-
-    def __init__(self, forced_tokens: Iterable[int]):
-        self.tokens = read_tokens("forced_tokens", forced_tokens)
-
-    def start(self, prompt: Sequence[int], model) -> int:
-        check_tokens("forced_tokens", self.tokens, model)
-        return 0
-
-    def warp(self, state: int, tokens: np.ndarray, scores: np.ndarray) -> Warped:
-        if state == len(self.tokens):
-            return Warped(tokens, scores, lambda token: state)
-        forced = np.full_like(scores, -np.inf)
-        forced[self.tokens[state]] = 0
-        return Warped(tokens, forced, lambda token: state + 1)
-
-    def forced(self, state: int) -> list[int]:
-        """The tokens that must come next."""
-        return self.tokens[state:]
-
-
 WARPERS.register("banned_tokens", BannedTokens, "token ids, and lists of them, that the text must not have")
-WARPERS.register("forced_tokens", ForcedTokens, "token ids that the text begins with")
