@@ -96,14 +96,15 @@ GIVEN = {
     "docs/sparse_attention.md": {
         0: lambda: heads(1, 300) | {"q": torch.randn(1, 4, 64), "lengths": torch.tensor([300], dtype=torch.int32)}
     },
+    "docs/server.md": {2: with_demo},
     "docs/topk.md": {0: lambda: {"x": torch.randn(4, 4096)}},
     "docs/training.md": {0: with_texts},
     "docs/tree_attention.md": {
         0: lambda: heads(4, 104) | {"prefix_lens": torch.tensor([100], dtype=torch.int32)}
     },
 }  # fmt: skip
-# Blocks that need an engine which the tests do not install, by a word of theirs.
-ENGINES = {"llama_cpp": "llama_cpp", "LLM(": "vllm"}
+# Blocks that need an engine or a server which the tests do not install or start, by a word of theirs.
+ENGINES = {"llama_cpp": "llama_cpp", "LLM(": "vllm", "openai.OpenAI(": "openai", "Application(": "starlette"}
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS)
@@ -126,7 +127,7 @@ def test_blocks_run(page, monkeypatch, tmp_path):
     for number, block in enumerate(PAGES[page]):
         engine = next((package for word, package in ENGINES.items() if word in block), None)
         if engine is not None:
-            if importlib.util.find_spec(engine) is None or engine == "vllm":
+            if importlib.util.find_spec(engine) is None or engine != "llama_cpp":
                 compile(block, page, "exec")
                 continue
             import llama_cpp

@@ -17,6 +17,7 @@
 #include "cpu/linear_products.h"
 #include "cpu/linear_rows.h"
 #include "cpu/linear_tiles_bytes.h"
+#include "cpu/linear_tiles_pairs.h"
 
 namespace {
 
@@ -95,7 +96,7 @@ struct BFloat16Weight {
   static void prepare(const LinearParams& p, const void* x, char* row) {
 #if PYSPEC_HAS_BF16_DOT
     std::memcpy(row, x, p.inputs * 2);
-    std::memset(row + p.inputs * 2, 0, p.inputs % 2 * 2);
+    std::memset(row + p.inputs * 2, 0, -p.inputs * 2 & 63);  // to the end of a step, of tiles too
 #else
     to_floats(p.x_element, x, reinterpret_cast<float*>(row), p.inputs);
     std::memset(row + p.inputs * 4, 0, p.inputs % 2 * 4);
@@ -259,6 +260,10 @@ void multiply_tile(const LinearParams& p, const char* panel, int64_t first_row, 
   int64_t x_bytes = pyspec::prepared_row_bytes(p);
   const char* x = static_cast<const char*>(p.workspace) + first_row * x_bytes;
 #if PYSPEC_HAS_AMX
+  if constexpr (std::is_same_v<Weight, BFloat16Weight>) {
+    TiledPairs::multiply(panel, p.inputs, x, x_bytes, rows, sums);
+    return store_rows(sums, p, first_row, rows, first_output);
+  }
   if constexpr (std::is_same_v<Weight, Int8Weight>) {
     if (rows >= TiledBytes::kLeastRows) {
       TiledBytes::multiply(panel, p.inputs, x, x_bytes, rows, sums);

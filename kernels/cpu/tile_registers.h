@@ -16,16 +16,18 @@ inline void load_division(const TileDivision& division) { asm volatile("ldtilecf
 inline void store_division(TileDivision& division) { asm volatile("sttilecfg %0" : "=m"(division)); }
 
 struct TileConfig {
-  // For so many rows of sums, and so many bytes that a product sums over.
-  explicit TileConfig(int rows = 16, int bytes = 64) {
+  // For so many rows of sums, and so many bytes that a product sums over. Tiles 2, 3 and 5 may have other
+  // rows.
+  explicit TileConfig(int rows = 16, int bytes = 64, int others = 0) {
+    others = others ? others : rows;
     store_division(before_);
     alignas(64) TileDivision config = {1};
     auto divide = [&](int tile, int tile_rows, int row_bytes) {
       config[16 + 2 * tile] = static_cast<uint8_t>(row_bytes);
       config[48 + tile] = static_cast<uint8_t>(tile_rows);
     };
-    for (int tile = 0; tile < 4; ++tile) divide(tile, rows, 64);
-    for (int tile = 4; tile < 6; ++tile) divide(tile, rows, bytes);
+    for (int tile = 0; tile < 4; ++tile) divide(tile, tile < 2 ? rows : others, 64);
+    for (int tile = 4; tile < 6; ++tile) divide(tile, tile < 5 ? rows : others, bytes);
     for (int tile = 6; tile < 8; ++tile) divide(tile, bytes / 4, 64);
     load_division(config);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ _END_NAMES = frozenset(
 _END = "<|end|>"  # the end of a turn for some, but of the reasoning alone where there is one of these:
 _ENDS_BEYOND = frozenset("<|return|> <|call|> <|calls|> <|flush|>".split())
 _CHANNEL_MARKS = frozenset("<|start|> <|channel|> <|message|>".split())  # of gpt-oss: a header is between them
+_ENCODING = threading.Lock()
 
 
 class Tokenizer:
@@ -278,8 +280,9 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {described(text)}")
         check_unicode("text", text)
-        self.backend.encode_special_tokens = not special
-        return self.backend.encode(text, add_special_tokens=False).ids
+        with _ENCODING:  # the setting is the backend's, and threads of a server share it
+            self.backend.encode_special_tokens = not special
+            return self.backend.encode(text, add_special_tokens=False).ids
 
 
 def _tokenizers():

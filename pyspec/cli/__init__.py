@@ -1,4 +1,4 @@
-"""The command line: pyspec generate, cascade, beams, adadec, bench, convert and info.
+"""The command line: pyspec generate, chat, serve, cascade, beams, adadec, bench, convert and info.
 
 The text goes to stdout, everything else to stderr; with --json stdout holds one JSON object and nothing else.
 Exit codes: 0, 1 for a failure, 2 for bad input, 130 for Ctrl-C.
@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pyspec.cli import adadec, beams, bench, cascade, convert, generate, info
+from pyspec.cli import adadec, beams, bench, cascade, chat, convert, generate, info, serve
 from pyspec.cli.shared import BadInput, fail, version_of
 
 __all__ = ["main"]
@@ -61,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pyspec", description="Speculative decoding that never changes the text.")
     parser.add_argument("--version", action="version", version=version_of("pyspec-kernels"))
     commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (generate, cascade, beams, adadec, bench, convert, info):
+    for command in (generate, chat, serve, cascade, beams, adadec, bench, convert, info):
         command.add_parser(commands)
     return parser

@@ -12,7 +12,8 @@ from pyspec.cli.shared import DTYPES
 PROMPT_ATTENTION = ("pyspec", "flash-attn")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, name: str = "--model") -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, name: str = "--model", *, with_json: bool = True) -> None:
+    """Arguments of which model, and of how it is loaded; with_json has --json too."""
     parser.add_argument(
         name,
         dest="model",
@@ -28,10 +29,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, name: str = "--model") 
         help="what reads prompts; flash-attn is for long ones on a GPU, see docs/runner.md; default: pyspec",
     )
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    if with_json:
+        parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int) -> None:
+    add_speculation_arguments(parser)
+    add_sampling_arguments(parser, max_new_tokens=max_new_tokens)
+
+
+def add_speculation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of how texts are drafted and accepted, and of how keys and values are kept."""
     from pyspec.acceptance import RULES, settings_of_rules
     from pyspec.caches import CACHES
 
@@ -44,7 +52,6 @@ def add_generation_arguments(parser: argparse.ArgumentParser, *, max_new_tokens:
     )
     for rule, setting in settings_of_rules().items():
         parser.add_argument(f"--{setting}", type=json_or_text, metavar="VALUE", help=f"of --acceptance {rule}")
-    add_sampling_arguments(parser, max_new_tokens=max_new_tokens)
     parser.add_argument(
         "--cache", choices=list(CACHES), default="dense", help="how keys and values are kept; default: dense"
     )

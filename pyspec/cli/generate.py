@@ -33,18 +33,10 @@ ENDINGS = {
 
 
 def add_parser(commands) -> None:
-    from pyspec.drafters import DRAFTERS
-
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     add_prompt_arguments(generate)
     add_model_arguments(generate)
-    drafter = generate.add_mutually_exclusive_group()
-    drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
-    drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
-    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained head for this model is the drafter")
-    drafter.add_argument(
-        "--draft-chunks", metavar="FILE", help="chunks of python -m training.chunks for this model are the drafter"
-    )
+    add_drafter_arguments(generate)
     add_generation_arguments(generate, max_new_tokens=256)
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
@@ -55,12 +47,30 @@ def add_parser(commands) -> None:
     generate.set_defaults(command=_generate)
 
 
+def add_drafter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of which drafter."""
+    from pyspec.drafters import DRAFTERS
+
+    drafter = parser.add_mutually_exclusive_group()
+    drafter.add_argument("--drafter", choices=[*DRAFTERS, "none"], default="merged", help="default: merged")
+    drafter.add_argument("--draft-model", metavar="MODEL", help="a smaller model of the same vocabulary is the drafter")
+    drafter.add_argument("--draft-head", metavar="HEAD", help="a trained head for this model is the drafter")
+    drafter.add_argument(
+        "--draft-chunks", metavar="FILE", help="chunks of python -m training.chunks for this model are the drafter"
+    )
+
+
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of a prompt and of how a model is to take it."""
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("prompt", nargs="?", metavar="PROMPT", help="the prompt, or - for standard input")
     prompt.add_argument("--file", type=Path, help="read the prompt from a file")
     parser.add_argument("--raw", action="store_true", help="give the prompt to the model as it is, no chat template")
+    add_template_arguments(parser)
+
+
+def add_template_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of what the chat template is given beside the prompt."""
     parser.add_argument("--system", metavar="TEXT", help="the system's turn before the prompt")
     parser.add_argument(
         "--variable",
@@ -97,7 +107,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from pyspec.generate import generate
 
     tokens = prompt_tokens(model, prompt, arguments.raw, arguments.system, arguments.variable)
-    drafter = _drafter(arguments, model, console)
+    laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
+    drafter = drafter_of(arguments, model, console, **laws)
     if arguments.drafter_state is not None and arguments.drafter_state.exists():
         drafter.load(arguments.drafter_state)
 
@@ -124,8 +135,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 130 if result.finish_reason == "interrupted" else 0
 
 
-def _drafter(arguments: argparse.Namespace, model, console):
-    """The drafter that was asked for, or None."""
+def drafter_of(arguments: argparse.Namespace, model, console, **laws):
+    """The drafter that was asked for, or None. laws are those of a sampled one: temperature, top_k and top_p."""
     from pyspec.drafters import drafter_from_name
 
     if arguments.draft_chunks is not None:
@@ -144,7 +155,6 @@ def _drafter(arguments: argparse.Namespace, model, console):
 
     own = {setting: getattr(arguments, setting) for setting in settings_of_rules().values()}
     rule = acceptance_from_name(arguments.acceptance, own)
-    laws = {"temperature": arguments.temperature or 1.0, "top_k": arguments.top_k, "top_p": arguments.top_p}
     if arguments.draft_head is not None:
         return drafter_of_head(arguments.draft_head, model, rule, **laws)
     return ModelDrafter(load_model(arguments, console, arguments.draft_model), model, growth_for(rule), **laws)

@@ -13,6 +13,8 @@ from pyspec.cli.shared import load_model, make_console, print_json, set_threads,
 
 EXTRAS = {
     "hf": ("gguf", "safetensors", "tokenizers", "huggingface_hub", "transformers", "jinja2", "rich"),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "ray": ("ray",),
     "flash": ("flash_attn",),
     "bench": ("pytest", "pytest_benchmark", "matplotlib", "accelerate", "llama_cpp"),
     "train": ("transformers", "tokenizers", "safetensors", "rich", "matplotlib"),
