@@ -74,6 +74,31 @@ TABLES = {
         ("Temperature 0.8", "temperatures/0.8/all", DRAFTING),
         ("Several drawn answers to one problem", "answers", DRAFTING),
     ],
+    "cascades_speed": [
+        (
+            "Greedy texts of six prompts by exact speculation and by speculative cascades, both with merged tables",
+            "speculative",
+            [
+                ("alpha", "alpha"),
+                ("tokens/s", "tokens_per_second"),
+                ("tokens a round", "tokens_per_round"),
+                ("perplexity under the target", "perplexity"),
+                ("tokens that are the target's best", "agreement", "%"),
+            ],
+        ),
+        (
+            "Eight beams in four groups, in fp32: one tree, and rows of a batch on transformers' model",
+            "beams",
+            [
+                ("new tokens", "tokens"),
+                ("seconds", "seconds/pyspec"),
+                ("transformers", "seconds/transformers"),
+                ("faster", "speedup"),
+                ("same beams", "same_beams"),
+                ("largest difference of scores", "largest_difference"),
+            ],
+        ),
+    ],
     "equality": [
         (
             "Texts with a drafter that are those of plain decoding, token by token",

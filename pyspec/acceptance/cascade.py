@@ -12,10 +12,11 @@ from pyspec.acceptance.recursive import recursive_rejection
 from pyspec.arguments import described, read_integer, read_number
 from pyspec.runners.verified import Verified
 from pyspec.sampling.noise import Noise
-from pyspec.sampling.sampler import Sampler
+from pyspec.sampling.sampler import InvalidLogits, Sampler
 from pyspec.tree import Accepted, DraftTree
 
 Deferral = Callable[[np.ndarray, np.ndarray, float], "np.ndarray | bool"]
+Free = Callable[[int, list[int]], "int | None"]
 
 
 def entropy(law: np.ndarray) -> float:
@@ -100,9 +101,10 @@ class CascadeAcceptance(LawRule):
     def accept(self, tree: DraftTree, verified: Verified, sampler: Sampler, position: int) -> Accepted:
         if sampler.temperature and tree.q is not None:
             return super().accept(tree, verified, sampler, position)
-        laws = TargetLaws(tree, verified, sampler, greedy_at=1.0)
-        drafts = None if tree.q is None else DraftLaws(tree)
-        return self._follow(tree, laws, drafts, sampler.draws(tree, verified), position)
+        draw = sampler.draws(tree, verified)
+        if self.rule == "token_v3" and self.top is None and isinstance(sampler, Sampler) and sampler.keeps_all:
+            return self._follow(tree, _Ratios(verified, sampler.temperature or 1.0, self.deferral), draw, position)
+        return self._follow(tree, _Deferred(self, tree, verified, sampler), draw, position)
 
     def judge(self, tree: DraftTree, p, q, noise: Noise) -> Accepted:
         return recursive_rejection(tree, _Mixed(self, tree, p, q), q, noise)
@@ -114,24 +116,50 @@ class CascadeAcceptance(LawRule):
             deferred = deferred | (p < np.partition(p, -self.top)[-self.top])
         return deferred
 
-    def _follow(self, tree: DraftTree, p, q, draw: Callable[[int, int], int], position: int) -> Accepted:
+    def _follow(self, tree: DraftTree, free: Free, draw: Callable[[int, int], int], position: int) -> Accepted:
         """Goes to the likeliest child that is not deferred, else to the target's own draw."""
         children, tokens = children_of(tree), tree.tokens.tolist()
         path, node = [], 0
         while True:
             path.append(node)
-            free = []
-            if children[node]:
-                law = p[node]
-                deferred = self.deferred(law, None if q is None else q[node])
-                free = [child for child in children[node] if not deferred[tokens[child]]]
-            if free:
-                node = max(free, key=lambda child, law=law: law[tokens[child]])
+            below = children[node]
+            if below and (best := free(node, [tokens[child] for child in below])) is not None:
+                node = below[best]
                 continue
-            token = draw(node, position + len(path) - 1)
-            node = next((child for child in children[node] if tokens[child] == token), None)
+            try:
+                token = draw(node, position + len(path) - 1)
+            except InvalidLogits as error:
+                raise InvalidLogits(str(error), path) from error
+            node = next((child for child in below if tokens[child] == token), None)
             if node is None:
                 return Accepted(path, token)
+
+
+class _Deferred:
+    """The place of the likeliest of some tokens after a node that are not deferred, None if all are."""
+
+    def __init__(self, rule: CascadeAcceptance, tree: DraftTree, verified: Verified, sampler: Sampler):
+        self._rule, self._p = rule, TargetLaws(tree, verified, sampler, greedy_at=1.0)
+        self._q = None if tree.q is None else DraftLaws(tree)
+
+    def __call__(self, node: int, tokens: list[int]) -> int | None:
+        law = self._p[node]
+        deferred = self._rule.deferred(law, None if self._q is None else self._q[node])
+        free = [place for place, token in enumerate(tokens) if not deferred[token]]
+        return max(free, key=lambda place: law[tokens[place]]) if free else None
+
+
+class _Ratios:
+    """_Deferred of token_v3 over whole laws, from logits alone: p(v) / max p needs no sum over the vocabulary."""
+
+    def __init__(self, verified: Verified, temperature: float, deferral: float):
+        self._logits, self._temperature, self._least = verified.logits, temperature, 1 - deferral
+
+    def __call__(self, node: int, tokens: list[int]) -> int | None:
+        row = self._logits[node]
+        below_best = (row[tokens] - row.max()).double().cpu().numpy() / self._temperature
+        best = int(below_best.argmax())
+        return best if np.exp(below_best[best]) >= self._least else None  # never where the best logit is NaN
 
 
 class _Mixed:

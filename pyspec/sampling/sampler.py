@@ -79,6 +79,11 @@ class Sampler:
         """Whether laws are the softmax of logits, unwarped."""
         return (self.temperature, self.top_k, self.top_p) == (1.0, 0, 1.0) and not self.warpers
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all tokens are kept, and nothing but the temperature changes their law."""
+        return not self.top_k and self.top_p == 1 and not self.warpers
+
     def draw(self, logits: torch.Tensor, position: int) -> int:
         """Draws the token at a position of the text.
 

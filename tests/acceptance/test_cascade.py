@@ -155,6 +155,20 @@ def test_the_law_of_chosen_drafts():
     assert sum(emitted.values()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_ratios_of_logits_say_what_laws_say(temperature, monkeypatch):
+    """Without a sum over the vocabulary the same drafts are kept."""
+    generator = np.random.default_rng(1)
+    for seed in range(60):
+        tree = DraftTree(generator.integers(0, 6, 7), [-1, 0, 0, 0, 1, 1, 4])
+        rows = Verified(torch.from_numpy(generator.normal(0, 0.7, (7, 6))).float())
+        found = []
+        for keeps_all in (True, False):
+            monkeypatch.setattr(Sampler, "keeps_all", keeps_all)
+            found.append(CascadeAcceptance(0.4).accept(tree, rows, Sampler(temperature, seed=seed), 3))
+        assert found[0] == found[1]
+
+
 def test_more_deferral_keeps_more_drafts():
     def say(**rule):
         asked = dict(drafter=RandomTrees(), budget=12, max_new_tokens=200)
