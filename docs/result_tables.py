@@ -74,6 +74,24 @@ TABLES = {
         ("Temperature 0.8", "temperatures/0.8/all", DRAFTING),
         ("Several drawn answers to one problem", "answers", DRAFTING),
     ],
+    "cascades": [
+        (
+            "Texts by rules of turns",
+            "turns",
+            [
+                ("rule", "rule"),
+                ("dial", "dial"),
+                ("by the large model", "large_share", "%"),
+                ("perplexity under it", "perplexity"),
+                ("its best tokens", "agreement", "%"),
+            ],
+        ),
+        (
+            "Answers by rules of answers: right ones, the mean over all shares that are given again",
+            "answers",
+            [("rule", "rule"), ("right", "mean_right", "%"), ("none again", "none", "%"), ("all again", "all", "%")],
+        ),
+    ],
     "cascades_speed": [
         (
             "Greedy texts of six prompts by exact speculation and by speculative cascades, both with merged tables",
