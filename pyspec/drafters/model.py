@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
 import torch
@@ -70,6 +70,7 @@ class ModelDrafter:
         check_temperature(self.growth, temperature)
         self._draft = draft
         self._batch: _Batch | None = None
+        self._started: WeakSet[ModelDrafter] = WeakSet()  # of the batch
         self._sequence = -1
 
     def start(self, prompt: Sequence[int]) -> ModelDrafter:
@@ -77,8 +78,9 @@ class ModelDrafter:
         drafter = copy.copy(self)
         with lock_of(self._draft):
             if self._batch is None or self._batch.capacity:
-                self._batch = self._new_batch()
+                self._batch, self._started = self._new_batch(), WeakSet()
             drafter._batch, drafter._sequence = self._batch, self._batch.add(prompt)
+            self._started.add(drafter)
         return drafter
 
     def propose(self, context: Sequence[int], budget: int) -> DraftTree:
@@ -96,7 +98,8 @@ class ModelDrafter:
         """Nothing is learned: the next round reads the context."""
 
     def _new_batch(self) -> _Batch:
-        return _Batch(self._draft)
+        # beside texts that go on, in an engine, a batch has a state of its own, or each would take the other's away
+        return _Batch(self._draft.fork() if self._started else self._draft)
 
 
 class _Laws:

@@ -132,6 +132,7 @@ class Answer:
         stats.new_tokens = len(text.new_tokens)
         stats.total_seconds = time.perf_counter() - text.since if text.since else 0.0
         self._result = generation_of([text], stats, batched=False)
+        text.drafter = None  # which may hold a slot of its own
         self._ended.set()
         self._pieces.put(None)
         if self._on_piece is not None:

@@ -1,5 +1,6 @@
 """A language model without a network: a law of the context, behind the calls of a real runner."""
 
+import copy
 import hashlib
 
 import torch
@@ -97,6 +98,11 @@ class FakeRunner:
             assert path[0] == 0 and [int(tree.parents[node]) for node in path[1:]] == list(path[:-1])
             self.committed[slot] += [int(tree.tokens[node]) for node in path]
         self.trees = None
+
+    def fork(self):
+        fork = copy.copy(self)
+        fork.trees, fork.committed = None, []
+        return fork
 
     def lengths(self):
         return [len(committed) for committed in self.committed]

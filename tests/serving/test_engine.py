@@ -7,6 +7,7 @@ import pytest
 
 from pyspec import DraftTree, GearSettings, Generation, generate
 from pyspec.drafters.layer_skip import LayerSkipDrafter
+from pyspec.drafters.model import ModelDrafter
 from pyspec.serving.engine import Engine, QueueFull
 from tests.helpers.fake_runner import FakeTokenizer
 from tests.helpers.random_llama import random_llama, random_tokens
@@ -124,14 +125,13 @@ def test_a_failing_request_fails_alone(when, monkeypatch):
         call = getattr(runner, when)
 
         def calls(given, *more):
-            if any(answers[0].prompt_tokens == text.context[:41] for text in _texts(engine, given)):
+            if any(prompts[0] == text.context[:41] for text in _texts(engine, given)):
                 fails()
             return call(given, *more)
 
         monkeypatch.setattr(runner, when, calls)
     with Engine(runner, slots=4, drafter=Failing(when), budget=4) as engine:
-        answers = []
-        answers += [
+        answers = [
             engine.submit(prompt, max_new_tokens=20, on_piece=fails if (when, number) == ("on_piece", 0) else None)
             for number, prompt in enumerate(prompts)
         ]
@@ -145,6 +145,20 @@ def test_a_failing_request_fails_alone(when, monkeypatch):
 
 def _texts(engine, slots):
     return [engine._slots.texts[slot] for slot in slots]
+
+
+def test_a_draft_model_reads_each_text_once(monkeypatch):
+    runner, draft, read = runner_of("llama"), runner_of("llama"), []
+    prompts = [random_tokens(20 + number, seed=number) for number in range(6)]
+    alone = [generate(runner, prompt, drafter=None, max_new_tokens=20) for prompt in prompts]
+    prefill = type(draft).prefill
+    monkeypatch.setattr(
+        type(draft), "prefill", lambda self, *given, **more: read.append(1) or prefill(self, *given, **more)
+    )
+    with Engine(runner, slots=2, drafter=ModelDrafter(draft, runner), budget=4) as engine:
+        for found, expected in zip([engine.submit(each, max_new_tokens=20) for each in prompts], alone, strict=True):
+            check(found.result(SOON), expected)
+    assert len(read) <= len(prompts)
 
 
 def test_lost_slots_are_opened_again(monkeypatch):
