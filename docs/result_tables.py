@@ -16,6 +16,7 @@ ENGINES = [
     ("tokens a round", "tokens_per_round"),
     ("texts like plain", "equal_to_plain"),
 ]
+BEST = ("best tokens of the target", "agreement", "%")
 STEPS = [("nodes", NAME), ("seconds", "value")]
 QUANTISED = [("nodes", "nodes"), ("tokens", "length"), ("dense ms", "ms/dense"), ("SDPA ms", "ms/sdpa")]
 DRAFTING = [
@@ -78,13 +79,7 @@ TABLES = {
         (
             "Texts by rules of turns",
             "turns",
-            [
-                ("rule", "rule"),
-                ("dial", "dial"),
-                ("by the large model", "large_share", "%"),
-                ("perplexity under it", "perplexity"),
-                ("its best tokens", "agreement", "%"),
-            ],
+            [("rule", "rule"), ("dial", "dial"), ("large", "large_share", "%"), ("perplexity", "perplexity"), BEST],
         ),
         (
             "Answers by rules of answers: right ones, the mean over all shares that are given again",
@@ -98,10 +93,10 @@ TABLES = {
             "speculative",
             [
                 ("alpha", "alpha"),
-                ("tokens/s", "tokens_per_second"),
+                *ENGINES[1:2],
                 ("tokens a round", "tokens_per_round"),
-                ("perplexity under the target", "perplexity"),
-                ("tokens that are the target's best", "agreement", "%"),
+                ("perplexity", "perplexity"),
+                BEST,
             ],
         ),
         (
