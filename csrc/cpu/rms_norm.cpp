@@ -13,10 +13,11 @@ Tensor rms_norm(Tensor hidden, const std::optional<Tensor>& delta, const std::op
                 const std::optional<Tensor>& delta_weight, const std::optional<Tensor>& bias, bool centred,
                 double hidden_scale) {
   auto float32 = torch::headeronly::ScalarType::Float;
-  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.scalar_type() == float32 && hidden.is_contiguous(),
-                  "hidden must be float32 [rows, size] and contiguous");
+  STD_TORCH_CHECK(
+      hidden.dim() == 2 && hidden.scalar_type() == float32 && (hidden.stride(1) == 1 || hidden.size(1) <= 1),
+      "hidden must be float32 [rows, size] with contiguous rows");
   pyspec::RmsNormParams p{};
-  p.rows = hidden.size(0), p.size = hidden.size(1);
+  p.rows = hidden.size(0), p.size = hidden.size(1), p.hidden_stride = hidden.stride(0);
   p.groups = weight && weight->dim() == 2 ? weight->size(0) : 1;
   std::optional<Tensor> weights, deltas, delta_weights, biases;
   if (weight) {

@@ -19,8 +19,8 @@ Tensor swiglu(const Tensor& gate_up, torch::headeronly::ScalarType out_dtype, in
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.scalar_type() == float32 && (up || gate_up.size(1) % 2 == 0),
                   "gate_up must be float32 [rows, 2 * size], or [rows, size] beside up");
   STD_TORCH_CHECK(
-      activation >= 0 && activation <= 5,
-      "activation must be 0 (silu), 1 (gelu_tanh), 2 (clamped), 3 (sigmoid), 4 (relu) or 5 (none)");
+      activation >= 0 && activation <= 6,
+      "activation must be 0 (silu), 1 (gelu_tanh), 2 (clamped), 3 (sigmoid), 4 (relu), 5 (none) or 6 (gelu)");
   Tensor values = in_rows(gate_up, "gate_up");
   pyspec::SwigluParams p{};
   p.rows = values.size(0), p.size = up ? values.size(1) : values.size(1) / 2,

@@ -51,7 +51,7 @@ PYSPEC_INLINE F16 centred_squares(const RmsNormParams& p, const float* hidden, F
 // kLayerNorm: with what only layer norms have, a mean that is taken off and a bias; either may be missing.
 template <class Out, bool kLayerNorm>
 void normalise(const RmsNormParams& p, int64_t row) {
-  float* hidden = p.hidden + row * p.size;
+  float* hidden = p.hidden + row * p.hidden_stride;
   const float* weight = p.weight ? p.weight + row % p.groups * p.size : nullptr;
   const float* delta = p.delta ? p.delta + row * p.size : nullptr;
   Out* out = static_cast<Out*>(p.out) + row * p.size;

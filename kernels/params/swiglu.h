@@ -5,7 +5,7 @@
 
 namespace pyspec {
 
-enum class Activation : int64_t { kSilu, kGeluTanh, kClamped, kSigmoid, kRelu, kNone };
+enum class Activation : int64_t { kSilu, kGeluTanh, kClamped, kSigmoid, kRelu, kNone, kGelu };
 
 struct SwigluParams {
   const float* gate;  // [rows, size]

@@ -17,7 +17,7 @@ __all__ = ["compile_options", "rms_norm", "rms_norm_kernel"]
 @triton.jit(do_not_specialize_on_alignment=["hidden", "delta", "delta_weight", "weight", "bias", "out"])
 def rms_norm_kernel(
     # Pointers
-    hidden,  # [rows, size]; with a delta, written
+    hidden,  # [rows, size], contiguous rows; with a delta, written
     delta,  # [rows, size] or None
     delta_weight,  # [size]: delta is normalised and scaled before it is added; or None
     weight,  # [groups, size]; row r is scaled by weight r % groups; None: out is the sum itself
@@ -25,6 +25,7 @@ def rms_norm_kernel(
     out,  # [rows, size], written
     # Sizes
     size,
+    hidden_stride,  # of rows
     groups,
     epsilon,
     hidden_scale,  # of the sum with delta
@@ -34,7 +35,7 @@ def rms_norm_kernel(
     IS_EARLY: tl.constexpr,
 ):
     row = tl.program_id(0)
-    start = row.to(tl.int64) * size
+    start, hidden_start = row.to(tl.int64) * size, row.to(tl.int64) * hidden_stride
     column = tl.arange(0, BLOCK)
     used = column < size
     if weight is not None:
@@ -44,14 +45,14 @@ def rms_norm_kernel(
     if bias is not None:
         biases = tl.load(bias + column, mask=used, other=0.0)
     wait_for_earlier(IS_EARLY)
-    x = tl.load(hidden + start + column, mask=used, other=0.0)
+    x = tl.load(hidden + hidden_start + column, mask=used, other=0.0)
     if delta is not None:
         change = tl.load(delta + start + column, mask=used, other=0.0)
         if delta_weight is not None:
             change *= 1.0 / tl.sqrt(tl.sum(change * change, 0) / size + epsilon)
             change *= delta_weights
         x = (x + change) * hidden_scale
-        tl.store(hidden + start + column, x, mask=used)
+        tl.store(hidden + hidden_start + column, x, mask=used)
     if CENTRED:
         x = tl.where(used, x - tl.sum(x, 0) / size, 0.0)
     if weight is not None:
@@ -71,12 +72,12 @@ def rms_norm(hidden, delta, weight, epsilon, out_dtype, delta_weight=None, bias=
     """Launches the kernel; arguments and result of torch.ops.pyspec.rms_norm."""
     rows, size = hidden.shape
     groups = weight.shape[0] if weight is not None and weight.dim() == 2 else 1
-    out = torch.empty_like(hidden, dtype=out_dtype)
+    out = hidden.new_empty(hidden.shape, dtype=out_dtype)
     if out.numel():
         given = [None if tensor is None else tensor.contiguous() for tensor in (delta, delta_weight, weight, bias)]
         block = triton.next_power_of_2(size)
         options = {"CENTRED": centred, **compile_options(block), **launch_options(hidden.device)}
         with torch.cuda.device_of(hidden):
-            sizes = (size, groups, epsilon, float(hidden_scale))
+            sizes = (size, hidden.stride(0), groups, epsilon, float(hidden_scale))
             rms_norm_kernel[(rows,)](hidden, *given, out, *sizes, BLOCK=block, **options)
     return out

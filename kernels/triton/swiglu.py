@@ -1,7 +1,7 @@
 """swiglu on the GPU: activation(gate) * up, in fp32, rounded once; gelu_tanh is gate times a sigmoid, as silu is.
 
 Clamped, gates are at most 7 and ups within -7 and 7; a sigmoid has 1 in the place of the gate; relu and none have no
-exponential.
+exponential, and gelu is the exact one, by erf.
 
 One program per (row, 1024 columns). Bound by memory.
 """
@@ -31,6 +31,7 @@ def swiglu_kernel(
     IS_SIGMOID: tl.constexpr,
     IS_RELU: tl.constexpr,
     IS_NONE: tl.constexpr,
+    IS_ERF: tl.constexpr,  # the exact GELU
     IS_EARLY: tl.constexpr,
 ):
     wait_for_earlier(IS_EARLY)
@@ -53,6 +54,8 @@ def swiglu_kernel(
         gate = tl.where(gate < 0.0, 0.0, gate)
     if IS_RELU or IS_NONE:
         activated = gate
+    elif IS_ERF:
+        activated = 0.5 * gate * (1.0 + tl.erf(0.70710678 * gate))
     else:
         activated = gate / (1.0 + tl.exp(-turned))
     tl.store(out + row * size + column, (activated * up).to(out.dtype.element_ty), mask=used)
@@ -73,6 +76,7 @@ def swiglu(gate_up, out_dtype, activation=0, up=None):
                 "IS_SIGMOID": activation == 3,
                 "IS_RELU": activation == 4,
                 "IS_NONE": activation == 5,
+                "IS_ERF": activation == 6,
                 **OPTIONS,
                 **launch_options(gate_up.device),
             }

@@ -40,6 +40,8 @@ class HybridConfig(DecoderConfig):
             them both.
     """
 
+    some_have_both = False  # whether layers with both may be among others; `places` are those of the recurrence then
+
     recurrence: Any = None
     is_attention: tuple[bool, ...] = ()
     is_recurrent: tuple[bool, ...] = ()
@@ -56,7 +58,7 @@ class HybridConfig(DecoderConfig):
         if not any(self.is_attention):
             raise ValueError("is_attention must be some layer, got none")
         is_parallel = [*map(all, zip(self.is_attention, self.is_recurrent, strict=True))]
-        if any(is_parallel) and not all(is_parallel):
+        if any(is_parallel) and not all(is_parallel) and not self.some_have_both:
             raise Unsupported(f"{self.architecture} has both in some layers, HybridRunner in all or none")
         if any(self.windows):
             raise Unsupported(f"{self.architecture} has attention with windows, HybridRunner has none")

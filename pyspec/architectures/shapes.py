@@ -34,7 +34,7 @@ __all__ = [
 DEFAULTS = {"num_attention_heads": 32, "hidden_size": 4096, "num_hidden_layers": 32, "hidden_act": "silu"}
 DEFAULTS |= {"tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def read_shape(

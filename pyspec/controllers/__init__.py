@@ -147,7 +147,8 @@ def controller_for(
         controller: a name, several names with "+" between them, a controller, which is used as it is, or None: "pays"
             for the budget "auto", and for a number that many nodes in every round.
         model: whose costs may be measured; its batch is lost then.
-        drafter: None for plain decoding, where there is nothing to decide. Of several, "best_arm" chooses.
+        drafter: None for plain decoding, where there is nothing to decide. Of several,
+            "best_arm" chooses where none of the names does.
         cache: how keys and values are kept, None for a dense cache.
     """
     if isinstance(controller, Controller):
@@ -158,7 +159,7 @@ def controller_for(
     if controller is None:
         controller = "pays" if budget == "auto" else "fixed"
     names = controller.split("+") if drafter is not None else []
-    if hasattr(drafter, "arm") and "best_arm" not in names:
+    if hasattr(drafter, "arm") and not any(getattr(CONTROLLERS[name], "chooses", False) for name in names):
         names = ["best_arm", *names]
     controllers = [CONTROLLERS[name](model, drafter, cache, largest) for name in names]
     return Together(controllers) if len(controllers) > 1 else [*controllers, Controller(largest)][0]

@@ -34,6 +34,7 @@ class BestArm(Controller):
         ValueError: if drafter is not several.
     """
 
+    chooses = True  #: which of several drafters
     shared = frozenset({"_costs", "_experiences", "_drafters"})
 
     def __init__(self, model, drafter: Drafter, cache, largest: int):

@@ -17,12 +17,14 @@ FOLDER = Path(__file__).parent
 LARGEST_FILE = 2**20  # bytes
 
 
-def read(controller: str, drafters: str, file: str | os.PathLike | None = None) -> tuple[dict, Mapping[str, str]]:
+def read(
+    controller: str, drafters: str | None, file: str | os.PathLike | None = None
+) -> tuple[dict, Mapping[str, str]]:
     """The arrays, fp32, of a file and what it says beside them.
 
     Args:
         controller: whose file it must be.
-        drafters: names of those that it must have been trained for.
+        drafters: names of those that it must have been trained for; None leaves that to the caller.
         file: None is the one that ships with pyspec for the demo model.
 
     Raises:
@@ -36,7 +38,7 @@ def read(controller: str, drafters: str, file: str | os.PathLike | None = None) 
     found = SafetensorsFile(file)
     if found.metadata.get("controller") != controller:
         raise ValueError(f"{file} must be for controller {controller}, got {found.metadata.get('controller')}")
-    if found.metadata.get("drafters") != drafters:
+    if drafters is not None and found.metadata.get("drafters") != drafters:
         raise ValueError(
             f"{file} was trained for {found.metadata.get('drafters')}, not for {drafters}: train one for it "
             "(docs/controllers.md)"

@@ -28,6 +28,8 @@ class Several:
     """
 
     proposal = "deterministic"
+    prompt: Sequence[int] = ()  #: of a sequence's own ones
+    features = None  #: of its prompt, a PromptFeatures where a controller wants them
 
     def __init__(self, drafters: Sequence[Drafter]):
         self.drafters = list(drafters)
@@ -48,7 +50,9 @@ class Several:
 
     def start(self, prompt: Sequence[int]) -> Several:
         """Every drafter's own for one new sequence."""
-        return self._of([drafter.start(prompt) for drafter in self.drafters])
+        several = self._of([drafter.start(prompt) for drafter in self.drafters])
+        several.prompt = prompt
+        return several
 
     def coupled_to(self, sampler: Sampler) -> Several:
         """These for texts that a sampler draws, see Drafter."""
@@ -60,6 +64,8 @@ class Several:
 
     def observe(self, tree: DraftTree, verified: Verified, path: Sequence[int]) -> None:
         """All of them learn."""
+        if self.features is not None:
+            self.features.observe(tree, verified)
         for drafter in self.drafters:
             drafter.observe(tree, verified, path)
 

@@ -57,7 +57,7 @@ def experience_of(model: Runner, drafter: Drafter, cache: QuantisedSettings | No
 
     cache is that of the texts, None if dense.
     """
-    key = f"{key_of(model, cache)}; {_described(drafter)}"
+    key = f"{key_of(model, cache)}; {described(drafter)}"
     place = store.folder(), key
     if place not in _kept:
         _kept[place] = _KeptExperience.read(key, OF_A_MODEL if hasattr(drafter, "goes_on") else DRAFTING)
@@ -88,8 +88,10 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _described(drafter: Drafter) -> str:
+def described(drafter: Drafter) -> str:
     """What a drafter is, as far as the next process can tell that it has the same."""
+    if hasattr(drafter, "described"):
+        return drafter.described
     parts = [type(drafter).__name__, *(table.name for table in getattr(drafter, "tables", ()))]
     growth = getattr(drafter, "growth", None)
     parts += [drafter.fingerprint] if hasattr(drafter, "fingerprint") else []

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+
 from pyspec.controllers import CONTROLLERS, LARGEST, Controller, controller_for
 from pyspec.controllers.stop_rule import StopRule
 from pyspec.drafters import Drafter
@@ -86,13 +88,14 @@ def measure(
             raise KeyboardInterrupt
     rounds = [recording.rounds for recording in recordings]
     machines = {name: machine_of([one[name] for one in rounds], costs) for name in drafters}
+    categories, features = [category for category, _ in prompts], [one.features for one in recordings]
     return {
         **settings,
         "max_new_tokens": max_new_tokens,
         "prompts": len(prompts),
         "machine_costs": [costs.nodes, costs.seconds],
         "drafting": {name: {"proposal": on.proposal, "level": on.level} for name, on in machines.items()},
-        "categories": play(model, [category for category, _ in prompts], rounds, drafters, machines, names),
+        "categories": play(model, categories, rounds, drafters, machines, names, features),
     }
 
 
@@ -117,13 +120,18 @@ def play(
     drafters: Mapping[str, Drafter],
     machines: Mapping[str, Machine],
     names: Sequence[str],
+    features: Sequence[np.ndarray | None] | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """What `measure` says under "categories", of recorded texts; steps of the machines are plain ones."""
+    """What `measure` says under "categories", of recorded texts; steps of the machines are plain ones.
+
+    features are those of the prompts, where controllers look at them.
+    """
+    features = [None] * len(texts) if features is None else features
     by_name: dict[str, list[Replayed]] = {}
     tokens = [len(next(iter(text.values()))) for text in texts]
     by_name[PLAIN] = [Replayed(count, count, float(count)) for count in tokens]
     for name in names:
-        by_name[name] = list(_requests(name, model, texts, drafters, machines))
+        by_name[name] = list(_requests(name, model, texts, features, drafters, machines))
     fixed = []
     for one in drafters:
         stands = {one: drafters[one]}
@@ -149,14 +157,14 @@ def play(
     return found
 
 
-def _requests(name, model, texts, drafters, machines) -> Iterator[Replayed]:
+def _requests(name, model, texts, features, drafters, machines) -> Iterator[Replayed]:
     """One text after another, the later ones knowing what the earlier ones showed."""
     with store.apart():
         keep_costs(key_of(model, None), next(iter(machines.values())).costs)
-        for text in texts:
+        for text, of_prompt in zip(texts, features, strict=True):
             stands = played(drafters)
             controller = controller_for("auto", name, _Standing(model), stands)
-            yield replay(text, controller, machines, stands)
+            yield replay(text, controller, machines, stands, of_prompt)
 
 
 def _figures(replayed: Replayed) -> dict[str, float]:

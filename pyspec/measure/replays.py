@@ -23,6 +23,7 @@ from pyspec.drafters.several import Several
 from pyspec.drafters.shapes import Level
 from pyspec.generate import Generation, generate
 from pyspec.machine.costs import Costs
+from pyspec.machine.experience import described
 from pyspec.runners import Runner
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
@@ -215,7 +216,8 @@ class PlayedDrafter:
 
     def __init__(self, name: str, fingerprint: str | None = None):
         self.name = name
-        self.fingerprint = name if fingerprint is None else fingerprint
+        self.fingerprint = fingerprint
+        self.described = name  #: see pyspec.machine.experience.described
         if fingerprint is not None:
             self.goes_on = None
         self.kept = [0]  #: nodes of the recorded tree that were proposed last
@@ -284,6 +286,7 @@ def replay(
     controller: Controller,
     machine: Machine | Mapping[str, Machine],
     drafter: PlayedDrafter | Several | None = None,
+    features: np.ndarray | None = None,
 ) -> Replayed:
     """What a controller makes of the rounds of one text on a machine.
 
@@ -291,6 +294,7 @@ def replay(
         rounds: of one drafter, or of several by name.
         machine: for one drafter, or for several by name.
         drafter: that the controller was made for, see `played`; by default one without laws.
+        features: of the prompt, see PromptFeatures.
     """
     drafter = PlayedDrafter("recorded") if drafter is None else drafter
     drafters = drafter.drafters if isinstance(drafter, Several) else [drafter]
@@ -299,6 +303,8 @@ def replay(
     for each in drafters:
         each.rounds = rounds[each.name]
     controller.start(0, drafter)
+    if features is not None:
+        drafter.features = _Known(features)
     place = count = 0
     steps, seen, length = 0.0, set(), len(drafters[0].rounds)
     before, deciding, clock = sum(each.deciding for each in drafters), 0.0, time.perf_counter
@@ -328,12 +334,21 @@ def replay(
     return Replayed(length, count, steps, deciding + sum(each.deciding for each in drafters) - before)
 
 
+class _Known:
+    """Features that were gathered before."""
+
+    def __init__(self, features: np.ndarray):
+        self.values = lambda: features
+
+
 def played(drafters: Mapping[str, Drafter]) -> PlayedDrafter | Several:
     """What stands for some drafters while their rounds are played."""
     made = [
         PlayedDrafter(name, drafter.fingerprint if hasattr(drafter, "goes_on") else None)
         for name, drafter in drafters.items()
     ]
+    for each, drafter in zip(made, drafters.values(), strict=True):
+        each.described = described(drafter)
     return Several(made) if len(made) > 1 else made[0]
 
 

@@ -45,7 +45,7 @@ def _normed(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 
 def _fake(hidden, delta, weight, epsilon, out_dtype, *rest) -> Tensor:
-    return torch.empty_like(hidden, dtype=out_dtype)
+    return hidden.new_empty(hidden.shape, dtype=out_dtype)
 
 
 def _triton():
@@ -80,7 +80,8 @@ def rms_norm(
     """Adds delta to hidden in place and returns the root-mean-square norm, or the layer norm, of the sum.
 
     Args:
-        hidden: [R, H] fp32 and contiguous: the residual stream; changed where there is a delta.
+        hidden: [R, H] fp32 with contiguous rows, which may be parts of longer ones: the residual stream; changed where
+            there is a delta.
         weight: [H] fp32, or [groups, H] where R is a multiple of groups; None returns the sum as it is, rounded.
         epsilon: added to the mean of squares.
         delta: [R, H] fp32 or None.
@@ -98,8 +99,10 @@ def rms_norm(
     """
     options = {"weight": weight, "delta": delta, "delta_weight": delta_weight, "bias": bias}
     check_are_tensors(hidden=hidden, **options, optional=tuple(options))
-    if hidden.dim() != 2 or not hidden.is_contiguous():
-        raise ValueError(f"hidden must be [rows, size] and contiguous, got {tuple(hidden.shape)} {hidden.stride()}")
+    if hidden.dim() != 2 or (hidden.stride(1) != 1 and hidden.shape[1] > 1):
+        raise ValueError(
+            f"hidden must be [rows, size] with contiguous rows, got {tuple(hidden.shape)} {hidden.stride()}"
+        )
     if delta is None and delta_weight is not None:
         raise ValueError("delta_weight must be None where there is no delta")
     if weight is None and (bias is not None or centred):

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyspec.ops._checks import check_are_tensors, check_floating, check_tensors
 from pyspec.ops._library import Op
 
-ACTIVATIONS = ("silu", "gelu_tanh", "clamped", "sigmoid", "relu", "none")  # numbered as in kernels/params/swiglu.h
+#: Numbered as in kernels/params/swiglu.h.
+ACTIVATIONS = ("silu", "gelu_tanh", "clamped", "sigmoid", "relu", "none", "gelu")
 
 
 def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 0, up: Tensor | None = None) -> Tensor:
@@ -22,6 +23,7 @@ def swiglu_reference(gate_up: Tensor, out_dtype: torch.dtype, activation: int = 
         return (gate * torch.sigmoid(1.702 * gate) * (up + 1)).to(out_dtype)
     activate = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh"), "sigmoid": torch.sigmoid}
     activate |= {"relu": F.relu, "none": lambda gate: gate}
+    activate["gelu"] = lambda gate: gate / 2 * torch.erfc(gate * -(0.5**0.5))  # 1 + erf would cancel
     return (activate[ACTIVATIONS[activation]](gate) * up).to(out_dtype)
 
 
@@ -55,7 +57,8 @@ def swiglu(
 
     Args:
         gate_up: [R, 2 * size] fp32: gates, then ups, as one projection gives them; beside `up`, [R, size]: gates.
-        activation: "silu"; "gelu_tanh", x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); "sigmoid"; "relu",
+        activation: "silu"; "gelu", x / 2 (1 + erf(x / sqrt 2)); "gelu_tanh", x / 2 (1 + tanh(sqrt(2 / pi) (x +
+            0.044715 x^3))); "sigmoid"; "relu",
             which gives its square where ups are the gates; "none", a product; or "clamped", as gpt-oss has it:
             gate / (1 + e^(-1.702 gate)) (up + 1), with gates of at most 7 and ups from -7 to 7.
         out_dtype: fp32, fp16 or bf16.

@@ -81,7 +81,7 @@ def test_a_new_family_is_found_by_its_type(toy, tmp_path):
 
 def test_what_a_new_family_lacks_is_named(toy, tmp_path, monkeypatch):
     source = write_folder(tmp_path, toy, has_wheels=True)
-    with pytest.raises(ValueError, match="dtype int8 needs a model of .*Toy family: .* has wheels, ToyRunner has none"):
+    with pytest.raises(ValueError, match="dtype int8 needs a model of .* or Toy .*family: .* has wheels, ToyRunner has none"):
         load(source, dtype=torch.int8, device="cpu")
     monkeypatch.setattr("pyspec.runners.flash_attn.check_prompt_attention", lambda *arguments: None)
     source = write_folder(tmp_path, toy)

@@ -39,6 +39,9 @@ _NEMOTRON_EXPERTS |= {"moe_shared_expert_intermediate_size": 64, "routed_scaling
 _JAMBA = _SHARED | {"hidden_size": 128, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
 _OLMO = _SHARED | {"hidden_size": 128, "layer_types": [_LINEAR, _FULL, _LINEAR, _FULL], "linear_key_head_dim": 16}
 _OLMO |= {"linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_ZAMBA = _SHARED | {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 5}
+_ZAMBA |= {"n_mamba_heads": 8, "mamba_d_state": 16, "chunk_size": 8, "adapter_rank": 16, "time_step_min": 1e-9}
+_ZAMBA |= {"num_mem_blocks": 2, "layers_block_type": ["hybrid", _LINEAR, "hybrid", "hybrid", _LINEAR]}
 
 #: The names of a configuration and a model in transformers, and what the configuration says.
 KINDS = {
@@ -98,6 +101,14 @@ KINDS = {
         | {"num_experts": 6, "expert_layer_offset": 0, "attn_layer_period": 3, "mamba_proj_bias": True}
         | {"mamba_conv_bias": False, "mamba_dt_rank": 5, "tie_word_embeddings": True, "mamba_d_state": 32},
     ),
+    "zamba2": ("Zamba2Config", "Zamba2ForCausalLM", _ZAMBA),
+    "zamba2_own_heads": (
+        "Zamba2Config",
+        "Zamba2ForCausalLM",
+        _ZAMBA
+        | {"use_shared_attention_adapter": True, "num_key_value_heads": 4, "num_mem_blocks": 1, "use_mem_rope": True}
+        | {"mamba_ngroups": 2, "layers_block_type": [_LINEAR, *["hybrid", _LINEAR] * 2]},
+    ),
     "olmo_hybrid": ("OlmoHybridConfig", "OlmoHybridForCausalLM", _OLMO | {"rope_parameters": {"rope_theta": None}}),
     "olmo_hybrid_turned": (
         "OlmoHybridConfig",
@@ -121,7 +132,7 @@ KINDS = {
 
 #: A kind of each family.
 FAMILIES = ("bamba", "granite_moe", "lfm2", "lfm2_moe", "falcon_h1", "nemotron_h_moe", "jamba_moe", "olmo_hybrid")
-FAMILIES += ("qwen3_5", "qwen3_next")
+FAMILIES += ("qwen3_5", "qwen3_next", "zamba2_own_heads")
 
 
 def tiny_hybrid(kind: str, **changed):

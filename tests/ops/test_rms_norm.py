@@ -34,6 +34,17 @@ def test_rows_that_are_groups_have_weights_of_their_own(run):
         torch.testing.assert_close(out[group::3], run(hidden[group::3].contiguous(), weight[group], 1e-5))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_rows_may_be_parts_of_longer_ones(run, dtype):
+    torch.manual_seed(0)
+    wide, delta, weight = torch.randn(4, 90), torch.randn(4, 37), torch.randn(37)
+    kept, alone = wide.clone(), wide[:, 5:42].contiguous()
+    expected = run(alone, weight, 1e-5, delta=delta, out_dtype=dtype)
+    assert torch.equal(run(wide[:, 5:42], weight, 1e-5, delta=delta, out_dtype=dtype), expected)
+    kept[:, 5:42] = alone
+    assert torch.equal(wide, kept)
+
+
 @pytest.mark.parametrize("size", [15, 577])
 @pytest.mark.parametrize("has_weight", [False, True])
 def test_a_delta_may_be_normed_before_it_is_added(run, size, has_weight):

@@ -18,6 +18,8 @@ def activated(gate, up, activation):
         return gate / (1 + (-1.702 * gate).exp()) * up
     if activation == "sigmoid":
         return up / (1 + (-gate).exp())
+    if activation == "gelu":
+        return gate / 2 * torch.erfc(-gate / 2**0.5) * up
     if activation in ("relu", "none"):
         return (gate * (gate > 0) if activation == "relu" else gate) * up
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
@@ -51,7 +53,7 @@ def test_rows_may_be_parts_of_longer_ones(run, dtype):
     assert_same(run(wide[:, 1:21]), run(wide[:, 1:21].contiguous()))
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu"])
 def test_far_gates(run, activation):
     gates = torch.tensor([[-1e30, -200.0, -89.0, 0.0, 89.0, 200.0, 1e30, torch.nan]])
     out = run(torch.cat((gates, torch.ones_like(gates)), 1), activation=activation)[0]
@@ -86,7 +88,7 @@ def test_bad_input_is_named():
         swiglu(torch.zeros(1, 3), up=torch.zeros(1, 2))
     with pytest.raises(TypeError, match="up must be float32, float16 or bfloat16"):
         swiglu(torch.zeros(1, 2), up=torch.zeros(1, 2).double())
-    with pytest.raises(ValueError, match="activation must be silu or .* or relu or none, got 'tanh'"):
+    with pytest.raises(ValueError, match="activation must be silu or .* or none or gelu, got 'tanh'"):
         swiglu(torch.zeros(1, 2), activation="tanh")
     with pytest.raises(TypeError, match="out_dtype must be"):
         swiglu(torch.zeros(1, 2), out_dtype=torch.float64)

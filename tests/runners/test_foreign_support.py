@@ -22,7 +22,7 @@ HYBRID = SMALL | {"mamba_n_heads": 4, "mamba_d_state": 16, "attn_layer_indices":
         ("Qwen3", SUPPORTED["Qwen3"], "head_dim 16 of qwen3: supported are"),
         ("Llama", SMALL | {"mlp_bias": True, "head_dim": 64}, "has mlp_bias, which AttentionRunner does not have"),
         ("Mistral", SMALL | {"head_dim": 16, "sliding_window": 9}, "head_dim 16 of mistral: supported are"),
-        ("Qwen2", SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', AttentionRunner has silu"),
+        ("Qwen2", SMALL | {"hidden_act": "gelu"}, "has hidden_act 'gelu', Llama's kernels have silu"),
     ],
 )
 def test_a_model_without_kernels_runs_through_transformers_and_says_so_once(

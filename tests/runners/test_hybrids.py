@@ -56,9 +56,11 @@ def step_by_step(model, prompt, new_tokens=1):
 
 
 def tolerance_of(model):
-    """Gates of experts make more of a difference."""
-    has_experts = any("experts" in name for name, _ in model.named_parameters())
-    return {"atol": 1e-3, "rtol": 1e-3} if has_experts else {"atol": 2e-4, "rtol": 2e-4}
+    """Gates of experts make more of a difference, and more do norms of what attention alone gives."""
+    names = [name for name, _ in model.named_parameters()]
+    rough = 3e-3 if any("shared_transformer" in name for name in names) else 1e-3
+    tolerance = rough if any("experts" in name or "shared_transformer" in name for name in names) else 2e-4
+    return {"atol": tolerance, "rtol": tolerance}
 
 
 # ==== the logits of transformers ====
@@ -228,6 +230,10 @@ def test_a_saved_model_loads(models, kind, tmp_path):
         ("nemotron_h", {"mlp_hidden_act": "silu"}, "has mlp_hidden_act 'silu', HybridRunner has relu2 there"),
         ("nemotron_h_moe", {"moe_latent_size": 64}, "n_group above 1 or moe_latent_size, HybridRunner has neither"),
         ("jamba", {"mamba_d_state": 8}, "state_size in multiples of 16, got 256 and 8"),
+        ("zamba2", {"add_bias_linear": True}, "has add_bias_linear True, HybridRunner has no such biases"),
+        ("zamba2", {"tie_word_embeddings": False}, "has tie_word_embeddings False, by which its layers share no"),
+        ("zamba2", {"hidden_size": 320}, "head_dim 160 of zamba2"),
+        ("zamba2", {"num_mem_blocks": 4}, "num_mem_blocks must be at most the 3 layers that use them, got 4"),
         ("olmo_hybrid", {"linear_key_head_dim": 24}, "key heads in multiples of 16, got 32 and 24"),
         ("qwen3_5", {"hidden_act": "relu"}, "has hidden_act 'relu'"),
         ("qwen3_5", {"linear_value_head_dim": 24}, "has value heads in multiples of 16 .* got 24 and 16"),

@@ -9,7 +9,10 @@ from pyspec.drafters import DRAFTERS, new_drafter
 from pyspec.drafters.heads.eagle3_batch import HeadLaws
 from pyspec.drafters.mtp import Mtp
 from pyspec.drafters.shapes.by_rule import growth_for
+from pyspec.drafters.shapes.static import FixedBranching
 from pyspec.sampling.sampler import Sampler
+from tests.helpers import tiny_hybrids
+from tests.helpers.drafter_enumeration import check_drawn_law
 from tests.helpers.mtp_heads import add_mtp, random_mtp, said_by_transformers
 from tests.helpers.random_llama import random_llama, random_tokens
 from tests.helpers.recurrent_gguf import write_recurrent_gguf
@@ -89,6 +92,18 @@ def test_drawn_trees_follow_their_rules(checkpoint):
         options = {"acceptance": name, "budget": 6, "max_new_tokens": 20}
         assert generate(target, prompts, drafter=drafter, **options).tokens == plain, name
         assert RULES[name]
+
+
+def test_drawn_laws_are_the_targets(tmp_path, monkeypatch):
+    """By every outcome of every draw, of a model with few tokens."""
+    *names, shape = tiny_hybrids.KINDS["qwen3_5"]
+    monkeypatch.setitem(tiny_hybrids.KINDS, "few", (*names, shape | {"vocab_size": 5}))
+    model = tiny_hybrid("few")
+    model.save_pretrained(tmp_path)
+    add_mtp(tmp_path, random_mtp(model))
+    target = load_cpu(tmp_path)
+    drafter = Mtp(target, FixedBranching((2, 1), "without replacement"), weights=torch.float32)
+    check_drawn_law(monkeypatch, drafter, target, [1, 2, 0, 4, 4, 3, 1], "traversal")
 
 
 def test_a_layer_that_knows_the_text_is_right(tmp_path):

@@ -323,7 +323,7 @@ def test_row_statistics_compiles(name, dtype, tmp_path):
 # ==== the small ops of a layer ====
 
 HEADS = {"HEADS": 32, "KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK": 64}
-_ACTIVATIONS = ("IS_GELU", "IS_CLAMPED", "IS_SIGMOID", "IS_RELU", "IS_NONE")
+_ACTIVATIONS = ("IS_GELU", "IS_CLAMPED", "IS_SIGMOID", "IS_RELU", "IS_NONE", "IS_ERF")
 SMALL = [
     (rms_norm.rms_norm_kernel, {"BLOCK": 8192, "delta_weight": None, "CENTRED": True}, rms_norm.compile_options(8192)),
     (rms_norm.rms_norm_kernel, {"BLOCK": 4096, "bias": None, "CENTRED": False}, rms_norm.compile_options(4096)),
