@@ -91,13 +91,7 @@ TABLES = {
         (
             "Greedy texts of six prompts by exact speculation and by speculative cascades, both with merged tables",
             "speculative",
-            [
-                ("alpha", "alpha"),
-                *ENGINES[1:2],
-                ("tokens a round", "tokens_per_round"),
-                ("perplexity", "perplexity"),
-                BEST,
-            ],
+            [("alpha", "alpha"), ("tokens/s", "tokens_per_second"), ("perplexity", "perplexity"), BEST],
         ),
         (
             "Eight beams in four groups, in fp32: one tree, and rows of a batch on transformers' model",
