@@ -16,6 +16,7 @@ ENGINES = [
     ("tokens a round", "tokens_per_round"),
     ("texts like plain", "equal_to_plain"),
 ]
+BEST = ("best tokens of the target", "agreement", "%")
 STEPS = [("nodes", NAME), ("seconds", "value")]
 QUANTISED = [("nodes", "nodes"), ("tokens", "length"), ("dense ms", "ms/dense"), ("SDPA ms", "ms/sdpa")]
 DRAFTING = [
@@ -74,17 +75,23 @@ TABLES = {
         ("Temperature 0.8", "temperatures/0.8/all", DRAFTING),
         ("Several drawn answers to one problem", "answers", DRAFTING),
     ],
+    "cascades": [
+        (
+            "Texts by rules of turns",
+            "turns",
+            [("rule", "rule"), ("dial", "dial"), ("large", "large_share", "%"), ("perplexity", "perplexity"), BEST],
+        ),
+        (
+            "Answers by rules of answers: right ones, the mean over all shares that are given again",
+            "answers",
+            [("rule", "rule"), ("right", "mean_right", "%"), ("none again", "none", "%"), ("all again", "all", "%")],
+        ),
+    ],
     "cascades_speed": [
         (
             "Greedy texts of six prompts by exact speculation and by speculative cascades, both with merged tables",
             "speculative",
-            [
-                ("alpha", "alpha"),
-                ("tokens/s", "tokens_per_second"),
-                ("tokens a round", "tokens_per_round"),
-                ("perplexity under the target", "perplexity"),
-                ("tokens that are the target's best", "agreement", "%"),
-            ],
+            [("alpha", "alpha"), ("tokens/s", "tokens_per_second"), ("perplexity", "perplexity"), BEST],
         ),
         (
             "Eight beams in four groups, in fp32: one tree, and rows of a batch on transformers' model",
