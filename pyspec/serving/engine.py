@@ -54,7 +54,7 @@ class Engine:
         model: a runner on pyspec's own kernels, from pyspec.load.
         slots: texts that are written at a time; the memory for them is taken at once on a GPU, and as it is needed on
             a CPU.
-        queue: requests that wait at most; any more are refused with QueueFull.
+        queue: requests that wait at most, beside those for which a slot is free; any more are refused with QueueFull.
         capacity: tokens of a prompt and its answer at most; None is the model's context, but at most 8192.
         prefix_memory: bytes for beginnings of texts that are kept for the next ones (docs/serving.md); 0 keeps none.
         drafter, budget, controller, acceptance, cache: of all requests, as for pyspec.generate.
@@ -174,7 +174,7 @@ class Engine:
         with self._changed:
             if self._closing is not None:
                 raise RuntimeError("engine is closed")
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) >= self.queue + self.slots - len(self._running):
                 self._sums["refused"] += 1
                 raise QueueFull(len(self._waiting), self._seconds_to_wait())
             self._waiting.append(answer)
