@@ -100,12 +100,13 @@ def test_a_client_that_goes_away_while_it_waits_leaves_the_queue():
 
 def test_texts_of_one_request_are_queued_together_or_not_at_all():
     with held_engine(slots=2, queue=1) as (engine, go_on):
-        writing = engine.submit("ab", max_new_tokens=2)
-        wait_for(engine, running=1)
+        writing = [engine.submit("ab", max_new_tokens=2) for _ in range(2)]
+        wait_for(engine, running=2)
         refused = call(Application(engine, "small"), "POST", "/v1/completions", BODY | {"n": 2})
         assert refused.status == 429
         go_on.set()
-        writing.result(PATIENCE)
+        for answer in writing:
+            answer.result(PATIENCE)
         wait_for(engine, running=0, queued=0, finished_cancelled=1)
 
 
