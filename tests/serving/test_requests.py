@@ -147,7 +147,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("read, fields, name", WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("read, fields, name", WRONG, ids=lambda value: getattr(value, "__name__", str(value))[:40])
 def test_what_cannot_be_honoured_is_refused_by_its_name(read, fields, name):
     with pytest.raises(Refused) as caught:
         read(**fields)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -167,10 +168,7 @@ class HeadBatch:
         self._tokens: list[list[int]] = []
         self._ends: dict[int, object] = {}  # by sequence, roots as the host has them
         self._room: HeadRoom | None = None
-
-    def __del__(self):
-        if self._room is not None:
-            self.head.rooms.append(self._room)  # for the next batch
+        self._leaves: finalize | None = None
 
     @property
     def has_begun(self) -> bool:
@@ -305,6 +303,12 @@ class HeadBatch:
             spare.remove(fitting[0])
             fitting[0].cache.restart(fitting[0].cache.slots)
         self._room = room = fitting[0] if fitting else self.rooms(self.head, sequences, slots)
+        # for the next batch. A __del__ would come too late: where a cycle held the batch, the collector has ended the
+        # room's tapes by then
+        if self._leaves is not None:
+            self._leaves.detach()
+        self._leaves = finalize(self, spare.append, room)
+        self._leaves.atexit = False
         if old is not None:
             room.cache.keys_values[..., : old.cache.slots, :] = old.cache.keys_values
             room.cache.lengths = list(old.cache.lengths)

@@ -1,5 +1,6 @@
 """What the host grows without Python between two calls of a head are the trees that Python grows."""
 
+import gc
 from random import Random
 
 import numpy as np
@@ -12,6 +13,8 @@ from pyspec.drafters.heads.eagle3_batch import HeadBatch
 from pyspec.drafters.heads.eagle3_room import HeadRoom
 from pyspec.drafters.shapes.reranked import TopPaths
 from pyspec.host import compiled
+from pyspec.runners import replay
+from pyspec.runners.tape import Tape
 from tests.helpers.eagle3_heads import random_head, write_head
 from tests.helpers.random_llama import VOCABULARY, random_llama, random_tokens, root_path
 
@@ -108,3 +111,30 @@ def test_a_head_that_is_not_recorded_gives_the_same_text(target, folder, monkeyp
     assert generate(target, prompt, drafter=drafter, budget=9, max_new_tokens=40).tokens == expected
     monkeypatch.setattr(HeadRoom, "is_recorded", False)
     assert generate(target, prompt, drafter=drafter, budget=9, max_new_tokens=40).tokens == expected
+
+
+def test_a_room_outlives_a_batch_that_a_cycle_held(target, folder, monkeypatch):
+    """Its recorded calls serve the next batch, so the collector must not end them with the drafter. (Those that the
+    host holds it cannot see.)"""
+    drafter, start, ends = Eagle3(folder, target, TopPaths(2, 3), tables=()), Eagle3.start, []
+
+    class NotedTape(Tape):
+        def __init__(self, *recorded):
+            super().__init__(*recorded)
+            ends.append(self._free)
+
+    def start_in_a_cycle(self, prompt):
+        started = start(self, prompt)
+        started.itself = started
+        return started
+
+    def write() -> list[int]:
+        return generate(target, random_tokens(30), drafter=drafter, budget=7, max_new_tokens=20).tokens
+
+    monkeypatch.setattr(HeadRoom, "is_recorded", False)
+    monkeypatch.setattr(Eagle3, "start", start_in_a_cycle)
+    monkeypatch.setattr(replay, "Tape", NotedTape)
+    tokens = write()
+    gc.collect()
+    assert drafter.head.rooms and all(end.alive for end in ends)
+    assert write() == tokens
