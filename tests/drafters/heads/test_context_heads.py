@@ -209,7 +209,7 @@ def test_drawn_laws_are_the_targets(tmp_path, monkeypatch, kind, rule):
     check_drawn_law(monkeypatch, drafter, target, random_tokens(9), rule)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "unverified"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_drawn_trees_go_with_the_rules_that_take_them(target, tmp_path, kind, rule):
     write_head(tmp_path, target, kind)

@@ -183,7 +183,7 @@ def test_a_tree_grows_from_the_head_and_from_tables(tmp_path):
         Eagle3(drafter.head, target, FixedBranching((2,)), tables=[Lookup(VOCABULARY)])
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "unverified"])
 def test_drawn_trees_go_with_the_rules_that_take_them(tmp_path, rule):
     """Greedily every rule gives the plain text; a drawn tree's q is the head's law over the target's tokens."""
     target = random_llama(windows=(None,) * 6)
