@@ -89,7 +89,7 @@ def test_the_default_fits_the_defaults_of_generate():
 @pytest.mark.parametrize("growth", GROWTH, ids=ids)
 @pytest.mark.parametrize("name", RULES)
 def test_what_may_be_combined(name, growth):
-    """Greedily all that may gives the plain text, but mixtures and what is unverified; what may not says what to use."""
+    """Greedily what may gives the plain text, but mixtures and what is unverified; what may not says what to use."""
     drafter = ModelDrafter(Draft(), FakeRunner(), growth)
     siblings = acceptance_from_name(name).siblings
     fits = siblings is None or (growth.proposal == "sampled" and growth.siblings in siblings)
