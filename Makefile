@@ -92,8 +92,10 @@ $(VENV)/ready-%: $(VENV)/ready
 	touch $@
 
 # In no extra: its source is built in isolation alone, and an extra must also install beside --no-build-isolation.
+# gcc 12 drops stores to how AMX's tiles are divided, of which its intrinsic names only a part: without these flags (and
+# in a wheel that pip kept) llama.cpp dies of an illegal instruction on processors with AMX.
 $(VENV)/llama-cpp: $(VENV)/ready
-	$(PIP) llama-cpp-python
+	CMAKE_ARGS="-DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" $(PIP) --no-cache-dir llama-cpp-python
 	touch $@
 
 # Rebuilds the compiled parts after a change of C++.
