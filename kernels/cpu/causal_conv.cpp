@@ -50,7 +50,7 @@ struct Item {
     for (int64_t place = 0; place < p.taps - 1; ++place) copy(window(place), before[place]);
   }
 
-  template <class Out>
+  template <class Out, bool kIsLinear>
   void node(int64_t index) const {
     const float* taps[kMostConvTaps];
     int64_t ancestor = index, place = p.taps - 1;
@@ -63,7 +63,7 @@ struct Item {
       F16 sum = p.bias ? load(p.bias + first + i) : set1(0.0f);
       for (int64_t tap = 0; tap < p.taps; ++tap)
         sum = fma(load(taps[tap] + i), load(p.weight + tap * p.channels + first + i), sum);
-      store_as(out + i, p.is_linear ? sum : silu(sum));
+      store_as(out + i, kIsLinear ? sum : silu(sum));
     }
   }
 
@@ -71,7 +71,7 @@ struct Item {
   void run() {
     replay();
     for (int64_t index = 0; index < tree.nodes; ++index) {
-      node<Out>(index);
+      p.is_linear ? node<Out, true>(index) : node<Out, false>(index);
       if (!tree.advance) copy(recorded(1 - tree.half, index), row(index));
     }
     if (!tree.advance) return;

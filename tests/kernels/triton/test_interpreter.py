@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed for this platform")
 
-LONG = ["block_masked_attention", "llama", "tree_attention"]
+LONG = ["block_masked_attention", "expert_linear", "linear_codes", "llama", "low_bits", "tree_attention"]
 FILES = {
     path.stem.removeprefix("test_").removesuffix("_triton"): path for path in Path(__file__).parent.glob("*_triton.py")
 }
