@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pyspec.arguments import read_integer, read_number
-from pyspec.branches import Branches
-from pyspec.generate import Generation, check_limits, check_model, check_stream, prompts_of, stop_strings
+from pyspec.branches import Branches, trunk_of
+from pyspec.generate import Generation, check_limits, check_stream, stop_strings
 from pyspec.ops.row_statistics import TOP
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -50,13 +50,7 @@ def adadec(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
     """
-    check_model(model)
-    batched, prompts = prompts_of(tokens, model)
-    if batched:
-        raise TypeError("tokens must be one prompt, got a batch")
-    (prompt,) = prompts
-    if len(prompt) < 2:
-        raise ValueError(f"tokens must be at least 2: the tree begins with the last of them, got {len(prompt)}")
+    prompt = trunk_of(tokens, model)
     stop = stop_strings(stop, model)
     if stream is not None:
         check_stream(stream, model)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from pyspec.arguments import read_integer, read_number
-from pyspec.branches import Branches
-from pyspec.generate import check_limits, check_model, prompts_of
+from pyspec.branches import Branches, trunk_of
+from pyspec.generate import check_limits
 from pyspec.ops.topk import topk
 from pyspec.runners import Runner
 from pyspec.runners.exclusive import exclusive_use
@@ -83,13 +83,7 @@ def beam_search(
     Raises:
         ValueError, TypeError: naming the argument that does not fit, before any work.
     """
-    check_model(model)
-    batched, prompts = prompts_of(tokens, model)
-    if batched:
-        raise TypeError("tokens must be one prompt, got a batch")
-    (prompt,) = prompts
-    if len(prompt) < 2:
-        raise ValueError(f"tokens must be at least 2: the beams' tree begins with the last of them, got {len(prompt)}")
+    prompt = trunk_of(tokens, model)
     beams, groups, diversity, length_penalty, max_new_tokens = check_beams(
         beams, groups, diversity, length_penalty, max_new_tokens
     )

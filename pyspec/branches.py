@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyspec.generate import check_model, prompts_of
 from pyspec.runners import Runner
 from pyspec.runners.verified import Verified
 from pyspec.tree import DraftTree
 
 FEW_NODES = 64  # a tree of so many is never pruned: reading the living nodes again would cost more than it saves
+
+
+def trunk_of(tokens, model: Runner) -> list[int]:
+    """The one prompt that branches grow from, as token ids, at least 2: their tree begins with the last of them."""
+    check_model(model)
+    batched, prompts = prompts_of(tokens, model)
+    if batched:
+        raise TypeError("tokens must be one prompt, got a batch")
+    if len(prompts[0]) < 2:
+        raise ValueError(f"tokens must be at least 2: a tree begins with the last of them, got {len(prompts[0])}")
+    return prompts[0]
 
 
 class Branches:
